@@ -1,0 +1,59 @@
+# `make demo` and `make test` make .venv themselves; nothing is installed outside this directory.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+BUNDLE ?= out/minilm
+
+.PHONY: help demo test test-slow lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       compile minilm for this machine, compare sentences, time it"
+	@echo "make test       the tests (some minutes); make test-slow has the long ones too"
+	@echo "make lint       ruff; make format lets it rewrite"
+	@echo "make bench      time $(BUNDLE) beside ONNX Runtime and OpenVINO"
+	@echo "make clean      remove .venv, out and what Python and the tests left"
+
+demo: $(VENV)/.installed
+	@$(BIN)/bertile demo -o $(BUNDLE)
+
+test: $(VENV)/.installed
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed
+	@$(BIN)/python -m pytest -q -m "not gpu"
+
+lint: $(VENV)/.installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.bench
+	@test -d $(BUNDLE) || $(BIN)/bertile compile minilm -o $(BUNDLE)
+	@$(BIN)/bertile bench $(BUNDLE) --against onnxruntime openvino --batch 1 8 --length 16 128
+
+# torch first and by itself: the packages behind it take any torch that they find in place.
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "python3.11 was not found: install Python 3.11" >&2; exit 3; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11: make PYTHON=/path/to/python3.11" >&2; exit 3; }
+	@test -x $(BIN)/python || { echo "make $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "install torch (1 of 2)"
+	@$(PIP) torch==2.13.0
+	@echo "install bertile and the rest (2 of 2)"
+	@$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	@echo "install the engines to compare with"
+	@$(PIP) -e ".[bench]"
+	@touch $@
+
+clean:
+	@rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,144 @@
+"""From an optimized graph and a tuning log to lib.so and its packed weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.support import cc
+
+from bertile.graph import Graph
+from bertile.lowering import lower
+from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.cpu.generic import is_kernel, schedule_generic
+from bertile.schedules.schedule import Knobs
+from bertile.schedules.task import Task
+from bertile.targets import Target, link_command, tvm_target
+from bertile.tuning_log import TuningLog
+
+
+@dataclass(frozen=True)
+class Built:
+    """A linked library, the weights it wants, and where each kernel came from."""
+
+    library: Path
+    params: dict[str, np.ndarray]
+    kernels: list[dict[str, Any]]
+    fallthrough: list[str]
+
+
+def build(graph: Graph, log: TuningLog, row: Target, library: Path) -> Built:
+    """Choose knobs by the log or the schedule's default, lower, compile and link.
+
+    ``library`` is the path of the shared library to write.
+    """
+    sources: dict[Task, tuple[str, Knobs]] = {}
+
+    def choose(task: Task) -> Knobs:
+        if task not in sources:
+            sources[task] = decide(task, log, row)
+        return sources[task][1]
+
+    lowered = lower(graph, row, choose)
+    target = tvm_target(row)
+    mod = fuse_and_schedule(lowered.mod, target)
+    executable = compile_module(mod, target)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    linker = link_command(row)
+    executable.export_library(
+        str(library), fcompile=lambda out, objects, options=None: _link(linker, out, objects)
+    )
+    kernels = [_kernel_entry(task, count, *sources[task]) for task, count in lowered.tasks.items()]
+    kernels += _generic_entries(mod)
+    return Built(library, lowered.params, kernels, lowered.fallthrough)
+
+
+def decide(task: Task, log: TuningLog, row: Target) -> tuple[str, Knobs]:
+    """("tuned", knobs of the log) where it knows the kernel, else ("default", the schedule's own)."""
+    schedule = SCHEDULES[task.operation]
+    best = log.best(task, row)
+    if best is not None and schedule.valid(task, row, best.knobs):
+        return "tuned", dict(best.knobs)
+    return "default", schedule.default(task, row)
+
+
+def fuse_and_schedule(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    """Legalize and fuse what is left of Relax operators, and schedule the loops that makes."""
+    passes = [
+        relax.backend.DispatchSortScan(),  # cumsum (RoBERTa's positions) has no legalization of its own
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(["main"]),
+    ]
+    with target:
+        return schedule_generic(tvm.transform.Sequential(passes)(mod))
+
+
+def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
+    """The Relax executable of a scheduled module, not yet linked.
+
+    TVM's default CPU pipeline without RewriteDataflowReshape, which expects blocks in every kernel.
+    """
+    passes = [
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory(),
+        relax.transform.LowerAllocTensor(),
+        relax.transform.KillAfterLastUse(),
+        relax.transform.LowerRuntimeBuiltin(),
+        relax.transform.ComputePrimValue(),
+        relax.transform.VMShapeLower(),
+        relax.transform.AttachGlobalSymbol(),
+    ]
+    return relax.build(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
+
+
+def _link(linker: list[str], output: str, objects: Any) -> None:
+    cc.create_shared(output, objects, options=linker[1:], cc=linker[0])
+
+
+def _kernel_entry(task: Task, calls: int, source: str, knobs: Knobs) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "operation": task.operation,
+        "shape": dict(task.shape),
+        "provenance": source,
+        "calls": calls,
+        "decisions": dict(knobs),
+    }
+
+
+def _generic_entries(mod: tvm.IRModule) -> list[dict[str, Any]]:
+    """The kernels that no schedule of ours made."""
+    calls: Counter[str] = Counter()
+
+    def count(expr: Any) -> None:
+        if isinstance(expr, relax.Call) and expr.op == tvm.ir.Op.get("relax.call_tir"):
+            calls[expr.args[0].name_hint] += 1
+
+    relax.analysis.post_order_visit(mod["main"], count)
+    generic = {
+        var.name_hint
+        for var, func in mod.functions.items()
+        if isinstance(func, tvm.tirx.PrimFunc) and not is_kernel(func)
+    }
+    return [
+        {
+            "name": name,
+            "operation": "generic",
+            "shape": {},
+            "provenance": "generic",
+            "calls": calls[name],
+            "decisions": {},
+        }
+        for name in sorted(generic)
+    ]

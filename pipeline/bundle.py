@@ -1,0 +1,179 @@
+"""A library, weights and a manifest go in, a bundle directory comes out: whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from bertile import loader, weights
+from bertile.errors import BertileError, UsageError
+from bertile.loader import LIBRARY, MANIFEST, RUNTIME, SCHEMA, WEIGHTS, read_manifest
+
+__all__ = ["include_runtime", "read_manifest", "write"]
+
+
+def write(
+    manifest: Mapping[str, object],
+    library: Path,
+    params: Mapping[str, np.ndarray],
+    extra_files: Sequence[Path],
+    output: str | os.PathLike,
+    runtime: str = "none",
+) -> Path:
+    """Write a bundle to `output` and return its path.
+
+    `manifest` gets its keys "schema", "params" and "files" here; `extra_files` (tokenizer,
+    config.json) go to the top of the bundle under their own names; `runtime` is "none" or
+    "include". Everything is written beside `output` and renamed at the end. An older bundle there
+    is replaced; any other directory that is not empty is refused with UsageError.
+    """
+    target = Path(os.path.realpath(output))
+    _check_target(target)
+    with _beside(target) as directory:
+        shutil.copyfile(library, directory / LIBRARY)
+        weights.write(directory / WEIGHTS, params)
+        for path in extra_files:
+            shutil.copyfile(path, directory / path.name)
+        if runtime == "include":
+            include_runtime(directory)
+        complete = {"schema": SCHEMA, **manifest, "params": list(params)}
+        complete["files"] = _describe(directory)
+        text = json.dumps(complete, indent=1, ensure_ascii=False)
+        (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        _sync(directory)
+        _rename(directory, target)
+    return target
+
+
+def include_runtime(directory: Path, libraries: Sequence[Path] | None = None) -> None:
+    """Copy the two TVM runtime libraries, with their licence, and the loader into a bundle.
+
+    `libraries` are libtvm_ffi.so and libtvm_runtime.so of another machine for a cross build.
+    """
+    folder = directory / "runtime"
+    folder.mkdir()
+    for name, path in zip(RUNTIME, libraries or loader.find_runtime()):
+        shutil.copyfile(path, folder / name)
+    spec = find_spec("tvm")
+    for name in ("LICENSE", "NOTICE"):
+        if spec and spec.origin and (origin := Path(spec.origin).with_name(name)).is_file():
+            shutil.copyfile(origin, folder / name)
+    shutil.copyfile(loader.__file__, directory / "loader.py")
+
+
+def _check_target(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target} exists and is no directory", "choose another output directory")
+    if not any(target.iterdir()):
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        if isinstance(manifest.get("schema"), int) and "bertile" in manifest:
+            return
+    raise UsageError(
+        f"{target} exists and is no Bertile bundle, so it is left alone",
+        "choose another output directory",
+    )
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Give an empty directory next to `target`; it is gone at the end unless it was renamed."""
+    made = [parent for parent in target.parents if not parent.exists()]
+    directory = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        directory.chmod(0o777 & ~_umask())  # mkdtemp's own mode would lock other users out
+        yield directory
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise BertileError(
+            f"cannot write {target}: {error.strerror or error}{place}",
+            "free some space or choose another output directory",
+        ) from error
+    finally:
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+        if not target.exists():
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _describe(directory: Path) -> dict[str, dict]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        path.relative_to(directory).as_posix(): {
+            "sha256": _sha256(path),
+            "bytes": path.stat().st_size,
+        }
+        for path in files
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(directory: Path) -> None:
+    """Force everything to the disk, so that a crash cannot leave a bundle that is only a name."""
+    for path in (*directory.rglob("*"), directory):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _rename(directory: Path, target: Path) -> None:
+    """Put `directory` in the place of `target`; what was there is left in `directory`."""
+    if not target.exists() or not any(target.iterdir()):
+        directory.rename(target)
+    elif not _exchange(directory, target):
+        # without the system call there is a moment in which the bundle has no name
+        old = directory.with_name(f"{directory.name}.old")
+        target.rename(old)
+        try:
+            directory.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        old.rename(directory)
+    handle = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories in one step with renameat2; False where the system has none."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return function(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0

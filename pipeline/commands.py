@@ -1,0 +1,247 @@
+"""One function per command: parsed options in, data and a text for a person out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bertile.config import Config
+from bertile.errors import UsageError
+from bertile.progress import Progress
+from bertile.tables import size, table
+
+
+class Outcome(NamedTuple):
+    """What a command prints: `data` with --json, else `text`."""
+
+    data: Any
+    text: str
+    exit_code: int = 0
+
+
+def compile(options: Namespace, progress: Progress) -> Outcome:
+    """Every stage; ends with size, speed, difference and the origin of the kernels."""
+    config = read_config(options)
+    if options.dry_run:
+        return _plan(options, config)
+    from bertile import driver
+
+    summary = driver.compile(options.model, Path(options.output), config, progress)
+    return Outcome(summary, compile_text(summary))
+
+
+def export(options: Namespace, progress: Progress) -> Outcome:
+    """The export stage by itself: a directory with model.onnx, export.json and the tokenizer."""
+    config = read_config(options)
+    if options.dry_run:
+        return _plan(options, config)
+    from bertile import driver
+
+    summary = driver.export(options.model, Path(options.output), config, progress)
+    return Outcome(summary, _lines(summary))
+
+
+def tune(options: Namespace, progress: Progress) -> Outcome:
+    """The tuning stage by itself; the log is what stays."""
+    config = read_config(options)
+    if config.tune == "none":
+        config = dataclasses.replace(config, tune="quick")
+    if options.dry_run:
+        return _plan(options, config)
+    from bertile import tuner
+
+    summary = tuner.tune_model(options.model, config, progress)
+    return Outcome(summary, _lines(summary))
+
+
+def verify(options: Namespace, progress: Progress) -> Outcome:
+    """Compare with ONNX Runtime; exit code 4 where the difference is past the tolerance."""
+    from bertile import verifier
+
+    check = verifier.verify(
+        Path(options.bundle), onnx=options.onnx, threads=options.threads, progress=progress
+    )
+    close = check["max_abs_difference"] <= check["tolerance"]
+    verdict = "equal" if close else "DIFFERENT"
+    text = (
+        f"{verdict}: at most {check['max_abs_difference']:.2g} from {check['reference']}"
+        f" (tolerance {check['tolerance']:.2g})"
+    )
+    return Outcome(check, text, 0 if close else 4)
+
+
+def bench(options: Namespace, progress: Progress) -> Outcome:
+    """Time the bundle and its peers in turn on the same inputs."""
+    from bertile import bench as benchmark
+
+    report = benchmark.bench(
+        Path(options.bundle),
+        onnx=options.onnx and Path(options.onnx),
+        against=("onnxruntime",) if options.against is None else tuple(options.against),
+        batches=options.batch,
+        lengths=options.length,
+        threads=options.threads,
+        repeat=options.repeat,
+        progress=progress,
+    )
+    return Outcome(report, benchmark.as_table(report, markdown=options.markdown))
+
+
+def run(options: Namespace, progress: Progress) -> Outcome:
+    """Texts in; vectors with their similarities, or labels with their scores, out."""
+    from bertile import runner
+
+    texts = options.texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not texts:
+        raise UsageError("there is no text", "give texts as arguments or as lines on stdin")
+    result = runner.run(
+        Path(options.bundle), texts, truncate=options.truncate, threads=options.threads
+    )
+    return Outcome(result, runner.as_text(result))
+
+
+def inspect(options: Namespace, progress: Progress) -> Outcome:
+    """The kernels of a bundle, measured here."""
+    from bertile import inspector
+
+    report = inspector.inspect(
+        Path(options.bundle), options.batch, options.length, options.threads, progress
+    )
+    kernels = report.get("kernels", [])
+    plain = (str, int, float, type(None))
+    columns = [name for name in (kernels or [{}])[0] if isinstance(kernels[0][name], plain)]
+    rows = [[kernel.get(name) for name in columns] for kernel in kernels]
+    fallen = report.get("fallthrough", [])
+    text = table([name.replace("_", " ") for name in columns], rows) if rows else "no kernels"
+    text += "".join(f"\nfell through to the generic path: {node}" for node in fallen)
+    return Outcome(report, text)
+
+
+def targets(options: Namespace, progress: Progress) -> Outcome:
+    """Every row, and which of them this machine can run."""
+    from bertile.loader import cpu_features
+    from bertile.targets import TABLE, fits, native
+
+    found = cpu_features()
+    runs = [row.name for row in TABLE if fits(row, found)]
+    best = native().name if runs else None
+    data = [dataclasses.asdict(row) | {"here": row.name in runs} for row in TABLE]
+    rows = [
+        (
+            row.name,
+            row.arch,
+            row.vector_bits,
+            row.registers,
+            row.dot_product,
+            "yes" if row.bf16 else None,
+            "native" if row.name == best else "yes" if row.name in runs else "no",
+        )
+        for row in TABLE
+    ]
+    header = ("target", "arch", "vector bits", "registers", "dot product", "bf16", "runs here")
+    return Outcome(data, table(header, rows))
+
+
+def doctor(options: Namespace, progress: Progress) -> Outcome:
+    """Exit code 3 where something keeps Bertile from working here."""
+    from bertile import doctor as examination
+
+    checks = examination.examine(cache_directory(options.cache_dir))
+    blocked = any(check.status == "fails" for check in checks)
+    data = [dataclasses.asdict(check) for check in checks]
+    return Outcome(data, examination.as_text(checks), 3 if blocked else 0)
+
+
+def demo(options: Namespace, progress: Progress) -> Outcome:
+    """Compile minilm, compare sentences with it, time it beside ONNX Runtime."""
+    config = read_config(options)
+    if options.dry_run:
+        options.model = "minilm"
+        return _plan(options, config)
+    from bertile import demo as demonstration
+
+    result = demonstration.demo(Path(options.output), config, progress)
+    return Outcome(result, demonstration.as_text(result))
+
+
+def read_config(options: Namespace) -> Config:
+    """The Config of --config, overridden by the flags that were given; saved by --save-config."""
+    fields = [field.name for field in dataclasses.fields(Config)]
+    given = {name: getattr(options, name) for name in fields if hasattr(options, name)}
+    config = Config()
+    if options.config:
+        try:
+            text = Path(options.config).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--config {options.config} cannot be read: {error}") from error
+        config = Config.from_json(text)
+    config = dataclasses.replace(config, **given)
+    if options.save_config:
+        Path(options.save_config).write_text(config.to_json(), encoding="utf-8")
+    return dataclasses.replace(config, cache_dir=cache_directory(config.cache_dir))
+
+
+def cache_directory(given: str | None) -> str | None:
+    """The cache that was asked for, else XDG_CACHE_HOME's: no stage reads the environment."""
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    return given or (str(Path(shared) / "bertile") if os.path.isabs(shared) else None)
+
+
+def as_json(data: Any) -> str:
+    """JSON of a result; paths and numpy values become plain ones."""
+    return json.dumps(data, indent=2, default=_plain, ensure_ascii=False)
+
+
+def compile_text(summary: dict[str, Any]) -> str:
+    """The table that ends a compile."""
+    kernels = ", ".join(f"{count} {origin}" for origin, count in summary["kernels"].items())
+    rows = {
+        "bundle": summary["output"],
+        "size": size(summary["size_bytes"]),
+        "speed": f"{summary['milliseconds']:.2f} ms for {summary['length']} tokens,"
+        f" {summary['threads']} threads",
+        "difference": f"at most {summary['max_abs_difference']:.1e} from ONNX Runtime",
+        "kernels": kernels,
+    }
+    return _lines(rows)
+
+
+def _plan(options: Namespace, config: Config) -> Outcome:
+    from bertile.targets import resolve
+
+    row = resolve(config.target, config.threads)
+    plan = {
+        "command": options.command,
+        "model": options.model,
+        "output": getattr(options, "output", None),
+        "target": row.name,
+        "features": " ".join(row.features),
+        "threads": row.threads,
+    }
+    rest = {name: value for name, value in config.to_dict().items() if name not in plan}
+    return Outcome({**plan, "config": config.to_dict()}, _lines({**plan, **rest}))
+
+
+def _lines(values: dict[str, Any]) -> str:
+    shown = {name: value for name, value in values.items() if value not in (None, (), [])}
+    width = max(map(len, shown), default=0)
+    return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in shown.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_shown(one) for one in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)

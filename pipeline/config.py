@@ -1,0 +1,133 @@
+"""What one compile is asked to do: a frozen dataclass, JSON in and out, bad values refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bertile.errors import UsageError, nearest
+from bertile.targets import names as target_names
+
+PRECISIONS = ("fp32",)
+TUNE_EFFORTS = ("none", "quick", "full")
+RUNTIMES = ("none", "include")
+HEADS = (
+    "encoder",
+    "embedding",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every choice of a compile; no stage reads globals or environment variables beside it.
+
+    `trials`, `timeout` (seconds) and `threads` are positive, or None for what the effort and the
+    machine give. `head` None keeps the checkpoint's own head. Paths may be given as `Path`.
+    Raises UsageError for a value that is not allowed, with the nearest one that is.
+    """
+
+    target: str = "native"
+    precision: str = "fp32"
+    tune: str = "none"
+    trials: int | None = None
+    timeout: float | None = None
+    threads: int | None = None
+    runtime: str = "none"
+    head: str | None = None
+    log_dir: str | None = None
+    cache_dir: str | None = None
+    dump_ir: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, check in CHECKS.items():
+            # object.__setattr__ is the one way to normalise a field of a frozen dataclass
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """Make a Config from plain values; a key that is no field is refused."""
+        if not isinstance(values, Mapping):
+            raise UsageError(f"a configuration is an object of keys, not {type(values).__name__}")
+        for key in values:
+            if key not in CHECKS:
+                raise UsageError(f"configuration key '{key}' is unknown{nearest(key, CHECKS)}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """Make a Config from the text that `to_json` gives, or from any part of its keys."""
+        try:
+            values = json.loads(text, object_pairs_hook=_unique_keys)
+        except ValueError as error:
+            raise UsageError(f"the configuration is not JSON: {error}") from error
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, in the order of their definition."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The fields as readable JSON; `from_json` gives an equal Config back."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UsageError(f"configuration key '{key}' stands twice", "remove one of the two")
+    return dict(pairs)
+
+
+def _one_of(known: tuple[str, ...], optional: bool = False) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        if (optional and value is None) or (isinstance(value, str) and value in known):
+            return value
+        raise UsageError(f"{name} '{value}' is unknown{nearest(str(value), known)}")
+
+    return check
+
+
+def _positive(kinds: tuple[type, ...], what: str) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
+            raise UsageError(f"{name} is {value!r}", f"give {what} above 0, or leave it out")
+        return value
+
+    return check
+
+
+def _path(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise UsageError(f"{name} is {value!r}", "give the path of a directory, or leave it out")
+    return os.fspath(value)
+
+
+# One row per field, so that a field without a check cannot be added: from_dict would refuse it.
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "target": _one_of(("native", *target_names())),
+    "precision": _one_of(PRECISIONS),
+    "tune": _one_of(TUNE_EFFORTS),
+    "trials": _positive((int,), "a whole number"),
+    "timeout": _positive((int, float), "a number of seconds"),
+    "threads": _positive((int,), "a whole number"),
+    "runtime": _one_of(RUNTIMES),
+    "head": _one_of(HEADS, optional=True),
+    "log_dir": _path,
+    "cache_dir": _path,
+    "dump_ir": _path,
+}

@@ -1,0 +1,106 @@
+"""The first thing to try: minilm compiled, some sentences compared, timed beside ONNX Runtime."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertile import bench, driver, loader, runner
+from bertile.config import Config
+from bertile.progress import Progress
+from bertile.tables import size, table
+
+SENTENCES = (
+    "A man is playing a guitar on the street.",
+    "Someone makes music outdoors.",
+    "The stock market fell sharply today.",
+    "Shares lost much of their value this morning.",
+    "She baked a chocolate cake for the party.",
+    "The dessert was sweet and came from her oven.",
+    "The telescope found a new planet.",
+    "Astronomers discovered a distant world.",
+)
+LENGTHS = (16, 128)
+
+
+def demo(output: Path, config: Config, progress: Progress) -> dict[str, Any]:
+    """Compile minilm into `output`, find each sentence's nearest neighbour, time both engines."""
+    summary = driver.compile("minilm", output, config, progress)
+    with progress.stage("run"):
+        result = runner.run(output, SENTENCES, threads=config.threads)
+    onnx = driver.export_cached("minilm", config).onnx_path
+    with progress.stage("bench"):
+        report = bench.bench(
+            output, onnx, lengths=LENGTHS, threads=config.threads, progress=progress
+        )
+    return {
+        "compile": summary,
+        "neighbours": neighbours(result["texts"], result["cosine"]),
+        "bench": report,
+        "bytes": _sizes(output, onnx),
+    }
+
+
+def neighbours(texts: list[str], cosine: list[list[float]]) -> list[dict[str, Any]]:
+    """For each text the one most like it, itself left out."""
+    similar = np.array(cosine)
+    np.fill_diagonal(similar, -np.inf)
+    nearest = similar.argmax(axis=1)
+    return [
+        {"text": text, "nearest": texts[index], "cosine": float(similar[row, index])}
+        for row, (text, index) in enumerate(zip(texts, nearest))
+    ]
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """What `bertile demo` prints: neighbours, then latency and size."""
+    found = [(one["text"], one["nearest"], one["cosine"]) for one in result["neighbours"]]
+    difference = result["compile"]["max_abs_difference"]
+    times = {name: [] for name in result["bench"]["versions"]}
+    for row in result["bench"]["rows"]:
+        times[row["engine"]].append(row["median_ms"])
+    rows = [
+        (
+            result["bench"]["versions"][name],
+            *medians,
+            size(result["bytes"][name]["model"]),
+            size(result["bytes"][name]["runtime"]),
+        )
+        for name, medians in times.items()
+    ]
+    header = ("engine", *(f"ms, {length} tokens" for length in LENGTHS), "model", "runtime")
+    return "\n".join(
+        [
+            table(("sentence", "nearest", "cosine"), found),
+            "",
+            table(header, rows),
+            "",
+            f"one sentence at a time, {result['bench']['threads']} threads; the outputs differ by "
+            f"at most {difference:.1e}; the bundle: {result['compile']['output']}",
+        ]
+    )
+
+
+def _sizes(bundle: Path, onnx: Path) -> dict[str, dict[str, int]]:
+    ours = sum(os.path.getsize(path) for path in loader.find_runtime(bundle / "runtime"))
+    spec = importlib.util.find_spec("onnxruntime")
+    theirs = _size(Path(spec.origin).parent) if spec and spec.origin else 0
+    # runtime/ is counted as runtime, whether or not it lies in the bundle
+    extra = _size(bundle / "runtime")
+    return {
+        "bertile": {"model": _size(bundle) - extra, "runtime": ours},
+        "onnxruntime": {"model": _onnx_size(onnx), "runtime": theirs},
+    }
+
+
+def _onnx_size(path: Path) -> int:
+    # weights past 2 GB lie beside the file, under its name with an ending
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+
+
+def _size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

@@ -1,0 +1,81 @@
+"""What the export stage hands on: a directory with model.onnx, described by export.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bertile.errors import ModelError
+
+INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One integer input of shape (batch, length); ids are at least 0 and less than `below`.
+
+    `default` says what fills an input that the caller leaves out: "ones", "zeros" or None.
+    """
+
+    name: str
+    dtype: str = "int64"
+    below: int | None = None
+    default: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A canonical ONNX model on disk; `batch` and `length` are set where that axis is static.
+
+    `max_length` counts the tokens that a sequence may have, which for RoBERTa is less than the
+    rows of its position table. `notes` are for people: what was found, changed or measured.
+    """
+
+    directory: Path
+    source: str
+    sha256: str
+    family: str
+    head: str
+    max_length: int | None
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    batch: int | None = None
+    length: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def onnx_path(self) -> Path:
+        return self.directory / "model.onnx"
+
+    def to_json(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        del fields["directory"]
+        return fields
+
+    @classmethod
+    def from_json(cls, directory: Path, fields: Mapping[str, Any]) -> ExportedModel:
+        values = dict(fields)
+        values["inputs"] = tuple(InputSpec(**one) for one in values["inputs"])
+        for name in ("outputs", "labels", "notes"):
+            values[name] = tuple(values[name])
+        return cls(directory=Path(directory), **values)
+
+    def write(self) -> ExportedModel:
+        """Write export.json beside model.onnx and return self."""
+        text = json.dumps(self.to_json(), indent=2) + "\n"
+        (self.directory / "export.json").write_text(text, encoding="utf-8")
+        return self
+
+
+def read(directory: Path) -> ExportedModel:
+    """Read the description that an earlier export left in `directory`; ModelError without one."""
+    path = Path(directory) / "export.json"
+    try:
+        return ExportedModel.from_json(path.parent, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"'{path}' is no description of an exported model: {error}") from error

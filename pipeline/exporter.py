@@ -1,0 +1,187 @@
+"""MODEL comes in; a canonical ONNX file, checked against torch, with its tokenizer goes out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bertile import models
+from bertile.config import Config
+from bertile.errors import NumericMismatchError, require
+from bertile.exported import ExportedModel, InputSpec, read
+from bertile.samples import largest_difference, run_onnx, sample
+
+__all__ = ["ExportedModel", "InputSpec", "export", "fingerprint", "read"]
+
+OPSET = 20
+TOLERANCE = 1e-3  # largest absolute difference between ONNX Runtime and torch, real tokens only
+EXTERNAL_DATA_BYTES = 1_500_000_000  # protobuf ends at 2 GiB
+
+_OUTPUTS = {
+    "encoder": ("last_hidden_state",),
+    "embedding": ("sentence_embedding",),
+    "sequence-classification": ("logits",),
+    "token-classification": ("logits",),
+    "question-answering": ("start_logits", "end_logits"),
+    "masked-lm": ("logits",),
+}
+
+
+def export(model: Any, directory: Path, config: Config) -> ExportedModel:
+    """Write MODEL as `directory`/model.onnx with its tokenizer files and export.json.
+
+    MODEL is what `models.load` takes, or an .onnx file, which goes to the normalizer. Raises
+    ModelError or UsageError for what cannot be exported, NumericMismatchError if ONNX Runtime
+    and torch differ by more than TOLERANCE on a real token.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, (str, Path)) and str(model).endswith(".onnx"):
+        from bertile import normalizer
+
+        return normalizer.normalize(Path(model), directory, config)
+    checkpoint = models.load(model, config.head)
+    exported = _describe(checkpoint, directory)
+    with models.quiet():
+        module = _module(checkpoint, exported)
+        _write_onnx(module, exported)
+        difference = _check(module, exported, _padding_id(checkpoint))
+    _copy_files(checkpoint, directory)
+    note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
+    notes = (*exported.notes, note)
+    return ExportedModel(**{**vars(exported), "notes": notes}).write()
+
+
+def fingerprint(model: Any, config: Config) -> str:
+    """Return a hex SHA-256 of everything that `export` depends on, for a cache key."""
+    return models.fingerprint(model, config.head)
+
+
+def _describe(checkpoint: models.Checkpoint, directory: Path) -> ExportedModel:
+    model_config = checkpoint.model.config
+    outputs = _OUTPUTS[checkpoint.head]
+    if checkpoint.head == "encoder" and getattr(checkpoint.model, "pooler", None) is not None:
+        outputs = (*outputs, "pooler_output")
+    inputs = [
+        InputSpec("input_ids", below=model_config.vocab_size),
+        InputSpec("attention_mask", below=2, default="ones"),
+    ]
+    # RoBERTa has one token type, which is a constant; DistilBERT and MPNet have none.
+    types = getattr(model_config, "type_vocab_size", 0)
+    if types > 1 and checkpoint.family != "mpnet":
+        inputs.append(InputSpec("token_type_ids", below=types, default="zeros"))
+    return ExportedModel(
+        directory=directory,
+        source=checkpoint.source,
+        sha256=checkpoint.sha256,
+        family=checkpoint.family,
+        head=checkpoint.head,
+        max_length=_max_length(checkpoint),
+        inputs=tuple(inputs),
+        outputs=outputs,
+        labels=checkpoint.labels,
+        notes=checkpoint.notes,
+    )
+
+
+def _max_length(checkpoint: models.Checkpoint) -> int:
+    rows = checkpoint.model.config.max_position_embeddings
+    if checkpoint.family in models.AFTER_PADDING:  # rows up to the padding id are never used
+        return rows - checkpoint.model.base_model.embeddings.padding_idx - 1
+    return rows
+
+
+def _padding_id(checkpoint: models.Checkpoint) -> int:
+    embeddings = checkpoint.model.base_model.embeddings
+    return getattr(embeddings, "padding_idx", None) or checkpoint.model.config.pad_token_id or 0
+
+
+def _module(checkpoint: models.Checkpoint, exported: ExportedModel) -> Any:
+    from bertile.exportable import Exportable  # imports torch, which only this stage needs
+
+    return Exportable(checkpoint, tuple(one.name for one in exported.inputs), exported.outputs)
+
+
+def _write_onnx(module: Any, exported: ExportedModel) -> None:
+    torch, onnx = require("export", "torch", "onnx")
+    size = sum(parameter.nbytes for parameter in module.parameters())
+    batch = torch.export.Dim("batch", min=1)
+    length = torch.export.Dim("length", min=1, max=exported.max_length)
+    # Sizes 2 and 16, because torch.export makes a constant of an axis that it sees as 1.
+    arrays = sample(exported.inputs, batch=2, length=min(16, exported.max_length), padding_id=0)
+    arguments = tuple(torch.from_numpy(arrays[one.name]) for one in exported.inputs)
+    program = torch.onnx.export(
+        module,
+        arguments,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[one.name for one in exported.inputs],
+        output_names=list(exported.outputs),
+        dynamic_shapes=tuple({0: batch, 1: length} for _ in arguments),
+        verbose=False,
+    )
+    proto = _canonical(program.model_proto)
+    external = size > EXTERNAL_DATA_BYTES
+    onnx.save(
+        proto,
+        exported.onnx_path,
+        save_as_external_data=external,
+        location="model.onnx.data" if external else None,
+    )
+
+
+def _canonical(proto: Any) -> Any:
+    """Drop the exporter's records of source lines, and bring the rest to the one spelling."""
+    from bertile import onnx_rewrites
+    from bertile.onnx_graph import OnnxGraph
+
+    graph = OnnxGraph(proto)
+    sizes = {one.name: _sizes(one) for one in [*graph.inputs, *proto.graph.value_info]}
+    for node in graph.nodes:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in [*graph.inputs, *graph.results]:
+        del value.metadata_props[:]
+    onnx_rewrites.write_reshapes(graph, sizes.get)
+    onnx_rewrites.transpose_weights(graph)
+    onnx_rewrites.split_gemms(graph)
+    onnx_rewrites.scale_scores(graph)
+    onnx_rewrites.name_weights(graph)
+    graph.clean()
+    return graph.to_model(OPSET)
+
+
+def _sizes(value: Any) -> list[object]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def _check(module: Any, exported: ExportedModel, padding_id: int) -> float:
+    """Return the largest difference between torch and ONNX Runtime over two padded batches."""
+    (torch,) = require("export", "torch")
+    worst = 0.0
+    shapes = [(2, min(16, exported.max_length)), (3, min(37, exported.max_length))]
+    for seed, (batch, length) in enumerate(shapes):
+        arrays = sample(exported.inputs, batch, length, padding_id, seed)
+        with torch.no_grad():
+            want = module(*(torch.from_numpy(arrays[one.name]) for one in exported.inputs))
+        got = run_onnx(exported.onnx_path, arrays)
+        mask = arrays["attention_mask"]
+        for name, tensor in zip(exported.outputs, want, strict=True):
+            worst = max(worst, largest_difference(got[name], tensor.numpy(), mask))
+    if not worst <= TOLERANCE:
+        raise NumericMismatchError(
+            f"the exported ONNX model differs from torch by {worst:.3g}, more than {TOLERANCE:g}",
+            "this is a fault in Bertile's exporter or in the exporter of torch; please report it",
+        )
+    return worst
+
+
+def _copy_files(checkpoint: models.Checkpoint, directory: Path) -> None:
+    for path in checkpoint.files:
+        shutil.copyfile(path, directory / path.name)
+    if not (directory / "config.json").is_file():
+        text = checkpoint.model.config.to_json_string()
+        (directory / "config.json").write_text(text, encoding="utf-8")
+
+

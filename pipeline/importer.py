@@ -1,0 +1,72 @@
+"""The canonical ONNX model in, a Relax module with its weights split off and symbolic batch and length out."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+
+import numpy as np
+import onnx
+import tvm
+from tvm import relax
+from tvm.relax.frontend.onnx import from_onnx
+
+from bertile.errors import ModelError
+from bertile.exported import ExportedModel
+from bertile.graph import Graph
+from bertile.passes.rewriting import normalized
+
+TABLE = "blocks"  # the parameter that says where each block of tokens lies, see loader.token_blocks
+
+
+def import_onnx(exported: ExportedModel) -> Graph:
+    """Import the exported model.
+
+    Scalars, shapes and integer tensors become constants; float tensors with an axis are weights.
+    Raises ModelError for an operator that TVM cannot import, and for a file that is no ONNX model.
+    """
+    try:
+        model = onnx.load(exported.onnx_path)
+    except Exception as error:
+        raise ModelError(f"'{exported.onnx_path}' is not a readable ONNX model: {error}") from error
+    mod, values = _from_onnx(model)
+    main = mod["main"]
+    count = int(main.attrs["num_input"])
+    weights, constants = {}, {}
+    for var, value in zip(main.params[count:], values):
+        array = value.numpy()
+        if array.ndim and array.dtype == np.float32 and array.size > 1:
+            weights[var.name] = array
+        else:
+            constants[var.name] = value
+    mod = relax.transform.BindParams("main", constants)(mod)
+    graph = Graph(mod, weights, exported)
+    return graph.with_main(_with_table(graph.main, len(exported.inputs)))
+
+
+def _from_onnx(model: onnx.ModelProto) -> tuple[tvm.IRModule, list[tvm.runtime.Tensor]]:
+    logging.getLogger("relax.frontend.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mod = from_onnx(model, keep_params_in_input=True)
+    except Exception as error:
+        node = re.search(r"[Ee]rror converting operator (\w+)", str(error))
+        what = f"operator {node.group(1)}" if node else "a part of the graph"
+        detail = str(error).strip().splitlines()
+        raise ModelError(
+            f"TVM cannot import {what}: {detail[-1] if detail else type(error).__name__}",
+            "export the model from Hugging Face with `bertile export`, or run with --debug",
+        ) from error
+    mod, params = relax.frontend.detach_params(mod)
+    return mod, list(params.get("main", []))
+
+
+def _with_table(main: relax.Function, inputs: int) -> relax.Function:
+    """Add the block table after the model's inputs; kernels in lanes need it, nothing else reads it."""
+    blocks = tvm.tirx.Var("m", "int64")
+    table = relax.Var(TABLE, relax.TensorType([blocks, 4], "int32"))
+    params = [*main.params[:inputs], table, *main.params[inputs:]]
+    attrs = {**dict(main.attrs.items()), "num_input": inputs + 1, "global_symbol": "main"}
+    return normalized(relax.Function(params, main.body, main.ret_ty, True)).with_attr(attrs)

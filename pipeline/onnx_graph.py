@@ -1,0 +1,213 @@
+"""An ONNX graph that can be edited: constants as arrays, uses followed, dead nodes dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+
+class OnnxGraph:
+    """Wraps a ModelProto; edits change `nodes` and `constants`, `to_model` writes them back.
+
+    Nodes may be added in any order: they are sorted, and what nothing reads is dropped, by
+    `clean`. Names of graph inputs and outputs never change.
+    """
+
+    def __init__(self, model: onnx.ModelProto):
+        # Copies, except of the weights: the model itself stays as it is.
+        graph = onnx.GraphProto()
+        graph.node.extend(model.graph.node)
+        graph.input.extend(model.graph.input)
+        graph.output.extend(model.graph.output)
+        self.nodes: list[onnx.NodeProto] = list(graph.node)
+        self._tensors = {one.name: one for one in model.graph.initializer}
+        self._arrays: dict[str, np.ndarray] = {}
+        self._named = 0
+        weights = set(self._tensors)
+        self.inputs = [one for one in graph.input if one.name not in weights]
+        self.results = list(graph.output)
+        self.outputs = [one.name for one in self.results]
+        self._fold_constant_nodes()
+
+    def is_constant(self, name: str) -> bool:
+        return name in self._tensors or name in self._arrays
+
+    def array(self, name: str) -> np.ndarray:
+        """Return the value of a constant."""
+        if name not in self._arrays:
+            self._arrays[name] = numpy_helper.to_array(self._tensors[name])
+        return self._arrays[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a constant without reading its value."""
+        if name in self._arrays:
+            return self._arrays[name].shape
+        return tuple(self._tensors[name].dims)
+
+    def is_float(self, name: str) -> bool:
+        """Say whether a constant holds floating-point values, without reading them."""
+        if name in self._arrays:
+            return self._arrays[name].dtype.kind == "f"
+        return self._tensors[name].data_type in (
+            onnx.TensorProto.FLOAT,
+            onnx.TensorProto.FLOAT16,
+            onnx.TensorProto.DOUBLE,
+            onnx.TensorProto.BFLOAT16,
+        )
+
+    def scalar(self, name: str) -> float | None:
+        """Return the value of a constant that has a single element, else None."""
+        if not self.is_constant(name) or int(np.prod(self.shape(name))) != 1:
+            return None
+        return float(self.array(name).reshape(()))
+
+    def constant(self, value: Any, hint: str = "constant") -> str:
+        """Add an array and return its name; small equal ones share a name."""
+        array = np.asarray(value)
+        if array.size <= 64:
+            for name, other in self._arrays.items():
+                same = other.dtype == array.dtype and other.shape == array.shape
+                if same and np.array_equal(other, array):
+                    return name
+        return self.set_constant(self.fresh(hint), array)
+
+    def set_constant(self, name: str, value: np.ndarray) -> str:
+        self._tensors.pop(name, None)
+        self._arrays[name] = np.asarray(value)
+        return name
+
+    def rename_constant(self, old: str, new: str) -> None:
+        self._arrays[new] = self.array(old)
+        self.replace(old, new)
+
+    def fresh(self, hint: str) -> str:
+        self._named += 1
+        return f"bertile.{hint}.{self._named}"
+
+    def add(self, op: str, inputs: Iterable[str], **attributes: Any) -> str:
+        """Add a node with one output and return the output's name."""
+        output = self.fresh(op.lower())
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def producers(self) -> dict[str, onnx.NodeProto]:
+        return {name: node for node in self.nodes for name in node.output if name}
+
+    def consumers(self) -> dict[str, list[onnx.NodeProto]]:
+        found: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                found.setdefault(name, []).append(node)
+        return found
+
+    def replace(self, old: str, new: str) -> None:
+        """Make every reader of `old` read `new`; a graph output keeps its name."""
+        if old in self.outputs:
+            for node in self.nodes:
+                if old in node.output:
+                    node.output[:] = [self.fresh("unused") if o == old else o for o in node.output]
+            self.nodes.append(helper.make_node("Identity", [new], [old], name=old))
+        for node in self.nodes:
+            if old in node.input and old not in node.output:
+                node.input[:] = [new if name == old else name for name in node.input]
+
+    def clean(self) -> None:
+        """Drop identities and dead nodes, and sort the rest into the order of their data."""
+        self._drop_identities()
+        producers = self.producers()
+        order: list[onnx.NodeProto] = []
+        done: set[int] = set()
+        for output in self.outputs:
+            stack = [producers[output]] if output in producers else []
+            while stack:
+                node = stack[-1]
+                before = (producers[name] for name in node.input if name in producers)
+                waiting = [one for one in before if id(one) not in done]
+                stack.extend(waiting)
+                if not waiting:
+                    stack.pop()
+                    if id(node) not in done:
+                        done.add(id(node))
+                        order.append(node)
+        self.nodes = order
+        used = {name for node in order for name in node.input} | set(self.outputs)
+        self._tensors = {name: one for name, one in self._tensors.items() if name in used}
+        self._arrays = {name: one for name, one in self._arrays.items() if name in used}
+
+    def cut(self, name: str) -> OnnxGraph:
+        """Return a copy that computes the tensor `name` alone, from the inputs that it needs."""
+        part = OnnxGraph(self.to_model(0))
+        part.results = [onnx.ValueInfoProto(name=name)]
+        part.outputs = [name]
+        part.clean()
+        read = {one for node in part.nodes for one in node.input}
+        part.inputs = [one for one in part.inputs if one.name in read]
+        return part
+
+    def to_model(self, opset: int, outputs: Iterable[str] = ()) -> onnx.ModelProto:
+        """Return a model of the graph as it is now, with `outputs` shown beside its own."""
+        tensors = dict(self._tensors)
+        for name, array in self._arrays.items():
+            if name not in tensors:
+                tensors[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
+        shown = [onnx.ValueInfoProto(name=name) for name in outputs if name not in self.outputs]
+        graph = helper.make_graph(
+            self.nodes,
+            "bertile",
+            self.inputs,
+            [*self.results, *shown],
+            list(tensors.values()),
+        )
+        domains = [helper.make_opsetid("", opset)]
+        return helper.make_model(graph, opset_imports=domains, ir_version=10)
+
+    def _fold_constant_nodes(self) -> None:
+        kept = []
+        for node in self.nodes:
+            if node.op_type != "Constant":
+                kept.append(node)
+                continue
+            value = helper.get_attribute_value(node.attribute[0])
+            if isinstance(value, onnx.TensorProto):
+                value = numpy_helper.to_array(value)
+            elif node.attribute[0].type in (onnx.AttributeProto.FLOAT, onnx.AttributeProto.FLOATS):
+                value = np.asarray(value, np.float32)
+            self.set_constant(node.output[0], np.asarray(value))
+        self.nodes = kept
+
+    def _drop_identities(self) -> None:
+        renamed: dict[str, str] = {}
+        producers = self.producers()
+        kept = []
+        for node in self.nodes:
+            source = node.input[0] if node.op_type == "Identity" else ""
+            if node.op_type != "Identity":
+                kept.append(node)
+            elif node.output[0] not in self.outputs:
+                renamed[node.output[0]] = source
+            elif source in producers and source not in self.outputs:
+                # The node before it takes the output's name, and other readers follow.
+                before = producers[source]
+                before.output[:] = [node.output[0] if o == source else o for o in before.output]
+                renamed[source] = node.output[0]
+                producers[node.output[0]] = before
+            else:
+                kept.append(node)
+        for node in kept:
+            node.input[:] = [_end(renamed, name) for name in node.input]
+        self.nodes = kept
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """Return a node's attributes as plain Python values."""
+    return {one.name: helper.get_attribute_value(one) for one in node.attribute}
+
+
+def _end(renamed: dict[str, str], name: str) -> str:
+    while name in renamed:
+        name = renamed[name]
+    return name

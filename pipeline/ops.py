@@ -1,0 +1,111 @@
+"""The operators that graph passes fuse into, as Relax operators of their own. All are pure and act on row-major
+tensors; the layout that kernels use enters only when the builder lowers them.
+
+    bertile.dense(x (…, K), w (K, N), b (N), [residual (…, N)]) {activation}     activation(x w + b) + residual
+    bertile.attention(qkv (B, S, 3 H D), mask (B|1, 1, 1, S), [bias (B|1, H|1, S, S)]) {heads, head_size, scale}
+    bertile.layer_norm(x (…, C), gamma (C), beta (C)) {epsilon}
+    bertile.embedding(ids (B|1, S)…, table (V, C)…, gamma (C), beta (C)) {tables, epsilon}
+    bertile.first_token(x (B, S, C))                                                   x[:, 0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.ir import _ffi_api
+from tvm.ir.op import register_op_attr
+
+
+def dense(x: Any, w: Any, b: Any, residual: Any = None, activation: str = "none") -> relax.Call:
+    """activation(x w + b) + residual; activations as in ``schedules.cpu.vector_math``."""
+    operands = [x, w, b] if residual is None else [x, w, b, residual]
+    return _call("dense", operands, activation=activation)
+
+
+def attention(
+    qkv: Any, mask: Any, bias: Any = None, *, heads: int, head_size: int, scale: float
+) -> relax.Call:
+    """softmax(q kᵀ scale + mask + bias) v for each head, heads side by side as they came."""
+    operands = [qkv, mask] if bias is None else [qkv, mask, bias]
+    return _call("attention", operands, heads=heads, head_size=head_size, scale=scale)
+
+
+def layer_norm(x: Any, gamma: Any, beta: Any, epsilon: float) -> relax.Call:
+    """LayerNorm over the last axis."""
+    return _call("layer_norm", [x, gamma, beta], epsilon=epsilon)
+
+
+def embedding(ids: Sequence[Any], tables: Sequence[Any], norm: Sequence[Any], epsilon: float) -> Any:
+    """The sum of ``table[ids]``, normalised where ``norm`` (gamma, beta) is given."""
+    return _call("embedding", [*ids, *tables, *norm], tables=len(tables), epsilon=epsilon)
+
+
+def first_token(x: Any) -> relax.Call:
+    """The first token of each sequence."""
+    return _call("first_token", [x])
+
+
+def is_call(expr: Any, name: str) -> bool:
+    """Whether ``expr`` is a call of the operator ``name`` (Relax's are spelled ``relax.add``)."""
+    return (
+        isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == name
+    )
+
+
+def is_ours(expr: Any) -> bool:
+    """Whether ``expr`` is a call of an operator of this module."""
+    return (
+        isinstance(expr, relax.Call)
+        and isinstance(expr.op, tvm.ir.Op)
+        and expr.op.name.startswith("bertile.")
+    )
+
+
+def _call(name: str, operands: Sequence[Any], **attrs: Any) -> relax.Call:
+    node = tvm.ir.make_node("ir.DictAttrs", **attrs) if attrs else None
+    return relax.Call(tvm.ir.Op.get(f"bertile.{name}"), list(operands), attrs=node)
+
+
+def _like(x: Any, *last: Any) -> relax.TensorType:
+    """The type of ``x`` with other last extents."""
+    extents = list(x.ty.shape)
+    return relax.TensorType([*extents[: len(extents) - len(last)], *last], x.ty.dtype)
+
+
+def _embedding_type(call: relax.Call, _context: Any) -> relax.TensorType:
+    count = int(call.attrs["tables"])
+    ids, table = call.args[:count], call.args[count]
+    # positions come as (1, S): the batch is that of the ids that have one
+    batched = [i for i in ids if not isinstance(i.ty.shape[0], tvm.tirx.IntImm)] or ids
+    return relax.TensorType([*batched[0].ty.shape, table.ty.shape[1]], table.ty.dtype)
+
+
+def _attention_type(call: relax.Call, _context: Any) -> relax.TensorType:
+    return _like(call.args[0], int(call.attrs["heads"]) * int(call.attrs["head_size"]))
+
+
+def _first_token_type(call: relax.Call, _context: Any) -> relax.TensorType:
+    batch, _, channels = call.args[0].ty.shape
+    return relax.TensorType([batch, channels], call.args[0].ty.dtype)
+
+
+_TYPES: dict[str, Callable[[relax.Call, Any], relax.TensorType]] = {
+    "dense": lambda call, _: _like(call.args[0], call.args[1].ty.shape[1]),
+    "attention": _attention_type,
+    "layer_norm": lambda call, _: _like(call.args[0]),
+    "embedding": _embedding_type,
+    "first_token": _first_token_type,
+}
+
+
+def _register() -> None:
+    for name, infer in _TYPES.items():
+        _ffi_api.RegisterOp(f"bertile.{name}", "see bertile.ops")
+        register_op_attr(f"bertile.{name}", "FInferType", infer)
+        register_op_attr(f"bertile.{name}", "FPurity", True)
+
+
+_register()

@@ -1,0 +1,65 @@
+"""The graph passes, in the one order that counts. In and out: a Graph; the layout of kernels is not known here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from bertile.graph import Graph
+from bertile.passes.fold_weights import fold_weights
+from bertile.passes.fuse_attention import fuse_attention
+from bertile.passes.fuse_dense import fuse_dense
+from bertile.passes.fuse_embedding import fuse_embedding
+from bertile.passes.fuse_first_token import fuse_first_token
+from bertile.passes.fuse_gelu import fuse_gelu
+from bertile.passes.fuse_layer_norm import fuse_layer_norm
+from bertile.passes.fuse_qkv import fuse_qkv
+from bertile.passes.simplify import simplify
+
+Pass = Callable[[Graph], Graph]
+
+# A phase is what --dump-ir writes one file for.
+PHASES: tuple[tuple[str, tuple[Pass, ...]], ...] = (
+    ("simplified", (simplify,)),
+    (
+        "fused",
+        (
+            fuse_layer_norm,
+            fuse_gelu,
+            fuse_attention,
+            fuse_qkv,  # joins what attention gathered, so after it
+            fuse_embedding,  # starts from a LayerNorm that is one operator
+            fuse_dense,  # after Q, K and V are one product: it takes every linear layer that is left
+            fuse_first_token,  # needs to see that its input is one of our operators
+        ),
+    ),
+    # simplify first: layers that share weights (ALBERT) share the joined weight too
+    ("folded", (simplify, fold_weights)),
+)
+
+
+def optimize(graph: Graph, dump: Callable[[str, Graph], None] = lambda phase, graph: None) -> Graph:
+    """Run all passes; ``dump`` is called with the name and the result of each phase."""
+    dump("imported", graph)
+    for phase, passes in PHASES:
+        for apply in passes:
+            graph = apply(graph)
+        dump(phase, graph)
+    return graph
+
+
+def pass_names() -> list[str]:
+    """The passes in the order in which they run, for the manifest."""
+    return [apply.__name__ for _, passes in PHASES for apply in passes]
+
+
+def dump_to(directory: Path) -> Callable[[str, Graph], None]:
+    """A ``dump`` that writes ``1-imported.py``, ``2-simplified.py`` … into a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written: list[str] = []
+
+    def dump(phase: str, graph: Graph) -> None:
+        written.append(phase)
+        (directory / f"{len(written)}-{phase}.py").write_text(graph.mod.script())
+
+    return dump

@@ -1,0 +1,1 @@
+"""Graph passes, one per file; their order stands in ``bertile.optimizer``."""

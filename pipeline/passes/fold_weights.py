@@ -1,0 +1,82 @@
+"""What is computed of weights alone is computed once, at build time.
+
+    concat(wq, wk, wv), permute_dims(w), reshape(p) …  →  one more weight
+
+By numpy, not by TVM's LiftTransformParams: that runs unscheduled loops over hundreds of megabytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from bertile.graph import Graph
+from bertile.passes.rewriting import Dataflow, replace, shape, static
+
+# Attributes are looked up as the operator's call has them; an operator that is not here stays in the graph.
+FOLDED: dict[str, Callable[..., np.ndarray]] = {
+    "relax.concat": lambda call, parts: np.concatenate(parts, axis=int(call.attrs["axis"])),
+    "relax.permute_dims": lambda call, x: np.transpose(
+        x, [int(a) for a in call.attrs["axes"]] if call.attrs["axes"] is not None else None
+    ),
+    "relax.reshape": lambda call, x, _shape: x.reshape(shape(call)),
+    "relax.expand_dims": lambda call, x: x.reshape(shape(call)),
+    "relax.squeeze": lambda call, x: x.reshape(shape(call)),
+    "relax.add": lambda call, a, b: a + b,
+    "relax.multiply": lambda call, a, b: a * b,
+}
+
+
+def fold_weights(graph: Graph) -> Graph:
+    """Evaluate expressions of weights, and drop the weights that nobody reads any more."""
+    flow = Dataflow(graph.main)
+    known: dict[relax.Var, Any] = {var: graph.params[var.name] for var in flow.weights}
+    folded: dict[relax.Var, relax.Var] = {}
+    params = dict(graph.params)
+    for binding in flow.bindings:
+        value = _evaluate(binding.value, known)
+        if value is None:
+            continue
+        known[binding.var] = value
+        if isinstance(value, np.ndarray) and isinstance(binding.value, relax.Call):
+            name = f"{binding.var.name}_folded"
+            folded[binding.var] = relax.Var(name, binding.var.ty)
+            params[name] = value
+    main = graph.main
+    wider = relax.Function([*main.params, *folded.values()], main.body, main.ret_ty, True, main.attrs)
+    return _without_unused(replace(dataclasses.replace(graph.with_main(wider), params=params), folded))
+
+
+def _evaluate(expr: Any, known: dict[relax.Var, Any]) -> Any:
+    """The value of an expression of known ones, else None."""
+    if isinstance(expr, relax.Var):
+        return known.get(expr)
+    if isinstance(expr, tvm.ir.GenericConst):
+        return expr.value.numpy()
+    if isinstance(expr, relax.ShapeExpr):
+        return ()
+    if isinstance(expr, relax.Tuple):
+        fields = [_evaluate(field, known) for field in expr.fields]
+        return None if any(f is None for f in fields) else fields
+    if isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name in FOLDED:
+        args = [_evaluate(arg, known) for arg in expr.args]
+        if any(a is None for a in args) or not all(map(static, shape(expr) or [None])):
+            return None
+        return np.ascontiguousarray(FOLDED[expr.op.name](expr, *args))
+    return None
+
+
+def _without_unused(graph: Graph) -> Graph:
+    main = relax.transform.CanonicalizeBindings()(graph.mod)["main"]
+    used = {var.name for var in Dataflow(main).used()}
+    count = int(main.attrs["num_input"])
+    weights = [p for p in main.params[count:] if p.name in used]
+    params = [*main.params[:count], *weights]
+    slim = relax.Function(params, main.body, main.ret_ty, True, main.attrs)
+    kept = {p.name: graph.params[p.name] for p in weights}
+    return dataclasses.replace(graph.with_main(slim), params=kept)

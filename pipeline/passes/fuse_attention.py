@@ -1,0 +1,141 @@
+"""Attention as exporters write it becomes one operator on Q, K and V side by side.
+
+    q, k, v (B, S, H D) → reshape, permute → matmul · scale + masks → softmax → matmul → permute, reshape
+        →  bertile.attention(concat(q, k, v), mask, [bias])
+
+The scale may stand on q, on k, on both or on the scores, as a factor or a divisor. What is added to the
+scores is the mask where it is the same for all heads and queries, and a bias otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tvm import relax
+
+from bertile import ops
+from bertile.graph import Graph
+from bertile.passes.rewriting import Dataflow, rewrite, shape, static
+
+
+def fuse_attention(graph: Graph) -> Graph:
+    """Recognise attention of tokens to the tokens of their own sequence."""
+    return rewrite(graph, _attention)
+
+
+class _Heads(NamedTuple):
+    x: Any  # (B, S, H D)
+    axes: tuple[int, ...]  # how (B, S, H, D) is permuted
+    heads: int
+    size: int
+    scale: float
+
+
+class _Scores(NamedTuple):
+    q: _Heads
+    k: _Heads
+    scale: float
+    added: list[Any]
+
+
+def _attention(flow: Dataflow, call: relax.Call) -> Any:
+    if not flow.is_op(call, "reshape") or len(shape(call) or []) != 3:
+        return None
+    back = flow.call(call.args[0], "permute_dims")
+    if back is None or [int(a) for a in back.attrs["axes"]] != [0, 2, 1, 3]:
+        return None
+    context = flow.call(back.args[0], "matmul")
+    softmax = flow.call(context.args[0], "nn.softmax") if context is not None else None
+    if softmax is None or int(softmax.attrs["axis"]) not in (-1, 3):
+        return None
+    scores, v = _scores(flow, softmax.args[0]), _heads(flow, context.args[1])
+    if scores is None or v is None or not _consistent(flow, scores, v):
+        return None
+    masks = [term for term in scores.added if _is_mask(term)]
+    biases = [term for term in scores.added if not _is_mask(term)]
+    if any(len(shape(term) or []) != 4 for term in scores.added):
+        return None
+    return ops.attention(
+        relax.op.concat([scores.q.x, scores.k.x, v.x], axis=2),
+        _sum(masks) if masks else _no_mask(call),
+        _sum(biases) if biases else None,
+        heads=v.heads,
+        head_size=v.size,
+        scale=scores.scale * scores.q.scale * scores.k.scale,
+    )
+
+
+def _consistent(flow: Dataflow, scores: _Scores, v: _Heads) -> bool:
+    q, k = scores.q, scores.k
+    same_heads = {(h.heads, h.size) for h in (q, k, v)} == {(v.heads, v.size)}
+    axes = (q.axes, k.axes, v.axes) == ((0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3))
+    tokens = all(flow.is_tokens(h.x) for h in (q, k, v))
+    return same_heads and axes and tokens and v.scale == 1.0
+
+
+def _scores(flow: Dataflow, expr: Any) -> _Scores | None:
+    """The product q kᵀ behind ``expr``, what it is multiplied by, and what is added to it."""
+    if (product := flow.call(expr, "matmul")) is not None:
+        q, k = (_heads(flow, side) for side in product.args)
+        return _Scores(q, k, 1.0, []) if q and k else None
+    if (scaled := flow.call(expr, "multiply", "divide")) is not None:
+        split = _scalar_factor(flow, scaled)
+        inner = _scores(flow, split[0]) if split else None
+        if inner is None or inner.added:  # a scale outside of a mask would scale the mask
+            return None
+        return inner._replace(scale=inner.scale * split[1])
+    if (total := flow.call(expr, "add")) is not None:
+        for value, other in (total.args, list(total.args)[::-1]):
+            inner = _scores(flow, value)
+            if inner is not None:
+                return inner._replace(added=[*inner.added, other])
+    return None
+
+
+def _heads(flow: Dataflow, expr: Any) -> _Heads | None:
+    """Follow permutations and scalings back to the reshape that made heads of a (B, S, H D) tensor."""
+    axes, scale = (0, 1, 2, 3), 1.0
+    while (step := flow.call(expr, "permute_dims", "multiply", "divide")) is not None:
+        if flow.is_op(step, "permute_dims"):
+            inner = [int(a) for a in step.attrs["axes"]]
+            if len(inner) != 4:
+                return None
+            axes, expr = tuple(inner[a] for a in axes), step.args[0]
+        else:
+            split = _scalar_factor(flow, step)
+            if split is None:
+                return None
+            expr, scale = split[0], scale * split[1]
+    split_heads = flow.call(expr, "reshape")
+    extents = shape(split_heads) if split_heads is not None else None
+    if extents is None or len(extents) != 4 or not all(map(static, extents[2:])):
+        return None
+    x = split_heads.args[0]
+    scaled = flow.call(x, "multiply", "divide")
+    if scaled is not None and (split := _scalar_factor(flow, scaled)) is not None:
+        x, scale = split[0], scale * split[1]
+    return _Heads(x, axes, extents[2], extents[3], scale)
+
+
+def _scalar_factor(flow: Dataflow, call: relax.Call) -> tuple[Any, float] | None:
+    """The other operand and the factor of a multiplication or division by a constant."""
+    if flow.is_op(call, "divide"):
+        divisor = flow.scalar(call.args[1])
+        return (call.args[0], 1.0 / divisor) if divisor else None
+    return flow.split_scalar(call)
+
+
+def _is_mask(term: Any) -> bool:
+    extents = shape(term)
+    return extents is not None and len(extents) == 4 and extents[1] == 1 and extents[2] == 1
+
+
+def _sum(terms: list[Any]) -> Any:
+    total = terms[0]
+    for term in terms[1:]:
+        total = relax.op.add(total, term)
+    return total
+
+
+def _no_mask(call: relax.Call) -> Any:
+    return relax.op.zeros(relax.ShapeExpr([1, 1, 1, call.ty.shape[1]]), "float32")

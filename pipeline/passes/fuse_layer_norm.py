@@ -1,0 +1,91 @@
+"""LayerNorm, as one operator or spelled out (exports before opset 17), becomes bertile.layer_norm.
+
+    nn.layer_norm(x, gamma, beta, axes=[-1])                            →  bertile.layer_norm(x, gamma, beta)
+    d = x - mean(x); d / sqrt(mean(d²) + epsilon) · gamma + beta        →  the same
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import relax
+
+from bertile import ops
+from bertile.graph import Graph
+from bertile.passes.rewriting import Dataflow, rewrite, shape, static
+
+
+def fuse_layer_norm(graph: Graph) -> Graph:
+    """Recognise both forms, over the last axis."""
+    return rewrite(rewrite(graph, _operator), _spelled_out)
+
+
+def _operator(flow: Dataflow, call: relax.Call) -> Any:
+    if not flow.is_op(call, "nn.layer_norm"):
+        return None
+    x, gamma, beta = call.args
+    rank = len(shape(x) or [])
+    last = [int(a) % rank for a in call.attrs["axes"]] == [rank - 1] if rank else False
+    if not last or not call.attrs["center"] or not call.attrs["scale"]:
+        return None
+    return _make(flow, x, gamma, beta, float(call.attrs["epsilon"]))
+
+
+def _spelled_out(flow: Dataflow, call: relax.Call) -> Any:
+    if not flow.is_op(call, "add"):
+        return None
+    for scaled, beta in (call.args, list(call.args)[::-1]):
+        product = flow.call(scaled, "multiply")
+        if product is None or not flow.is_weight(beta):
+            continue
+        for quotient, gamma in (product.args, list(product.args)[::-1]):
+            ratio = flow.call(quotient, "divide")
+            if ratio is None or not flow.is_weight(gamma):
+                continue
+            found = _standardized(flow, ratio)
+            if found is not None:
+                return _make(flow, found[0], gamma, beta, found[1])
+    return None
+
+
+def _standardized(flow: Dataflow, ratio: relax.Call) -> tuple[Any, float] | None:
+    """x and epsilon of (x - mean(x)) / sqrt(mean((x - mean(x))²) + epsilon)."""
+    centered, root = flow.call(ratio.args[0], "subtract"), flow.call(ratio.args[1], "sqrt")
+    if centered is None or root is None:
+        return None
+    x, mean = centered.args[0], flow.call(centered.args[1], "mean")
+    shifted = flow.call(root.args[0], "add")
+    split = flow.split_scalar(shifted) if shifted is not None else None
+    if mean is None or split is None or not _same(flow, mean.args[0], x) or not _last(mean):
+        return None
+    variance = flow.call(split[0], "mean")
+    if variance is None or not _last(variance) or not _is_square(flow, variance.args[0], ratio.args[0]):
+        return None
+    return x, split[1]
+
+
+def _is_square(flow: Dataflow, expr: Any, of: Any) -> bool:
+    if (power := flow.call(expr, "power")) is not None:
+        return flow.scalar(power.args[1]) == 2.0 and _same(flow, power.args[0], of)
+    product = flow.call(expr, "multiply")
+    return product is not None and all(_same(flow, a, of) for a in product.args)
+
+
+def _last(mean: relax.Call) -> bool:
+    """Whether a mean goes over the last axis and keeps it."""
+    rank = len(shape(mean.args[0]) or [])
+    axes = [int(a) % rank for a in mean.attrs["axis"]] if mean.attrs["axis"] and rank else []
+    return axes == [rank - 1] and bool(mean.attrs["keepdims"])
+
+
+def _same(flow: Dataflow, a: Any, b: Any) -> bool:
+    return flow.definition(a).same_as(flow.definition(b))
+
+
+def _make(flow: Dataflow, x: Any, gamma: Any, beta: Any, epsilon: float) -> Any:
+    extents = shape(x)
+    if not extents or not static(extents[-1]) or not flow.is_row_batch(x):
+        return None
+    if not all(flow.is_weight(w) and shape(w) == [extents[-1]] for w in (gamma, beta)):
+        return None
+    return ops.layer_norm(x, gamma, beta, epsilon)

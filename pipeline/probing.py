@@ -1,0 +1,122 @@
+"""An ONNX graph comes in; what each of its tensors is for several random batches goes out."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from bertile.errors import ModelError
+from bertile.exported import InputSpec
+from bertile.onnx_graph import OnnxGraph
+from bertile.samples import sample, session
+
+# Different in every axis and product, so that a size says where it comes from.
+SHAPES = ((2, 5), (3, 7), (1, 1), (2, 11), (1, 13))
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Every tensor's value, by name, in each of several runs that differ in all inputs."""
+
+    feeds: tuple[dict[str, np.ndarray], ...]
+    values: tuple[dict[str, np.ndarray], ...]
+
+    def of(self, name: str) -> list[np.ndarray] | None:
+        """Return the tensor's value in each run, or None if no run saw it."""
+        if not all(name in one for one in self.values):
+            return None
+        return [one[name] for one in self.values]
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """Return the tensor's value if it is the same in all runs."""
+        found = self.of(name)
+        if found is None or any(one.shape != found[0].shape for one in found):
+            return None
+        same = all(np.array_equal(one, found[0], equal_nan=one.dtype.kind == "f") for one in found)
+        return found[0] if same else None
+
+    def sizes(self, name: str) -> list[object] | None:
+        """Return the tensor's shape; an axis that varies is a tuple of its size in each run."""
+        found = self.of(name)
+        if found is None or len({one.ndim for one in found}) != 1:
+            return None
+        return [merge(column) for column in zip(*(one.shape for one in found))]
+
+
+def merge(column: Iterable[int]) -> object:
+    """Return the one integer that all runs agree on, else the tuple of what each has."""
+    values = tuple(int(one) for one in column)
+    return values[0] if len(set(values)) == 1 else values
+
+
+def probe(
+    graph: OnnxGraph, inputs: tuple[InputSpec, ...], opset: int, batch: int | None, length: int | None
+) -> Probes:
+    """Run the graph on random batches with every tensor shown; static axes keep their size."""
+    names = [name for node in graph.nodes for name in node.output if name]
+    shapes = [(batch or some, length or other) for some, other in SHAPES]
+    feeds = tuple(_feed(inputs, shape, seed) for seed, shape in enumerate(shapes))
+    model = graph.to_model(opset, outputs=names)
+    with opened(model, optimize=False) as runner:
+        shown = [one.name for one in runner.get_outputs()]
+        values = tuple(
+            {**dict(zip(shown, _run(runner, shown, feed))), **feed} for feed in feeds
+        )
+    return Probes(feeds, values)
+
+
+def evaluate(
+    graph: OnnxGraph, name: str, feed: dict[str, np.ndarray], opset: int
+) -> np.ndarray:
+    """Compute one tensor alone, from those inputs that it needs."""
+    part = graph.cut(name)
+    with opened(part.to_model(opset)) as runner:
+        wanted = {one.name: feed[one.name] for one in part.inputs}
+        return runner.run([name], wanted)[0]
+
+
+@contextlib.contextmanager
+def opened(model: onnx.ModelProto, optimize: bool = True) -> Iterator[Any]:
+    """Open a model in ONNX Runtime; one past protobuf's 2 GiB goes through a file."""
+    if model.ByteSize() < 1_900_000_000:
+        yield session(model.SerializeToString(), optimize)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model.onnx"
+        onnx.save(model, path, save_as_external_data=True, location="model.data")
+        yield session(path, optimize)
+
+
+def _run(runner: Any, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    try:
+        return runner.run(outputs, feed)
+    except Exception as error:  # onnxruntime has no public base class for its errors
+        batch, length = feed["input_ids"].shape
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"the model does not run with batch {batch} and length {length}: {reason}"
+        ) from error
+
+
+def _feed(
+    inputs: tuple[InputSpec, ...], shape: tuple[int, int], seed: int
+) -> dict[str, np.ndarray]:
+    # Few different ids, so that every special id, the padding id for one, turns up at real tokens.
+    small = [replace(one, below=min(one.below or 12, 12)) for one in inputs]
+    feed = sample(small, *shape, padding_id=-1, seed=seed)
+    random = np.random.default_rng(seed)
+    for one in inputs:
+        if one.name == "input_ids":
+            feed[one.name] = random.integers(0, min(one.below or 12, 12), shape).astype(one.dtype)
+        elif one.name == "attention_mask" and shape[1] > 1:
+            mask = random.integers(0, 2, shape)
+            mask[:, random.integers(0, shape[1])] = 1
+            feed[one.name] = mask.astype(one.dtype)
+    return feed

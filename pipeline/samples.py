@@ -1,0 +1,73 @@
+"""Padded random batches for comparing two forms of one model, and the comparison itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertile.errors import ModelError, require
+from bertile.exported import InputSpec
+
+
+def sample(
+    inputs: Iterable[InputSpec], batch: int, length: int, padding_id: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Return random arrays for `inputs`; row 0 is full, the others are padded on the right.
+
+    Ids are below 1000 where the vocabulary allows and avoid `padding_id` at real tokens, which
+    RoBERTa takes its positions from.
+    """
+    random = np.random.default_rng(seed)
+    real = np.maximum(1, random.integers(1, length + 1, size=batch))
+    real[0] = length
+    mask = (np.arange(length) < real[:, None]).astype(np.int64)
+    arrays = {}
+    for one in inputs:
+        if one.name == "attention_mask":
+            values = mask
+        else:
+            values = random.integers(0, min(one.below or 1000, 1000), size=(batch, length))
+        if one.name == "input_ids":
+            values = np.where(values == padding_id, padding_id + 1, values)
+            values = np.where(mask == 1, values, padding_id)
+        arrays[one.name] = values.astype(one.dtype)
+    return arrays
+
+
+def run_onnx(path: Path | bytes, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run one batch through ONNX Runtime and return its outputs by name."""
+    runner = session(path)
+    names = [one.name for one in runner.get_outputs()]
+    return dict(zip(names, runner.run(names, dict(arrays))))
+
+
+def session(path: Path | bytes, optimize: bool = True) -> Any:
+    """Open a model, a file or its bytes, in ONNX Runtime on the CPU; ModelError if it cannot."""
+    (runtime,) = require("export", "onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    if not optimize:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = path if isinstance(path, bytes) else str(path)
+    try:
+        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has no public base class for its errors
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"ONNX Runtime cannot load the model: {reason}") from error
+
+
+def largest_difference(got: np.ndarray, want: np.ndarray, mask: np.ndarray) -> float:
+    """Return the largest absolute difference, at real tokens alone if the output is per token.
+
+    An output is per token when its first two axes are those of `mask`; infinity for other
+    shapes or values that are not finite.
+    """
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return float("inf")
+    difference = np.abs(got.astype(np.float64) - want)
+    if difference.ndim >= 2 and difference.shape[:2] == mask.shape:
+        difference = difference[mask != 0]
+    return float(difference.max(initial=0.0))

@@ -1,0 +1,50 @@
+"""Rows of values come in; a table for a terminal, or for Markdown, goes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], markdown: bool = False) -> str:
+    """Align columns: numbers to the right, everything else to the left; None is a dash."""
+    cells = [[_text(value) for value in row] for row in rows]
+    least = 3 if markdown else 1  # Markdown wants dashes in every rule
+    widths = [max(least, *map(len, column)) for column in zip(header, *cells)]
+    right = [_is_number(column) for column in zip(*rows)] or [False] * len(widths)
+
+    def line(row: Sequence[str]) -> str:
+        parts = [
+            cell.rjust(width) if numeric else cell.ljust(width)
+            for cell, width, numeric in zip(row, widths, right)
+        ]
+        return f"| {' | '.join(parts)} |" if markdown else "  ".join(parts).rstrip()
+
+    rules = ["-" * (width - 1) + (":" if numeric else "-") for width, numeric in zip(widths, right)]
+    rule = line(rules if markdown else ["-" * width for width in widths])
+    return "\n".join([line(header), rule, *map(line, cells)])
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them: 6.1 MB (10^6)."""
+    number = float(count)
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1e-2 and value else f"{value:.2f}"
+    return str(value)
+
+
+def _is_number(column: Sequence[Any]) -> bool:
+    known = [value for value in column if value is not None]
+    return bool(known) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in known
+    )

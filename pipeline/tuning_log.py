@@ -1,0 +1,3 @@
+"""stub"""
+class TuningLog:
+    def best(self, task, row): return None

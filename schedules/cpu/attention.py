@@ -1,0 +1,207 @@
+"""Fused attention in lanes: scores, scale, mask, softmax and context in one pass, for sequences of any lengths.
+
+    qkv (m, 3 H D, 16), keys (m, 16) additive, table (m, 4), [bias (B, H, S/16, S, 16)]  →  y (m, H D, 16)
+
+    parallel over heads × blocks of 16 queries (queries in lanes)
+      for each tile of key blocks of the query's own sequence
+        scores: 16 keys × 16 queries in registers, keys broadcast
+        online softmax (Milakov & Gimelshein 2018): running maximum and sum, context rescaled per tile
+        context: values broadcast
+
+The score matrix is never written: a tile of 16 × key_tile × 16 floats stays in the first-level cache. The table
+says where each block's sequence lies (see ``bertile.loader.token_blocks``), so that packed sequences of unequal
+lengths need no padding and no other kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from bertile.schedules.cpu import lanes, vector_math
+from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.reference import softmax
+from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
+from bertile.schedules.task import Task
+
+LOWEST = -1e30  # below any score, and small enough that differences of two stay finite
+
+
+def space(task: Task, row: Row) -> Space:
+    """Key blocks per tile of the online softmax, and the register tiles of the two products."""
+    fits = lanes.vector_capacity(row)
+    return {
+        "key_tile": (2, 4, 8, 16, 32),
+        "keys": tuple(k for k in (2, 4, 8, 16) if k < fits),
+        "channels": tuple(c for c in (2, 4, 6, 8, 12, 16, 20, 24) if c < fits),
+    }
+
+
+def default(task: Task, row: Row) -> Knobs:
+    """The widest register tiles; 128 keys at a time."""
+    choices = space(task, row)
+    channels = [c for c in choices["channels"] if c <= 16]
+    even = [c for c in channels if task.shape["head_size"] % c == 0 and c * 2 >= max(channels)]
+    return {"key_tile": 8, "keys": max(choices["keys"]), "channels": max(even or channels)}
+
+
+def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
+    """The PrimFunc (qkv, keys, table, [bias], y)."""
+    heads, size = task.shape["heads"], task.shape["head_size"]
+    with lanes.kernel(task.name) as made:
+        qkv = made.activation("qkv", 3 * heads * size)
+        keys = made.tensor("keys", made.blocks, LANES)
+        table = made.tensor("table", made.blocks, 4, dtype="int32")
+        bias = None
+        if task.shape["bias"]:
+            extents = [T.int32() for _ in range(4)]
+            bias = made.tensor("bias", *extents, LANES)
+        y = made.activation("y", heads * size)
+        with T.parallel(heads * made.blocks) as job:
+            head = T.Bind(job // made.blocks)
+            query = T.Bind(job % made.blocks)
+            _Query(task, knobs, qkv, keys, table, bias, y, head, query).emit()
+    return made.func
+
+
+class _Query:
+    """Emits the attention of one head for one block of 16 queries."""
+
+    def __init__(self, task: Task, knobs: Knobs, *operands: Any) -> None:
+        self.qkv, self.keys, self.table, self.bias, self.y, self.head, self.query = operands
+        self.size, self.scale = task.shape["head_size"], task.shape["scale"]
+        self.width = task.shape["heads"] * self.size
+        self.knobs = knobs
+        self.first = T.Bind(self.table[self.query, 2])
+        self.count = T.Bind(self.table[self.query, 3])
+
+    def emit(self) -> None:
+        tile = self.knobs["key_tile"]
+        scores = T.alloc_buffer((tile * LANES, LANES), "float32")
+        context = T.alloc_buffer((self.size, LANES), "float32")
+        state = T.alloc_buffer((3, LANES), "float32")  # running maximum, sum, tile's maximum
+        lanes.store(state, lanes.splat(LOWEST), 0)
+        lanes.store(state, lanes.splat(0.0), 1)
+        with T.serial(self.size) as d:
+            lanes.store(context, lanes.splat(0.0), d)
+        with T.serial((self.count + (tile - 1)) // tile) as step:
+            start = T.Bind(step * tile)
+            blocks = T.Bind(T.min(tile, self.count - start))
+            lanes.store(state, lanes.load(state, 0), 2)
+            with T.serial(blocks) as block:
+                self._scores(scores, state, start, block)
+            self._softmax(scores, context, state, step, blocks)
+            self._context(scores, context, start, blocks)
+        inverse = T.Bind(lanes.splat(1.0) / lanes.load(state, 1))
+        with T.serial(self.size) as d:
+            lanes.store(self.y, lanes.load(context, d) * inverse, self.query, self._channel(0, d))
+
+    def _channel(self, which: int, d: Any) -> Any:
+        """Channel d of this head in Q (0), K (1) or V (2)."""
+        return which * self.width + self.head * self.size + d
+
+    def _scores(self, scores: Any, state: Any, start: Any, block: Any) -> None:
+        """scores[key] = q · k scale + mask, for the 16 keys of a block; the tile's maximum on the way."""
+        per_tile = self.knobs["keys"]
+        for low in range(0, LANES, per_tile):
+            total = lanes.registers(per_tile)
+            where = T.Bind(self.first + start + block)
+            for j in range(per_tile):
+                lanes.write(total[j], lanes.splat(0.0))
+            with T.serial(self.size) as d:
+                q = lanes.load(self.qkv, self.query, self._channel(0, d))
+                for j in range(per_tile):
+                    k = lanes.splat(self.qkv[where, self._channel(1, d), low + j])
+                    lanes.write(total[j], lanes.read(total[j]) + q * k)
+            for j in range(per_tile):
+                value = lanes.read(total[j]) * lanes.splat(self.scale)
+                value = value + lanes.splat(self.keys[where, low + j])
+                if self.bias is not None:
+                    value = value + self._bias((start + block) * LANES + low + j)
+                lanes.store(scores, value, block * LANES + low + j)
+            highest = lanes.load(state, 2)
+            for j in range(per_tile):
+                highest = tirx.max(highest, lanes.load(scores, block * LANES + low + j))
+            lanes.store(state, highest, 2)
+
+    def _bias(self, key: Any) -> Any:
+        """The additive bias of one key; a bias of one row or one head serves all."""
+        row, start = self.table[self.query, 0], self.table[self.query, 1]
+        rows, heads = self.bias.shape[0], self.bias.shape[1]
+        return lanes.load(
+            self.bias, T.min(row, rows - 1), T.min(self.head, heads - 1), start // LANES, key
+        )
+
+    def _softmax(self, scores: Any, context: Any, state: Any, step: Any, blocks: Any) -> None:
+        """Exponentials against the new maximum; what was summed before is rescaled to it."""
+        with T.If(step > 0), T.Then():
+            shrink = T.Bind(vector_math.exp(lanes.load(state, 0) - lanes.load(state, 2)))
+            lanes.store(state, lanes.load(state, 1) * shrink, 1)
+            with T.serial(self.size) as d:
+                lanes.store(context, lanes.load(context, d) * shrink, d)
+        lanes.store(state, lanes.load(state, 2), 0)
+        with T.serial(blocks * LANES) as j:
+            weight = T.Bind(vector_math.exp(lanes.load(scores, j) - lanes.load(state, 0)))
+            lanes.store(scores, weight, j)
+            lanes.store(state, lanes.load(state, 1) + weight, 1)
+
+    def _context(self, scores: Any, context: Any, start: Any, blocks: Any) -> None:
+        """context[d] += scores · v, a few channels at a time in registers."""
+        widest = self.knobs["channels"]
+        full = self.size // widest
+
+        def channels(low: Any, width: int) -> None:
+            total = lanes.registers(width)
+            for d in range(width):
+                lanes.write(total[d], lanes.load(context, low + d))
+            with T.serial(blocks) as block:
+                with T.serial(LANES) as j:
+                    weight = lanes.load(scores, block * LANES + j)
+                    for d in range(width):
+                        v = self.qkv[self.first + start + block, self._channel(2, low + d), j]
+                        lanes.write(total[d], lanes.read(total[d]) + weight * lanes.splat(v))
+            for d in range(width):
+                lanes.store(context, lanes.read(total[d]), low + d)
+
+        with T.serial(full) as part:
+            channels(part * widest, widest)
+        if self.size % widest:
+            channels(full * widest, self.size % widest)
+
+
+def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
+    """Two sequences where the blocks allow it, the last few keys of each masked."""
+    heads, size = task.shape["heads"], task.shape["head_size"]
+    counts = [blocks] if blocks < 3 else [blocks - blocks // 3, blocks // 3]
+    qkv = rng.standard_normal((blocks * LANES, 3 * heads * size)).astype("float32")
+    keys = np.zeros((blocks, LANES), "float32")
+    table = np.zeros((blocks, 4), "int32")
+    longest = max(counts)
+    bias = rng.standard_normal((1, heads, longest, longest * LANES, LANES)).astype("float32")
+    expected, first = [], 0
+    for row, count in enumerate(counts):
+        keys[first + count - 1, -5:] = -10000.0
+        for i in range(count):
+            table[first + i] = row, i * LANES, first, count
+        part = slice(first * LANES, (first + count) * LANES)
+        q, k, v = (a.reshape(-1, heads, size).transpose(1, 0, 2) for a in np.split(qkv[part].astype("float64"), 3, 1))
+        scores = q @ k.transpose(0, 2, 1) * task.shape["scale"]
+        scores = scores + keys[first : first + count].reshape(-1)
+        if task.shape["bias"]:  # (H, query block, key, query) → (H, query, key)
+            mine = bias[0, :, :count, : count * LANES]
+            scores = scores + mine.transpose(0, 1, 3, 2).reshape(heads, count * LANES, count * LANES)
+        expected.append((softmax(scores) @ v).transpose(1, 0, 2).reshape(-1, heads * size))
+        first += count
+    activations = [lanes.to_lanes(qkv), keys, table] + ([bias] if task.shape["bias"] else [])
+    return Sample(activations, [], lanes.to_lanes(np.concatenate(expected).astype("float32")))
+
+
+def flops(task: Task, tokens: int) -> float:
+    """The two products of one sequence of that many tokens; the softmax is not counted."""
+    return 4.0 * tokens * tokens * task.shape["heads"] * task.shape["head_size"]
+
+
+attention = Schedule("attention", space, default, kernel, sample, flops)

@@ -1,0 +1,94 @@
+"""Embedding sum and its LayerNorm in one kernel: gathers rows, adds them, normalises, leaves the result in lanes.
+
+    ids (B or 1, S) for each table, place (m, 4), tables (V, C), gamma (C), beta (C)  →  y (m, C, 16)
+
+An index outside its table is clamped, so that a caller without the loader's checks reads a wrong row, not
+memory that is not ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm.tirx.script import builder as T
+
+from bertile.schedules import reference
+from bertile.schedules.cpu import lanes
+from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.cpu.layer_norm import normalize
+from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
+from bertile.schedules.task import Task
+
+
+def space(task: Task, row: Row) -> Space:
+    """Partial sums of the LayerNorm."""
+    return {"sums": tuple(s for s in (1, 2, 4, 8) if task.shape["channels"] % s == 0)}
+
+
+def default(task: Task, row: Row) -> Knobs:
+    """As for LayerNorm alone."""
+    return {"sums": max(s for s in space(task, row)["sums"] if s <= 4)}
+
+
+def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
+    """The PrimFunc (ids…, place, tables…, gamma, beta, y); ``ids`` and ``rows`` name one dtype and one V a table."""
+    channels = task.shape["channels"]
+    dtypes = str(task.shape["ids"]).split("_")
+    rows = [int(v) for v in str(task.shape["rows"]).split("_")]
+    with lanes.kernel(task.name) as made:
+        ids = [
+            made.tensor(f"ids{i}", T.int32(), T.int32(), dtype=dtype) for i, dtype in enumerate(dtypes)
+        ]
+        place = made.tensor("place", made.blocks, 4, dtype="int32")
+        tables = [made.tensor(f"table{i}", count, channels) for i, count in enumerate(rows)]
+        gamma, beta = (made.tensor(name, channels) for name in ("gamma", "beta"))
+        y = made.activation("y", channels)
+        with T.parallel(made.blocks) as block:
+            with T.serial(LANES) as lane:
+                found = [
+                    T.Bind(_row(index, place, block, lane, count))
+                    for index, count in zip(ids, rows)
+                ]
+                with T.serial(channels) as c:
+                    value = tables[0][found[0], c]
+                    for table, at in zip(tables[1:], found[1:]):
+                        value = value + table[at, c]
+                    T.buffer_store(y, value, [block, c, lane])
+            normalize(
+                y, block, y, block, gamma, beta, channels, task.shape["epsilon"], knobs["sums"]
+            )
+    return made.func
+
+
+def _row(ids: Any, place: Any, block: Any, lane: Any, count: int) -> Any:
+    """Which row of a table a token wants; a lane past the sequence's end repeats its last token."""
+    batch, length = ids.shape
+    at = T.min(place[block, 1] + lane, length - 1)
+    index = ids[T.min(place[block, 0], batch - 1), at]
+    return T.min(T.max(index.astype("int32"), 0), count - 1)
+
+
+def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
+    """One sequence that fills the blocks."""
+    channels, tokens = task.shape["channels"], blocks * LANES
+    rows = [int(v) for v in str(task.shape["rows"]).split("_")]
+    ids = [
+        rng.integers(0, count, (1, tokens)).astype(dtype)
+        for count, dtype in zip(rows, str(task.shape["ids"]).split("_"))
+    ]
+    tables = [rng.standard_normal((count, channels)).astype("float32") for count in rows]
+    place = np.array([[0, i * LANES, 0, blocks] for i in range(blocks)], "int32")
+    total = sum(table[index[0]].astype("float64") for table, index in zip(tables, ids))
+    scale = [rng.standard_normal(channels).astype("float32") for _ in range(2)]
+    total = reference.layer_norm(total, *scale, task.shape["epsilon"])
+    return Sample([*ids, place], [*tables, *scale], lanes.to_lanes(total.astype("float32")))
+
+
+def flops(task: Task, tokens: int) -> float:
+    """One addition per further table, seven for the LayerNorm."""
+    tables = len(str(task.shape["rows"]).split("_"))
+    return tokens * task.shape["channels"] * (tables - 1 + 7.0)
+
+
+embedding = Schedule("embedding", space, default, kernel, sample, flops)

@@ -1,0 +1,114 @@
+"""The token-lane layout: vectors of 16 tokens of one channel, and the few words that kernels are written in.
+
+An activation of C channels is ``(m, C, 16)``: block of tokens, channel, token. One vector holds one channel of
+16 tokens, so that weights are broadcast, and normalisation and softmax need no horizontal reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+LANES = 16
+RAMP = tirx.Ramp(0, 1, LANES)
+
+
+class Kernel:
+    """A kernel under construction; ``func`` is the finished PrimFunc after the ``with`` block."""
+
+    func: tirx.PrimFunc
+
+    def __init__(self) -> None:
+        self.blocks = T.int32()  # m: how many blocks of 16 tokens come in
+
+    def tensor(self, name: str, *shape: Any, dtype: str = "float32") -> Any:
+        """An argument; a shape that names ``blocks`` is solved from the tensor that comes in."""
+        if all(isinstance(extent, int) for extent in shape):
+            return T.arg(name, T.Buffer(shape, dtype))
+        return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
+
+    def activation(self, name: str, channels: int) -> Any:
+        """An argument (m, channels, 16) of float32."""
+        return self.tensor(name, self.blocks, channels, LANES)
+
+
+@contextmanager
+def kernel(name: str) -> Iterator[Kernel]:
+    """Open a kernel; statements inside go into its body."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"tirx.noalias": True})
+            made = Kernel()
+            yield made
+    made.func = builder.get()
+
+
+def load(buffer: Any, *index: Any) -> Any:
+    """The 16 lanes at ``buffer[*index, 0:16]``."""
+    return buffer[(*index, RAMP)]
+
+
+def store(buffer: Any, value: Any, *index: Any) -> None:
+    """Write 16 lanes to ``buffer[*index, 0:16]``."""
+    T.buffer_store(buffer, value, [*index, RAMP])
+
+
+def splat(value: Any) -> Any:
+    """A scalar in all 16 lanes."""
+    if isinstance(value, (int, float)):
+        value = tirx.const(float(value), "float32")
+    return tirx.Broadcast(value, LANES)
+
+
+def registers(*shape: int) -> list[Any]:
+    """Accumulators that LLVM keeps in registers: one buffer per 15 vectors or fewer.
+
+    A buffer of 1024 bytes or more would live on the heap, with a store at every multiply-add; and only
+    buffers under that size become stack slots that LLVM promotes. The last extent counts vectors.
+    """
+    *outer, vectors = shape
+    if outer:
+        return [registers(*outer[1:], vectors) for _ in range(outer[0])]
+    per_buffer = 15
+    buffers = [
+        T.alloc_buffer((min(per_buffer, vectors - start), LANES), "float32")
+        for start in range(0, vectors, per_buffer)
+    ]
+    return [(buffers[i // per_buffer], i % per_buffer) for i in range(vectors)]
+
+
+def read(register: tuple[Any, int]) -> Any:
+    """The value of an accumulator."""
+    return load(*register)
+
+
+def write(register: tuple[Any, int], value: Any) -> None:
+    """Set an accumulator."""
+    store(register[0], value, register[1])
+
+
+def vector_capacity(row: Any) -> int:
+    """How many vectors of 16 floats the machine's registers hold (an AVX2 machine: 8)."""
+    return row.registers * row.vector_bits // (LANES * 32)
+
+
+def to_lanes(rows: np.ndarray) -> np.ndarray:
+    """(tokens, C) → (tokens / 16, C, 16), for tests and references; tokens are padded with zeros."""
+    tokens, channels = rows.shape
+    blocks = -(-tokens // LANES)
+    padded = np.zeros((blocks * LANES, channels), rows.dtype)
+    padded[:tokens] = rows
+    return np.ascontiguousarray(padded.reshape(blocks, LANES, channels).transpose(0, 2, 1))
+
+
+def from_lanes(lanes: np.ndarray) -> np.ndarray:
+    """(m, C, 16) → (m * 16, C), the inverse of :func:`to_lanes`."""
+    blocks, channels, _ = lanes.shape
+    return np.ascontiguousarray(lanes.transpose(0, 2, 1).reshape(blocks * LANES, channels))

@@ -1,0 +1,57 @@
+"""What every schedule states: the maths of an operation, the knobs it may vary, and the kernel for a choice of knobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from bertile.schedules.task import Task
+
+Knobs = dict[str, int]
+Space = dict[str, tuple[int, ...]]
+
+
+class Row(Protocol):
+    """The facts of a machine that schedules ask for (a row of ``bertile.targets``)."""
+
+    registers: int  # architectural vector registers
+    vector_bits: int  # width of one of them
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments for one trial run of a kernel, and what it must compute.
+
+    ``activations`` come before the weights in the kernel's signature, the result comes last.
+    """
+
+    activations: Sequence[np.ndarray]
+    weights: Sequence[np.ndarray]
+    expected: np.ndarray
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How one operation runs on one kind of machine.
+
+    The kernel's arguments are the activations, the packed weights and the result, in this order.
+    Every space has a default that is good without tuning.
+    """
+
+    operation: str
+    space: Callable[[Task, Row], Space]
+    default: Callable[[Task, Row], Knobs]
+    kernel: Callable[[Task, Knobs, Row], Any]  # -> tvm.tirx.PrimFunc
+    sample: Callable[[Task, int, np.random.Generator], Sample]  # (task, blocks of tokens, rng)
+    flops: Callable[[Task, int], float]  # (task, tokens), of a sequence of that many tokens
+    pack: Callable[[Task, Knobs, Sequence[np.ndarray]], list[np.ndarray]] = (
+        lambda task, knobs, weights: list(weights)
+    )
+
+    def valid(self, task: Task, row: Row, knobs: Mapping[str, int]) -> bool:
+        """Whether these decisions (of another shape, say) lie in this task's space."""
+        space = self.space(task, row)
+        return set(space) == set(knobs) and all(knobs[k] in space[k] for k in space)

@@ -1,0 +1,44 @@
+"""What all tests share: markers that skip with a reason, --update-golden, a cache of their own."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from bertile.loader import cpu_features
+from bertile.targets import TABLE
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write the golden files instead of comparing"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("isa"):
+        missing = missing_features(marker.args[0])
+        if missing:
+            pytest.skip(f"this CPU lacks {' '.join(missing)}")
+    if item.get_closest_marker("gpu") and shutil.which("nvidia-smi") is None:
+        pytest.skip("this machine has no CUDA device (no nvidia-smi)")
+
+
+def missing_features(name: str) -> list[str]:
+    """What this CPU lacks of a target row's features, or of the one feature of that name."""
+    rows = {row.name: row.features for row in TABLE}
+    return sorted(set(rows.get(name, (name,))) - cpu_features())
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--update-golden")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Commands in tests keep their stage results apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

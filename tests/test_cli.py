@@ -1,0 +1,246 @@
+"""The command line: exit codes, one clear line per mistake, data on stdout, nothing heavy early."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bertile import cli, commands
+from bertile.config import HEADS, PRECISIONS, RUNTIMES, TUNE_EFFORTS, Config
+from bertile.errors import NumericMismatchError, PlatformError
+from bertile.progress import Progress
+
+SUMMARY = {
+    "output": "out",
+    "size_bytes": 91_500_000,
+    "milliseconds": 3.456,
+    "length": 128,
+    "threads": 2,
+    "max_abs_difference": 1.2e-6,
+    "kernels": {"tuned": 1, "default": 12, "generic": 3},
+    "stages": [{"stage": "export", "seconds": 1.0, "cached": True}],
+}
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A driver that only remembers how it was called."""
+    calls = SimpleNamespace(config=None, error=None)
+
+    def run(model: str, output: Path, config: Config, progress: Progress) -> dict:
+        calls.model, calls.output, calls.config = model, output, config
+        print("chatter of a library")
+        progress.say("working")
+        if calls.error:
+            raise calls.error
+        return SUMMARY
+
+    calls.compile = calls.export = run
+    monkeypatch.setitem(sys.modules, "bertile.driver", calls)
+    monkeypatch.setattr("bertile.driver", calls, raising=False)
+    return calls
+
+
+def call(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from bertile import cli\n"
+        "try: cli.main(['compile', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy', 'tvm', 'tvm_ffi', 'torch',"
+        " 'onnx', 'transformers', 'onnxruntime', 'multiprocessing', 'ctypes'}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+    assert "--tune" in run.stdout
+
+
+def test_help_names_the_values_that_config_allows() -> None:
+    metavars = {flag: metavar for flag, metavar, _, _ in cli.CONFIG_FLAGS}
+    assert metavars["--precision"] == "|".join(PRECISIONS)
+    assert metavars["--tune"] == "|".join(TUNE_EFFORTS)
+    assert metavars["--runtime"] == "|".join(RUNTIMES)
+    assert [flag for flag, *_ in cli.CONFIG_FLAGS] == [
+        f"--{name.replace('_', '-')}" for name in Config().to_dict()
+    ]
+
+
+def test_every_command_has_a_function() -> None:
+    for name, _, _ in cli.COMMANDS:
+        assert callable(getattr(commands, name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compil"], "command 'compil' is unknown; did you mean 'compile'?"),
+        ([], "the following arguments are required: COMMAND"),
+        (["compile", "minilm"], "the following arguments are required: -o/--output"),
+        (["compile", "minilm", "-o", "x", "--tunee", "none"], "did you mean '--tune'?"),
+        (["compile", "minilm", "-o", "x", "--threa", "2"], "did you mean '--threads'?"),
+        (["compile", "minilm", "-o", "x", "--tune", "quik"], "did you mean 'quick'?"),
+        (["compile", "minilm", "-o", "x", "--target", "x86-avx521"], "did you mean 'x86-avx512'?"),
+        (["compile", "minilm", "-o", "x", "--trials", "many"], "invalid int value: 'many'"),
+        (["compile", "minilm", "-o", "x", "--trials", "0"], "trials is 0"),
+        (["compile", "minilm", "-o", "x", "--head", "masked-ml"], "did you mean 'masked-lm'?"),
+        (["compile", "a", "b", "-o", "x"], "'b' is one argument too many"),
+        (["compile", "minilm", "-o", "x", "--config", "/no/file"], "/no/file cannot be read"),
+    ],
+)
+def test_usage_mistakes_are_one_line_and_exit_code_2(
+    driver: SimpleNamespace, capsys: pytest.CaptureFixture, arguments: list[str], message: str
+) -> None:
+    code, out, err = call(capsys, *arguments)
+    assert (code, out, driver.config) == (2, "", None)
+    assert message in err and err.startswith("bertile: ") and err.count("\n") == 1
+
+
+def test_compile_hands_the_config_on_and_prints_a_table(
+    driver: SimpleNamespace, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["compile", "minilm", "-o", "out", "--tune", "quick", "--threads", "2"]
+    code, out, err = call(capsys, *arguments)
+    assert code == 0 and driver.model == "minilm" and driver.output == Path("out")
+    assert (driver.config.tune, driver.config.threads) == ("quick", 2)
+    for text in ("91.5 MB", "3.46 ms", "1.2e-06", "1 tuned, 12 default, 3 generic"):
+        assert text in out
+    assert "working" in err and "chatter" in err and "chatter" not in out
+
+
+@pytest.mark.parametrize("arguments", [("--json", "-q", "compile"), ("compile", "--json", "-q")])
+def test_global_flags_stand_before_or_behind_the_command(
+    driver: SimpleNamespace, capsys: pytest.CaptureFixture, arguments: tuple[str, ...]
+) -> None:
+    code, out, err = call(capsys, *arguments, "minilm", "-o", "out")
+    assert code == 0 and json.loads(out) == SUMMARY and "working" not in err
+
+
+def test_dry_run_says_the_plan_and_does_nothing(
+    driver: SimpleNamespace, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["compile", "minilm", "-o", "out", "--target", "x86-avx2", "--dry-run"]
+    code, out, _ = call(capsys, *arguments)
+    assert code == 0 and driver.config is None
+    assert "x86-avx2" in out and "minilm" in out
+
+
+def test_save_config_and_config_give_the_same_choices_and_flags_go_first(
+    driver: SimpleNamespace, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "choices.json")
+    line = ["compile", "minilm", "-o", "out"]
+    call(capsys, *line, "--tune", "full", "--trials", "7", "--save-config", path)
+    first = driver.config
+    assert Config.from_json(Path(path).read_text()).cache_dir is None  # no trace of this machine
+    call(capsys, *line, "--config", path)
+    assert driver.config == first
+    call(capsys, *line, "--config", path, "--trials", "9")
+    assert (driver.config.tune, driver.config.trials) == ("full", 9)
+
+
+def test_cache_directory_is_the_flag_or_xdg_cache_home(
+    driver: SimpleNamespace, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    call(capsys, "compile", "minilm", "-o", "out")
+    assert driver.config.cache_dir == "/somewhere/bertile"
+    call(capsys, "compile", "minilm", "-o", "out", "--cache-dir", "here")
+    assert driver.config.cache_dir == "here"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the XDG specification: to be ignored
+    call(capsys, "compile", "minilm", "-o", "out")
+    assert driver.config.cache_dir is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (PlatformError("no linker", "install one"), 3, "bertile: no linker; install one\n"),
+        (NumericMismatchError("differs by 1"), 4, "bertile: differs by 1\n"),
+        (KeyboardInterrupt(), 130, "bertile: stopped\n"),
+        (PermissionError(13, "Permission denied", "/out"), 1, "bertile: /out: Permission denied\n"),
+        (ValueError("a\nlong stack"), 1, "bertile: an unexpected error: ValueError: a; run it"),
+    ],
+)
+def test_errors_are_one_line_with_their_exit_code(
+    driver: SimpleNamespace,
+    capsys: pytest.CaptureFixture,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    driver.error = error
+    found, out, err = call(capsys, "compile", "-q", "minilm", "-o", "out")
+    assert (found, out) == (code, "")
+    assert message in err and "Traceback" not in err
+
+
+def test_debug_shows_the_stack(driver: SimpleNamespace) -> None:
+    driver.error = PlatformError("no linker")
+    with pytest.raises(PlatformError):
+        cli.main(["compile", "minilm", "-o", "out", "--debug"])
+
+
+def test_targets_lists_every_row(capsys: pytest.CaptureFixture) -> None:
+    from bertile.targets import names
+
+    code, out, _ = call(capsys, "targets")
+    assert code == 0 and all(name in out for name in names())
+    code, out, _ = call(capsys, "targets", "--json")
+    assert [row["name"] for row in json.loads(out)] == list(names())
+
+
+@pytest.mark.parametrize(("difference", "code"), [(1e-6, 0), (1e-3, 4), (float("nan"), 4)])
+def test_verify_exits_with_4_past_the_tolerance(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, difference: float, code: int
+) -> None:
+    check = {"max_abs_difference": difference, "tolerance": 1e-4, "reference": "ONNX Runtime"}
+    verifier = SimpleNamespace(verify=lambda *_, **__: check)
+    monkeypatch.setitem(sys.modules, "bertile.verifier", verifier)
+    monkeypatch.setattr("bertile.verifier", verifier, raising=False)
+    assert call(capsys, "verify", "bundle")[0] == code
+
+
+def test_run_reads_lines_from_stdin_when_there_is_no_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    runner = SimpleNamespace(
+        run=lambda _, texts, **__: texts, as_text=lambda texts: "|".join(texts)
+    )
+    monkeypatch.setitem(sys.modules, "bertile.runner", runner)
+    monkeypatch.setattr("bertile.runner", runner, raising=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+    assert call(capsys, "run", "bundle")[:2] == (0, "one|two\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert call(capsys, "run", "bundle")[0] == 2
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "bertile", "targets"]
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
+def test_version_is_the_package_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code in (0, None) and capsys.readouterr().out.startswith("bertile 0.")
+
+
+def test_heads_are_those_that_the_exporter_knows() -> None:
+    models = pytest.importorskip("bertile.models")
+    assert tuple(models.HEADS) == HEADS

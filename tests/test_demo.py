@@ -1,0 +1,42 @@
+"""The demo's own arithmetic and its text; `make demo` runs the whole of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bertile import demo
+
+
+def test_neighbours_leave_the_sentence_itself_out() -> None:
+    cosine = [[1.0, 0.2, 0.9], [0.2, 1.0, 0.4], [0.9, 0.4, 1.0]]
+    found = demo.neighbours(["a", "b", "c"], cosine)
+    assert [(one["text"], one["nearest"]) for one in found] == [("a", "c"), ("b", "c"), ("c", "a")]
+    assert found[0]["cosine"] == 0.9
+
+
+def test_sizes_count_the_runtime_once(tmp_path: Path, monkeypatch) -> None:
+    for name, count in (("lib.so", 10), ("runtime/libtvm_ffi.so", 5), ("model.onnx", 7)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * count)
+    library = str(tmp_path / "runtime" / "libtvm_ffi.so")
+    monkeypatch.setattr(demo.loader, "find_runtime", lambda directory: (library,))
+    sizes = demo._sizes(tmp_path, tmp_path / "model.onnx")
+    assert sizes["bertile"] == {"model": 17, "runtime": 5}
+    assert sizes["onnxruntime"]["model"] == 7
+
+
+def test_text_ends_with_a_table_of_latency_and_size() -> None:
+    engines = {"bertile": "Bertile", "onnxruntime": "ONNX Runtime 1.31.1"}
+    rows = [
+        {"engine": name, "length": length, "median_ms": 1.5}
+        for length in demo.LENGTHS
+        for name in engines
+    ]
+    result = {
+        "compile": {"max_abs_difference": 1e-6, "output": "out/minilm"},
+        "neighbours": [{"text": "a", "nearest": "b", "cosine": 0.9}],
+        "bench": {"versions": engines, "rows": rows, "threads": 2},
+        "bytes": {name: {"model": 91_500_000, "runtime": 6_000_000} for name in engines},
+    }
+    text = demo.as_text(result)
+    assert "ms, 128 tokens" in text and "ONNX Runtime 1.31.1" in text and "91.5 MB" in text

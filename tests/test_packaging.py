@@ -1,0 +1,145 @@
+"""The package map, the pins and the house rules that a program can check."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib")  # part of Python from 3.11 on
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MAP = PROJECT["tool"]["setuptools"]["package-dir"]
+# Files that may be longer than 300 lines, each with its reason.
+LONG = {
+    "pipeline/loader.py": "one file, since it is copied into bundles",
+}
+
+
+def directory(package: str) -> Path:
+    """Where a package of the map lies: the longest mapped name decides, as in setuptools."""
+    mapped = max((name for name in MAP if f"{package}.".startswith(f"{name}.")), key=len)
+    return ROOT.joinpath(MAP[mapped], *package[len(mapped) :].strip(".").split(".")).resolve()
+
+
+def sources() -> list[Path]:
+    parts = [*MAP.values(), "tests"]
+    return sorted(file for part in parts for file in (ROOT / part).rglob("*.py"))
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+def test_listed_packages_are_the_packages_of_the_tree() -> None:
+    listed = {directory(name) for name in PROJECT["tool"]["setuptools"]["packages"]}
+    tree = {file.parent for part in MAP.values() for file in (ROOT / part).rglob("__init__.py")}
+    assert listed == tree
+    modules = {file.parent for part in MAP.values() for file in (ROOT / part).rglob("*.py")}
+    assert modules <= tree, "a directory with modules lacks its __init__.py"
+
+
+def test_no_file_imports_a_package_by_its_directory() -> None:
+    wrong = []
+    for file in sources():
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                found = [node.module or ""] if not node.level else ["relative"]
+            if {name.split(".")[0] for name in found} & {*MAP.values(), "relative"}:
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert wrong == []
+
+
+def test_files_are_at_most_300_lines() -> None:
+    lines = {name: len((ROOT / name).read_bytes().splitlines()) for name in names(sources())}
+    assert {name: count for name, count in lines.items() if count > 300 and name not in LONG} == {}
+    assert [name for name in LONG if lines[name] <= 300] == [], "no longer long: strike it out"
+
+
+def test_every_module_says_what_it_is() -> None:
+    bare = [
+        file
+        for file in sources()
+        if file.read_bytes().strip() and not ast.get_docstring(ast.parse(file.read_bytes()))
+    ]
+    assert names(bare) == []
+
+
+def test_ruff_finds_nothing() -> None:
+    pytest.importorskip("ruff")
+    for command in (["check"], ["format", "--check"]):
+        line = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
+        run = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout
+
+
+def test_extras_pin_every_version_and_the_base_needs_numpy_alone() -> None:
+    project = PROJECT["project"]
+    assert [re.split(r"[<>=!~]", one)[0] for one in project["dependencies"]] == ["numpy"]
+    loose = [
+        one
+        for extra in project["optional-dependencies"].values()
+        for one in extra
+        if not one.startswith("bertile[") and "==" not in one
+    ]
+    assert loose == []
+
+
+def test_extras_agree_on_versions() -> None:
+    versions: dict[str, set[str]] = {}
+    for extra in PROJECT["project"]["optional-dependencies"].values():
+        for one in extra:
+            if "==" in one:
+                versions.setdefault(one.split("==")[0], set()).add(one)
+    assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+
+
+def test_makefile_installs_the_torch_that_the_extra_pins() -> None:
+    torch = next(
+        one for one in PROJECT["project"]["optional-dependencies"]["export"] if "torch" in one
+    )
+    assert f"$(PIP) {torch}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_importing_bertile_imports_nothing_heavy() -> None:
+    code = "import bertile, sys; print({'numpy', 'tvm', 'torch', 'onnx'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+def test_wheel_holds_every_module_and_the_tuning_logs(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    copy = tmp_path / "source"
+    for name in ("pyproject.toml", "README.md", "LICENSE", *MAP.values()):
+        _copy(ROOT / name, copy / name)
+    subprocess.run([*line, "-w", str(tmp_path), str(copy)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        packed = set(file.namelist())
+    wanted = set()
+    for package in PROJECT["tool"]["setuptools"]["packages"]:
+        for file in (*directory(package).glob("*.py"), *_logs(package)):
+            inside = file.relative_to(directory(package)).as_posix()
+            wanted.add(f"{package.replace('.', '/')}/{inside}")
+    assert wanted <= packed
+    assert not [name for name in packed if name.split("/")[0] in ("pipeline", "schedules", "tests")]
+
+
+def _logs(package: str) -> list[Path]:
+    return list(directory(package).rglob("*.json*")) if package == "bertile.tuning_logs" else []
+
+
+def _copy(source: Path, target: Path) -> None:
+    files = source.rglob("*") if source.is_dir() else [source]
+    for file in files:
+        if file.is_file() and "__pycache__" not in file.parts:
+            path = target / file.relative_to(source) if source.is_dir() else target
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.read_bytes())

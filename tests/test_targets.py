@@ -1,0 +1,158 @@
+"""Targets: rows are consistent, `native` is the best that fits, the code keeps to the features."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from bertile import targets
+from bertile.errors import PlatformError, UsageError
+from bertile.targets import TABLE, Target, fits, link_command, native, resolve, tvm_target
+
+AVX512 = [row for row in TABLE if row.vector_bits == 512]
+# LLVM's name where it is not the name in /proc/cpuinfo
+LLVM_NAMES = {
+    "abm": "lzcnt",
+    "bmi1": "bmi",
+    "avx512_vnni": "avx512vnni",
+    "avx512_bf16": "avx512bf16",
+}
+# What processors with AVX-512 have beside, and no row may use.
+FOREIGN = (
+    "avx512vbmi",
+    "avx512vbmi2",
+    "avx512fp16",
+    "amx-tile",
+    "sha",
+    "vaes",
+    "gfni",
+    "sse4a",
+    "pku",
+)
+
+
+def by_name(row: Target) -> str:
+    return row.name
+
+
+def test_native_is_the_first_row_that_the_processor_has() -> None:
+    assert native(TABLE[0].features, "x86_64") is TABLE[0]
+    least = TABLE[-1]
+    assert native(least.features, "x86_64") is least
+
+
+@pytest.mark.parametrize("row", TABLE, ids=by_name)
+def test_native_is_the_row_itself_on_a_processor_with_just_its_features(row: Target) -> None:
+    assert native(row.features, row.arch) is row
+
+
+def test_native_names_what_is_missing_when_no_row_fits() -> None:
+    features = set(TABLE[-1].features) - {"avx2", "fma"}
+    with pytest.raises(PlatformError, match="it lacks fma avx2; name a target: x86-avx512-bf16"):
+        native(features, "x86_64")
+    with pytest.raises(PlatformError, match="it is riscv64"):
+        native(TABLE[0].features, "riscv64")
+
+
+def test_resolve_finds_the_row_and_its_threads() -> None:
+    row = resolve("x86-avx2", threads=3)
+    assert (row.name, row.threads) == ("x86-avx2", 3)
+    assert resolve("x86-avx2").threads >= 1
+
+
+def test_resolve_suggests_the_nearest_name_when_unknown() -> None:
+    with pytest.raises(UsageError, match=r"'x86-avx521' is unknown; did you mean 'x86-avx512'\?"):
+        resolve("x86-avx521")
+
+
+def test_rows_have_different_names_and_a_log_that_is_a_row() -> None:
+    assert len({row.name for row in TABLE}) == len(TABLE)
+    assert {row.log for row in TABLE} <= set(targets.names())
+
+
+def test_rows_with_one_log_agree_on_what_fp32_schedules_ask() -> None:
+    for row in TABLE:
+        owner = next(one for one in TABLE if one.name == row.log)
+        assert (row.vector_bits, row.registers, row.lanes) == (
+            owner.vector_bits,
+            owner.registers,
+            owner.lanes,
+        )
+        assert set(row.features) >= set(owner.features)
+
+
+def test_fits_asks_for_features_and_architecture() -> None:
+    row = TABLE[-1]
+    assert fits(row, row.features, row.arch)
+    assert not fits(row, row.features[1:], row.arch)
+    assert not fits(row, row.features, "aarch64")
+
+
+@pytest.mark.parametrize("row", TABLE, ids=by_name)
+def test_tvm_target_has_the_features_of_the_row_and_no_others(row: Target) -> None:
+    tvm = pytest.importorskip("tvm")
+    has = tvm.get_global_func("target.target_has_feature")
+    target = tvm_target(row, threads=3)
+    assert int(target.attrs["num-cores"]) == 3
+    ours = {LLVM_NAMES.get(name, name).replace("sse4_", "sse4.") for name in row.features}
+    assert [name for name in ours if not has(name, target)] == []
+    others = {LLVM_NAMES.get(name, name) for one in TABLE for name in one.features} - ours
+    assert [name for name in (*FOREIGN, *others) if has(name, target)] == []
+
+
+@pytest.mark.parametrize("row", TABLE, ids=by_name)
+def test_a_vectorized_loop_uses_the_widest_registers_of_the_row(row: Target) -> None:
+    tvm = pytest.importorskip("tvm")
+    widest = {512: "zmm", 256: "ymm"}[row.vector_bits]
+    asm = tvm.tirx.build(_copy_loop(tvm, lanes=16), target=tvm_target(row)).inspect_source("asm")
+    assert widest in asm
+    assert ("zmm" in asm) == (row.vector_bits == 512)
+
+
+@pytest.mark.parametrize("row", AVX512, ids=by_name)
+def test_llvm_prefers_512_bits_where_it_vectorizes_by_itself(row: Target) -> None:
+    tvm = pytest.importorskip("tvm")
+    halves = {**row.tvm, "mattr": [one for one in row.tvm["mattr"] if "prefer" not in one]}
+    loop = _copy_loop(tvm, lanes=1)
+    counts = []
+    for target in (tvm_target(row), tvm.target.Target(halves)):
+        asm = tvm.tirx.build(loop, target=target).inspect_source("asm")
+        counts.append(len(re.findall("zmm", asm)))
+    assert counts[0] > counts[1]
+
+
+def test_link_command_is_the_compiler_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(targets.shutil, "which", lambda name: f"/bin/{name}")
+    assert link_command(TABLE[0]) == ["/bin/cc"]
+
+
+def test_link_command_is_ziglang_for_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(targets.util, "find_spec", lambda name: name)
+    expected = [sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-linux-gnu.2.28"]
+    assert link_command(TABLE[0]) == expected
+
+
+def test_link_command_says_what_to_install_when_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(targets.shutil, "which", lambda name: None)
+    monkeypatch.setattr(targets.util, "find_spec", lambda name: None)
+    with pytest.raises(PlatformError, match="pip install ziglang"):
+        link_command(TABLE[0])
+
+
+def _copy_loop(tvm, lanes: int):
+    from tvm import te
+
+    size = te.var("n")
+    source = te.placeholder((size, 16), "float32", name="source")
+    twice = te.compute((size, 16), lambda i, j: source[i, j] * source[i, j], name="twice")
+    func = te.create_prim_func([source, twice]).with_attr("global_symbol", "main")
+    sch = tvm.s_tir.Schedule(func)
+    if lanes > 1:
+        sch.vectorize(sch.get_loops("twice")[1])
+    return sch.mod
