@@ -45,7 +45,8 @@ def bench(
     the bundle's and the greatest difference of its outputs.
     """
     against = [name for name in against if name != "none"]
-    _check(against, batches, lengths, repeat)
+    counts = {"batch": batches, "length": lengths, "repeat": [repeat]}
+    _check(against, counts | ({} if threads is None else {"threads": [threads]}))
     progress = progress or Progress(verbosity=-1)
     manifest = loader.read_manifest(directory)
     threads = threads or loader.available_cores()
@@ -142,13 +143,11 @@ class Worker:
             self._process.join()
 
 
-def _check(
-    against: Sequence[str], batches: Sequence[int], lengths: Sequence[int], repeat: int
-) -> None:
+def _check(against: Sequence[str], counts: dict[str, Sequence[int]]) -> None:
     for name in against:
         if name not in PEERS:
             raise UsageError(f"engine '{name}' is unknown{nearest(name, (*PEERS, 'none'))}")
-    for what, values in (("batch", batches), ("length", lengths), ("repeat", (repeat,))):
+    for what, values in counts.items():
         for value in values:
             if value < 1:
                 raise UsageError(f"{what} is {value}", "give a number above 0")

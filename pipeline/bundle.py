@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from bertile import loader, weights
 from bertile.errors import BertileError, UsageError
 from bertile.loader import LIBRARY, MANIFEST, RUNTIME, SCHEMA, WEIGHTS, read_manifest
 
-__all__ = ["include_runtime", "read_manifest", "write"]
+__all__ = ["copy", "include_runtime", "read_manifest", "write"]
 
 
 def write(
@@ -29,13 +29,16 @@ def write(
     extra_files: Sequence[Path],
     output: str | os.PathLike,
     runtime: str = "none",
+    check: Callable[[Path], Mapping[str, object]] | None = None,
 ) -> Path:
     """Write a bundle to `output` and return its path.
 
     `manifest` gets its keys "schema", "params" and "files" here; `extra_files` (tokenizer,
     config.json) go to the top of the bundle under their own names; `runtime` is "none" or
     "include". Everything is written beside `output` and renamed at the end. An older bundle there
-    is replaced; any other directory that is not empty is refused with UsageError.
+    is replaced; any other directory that is not empty is refused with UsageError. `check` runs on
+    the bundle before it gets its name: what it returns is the manifest's "check", and when it
+    raises, nothing is written.
     """
     target = Path(os.path.realpath(output))
     _check_target(target)
@@ -48,11 +51,31 @@ def write(
             include_runtime(directory)
         complete = {"schema": SCHEMA, **manifest, "params": list(params)}
         complete["files"] = _describe(directory)
-        text = json.dumps(complete, indent=1, ensure_ascii=False)
-        (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        _write_manifest(directory, complete)
+        if check is not None:
+            _write_manifest(directory, {**complete, "check": check(directory)})
         _sync(directory)
         _rename(directory, target)
     return target
+
+
+def copy(source: Path, output: str | os.PathLike, marker: str = MANIFEST) -> Path:
+    """Copy the directory `source` to `output` as `write` would have put it there.
+
+    `marker` is the file by which an older result is known, which may be replaced.
+    """
+    target = Path(os.path.realpath(output))
+    _check_target(target, marker)
+    with _beside(target) as directory:
+        shutil.copytree(source, directory, dirs_exist_ok=True)
+        _sync(directory)
+        _rename(directory, target)
+    return target
+
+
+def _write_manifest(directory: Path, manifest: Mapping[str, object]) -> None:
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def include_runtime(directory: Path, libraries: Sequence[Path] | None = None) -> None:
@@ -71,7 +94,7 @@ def include_runtime(directory: Path, libraries: Sequence[Path] | None = None) ->
     shutil.copyfile(loader.__file__, directory / "loader.py")
 
 
-def _check_target(target: Path) -> None:
+def _check_target(target: Path, marker: str = MANIFEST) -> None:
     if not target.exists():
         return
     if not target.is_dir():
@@ -79,11 +102,11 @@ def _check_target(target: Path) -> None:
     if not any(target.iterdir()):
         return
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-        if isinstance(manifest.get("schema"), int) and "bertile" in manifest:
+        found = json.loads((target / marker).read_text(encoding="utf-8"))
+        if marker != MANIFEST or (isinstance(found.get("schema"), int) and "bertile" in found):
             return
     raise UsageError(
-        f"{target} exists and is no Bertile bundle, so it is left alone",
+        f"{target} exists and was not made by Bertile, so it is left alone",
         "choose another output directory",
     )
 

@@ -83,8 +83,17 @@ def _explain(error: Exception) -> int:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror}", 1)
+    if isinstance(error, ModuleNotFoundError) and (extra := _extra_of(error.name or "")):
+        remedy = f"install it with: pip install 'bertile[{extra}]'"
+        return _fail(f"this step needs the package {error.name}; {remedy}", 3)
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return _fail(f"an unexpected error: {text}; run it again with --debug and report it", 1)
+
+
+def _extra_of(module: str) -> str | None:
+    from bertile.doctor import extra_of
+
+    return extra_of(module)
 
 
 def _fail(text: str, code: int) -> int:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import activations
 
-from bertile.models import AFTER_PADDING, Checkpoint, Pooling
+from bertile.model_files import Pooling
+from bertile.models import AFTER_PADDING, Checkpoint
 
 MASKED = -10000.0  # exp() of it is 0 in float32, and float16 can hold it
 

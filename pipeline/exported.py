@@ -52,6 +52,12 @@ class ExportedModel:
     def onnx_path(self) -> Path:
         return self.directory / "model.onnx"
 
+    def files(self) -> list[Path]:
+        """What goes into a bundle as it is: the tokenizer's files and config.json."""
+        ours = ("model.onnx", "export.json")
+        files = sorted(path for path in self.directory.iterdir() if path.is_file())
+        return [path for path in files if not path.name.startswith(ours)]
+
     def to_json(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
         del fields["directory"]

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bertile import models
+from bertile import model_files, models
 from bertile.config import Config
-from bertile.errors import NumericMismatchError, require
+from bertile.errors import ModelError, NumericMismatchError, require
 from bertile.exported import ExportedModel, InputSpec, read
 from bertile.samples import largest_difference, run_onnx, sample
 
@@ -55,7 +55,7 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
 
 def fingerprint(model: Any, config: Config) -> str:
     """Return a hex SHA-256 of everything that `export` depends on, for a cache key."""
-    return models.fingerprint(model, config.head)
+    return model_files.fingerprint(model, config.head)
 
 
 def _describe(checkpoint: models.Checkpoint, directory: Path) -> ExportedModel:
@@ -111,16 +111,20 @@ def _write_onnx(module: Any, exported: ExportedModel) -> None:
     # Sizes 2 and 16, because torch.export makes a constant of an axis that it sees as 1.
     arrays = sample(exported.inputs, batch=2, length=min(16, exported.max_length), padding_id=0)
     arguments = tuple(torch.from_numpy(arrays[one.name]) for one in exported.inputs)
-    program = torch.onnx.export(
-        module,
-        arguments,
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=[one.name for one in exported.inputs],
-        output_names=list(exported.outputs),
-        dynamic_shapes=tuple({0: batch, 1: length} for _ in arguments),
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            module,
+            arguments,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[one.name for one in exported.inputs],
+            output_names=list(exported.outputs),
+            dynamic_shapes=tuple({0: batch, 1: length} for _ in arguments),
+            verbose=False,
+        )
+    except Exception as error:  # the exporter wraps whatever a model's code raises
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ModelError(f"torch cannot export '{exported.source}': {cause}") from error
     proto = _canonical(program.model_proto)
     external = size > EXTERNAL_DATA_BYTES
     onnx.save(
@@ -133,7 +137,7 @@ def _write_onnx(module: Any, exported: ExportedModel) -> None:
 
 def _canonical(proto: Any) -> Any:
     """Drop the exporter's records of source lines, and bring the rest to the one spelling."""
-    from bertile import onnx_rewrites
+    from bertile import onnx_attention, onnx_rewrites
     from bertile.onnx_graph import OnnxGraph
 
     graph = OnnxGraph(proto)
@@ -146,7 +150,7 @@ def _canonical(proto: Any) -> Any:
     onnx_rewrites.write_reshapes(graph, sizes.get)
     onnx_rewrites.transpose_weights(graph)
     onnx_rewrites.split_gemms(graph)
-    onnx_rewrites.scale_scores(graph)
+    onnx_attention.scale_scores(graph)
     onnx_rewrites.name_weights(graph)
     graph.clean()
     return graph.to_model(OPSET)
@@ -183,5 +187,3 @@ def _copy_files(checkpoint: models.Checkpoint, directory: Path) -> None:
     if not (directory / "config.json").is_file():
         text = checkpoint.model.config.to_json_string()
         (directory / "config.json").write_text(text, encoding="utf-8")
-
-

@@ -113,6 +113,9 @@ class _Lowering:
                 output = self.builder.emit_output(relax.Tuple([self._row_major(f) for f in fields]))
             self.builder.emit_func_output(output)
         mod = self.builder.finalize()
+        for name, func in self.graph.mod.functions.items():
+            if name.name_hint != "main":  # the importer wrote some operators (Clip) as loops
+                mod[name] = func
         main = mod["main"]
         params = [*self.inputs, *self.weights.values()]
         mod["main"] = relax.Function(params, main.body, main.ret_ty, True).with_attr(
@@ -125,14 +128,16 @@ class _Lowering:
             getattr(self, "_" + value.op.name.removeprefix("bertile."))(var, value)
         elif isinstance(value, relax.Var) and value in self.lanes:
             self.lanes[var] = self.lanes[value]
-        elif not var.same_as(self.graph.main.body.body):  # the result itself is emitted at the end
-            self._generic(var, value)
+        elif not (var.same_as(self.graph.main.body.body) and isinstance(value, relax.Tuple)):
+            self._generic(var, value)  # the tuple of results is emitted at the end
 
     def _generic(self, var: relax.Var, value: Any) -> None:
         """An operator that is not ours, on row-major operands."""
         self.rows[var] = self.builder.emit(self._row_major(value), var.name)
         if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op):
-            self.fallthrough.append(f"{value.op.name} ({var.name})")
+            is_loops = ops.is_call(value, "relax.call_tir")
+            name = value.args[0].name_hint if is_loops else value.op.name.removeprefix("relax.")
+            self.fallthrough.append(f"{name} ({var.name})")
 
     # The operators, by name.
 

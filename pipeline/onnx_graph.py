@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Optional
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+
+# A tensor's axes by its name: an int, or anything that is equal only to itself; None if unknown.
+Sizes = Callable[[str], Optional[list]]
 
 
 class OnnxGraph:
@@ -74,6 +77,14 @@ class OnnxGraph:
                 if same and np.array_equal(other, array):
                     return name
         return self.set_constant(self.fresh(hint), array)
+
+    def number(self, value: float) -> str:
+        """Add a float32 number and return its name."""
+        return self.constant(np.asarray(value, np.float32))
+
+    def integers(self, *values: int) -> str:
+        """Add an int64 vector and return its name."""
+        return self.constant(np.asarray(values, np.int64))
 
     def set_constant(self, name: str, value: np.ndarray) -> str:
         self._tensors.pop(name, None)

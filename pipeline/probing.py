@@ -57,7 +57,11 @@ def merge(column: Iterable[int]) -> object:
 
 
 def probe(
-    graph: OnnxGraph, inputs: tuple[InputSpec, ...], opset: int, batch: int | None, length: int | None
+    graph: OnnxGraph,
+    inputs: tuple[InputSpec, ...],
+    opset: int,
+    batch: int | None,
+    length: int | None,
 ) -> Probes:
     """Run the graph on random batches with every tensor shown; static axes keep their size."""
     names = [name for node in graph.nodes for name in node.output if name]
@@ -66,15 +70,11 @@ def probe(
     model = graph.to_model(opset, outputs=names)
     with opened(model, optimize=False) as runner:
         shown = [one.name for one in runner.get_outputs()]
-        values = tuple(
-            {**dict(zip(shown, _run(runner, shown, feed))), **feed} for feed in feeds
-        )
+        values = tuple({**dict(zip(shown, _run(runner, shown, feed))), **feed} for feed in feeds)
     return Probes(feeds, values)
 
 
-def evaluate(
-    graph: OnnxGraph, name: str, feed: dict[str, np.ndarray], opset: int
-) -> np.ndarray:
+def evaluate(graph: OnnxGraph, name: str, feed: dict[str, np.ndarray], opset: int) -> np.ndarray:
     """Compute one tensor alone, from those inputs that it needs."""
     part = graph.cut(name)
     with opened(part.to_model(opset)) as runner:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from bertile.config import HEADS
 from bertile.errors import UsageError, nearest, require
 
 SEED = 20
@@ -52,12 +54,27 @@ SYNTHETIC: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config(name: str) -> Any:
-    """Return the transformers configuration of the synthetic model `name`, or raise UsageError."""
-    if name not in SYNTHETIC:
-        raise UsageError(f"synthetic model '{name}' is unknown{nearest(name, SYNTHETIC)}")
+    """Return the transformers configuration of the synthetic model `name`."""
     (transformers,) = require("export", "transformers")
     model_type, sizes = SYNTHETIC[name]
     return transformers.AutoConfig.for_model(model_type, **sizes)
+
+
+def parse(model: str, head: str | None) -> tuple[str, str]:
+    """Split "synthetic:NAME[:HEAD]" into name and head; `head` must not say another."""
+    name, _, written = model.removeprefix("synthetic:").partition(":")
+    if name not in SYNTHETIC:
+        raise UsageError(f"synthetic model '{name}' is unknown{nearest(name, SYNTHETIC)}")
+    if written and written not in HEADS:
+        raise UsageError(f"head '{written}' of '{model}' is unknown{nearest(written, HEADS)}")
+    if written and head not in (None, written):
+        raise UsageError(f"'{model}' asks for another head than '{head}'", "name only one")
+    return name, head or written or "encoder"
+
+
+def describe(model: str, head: str | None) -> str:
+    """Return a text that differs for any two synthetic models with different weights."""
+    return json.dumps([*parse(model, head), SEED, SYNTHETIC[parse(model, head)[0]]])
 
 
 def build(auto_class: Any, model_config: Any) -> Any:

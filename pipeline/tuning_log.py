@@ -1,3 +1,164 @@
-"""stub"""
+"""Measured schedule decisions, keyed by what a kernel computes; append-only files that a person can read.
+
+One JSON record a line, in ``<directory>/<target log>/<operation>.jsonl``. A line is one write under a lock, so
+that two tuners cannot mix theirs; a line that a killed process left half-written is skipped and reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bertile.errors import BertileError
+from bertile.schedules.task import Task
+from bertile.targets import Target
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: one write per line is all that keeps writers apart
+    fcntl = None  # type: ignore[assignment]
+
+SCHEMA = 1
+USER_LOG = Path("~/.local/share/bertile/tuning_logs")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured choice of knobs. ``microseconds`` holds every repeat; a candidate that failed has none."""
+
+    operation: str
+    shape: Mapping[str, Any]
+    target: str  # the log of the target row
+    threads: int
+    tokens: int  # how many tokens the trial ran on
+    knobs: Mapping[str, int]
+    microseconds: tuple[float, ...]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    time: str
+    dtype: str = "float32"
+    error: str | None = None
+
+    @property
+    def task(self) -> Task:
+        """What was measured."""
+        return Task(self.operation, self.shape)
+
+    @property
+    def median(self) -> float:
+        """Median microseconds; infinite for a candidate that failed."""
+        return median(self.microseconds) if self.microseconds else float("inf")
+
+    def to_line(self) -> str:
+        """The record as one line of a log file."""
+        return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> Record:
+        """The inverse of :meth:`to_line`; ValueError for anything else."""
+        fields = json.loads(line)
+        if not isinstance(fields, dict) or fields.pop("schema", None) != SCHEMA:
+            raise ValueError("not a record of this schema")
+        try:
+            record = cls(**{**fields, "microseconds": tuple(fields["microseconds"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a record: {error}") from error
+        return record
+
+
 class TuningLog:
-    def best(self, task, row): return None
+    """The records of some directories; new ones go to the last. Nothing is ever taken out of a file."""
+
+    def __init__(self, directories: Iterable[Path], warn: Callable[[str], None]) -> None:
+        self.directories = [Path(directory).expanduser() for directory in directories]
+        self._warn = warn
+        self._records: dict[str, dict[str, list[Record]]] = {}  # target log → task key → records
+
+    @classmethod
+    def open(cls, directory: str | None = None, warn: Callable[[str], None] = print) -> TuningLog:
+        """What ships with the package, then the user's own log (``directory`` or USER_LOG)."""
+        import bertile.tuning_logs as shipped
+
+        return cls([*map(Path, shipped.__path__), Path(directory or USER_LOG)], warn)
+
+    def records(self, task: Task, row: Target) -> list[Record]:
+        """What is known of a task on this kind of machine, failures included."""
+        return self._of(row.log).get(task.key, [])
+
+    def best(self, task: Task, row: Target) -> Record | None:
+        """The fastest record, of the same number of threads where there is one."""
+        found = [r for r in self.records(task, row) if r.microseconds]
+        same = [r for r in found if r.threads == row.threads]
+        return min(same or found, key=lambda record: record.median, default=None)
+
+    def append(self, record: Record) -> None:
+        """Write a record to the user's log, now and for good."""
+        path = self.directories[-1] / record.target / f"{record.operation}.jsonl"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _append(path, record.to_line())
+        except OSError as error:
+            raise BertileError(
+                f"the tuning log {path} cannot be written: {error.strerror}",
+                "give another directory with --log-dir",
+            ) from error
+        self._of(record.target).setdefault(record.task.key, []).append(record)
+
+    def digest(self, row: Target) -> str:
+        """A hash of what the log would choose for this row, for the stage cache."""
+        choices = {}
+        for key, records in self._of(row.log).items():
+            best = self.best(records[0].task, row)
+            choices[key] = dict(best.knobs) if best else None
+        return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
+
+    def _of(self, target: str) -> dict[str, list[Record]]:
+        if target not in self._records:
+            by_task: dict[str, list[Record]] = {}
+            for directory in self.directories:
+                for record in self._read(directory / target):
+                    by_task.setdefault(record.task.key, []).append(record)
+            self._records[target] = by_task
+        return self._records[target]
+
+    def _read(self, directory: Path) -> Iterator[Record]:
+        for path in sorted(directory.glob("*.jsonl")):
+            bad = []
+            with open(path, encoding="utf-8", errors="replace") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        yield Record.from_line(line)
+                    except ValueError:
+                        bad.append(number)
+            if bad:
+                self._warn(f"{path}: line {', '.join(map(str, bad))} is no record and is skipped")
+
+
+def _append(path: Path, line: str) -> None:
+    """One write at the end of the file; a line that a killed writer left open is closed first."""
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        with _locked(handle):
+            size = os.lseek(handle, 0, os.SEEK_END)
+            torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+            data = ("\n" if torn else "") + line
+            if os.write(handle, data.encode()) != len(data.encode()):
+                raise OSError(28, "no space left on the device")
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _locked(handle: int) -> Iterator[None]:
+    if fcntl:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # closing the file gives it back, a killed process too
+    yield

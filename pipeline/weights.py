@@ -48,6 +48,20 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
     return path
 
 
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, mapped into memory; padding is left out."""
+    memory = np.memmap(path, dtype=np.uint8, mode="c")
+    size = int(memory[:8].view("<u8")[0])
+    header = json.loads(bytes(memory[8 : 8 + size]))
+    dtypes = {name: dtype for dtype, name in _NAMES.items()}
+    return {
+        name: memory[8 + size + begin : 8 + size + end].view(dtypes[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in header.items()
+        for begin, end in [entry.get("data_offsets", (0, 0))]
+        if name != "__metadata__" and not name.lstrip("_").startswith("padding.")
+    }
+
+
 def _layout(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, list[memoryview]]:
     entries: dict[str, dict] = {}
     pieces: list[memoryview] = []

@@ -64,6 +64,7 @@ def test_length_past_the_maximum_is_refused() -> None:
         ({"against": ["onnxruntim"]}, "did you mean 'onnxruntime'?"),
         ({"batches": [0]}, "batch is 0"),
         ({"repeat": -1}, "repeat is -1"),
+        ({"threads": 0}, "threads is 0"),
     ],
 )
 def test_bad_choices_are_refused_before_anything_starts(choice: dict, message: str) -> None:

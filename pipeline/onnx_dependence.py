@@ -1,0 +1,47 @@
+"""What each tensor of an ONNX graph depends on: weights, shapes, or the values of the inputs."""
+
+from __future__ import annotations
+
+import onnx
+
+from bertile.onnx_graph import OnnxGraph, attributes
+
+KINDS = ("constant", "shape", "light", "heavy")
+
+
+def dependence(graph: OnnxGraph) -> dict[str, str]:
+    """Say what each tensor of a sorted graph depends on; each kind includes those before it.
+
+    "constant": initializers alone; "shape": also the inputs' shapes; "light": also their values;
+    "heavy": both values of an input and a weight, that is a float constant of two axes or more.
+    """
+    kinds = {one.name: "light" for one in graph.inputs}
+    for node in graph.nodes:
+        read = [name for name in node.input if name]
+        found = [kinds.get(name, "constant") for name in read]
+        kind = max(found, key=KINDS.index, default="constant")
+        if node.op_type in ("Shape", "Size"):
+            kind = min(kind, "shape", key=KINDS.index)
+        elif kind == "light" and any(_is_weight(graph, name) for name in read):
+            kind = "heavy"
+        kinds.update(dict.fromkeys(node.output, kind))
+    return kinds
+
+
+def is_lookup(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
+    """Say whether a node gathers rows of a table of floats."""
+    if node.op_type != "Gather" or attributes(node).get("axis", 0) != 0:
+        return False
+    return _is_weight(graph, node.input[0]) and len(graph.shape(node.input[0])) == 2
+
+
+def source_input(graph: OnnxGraph, name: str) -> str:
+    """Follow casts back from a tensor; the name it ends at may be a graph input's."""
+    producers = graph.producers()
+    while name in producers and producers[name].op_type in ("Cast", "Identity"):
+        name = producers[name].input[0]
+    return name
+
+
+def _is_weight(graph: OnnxGraph, name: str) -> bool:
+    return graph.is_constant(name) and graph.is_float(name) and len(graph.shape(name)) > 1

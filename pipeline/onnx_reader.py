@@ -1,0 +1,149 @@
+"""The path of an ONNX file comes in; a model that can be normalised, or one error, goes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from bertile.errors import ModelError, nearest, require
+from bertile.exported import INPUT_NAMES, InputSpec
+from bertile.onnx_dependence import is_lookup, source_input
+from bertile.onnx_graph import OnnxGraph
+
+_DTYPES = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.INT32: "int32"}
+_DEFAULTS = {"attention_mask": "ones", "token_type_ids": "zeros"}
+_HALF_BYTES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1)
+
+
+def read(path: Path) -> tuple[onnx.ModelProto, int]:
+    """Read a file with its external weights; return it with functions inlined, and its opset."""
+    require("compile", "onnx")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no file '{path}'") from error
+    except OSError as error:
+        raise ModelError(f"'{path}' cannot be read: {error.strerror}") from error
+    except Exception as error:  # protobuf's DecodeError lies in a module that moves
+        raise ModelError(
+            f"'{path}' is not an ONNX file, or it is truncated", "export or download it again"
+        ) from error
+    if not model.graph.node or not model.opset_import:
+        raise ModelError(
+            f"'{path}' is not an ONNX file, or it is truncated: it has no operators",
+            "export or download it again",
+        )
+    _load_weights(model, path)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    return _modern(model, path)
+
+
+def _load_weights(model: onnx.ModelProto, path: Path) -> None:
+    for tensor in model.graph.initializer:
+        external = onnx.external_data_helper.uses_external_data(tensor)
+        location = next((one.value for one in tensor.external_data if one.key == "location"), "")
+        try:
+            if external:
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                del tensor.external_data[:]
+        except Exception as error:  # onnx refuses a missing file and one outside the directory
+            raise ModelError(
+                f"'{path}' keeps its weights in '{location}' beside it, which cannot be read",
+                "keep the .onnx file together with its data files",
+            ) from error
+        if _is_short(tensor):
+            raise ModelError(
+                f"the weight '{tensor.name}' in '{location or path}' is cut short",
+                "export or download it again",
+            )
+
+
+def _is_short(tensor: onnx.TensorProto) -> bool:
+    if not tensor.HasField("raw_data"):
+        return False
+    bits = 4 if tensor.data_type in _HALF_BYTES else 8 * _item_size(tensor.data_type)
+    return 8 * len(tensor.raw_data) < bits * int(np.prod(tensor.dims, dtype=np.int64))
+
+
+def _item_size(data_type: int) -> int:
+    return int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
+
+
+def _modern(model: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, int]:
+    opset = max(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
+    if opset >= 13:
+        return model, opset
+    try:  # before 13, Softmax and the axes of several operators mean something else
+        return onnx.version_converter.convert_version(model, 17), 17
+    except Exception as error:
+        raise ModelError(
+            f"'{path}' has opset {opset}, which cannot be brought up to date",
+            "export it again with opset 13 or newer",
+        ) from error
+
+
+def static_axes(graph: OnnxGraph, path: Path) -> tuple[int | None, int | None]:
+    """Check the inputs' names, types and ranks; return the sizes of the axes that are static."""
+    names = [one.name for one in graph.inputs]
+    if "input_ids" not in names:
+        raise ModelError(f"'{path}' has no input 'input_ids' (it has {', '.join(names) or 'none'})")
+    for one in graph.inputs:
+        _check_input(one, path)
+    shapes = [one.type.tensor_type.shape.dim for one in graph.inputs]
+    batch, length = ({dims[axis].dim_value for dims in shapes} - {0} for axis in (0, 1))
+    if len(batch) > 1 or len(length) > 1:
+        raise ModelError(f"the inputs of '{path}' have different static shapes")
+    return next(iter(batch), None), next(iter(length), None)
+
+
+def _check_input(one: onnx.ValueInfoProto, path: Path) -> None:
+    kind = one.type.tensor_type
+    if one.name not in INPUT_NAMES:
+        raise ModelError(
+            f"'{path}' has the input '{one.name}', which is unsupported"
+            f"{nearest(one.name, INPUT_NAMES)}"
+        )
+    if kind.elem_type not in _DTYPES or len(kind.shape.dim) != 2:
+        raise ModelError(
+            f"input '{one.name}' of '{path}' is no (batch, length) tensor of int32 or int64"
+        )
+
+
+def input_specs(graph: OnnxGraph) -> tuple[InputSpec, ...]:
+    """Describe the inputs in their canonical order, with the size of the table each looks up."""
+    given = {one.name: one.type.tensor_type.elem_type for one in graph.inputs}
+    below: dict[str, int] = {"attention_mask": 2}
+    for node in graph.nodes:
+        if is_lookup(graph, node):
+            source = source_input(graph, node.input[1])
+            if source in ("input_ids", "token_type_ids"):
+                below[source] = graph.shape(node.input[0])[0]
+    return tuple(
+        InputSpec(name, _DTYPES[given[name]], below.get(name), _DEFAULTS.get(name))
+        for name in INPUT_NAMES
+        if name in given
+    )
+
+
+def check_operators(graph: OnnxGraph, rewritten: bool = False) -> None:
+    """Raise ModelError for the first operator that cannot be imported, with its node's name.
+
+    `rewritten`: also for Attention, which some forms of the graph lose in the rewriting.
+    """
+    (frontend,) = require("compile", "tvm.relax.frontend.onnx.onnx_frontend")
+    known = set(frontend._get_convert_map()) - ({"Attention"} if rewritten else set())
+    for node in graph.nodes:
+        name = node.name or node.output[0]
+        if node.domain not in ("", "ai.onnx"):
+            raise ModelError(
+                f"operator {node.domain}.{node.op_type} (node '{name}') is outside the ONNX"
+                " standard and cannot be imported",
+                "export the model without a runtime's own optimizations",
+            )
+        subgraphs = any(one.type == onnx.AttributeProto.GRAPH for one in node.attribute)
+        if node.op_type not in known or subgraphs:
+            raise ModelError(f"operator {node.op_type} (node '{name}') cannot be imported")

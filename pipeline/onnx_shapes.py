@@ -1,0 +1,125 @@
+"""Arithmetic on shapes in any spelling comes in; Shape(input_ids) and constants go out.
+
+    Concat(Shape(Transpose(x))[0], -1, …)  →  Concat(Shape(input_ids)[0], 12, …)
+    Sqrt(Cast(Shape(q)[3]))                →  8.0
+
+What a tensor means is judged by its values over several random batches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bertile.onnx_dependence import dependence, is_lookup
+from bertile.onnx_graph import OnnxGraph
+from bertile.probing import Probes, merge
+
+FOLD_LIMIT = 65536  # elements; a larger result that varies with no shape stays computed
+
+
+class Axes:
+    """The batch and length of `input_ids` as tensors of the graph, each made at most once."""
+
+    def __init__(self, graph: OnnxGraph, probes: Probes):
+        self.graph = graph
+        shapes = [feed["input_ids"].shape for feed in probes.feeds]
+        self.sizes = {
+            "batch": np.asarray([batch for batch, _ in shapes]),
+            "length": np.asarray([length for _, length in shapes]),
+        }
+        self._made: dict[str, str] = {}
+
+    def tensor(self, name: str) -> str:
+        """Return a vector of one element, the size of axis "batch" or "length"."""
+        if name not in self._made:
+            axis = list(self.sizes).index(name)
+            made = self.graph.add("Shape", ["input_ids"], start=axis, end=axis + 1)
+            self._made[name] = made
+        return self._made[name]
+
+    def static(self, name: str) -> int | None:
+        """Return the size of an axis that does not vary."""
+        size = merge(self.sizes[name])
+        return size if isinstance(size, int) else None
+
+    def expression(self, size: object) -> str | None:
+        """Return a vector of one element that has this size, an int or one int for each probe."""
+        if isinstance(size, int):
+            return self.graph.integers(size)
+        batch, length = self.sizes["batch"], self.sizes["length"]
+        for names, base in (
+            (("length",), length),
+            (("batch",), batch),
+            (("batch", "length"), batch * length),
+        ):
+            line = _line(base, np.asarray(size))
+            if line is not None and all(self.static(name) is None for name in names):
+                tensors = [self.tensor(name) for name in names]
+                product = tensors[0] if len(tensors) == 1 else self.graph.add("Mul", tensors)
+                return self._scaled(product, *line)
+        return None
+
+    def _scaled(self, base: str, factor: int, rest: int) -> str:
+        for op, number, neutral in (("Mul", factor, 1), ("Add", rest, 0)):
+            if number != neutral:
+                base = self.graph.add(op, [base, self.graph.integers(number)])
+        return base
+
+
+def fold_constants(graph: OnnxGraph, probes: Probes) -> None:
+    """Replace what depends on no input's values and came out the same for every shape."""
+    kinds = dependence(graph)
+    for node in graph.nodes:
+        kind = kinds[node.output[0]]
+        # A table of positions with static axes stays a lookup, as it is with dynamic ones.
+        if is_lookup(graph, node) or kind not in ("constant", "shape"):
+            continue
+        for name in node.output:
+            value = probes.constant(name) if name else None
+            if value is not None and (value.size <= FOLD_LIMIT or kind == "constant"):
+                graph.replace(name, graph.constant(value, "folded"))
+    graph.clean()
+
+
+def write_shapes(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
+    """Build each vector or number of sizes anew from the input's batch and length."""
+    kinds = dependence(graph)
+    known = {name for name, kind in kinds.items() if kind == "shape" and _is_small(name, probes)}
+    made: dict[str, str] = {}
+    for node in list(graph.nodes):
+        if node.output[0] in known:
+            continue
+        for name in set(node.input) & known:
+            new = made.get(name) or _rebuilt(name, probes, axes)
+            if new is not None:
+                made[name] = new
+                node.input[:] = [new if one == name else one for one in node.input]
+    graph.clean()
+
+
+def _line(base: np.ndarray, values: np.ndarray) -> tuple[int, int] | None:
+    """Return the integers with `values` = factor * base + rest, None where there are none."""
+    other = next((i for i in range(1, len(base)) if base[i] != base[0]), None)
+    if other is None:
+        return None
+    factor, left = divmod(int(values[other] - values[0]), int(base[other] - base[0]))
+    rest = int(values[0] - factor * base[0])
+    fits = left == 0 and factor != 0 and (values == factor * base + rest).all()
+    return (factor, rest) if fits else None
+
+
+def _is_small(name: str, probes: Probes) -> bool:
+    values = probes.of(name)
+    if values is None or values[0].dtype != np.int64:
+        return False
+    return all(one.ndim < 2 and one.shape == values[0].shape for one in values)
+
+
+def _rebuilt(name: str, probes: Probes, axes: Axes) -> str | None:
+    values = probes.of(name)
+    parts = [axes.expression(merge(column)) for column in zip(*(one.flat for one in values))]
+    if not parts or None in parts:
+        return None
+    if values[0].ndim == 0:
+        return axes.graph.add("Squeeze", [parts[0], axes.graph.integers(0)])
+    return parts[0] if len(parts) == 1 else axes.graph.add("Concat", parts, axis=0)

@@ -1,0 +1,104 @@
+"""A bundle and the ONNX model it came from in, how far apart they are out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bertile import exported, loader
+from bertile.errors import NumericMismatchError, require
+from bertile.exported import ExportedModel
+from bertile.progress import Progress
+from bertile.samples import largest_difference, sample, session
+
+# Largest difference at a real token, relative to the largest magnitude of the reference output (at least 1).
+# float32 sums of a thousand products in another order differ by about 1e-6 a layer.
+TOLERANCES = {"fp32": 1e-4}
+
+# (batch, length): one token, a whole block, tails, unequal lengths with padding; the longest is added.
+CASES = ((1, 1), (1, 16), (3, 37), (2, 64), (1, 128))
+
+
+def verify(
+    directory: Path,
+    onnx: str | Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare the bundle with ONNX Runtime on ``onnx`` (default: its source, exported again).
+
+    Returns the check of the manifest: "max_abs_difference" and "tolerance" (of the same output,
+    the worst one), "cases". It does not raise for a difference; :func:`checked` does.
+    """
+    if onnx is not None:
+        path = Path(onnx)
+    else:
+        from bertile import driver
+        from bertile.config import Config
+
+        manifest = loader.read_manifest(directory)
+        config = Config.from_dict(manifest["config"])
+        path = driver.export_cached(manifest["model"]["source"], config, progress).onnx_path
+    with loader.load(directory, threads) as model:
+        return _compare(model, path)
+
+
+def checked(directory: Path, model: ExportedModel, threads: int | None) -> dict[str, Any]:
+    """As :func:`verify`; raises NumericMismatchError where the difference is past the tolerance."""
+    check = verify(directory, model.onnx_path, threads)
+    if not check["max_abs_difference"] <= check["tolerance"]:
+        raise NumericMismatchError(
+            f"the compiled model differs from ONNX Runtime by {check['max_abs_difference']:.2g},"
+            f" more than {check['tolerance']:.2g}, at batch and length {check['worst']}",
+            "report the model with `bertile doctor`'s output; nothing was written",
+        )
+    return check
+
+
+def _compare(model: loader.Model, onnx: Path) -> dict[str, Any]:
+    (runtime,) = require("compile", "onnxruntime")
+    manifest = model.manifest
+    relative = TOLERANCES[manifest["config"]["precision"]]
+    specs = [exported.InputSpec(**spec) for spec in manifest["inputs"]]
+    peer = session(onnx)
+    names = [output.name for output in peer.get_outputs()]
+    worst: dict[str, Any] = {"max_abs_difference": -1.0, "tolerance": relative, "worst": None}
+    cases = []
+    for batch, length in _cases(manifest):
+        arrays = sample(specs, batch, length, _padding_id(onnx.parent), seed=length)
+        want, got = peer.run(names, arrays), model(**arrays)
+        mask = arrays.get("attention_mask", arrays[specs[0].name] * 0 + 1)
+        found = 0.0
+        for name, reference in zip(names, want):
+            difference = largest_difference(got[name], reference, mask)
+            tolerance = relative * max(1.0, float(abs(reference).max()))
+            found = max(found, difference)
+            if worst["max_abs_difference"] < 0 or difference / tolerance > (
+                worst["max_abs_difference"] / worst["tolerance"]
+            ):
+                worst = {
+                    "max_abs_difference": difference,
+                    "tolerance": tolerance,
+                    "worst": [batch, length],
+                }
+        cases.append({"batch": batch, "length": length, "max_abs_difference": found})
+    return {"reference": f"onnxruntime {runtime.__version__}", **worst, "cases": cases}
+
+
+def _cases(manifest: dict[str, Any]) -> list[tuple[int, int]]:
+    static = manifest["static"]
+    if static["length"]:
+        return [(static["batch"] or 1, static["length"])]
+    limit = manifest["model"]["max_length"] or 512
+    lengths = {(static["batch"] or batch, min(length, limit)) for batch, length in CASES}
+    return sorted(lengths | {(static["batch"] or 1, min(limit, 512))})
+
+
+def _padding_id(directory: Path) -> int:
+    """What the tokenizer pads with; RoBERTa counts positions from where ids are not this."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
+    return int(config.get("pad_token_id") or 0)

@@ -1,0 +1,205 @@
+"""Every family and head: ONNX Runtime on the exported model against the plain torch model."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from bertile import exporter, models
+from bertile.config import HEADS, Config
+from bertile.errors import ModelError, NumericMismatchError
+from bertile.exported import ExportedModel, read
+from bertile.samples import largest_difference, sample, session
+
+# Two layers in float32, summed in another order than torch does: some units of the last place.
+TOLERANCE = 5e-5
+FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert", "mpnet")
+PADDING = {"roberta": 1, "mpnet": 1}
+POOLED = ("bert", "roberta", "albert", "mpnet")
+QUICK = [
+    *((f"{family}-tiny", "encoder") for family in FAMILIES),
+    *(("bert-tiny", head) for head in HEADS if head != "encoder"),
+    ("bert-odd", "embedding"),
+    ("albert-tiny", "masked-lm"),
+    ("electra-tiny", "sequence-classification"),
+]
+REST = [
+    case
+    for case in ((f"{family}-tiny", head) for family in FAMILIES for head in HEADS)
+    if case not in QUICK
+]
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    """Export a synthetic model once for all tests that ask for it."""
+    made = {}
+
+    def get(name, head):
+        if (name, head) not in made:
+            directory = tmp_path_factory.mktemp("export")
+            made[name, head] = exporter.export(f"synthetic:{name}", directory, Config(head=head))
+        return made[name, head]
+
+    return get
+
+
+def plain_torch(name, head, arrays):
+    """Run the untouched transformers model with the 2-D mask, as a user would."""
+    model = models.load(f"synthetic:{name}", head).model
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        found = model(**{key: torch.from_numpy(value) for key, value in arrays.items()})
+    if head == "embedding":
+        weights = torch.from_numpy(arrays["attention_mask"])[:, :, None].float()
+        mean = (found.last_hidden_state * weights).sum(1) / weights.sum(1)
+        return {"sentence_embedding": torch.nn.functional.normalize(mean, dim=1).numpy()}
+    return {key: value.numpy() for key, value in found.items()}
+
+
+def compare(exported, name, head, shapes):
+    runner = session(exported.onnx_path)
+    for seed, (batch, length) in enumerate(shapes):
+        padding = PADDING.get(exported.family, 0)
+        arrays = sample(exported.inputs, batch, length, padding, seed)
+        want = plain_torch(name, head, arrays)
+        for output, got in zip(exported.outputs, runner.run(list(exported.outputs), arrays)):
+            difference = largest_difference(got, want[output], arrays["attention_mask"])
+            assert difference < TOLERANCE, (output, batch, length)
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+)
+def test_export_equals_torch_at_any_batch_and_length(exports, name, head):
+    exported = exports(name, head)
+    assert exported.max_length == 512
+    compare(exported, name, head, [(1, 1), (3, 37), (7, 16), (1, exported.max_length)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_names_inputs_and_outputs_of_each_family(exports, family):
+    exported = exports(f"{family}-tiny", "encoder")
+    names = ["input_ids", "attention_mask"]
+    names += ["token_type_ids"] if family in ("bert", "electra", "albert") else []
+    assert [one.name for one in exported.inputs] == names
+    assert [one.below for one in exported.inputs] == [1000, 2, 2][: len(names)]
+    assert [one.default for one in exported.inputs] == [None, "ones", "zeros"][: len(names)]
+    pooled = ("pooler_output",) if family in POOLED else ()
+    assert exported.outputs == ("last_hidden_state", *pooled)
+    assert (exported.family, exported.head) == (family, "encoder")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_imports_into_tvm_with_symbolic_axes(exports, family):
+    frontend = pytest.importorskip("tvm.relax.frontend.onnx")
+    exported = exports(f"{family}-tiny", "encoder")
+    mod = frontend.from_onnx(onnx.load(exported.onnx_path), keep_params_in_input=True)
+    shape = mod["main"].params[0].ty.shape
+    assert [str(axis) for axis in shape] == ["batch", "length"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_writes_the_canonical_operators(exports, family):
+    model = onnx.load(exports(f"{family}-tiny", "encoder").onnx_path)
+    found = [node.op_type for node in model.graph.node]
+    assert (found.count("LayerNormalization"), found.count("Gelu")) == (5, 2)
+    assert found.count("Softmax") == 2
+    assert not {"Gemm", "Erf", "Where", "Expand", "Range", "Identity"} & set(found)
+    assert [one.version for one in model.opset_import if one.domain == ""] == [20]
+    assert not any(node.metadata_props for node in model.graph.node)
+    constants = {one.name: one for one in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Reshape":
+            target = onnx.numpy_helper.to_array(constants[node.input[1]]).tolist()
+            assert target[:2] == [0, 0]
+
+
+def test_export_masks_padding_so_that_it_changes_nothing(exports):
+    exported = exports("bert-tiny", "encoder")
+    arrays = sample(exported.inputs, 1, 9, 0)
+    longer = {key: np.pad(value, ((0, 0), (0, 4))) for key, value in arrays.items()}
+    longer["input_ids"][:, 9:] = 7
+    runner = session(exported.onnx_path)
+    short, long = (runner.run(None, one)[0] for one in (arrays, longer))
+    assert largest_difference(long[:, :9], short, arrays["attention_mask"]) < TOLERANCE
+
+
+def test_export_writes_a_description_that_reads_back(exports):
+    exported = exports("bert-tiny", "token-classification")
+    assert read(exported.directory) == exported
+    assert exported.labels == ("LABEL_0", "LABEL_1")
+    assert "torch differ by at most" in exported.notes[-1]
+    assert json.loads((exported.directory / "config.json").read_text())["model_type"] == "bert"
+
+
+def test_read_refuses_a_damaged_description(tmp_path):
+    (tmp_path / "export.json").write_text('{"source": "x"}')
+    with pytest.raises(ModelError, match="no description of an exported model"):
+        read(tmp_path)
+
+
+def test_export_takes_a_model_object_and_prints_nothing(tmp_path, capfd):
+    model = models.load("synthetic:distilbert-tiny:question-answering").model.train()
+    exported = exporter.export(model, tmp_path, Config())
+    assert capfd.readouterr() == ("", "")
+    assert exported.outputs == ("start_logits", "end_logits")
+    assert exported.source == "DistilBertForQuestionAnswering" and model.training
+
+
+def test_export_minilm_has_its_tokenizer_and_pools_by_mean(tmp_path):
+    exported = exporter.export("minilm", tmp_path, Config())
+    assert {"model.onnx", "tokenizer.json", "config.json"} <= {one.name for one in tmp_path.iterdir()}
+    assert (exported.head, exported.outputs) == ("embedding", ("sentence_embedding",))
+    arrays = sample(exported.inputs, 3, 21, 0)
+    found = session(exported.onnx_path).run(None, arrays)[0]
+    model = models.load("minilm").model
+    with torch.no_grad():
+        hidden = model(**{key: torch.from_numpy(one) for key, one in arrays.items()})[0].numpy()
+    weights = arrays["attention_mask"][:, :, None]
+    want = (hidden * weights).sum(1) / weights.sum(1)
+    want /= np.linalg.norm(want, axis=1, keepdims=True)
+    assert np.abs(found - want).max() < 1e-6
+
+
+def test_export_keeps_tanh_gelu_as_one_operator(exports):
+    model = onnx.load(exports("albert-tiny", "encoder").onnx_path)
+    kinds = [node.attribute[0].s for node in model.graph.node if node.op_type == "Gelu"]
+    assert kinds == [b"tanh", b"tanh"]
+
+
+def test_export_fails_when_the_onnx_model_differs_from_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "largest_difference", lambda *_: 0.5)
+    with pytest.raises(NumericMismatchError, match=r"differs from torch by 0\.5") as caught:
+        exporter.export("synthetic:bert-tiny", tmp_path, Config())
+    assert caught.value.exit_code == 4
+
+
+def test_fingerprint_depends_on_the_head():
+    first, second = (
+        exporter.fingerprint("synthetic:bert-tiny", Config(head=head))
+        for head in ("encoder", "masked-lm")
+    )
+    assert first != second
+
+
+def test_exported_model_is_one_value(tmp_path):
+    exported = ExportedModel(tmp_path, "x", "0", "bert", "encoder", 8, (), ("y",))
+    assert exported.onnx_path == tmp_path / "model.onnx"
+    assert dataclasses.replace(exported, notes=()) == exported
+
+
+def test_largest_difference_ignores_padding_and_refuses_nan():
+    mask = np.asarray([[1, 1, 0]])
+    want = np.zeros((1, 3, 2), np.float32)
+    got = want.copy()
+    got[0, 2] = 9
+    assert largest_difference(got, want, mask) == 0
+    got[0, 1, 0] = 0.5
+    assert largest_difference(got, want, mask) == 0.5
+    got[0, 1, 0] = np.nan
+    assert largest_difference(got, want, mask) == float("inf")
+    assert largest_difference(got[:, :2], want, mask) == float("inf")
