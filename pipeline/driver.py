@@ -51,6 +51,13 @@ def export(
     return {**read(path).to_json(), "output": str(path), "onnx": str(path / "model.onnx")}
 
 
+def tune(
+    model: Any, log: Any, row: Target, config: Config, progress: Progress
+) -> dict[str, Any]:
+    """The stages up to tuning; its result is what the log has gained."""
+    return _Run(export_cached(model, config, progress), row, config, progress, log).tune()
+
+
 def export_cached(
     model: Any, config: Config, progress: Progress | None = None
 ) -> ExportedModel:
@@ -112,13 +119,14 @@ class _Run:
                 stage.detail = f"IR in {dump}" if dump else ""
         return self._graph
 
-    def tune(self) -> None:
+    def tune(self) -> dict[str, Any]:
         from bertile import lowering, tuner
 
         tasks = lowering.tasks(self.optimized())
         with self.progress.stage("tune") as stage:
             result = tuner.tune(tasks, self.log, self.row, self.config, self.progress)
             stage.cached, stage.detail = result["trials"] == 0, result["text"]
+        return result
 
     def make(self, directory: Path) -> None:
         """Fill a directory with the bundle, checked against ONNX Runtime."""

@@ -43,7 +43,8 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
         return normalizer.normalize(Path(model), directory, config)
     checkpoint = models.load(model, config.head)
     exported = _describe(checkpoint, directory)
-    with models.quiet():
+    (torch,) = require("export", "torch")
+    with models.quiet(), torch.no_grad():
         module = _module(checkpoint, exported)
         _write_onnx(module, exported)
         difference = _check(module, exported, _padding_id(checkpoint))
@@ -167,8 +168,7 @@ def _check(module: Any, exported: ExportedModel, padding_id: int) -> float:
     shapes = [(2, min(16, exported.max_length)), (3, min(37, exported.max_length))]
     for seed, (batch, length) in enumerate(shapes):
         arrays = sample(exported.inputs, batch, length, padding_id, seed)
-        with torch.no_grad():
-            want = module(*(torch.from_numpy(arrays[one.name]) for one in exported.inputs))
+        want = module(*(torch.from_numpy(arrays[one.name]) for one in exported.inputs))
         got = run_onnx(exported.onnx_path, arrays)
         mask = arrays["attention_mask"]
         for name, tensor in zip(exported.outputs, want, strict=True):

@@ -23,8 +23,6 @@ QUICK = [
     *((f"{family}-tiny", "encoder") for family in FAMILIES),
     *(("bert-tiny", head) for head in HEADS if head != "encoder"),
     ("bert-odd", "embedding"),
-    ("albert-tiny", "masked-lm"),
-    ("electra-tiny", "sequence-classification"),
 ]
 REST = [
     case
@@ -152,7 +150,8 @@ def test_export_takes_a_model_object_and_prints_nothing(tmp_path, capfd):
 
 def test_export_minilm_has_its_tokenizer_and_pools_by_mean(tmp_path):
     exported = exporter.export("minilm", tmp_path, Config())
-    assert {"model.onnx", "tokenizer.json", "config.json"} <= {one.name for one in tmp_path.iterdir()}
+    written = {one.name for one in tmp_path.iterdir()}
+    assert {"model.onnx", "tokenizer.json", "config.json"} <= written
     assert (exported.head, exported.outputs) == ("embedding", ("sentence_embedding",))
     arrays = sample(exported.inputs, 3, 21, 0)
     found = session(exported.onnx_path).run(None, arrays)[0]

@@ -201,9 +201,7 @@ def test_load_names_what_is_wrong_with_a_directory(saved, tmp_path):
     shutil.copy(saved / "config.json", tmp_path)
     with pytest.raises(ModelError, match="the weights in .* cannot be loaded"):
         models.load(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(
-        (saved / "model.safetensors").read_bytes()[:-1000]
-    )
+    (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-1000])
     with pytest.raises(ModelError, match="the weights in .* cannot be loaded"):
         models.load(tmp_path)
 

@@ -1,10 +1,10 @@
 """A matrix product in lanes with its epilogue: y = activation(x W + b) + residual, any number of tokens.
 
-    x (m, K, 16), w (N / outputs, K, outputs), b (N), residual (m, N, 16)  →  y (m, N, 16)
+    x (m, K, 16), w (N / width, K, width), b (N), residual (m, N, 16)  →  y (m, N, 16)
 
     parallel over tasks = groups of panels × chunks of token blocks
       for each pass over a part of K, panel of the group, tile of token blocks
-        outputs × token_blocks accumulators in registers
+        width × token_blocks accumulators in registers
           for k: load x once per block, broadcast w once per output, multiply-add
         epilogue on the registers, one store per value
 
@@ -29,14 +29,18 @@ from bertile.schedules.task import Task
 
 
 def space(task: Task, row: Row) -> Space:
-    """Register tile (outputs × token blocks), unroll, and how the work is cut between caches and threads."""
-    inputs, outputs = task.shape["inputs"], task.shape["outputs"]
+    """The register tile, the unrolling, and how the work is cut between caches and threads.
+
+    A tile of ``accumulators`` vectors is ``accumulators // token_blocks`` outputs wide: two knobs that any
+    choice of keeps inside the register file.
+    """
+    inputs = task.shape["inputs"]
     fits = _accumulators(row)
     return {
-        "outputs": tuple(n for n in range(1, fits + 1) if n <= outputs),
-        "token_blocks": tuple(b for b in (1, 2, 3, 4) if b < fits),
+        "accumulators": tuple(range(min(4, fits), fits + 1)),
+        "token_blocks": tuple(b for b in (1, 2, 3, 4) if b <= fits // 2),
         "unroll": tuple(u for u in (1, 2, 4, 8) if inputs % u == 0),
-        "passes": tuple(p for p in (1, 2, 3, 4) if inputs % p == 0 and inputs // p >= 128 or p == 1),
+        "passes": tuple(p for p in (1, 2, 3, 4) if p == 1 or (inputs % p == 0 and inputs >= 128 * p)),
         "panels": (1, 2, 4, 8, 16),
         "chunk": (8, 16, 32, 64),
     }
@@ -45,36 +49,40 @@ def space(task: Task, row: Row) -> Space:
 def default(task: Task, row: Row) -> Knobs:
     """The widest tile of two token blocks; K in parts whose activations stay in a second-level cache."""
     choices = space(task, row)
+    inputs, outputs = task.shape["inputs"], task.shape["outputs"]
     token_blocks = 2
-    wanted = (_accumulators(row) - token_blocks) // token_blocks
-    even = [n for n in choices["outputs"] if n <= wanted and task.shape["outputs"] % n == 0]
-    outputs = max(even, default=0)
-    if outputs < wanted * 2 // 3:  # padding the last panel costs less than a narrow tile
-        outputs = min(wanted, max(choices["outputs"]))
-    passes = min(choices["passes"], key=lambda p: abs(task.shape["inputs"] // p - 1024))
-    unroll = max(u for u in choices["unroll"] if u <= 4 and task.shape["inputs"] // passes % u == 0)
+    widest = _accumulators(row) // token_blocks
+    even = [n for n in range(widest * 2 // 3, widest + 1) if n and outputs % n == 0]
+    # an even width pads nothing; without one, padding the last panel costs less than a narrow tile
+    width = max(even, default=widest)
+    passes = min(choices["passes"], key=lambda p: abs(inputs // p - 1024))
     return {
-        "outputs": outputs,
+        "accumulators": max(width * token_blocks, min(choices["accumulators"])),
         "token_blocks": token_blocks,
-        "unroll": unroll,
+        "unroll": max(u for u in choices["unroll"] if u <= 4),
         "passes": passes,
         "panels": 1 if passes == 1 else 8,
         "chunk": 32,
     }
 
 
+def tile_outputs(task: Task, knobs: Knobs) -> int:
+    """How many outputs a register tile, and a panel of packed weights, is wide."""
+    return min(knobs["accumulators"] // knobs["token_blocks"], task.shape["outputs"])
+
+
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     """The PrimFunc (x, [residual], w, b, y)."""
     inputs, outputs = task.shape["inputs"], task.shape["outputs"]
-    tile_outputs, chunk = knobs["outputs"], knobs["chunk"]
-    panels = -(-outputs // tile_outputs)
+    width, chunk = tile_outputs(task, knobs), knobs["chunk"]
+    panels = -(-outputs // width)
     group = min(knobs["panels"], panels)
     groups = -(-panels // group)
     with lanes.kernel(task.name) as made:
         x = made.activation("x", inputs)
         residual = made.activation("residual", outputs) if task.shape["residual"] else None
-        w = made.tensor("w", panels, inputs, tile_outputs)
-        b = made.tensor("b", panels * tile_outputs)
+        w = made.tensor("w", panels, inputs, width)
+        b = made.tensor("b", panels * width)
         y = made.activation("y", outputs)
         tile = _Tile(task, knobs, x, residual, w, b, y)
         chunks = T.Bind((made.blocks + (chunk - 1)) // chunk)
@@ -107,11 +115,13 @@ class _Tile:
 
     def __init__(self, task: Task, knobs: Knobs, x: Any, residual: Any, w: Any, b: Any, y: Any) -> None:
         self.task, self.knobs = task, knobs
+        self.width = tile_outputs(task, knobs)
         self.x, self.residual, self.w, self.b, self.y = x, residual, w, b, y
 
     def emit(self, panel: Any, block: Any, token_blocks: int, part: int) -> None:
-        width, unroll = self.knobs["outputs"], self.knobs["unroll"]
+        width, unroll = self.width, self.knobs["unroll"]
         depth = self.task.shape["inputs"] // self.knobs["passes"]
+        unroll = unroll if depth % unroll == 0 else 1
         total = lanes.registers(token_blocks, width)
         tile = [(n, t) for n in range(width) for t in range(token_blocks)]
         self._start(total, panel, block, tile, part)
@@ -134,7 +144,7 @@ class _Tile:
 
     def _start(self, total: Any, panel: Any, block: Any, tile: list, part: int) -> None:
         """The first part begins at the bias, a later one at what the parts before it left in y."""
-        outputs, width = self.task.shape["outputs"], self.knobs["outputs"]
+        outputs, width = self.task.shape["outputs"], self.width
         for n, t in tile:
             channel = panel * width + n
             if part == 0:
@@ -146,7 +156,7 @@ class _Tile:
     def _finish(self, total: Any, panel: Any, block: Any, tile: list, part: int) -> None:
         last = part == self.knobs["passes"] - 1
         for n, t in tile:
-            channel = panel * self.knobs["outputs"] + n
+            channel = panel * self.width + n
             value = lanes.read(total[t][n])
             if last:
                 value = ACTIVATIONS[self.task.shape["activation"]](value)
@@ -156,10 +166,10 @@ class _Tile:
 
 
 def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """w (K, N), b (N) → w (panels, K, outputs), b padded: each panel is read front to back."""
+    """w (K, N), b (N) → w (panels, K, width), b padded: each panel is read front to back."""
     w, b = weights
     inputs, outputs = w.shape
-    width = knobs["outputs"]
+    width = tile_outputs(task, knobs)
     panels = -(-outputs // width)
     padding = panels * width - outputs
     w = np.pad(w, ((0, 0), (0, padding))) if padding else w
@@ -188,8 +198,9 @@ def flops(task: Task, tokens: int) -> float:
 
 
 def _accumulators(row: Row) -> int:
-    """Vectors of the register file that may accumulate: one is kept for a broadcast weight."""
-    return lanes.vector_capacity(row) - max(1, lanes.vector_capacity(row) // 16)
+    """Vectors that may accumulate: what the activations and a broadcast weight leave of the registers."""
+    capacity = lanes.vector_capacity(row)
+    return capacity - max(2, capacity // 8)
 
 
 dense = Schedule("dense", space, default, kernel, sample, flops, pack)

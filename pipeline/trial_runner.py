@@ -1,0 +1,92 @@
+"""The tuner's end of ``bertile.trial``: keeps one process of it alive, and outlives its crashes."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from bertile.errors import BertileError
+from bertile.schedules.task import Task
+from bertile.targets import Target
+
+STARTUP_SECONDS = 120.0
+TRIAL_SECONDS = 20.0
+
+
+class TrialRunner:
+    """Runs trials one at a time in another process. A context manager; the process ends with it."""
+
+    def __init__(self, row: Target, timeout: float = TRIAL_SECONDS) -> None:
+        self._row, self._timeout = row, timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._fresh = True
+
+    def __enter__(self) -> TrialRunner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def run(self, task: Task, knobs: Mapping[str, int], blocks: int) -> dict[str, Any]:
+        """{"microseconds": […]} or {"error": …} of these knobs on ``blocks`` blocks of tokens."""
+        request = {
+            "operation": task.operation,
+            "shape": dict(task.shape),
+            "knobs": dict(knobs),
+            "target": self._row.name,
+            "threads": self._row.threads,
+            "blocks": blocks,
+        }
+        process = self._process or self._start()
+        line = json.dumps(request) + "\n"
+        try:
+            process.stdin.write(line.encode())
+            process.stdin.flush()
+        except BrokenPipeError:
+            return self._failed("the candidate's process ended")
+        answer = self._answer(process, STARTUP_SECONDS if self._fresh else self._timeout)
+        self._fresh = False
+        return answer
+
+    def _answer(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
+        ready, _, _ = select.select([process.stdout], [], [], seconds)
+        if not ready:
+            return self._failed(f"no result within {seconds:.0f} s")
+        line = process.stdout.readline()
+        if not line:
+            code = process.wait()
+            if self._fresh:
+                raise BertileError(
+                    f"the trial process ended with code {code} before its first trial",
+                    "run `bertile doctor`, or `python -m bertile.trial` to see why",
+                )
+            return self._failed(f"the candidate crashed with code {code}")
+        return json.loads(line)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # a session of its own: Ctrl-C must reach the tuner, which then ends this process in order
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bertile.trial"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "TVM_NUM_THREADS": str(self._row.threads)},
+        )
+        self._fresh = True
+        return self._process
+
+    def _failed(self, why: str) -> dict[str, Any]:
+        self._stop()
+        return {"error": why}
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None

@@ -1,0 +1,189 @@
+"""Tasks in, measured knobs in the log out. Every trial is recorded at once, so a stop at any moment loses nothing."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+from bertile import loader
+from bertile.config import Config
+from bertile.progress import Progress
+from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.schedule import Knobs
+from bertile.schedules.task import Task
+from bertile.targets import Target, tvm_target
+from bertile.trial_runner import TrialRunner
+from bertile.tuning_log import Record, TuningLog
+
+LANES = 16
+BLOCKS = 8  # trials run on 128 tokens, the length that most requests are near to
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much searching is enough: trials of one task, all told over runs, and seconds of one run."""
+
+    trials: int
+    seconds: float
+
+
+EFFORTS = {"quick": Effort(32, 600.0), "full": Effort(160, 7200.0)}
+
+
+class _OutOfTime(Exception):
+    """Ends a search from inside a measurement."""
+
+
+def tune(
+    tasks: Counter[Task], log: TuningLog, row: Target, config: Config, progress: Progress
+) -> dict[str, Any]:
+    """Search the spaces of these tasks, each counted as often as the model calls it.
+
+    Trials that the log already has are not repeated: with as many as the effort asks for, nothing
+    runs. Ctrl-C ends the search in order; what was measured is in the log.
+    """
+    effort = EFFORTS[config.tune]
+    wanted = config.trials or effort.trials
+    open_tasks = [task for task in tasks if _open(task, log, row, wanted)]
+    began = time.monotonic()
+    with TrialRunner(row) as trials:
+        session = _Session(log, row, trials, progress, began + (config.timeout or effort.seconds))
+        stopped = _search(session, open_tasks, tasks, wanted)
+    best = _gains(tasks, log, row)
+    text = f"{session.count} trials{stopped}" + (f", {best}" if best else "")
+    return {"trials": session.count, "seconds": time.monotonic() - began, "text": text}
+
+
+def tune_model(model: Any, config: Config, progress: Progress) -> dict[str, Any]:
+    """The tuning stage by itself: export, import and optimize ``model``, then tune its kernels."""
+    from bertile import driver, targets
+
+    loader.set_thread_defaults()
+    row = targets.resolve(config.target, config.threads)
+    log = TuningLog.open(config.log_dir, progress.say)
+    result = driver.tune(model, log, row, config, progress)
+    return {"log": str(log.directories[-1] / row.log), **result}
+
+
+def _search(session: _Session, open_tasks: list[Task], tasks: Counter[Task], wanted: int) -> str:
+    """Defaults first, so that a short search never ends behind them; then MetaSchedule."""
+    if not open_tasks:
+        return ", everything is tuned already"
+    from bertile.search import search
+
+    row = session.row
+    session.total = sum(_missing(task, session.log, row, wanted) for task in open_tasks)
+    try:
+        for task in open_tasks:
+            session.measure(task, SCHEDULES[task.operation].default(task, row))
+        spaces = [
+            (task, SCHEDULES[task.operation].space(task, row), float(tasks[task]))
+            for task in open_tasks
+        ]
+        search(spaces, session.measure, session.total, wanted, 0, tvm_target(row))
+    except _OutOfTime:
+        return ", out of time"
+    except KeyboardInterrupt:
+        return ", stopped by Ctrl-C; the best so far is in the log"
+    return ""
+
+
+@dataclass
+class _Session:
+    """One run of the tuner: measures candidates that the log does not know, and records them."""
+
+    log: TuningLog
+    row: Target
+    trials: TrialRunner
+    progress: Progress
+    deadline: float
+    count: int = 0
+    total: int = 0
+
+    def measure(self, task: Task, knobs: Knobs) -> list[float]:
+        """Microseconds of each repeat; empty for a candidate that failed."""
+        known = [r for r in self.log.records(task, self.row) if dict(r.knobs) == dict(knobs)]
+        known = [r for r in known if r.threads == self.row.threads]
+        if known:
+            return list(known[-1].microseconds)
+        if time.monotonic() > self.deadline:
+            raise _OutOfTime
+        began = time.monotonic()
+        found = self.trials.run(task, knobs, BLOCKS)
+        self.count += 1
+        self.log.append(self._record(task, knobs, found))
+        self._show(task, time.monotonic() - began)
+        return list(found.get("microseconds", ()))
+
+    def _record(self, task: Task, knobs: Knobs, found: dict[str, Any]) -> Record:
+        return Record(
+            operation=task.operation,
+            shape=dict(task.shape),
+            target=self.row.log,
+            threads=self.row.threads,
+            tokens=BLOCKS * LANES,
+            knobs=dict(knobs),
+            microseconds=tuple(round(us, 2) for us in found.get("microseconds", ())),
+            machine=machine_facts(self.row),
+            versions={name: version(name) for name in ("bertile", "apache-tvm", "apache-tvm-ffi")},
+            time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            error=found.get("error"),
+        )
+
+    def _show(self, task: Task, seconds: float) -> None:
+        best = self.log.best(task, self.row)
+        left = max(0, self.total - self.count) * seconds
+        self.progress.status(
+            f"tune      {task.name}  trial {self.count} of {self.total}"
+            f"  best {best.median:.0f} us  ETA {left:.0f} s"
+            if best
+            else f"tune      {task.name}  trial {self.count} of {self.total}  none works so far"
+        )
+
+
+def machine_facts(row: Target) -> dict[str, Any]:
+    """What a reader of a record wants to know of the machine it was measured on."""
+    return {"cpu": _cpu_name(), "cores": loader.available_cores(), "row": row.name}
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            found = dict(line.split(":", 1) for line in file if line.count(":") == 1)
+    except OSError:
+        return platform.processor()
+    fields = {key.strip(): value.strip() for key, value in found.items()}
+    parts = ("model name", "cpu family", "model")
+    return ", ".join(f"{part} {fields[part]}" for part in parts if part in fields)
+
+
+def _open(task: Task, log: TuningLog, row: Target, wanted: int) -> bool:
+    return _missing(task, log, row, wanted) > 0
+
+
+def _missing(task: Task, log: TuningLog, row: Target, wanted: int) -> int:
+    """How many trials a task still wants: as many as asked for, or as its whole space has."""
+    points = 1
+    for choices in SCHEDULES[task.operation].space(task, row).values():
+        points *= len(choices)
+    done = sum(record.threads == row.threads for record in log.records(task, row))
+    return max(0, min(wanted, points) - done) if points > 1 else 0
+
+
+def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
+    """How much faster the best knobs are than the defaults, over a whole request."""
+    before = after = 0.0
+    for task, calls in tasks.items():
+        default = SCHEDULES[task.operation].default(task, row)
+        records = [r for r in log.records(task, row) if dict(r.knobs) == default and r.microseconds]
+        best = log.best(task, row)
+        if best and records:
+            before += calls * min(record.median for record in records)
+            after += calls * best.median
+    return f"kernels {before / 1e3:.2f} ms → {after / 1e3:.2f} ms a request" if after else ""
+
