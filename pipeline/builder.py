@@ -59,7 +59,7 @@ def build(graph: Graph, log: TuningLog, row: Target, library: Path) -> Built:
 
 
 def decide(task: Task, log: TuningLog, row: Target) -> tuple[str, Knobs]:
-    """("tuned", knobs of the log) where it knows the kernel, else ("default", the schedule's own)."""
+    """("tuned", knobs of the log) where it knows the kernel, else ("default", the schedule's)."""
     schedule = SCHEDULES[task.operation]
     best = log.best(task, row)
     if best is not None and schedule.valid(task, row, best.knobs):
@@ -70,7 +70,8 @@ def decide(task: Task, log: TuningLog, row: Target) -> tuple[str, Knobs]:
 def fuse_and_schedule(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
     """Legalize and fuse what is left of Relax operators, and schedule the loops that makes."""
     passes = [
-        relax.backend.DispatchSortScan(),  # cumsum (RoBERTa's positions) has no legalization of its own
+        # cumsum (RoBERTa's positions) has no legalization of its own
+        relax.backend.DispatchSortScan(),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),

@@ -1,11 +1,12 @@
-"""The whole program: model in, bundle out. Each stage is a module; this is the order, and the cache."""
+"""The whole program: model in, bundle out. Each stage is a module; this is the order, and the
+cache.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import platform
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import numpy as np
 
 from bertile import bundle, cache, exporter, loader, targets
 from bertile.config import Config
-from bertile.errors import UsageError
 from bertile.exported import ExportedModel, read
 from bertile.progress import Progress
 from bertile.targets import Target
@@ -51,16 +51,12 @@ def export(
     return {**read(path).to_json(), "output": str(path), "onnx": str(path / "model.onnx")}
 
 
-def tune(
-    model: Any, log: Any, row: Target, config: Config, progress: Progress
-) -> dict[str, Any]:
+def tune(model: Any, log: Any, row: Target, config: Config, progress: Progress) -> dict[str, Any]:
     """The stages up to tuning; its result is what the log has gained."""
     return _Run(export_cached(model, config, progress), row, config, progress, log).tune()
 
 
-def export_cached(
-    model: Any, config: Config, progress: Progress | None = None
-) -> ExportedModel:
+def export_cached(model: Any, config: Config, progress: Progress | None = None) -> ExportedModel:
     """The exported model, from the cache where the same model was exported before."""
     progress = progress or Progress(verbosity=-1)
     with progress.stage("export") as stage:
@@ -214,7 +210,10 @@ def _versions() -> dict[str, str]:
 
 def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
     manifest = loader.read_manifest(path)
-    length = min(manifest["static"]["length"] or SPEED_LENGTH, manifest["model"]["max_length"] or SPEED_LENGTH)
+    length = min(
+        manifest["static"]["length"] or SPEED_LENGTH,
+        manifest["model"]["max_length"] or SPEED_LENGTH,
+    )
     runs_here = set(manifest["target"]["features"]) <= loader.cpu_features()
     return {
         "output": str(path),

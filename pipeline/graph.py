@@ -14,7 +14,8 @@ from bertile.exported import ExportedModel
 
 @dataclass(frozen=True)
 class Graph:
-    """``main`` of ``mod`` takes the model's inputs, the block table (m, 4), then ``params`` in its own order.
+    """``main`` of ``mod`` takes the model's inputs, the block table (m, 4), then ``params`` in its
+    own order.
 
     ``params`` maps the name of each weight parameter to its value.
     """

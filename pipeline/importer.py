@@ -1,4 +1,6 @@
-"""The canonical ONNX model in, a Relax module with its weights split off and symbolic batch and length out."""
+"""The canonical ONNX model in, a Relax module with its weights split off and symbolic batch and
+length out.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def _from_onnx(model: onnx.ModelProto) -> tuple[tvm.IRModule, list[tvm.runtime.T
 
 
 def _with_table(main: relax.Function, inputs: int) -> relax.Function:
-    """Add the block table after the model's inputs; kernels in lanes need it, nothing else reads it."""
+    """Add the block table after the model's inputs; kernels in lanes need it, nothing else reads
+    it.
+    """
     blocks = tvm.tirx.Var("m", "int64")
     table = relax.Var(TABLE, relax.TensorType([blocks, 4], "int32"))
     params = [*main.params[:inputs], table, *main.params[inputs:]]

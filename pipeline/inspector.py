@@ -1,4 +1,6 @@
-"""A bundle in; its kernels with where each came from, its time, and its share of the machine's peak, out."""
+"""A bundle in; its kernels with where each came from, its time, and its share of the machine's
+peak, out.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def inspect(
 
     "kernels" has a row each: "kernel", "origin" (tuned, default, generic), "calls", "ms" (of one
     request, all calls together), "time %", "GFLOP/s" and "peak %" (of what multiply-adds on
-    registers alone reach in the same run). "fallthrough" names the operators that no schedule covers.
+    registers alone reach in the same run). "fallthrough" names the operators that no schedule
+    covers.
     """
     require("compile", "tvm")
     progress = progress or Progress(verbosity=-1)
@@ -60,7 +63,7 @@ def inspect(
 def _profile(
     directory: Path, manifest: dict[str, Any], inputs: dict[str, np.ndarray], threads: int
 ) -> tuple[dict[str, float], dict[str, int], float]:
-    """Seconds of one request by kernel, lanes in the output of each, seconds of the whole request."""
+    """Seconds of a request by kernel, lanes in the output of each, seconds of the whole request."""
     import tvm
     from tvm import relax
 

@@ -1,8 +1,9 @@
 """From fused operators to kernels: chooses layouts, packs weights, calls one PrimFunc per task.
 
-    bertile.dense(x (B, S, K), w, b)  →  call_tir(dense_K_N, [x in lanes (m, K, 16), w packed, b packed])
+    bertile.dense(x (B, S, K), w, b)  →  call_tir(dense_K_N, [x (m, K, 16), w packed, b packed])
 
-What our operators hand to each other stays in lanes; a conversion stands only where another operator, or
+What our operators hand to each other stays in lanes; a conversion stands only where another
+operator, or
 the caller, reads or writes a row-major tensor.
 """
 
@@ -31,7 +32,9 @@ Choice = Callable[[Task], Knobs]
 
 @dataclass(frozen=True)
 class Lowered:
-    """A module of kernel calls; ``params`` are its packed weights, in the order of main's parameters."""
+    """A module of kernel calls; ``params`` are its packed weights, in the order of main's
+    parameters.
+    """
 
     mod: tvm.IRModule
     params: dict[str, np.ndarray]
@@ -45,7 +48,9 @@ def task_of(call: relax.Call) -> Task:
     if name == "dense":
         inputs, outputs = shape(call.args[1])
         activation, residual = str(call.attrs["activation"]), len(call.args) == 4
-        return Task(name, _shape(inputs=inputs, outputs=outputs, activation=activation, residual=residual))
+        return Task(
+            name, _shape(inputs=inputs, outputs=outputs, activation=activation, residual=residual)
+        )
     if name == "attention":
         attrs = call.attrs
         return Task(
@@ -75,7 +80,9 @@ def tasks(graph: Graph) -> Counter[Task]:
 
 
 def lower(graph: Graph, row: Target, choose: Choice) -> Lowered:
-    """Replace every fused operator by its kernel, with the knobs that ``choose`` gives for its task."""
+    """Replace every fused operator by its kernel, with the knobs that ``choose`` gives for its
+    task.
+    """
     return _Lowering(graph, row, choose).run()
 
 
@@ -109,7 +116,11 @@ class _Lowering:
                 for binding in self.flow.bindings:
                     self._binding(binding.var, binding.value)
                 result = self.flow.definition(self.graph.main.body.body)
-                fields = result.fields if isinstance(result, relax.Tuple) else [self.graph.main.body.body]
+                fields = (
+                    result.fields
+                    if isinstance(result, relax.Tuple)
+                    else [self.graph.main.body.body]
+                )
                 output = self.builder.emit_output(relax.Tuple([self._row_major(f) for f in fields]))
             self.builder.emit_func_output(output)
         mod = self.builder.finalize()

@@ -83,6 +83,7 @@ def _rewrite(graph: OnnxGraph, probes: Probes, opset: int) -> tuple[int | None, 
     onnx_rewrites.upgrade_splits(graph)
     onnx_rewrites.drop_dropouts(graph)
     onnx_attention.expand_attention(graph, lambda name: _is_bool(probes, name))
+    onnx_attention.unfold_softmax(graph, probes.sizes)
     # Judged by values. Lookups and masks first: they need none of the shapes they were made of.
     axes = Axes(graph, probes)
     max_length = write_lookups(graph, probes, axes, max(opset, OPSET))

@@ -42,6 +42,24 @@ def expand_attention(graph: OnnxGraph, is_bool: Callable[[str], bool]) -> None:
     graph.clean()
 
 
+def unfold_softmax(graph: OnnxGraph, sizes: Sizes) -> None:
+    """Reshape(Softmax(Flatten(x))) → Softmax(x): what opset 12 becomes when brought to 13."""
+    producers = graph.producers()
+    for node in list(graph.nodes):
+        softmax = producers.get(node.input[0]) if node.op_type == "Reshape" else None
+        flatten = producers.get(softmax.input[0]) if softmax is not None else None
+        if flatten is None or (softmax.op_type, flatten.op_type) != ("Softmax", "Flatten"):
+            continue
+        whole = sizes(flatten.input[0])
+        last = attributes(softmax).get("axis", -1) == -1
+        if whole is None or not last or sizes(node.output[0]) != whole:
+            continue
+        if attributes(flatten).get("axis", 1) == len(whole) - 1:
+            made = graph.add("Softmax", [flatten.input[0]], axis=-1)
+            graph.replace(node.output[0], made)
+    graph.clean()
+
+
 def drop_nan_guards(graph: OnnxGraph) -> None:
     """Where(IsNaN(softmax), 0, softmax) → softmax, right where no mask holds an infinity."""
     producers = graph.producers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any, Optional
 
@@ -151,7 +152,8 @@ class OnnxGraph:
 
     def cut(self, name: str) -> OnnxGraph:
         """Return a copy that computes the tensor `name` alone, from the inputs that it needs."""
-        part = OnnxGraph(self.to_model(0))
+        part = copy.copy(self)
+        part.nodes = [copy.deepcopy(node) for node in self.nodes]
         part.results = [onnx.ValueInfoProto(name=name)]
         part.outputs = [name]
         part.clean()

@@ -1,8 +1,11 @@
-"""The operators that graph passes fuse into, as Relax operators of their own. All are pure and act on row-major
+"""The operators that graph passes fuse into, as Relax operators of their own. All are pure and act
+on row-major
 tensors; the layout that kernels use enters only when the builder lowers them.
 
-    bertile.dense(x (…, K), w (K, N), b (N), [residual (…, N)]) {activation}     activation(x w + b) + residual
-    bertile.attention(qkv (B, S, 3 H D), mask (B|1, 1, 1, S), [bias (B|1, H|1, S, S)]) {heads, head_size, scale}
+    bertile.dense(x (…, K), w (K, N), b (N), [residual (…, N)]) {activation}
+        = activation(x w + b) + residual
+    bertile.attention(qkv (B, S, 3 H D), mask (B|1, 1, 1, S), [bias (B|1, H|1, S, S)]) {heads,
+    head_size, scale}
     bertile.layer_norm(x (…, C), gamma (C), beta (C)) {epsilon}
     bertile.embedding(ids (B|1, S)…, table (V, C)…, gamma (C), beta (C)) {tables, epsilon}
     bertile.first_token(x (B, S, C))                                                   x[:, 0]
@@ -38,7 +41,9 @@ def layer_norm(x: Any, gamma: Any, beta: Any, epsilon: float) -> relax.Call:
     return _call("layer_norm", [x, gamma, beta], epsilon=epsilon)
 
 
-def embedding(ids: Sequence[Any], tables: Sequence[Any], norm: Sequence[Any], epsilon: float) -> Any:
+def embedding(
+    ids: Sequence[Any], tables: Sequence[Any], norm: Sequence[Any], epsilon: float
+) -> Any:
     """The sum of ``table[ids]``, normalised where ``norm`` (gamma, beta) is given."""
     return _call("embedding", [*ids, *tables, *norm], tables=len(tables), epsilon=epsilon)
 
@@ -50,9 +55,7 @@ def first_token(x: Any) -> relax.Call:
 
 def is_call(expr: Any, name: str) -> bool:
     """Whether ``expr`` is a call of the operator ``name`` (Relax's are spelled ``relax.add``)."""
-    return (
-        isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == name
-    )
+    return isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == name
 
 
 def is_ours(expr: Any) -> bool:

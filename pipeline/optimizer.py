@@ -1,4 +1,6 @@
-"""The graph passes, in the one order that counts. In and out: a Graph; the layout of kernels is not known here."""
+"""The graph passes, in the one order that counts. In and out: a Graph; the layout of kernels is not
+known here.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ PHASES: tuple[tuple[str, tuple[Pass, ...]], ...] = (
             fuse_attention,
             fuse_qkv,  # joins what attention gathered, so after it
             fuse_embedding,  # starts from a LayerNorm that is one operator
-            fuse_dense,  # after Q, K and V are one product: it takes every linear layer that is left
+            fuse_dense,  # after Q, K and V are one product: it takes every linear layer left
             fuse_first_token,  # needs to see that its input is one of our operators
         ),
     ),

@@ -1,8 +1,12 @@
-"""MetaSchedule's evolutionary search with its XGBoost cost model, over the knobs that a schedule states.
+"""MetaSchedule's evolutionary search with its XGBoost cost model, over the knobs that a schedule
+states.
 
-A schedule of ours is a space of named knobs, not a trace of schedule primitives. So MetaSchedule gets a
-stand-in program whose only block carries one sampled annotation per knob; its search draws, mutates and ranks
-those decisions as it would any others, the cost model learns from the knobs' values, and the runner builds
+A schedule of ours is a space of named knobs, not a trace of schedule primitives. So MetaSchedule
+gets a
+stand-in program whose only block carries one sampled annotation per knob; its search draws, mutates
+and ranks
+those decisions as it would any others, the cost model learns from the knobs' values, and the runner
+builds
 and times the real kernel that they stand for.
 """
 
@@ -40,7 +44,8 @@ def search(
     seed: int,
     target: tvm.target.Target,
 ) -> None:
-    """Spend trials on tasks (given with their spaces and weights) until they or the spaces are used up.
+    """Spend trials on tasks (given with their spaces and weights) until they or the spaces are used
+    up.
 
     ``measure`` is called for every candidate; an exception that it raises ends the search.
     """
@@ -73,7 +78,8 @@ def search(
 
 
 def _meta_schedule() -> Any:
-    # TuneContext imports the tensor intrinsics of every machine that TVM knows, 15 s; we use none of them
+    # TuneContext imports the tensor intrinsics of every machine that TVM knows, 15 s; we use none
+    # of them
     name = "tvm.s_tir.tensor_intrin"
     if name not in sys.modules:
         sys.modules[name] = s_tir.tensor_intrin = ModuleType(name)

@@ -1,6 +1,8 @@
-"""Builds and times one choice of knobs after another: requests as JSON lines in, results as JSON lines out.
+"""Builds and times one choice of knobs after another: requests as JSON lines in, results as JSON
+lines out.
 
-Run as ``python -m bertile.trial`` in a process of its own, so that a candidate that crashes or hangs costs only
+Run as ``python -m bertile.trial`` in a process of its own, so that a candidate that crashes or
+hangs costs only
 its own trial. A result is either {"microseconds": [one per repeat]} or {"error": "what happened"}.
 """
 
@@ -23,7 +25,8 @@ from bertile.targets import Target, resolve, tvm_target
 
 REPEATS = 3
 REPEAT_SECONDS = 0.02
-# In a model the weights of a layer come from memory, not from a cache that the trial before has filled:
+# In a model the weights of a layer come from memory, not from a cache that the trial before has
+# filled:
 # every call takes the next of so many copies that no cache holds them all.
 COLD_BYTES = 64 << 20
 TOLERANCE = 1e-4  # relative to the largest magnitude of the expected result (at least 1)
@@ -71,7 +74,9 @@ def build(task: Task, knobs: dict[str, int], row: Target) -> Any:
 def _arguments(
     task: Task, knobs: dict[str, int], blocks: int
 ) -> tuple[list[list[Any]], Any, np.ndarray]:
-    """Argument lists that differ in where their weights lie, a result to write to, the expected one."""
+    """Argument lists that differ in where their weights lie, a result to write to, the expected
+    one.
+    """
     sample = _sample(task, blocks)
     packed = SCHEDULES[task.operation].pack(task, knobs, sample.weights)
     size = sum(array.nbytes for array in packed)

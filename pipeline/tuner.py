@@ -1,4 +1,6 @@
-"""Tasks in, measured knobs in the log out. Every trial is recorded at once, so a stop at any moment loses nothing."""
+"""Tasks in, measured knobs in the log out. Every trial is recorded at once, so a stop at any moment
+loses nothing.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ BLOCKS = 8  # trials run on 128 tokens, the length that most requests are near t
 
 @dataclass(frozen=True)
 class Effort:
-    """How much searching is enough: trials of one task, all told over runs, and seconds of one run."""
+    """How much searching is enough: trials of a task, all runs together, and seconds of one run."""
 
     trials: int
     seconds: float
@@ -186,4 +188,3 @@ def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
             before += calls * min(record.median for record in records)
             after += calls * best.median
     return f"kernels {before / 1e3:.2f} ms → {after / 1e3:.2f} ms a request" if after else ""
-

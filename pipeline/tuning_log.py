@@ -1,7 +1,10 @@
-"""Measured schedule decisions, keyed by what a kernel computes; append-only files that a person can read.
+"""Measured schedule decisions, keyed by what a kernel computes; append-only files that a person can
+read.
 
-One JSON record a line, in ``<directory>/<target log>/<operation>.jsonl``. A line is one write under a lock, so
-that two tuners cannot mix theirs; a line that a killed process left half-written is skipped and reported.
+One JSON record a line, in ``<directory>/<target log>/<operation>.jsonl``. A line is one write under
+a lock, so
+that two tuners cannot mix theirs; a line that a killed process left half-written is skipped and
+reported.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ USER_LOG = Path("~/.local/share/bertile/tuning_logs")
 
 @dataclass(frozen=True)
 class Record:
-    """One measured choice of knobs. ``microseconds`` holds every repeat; a candidate that failed has none."""
+    """One measured choice of knobs. ``microseconds`` holds every repeat; a candidate that failed
+    has none.
+    """
 
     operation: str
     shape: Mapping[str, Any]
@@ -75,7 +80,9 @@ class Record:
 
 
 class TuningLog:
-    """The records of some directories; new ones go to the last. Nothing is ever taken out of a file."""
+    """The records of some directories; new ones go to the last. Nothing is ever taken out of a
+    file.
+    """
 
     def __init__(self, directories: Iterable[Path], warn: Callable[[str], None]) -> None:
         self.directories = [Path(directory).expanduser() for directory in directories]

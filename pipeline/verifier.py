@@ -12,11 +12,13 @@ from bertile.exported import ExportedModel
 from bertile.progress import Progress
 from bertile.samples import largest_difference, sample, session
 
-# Largest difference at a real token, relative to the largest magnitude of the reference output (at least 1).
+# Largest difference at a real token, relative to the largest magnitude of the reference output (at
+# least 1).
 # float32 sums of a thousand products in another order differ by about 1e-6 a layer.
 TOLERANCES = {"fp32": 1e-4}
 
-# (batch, length): one token, a whole block, tails, unequal lengths with padding; the longest is added.
+# (batch, length): one token, a whole block, tails, unequal lengths with padding; the longest is
+# added.
 CASES = ((1, 1), (1, 16), (3, 37), (2, 64), (1, 128))
 
 

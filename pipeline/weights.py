@@ -55,7 +55,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
     header = json.loads(bytes(memory[8 : 8 + size]))
     dtypes = {name: dtype for dtype, name in _NAMES.items()}
     return {
-        name: memory[8 + size + begin : 8 + size + end].view(dtypes[entry["dtype"]]).reshape(entry["shape"])
+        name: memory[8 + size + begin : 8 + size + end]
+        .view(dtypes[entry["dtype"]])
+        .reshape(entry["shape"])
         for name, entry in header.items()
         for begin, end in [entry.get("data_offsets", (0, 0))]
         if name != "__metadata__" and not name.lstrip("_").startswith("padding.")

@@ -1,4 +1,6 @@
-"""What every schedule states: the maths of an operation, the knobs it may vary, and the kernel for a choice of knobs."""
+"""What every schedule states: the maths of an operation, the knobs it may vary, and the kernel for
+a choice of knobs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What one kernel computes: an operation and its shape. Goes into the tuning log as the key, and to a schedule as the order.
+"""What one kernel computes: an operation and its shape. Goes into the tuning log as the key, and to
+a schedule as the order.
 
 A task says nothing of how (register tiles, loop order): that is the schedule's knobs.
 """
@@ -31,7 +32,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """A readable identifier, e.g. ``attention_12_64_bias``: flags by name, values as they are."""
+        """A readable identifier, e.g. ``attention_12_64_bias``: flags by name, values as is."""
         words = [self.operation]
         for key, value in self.shape.items():
             if value is True:

@@ -104,7 +104,7 @@ def test_load_reads_cls_pooling_without_norm(saved, tmp_path):
     checkpoint = models.load(directory)
     assert (checkpoint.head, checkpoint.pooling) == ("embedding", Pooling("cls", False))
     (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode": "max"}')
-    with pytest.raises(ModelError, match="pooling max of .* is unsupported; known: mean, cls"):
+    with pytest.raises(ModelError, match=r"pooling max of .* is unsupported; known: mean, cls"):
         models.load(directory)
     assert models.load(directory, "encoder").pooling is None
 
@@ -199,10 +199,10 @@ def test_load_names_what_is_wrong_with_a_directory(saved, tmp_path):
     with pytest.raises(ModelError, match="of type 'gpt2', which is unsupported; supported: bert"):
         models.load(tmp_path)
     shutil.copy(saved / "config.json", tmp_path)
-    with pytest.raises(ModelError, match="the weights in .* cannot be loaded"):
+    with pytest.raises(ModelError, match=r"the weights in .* cannot be loaded"):
         models.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-1000])
-    with pytest.raises(ModelError, match="the weights in .* cannot be loaded"):
+    with pytest.raises(ModelError, match=r"the weights in .* cannot be loaded"):
         models.load(tmp_path)
 
 

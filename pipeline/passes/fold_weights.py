@@ -18,7 +18,8 @@ from tvm import relax
 from bertile.graph import Graph
 from bertile.passes.rewriting import Dataflow, replace, shape, static
 
-# Attributes are looked up as the operator's call has them; an operator that is not here stays in the graph.
+# Attributes are looked up as the operator's call has them; an operator that is not here stays in
+# the graph.
 FOLDED: dict[str, Callable[..., np.ndarray]] = {
     "relax.concat": lambda call, parts: np.concatenate(parts, axis=int(call.attrs["axis"])),
     "relax.permute_dims": lambda call, x: np.transpose(
@@ -48,8 +49,12 @@ def fold_weights(graph: Graph) -> Graph:
             folded[binding.var] = relax.Var(name, binding.var.ty)
             params[name] = value
     main = graph.main
-    wider = relax.Function([*main.params, *folded.values()], main.body, main.ret_ty, True, main.attrs)
-    return _without_unused(replace(dataclasses.replace(graph.with_main(wider), params=params), folded))
+    wider = relax.Function(
+        [*main.params, *folded.values()], main.body, main.ret_ty, True, main.attrs
+    )
+    return _without_unused(
+        replace(dataclasses.replace(graph.with_main(wider), params=params), folded)
+    )
 
 
 def _evaluate(expr: Any, known: dict[relax.Var, Any]) -> Any:

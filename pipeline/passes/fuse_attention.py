@@ -1,9 +1,11 @@
 """Attention as exporters write it becomes one operator on Q, K and V side by side.
 
-    q, k, v (B, S, H D) → reshape, permute → matmul · scale + masks → softmax → matmul → permute, reshape
+    q, k, v (B, S, H D) → reshape, permute → matmul · scale + masks → softmax → matmul → permute,
+    reshape
         →  bertile.attention(concat(q, k, v), mask, [bias])
 
-The scale may stand on q, on k, on both or on the scores, as a factor or a divisor. What is added to the
+The scale may stand on q, on k, on both or on the scores, as a factor or a divisor. What is added to
+the
 scores is the mask where it is the same for all heads and queries, and a bias otherwise.
 """
 
@@ -93,7 +95,7 @@ def _scores(flow: Dataflow, expr: Any) -> _Scores | None:
 
 
 def _heads(flow: Dataflow, expr: Any) -> _Heads | None:
-    """Follow permutations and scalings back to the reshape that made heads of a (B, S, H D) tensor."""
+    """Follow permutations and scalings back to the reshape that made heads of (B, S, H D)."""
     axes, scale = (0, 1, 2, 3), 1.0
     while (step := flow.call(expr, "permute_dims", "multiply", "divide")) is not None:
         if flow.is_op(step, "permute_dims"):

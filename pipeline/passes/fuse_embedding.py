@@ -1,8 +1,10 @@
 """The sum of embedding rows and its LayerNorm in one kernel.
 
-    layer_norm(take(words, ids) + take(types, token_types) + take(positions, p))  →  bertile.embedding(…)
+    layer_norm(take(words, ids) + take(types, token_types) + take(positions, p))
+        →  bertile.embedding(ids, token_types, p, words, types, positions)
 
-A term that is a constant (positions or types that an exporter folded) becomes a table with its own rows.
+A term that is a constant (positions or types that an exporter folded) becomes a table with its own
+rows.
 """
 
 from __future__ import annotations

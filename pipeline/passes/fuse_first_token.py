@@ -1,6 +1,6 @@
 """The [CLS] token straight from the encoder's layout, without making the whole output row-major.
 
-    take(x, 0, axis=1), or x[:, 0:1] squeezed  →  bertile.first_token(x)
+take(x, 0, axis=1), or x[:, 0:1] squeezed  →  bertile.first_token(x)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""LayerNorm, as one operator or spelled out (exports before opset 17), becomes bertile.layer_norm.
+"""LayerNorm, one operator or spelled out (exports before opset 17), becomes bertile.layer_norm.
 
-    nn.layer_norm(x, gamma, beta, axes=[-1])                            →  bertile.layer_norm(x, gamma, beta)
-    d = x - mean(x); d / sqrt(mean(d²) + epsilon) · gamma + beta        →  the same
+    nn.layer_norm(x, gamma, beta, axes=[-1])                       →  bertile.layer_norm(x, …)
+    d = x - mean(x); d / sqrt(mean(d²) + epsilon) · gamma + beta   →  the same
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ def _standardized(flow: Dataflow, ratio: relax.Call) -> tuple[Any, float] | None
     if mean is None or split is None or not _same(flow, mean.args[0], x) or not _last(mean):
         return None
     variance = flow.call(split[0], "mean")
-    if variance is None or not _last(variance) or not _is_square(flow, variance.args[0], ratio.args[0]):
+    if (
+        variance is None
+        or not _last(variance)
+        or not _is_square(flow, variance.args[0], ratio.args[0])
+    ):
         return None
     return x, split[1]
 

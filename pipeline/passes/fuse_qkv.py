@@ -2,7 +2,8 @@
 
     concat(x Wq + bq, x Wk + bk, x Wv + bv)  →  x concat(Wq, Wk, Wv) + concat(bq, bk, bv)
 
-TVM's CombineParallelMatmul does this before attention is fused, and leaves a split and copies behind.
+TVM's CombineParallelMatmul does this before attention is fused, and leaves a split and copies
+behind.
 """
 
 from __future__ import annotations

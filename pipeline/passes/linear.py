@@ -1,4 +1,4 @@
-"""What a linear layer looks like in an imported graph; shared by the passes that fuse around one."""
+"""What a linear layer looks like in an imported graph, for the passes that fuse around one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class Linear:
 
 
 def linear(flow: Dataflow, expr: Any) -> Linear | None:
-    """The linear layer that ``expr`` computes, with a weight known at build time; None if it is none."""
+    """The linear layer that ``expr`` computes, with a weight known at build time; None if it is
+    none.
+    """
     product = flow.call(expr, "matmul")
     if product is not None:
         return _product(flow, product)

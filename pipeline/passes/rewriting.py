@@ -30,7 +30,9 @@ class Dataflow:
         self.weights = set(main.params[int(main.attrs["num_input"]) :])
 
     def definition(self, expr: Any) -> Any:
-        """The expression behind a variable, through plain renamings; parameters and constants are themselves."""
+        """The expression behind a variable, through plain renamings; parameters and constants are
+        themselves.
+        """
         while isinstance(expr, relax.Var) and expr in self._definition:
             expr = self._definition[expr]
         return expr
@@ -38,7 +40,9 @@ class Dataflow:
     def call(self, expr: Any, *names: str) -> relax.Call | None:
         """The call of one of these operators that ``expr`` is or stands for, else None."""
         found = self.definition(expr)
-        return found if any(is_call(found, f"relax.{n}") or is_call(found, n) for n in names) else None
+        return (
+            found if any(is_call(found, f"relax.{n}") or is_call(found, n) for n in names) else None
+        )
 
     def is_op(self, expr: Any, *names: str) -> bool:
         """Whether ``expr`` is or stands for a call of one of these operators."""
@@ -49,7 +53,9 @@ class Dataflow:
         return isinstance(expr, relax.Var) and self._uses[expr] == 1
 
     def is_weight(self, expr: Any) -> bool:
-        """Whether the value is known at build time: a weight, a constant, or computed of such alone."""
+        """Whether the value is known at build time: a weight, a constant, or computed of such
+        alone.
+        """
         found = self.definition(expr)
         if isinstance(found, relax.Var):
             return found in self.weights
@@ -83,7 +89,9 @@ class Dataflow:
         return None
 
     def split_scalar(self, call: relax.Call) -> tuple[Any, float] | None:
-        """Of a two-operand call with one constant of one element: the other operand and the constant."""
+        """Of a two-operand call with one constant of one element: the other operand and the
+        constant.
+        """
         a, b = call.args
         if (value := self.scalar(b)) is not None:
             return a, value
@@ -93,7 +101,8 @@ class Dataflow:
 
 
 def rewrite(graph: Graph, rule: Rule) -> Graph:
-    """Replace the value of each binding for which ``rule`` gives another expression; the rest stays.
+    """Replace the value of each binding for which ``rule`` gives another expression; the rest
+    stays.
 
     The rule sees the function as it was before; what its replacements leave unused is removed.
     """
@@ -115,7 +124,9 @@ def replace(graph: Graph, values: dict[relax.Var, Any]) -> Graph:
         bindings = [relax.VarBinding(b.var, values.get(b.var, b.value)) for b in block.bindings]
         blocks.append(type(block)(bindings))
     body = relax.SeqExpr(blocks, main.body.body)
-    return graph.with_main(normalized(relax.Function(main.params, body, main.ret_ty, True, main.attrs)))
+    return graph.with_main(
+        normalized(relax.Function(main.params, body, main.ret_ty, True, main.attrs))
+    )
 
 
 def normalized(main: relax.Function) -> relax.Function:

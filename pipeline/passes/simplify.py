@@ -1,8 +1,8 @@
 """TVM's own clean-up passes, and the index arithmetic that every imported Gather drags along.
 
-    where(i < 0, i + n, i)   →   i          ids are never negative: the loader checks them
-    where(false, a, b)       →   b
-    take(x, i, mode=fast)    →   mode=clip  an index out of range reads a wrong row, not foreign memory
+where(i < 0, i + n, i)   →   i          ids are never negative: the loader checks them
+where(false, a, b)       →   b
+take(x, i, mode=fast)    →   mode=clip  an index out of range reads a wrong row, not foreign memory
 """
 
 from __future__ import annotations

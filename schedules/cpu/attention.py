@@ -1,15 +1,20 @@
-"""Fused attention in lanes: scores, scale, mask, softmax and context in one pass, for sequences of any lengths.
+"""Fused attention in lanes: scores, scale, mask, softmax and context in one pass, for sequences of
+any lengths.
 
-    qkv (m, 3 H D, 16), keys (m, 16) additive, table (m, 4), [bias (B, H, S/16, S, 16)]  →  y (m, H D, 16)
+    qkv (m, 3 H D, 16), keys (m, 16) additive, table (m, 4), [bias (B, H, S/16, S, 16)]
+        →  y (m, H D, 16)
 
     parallel over heads × blocks of 16 queries (queries in lanes)
       for each tile of key blocks of the query's own sequence
         scores: 16 keys × 16 queries in registers, keys broadcast
-        online softmax (Milakov & Gimelshein 2018): running maximum and sum, context rescaled per tile
+        online softmax (Milakov & Gimelshein 2018): running maximum and sum, context rescaled per
+        tile
         context: values broadcast
 
-The score matrix is never written: a tile of 16 × key_tile × 16 floats stays in the first-level cache. The table
-says where each block's sequence lies (see ``bertile.loader.token_blocks``), so that packed sequences of unequal
+The score matrix is never written: a tile of 16 × key_tile × 16 floats stays in the first-level
+cache. The table
+says where each block's sequence lies (see ``bertile.loader.token_blocks``), so that packed
+sequences of unequal
 lengths need no padding and no other kernel.
 """
 
@@ -104,7 +109,9 @@ class _Query:
         return which * self.width + self.head * self.size + d
 
     def _scores(self, scores: Any, state: Any, start: Any, block: Any) -> None:
-        """scores[key] = q · k scale + mask, for the 16 keys of a block; the tile's maximum on the way."""
+        """scores[key] = q · k scale + mask, for the 16 keys of a block; the tile's maximum on the
+        way.
+        """
         per_tile = self.knobs["keys"]
         for low in range(0, LANES, per_tile):
             total = lanes.registers(per_tile)
@@ -187,12 +194,17 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
         for i in range(count):
             table[first + i] = row, i * LANES, first, count
         part = slice(first * LANES, (first + count) * LANES)
-        q, k, v = (a.reshape(-1, heads, size).transpose(1, 0, 2) for a in np.split(qkv[part].astype("float64"), 3, 1))
+        q, k, v = (
+            a.reshape(-1, heads, size).transpose(1, 0, 2)
+            for a in np.split(qkv[part].astype("float64"), 3, 1)
+        )
         scores = q @ k.transpose(0, 2, 1) * task.shape["scale"]
         scores = scores + keys[first : first + count].reshape(-1)
         if task.shape["bias"]:  # (H, query block, key, query) → (H, query, key)
             mine = bias[0, :, :count, : count * LANES]
-            scores = scores + mine.transpose(0, 1, 3, 2).reshape(heads, count * LANES, count * LANES)
+            scores = scores + mine.transpose(0, 1, 3, 2).reshape(
+                heads, count * LANES, count * LANES
+            )
         expected.append((softmax(scores) @ v).transpose(1, 0, 2).reshape(-1, heads * size))
         first += count
     activations = [lanes.to_lanes(qkv), keys, table] + ([bias] if task.shape["bias"] else [])

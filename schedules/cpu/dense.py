@@ -1,4 +1,5 @@
-"""A matrix product in lanes with its epilogue: y = activation(x W + b) + residual, any number of tokens.
+"""A matrix product in lanes with its epilogue: y = activation(x W + b) + residual, any number of
+tokens.
 
     x (m, K, 16), w (N / width, K, width), b (N), residual (m, N, 16)  →  y (m, N, 16)
 
@@ -8,8 +9,8 @@
           for k: load x once per block, broadcast w once per output, multiply-add
         epilogue on the registers, one store per value
 
-Why not tokens in rows and outputs in lanes: as fast for dense products, but then sparse weights, softmax,
-LayerNorm and per-token scales all need shuffles (DESIGN, tokens in lanes).
+Why not tokens in rows and outputs in lanes: as fast for dense products, but then sparse weights,
+softmax, LayerNorm and per-token scales all need shuffles.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from bertile.schedules.task import Task
 def space(task: Task, row: Row) -> Space:
     """The register tile, the unrolling, and how the work is cut between caches and threads.
 
-    A tile of ``accumulators`` vectors is ``accumulators // token_blocks`` outputs wide: two knobs that any
+    A tile of ``accumulators`` vectors is ``accumulators // token_blocks`` outputs wide: two knobs
+    that any
     choice of keeps inside the register file.
     """
     inputs = task.shape["inputs"]
@@ -40,14 +42,18 @@ def space(task: Task, row: Row) -> Space:
         "accumulators": tuple(range(min(4, fits), fits + 1)),
         "token_blocks": tuple(b for b in (1, 2, 3, 4) if b <= fits // 2),
         "unroll": tuple(u for u in (1, 2, 4, 8) if inputs % u == 0),
-        "passes": tuple(p for p in (1, 2, 3, 4) if p == 1 or (inputs % p == 0 and inputs >= 128 * p)),
+        "passes": tuple(
+            p for p in (1, 2, 3, 4) if p == 1 or (inputs % p == 0 and inputs >= 128 * p)
+        ),
         "panels": (1, 2, 4, 8, 16),
         "chunk": (8, 16, 32, 64),
     }
 
 
 def default(task: Task, row: Row) -> Knobs:
-    """The widest tile of two token blocks; K in parts whose activations stay in a second-level cache."""
+    """The widest tile of two token blocks; K in parts whose activations stay in a second-level
+    cache.
+    """
     choices = space(task, row)
     inputs, outputs = task.shape["inputs"], task.shape["outputs"]
     token_blocks = 2
@@ -113,7 +119,9 @@ def _token_tiles(tile: _Tile, panel: Any, first: Any, count: Any, part: int) -> 
 class _Tile:
     """Emits the product of one panel of outputs and a few token blocks, over one part of K."""
 
-    def __init__(self, task: Task, knobs: Knobs, x: Any, residual: Any, w: Any, b: Any, y: Any) -> None:
+    def __init__(
+        self, task: Task, knobs: Knobs, x: Any, residual: Any, w: Any, b: Any, y: Any
+    ) -> None:
         self.task, self.knobs = task, knobs
         self.width = tile_outputs(task, knobs)
         self.x, self.residual, self.w, self.b, self.y = x, residual, w, b, y
@@ -149,7 +157,8 @@ class _Tile:
             channel = panel * width + n
             if part == 0:
                 lanes.write(total[t][n], lanes.splat(self.b[channel]))
-            else:  # of a padded output there is nothing in y: read a channel that exists, drop it at the end
+            else:
+                # a padded output has nothing in y: read a channel that exists, drop it later
                 inside = channel if outputs % width == 0 else T.min(channel, outputs - 1)
                 lanes.write(total[t][n], lanes.load(self.y, block + t, inside))
 
@@ -198,7 +207,9 @@ def flops(task: Task, tokens: int) -> float:
 
 
 def _accumulators(row: Row) -> int:
-    """Vectors that may accumulate: what the activations and a broadcast weight leave of the registers."""
+    """Vectors that may accumulate: what the activations and a broadcast weight leave of the
+    registers.
+    """
     capacity = lanes.vector_capacity(row)
     return capacity - max(2, capacity // 8)
 

@@ -1,8 +1,11 @@
-"""Embedding sum and its LayerNorm in one kernel: gathers rows, adds them, normalises, leaves the result in lanes.
+"""Embedding sum and its LayerNorm in one kernel: gathers rows, adds them, normalises, leaves the
+result in lanes.
 
-    ids (B or 1, S) for each table, place (m, 4), tables (V, C), gamma (C), beta (C)  →  y (m, C, 16)
+    ids (B or 1, S) for each table, place (m, 4), tables (V, C), gamma (C), beta (C)
+        →  y (m, C, 16)
 
-An index outside its table is clamped, so that a caller without the loader's checks reads a wrong row, not
+An index outside its table is clamped, so that a caller without the loader's checks reads a wrong
+row, not
 memory that is not ours.
 """
 
@@ -32,13 +35,16 @@ def default(task: Task, row: Row) -> Knobs:
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
-    """The PrimFunc (ids…, place, tables…, gamma, beta, y); ``ids`` and ``rows`` name one dtype and one V a table."""
+    """The PrimFunc (ids…, place, tables…, gamma, beta, y); ``ids`` and ``rows`` name one dtype and
+    one V a table.
+    """
     channels = task.shape["channels"]
     dtypes = str(task.shape["ids"]).split("_")
     rows = [int(v) for v in str(task.shape["rows"]).split("_")]
     with lanes.kernel(task.name) as made:
         ids = [
-            made.tensor(f"ids{i}", T.int32(), T.int32(), dtype=dtype) for i, dtype in enumerate(dtypes)
+            made.tensor(f"ids{i}", T.int32(), T.int32(), dtype=dtype)
+            for i, dtype in enumerate(dtypes)
         ]
         place = made.tensor("place", made.blocks, 4, dtype="int32")
         tables = [made.tensor(f"table{i}", count, channels) for i, count in enumerate(rows)]

@@ -1,9 +1,11 @@
-"""Loops of operators that no schedule of ours covers: parallel outside, vectors inside, never left as they come.
+"""Loops of operators that no schedule of ours covers: parallel outside, vectors inside, never left
+as they come.
 
     for i, j, k: C[i, j] += A[i, k] * B[k, j]   →   parallel i · j/16, serial k, vector of 16 j
     for i, k:    C[i] += A[i, k]                →   parallel i, serial k
 
-Good enough for the few small operators around an encoder; what takes time deserves a schedule of its own.
+Good enough for the few small operators around an encoder; what takes time deserves a schedule of
+its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The token-lane layout: vectors of 16 tokens of one channel, and the few words that kernels are written in.
+"""The token-lane layout: vectors of 16 tokens of one channel, and the words kernels are written in.
 
-An activation of C channels is ``(m, C, 16)``: block of tokens, channel, token. One vector holds one channel of
-16 tokens, so that weights are broadcast, and normalisation and softmax need no horizontal reduction.
+An activation of C channels is ``(m, C, 16)``: block of tokens, channel, token. One vector holds one
+channel of 16 tokens, so that weights are broadcast, and normalisation and softmax need no
+horizontal reduction.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def splat(value: Any) -> Any:
 def registers(*shape: int) -> list[Any]:
     """Accumulators that LLVM keeps in registers: one buffer per 15 vectors or fewer.
 
-    A buffer of 1024 bytes or more would live on the heap, with a store at every multiply-add; and only
+    A buffer of 1024 bytes or more would live on the heap, with a store at every multiply-add; and
+    only
     buffers under that size become stack slots that LLVM promotes. The last extent counts vectors.
     """
     *outer, vectors = shape
@@ -100,7 +102,7 @@ def vector_capacity(row: Any) -> int:
 
 
 def to_lanes(rows: np.ndarray) -> np.ndarray:
-    """(tokens, C) → (tokens / 16, C, 16), for tests and references; tokens are padded with zeros."""
+    """(tokens, C) → (tokens / 16, C, 16), for tests and references; padded with zeros."""
     tokens, channels = rows.shape
     blocks = -(-tokens // LANES)
     padded = np.zeros((blocks * LANES, channels), rows.dtype)

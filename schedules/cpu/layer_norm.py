@@ -1,6 +1,6 @@
 """LayerNorm in lanes: mean, variance and result are vertical, one pass over the channels each.
 
-    x (m, C, 16), gamma (C), beta (C)  →  y (m, C, 16)
+x (m, C, 16), gamma (C), beta (C)  →  y (m, C, 16)
 """
 
 from __future__ import annotations
@@ -43,10 +43,22 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
 
 
 def normalize(
-    x: Any, source: Any, y: Any, block: Any, gamma: Any, beta: Any, channels: int, epsilon: float, sums: int
+    x: Any,
+    source: Any,
+    y: Any,
+    block: Any,
+    gamma: Any,
+    beta: Any,
+    channels: int,
+    epsilon: float,
+    sums: int,
 ) -> None:
-    """Emit the LayerNorm of ``x[source]`` into ``y[block]``; variance about the mean, not E[x²] - E[x]²."""
-    mean = T.Bind(_sum(lambda c: lanes.load(x, source, c), channels, sums) * lanes.splat(1 / channels))
+    """Emit the LayerNorm of ``x[source]`` into ``y[block]``; variance about the mean, not E[x²] -
+    E[x]².
+    """
+    mean = T.Bind(
+        _sum(lambda c: lanes.load(x, source, c), channels, sums) * lanes.splat(1 / channels)
+    )
 
     def squared(c: Any) -> Any:
         return (lanes.load(x, source, c) - mean) * (lanes.load(x, source, c) - mean)

@@ -1,6 +1,8 @@
-"""Between row-major tensors and lanes: what ids, masks and results look like outside, and what kernels read.
+"""Between row-major tensors and lanes: what ids, masks and results look like outside, and what
+kernels read.
 
-``table`` (m, 4) says of each block: row of the batch, first token, the sequence's first block, its number of blocks.
+``table`` (m, 4) says of each block: row of the batch, first token, the sequence's first block, its
+number of blocks.
 None of these has knobs: together they are a few microseconds of a request.
 """
 
@@ -96,7 +98,7 @@ def _first_token(task: Task, knobs: Knobs, row: Row) -> Any:
 
 
 def _key_mask(task: Task, knobs: Knobs, row: Row) -> Any:
-    """mask (B or 1, 1, 1, S) additive, table  →  y (m, 16); keys past the sequence's end never win."""
+    """mask (B or 1, 1, 1, S) additive, table  →  y (m, 16); keys past the end never win."""
     with lanes.kernel(task.name) as made:
         batch, length = T.int32(), T.int32()
         mask = made.tensor("mask", batch, 1, 1, length)
@@ -113,7 +115,9 @@ def _key_mask(task: Task, knobs: Knobs, row: Row) -> Any:
 
 
 def _query_bias(task: Task, knobs: Knobs, row: Row) -> Any:
-    """bias (B or 1, H or 1, S, S)  →  y (B or 1, H or 1, S / 16, S rounded up, 16): queries in lanes."""
+    """bias (B or 1, H or 1, S, S)  →  y (B or 1, H or 1, S / 16, S rounded up, 16): queries in
+    lanes.
+    """
     with lanes.kernel(task.name) as made:
         batch, heads, length, tiles, padded = (T.int32() for _ in range(5))
         bias = made.tensor("bias", batch, heads, length, length)
@@ -150,7 +154,9 @@ def _sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     table = _table(lengths)
     rows = rng.standard_normal((2, length, channels)).astype("float32")
     packed = np.concatenate([lanes.to_lanes(rows[i, :n]) for i, n in enumerate(lengths)])
-    if kind == "tokens_in":  # the lanes past a row's own end hold what the row-major tensor has there
+    if (
+        kind == "tokens_in"
+    ):  # the lanes past a row's own end hold what the row-major tensor has there
         wide = [np.zeros((_rounded(n), channels), "float32") for n in lengths]
         for i, w in enumerate(wide):
             w[: min(length, len(w))] = rows[i, : len(w)]

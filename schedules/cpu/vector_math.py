@@ -1,6 +1,8 @@
-"""exp, erf, tanh and the activations on 16 lanes, as polynomials: libm's scalar calls would cost 50 times as much.
+"""exp, erf, tanh and the activations on 16 lanes, as polynomials: libm's scalar calls would cost 50
+times as much.
 
-Each takes and gives a float32x16 expression. The stated errors are measured by tests/schedules/test_vector_math.py.
+Each takes and gives a float32x16 expression. The stated errors are measured by
+tests/schedules/test_vector_math.py.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def exp(x: Any) -> Any:
 
 
 def erf(x: Any) -> Any:
-    """The error function, absolute error below 5e-7: a rational function of x on [-4, 4] (Eigen's coefficients)."""
+    """The error function, absolute error below 5e-7: a rational function of x on [-4, 4] (Eigen's
+    coefficients).
+    """
     x = T.Bind(tirx.max(tirx.min(x, splat(4.0)), splat(-4.0)))
     x2 = T.Bind(x * x)
     p = _horner(
@@ -69,7 +73,9 @@ def erf(x: Any) -> Any:
 
 
 def tanh(x: Any) -> Any:
-    """The hyperbolic tangent, absolute error below 3e-7: a rational function on [-7.9, 7.9] (Eigen's coefficients)."""
+    """The hyperbolic tangent, absolute error below 3e-7: a rational function on [-7.9, 7.9]
+    (Eigen's coefficients).
+    """
     x = T.Bind(tirx.max(tirx.min(x, splat(7.90531110763549805)), splat(-7.90531110763549805)))
     x2 = T.Bind(x * x)
     p = _horner(
@@ -99,8 +105,10 @@ def gelu(x: Any) -> Any:
 def gelu_tanh(x: Any) -> Any:
     """x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))), the approximation of the same paper."""
     x = T.Bind(x)
-    return splat(0.5) * x * (
-        splat(1.0) + tanh(splat(0.7978845608028654) * (x + splat(0.044715) * x * x * x))
+    return (
+        splat(0.5)
+        * x
+        * (splat(1.0) + tanh(splat(0.7978845608028654) * (x + splat(0.044715) * x * x * x)))
     )
 
 
