@@ -16,7 +16,6 @@ __all__ = ["ExportedModel", "InputSpec", "export", "fingerprint", "read"]
 
 OPSET = 20
 TOLERANCE = 1e-3  # largest absolute difference between ONNX Runtime and torch, real tokens only
-EXTERNAL_DATA_BYTES = 1_500_000_000  # protobuf ends at 2 GiB
 
 _OUTPUTS = {
     "encoder": ("last_hidden_state",),
@@ -105,8 +104,7 @@ def _module(checkpoint: models.Checkpoint, exported: ExportedModel) -> Any:
 
 
 def _write_onnx(module: Any, exported: ExportedModel) -> None:
-    torch, onnx = require("export", "torch", "onnx")
-    size = sum(parameter.nbytes for parameter in module.parameters())
+    (torch,) = require("export", "torch")
     batch = torch.export.Dim("batch", min=1)
     length = torch.export.Dim("length", min=1, max=exported.max_length)
     # Sizes 2 and 16, because torch.export makes a constant of an axis that it sees as 1.
@@ -126,20 +124,13 @@ def _write_onnx(module: Any, exported: ExportedModel) -> None:
     except Exception as error:  # the exporter wraps whatever a model's code raises
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         raise ModelError(f"torch cannot export '{exported.source}': {cause}") from error
-    proto = _canonical(program.model_proto)
-    external = size > EXTERNAL_DATA_BYTES
-    onnx.save(
-        proto,
-        exported.onnx_path,
-        save_as_external_data=external,
-        location="model.onnx.data" if external else None,
-    )
+    _write_canonical(program.model_proto, exported.onnx_path)
 
 
-def _canonical(proto: Any) -> Any:
+def _write_canonical(proto: Any, path: Path) -> None:
     """Drop the exporter's records of source lines, and bring the rest to the one spelling."""
     from bertile import onnx_attention, onnx_rewrites
-    from bertile.onnx_graph import OnnxGraph
+    from bertile.onnx_graph import OnnxGraph, save
 
     graph = OnnxGraph(proto)
     sizes = {one.name: _sizes(one) for one in [*graph.inputs, *proto.graph.value_info]}
@@ -154,7 +145,7 @@ def _canonical(proto: Any) -> Any:
     onnx_attention.scale_scores(graph)
     onnx_rewrites.name_weights(graph)
     graph.clean()
-    return graph.to_model(OPSET)
+    save(graph.to_model(OPSET), path)
 
 
 def _sizes(value: Any) -> list[object]:

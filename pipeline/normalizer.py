@@ -15,17 +15,16 @@ from bertile.config import Config
 from bertile.errors import ModelError, NumericMismatchError, UsageError
 from bertile.exported import ExportedModel, InputSpec
 from bertile.model_files import TOKENIZER_FILES, fingerprint
-from bertile.onnx_graph import OnnxGraph
+from bertile.onnx_graph import OnnxGraph, save
 from bertile.onnx_lookups import write_lookups
 from bertile.onnx_masks import write_masks
 from bertile.onnx_reader import check_operators, input_specs, read, static_axes
 from bertile.onnx_shapes import Axes, fold_constants, write_shapes
-from bertile.probing import Probes, opened, probe
-from bertile.samples import largest_difference, sample
+from bertile.probing import Probes, probe
+from bertile.samples import largest_difference, sample, session
 
 OPSET = 20
 TOLERANCE = 1e-3  # largest absolute difference from the original, real tokens only
-EXTERNAL_DATA_BYTES = 1_500_000_000  # protobuf ends at 2 GiB
 
 
 def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
@@ -51,15 +50,14 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     inputs = tuple(one for one in inputs if one.name in read_names)
     beside = _config_beside(path)
     max_length = length or max_length or beside.get("max_position_embeddings")
-    model = graph.to_model(OPSET)
     longest = min(max_length or 37, 512)
     shapes = ((batch or 2, length or min(16, longest)), (batch or 3, length or min(37, longest)))
     shapes = (*shapes, (batch or 1, length or 1), (batch or 1, length or longest))
-    worst = _compare(original, model, inputs, shapes)
-    directory.mkdir(parents=True, exist_ok=True)
-    _save(model, directory / "model.onnx")
-    _copy_files(path, directory)
     head = _head(tuple(graph.outputs), probes, inputs, config.head)
+    directory.mkdir(parents=True, exist_ok=True)
+    save(graph.to_model(OPSET), directory / "model.onnx")
+    worst = _compare(path, directory / "model.onnx", inputs, shapes)
+    _copy_files(path, directory)
     return ExportedModel(
         directory=directory,
         source=str(path),
@@ -131,38 +129,33 @@ def _name_axes(graph: OnnxGraph, probes: Probes) -> None:
 
 
 def _compare(
-    original: onnx.ModelProto,
-    model: onnx.ModelProto,
+    original: Path,
+    normalized: Path,
     inputs: tuple[InputSpec, ...],
     shapes: tuple[tuple[int, int], ...],
 ) -> float:
     """Return the largest difference from the original over padded batches of these shapes."""
     worst = 0.0
-    with opened(original) as before, opened(model) as after:
-        names = [one.name for one in after.get_outputs()]
-        unread = {one.name: one.type[len("tensor(") : -1] for one in before.get_inputs()}
-        for one in inputs:
-            del unread[one.name]
-        for seed, shape in enumerate(shapes):
-            feed = sample(inputs, *shape, padding_id=1, seed=seed)
-            others = {name: np.zeros(shape, dtype) for name, dtype in unread.items()}
-            mask = feed.get("attention_mask", np.ones(shape, np.int64))
-            want = before.run(names, {**feed, **others})
-            for one, other in zip(after.run(names, feed), want):
-                worst = max(worst, largest_difference(one, other, mask))
+    before, after = session(original), session(normalized)
+    names = [one.name for one in after.get_outputs()]
+    unread = {one.name: one.type[len("tensor(") : -1] for one in before.get_inputs()}
+    for one in inputs:
+        del unread[one.name]
+    for seed, shape in enumerate(shapes):
+        feed = sample(inputs, *shape, padding_id=1, seed=seed)
+        others = {name: np.zeros(shape, dtype) for name, dtype in unread.items()}
+        mask = feed.get("attention_mask", np.ones(shape, np.int64))
+        want = before.run(names, {**feed, **others})
+        for one, other in zip(after.run(names, feed), want):
+            worst = max(worst, largest_difference(one, other, mask))
     if not worst <= TOLERANCE:
+        normalized.unlink()
         raise NumericMismatchError(
             f"the normalised model differs from the original by {worst:.3g},"
             f" more than {TOLERANCE:g}",
             "this is a fault in Bertile's normalizer; please report it",
         )
     return worst
-
-
-def _save(model: onnx.ModelProto, path: Path) -> None:
-    external = model.ByteSize() > EXTERNAL_DATA_BYTES
-    location = "model.onnx.data" if external else None
-    onnx.save(model, path, save_as_external_data=external, location=location)
 
 
 def _copy_files(path: Path, directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -12,6 +13,8 @@ from onnx import helper, numpy_helper
 
 # A tensor's axes by its name: an int, or anything that is equal only to itself; None if unknown.
 Sizes = Callable[[str], Optional[list]]
+EXTERNAL_DATA_BYTES = 1_500_000_000
+IR_VERSION = 10  # the newest that came with opset 20 or 21, so that older runtimes read it too
 
 
 class OnnxGraph:
@@ -168,15 +171,15 @@ class OnnxGraph:
             if name not in tensors:
                 tensors[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
         shown = [onnx.ValueInfoProto(name=name) for name in outputs if name not in self.outputs]
-        graph = helper.make_graph(
-            self.nodes,
-            "bertile",
-            self.inputs,
-            [*self.results, *shown],
-            list(tensors.values()),
-        )
-        domains = [helper.make_opsetid("", opset)]
-        return helper.make_model(graph, opset_imports=domains, ir_version=10)
+        # Filled in place: the functions that make graphs and models copy all weights each time.
+        model = onnx.ModelProto(ir_version=IR_VERSION, producer_name="bertile")
+        model.opset_import.append(helper.make_opsetid("", opset))
+        model.graph.name = "bertile"
+        model.graph.node.extend(self.nodes)
+        model.graph.input.extend(self.inputs)
+        model.graph.output.extend([*self.results, *shown])
+        model.graph.initializer.extend(tensors.values())
+        return model
 
     def _fold_constant_nodes(self) -> None:
         kept = []
@@ -213,6 +216,23 @@ class OnnxGraph:
         for node in kept:
             node.input[:] = [_end(renamed, name) for name in node.input]
         self.nodes = kept
+
+
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Return the size of all weights; protobuf's own answer takes as long as writing them."""
+    return sum(
+        int(np.prod(one.dims, dtype=np.int64))
+        * helper.tensor_dtype_to_np_dtype(one.data_type).itemsize
+        for one in model.graph.initializer
+    )
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model as one file, or with its weights beside it where protobuf's 2 GiB are near."""
+    external = weight_bytes(model) > EXTERNAL_DATA_BYTES
+    location = f"{path.name}.data" if external else None
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # onnx would append to it
+    onnx.save(model, path, save_as_external_data=external, location=location)
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import onnx
 
 from bertile.errors import ModelError
 from bertile.exported import InputSpec
-from bertile.onnx_graph import OnnxGraph
+from bertile.onnx_graph import EXTERNAL_DATA_BYTES, OnnxGraph, save, weight_bytes
 from bertile.samples import sample, session
 
 # Different in every axis and product, so that a size says where it comes from.
@@ -85,12 +85,12 @@ def evaluate(graph: OnnxGraph, name: str, feed: dict[str, np.ndarray], opset: in
 @contextlib.contextmanager
 def opened(model: onnx.ModelProto, optimize: bool = True) -> Iterator[Any]:
     """Open a model in ONNX Runtime; one past protobuf's 2 GiB goes through a file."""
-    if model.ByteSize() < 1_900_000_000:
+    if weight_bytes(model) < EXTERNAL_DATA_BYTES:
         yield session(model.SerializeToString(), optimize)
         return
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
-        onnx.save(model, path, save_as_external_data=True, location="model.data")
+        save(model, path)
         yield session(path, optimize)
 
 

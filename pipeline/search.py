@@ -55,26 +55,40 @@ def search(
         tasks.append(_context(ms, task, space, target, seed + number))
         weights.append(weight)
     by_key = {task.key: task for task, _, _ in spaces}
-    with tempfile.TemporaryDirectory(prefix="bertile-tune-") as work:
-        ms.tune.tune_tasks(
-            tasks=tasks,
-            task_weights=weights,
-            work_dir=work,
-            max_trials_global=trials,
-            max_trials_per_task=trials_per_task,
-            num_trials_per_iter=BATCH,
-            builder=_builder(ms)(),
-            runner=_runner(ms, lambda key, knobs: measure(by_key[key], knobs))(),
-            database=ms.database.MemoryDatabase(),
-            cost_model=ms.cost_model.XGBModel(
-                extractor=_features(ms)(), num_warmup_samples=2 * BATCH, num_tuning_cores=1
-            ),
-            measure_callbacks=[
-                ms.measure_callback.UpdateCostModel(),
-                ms.measure_callback.AddToDatabase(),
-            ],
-            task_scheduler=ms.task_scheduler.GradientBased(seed=seed),
-        )
+    raised: list[BaseException] = []
+
+    def run(key: str, knobs: Knobs) -> Sequence[float]:
+        try:
+            return measure(by_key[key], knobs)
+        except BaseException as error:
+            raised.append(error)  # TVM would hand on a RuntimeError in its place
+            raise
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="bertile-tune-") as work:
+            ms.tune.tune_tasks(
+                tasks=tasks,
+                task_weights=weights,
+                work_dir=work,
+                max_trials_global=trials,
+                max_trials_per_task=trials_per_task,
+                num_trials_per_iter=BATCH,
+                builder=_builder(ms)(),
+                runner=_runner(ms, run)(),
+                database=ms.database.MemoryDatabase(),
+                cost_model=ms.cost_model.XGBModel(
+                    extractor=_features(ms)(), num_warmup_samples=2 * BATCH, num_tuning_cores=1
+                ),
+                measure_callbacks=[
+                    ms.measure_callback.UpdateCostModel(),
+                    ms.measure_callback.AddToDatabase(),
+                ],
+                task_scheduler=ms.task_scheduler.GradientBased(seed=seed),
+            )
+    except Exception:
+        if raised:
+            raise raised[0] from None
+        raise
 
 
 def _meta_schedule() -> Any:

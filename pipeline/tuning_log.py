@@ -108,6 +108,7 @@ class TuningLog:
 
     def append(self, record: Record) -> None:
         """Write a record to the user's log, now and for good."""
+        known = self._of(record.target)  # read before the file has the new record too
         path = self.directories[-1] / record.target / f"{record.operation}.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ class TuningLog:
                 f"the tuning log {path} cannot be written: {error.strerror}",
                 "give another directory with --log-dir",
             ) from error
-        self._of(record.target).setdefault(record.task.key, []).append(record)
+        known.setdefault(record.task.key, []).append(record)
 
     def digest(self, row: Target) -> str:
         """A hash of what the log would choose for this row, for the stage cache."""

@@ -13,7 +13,7 @@ import torch
 import transformers
 from onnx import TensorProto, helper, numpy_helper
 
-from bertile import exporter, normalizer, onnx_reader, synthetic
+from bertile import exporter, normalizer, onnx_graph, onnx_reader, probing, synthetic
 from bertile.config import Config
 from bertile.errors import ModelError, NumericMismatchError, UsageError
 from bertile.samples import largest_difference, sample, session
@@ -251,6 +251,24 @@ def test_normalize_reads_external_weights(tmp_path, plain):
         normalizer.normalize(path, tmp_path / "out", Config())
 
 
+def test_normalize_puts_large_weights_beside_the_model(tmp_path, plain, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "EXTERNAL_DATA_BYTES", 0)
+    monkeypatch.setattr(probing, "EXTERNAL_DATA_BYTES", 0)
+    check(plain, tmp_path)
+    data = tmp_path / "out" / "model.onnx.data"
+    size = data.stat().st_size
+    check(plain, tmp_path)
+    assert data.stat().st_size == size > 1_000_000
+
+
+@pytest.mark.parametrize("family", ["roberta", "mpnet"])
+def test_normalize_static_axes_of_other_positions(tmp_path, family):
+    path = write(tmp_path / "m.onnx", f"{family}-tiny", types=False, dynamic=False)
+    exported, model = check(path, tmp_path, ((2, 16),))
+    assert_canonical(model)
+    assert (exported.batch, exported.length, exported.max_length) == (2, 16, 16)
+
+
 # Masks of other kinds, in a model of one attention
 
 
@@ -345,7 +363,7 @@ def edited(plain, path, edit):
 def refused(path, tmp_path, error=ModelError):
     with pytest.raises(error) as caught:
         normalizer.normalize(path, tmp_path / "out", Config())
-    assert not (tmp_path / "out").exists() and "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "model.onnx").exists() and "\n" not in str(caught.value)
     return str(caught.value)
 
 

@@ -1,7 +1,7 @@
 """LayerNorm, one operator or spelled out (exports before opset 17), becomes bertile.layer_norm.
 
-    nn.layer_norm(x, gamma, beta, axes=[-1])                       →  bertile.layer_norm(x, …)
-    d = x - mean(x); d / sqrt(mean(d²) + epsilon) · gamma + beta   →  the same
+nn.layer_norm(x, gamma, beta, axes=[-1])                       →  bertile.layer_norm(x, …)
+d = x - mean(x); d / sqrt(mean(d²) + epsilon) · gamma + beta   →  the same
 """
 
 from __future__ import annotations

@@ -51,12 +51,12 @@ def space(task: Task, row: Row) -> Space:
 
 
 def default(task: Task, row: Row) -> Knobs:
-    """The widest tile of two token blocks; K in parts whose activations stay in a second-level
-    cache.
+    """The widest tile of two token blocks, of one where their activations would push accumulators
+    out of the registers; K in parts whose activations stay in a second-level cache.
     """
     choices = space(task, row)
     inputs, outputs = task.shape["inputs"], task.shape["outputs"]
-    token_blocks = 2
+    token_blocks = 2 if _accumulators(row) + 2 < lanes.vector_capacity(row) else 1
     widest = _accumulators(row) // token_blocks
     even = [n for n in range(widest * 2 // 3, widest + 1) if n and outputs % n == 0]
     # an even width pads nothing; without one, padding the last panel costs less than a narrow tile

@@ -1,0 +1,186 @@
+"""Fused attention against numpy: several sequences, online softmax over many tiles, hard masks."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from bertile import targets
+from bertile.loader import token_blocks
+from bertile.schedules.cpu import lanes
+from bertile.schedules.cpu.attention import LOWEST, attention
+from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.reference import softmax
+from bertile.schedules.task import Task
+
+# A softmax and a sum of up to 496 values of the size of 1 in float32.
+TOLERANCE = 5e-6
+FINFO_MIN = float(np.finfo("float32").min)
+
+
+def task_of(heads, size, bias=False):
+    shape = {"heads": heads, "head_size": size, "scale": size**-0.5, "bias": bias}
+    return Task("attention", shape)
+
+
+BERT = [task_of(12, 64), task_of(16, 64), task_of(12, 32), task_of(12, 26), task_of(2, 64)]
+
+
+@pytest.mark.parametrize("task", [*BERT, task_of(12, 64, bias=True)], ids=lambda task: task.name)
+def test_attention_equals_numpy_on_bert_shapes(kernels, task):
+    assert kernels.difference(task, blocks=4) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [1, 7, 26, 33])
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_equals_numpy_on_odd_head_sizes(kernels, size, bias):
+    assert kernels.difference(task_of(3, size, bias), blocks=5) < TOLERANCE
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 8, 31])
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_takes_any_number_of_blocks(kernels, blocks, bias):
+    assert kernels.difference(task_of(2, 26, bias), blocks) < TOLERANCE
+
+
+@pytest.mark.parametrize("changed", [{"key_tile": 2}, {"key_tile": 32}, {"keys": 2}], ids=str)
+def test_attention_equals_numpy_at_edges_of_its_space(kernels, changed):
+    task = task_of(2, 26)
+    knobs = {**attention.default(task, kernels.row), **changed}
+    for blocks in (1, 9, 31):
+        assert kernels.difference(task, blocks, knobs) < TOLERANCE
+
+
+def test_attention_equals_numpy_at_random_points(kernels):
+    task = task_of(2, 26, bias=True)
+    for knobs in kernels.points(task, 5):
+        assert kernels.difference(task, 7, knobs) < TOLERANCE, knobs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [*BERT, task_of(3, 26, bias=True)], ids=lambda task: task.name)
+def test_attention_equals_numpy_at_many_random_points(kernels, task):
+    for knobs in kernels.points(task, 40, seed=1):
+        assert kernels.difference(task, 13, knobs) < TOLERANCE, knobs
+
+
+class Batch:
+    """Sequences of the given lengths, packed into blocks, with the additive mask of their keys."""
+
+    def __init__(self, lengths, heads=2, size=26, scale=1.0):
+        rng = np.random.default_rng(0)
+        self.task = task_of(heads, size)
+        mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        self.table = token_blocks(mask, LANES)
+        self.qkv = rng.standard_normal((len(self.table) * LANES, 3 * heads * size)) * scale
+        self.qkv = self.qkv.astype("float32")
+        self.keys = np.full((len(self.table), LANES), LOWEST, "float32")
+        for block, (row, start, _, _) in enumerate(self.table):
+            self.keys[block, : max(0, lengths[row] - start)] = 0
+
+    def run(self, kernels, knobs=None):
+        """The result per sequence and head, (H, tokens, D)."""
+        operands = [lanes.to_lanes(self.qkv), self.keys, self.table]
+        shape = self.task.shape
+        width = shape["heads"] * shape["head_size"]
+        library = kernels.build(self.task, knobs)
+        return lanes.from_lanes(kernels.call(library, operands, (len(self.table), width, LANES)))
+
+    def expected(self):
+        """The same by numpy in float64."""
+        heads, size = self.task.shape["heads"], self.task.shape["head_size"]
+        parts = []
+        for first, count in dict.fromkeys((int(f), int(n)) for _, _, f, n in self.table):
+            rows = slice(first * LANES, (first + count) * LANES)
+            q, k, v = (
+                part.reshape(-1, heads, size).transpose(1, 0, 2)
+                for part in np.split(self.qkv[rows].astype("float64"), 3, axis=1)
+            )
+            scores = q @ k.transpose(0, 2, 1) * self.task.shape["scale"]
+            scores += np.maximum(self.keys[first : first + count].reshape(-1), LOWEST)
+            context = softmax(scores) @ v
+            parts.append(context.transpose(1, 0, 2).reshape(-1, heads * size))
+        return np.concatenate(parts)
+
+
+def test_attention_keeps_sequences_of_unequal_lengths_apart(kernels):
+    batch = Batch([50, 1, 16, 17, 33, 49, 2])
+    assert np.abs(batch.run(kernels) - batch.expected()).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("masked", [-10000.0, FINFO_MIN, -np.inf], ids=str)
+def test_attention_ignores_masked_keys(kernels, masked):
+    batch = Batch([70, 20])
+    batch.keys[0, 3:9] = masked
+    batch.keys[2] = masked  # a whole block in the middle
+    with np.errstate(invalid="ignore"):
+        assert np.abs(batch.run(kernels) - batch.expected()).max() < TOLERANCE
+
+
+def test_attention_forgets_a_masked_first_tile_when_real_keys_follow(kernels):
+    batch = Batch([160])
+    batch.keys[:4] = -np.inf  # two tiles of two blocks
+    knobs = {**attention.default(batch.task, kernels.row), "key_tile": 2}
+    assert np.abs(batch.run(kernels, knobs) - batch.expected()).max() < TOLERANCE
+
+
+def test_attention_rescales_when_each_tile_has_a_higher_maximum(kernels):
+    batch = Batch([300])
+    # rising keys: every tile's maximum is above all before it, by up to e**60 in all
+    batch.keys[...] = np.linspace(-60, 0, batch.keys.size).reshape(batch.keys.shape)
+    knobs = {**attention.default(batch.task, kernels.row), "key_tile": 2}
+    assert np.abs(batch.run(kernels, knobs) - batch.expected()).max() < TOLERANCE
+
+
+def test_attention_stays_exact_for_sharp_scores(kernels):
+    batch = Batch([40, 31], scale=8.0)  # scores of some hundreds: all but one weight vanish
+    # products of 64 float32 values of that size are exact to 1e-4, and so are their exponentials
+    assert np.abs(batch.run(kernels) - batch.expected()).max() < 5e-3
+
+
+@pytest.mark.parametrize("masked", [-10000.0, FINFO_MIN, -np.inf], ids=str)
+def test_attention_gives_finite_numbers_when_all_keys_are_masked(kernels, masked):
+    batch = Batch([16, 48, 5])
+    batch.keys[...] = masked
+    found = batch.run(kernels)
+    assert np.isfinite(found).all()
+    assert np.abs(found).max() <= np.abs(batch.qkv).max() * 1.001  # a mean of values
+
+
+@pytest.mark.parametrize("rows,heads", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_attention_broadcasts_a_bias_of_one_row_or_one_head(kernels, rows, heads):
+    batch = Batch([30, 16])
+    batch.task = task_of(2, 26, bias=True)
+    rng = np.random.default_rng(1)
+    bias = rng.standard_normal((rows, heads, 32, 32)).astype("float32")  # (B, H, query, key)
+    packed = bias.reshape(rows, heads, 2, LANES, 32).transpose(0, 1, 2, 4, 3)
+    operands = [lanes.to_lanes(batch.qkv), batch.keys, batch.table, np.ascontiguousarray(packed)]
+    found = kernels.call(kernels.build(batch.task), operands, (3, 52, LANES))
+    expected = []
+    for row, (first, count) in enumerate([(0, 2), (2, 1)]):
+        tokens = count * LANES
+        part = batch.qkv[first * LANES : first * LANES + tokens].astype("float64")
+        q, k, v = (x.reshape(-1, 2, 26).transpose(1, 0, 2) for x in np.split(part, 3, axis=1))
+        scores = q @ k.transpose(0, 2, 1) * batch.task.shape["scale"]
+        scores += batch.keys[first : first + count].reshape(-1)
+        scores += bias[min(row, rows - 1), :, :tokens, :tokens]
+        expected.append((softmax(scores) @ v).transpose(1, 0, 2).reshape(-1, 52))
+    assert np.abs(lanes.from_lanes(found) - np.concatenate(expected)).max() < TOLERANCE
+
+
+def test_attention_never_calls_the_scalar_exponential(kernels):
+    assembly = kernels.build(task_of(12, 64)).inspect_source("asm")
+    assert not re.search(r"\bexpf\b", assembly)
+    assert ("%zmm" in assembly) == (kernels.row.vector_bits == 512)
+
+
+@pytest.mark.parametrize("task", BERT, ids=lambda task: task.name)
+@pytest.mark.parametrize("row", targets.TABLE, ids=lambda row: row.name)
+def test_default_lies_in_its_own_space(task, row):
+    assert attention.valid(task, row, attention.default(task, row))
+
+
+def test_flops_counts_both_products():
+    assert attention.flops(task_of(12, 64), 128) == 2 * 2 * 128 * 128 * 768

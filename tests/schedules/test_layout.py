@@ -1,0 +1,106 @@
+"""The seven layout conversions against numpy, on lengths that are no multiple of a block."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bertile.loader import token_blocks
+from bertile.schedules.cpu import SCHEDULES, lanes, layout
+from bertile.schedules.cpu.attention import LOWEST
+from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.task import Task
+
+SEVEN = ["tokens_in", "tokens_out", "rows_in", "rows_out", "first_token", "key_mask", "query_bias"]
+LENGTHS = [50, 1, 16, 17, 33, 49, 2]
+
+
+def task_of(operation, channels=26):
+    sized = operation not in ("key_mask", "query_bias")
+    return Task(operation, {"channels": channels} if sized else {})
+
+
+def table_of(lengths):
+    return token_blocks(np.arange(max(lengths)) < np.array(lengths)[:, None], LANES)
+
+
+def test_every_conversion_is_tested_here():
+    found = {name for name, one in SCHEDULES.items() if one in vars(layout).values()}
+    assert found == set(SEVEN)
+
+
+@pytest.mark.parametrize("operation", SEVEN)
+@pytest.mark.parametrize("channels", [768, 2, 13])
+def test_conversion_is_exact(kernels, operation, channels):
+    for blocks in (1, 2, 5):
+        assert kernels.difference(task_of(operation, channels), blocks) == 0
+
+
+@pytest.mark.parametrize("operation", SEVEN)
+def test_conversion_has_no_knobs(kernels, operation):
+    schedule, task = SCHEDULES[operation], task_of(operation)
+    assert schedule.space(task, kernels.row) == schedule.default(task, kernels.row) == {}
+    assert schedule.flops(task, 128) == 0
+
+
+def random(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype("float32")
+
+
+def test_tokens_in_reads_each_block_from_its_own_row(kernels):
+    x, table = random(7, 50, 26), table_of(LENGTHS)
+    found = kernels.call(kernels.build(task_of("tokens_in")), [x, table], (len(table), 26, LANES))
+    padded = np.pad(x, ((0, 0), (0, LANES), (0, 0)))
+    for block, (row, start, _, _) in enumerate(table):
+        assert np.array_equal(found[block].T, padded[row, start : start + LANES])
+
+
+def test_tokens_out_writes_zeros_where_no_block_lies(kernels):
+    table = table_of(LENGTHS)
+    x = random(len(table), 26, LANES)
+    for length in (50, 64, 100):  # the batch may be wider than its longest sequence
+        found = kernels.call(kernels.build(task_of("tokens_out")), [x, table], (7, length, 26))
+        expected = np.zeros((7, length + LANES, 26), "float32")
+        for block, (row, start, _, _) in enumerate(table):
+            expected[row, start : start + LANES] = x[block].T
+        assert np.array_equal(found, expected[:, :length])
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 1000])
+def test_rows_in_and_rows_out_are_inverse(kernels, rows):
+    x = random(rows, 26)
+    blocks = -(-rows // LANES)
+    inside = kernels.call(kernels.build(task_of("rows_in")), [x], (blocks, 26, LANES))
+    assert np.array_equal(inside, lanes.to_lanes(x))
+    outside = kernels.call(kernels.build(task_of("rows_out")), [inside], (rows, 26))
+    assert np.array_equal(outside, x)
+
+
+def test_first_token_takes_the_first_lane_of_each_sequence(kernels):
+    table = table_of(LENGTHS)
+    x = random(len(table), 26, LANES)
+    found = kernels.call(kernels.build(task_of("first_token")), [x, table], (7, 26))
+    assert np.array_equal(found, x[np.flatnonzero(table[:, 1] == 0), :, 0])
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_key_mask_closes_keys_past_the_end(kernels, rows):
+    table, mask = table_of(LENGTHS), random(rows, 1, 1, 50)
+    found = kernels.call(kernels.build(task_of("key_mask")), [mask, table], (len(table), LANES))
+    for block, (row, start, _, _) in enumerate(table):
+        expected = np.full(LANES, LOWEST, "float32")
+        inside = mask[min(row, rows - 1), 0, 0, start : start + LANES]
+        expected[: len(inside)] = inside
+        assert np.array_equal(found[block], expected)
+
+
+@pytest.mark.parametrize("rows,heads,length", [(1, 1, 1), (2, 3, 17), (1, 12, 32), (3, 1, 50)])
+def test_query_bias_puts_queries_in_lanes(kernels, rows, heads, length):
+    bias = random(rows, heads, length, length)
+    tiles = -(-length // LANES)
+    shape = (rows, heads, tiles, tiles * LANES, LANES)
+    found = kernels.call(kernels.build(task_of("query_bias")), [bias], shape)
+    # (B, H, tile, key, lane) → (B, H, query, key)
+    queries = found.transpose(0, 1, 2, 4, 3).reshape(rows, heads, tiles * LANES, tiles * LANES)
+    assert np.array_equal(queries[:, :, :length, :length], bias)
+    assert not queries[:, :, length:].any() and not queries[:, :, :, length:].any()

@@ -1,0 +1,133 @@
+"""Tuning: trials are real measurements, failures cost themselves alone, a second run resumes."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bertile import tuner
+from bertile.config import Config
+from bertile.progress import Progress
+from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.task import Task
+from bertile.targets import native
+from bertile.trial_runner import TrialRunner
+from bertile.tuning_log import TuningLog
+
+ROW = native()
+SMALL = Task("dense", {"inputs": 32, "outputs": 24, "activation": "gelu", "residual": False})
+NORM = Task("layer_norm", {"channels": 32, "epsilon": 1e-12})
+QUIET = Progress(verbosity=-1)
+
+
+def open_log(directory: Path) -> TuningLog:
+    return TuningLog([directory], lambda text: None)
+
+
+def run(tasks: Counter, directory: Path, **config) -> dict:
+    return tuner.tune(tasks, open_log(directory), ROW, Config(tune="quick", **config), QUIET)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> tuple[Path, dict]:
+    directory = tmp_path_factory.mktemp("log")
+    return directory, run(Counter({SMALL: 2, NORM: 1}), directory, trials=20)
+
+
+def test_search_measures_distinct_points_of_the_space(tuned):
+    directory, result = tuned
+    records = open_log(directory).records(SMALL, ROW)
+    space = SCHEDULES["dense"].space(SMALL, ROW)
+    points = [tuple(sorted(r.knobs.items())) for r in records]
+    assert len(points) == len(set(points)) >= 10
+    assert all(r.knobs[k] in space[k] for r in records for k in space)
+    assert result["trials"] == len(records) + len(open_log(directory).records(NORM, ROW))
+
+
+def test_default_is_among_the_trials_and_the_best_is_no_slower(tuned):
+    records = open_log(tuned[0]).records(SMALL, ROW)
+    default = SCHEDULES["dense"].default(SMALL, ROW)
+    measured = [r for r in records if dict(r.knobs) == default]
+    assert len(measured) == 1
+    assert open_log(tuned[0]).best(SMALL, ROW).median <= measured[0].median
+
+
+def test_record_says_what_a_reader_needs(tuned):
+    record = open_log(tuned[0]).best(SMALL, ROW)
+    assert record.task == SMALL and record.target == ROW.log and record.tokens == 128
+    assert len(record.microseconds) == 3 and all(us > 0 for us in record.microseconds)
+    assert record.machine["cores"] >= 1 and record.versions["apache-tvm"]
+
+
+def test_second_run_resumes_and_repeats_nothing(tuned):
+    before = len(open_log(tuned[0]).records(NORM, ROW))
+    assert run(Counter({NORM: 1}), tuned[0], trials=20)["trials"] == 0
+    assert len(open_log(tuned[0]).records(NORM, ROW)) == before
+
+
+def test_timeout_ends_the_search_with_what_was_measured(tmp_path):
+    result = run(Counter({SMALL: 1}), tmp_path, trials=500, timeout=0.001)
+    assert "out of time" in result["text"] and result["trials"] <= 1
+
+
+def test_ctrl_c_keeps_the_best_so_far_and_says_so(tmp_path, monkeypatch):
+    real, calls = TrialRunner.run, []
+
+    def interrupted(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(TrialRunner, "run", interrupted)
+    result = run(Counter({SMALL: 1}), tmp_path, trials=20)
+    assert "Ctrl-C" in result["text"]
+    assert len(open_log(tmp_path).records(SMALL, ROW)) == 2
+
+
+def test_wrong_result_is_an_error_not_a_time(monkeypatch):
+    trial = pytest.importorskip("bertile.trial", reason="needs TVM")
+    good = SCHEDULES["layer_norm"]
+    wrong = Task("layer_norm", {"channels": 32, "epsilon": 0.5})
+    knobs = good.default(NORM, ROW)
+
+    def other_epsilon(task, knobs, row):
+        return trial.tvm.tirx.build(
+            trial.tvm.IRModule(
+                {"kernel": good.kernel(wrong, knobs, row).with_attr("global_symbol", "kernel")}
+            ),
+            target=trial.tvm_target(row),
+        )["kernel"]
+
+    arguments = (NORM.operation, dict(NORM.shape), knobs, ROW.name, 1, 2)
+    assert "microseconds" in trial.measure(*arguments)
+    monkeypatch.setattr(trial, "build", other_epsilon)
+    assert "wrong result" in trial.measure(*arguments)["error"]
+
+
+def test_crash_and_hang_cost_their_own_trial_only(monkeypatch):
+    default = SCHEDULES["layer_norm"].default(NORM, ROW)
+    with TrialRunner(ROW) as trials:
+        assert "microseconds" in trials.run(NORM, default, 2)
+        trials._process.kill()  # what a crash of the candidate looks like from here
+        assert "error" in trials.run(NORM, default, 2)
+        assert "microseconds" in trials.run(NORM, default, 2)
+        trials._timeout = 0.0  # and a hang
+        began = time.monotonic()
+        slow = Task("dense", {**SMALL.shape, "inputs": 4096, "outputs": 4096})
+        assert (
+            "no result within"
+            in trials.run(slow, SCHEDULES["dense"].default(slow, ROW), 8)["error"]
+        )
+        assert time.monotonic() - began < 5
+        trials._timeout = 60.0
+        assert "microseconds" in trials.run(NORM, default, 2)
+
+
+def test_bad_candidate_is_answered_with_its_error():
+    with TrialRunner(ROW) as trials:
+        found = trials.run(NORM, {"sums": 0}, 2)
+        assert "ZeroDivisionError" in found["error"]

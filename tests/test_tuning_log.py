@@ -1,0 +1,142 @@
+"""The log: what is written can be read by anybody, whatever happens to a writer."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bertile.errors import BertileError
+from bertile.schedules.task import Task
+from bertile.targets import resolve
+from bertile.tuning_log import Record, TuningLog
+
+ROW = resolve("x86-avx512", threads=2)
+TASK = Task("dense", {"inputs": 64, "outputs": 32, "activation": "none", "residual": False})
+
+
+def record(microseconds: float = 5.0, threads: int = 2, **knobs: int) -> Record:
+    return Record(
+        operation=TASK.operation,
+        shape=dict(TASK.shape),
+        target=ROW.log,
+        threads=threads,
+        tokens=128,
+        knobs=knobs or {"accumulators": 24},
+        microseconds=(microseconds, microseconds + 1, microseconds + 2),
+        machine={"cpu": "test", "cores": 2},
+        versions={"apache-tvm": "0"},
+        time="2026-01-01T00:00:00+00:00",
+    )
+
+
+def open_log(directory: Path, said: list[str] | None = None) -> TuningLog:
+    return TuningLog([directory], (said if said is not None else []).append)
+
+
+def test_record_comes_back_from_its_line():
+    assert Record.from_line(record().to_line()) == record()
+
+
+def test_append_is_found_by_a_new_log(tmp_path):
+    open_log(tmp_path).append(record(unroll=2))
+    found = open_log(tmp_path).best(TASK, ROW)
+    assert dict(found.knobs) == {"unroll": 2} and found.median == 6.0
+
+
+def test_best_is_the_fastest_of_the_same_threads(tmp_path):
+    log = open_log(tmp_path)
+    for one in (record(9.0, unroll=1), record(3.0, unroll=2), record(1.0, threads=1, unroll=4)):
+        log.append(one)
+    assert dict(log.best(TASK, ROW).knobs) == {"unroll": 2}
+
+
+def test_best_takes_another_number_of_threads_before_nothing(tmp_path):
+    log = open_log(tmp_path)
+    log.append(record(threads=1, unroll=4))
+    assert dict(log.best(TASK, ROW).knobs) == {"unroll": 4}
+
+
+def test_failed_trial_is_never_the_best(tmp_path):
+    log = open_log(tmp_path)
+    log.append(replace(record(), microseconds=(), error="wrong result"))
+    assert log.best(TASK, ROW) is None and len(log.records(TASK, ROW)) == 1
+
+
+def test_damaged_lines_are_reported_and_the_rest_is_used(tmp_path):
+    log = open_log(tmp_path)
+    log.append(record(7.0))
+    path = tmp_path / ROW.log / "dense.jsonl"
+    with open(path, "ab") as file:
+        file.write(b'{"schema": 1, "operation": "den')  # a writer was killed here
+    open_log(tmp_path).append(record(2.0, unroll=2))
+    with open(path, "ab") as file:
+        file.write(b'\xff\xfe nonsense\n{"schema": 99}\n')
+    said: list[str] = []
+    assert len(open_log(tmp_path, said).records(TASK, ROW)) == 2
+    assert len(said) == 1 and "line 2, 4, 5" in said[0] and str(path) in said[0]
+
+
+def test_digest_changes_with_what_would_be_chosen_alone(tmp_path):
+    log = open_log(tmp_path)
+    log.append(record(5.0, unroll=1))
+    before = log.digest(ROW)
+    log.append(record(9.0, unroll=2))
+    assert log.digest(ROW) == before
+    log.append(record(1.0, unroll=4))
+    assert log.digest(ROW) != before
+
+
+def test_unwritable_directory_is_one_sentence(tmp_path):
+    (tmp_path / ROW.log).write_text("a file where the directory should be")
+    with pytest.raises(BertileError, match="cannot be written"):
+        open_log(tmp_path).append(record())
+
+
+def _write_forever(directory: str, writer: int) -> None:
+    log = TuningLog([Path(directory)], lambda text: None)
+    for number in range(10**9):
+        log.append(record(float(number + 1), writer=writer, number=number))
+
+
+def test_two_writers_and_kill_9_lose_and_mix_nothing(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_forever, args=(str(tmp_path), i)) for i in (0, 1)]
+    path = tmp_path / ROW.log / "dense.jsonl"
+    for one in writers:
+        one.start()
+    _wait(lambda: _writers(path) == {0, 1} and path.stat().st_size > 50_000)
+    os.kill(writers[0].pid, signal.SIGKILL)
+    killed_at = len(path.read_bytes())
+    _wait(lambda: len(path.read_bytes()) > killed_at + 20_000)  # the other one goes on
+    os.kill(writers[1].pid, signal.SIGKILL)
+    for one in writers:
+        one.join()
+    said: list[str] = []
+    found = open_log(tmp_path, said).records(TASK, ROW)
+    lines = path.read_bytes().count(b"\n")
+    torn = lines + (not path.read_bytes().endswith(b"\n")) - len(found)
+    assert torn <= 2  # at most the line that each was killed in
+    for writer in (0, 1):
+        numbers = [r.knobs["number"] for r in found if r.knobs["writer"] == writer]
+        assert numbers == list(range(len(numbers)))  # none lost, none twice, in order
+
+
+def _writers(path: Path) -> set[int]:
+    if not path.exists():
+        return set()
+    lines = path.read_text().splitlines()[:-1]
+    return {json.loads(line)["knobs"]["writer"] for line in lines}
+
+
+def _wait(done, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "the writers did not get far enough"
+        time.sleep(0.02)
