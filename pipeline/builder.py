@@ -1,4 +1,4 @@
-"""From an optimized graph and a tuning log to lib.so and its packed weights."""
+"""From an optimized graph and chosen knobs to lib.so and its packed weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import tvm
 from tvm import relax
 from tvm.support import cc
 
+from bertile.chooser import Choice, Chooser
 from bertile.graph import Graph
 from bertile.lowering import lower
-from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.generic import is_kernel, schedule_generic
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets import Target, link_command, tvm_target
-from bertile.tuning_log import TuningLog
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,17 @@ class Built:
     fallthrough: list[str]
 
 
-def build(graph: Graph, log: TuningLog, row: Target, library: Path) -> Built:
-    """Choose knobs by the log or the schedule's default, lower, compile and link.
+def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
+    """Choose knobs, lower, compile and link.
 
     ``library`` is the path of the shared library to write.
     """
-    sources: dict[Task, tuple[str, Knobs]] = {}
+    choices: dict[Task, Choice] = {}
 
     def choose(task: Task) -> Knobs:
-        if task not in sources:
-            sources[task] = decide(task, log, row)
-        return sources[task][1]
+        if task not in choices:
+            choices[task] = chooser.choose(task)
+        return choices[task].knobs
 
     lowered = lower(graph, row, choose)
     target = tvm_target(row)
@@ -53,18 +52,9 @@ def build(graph: Graph, log: TuningLog, row: Target, library: Path) -> Built:
     executable.export_library(
         str(library), fcompile=lambda out, objects, options=None: _link(linker, out, objects)
     )
-    kernels = [_kernel_entry(task, count, *sources[task]) for task, count in lowered.tasks.items()]
+    kernels = [_kernel_entry(task, count, *choices[task]) for task, count in lowered.tasks.items()]
     kernels += _generic_entries(mod)
     return Built(library, lowered.params, kernels, lowered.fallthrough)
-
-
-def decide(task: Task, log: TuningLog, row: Target) -> tuple[str, Knobs]:
-    """("tuned", knobs of the log) where it knows the kernel, else ("default", the schedule's)."""
-    schedule = SCHEDULES[task.operation]
-    best = log.best(task, row)
-    if best is not None and schedule.valid(task, row, best.knobs):
-        return "tuned", dict(best.knobs)
-    return "default", schedule.default(task, row)
 
 
 def fuse_and_schedule(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:

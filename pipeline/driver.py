@@ -126,11 +126,12 @@ class _Run:
 
     def make(self, directory: Path) -> None:
         """Fill a directory with the bundle, checked against ONNX Runtime."""
-        from bertile import builder, verifier
+        from bertile import builder, chooser, verifier
 
         graph = self.optimized()
         with self.progress.stage("build") as stage:
-            built = builder.build(graph, self.log, self.row, directory / "lib.so")
+            choose = chooser.Chooser(self.log, self.row, self.progress.say)
+            built = builder.build(graph, choose, self.row, directory / "lib.so")
             stage.detail = ", ".join(f"{n} {kind}" for kind, n in count(built.kernels).items())
         with self.progress.stage("verify") as stage:
 
@@ -152,9 +153,9 @@ class _Run:
 
 
 def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
-    """How many kernels are tuned, default and generic."""
+    """How many kernels have which provenance."""
     kinds = [kernel["provenance"] for kernel in kernels]
-    return {kind: kinds.count(kind) for kind in ("tuned", "default", "generic")}
+    return {kind: kinds.count(kind) for kind in ("tuned", "nearest", "default", "generic")}
 
 
 def _manifest(run: _Run, graph: Any, built: Any) -> dict[str, Any]:

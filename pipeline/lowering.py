@@ -23,6 +23,7 @@ from bertile.graph import Graph
 from bertile.importer import TABLE
 from bertile.passes.rewriting import Dataflow, shape
 from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.cpu.generic import KERNEL
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets import Target
@@ -249,8 +250,7 @@ class _Lowering:
     ) -> Any:
         schedule, knobs = SCHEDULES[task.operation], self.choose(task)
         if task not in self.kernels:
-            # opaque (8): FuseOps must not open what is already scheduled
-            func = schedule.kernel(task, knobs, self.row).with_attr("op_pattern", 8)
+            func = schedule.kernel(task, knobs, self.row).with_attrs(KERNEL)
             self.kernels[task] = self.builder.add_func(func, task.name)
         self.tasks[task] += 1
         args = [*activations, *self._packed(task, knobs, weights)]

@@ -100,6 +100,10 @@ class TuningLog:
         """What is known of a task on this kind of machine, failures included."""
         return self._of(row.log).get(task.key, [])
 
+    def tasks(self, row: Target) -> list[Task]:
+        """Every task that has records on this kind of machine."""
+        return [records[0].task for records in self._of(row.log).values()]
+
     def best(self, task: Task, row: Target) -> Record | None:
         """The fastest record, of the same number of threads where there is one."""
         found = [r for r in self.records(task, row) if r.microseconds]
@@ -122,10 +126,8 @@ class TuningLog:
 
     def digest(self, row: Target) -> str:
         """A hash of what the log would choose for this row, for the stage cache."""
-        choices = {}
-        for key, records in self._of(row.log).items():
-            best = self.best(records[0].task, row)
-            choices[key] = dict(best.knobs) if best else None
+        best = {task.key: self.best(task, row) for task in self.tasks(row)}
+        choices = {key: dict(one.knobs) if one else None for key, one in best.items()}
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
 
     def _of(self, target: str) -> dict[str, list[Record]]:

@@ -1,0 +1,88 @@
+"""Which knobs a kernel is built with: its own from the log, a near task's, or the default."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import NamedTuple
+
+from bertile.loader import cpu_features
+from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.schedule import Knobs
+from bertile.schedules.task import Task
+from bertile.targets import Target, fits
+from bertile.trial_runner import TrialRunner
+from bertile.tuning_log import Record, TuningLog
+
+FARTHEST = 3.0  # in doublings of a shape, all axes together: beyond that a record says little
+OTHER_FLAG = 0.5  # how far apart two tasks are that differ in their epilogue
+
+
+class Choice(NamedTuple):
+    """``source`` is "tuned", "nearest" (the record of another shape) or "default"."""
+
+    source: str
+    knobs: Knobs
+
+
+@dataclass
+class Chooser:
+    """Chooses knobs from a log, for one row.
+
+    A record that another TVM made names decisions that still apply, but TVM may compile them to
+    something else by now: it is built, run and compared with the reference before it is trusted.
+    """
+
+    log: TuningLog
+    row: Target
+    warn: Callable[[str], None]
+
+    def choose(self, task: Task) -> Choice:
+        """The knobs that the kernel of ``task`` gets."""
+        for source, record in self._candidates(task):
+            if self._trusted(task, record):
+                return Choice(source, dict(record.knobs))
+        return Choice("default", SCHEDULES[task.operation].default(task, self.row))
+
+    def _candidates(self, task: Task) -> Iterator[tuple[str, Record]]:
+        valid = SCHEDULES[task.operation].valid
+        exact = self.log.best(task, self.row)
+        if exact is not None and valid(task, self.row, exact.knobs):
+            yield "tuned", exact
+        near = [
+            (distance(task, other), other.key, other)
+            for other in self.log.tasks(self.row)
+            if other.operation == task.operation and other != task
+        ]
+        for far, _, other in sorted(near, key=lambda one: one[:2]):
+            record = self.log.best(other, self.row)
+            if far <= FARTHEST and record is not None and valid(task, self.row, record.knobs):
+                yield "nearest", record
+
+    def _trusted(self, task: Task, record: Record) -> bool:
+        if record.versions.get("apache-tvm") == version("apache-tvm"):
+            return True
+        if not fits(self.row, cpu_features()):
+            self.warn(f"{task.name}: the record of another TVM cannot be checked on this machine")
+            return False
+        with TrialRunner(self.row) as trials:
+            error = trials.run(task, record.knobs, blocks=2).get("error")
+        if error:
+            self.warn(f"{task.name}: a record of another TVM is left out: {error}")
+        return error is None
+
+
+def distance(task: Task, other: Task) -> float:
+    """How many doublings apart two shapes are, all axes together; infinite across operations."""
+    if task.operation != other.operation or set(task.shape) != set(other.shape):
+        return math.inf
+    total = 0.0
+    for axis, value in task.shape.items():
+        theirs = other.shape[axis]
+        if isinstance(value, (bool, str)) or isinstance(theirs, (bool, str)):
+            total += OTHER_FLAG * (value != theirs)
+        elif isinstance(value, int) and value > 0 and theirs > 0:
+            total += abs(math.log2(value / theirs))
+    return total

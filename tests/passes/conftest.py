@@ -1,0 +1,86 @@
+"""Small graphs to try a pass on: a request, the block table and weights, and one expression of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+
+from bertile.graph import Graph
+from bertile.importer import TABLE
+from bertile.passes.rewriting import normalized
+
+CHANNELS = 8
+
+
+def make_graph(
+    build: Callable,
+    *,
+    activations: dict | None = None,
+    weights: dict | None = None,
+    constants: bool = False,
+) -> Graph:
+    """The graph of ``build(emit, ids, *activations, *weights)``.
+
+    ``activations`` and ``weights`` map names to shapes, in which "batch" and "length" are the
+    request's own; ``emit`` gives a value that is used twice a variable. With ``constants`` the
+    weights are constants of the module instead of parameters.
+    """
+    symbols = {name: tvm.tirx.Var(name, "int64") for name in ("batch", "length", "m")}
+    request = [symbols["batch"], symbols["length"]]
+
+    def variable(name, shape, dtype="float32"):
+        return relax.Var(name, relax.TensorType([symbols.get(e, e) for e in shape], dtype))
+
+    activations = {"x": ("batch", "length", CHANNELS)} if activations is None else activations
+    values = {name: value_of(name, shape) for name, shape in (weights or {}).items()}
+    inputs = [relax.Var("input_ids", relax.TensorType(request, "int64"))]
+    inputs += [variable(name, shape) for name, shape in activations.items()]
+    held = [variable(name, shape) for name, shape in (weights or {}).items()]
+    operands = [relax.const(value) for value in values.values()] if constants else held
+    table = variable(TABLE, ("m", 4), "int32")
+    builder = relax.BlockBuilder()
+    params = [*inputs, table, *([] if constants else held)]
+    with builder.function("main", params, attrs={"num_input": len(inputs) + 1}):
+        with builder.dataflow():
+            result = build(builder.emit, *inputs, *operands)
+            output = builder.emit_output(builder.normalize(result))
+        builder.emit_func_output(output)
+    graph = Graph(builder.finalize(), {} if constants else values, None)
+    return graph.with_main(normalized(graph.main))
+
+
+def value_of(name: str, shape: tuple) -> np.ndarray:
+    """The same random weight for the same name."""
+    seed = int.from_bytes(name.encode(), "little") % 2**32
+    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
+
+
+@pytest.fixture(scope="session")
+def graph() -> Callable[..., Graph]:
+    return make_graph
+
+
+@pytest.fixture(scope="session")
+def becomes() -> Callable[..., None]:
+    """Checks that a pass turns the graph of one expression into that of another."""
+
+    def check(apply, before, expected, **kwargs) -> None:
+        found = apply(make_graph(before, **kwargs))
+        tvm.ir.assert_structural_equal(found.main, make_graph(expected, **kwargs).main)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def leaves_alone() -> Callable[..., None]:
+    """Checks that a pass does nothing to the graph of an expression."""
+
+    def check(apply, before, **kwargs) -> None:
+        graph = make_graph(before, **kwargs)
+        tvm.ir.assert_structural_equal(apply(graph).main, graph.main)
+
+    return check

@@ -1,0 +1,142 @@
+"""LayerNorm, one operator or spelled out, and normalisations that are something else."""
+
+from __future__ import annotations
+
+import pytest
+from tvm import relax
+from tvm.relax import op
+
+from bertile import ops
+from bertile.passes.fuse_layer_norm import fuse_layer_norm
+
+WEIGHTS = {"gamma": (8,), "beta": (8,)}
+EPSILON = 1e-5
+
+
+def c(value):
+    return relax.const(value, "float32")
+
+
+def expected(emit, ids, x, gamma, beta):
+    return ops.layer_norm(x, gamma, beta, EPSILON)
+
+
+def operator(axes=(-1,), **attrs):
+    def build(emit, ids, x, gamma, beta):
+        return op.nn.layer_norm(x, gamma, beta, list(axes), epsilon=EPSILON, **attrs)
+
+    return build
+
+
+def spelled_out(square=None, swap=False, axis=-1, keepdims=True, outside=False):
+    """(x - mean) / sqrt(mean((x - mean)²) + epsilon) · gamma + beta, as older exporters write it."""
+
+    def build(emit, ids, x, gamma, beta):
+        d = emit(op.subtract(x, op.mean(x, axis, keepdims=keepdims)))
+        squared = op.multiply(d, d) if square is None else op.power(d, c(square))
+        variance = op.mean(squared, axis, keepdims=keepdims)
+        if outside:  # sqrt(variance) + epsilon
+            root = op.add(op.sqrt(variance), c(EPSILON))
+        else:
+            root = op.sqrt(op.add(*([c(EPSILON), variance] if swap else [variance, c(EPSILON)])))
+        ratio = op.divide(d, root)
+        scaled = op.multiply(gamma, ratio) if swap else op.multiply(ratio, gamma)
+        return op.add(beta, scaled) if swap else op.add(scaled, beta)
+
+    return build
+
+
+@pytest.mark.parametrize("axes", [(-1,), (2,)])
+def test_operator_over_the_last_axis_is_taken(becomes, axes):
+    becomes(fuse_layer_norm, operator(axes), expected, weights=WEIGHTS)
+
+
+@pytest.mark.parametrize("square", [None, 2.0])
+@pytest.mark.parametrize("swap", [False, True])
+def test_spelled_out_form_is_taken(becomes, square, swap):
+    becomes(fuse_layer_norm, spelled_out(square, swap), expected, weights=WEIGHTS)
+
+
+@pytest.mark.parametrize("build", [operator(), spelled_out()], ids=["operator", "spelled out"])
+def test_rows_of_a_matrix_are_taken(becomes, build):
+    becomes(
+        fuse_layer_norm, build, expected, weights=WEIGHTS, activations={"x": ("batch", 8)}
+    )
+
+
+def test_result_that_is_used_twice_is_taken_once(becomes):
+    def twice(norm):
+        def build(emit, ids, x, gamma, beta):
+            y = emit(norm(emit, ids, x, gamma, beta))
+            return op.add(y, op.nn.relu(y))
+
+        return build
+
+    becomes(fuse_layer_norm, twice(spelled_out()), twice(expected), weights=WEIGHTS)
+
+
+@pytest.mark.parametrize("attrs", [{"center": False}, {"scale": False}], ids=str)
+def test_operator_without_centre_or_scale_is_left_alone(leaves_alone, attrs):
+    leaves_alone(fuse_layer_norm, operator(**attrs), weights=WEIGHTS)
+
+
+def test_operator_over_two_axes_is_left_alone(leaves_alone):
+    leaves_alone(
+        fuse_layer_norm,
+        operator((1, 2)),
+        weights={"gamma": (8, 8), "beta": (8, 8)},
+        activations={"x": ("batch", 8, 8)},
+    )
+
+
+def test_operator_over_an_inner_axis_is_left_alone(leaves_alone):
+    leaves_alone(
+        fuse_layer_norm, operator((1,)), weights=WEIGHTS, activations={"x": ("batch", 8, 8)}
+    )
+
+
+def test_operator_on_four_axes_is_left_alone(leaves_alone):
+    leaves_alone(
+        fuse_layer_norm,
+        operator(),
+        weights=WEIGHTS,
+        activations={"x": ("batch", 2, "length", 8)},
+    )
+
+
+def test_scale_that_is_no_weight_is_left_alone(leaves_alone):
+    def build(emit, ids, x, gamma, beta):
+        return op.nn.layer_norm(x, gamma, beta, [-1], epsilon=EPSILON)
+
+    activations = {"x": ("batch", "length", 8), "gamma": (8,), "beta": (8,)}
+    leaves_alone(fuse_layer_norm, build, activations=activations)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        spelled_out(outside=True),
+        spelled_out(square=3.0),
+        spelled_out(axis=1),
+    ],
+    ids=["epsilon outside of the root", "mean of the cube", "another axis"],
+)
+def test_look_alike_is_left_alone(leaves_alone, build):
+    leaves_alone(fuse_layer_norm, build, weights=WEIGHTS)
+
+
+def test_mean_of_another_tensor_is_left_alone(leaves_alone):
+    def build(emit, ids, x, gamma, beta):
+        d = emit(op.subtract(x, op.mean(op.nn.relu(x), -1, keepdims=True)))
+        variance = op.mean(op.multiply(d, d), -1, keepdims=True)
+        ratio = op.divide(d, op.sqrt(op.add(variance, c(EPSILON))))
+        return op.add(op.multiply(ratio, gamma), beta)
+
+    leaves_alone(fuse_layer_norm, build, weights=WEIGHTS)
+
+
+def test_shift_as_wide_as_the_batch_is_left_alone(leaves_alone):
+    def build(emit, ids, x, gamma, beta):
+        return spelled_out()(emit, ids, x, gamma, beta)
+
+    leaves_alone(fuse_layer_norm, build, weights={"gamma": (1,), "beta": (8,)})

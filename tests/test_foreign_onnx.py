@@ -1,0 +1,169 @@
+"""ONNX files of other exporters, through the whole program: the kernels fuse, the numbers agree."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import bertile
+from bertile import loader, synthetic
+from bertile.config import Config
+from bertile.exported import InputSpec
+from bertile.samples import largest_difference, sample, session
+
+TOLERANCE = 5e-5  # two layers in float32, relative to the largest value of the output
+FUSED = {"embedding", "dense", "attention", "layer_norm"}
+SHAPES = ((1, 1), (3, 37), (2, 16), (1, 511))
+AROUND = {"divide", "matmul", "multiply", "softmax"}  # what an attention is made of
+
+
+def _forms():
+    """The module of tests/test_normalizer.py, which knows how other exporters write a model."""
+    path = Path(__file__).with_name("test_normalizer.py")
+    spec = importlib.util.spec_from_file_location("foreign_forms", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+forms = _forms()
+
+FORMS = {
+    "dynamo at opset 18": dict(dynamo=True, opset=18),
+    "TorchScript at opset 13": dict(attention="eager", opset=13),
+    "TorchScript at opset 17": dict(opset=17),
+    "no token_type_ids": dict(types=False),
+    "int32 inputs": dict(dtype=torch.int32),
+}
+SLOW_FORMS = {
+    "dynamo at opset 18, eager": dict(dynamo=True, opset=18, attention="eager"),
+    "dynamo at opset 20, int32 inputs": dict(dynamo=True, opset=20, dtype=torch.int32),
+    "dynamo at opset 23": dict(dynamo=True, opset=23),
+    "dynamo, static": dict(dynamo=True, opset=18, dynamic=False),
+    "dynamo, no token_type_ids": dict(dynamo=True, opset=18, types=False),
+    "TorchScript at opset 17, eager": dict(attention="eager", opset=17),
+    "TorchScript, static batch of 2": dict(opset=17, dynamic=False),
+    "int32 inputs, no token_type_ids": dict(dtype=torch.int32, types=False, opset=17),
+    "as optimum writes it": dict(head="sequence-classification", opset=14),
+    "masked-lm": dict(head="masked-lm", opset=17),
+    "roberta": dict(name="roberta-tiny", types=False),
+    "distilbert": dict(name="distilbert-tiny", types=False, attention="eager", opset=13),
+    "electra": dict(name="electra-tiny"),
+    "albert": dict(name="albert-tiny", opset=17),
+    "mpnet": dict(name="mpnet-tiny", types=False),
+    "mpnet, static": dict(name="mpnet-tiny", types=False, dynamic=False),
+}
+
+
+@pytest.fixture
+def compiled(tmp_path):
+    def compile_file(path: Path) -> loader.Model:
+        bertile.compile(str(path), tmp_path / "bundle", Config(cache_dir=str(tmp_path / "cache")))
+        return bertile.load(tmp_path / "bundle")
+
+    return compile_file
+
+
+def reference(path: Path, arrays: dict, static: dict) -> dict[str, np.ndarray]:
+    """What ONNX Runtime makes of the file as it came; a static one is fed padded, in its size."""
+    peer = session(path)
+    given = {one.name: one.type for one in peer.get_inputs()}
+    batch, length = arrays["input_ids"].shape
+    step, width = static["batch"] or batch, static["length"] or length
+    pieces = []
+    for first in range(0, batch, step):
+        feed = {}
+        for name, kind in given.items():
+            value = np.zeros((step, width), "int32" if "int32" in kind else "int64")
+            part = arrays.get(name, value)[first : first + step, :length]
+            value[: len(part), : part.shape[1]] = part
+            feed[name] = value
+        pieces.append(peer.run(None, feed))
+    names = [one.name for one in peer.get_outputs()]
+    found = {name: np.concatenate(one)[:batch] for name, one in zip(names, zip(*pieces))}
+    per_token = {name for name, one in found.items() if one.ndim > 2}
+    return {name: one[:, :length] if name in per_token else one for name, one in found.items()}
+
+
+def assert_equals_original(model: loader.Model, path: Path, shapes) -> None:
+    specs = [InputSpec(**spec) for spec in model.manifest["inputs"]]
+    for batch, length in shapes:
+        arrays = sample(specs, batch, length, 1, seed=batch + length)
+        mask = arrays.get("attention_mask", np.ones((batch, length)))
+        got, want = model(**arrays), reference(path, arrays, model.manifest["static"])
+        assert set(got) == set(want)
+        for name, array in want.items():
+            tolerance = TOLERANCE * max(1, np.abs(array).max())
+            assert largest_difference(got[name], array, mask) <= tolerance, (name, batch, length)
+
+
+def operations(model: loader.Model) -> set[str]:
+    return {kernel["operation"] for kernel in model.manifest["kernels"]}
+
+
+def fallen(model: loader.Model) -> set[str]:
+    """The operators that no schedule covers, without the variables they define."""
+    return {entry.partition(" ")[0] for entry in model.manifest["fallthrough"]}
+
+
+def assert_fused(model: loader.Model) -> None:
+    assert operations(model) >= FUSED
+    assert not fallen(model) & {"attention", "softmax", "matmul", "layer_norm", "erf", "gelu"}
+
+
+@pytest.mark.parametrize(
+    "form", [*FORMS, *(pytest.param(form, marks=pytest.mark.slow) for form in SLOW_FORMS)]
+)
+def test_foreign_file_fuses_and_equals_onnxruntime(tmp_path, compiled, form):
+    options = {**FORMS, **SLOW_FORMS}[form]
+    path = forms.write(tmp_path / "m.onnx", **options)
+    model = compiled(path)
+    static = not options.get("dynamic", True)
+    assert model.manifest["static"] == ({"batch": 2, "length": 16} if static else {"batch": None, "length": None})
+    assert_fused(model)
+    assert_equals_original(model, path, ((2, 16), (1, 5), (5, 16)) if static else SHAPES)
+
+
+def test_static_batch_of_1_takes_shorter_and_more_sequences(tmp_path, compiled):
+    path = trace(tmp_path / "m.onnx", synthetic.config("bert-tiny"), batch=1, dynamic=False)
+    model = compiled(path)
+    assert model.manifest["static"] == {"batch": 1, "length": 16}
+    assert_fused(model)
+    assert_equals_original(model, path, ((1, 16), (1, 5), (3, 16), (3, 9)))
+
+
+def test_silu_goes_the_generic_way(tmp_path, compiled):
+    config = synthetic.config("bert-tiny")
+    config.hidden_act = "silu"
+    path = trace(tmp_path / "m.onnx", config)
+    model = compiled(path)
+    assert operations(model) >= {*FUSED, "generic"}
+    print(model.manifest["fallthrough"])
+    assert_equals_original(model, path, SHAPES)
+
+
+def test_attention_that_divides_after_its_mask_goes_the_generic_way(tmp_path, compiled):
+    def masked(scores, mask):
+        return forms.by_lowest(scores, mask) / 3.0
+
+    path = forms.write_attention(tmp_path / "m.onnx", masked)
+    model = compiled(path)
+    print(model.manifest["fallthrough"], operations(model))
+    assert_equals_original(model, path, ((1, 1), (3, 37), (2, 16)))
+
+
+def trace(path: Path, config, batch: int = 2, dynamic: bool = True) -> Path:
+    """Write the model of a transformers configuration as torch's TorchScript exporter does."""
+    model = synthetic.build(transformers.AutoModel, config)
+    ids = torch.arange(16 * batch).reshape(batch, 16) + 5
+    arrays = (ids, (torch.arange(16) < 9 * torch.ones_like(ids)).long(), ids % 2)
+    names, outputs = list(forms.INPUTS), ["last_hidden_state", "pooler_output"]
+    options = {"dynamo": False, "opset_version": 17, "input_names": names, "output_names": outputs}
+    if dynamic:
+        axes = dict.fromkeys((*names, outputs[0]), {0: "batch_size", 1: "sequence_length"})
+        options["dynamic_axes"] = axes | {outputs[1]: {0: "batch_size"}}
+    forms.run_quietly(forms.Positional(model, forms.INPUTS).eval(), arrays, path, options)
+    return path
