@@ -183,17 +183,28 @@ def _manifest(run: _Run, graph: Any, built: Any) -> dict[str, Any]:
 
 
 def _outputs(graph: Any) -> list[dict[str, Any]]:
-    """Names, dtypes and axes of main's results; symbolic axes by name."""
+    """Names, dtypes and axes of main's results; the axes of batch and length by name."""
     ret = graph.main.ret_ty
     types = list(ret.fields) if hasattr(ret, "fields") else [ret]
     return [
-        {
-            "name": name,
-            "dtype": str(one.dtype),
-            "axes": [int(e) if hasattr(e, "value") else e.name for e in one.shape],
-        }
+        {"name": name, "dtype": str(one.dtype), "axes": _axes(graph.exported, name, one.shape)}
         for name, one in zip(graph.exported.outputs, types)
     ]
+
+
+def _axes(exported: ExportedModel, name: str, shape: Any) -> list[int | str]:
+    """Symbolic axes have their names; those of a static model are told by their place and size.
+
+    A static (batch, n) is one vector per sequence, even where n is the length, unless it is a
+    logit per token: a pooled output of 128 channels of a model for 128 tokens is no rarity.
+    """
+    axes: list[int | str] = [int(e) if hasattr(e, "value") else e.name for e in shape]
+    if axes and axes[0] == exported.batch:
+        axes[0] = "batch"
+    per_token = len(axes) > 2 or name in ("start_logits", "end_logits")
+    if len(axes) > 1 and axes[1] == exported.length and per_token:
+        axes[1] = "length"
+    return axes
 
 
 def _versions() -> dict[str, str]:

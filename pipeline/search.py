@@ -30,7 +30,6 @@ from tvm.script import tirx as T
 from bertile.schedules.schedule import Knobs, Space
 from bertile.schedules.task import Task
 
-BATCH = 8  # trials between two trainings of the cost model
 PREFIX = "bertile."
 
 Measure = Callable[[Task, Knobs], Any]  # → list of microseconds, empty for a failed trial
@@ -41,13 +40,15 @@ def search(
     measure: Measure,
     trials: int,
     trials_per_task: int,
+    batch: int,
     seed: int,
     target: tvm.target.Target,
 ) -> None:
     """Spend trials on tasks (given with their spaces and weights) until they or the spaces are used
     up.
 
-    ``measure`` is called for every candidate; an exception that it raises ends the search.
+    ``batch`` trials lie between two trainings of the cost model. ``measure`` is called for every
+    candidate; an exception that it raises ends the search.
     """
     ms = _meta_schedule()
     tasks, weights = [], []
@@ -72,12 +73,12 @@ def search(
                 work_dir=work,
                 max_trials_global=trials,
                 max_trials_per_task=trials_per_task,
-                num_trials_per_iter=BATCH,
+                num_trials_per_iter=batch,
                 builder=_builder(ms)(),
                 runner=_runner(ms, run)(),
                 database=ms.database.MemoryDatabase(),
                 cost_model=ms.cost_model.XGBModel(
-                    extractor=_features(ms)(), num_warmup_samples=2 * BATCH, num_tuning_cores=1
+                    extractor=_features(ms)(), num_warmup_samples=2 * batch, num_tuning_cores=1
                 ),
                 measure_callbacks=[
                     ms.measure_callback.UpdateCostModel(),

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
+from statistics import median
 from typing import Any
 
 from bertile import loader
@@ -28,17 +29,23 @@ BLOCKS = 8  # trials run on 128 tokens, the length that most requests are near t
 
 @dataclass(frozen=True)
 class Effort:
-    """How much searching is enough: trials of a task, all runs together, and seconds of one run."""
+    """How much searching is enough: trials of a task, all runs together, and seconds of one run.
+
+    With ``patience``, a search also ends when for so many rounds no task has improved by 1%.
+    """
 
     trials: int
     seconds: float
+    patience: int | None = None
 
 
-EFFORTS = {"quick": Effort(32, 600.0), "full": Effort(160, 7200.0)}
+EFFORTS = {"quick": Effort(32, 600.0), "full": Effort(2000, 7200.0, patience=24)}
+ROUND = 8  # trials between two trainings of the cost model
+IMPROVEMENT = 0.99
 
 
-class _OutOfTime(Exception):
-    """Ends a search from inside a measurement."""
+class _Enough(Exception):
+    """Ends a search from inside a measurement, with what to say of it."""
 
 
 def tune(
@@ -54,7 +61,8 @@ def tune(
     open_tasks = [task for task in tasks if _open(task, log, row, wanted)]
     began = time.monotonic()
     with TrialRunner(row) as trials:
-        session = _Session(log, row, trials, progress, began + (config.timeout or effort.seconds))
+        deadline = began + (config.timeout or effort.seconds)
+        session = _Session(log, row, trials, progress, deadline, effort.patience)
         stopped = _search(session, open_tasks, tasks, wanted)
     best = _gains(tasks, log, row)
     text = f"{session.count} trials{stopped}" + (f", {best}" if best else "")
@@ -87,9 +95,9 @@ def _search(session: _Session, open_tasks: list[Task], tasks: Counter[Task], wan
             (task, SCHEDULES[task.operation].space(task, row), float(tasks[task]))
             for task in open_tasks
         ]
-        search(spaces, session.measure, session.total, wanted, 0, tvm_target(row))
-    except _OutOfTime:
-        return ", out of time"
+        search(spaces, session.measure, session.total, wanted, ROUND, 0, tvm_target(row))
+    except _Enough as reason:
+        return f", {reason}"
     except KeyboardInterrupt:
         return ", stopped by Ctrl-C; the best so far is in the log"
     return ""
@@ -104,6 +112,8 @@ class _Session:
     trials: TrialRunner
     progress: Progress
     deadline: float
+    patience: int | None
+    idle: int = 0  # trials since a task last improved by 1%
     count: int = 0
     total: int = 0
 
@@ -113,11 +123,17 @@ class _Session:
         known = [r for r in known if r.threads == self.row.threads]
         if known:
             return list(known[-1].microseconds)
-        if time.monotonic() > self.deadline:
-            raise _OutOfTime
         began = time.monotonic()
+        if began > self.deadline:
+            raise _Enough("out of time")
+        if self.patience and self.idle >= self.patience * ROUND:
+            raise _Enough(f"no task improved by 1% in {self.patience} rounds")
+        before = self.log.best(task, self.row)
         found = self.trials.run(task, knobs, BLOCKS)
         self.count += 1
+        times = found.get("microseconds", ())
+        better = times and (before is None or median(times) < IMPROVEMENT * before.median)
+        self.idle = 0 if better else self.idle + 1
         self.log.append(self._record(task, knobs, found))
         self._show(task, time.monotonic() - began)
         return list(found.get("microseconds", ()))

@@ -131,3 +131,11 @@ def test_bad_candidate_is_answered_with_its_error():
     with TrialRunner(ROW) as trials:
         found = trials.run(NORM, {"sums": 0}, 2)
         assert "ZeroDivisionError" in found["error"]
+
+
+def test_full_effort_ends_when_nothing_improves(tmp_path, monkeypatch):
+    monkeypatch.setitem(tuner.EFFORTS, "quick", tuner.Effort(2000, 600.0, patience=1))
+    monkeypatch.setattr(TrialRunner, "run", lambda *args: {"microseconds": [7.0]})
+    result = run(Counter({SMALL: 1}), tmp_path)
+    assert "no task improved by 1% in 1 rounds" in result["text"]
+    assert result["trials"] == 1 + tuner.ROUND

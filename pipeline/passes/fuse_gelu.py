@@ -23,7 +23,7 @@ def fuse_gelu(graph: Graph) -> Graph:
 
 
 def _gelu(flow: Dataflow, call: relax.Call) -> Any:
-    if not flow.is_op(call, "multiply"):
+    if not flow.is_op(call, "multiply", "divide"):
         return None
     factors, constant = _factors(flow, call)
     if len(factors) != 2 or not math.isclose(constant, 0.5, rel_tol=1e-4):
@@ -89,11 +89,11 @@ def _is_cubic(flow: Dataflow, expr: Any, x: Any) -> bool:
 def _is_power(flow: Dataflow, expr: Any, x: Any, power: int) -> bool:
     """Whether expr = 0.044715 xᵖ, the power written as such or as a product."""
     factors, c = _factors(flow, expr)
-    count = 0
+    count = 0.0
     for factor in factors:
         raised = flow.call(factor, "power")
         exponent = flow.scalar(raised.args[1]) if raised is not None else 1.0
         if exponent is None or not _same(flow, raised.args[0] if raised is not None else factor, x):
             return False
-        count += int(exponent)
+        count += exponent
     return count == power and math.isclose(c, 0.044715, rel_tol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from tvm import relax
 from tvm.relax import op
@@ -10,7 +11,7 @@ from bertile import ops
 from bertile.passes.fuse_layer_norm import fuse_layer_norm
 
 WEIGHTS = {"gamma": (8,), "beta": (8,)}
-EPSILON = 1e-5
+EPSILON = float(np.float32(1e-5))
 
 
 def c(value):
@@ -135,8 +136,5 @@ def test_mean_of_another_tensor_is_left_alone(leaves_alone):
     leaves_alone(fuse_layer_norm, build, weights=WEIGHTS)
 
 
-def test_shift_as_wide_as_the_batch_is_left_alone(leaves_alone):
-    def build(emit, ids, x, gamma, beta):
-        return spelled_out()(emit, ids, x, gamma, beta)
-
-    leaves_alone(fuse_layer_norm, build, weights={"gamma": (1,), "beta": (8,)})
+def test_scale_of_one_channel_is_left_alone(leaves_alone):
+    leaves_alone(fuse_layer_norm, spelled_out(), weights={"gamma": (1,), "beta": (8,)})
