@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUNDLE ?= out/minilm
+LOG_SECONDS ?= 300
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint format bench logs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +15,7 @@ help:
 	@echo "make test       the tests (some minutes); make test-slow has the long ones too"
 	@echo "make lint       ruff; make format lets it rewrite"
 	@echo "make bench      time $(BUNDLE) beside ONNX Runtime and OpenVINO"
+	@echo "make logs       tune the kernels whose logs ship in tuning_logs (half an hour)"
 	@echo "make clean      remove .venv, out and what Python and the tests left"
 
 demo: $(VENV)/.installed
@@ -53,6 +55,12 @@ $(VENV)/.bench: $(VENV)/.installed
 	@echo "install the engines to compare with"
 	@$(PIP) -e ".[bench]"
 	@touch $@
+
+# What ships in tuning_logs: about half an hour, on a machine that does nothing else meanwhile.
+logs: $(VENV)/.installed
+	@for threads in 1 2; do for model in bert-base bert-large distilbert-base minilm; do \
+	  $(BIN)/bertile tune synthetic:$$model --tune full --timeout $(LOG_SECONDS) \
+	    --threads $$threads --log-dir tuning_logs || exit; done; done
 
 clean:
 	@rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache

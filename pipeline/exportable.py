@@ -48,7 +48,7 @@ class Exportable(nn.Module):
             keywords["position_ids"] = _positions_after(self.padding_id, input_ids)
         found = self.model(input_ids=input_ids, **keywords)
         if self.pooling is not None:
-            return (_pool(found.last_hidden_state, mask, self.pooling),)
+            return (pool(found.last_hidden_state, mask, self.pooling),)
         return tuple(found[name] for name in self.outputs)
 
 
@@ -58,7 +58,7 @@ def _positions_after(padding_id: int, ids: Tensor) -> Tensor:
     return torch.cumsum(real, dim=1) * real + padding_id
 
 
-def _pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """Pool as sentence-transformers does, with its limits against division by zero."""
     if pooling.mode == "cls":
         pooled = hidden[:, 0]

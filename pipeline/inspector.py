@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from bertile import loader, weights
+from bertile import loader, weights, work
 from bertile.bench import random_inputs
 from bertile.errors import require
 from bertile.progress import Progress
-from bertile.schedules.task import Task
 
 RUNS = 20
 
@@ -43,7 +42,7 @@ def inspect(
     with progress.stage("measure"):
         inputs = random_inputs(manifest, batch, length)
         times, tokens, total = _profile(Path(directory), manifest, inputs, threads)
-        peak = _peak(manifest, threads)
+        peak = work.peak(manifest["target"]["name"], threads)
     kernels = [
         _row(kernel, times, tokens, total, peak, batch, length) for kernel in manifest["kernels"]
     ]
@@ -110,14 +109,6 @@ def _typical(found: list[float]) -> float:
     return float(np.median(np.array(found).reshape(RUNS, -1).sum(1)))
 
 
-def _peak(manifest: dict[str, Any], threads: int) -> float:
-    from bertile.schedules.cpu.peak import peak_gflops
-    from bertile.targets import resolve, tvm_target
-
-    row = resolve(manifest["target"]["name"], threads)
-    return peak_gflops(tvm_target(row), row, threads)
-
-
 def _row(
     kernel: dict[str, Any],
     times: dict[str, float],
@@ -130,7 +121,8 @@ def _row(
     seconds = times.get(kernel["name"], 0.0)
     speed = 0.0
     if kernel["operation"] != "generic" and seconds:
-        speed = _flops(kernel, tokens, batch, length) * kernel["calls"] / seconds / 1e9
+        seen = tokens.get(kernel["name"], batch * length)
+        speed = work.flops(kernel, seen, batch, length) * kernel["calls"] / seconds / 1e9
     return {
         "kernel": kernel["name"],
         "origin": kernel["provenance"],
@@ -140,14 +132,3 @@ def _row(
         "GFLOP/s": round(speed, 1) if speed else None,
         "peak %": round(100 * speed / peak, 1) if speed else None,
     }
-
-
-def _flops(kernel: dict[str, Any], tokens: dict[str, int], batch: int, length: int) -> float:
-    """Of one call; attention works on sequences, everything else on however many tokens come."""
-    from bertile.schedules.cpu import SCHEDULES
-
-    task = Task(kernel["operation"], kernel["shape"])
-    flops = SCHEDULES[task.operation].flops
-    if task.operation == "attention":
-        return batch * flops(task, length)
-    return flops(task, tokens.get(kernel["name"], batch * length))

@@ -9,6 +9,7 @@ the caller, reads or writes a row-major tensor.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def task_of(call: relax.Call) -> Task:
             _shape(
                 heads=int(attrs["heads"]),
                 head_size=int(attrs["head_size"]),
-                scale=float(attrs["scale"]),
+                scale=_scale(float(attrs["scale"]), int(attrs["head_size"])),
                 bias=len(call.args) == 3,
             ),
         )
@@ -89,6 +90,12 @@ def lower(graph: Graph, row: Target, choose: Choice) -> Lowered:
 
 def _shape(**values: Any) -> dict[str, Any]:
     return values
+
+
+def _scale(value: float, head_size: int) -> float:
+    """Exporters round 1/√D differently; kernels that are the same must have the same key."""
+    usual = head_size**-0.5
+    return usual if math.isclose(value, usual, rel_tol=1e-6) else value
 
 
 def _epsilon(call: relax.Call) -> float:

@@ -85,7 +85,8 @@ class TuningLog:
     """
 
     def __init__(self, directories: Iterable[Path], warn: Callable[[str], None]) -> None:
-        self.directories = [Path(directory).expanduser() for directory in directories]
+        paths = [Path(directory).expanduser().resolve() for directory in directories]
+        self.directories = list(dict.fromkeys(paths))  # a checkout may tune into what it ships
         self._warn = warn
         self._records: dict[str, dict[str, list[Record]]] = {}  # target log → task key → records
 

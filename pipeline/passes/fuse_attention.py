@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import tvm_ffi
 from tvm import relax
 
 from bertile import ops
@@ -44,7 +45,7 @@ def _attention(flow: Dataflow, call: relax.Call) -> Any:
     if not flow.is_op(call, "reshape") or len(shape(call) or []) != 3:
         return None
     back = flow.call(call.args[0], "permute_dims")
-    if back is None or [int(a) for a in back.attrs["axes"]] != [0, 2, 1, 3]:
+    if back is None or _axes(back) != (0, 2, 1, 3):
         return None
     context = flow.call(back.args[0], "matmul")
     softmax = flow.call(context.args[0], "nn.softmax") if context is not None else None
@@ -53,9 +54,10 @@ def _attention(flow: Dataflow, call: relax.Call) -> Any:
     scores, v = _scores(flow, softmax.args[0]), _heads(flow, context.args[1])
     if scores is None or v is None or not _consistent(flow, scores, v):
         return None
-    masks = [term for term in scores.added if _is_mask(term)]
-    biases = [term for term in scores.added if not _is_mask(term)]
-    if any(len(shape(term) or []) != 4 for term in scores.added):
+    length = call.ty.shape[1]
+    masks = [term for term in scores.added if _is_mask(term, length)]
+    biases = [term for term in scores.added if _is_bias(term, length)]
+    if len(masks) + len(biases) < len(scores.added):
         return None
     return ops.attention(
         relax.op.concat([scores.q.x, scores.k.x, v.x], axis=2),
@@ -99,7 +101,7 @@ def _heads(flow: Dataflow, expr: Any) -> _Heads | None:
     axes, scale = (0, 1, 2, 3), 1.0
     while (step := flow.call(expr, "permute_dims", "multiply", "divide")) is not None:
         if flow.is_op(step, "permute_dims"):
-            inner = [int(a) for a in step.attrs["axes"]]
+            inner = _axes(step)
             if len(inner) != 4:
                 return None
             axes, expr = tuple(inner[a] for a in axes), step.args[0]
@@ -127,9 +129,27 @@ def _scalar_factor(flow: Dataflow, call: relax.Call) -> tuple[Any, float] | None
     return flow.split_scalar(call)
 
 
-def _is_mask(term: Any) -> bool:
-    extents = shape(term)
-    return extents is not None and len(extents) == 4 and extents[1] == 1 and extents[2] == 1
+def _axes(permutation: relax.Call) -> tuple[int, ...]:
+    """The axes of a permutation; without any it reverses them."""
+    axes = permutation.attrs["axes"]
+    rank = len(permutation.ty.shape)
+    return tuple(range(rank))[::-1] if axes is None else tuple(int(a) for a in axes)
+
+
+def _is_mask(term: Any, length: Any) -> bool:
+    """(B|1, 1, 1, S): the same for all heads and queries."""
+    extents = shape(term) or []
+    return extents[1:3] == [1, 1] and len(extents) == 4 and _same_extent(term, 3, length)
+
+
+def _is_bias(term: Any, length: Any) -> bool:
+    """(B|1, H|1, S, S), and no mask; a length of 1 makes it one."""
+    four = len(shape(term) or []) == 4 and not _is_mask(term, length)
+    return four and _same_extent(term, 2, length) and _same_extent(term, 3, length)
+
+
+def _same_extent(term: Any, axis: int, length: Any) -> bool:
+    return tvm_ffi.structural_equal(term.ty.shape[axis], length)
 
 
 def _sum(terms: list[Any]) -> Any:

@@ -1,0 +1,76 @@
+"""A bundle's kernels come in; the floating-point operations of a request, and the machine's limit,
+go out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+from bertile.errors import BertileError
+from bertile.schedules.task import Task
+
+Kernel = Mapping[str, Any]  # a row of the manifest's "kernels"
+
+
+def flops(kernel: Kernel, tokens: int, batch: int, length: int) -> float:
+    """Of one call of a kernel on that many tokens; attention works on `batch` sequences instead.
+
+    What no schedule covers (a generic kernel) counts nothing.
+    """
+    from bertile.schedules.cpu import SCHEDULES
+
+    task = Task(kernel["operation"], kernel["shape"])
+    if task.operation not in SCHEDULES:
+        return 0.0
+    count = SCHEDULES[task.operation].flops
+    return batch * count(task, length) if task.operation == "attention" else count(task, tokens)
+
+
+def request_flops(kernels: Sequence[Kernel], batch: int, length: int) -> float:
+    """Of a whole request without padding: what the model asks for, no tail of a block counted.
+
+    Products behind the first_token kernel (a pooler, a classifier) see one token a sequence.
+    """
+    names = [kernel["operation"] for kernel in kernels]
+    first = names.index("first_token") if "first_token" in names else len(names)
+    total = 0.0
+    for position, kernel in enumerate(kernels):
+        tokens = batch if position > first else batch * length
+        total += kernel["calls"] * flops(kernel, tokens, batch, length)
+    return total
+
+
+def peak(target: str, threads: int) -> float:
+    """Measured GFLOP/s of this machine with the features of a target row."""
+    from bertile.loader import set_thread_defaults
+
+    set_thread_defaults()  # before TVM starts its thread pool
+    from bertile.schedules.cpu.peak import peak_gflops
+    from bertile.targets import resolve, tvm_target
+
+    row = resolve(target, threads)
+    return peak_gflops(tvm_target(row), row, threads)
+
+
+def facts_in_own_process(
+    kernels: Sequence[Kernel], target: str, threads: int, sizes: Sequence[tuple[int, int]]
+) -> tuple[float, list[float]]:
+    """The peak, and the flops of a request of each (batch, length), without TVM in this process.
+
+    TVM's threads and a compiler's memory would stay behind for the rest of a benchmark.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(_facts, kernels, target, threads, sizes).result()
+        except BrokenProcessPool as error:
+            raise BertileError("the process that measures the machine's peak crashed") from error
+
+
+def _facts(
+    kernels: Sequence[Kernel], target: str, threads: int, sizes: Sequence[tuple[int, int]]
+) -> tuple[float, list[float]]:
+    return peak(target, threads), [request_flops(kernels, *size) for size in sizes]

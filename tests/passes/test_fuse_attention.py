@@ -1,0 +1,196 @@
+"""Attention with its scale, mask and biases in the places where exporters put them."""
+
+from __future__ import annotations
+
+import pytest
+import tvm
+from tvm import relax
+from tvm.relax import op
+
+from bertile import ops
+from bertile.passes.fuse_attention import fuse_attention
+
+HEADS, SIZE, WIDTH = 2, 4, 8
+MASK = ("batch", 1, 1, "length")
+BIAS = (1, HEADS, "length", "length")
+
+
+def c(value):
+    return relax.const(value, "float32")
+
+
+def inputs(**more):
+    """Q, K, V (batch, length, 8) and what is added to the scores."""
+    return {**{name: ("batch", "length", WIDTH) for name in "qkv"}, **more}
+
+
+def heads_of(x, axes=(0, 2, 1, 3), heads=HEADS):
+    """(B, S, H D) → (B, H, S, D), or another permutation of (B, S, H, D)."""
+    batch, length, width = x.ty.shape
+    split = op.reshape(x, relax.ShapeExpr([batch, length, heads, width // heads]))
+    return op.permute_dims(split, list(axes))
+
+
+def merged(emit, context):
+    """(B, H, S, D) → (B, S, H D)."""
+    back = emit(op.permute_dims(context, [0, 2, 1, 3]))
+    batch, length, heads, size = back.ty.shape
+    return op.reshape(back, relax.ShapeExpr([batch, length, heads * size]))
+
+
+def spelled_out(
+    scores=lambda s, *added: op.add(op.multiply(s, c(0.5)), added[0]),
+    q=lambda x: x,
+    k=lambda x: x,
+    k_axes=(0, 2, 3, 1),
+    v_axes=(0, 2, 1, 3),
+    axis=-1,
+    heads=HEADS,
+    twisted=lambda context: context,
+):
+    """Attention whose parts may be changed one by one."""
+
+    def build(emit, ids, qs, ks, vs, *added):
+        left = emit(q(emit(heads_of(emit(qs), heads=heads))))
+        right = emit(k(emit(heads_of(emit(ks), k_axes, heads))))
+        product = emit(op.matmul(left, right))
+        weights = emit(op.nn.softmax(scores(product, *added), axis=axis))
+        context = emit(op.matmul(weights, heads_of(emit(vs), v_axes, heads)))
+        return merged(emit, emit(twisted(context)))
+
+    return build
+
+
+def fused(scale=0.5, mask=lambda *added: added[0], bias=lambda *added: None, heads=HEADS):
+    def build(emit, ids, q, k, v, *added):
+        qkv = op.concat([q, k, v], axis=2)
+        return ops.attention(
+            qkv, mask(*added), bias(*added), heads=heads, head_size=WIDTH // heads, scale=scale
+        )
+
+    return build
+
+
+SCALES = {
+    "factor of the scores": spelled_out(),
+    "divisor of the scores": spelled_out(lambda s, m: op.add(op.divide(s, c(2.0)), m)),
+    "factor of q": spelled_out(op.add, q=lambda x: op.multiply(x, c(0.5))),
+    "divisor of k": spelled_out(op.add, k=lambda x: op.divide(x, c(2.0))),
+    "a part on each": spelled_out(
+        op.add, q=lambda x: op.multiply(c(0.25), x), k=lambda x: op.multiply(x, c(2.0))
+    ),
+    "q, k and scores": spelled_out(
+        q=lambda x: op.multiply(x, c(2.0)), k=lambda x: op.divide(x, c(2.0))
+    ),
+    "mask first": spelled_out(lambda s, m: op.add(m, op.multiply(c(0.5), s))),
+    "last axis by its number": spelled_out(axis=3),
+}
+
+
+@pytest.mark.parametrize("before", SCALES.values(), ids=SCALES)
+def test_scale_is_found_wherever_it_stands(becomes, before):
+    becomes(fuse_attention, before, fused(), activations=inputs(mask=MASK))
+
+
+def test_scale_on_the_unsplit_query_is_found(becomes):
+    def before(emit, ids, q, k, v, mask):
+        scaled = emit(op.multiply(q, c(0.5)))
+        return spelled_out(op.add)(emit, ids, scaled, k, v, mask)
+
+    becomes(fuse_attention, before, fused(), activations=inputs(mask=MASK))
+
+
+def test_keys_permuted_twice_are_followed(becomes):
+    before = spelled_out(k_axes=(0, 2, 1, 3), k=lambda x: op.permute_dims(x, [0, 1, 3, 2]))
+    becomes(fuse_attention, before, fused(), activations=inputs(mask=MASK))
+
+
+def test_scores_without_a_mask_get_one_of_zeros(becomes):
+    def zeros(emit, ids, q, k, v):
+        mask = op.zeros(relax.ShapeExpr([1, 1, 1, q.ty.shape[1]]), "float32")
+        return fused(mask=lambda *_: mask)(emit, ids, q, k, v)
+
+    before = spelled_out(lambda s: op.multiply(s, c(0.5)))
+    becomes(fuse_attention, before, zeros, activations=inputs())
+
+
+@pytest.mark.parametrize("mask", [MASK, (1, 1, 1, "length")], ids=str)
+@pytest.mark.parametrize(
+    "bias",
+    [BIAS, (1, 1, "length", "length"), ("batch", HEADS, "length", "length")],
+    ids=str,
+)
+def test_what_differs_between_queries_is_a_bias(becomes, mask, bias):
+    becomes(
+        fuse_attention,
+        spelled_out(lambda s, m, b: op.add(op.add(op.multiply(s, c(0.5)), b), m)),
+        fused(bias=lambda m, b: b),
+        activations=inputs(mask=mask, bias=bias),
+    )
+
+
+def test_two_masks_are_added_once(becomes):
+    becomes(
+        fuse_attention,
+        spelled_out(lambda s, a, b: op.add(op.add(op.multiply(s, c(0.5)), a), b)),
+        fused(mask=lambda a, b: op.add(a, b)),
+        activations=inputs(a=MASK, b=MASK),
+    )
+
+
+def test_one_head_is_attention_too(becomes):
+    becomes(fuse_attention, spelled_out(heads=1), fused(heads=1), activations=inputs(mask=MASK))
+
+
+def alone(before, **more):
+    return before, inputs(**(more or {"mask": MASK}))
+
+
+LOOK_ALIKES = {
+    "softmax over queries": alone(spelled_out(axis=2)),
+    "mask inside of the scale": alone(
+        spelled_out(lambda s, m: op.multiply(op.add(s, m), c(0.5)))
+    ),
+    "scale by a tensor": alone(
+        spelled_out(lambda s, m, t: op.add(op.multiply(s, t), m)), mask=MASK, t=MASK
+    ),
+    "mask multiplied": alone(spelled_out(lambda s, m: op.multiply(s, m))),
+    "scale inverted": alone(spelled_out(lambda s, m: op.add(op.divide(c(2.0), s), m))),
+    "activation of the context": alone(spelled_out(twisted=op.nn.relu)),
+    "mask of one axis": alone(spelled_out(), mask=("length",)),
+    "bias per key and head": alone(spelled_out(), mask=(1, HEADS, 1, "length")),
+    "bias per query alone": alone(spelled_out(), mask=("batch", 1, "length", 1)),
+    "one number for all keys": alone(spelled_out(), mask=("batch", 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("before,activations", LOOK_ALIKES.values(), ids=LOOK_ALIKES)
+def test_look_alike_is_left_alone(leaves_alone, before, activations):
+    leaves_alone(fuse_attention, before, activations=activations)
+
+
+def test_keys_of_another_sequence_are_left_alone(leaves_alone):
+    memory = ("batch", 5, WIDTH)  # cross-attention
+    leaves_alone(
+        fuse_attention,
+        spelled_out(),
+        activations={"q": ("batch", "length", WIDTH), "k": memory, "v": memory, "mask": (1, 1, 1, 5)},
+    )
+
+
+def test_permutation_without_axes_is_left_alone(leaves_alone):
+    """ONNX's Transpose without ``perm`` reverses all axes."""
+
+    def before(emit, ids, x):
+        batch, length, width = x.ty.shape
+        split = emit(op.reshape(x, relax.ShapeExpr([batch, length, HEADS, SIZE])))
+        return op.reshape(op.permute_dims(split), relax.ShapeExpr([batch, length, width]))
+
+    leaves_alone(fuse_attention, before)
+
+
+def test_reversed_keys_are_left_alone(leaves_alone):
+    # (B, S, H, D) reversed twice is what came in: scores of heads, not of tokens
+    before = spelled_out(k_axes=(3, 2, 1, 0), k=lambda x: op.permute_dims(x))
+    square = {name: (4, 4, 4 * 4) for name in "qkv"} | {"mask": (4, 1, 1, 4)}
+    leaves_alone(fuse_attention, lambda *a: before(*a), activations=square)
