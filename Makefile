@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUNDLE ?= out/minilm
+# What `make bench` times; `make bench MODELS=minilm LENGTHS=128` is a short one.
+MODELS ?= minilm synthetic:distilbert-base synthetic:bert-base synthetic:bert-large
+BATCHES ?= 1,8
+LENGTHS ?= 16,32,64,128,384
 LOG_SECONDS ?= 300
 
 .PHONY: help demo test test-slow lint format bench logs clean
@@ -14,7 +18,7 @@ help:
 	@echo "make demo       compile minilm for this machine, compare sentences, time it"
 	@echo "make test       the tests (some minutes); make test-slow has the long ones too"
 	@echo "make lint       ruff; make format lets it rewrite"
-	@echo "make bench      time $(BUNDLE) beside ONNX Runtime and OpenVINO"
+	@echo "make bench      time models beside ONNX Runtime, OpenVINO and PyTorch, into README.md"
 	@echo "make logs       tune the kernels whose logs ship in tuning_logs (half an hour)"
 	@echo "make clean      remove .venv, out and what Python and the tests left"
 
@@ -36,8 +40,8 @@ format: $(VENV)/.installed
 	@$(BIN)/ruff format .
 
 bench: $(VENV)/.bench
-	@test -d $(BUNDLE) || $(BIN)/bertile compile minilm -o $(BUNDLE)
-	@$(BIN)/bertile bench $(BUNDLE) --against onnxruntime openvino --batch 1 8 --length 16 128
+	@$(BIN)/bertile bench $(MODELS) --against onnxruntime,openvino,torch \
+	  --batch $(BATCHES) --length $(LENGTHS) --markdown --update-readme README.md
 
 # torch first and by itself: the packages behind it take any torch that they find in place.
 $(VENV)/.installed: pyproject.toml

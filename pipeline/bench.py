@@ -1,29 +1,31 @@
-"""A bundle and other engines come in; their times, measured in turn in one run, go out."""
+"""A bundle or a model, and other engines, come in; their times, measured in turn in one run, go
+out.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-import platform
+import contextlib
+import tempfile
 import time
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
-from bertile import loader
-from bertile.errors import BertileError, UsageError, nearest
+from bertile import loader, machine, work
+from bertile.config import Config
+from bertile.engines import PEERS, Arrays, Source, Worker
+from bertile.errors import BundleError, UsageError, nearest
 from bertile.progress import Progress
 from bertile.runner import max_tokens
-from bertile.tables import table
 
-# Calls that one engine makes before it is the other's turn: enough to warm its threads and caches
-# again, few enough that both see the same weather on a shared machine.
+# Calls that one engine makes before it is the next one's turn: few enough that all see the same
+# weather on a shared machine.
 TURN = 5
-WARM_UP = 2
-
-Infer = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+# Threads of the engine before still spin for a while; nobody starts beside them.
+PAUSE_SECONDS = 0.05
+NOT_TORCH = "torch is left out: {} is an ONNX file, and torch runs checkpoints"
 
 
 def bench(
@@ -35,59 +37,76 @@ def bench(
     lengths: Sequence[int] = (128,),
     threads: int | None = None,
     repeat: int = 30,
+    cache_dir: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Time the bundle and each engine of `against` on the same random ids, without padding.
 
-    Each engine has a process of its own with `threads` cores, and they work in turns of some
-    calls; times are milliseconds per call. `onnx` None exports the bundle's source again, from
-    the cache where it can. Gives "rows", one per engine and size, with the ratio of its median to
-    the bundle's and the greatest difference of its outputs.
+    Each engine has a process of its own with `threads` cores, and they work in turns of some calls
+    behind a warm-up. `onnx` None exports the bundle's source again, from the cache where it can.
+    Gives "rows", one per engine and size, in milliseconds of a call: "ratio" is Bertile's median
+    divided by the engine's, "best_ratio" (in Bertile's rows) by that of the fastest of the others;
+    "peak_percent" is the model's work over what the machine reached on registers alone.
     """
-    against = [name for name in against if name != "none"]
+    against = list(dict.fromkeys(name for name in against if name != "none"))
     counts = {"batch": batches, "length": lengths, "repeat": [repeat]}
     _check(against, counts | ({} if threads is None else {"threads": [threads]}))
     progress = progress or Progress(verbosity=-1)
     manifest = loader.read_manifest(directory)
     threads = threads or loader.available_cores()
-    paths = {"bertile": Path(directory)}
-    if against:
-        peer = onnx or _exported(manifest)
-        paths.update({name: Path(peer) for name in against})
-    workers = [Worker(name, path, threads) for name, path in paths.items()]
-    try:
+    sizes = [(batch, length) for batch in batches for length in lengths]
+    inputs = [random_inputs(manifest, *size) for size in sizes]
+    against, notes = _possible(against, manifest)
+    source = _source(Path(directory), manifest, against, onnx, cache_dir)
+    progress.status("bench     the machine's peak")
+    peak, flops = work.facts_in_own_process(manifest["kernels"], "native", threads, sizes)
+    flops_of = dict(zip(sizes, flops))
+    rows: list[dict[str, Any]] = []
+    with _workers(["bertile", *against], source, threads) as workers:
         versions = {worker.name: worker.receive() for worker in workers}
-        rows = []
-        for batch in batches:
-            for length in lengths:
-                inputs = random_inputs(manifest, batch, length)
-                rows += _measure(workers, inputs, repeat, progress)
-    finally:
-        for worker in workers:
-            worker.close()
-    facts = {"threads": threads, "repeat": repeat, "machine": platform.machine()}
-    return {**facts, "versions": versions, "source": manifest["model"]["source"], "rows": rows}
+        watch = machine.Watch([worker.pid for worker in workers])
+        for arrays in inputs:
+            rows += _measure(workers, arrays, repeat, progress)
+        busy = watch.busy()
+    # once more, for a machine that was busy the first time
+    peak = max(peak, work.facts_in_own_process((), "native", threads, ())[0])
+    rows = [_shares(row, flops_of[row["batch"], row["length"]], peak) for row in rows]
+    return {
+        "rows": [{"model": manifest["model"]["source"], **row} for row in rows],
+        "source": manifest["model"]["source"],
+        "versions": versions,
+        "threads": threads,
+        "repeat": repeat,
+        "cpu": machine.cpu_name(),
+        "peak_gflops": peak,
+        "busy": busy,
+        "notes": notes,
+        "time": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
 
 
-def as_table(report: dict[str, Any], markdown: bool = False) -> str:
-    """The rows of a report for a terminal or for Markdown."""
-    header = ("engine", "batch", "length", "median ms", "p90 ms", "tokens/s", "x bertile")
-    rows = [
-        (
-            report["versions"][row["engine"]],
-            row["batch"],
-            row["length"],
-            row["median_ms"],
-            row["p90_ms"],
-            round(row["batch"] * row["length"] / row["median_ms"] * 1e3),
-            row["ratio"],
-        )
-        for row in report["rows"]
-    ]
-    return f"{table(header, rows, markdown)}\n\n{report['source']}, {report['threads']} threads"
+def bench_models(
+    targets: Sequence[str],
+    config: Config,
+    progress: Progress,
+    onnx: Path | None = None,
+    **choices: Any,
+) -> list[dict[str, Any]]:
+    """One report each for bundles and models; a model is compiled first, and nothing of it stays
+    but the cache.
+    """
+    if onnx and len(targets) > 1:
+        raise UsageError("--onnx is one model's", "name one bundle with it")
+    reports = []
+    for target in targets:
+        with tempfile.TemporaryDirectory(prefix="bertile-bench-") as work_directory:
+            directory = _bundle(target, config, Path(work_directory), progress)
+            choices |= {"threads": config.threads, "cache_dir": config.cache_dir}
+            reports.append(bench(directory, onnx, progress=progress, **choices))
+    return reports
 
 
-def random_inputs(manifest: dict[str, Any], batch: int, length: int) -> dict[str, np.ndarray]:
+def random_inputs(manifest: dict[str, Any], batch: int, length: int) -> Arrays:
     """Seeded ids for every input of the manifest; no padding, as a full batch has none."""
     limit = max_tokens(manifest)
     if limit and length > limit:
@@ -103,46 +122,6 @@ def random_inputs(manifest: dict[str, Any], batch: int, length: int) -> dict[str
     return inputs
 
 
-class Worker:
-    """An engine in a process of its own, which holds still while it is not asked."""
-
-    def __init__(self, name: str, path: Path, threads: int):
-        # spawned, since a forked process would inherit the parent's half of a thread pool
-        context = multiprocessing.get_context("spawn")
-        self.name = name
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, name, path, threads), daemon=True
-        )
-        self._process.start()
-        theirs.close()
-
-    def call(self, inputs: dict[str, np.ndarray], count: int) -> tuple[list[float], Any]:
-        """Run `count` calls on the inputs; their milliseconds, and the outputs of the last."""
-        self._pipe.send((inputs, count))
-        return self.receive()
-
-    def receive(self) -> Any:
-        """What the process sends next; its error is raised here."""
-        try:
-            kind, value = self._pipe.recv()
-        except EOFError as error:
-            self._process.join(5)
-            code = self._process.exitcode
-            raise BertileError(f"the process of {self.name} ended with code {code}") from error
-        if kind == "error":
-            raise value
-        return value
-
-    def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join(2)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
-
-
 def _check(against: Sequence[str], counts: dict[str, Sequence[int]]) -> None:
     for name in against:
         if name not in PEERS:
@@ -153,99 +132,97 @@ def _check(against: Sequence[str], counts: dict[str, Sequence[int]]) -> None:
                 raise UsageError(f"{what} is {value}", "give a number above 0")
 
 
-def _exported(manifest: dict[str, Any]) -> Path:
-    from bertile import driver
-    from bertile.config import Config
+def _possible(against: list[str], manifest: dict[str, Any]) -> tuple[list[str], list[str]]:
+    source = manifest["model"]["source"]
+    if "torch" in against and str(source).endswith(".onnx"):
+        return [name for name in against if name != "torch"], [NOT_TORCH.format(source)]
+    return against, []
 
-    config = Config.from_dict(manifest["config"])
-    return driver.export_cached(manifest["model"]["source"], config).onnx_path
+
+def _source(
+    directory: Path,
+    manifest: dict[str, Any],
+    against: Sequence[str],
+    onnx: Path | None,
+    cache_dir: str | None,
+) -> Source:
+    """What the engines read; BundleError where the model has changed since it was compiled."""
+    model = manifest["model"]
+    needs_file = any(name != "torch" for name in against)
+    if against and not (onnx and "torch" not in against):
+        from bertile import driver, model_files
+
+        config = Config.from_dict({**manifest["config"], "cache_dir": cache_dir})
+        if model_files.fingerprint(model["source"], config.head) != model["sha256"]:
+            raise BundleError(
+                f"'{model['source']}' has changed since {directory} was compiled from it",
+                "compile it again",
+            )
+        if needs_file and not onnx:
+            onnx = driver.export_cached(model["source"], config).onnx_path
+    outputs = tuple(output["name"] for output in manifest["outputs"])
+    return Source(directory, onnx and Path(onnx), model["source"], model["head"], outputs)
+
+
+def _bundle(target: str, config: Config, work_directory: Path, progress: Progress) -> Path:
+    """The bundle that `target` is, or one compiled from it."""
+    path = Path(target)
+    if (path / loader.MANIFEST).exists() or (path.is_dir() and not any(path.glob("*.json"))):
+        return path
+    from bertile import driver
+
+    driver.compile(target, work_directory / "bundle", config, progress)
+    return work_directory / "bundle"
+
+
+@contextlib.contextmanager
+def _workers(names: Sequence[str], source: Source, threads: int) -> Iterator[list[Worker]]:
+    workers: list[Worker] = []
+    try:
+        for name in names:
+            workers.append(Worker(name, source, threads))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
 
 
 def _measure(
-    workers: list[Worker], inputs: dict[str, np.ndarray], repeat: int, progress: Progress
+    workers: Sequence[Worker], inputs: Arrays, repeat: int, progress: Progress
 ) -> list[dict[str, Any]]:
     batch, length = next(iter(inputs.values())).shape
+    outputs = {worker.name: worker.outputs(inputs) for worker in workers}
     times: dict[str, list[float]] = {worker.name: [] for worker in workers}
-    outputs = {}
-    for done in range(0, repeat, TURN):
+    for turn, done in enumerate(range(0, repeat, TURN)):
         progress.status(f"bench     {batch} x {length} tokens, call {done} of {repeat}")
-        for worker in workers:
-            count = min(TURN, repeat - done)
-            found, outputs[worker.name] = worker.call(inputs, WARM_UP + count)
-            times[worker.name] += found[WARM_UP:]
-    first = float(np.median(times["bertile"]))
+        first = turn % len(workers)  # so that nobody always works behind the same engine
+        for worker in (*workers[first:], *workers[:first]):
+            time.sleep(PAUSE_SECONDS)
+            times[worker.name] += worker.call(inputs, min(TURN, repeat - done))
+    medians = {name: float(np.median(found)) for name, found in times.items()}
+    ours = medians["bertile"]
+    best = min((median for name, median in medians.items() if name != "bertile"), default=None)
     return [
         {
             "engine": name,
             "batch": batch,
             "length": length,
-            "median_ms": float(np.median(found)),
+            "median_ms": medians[name],
             "p90_ms": float(np.quantile(found, 0.9)),
-            "ratio": float(np.median(found)) / first,
+            "p99_ms": float(np.quantile(found, 0.99)),
+            "ratio": ours / medians[name],
+            "best_ratio": ours / best if name == "bertile" and best else None,
             "max_abs_difference": _difference(outputs["bertile"], outputs[name]),
         }
         for name, found in times.items()
     ]
 
 
+def _shares(row: dict[str, Any], flops: float, peak: float) -> dict[str, Any]:
+    speed = flops / row["median_ms"] / 1e6
+    tokens = row["batch"] * row["length"] / row["median_ms"] * 1e3
+    return {**row, "tokens_per_s": tokens, "gflops": speed, "peak_percent": 100 * speed / peak}
+
+
 def _difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
-    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs))
-
-
-def _serve(pipe: Connection, name: str, path: Path, threads: int) -> None:
-    try:
-        infer, version = ENGINES[name](path, threads)
-        pipe.send(("ready", version))
-        while True:
-            inputs, count = pipe.recv()
-            times, outputs = [], []
-            for _ in range(count):
-                began = time.perf_counter()
-                outputs = infer(inputs)
-                times.append((time.perf_counter() - began) * 1e3)
-            pipe.send(("done", (times, outputs)))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
-    except BertileError as error:
-        pipe.send(("error", error))
-    except Exception as error:
-        pipe.send(("error", BertileError(f"{name}: {type(error).__name__}: {error}")))
-
-
-def _bertile(path: Path, threads: int) -> tuple[Infer, str]:
-    model = loader.load(path, threads)
-    return lambda inputs: list(model(**inputs).values()), "Bertile"
-
-
-def _onnxruntime(path: Path, threads: int) -> tuple[Infer, str]:
-    from bertile.errors import require
-
-    (ort,) = require("bench", "onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(None, inputs), f"ONNX Runtime {ort.__version__}"
-
-
-def _openvino(path: Path, threads: int) -> tuple[Infer, str]:
-    from bertile.errors import require
-
-    (openvino,) = require("bench", "openvino")
-    # float32, since on a CPU with bf16 it would otherwise compute in that
-    config = {
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    model = openvino.Core().compile_model(str(path), "CPU", config)
-
-    def infer(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        results = model(inputs)
-        return [results[port] for port in model.outputs]
-
-    return infer, f"OpenVINO {openvino.__version__.partition('-')[0]}"
-
-
-PEERS = {"onnxruntime": _onnxruntime, "openvino": _openvino}
-ENGINES = {"bertile": _bertile, **PEERS}
+    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))

@@ -67,10 +67,20 @@ def copy(source: Path, output: str | os.PathLike, marker: str = MANIFEST) -> Pat
     target = Path(os.path.realpath(output))
     _check_target(target, marker)
     with _beside(target) as directory:
-        shutil.copytree(source, directory, dirs_exist_ok=True)
+        _copy_files(source, directory)
         _sync(directory)
         _rename(directory, target)
     return target
+
+
+def _copy_files(source: Path, directory: Path) -> None:
+    # not copytree: it goes on when the disk is full, and raises a list of every file that failed
+    for path in sorted(source.rglob("*")):
+        place = directory / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir()
+        else:
+            shutil.copyfile(path, place)
 
 
 def _write_manifest(directory: Path, manifest: Mapping[str, object]) -> None:
@@ -122,7 +132,8 @@ def _beside(target: Path) -> Iterator[Path]:
         directory.chmod(0o777 & ~_umask())  # mkdtemp's own mode would lock other users out
         yield directory
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
+        name = error.filename2 or error.filename
+        place = f" ({name})" if name else ""
         raise BertileError(
             f"cannot write {target}: {error.strerror or error}{place}",
             "free some space or choose another output directory",

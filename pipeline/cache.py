@@ -180,6 +180,6 @@ def _writing(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         ours = str(error.filename or "").startswith(str(directory))
-        if ours or error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if ours or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BertileError(f"the cache {directory}: {error.strerror}", remedy) from error
         raise

@@ -172,20 +172,28 @@ def _add_global(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("configuration")
-    for flag, metavar, kind, help_text in CONFIG_FLAGS:
-        group.add_argument(
-            flag, metavar=metavar, type=kind, default=argparse.SUPPRESS, help=help_text
-        )
+    group = _add_some_config(parser)
     group.add_argument("--config", metavar="FILE", help="read choices from JSON; flags go first")
     group.add_argument("--save-config", metavar="FILE", help="write all choices as JSON")
     group.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_some_config(parser: argparse.ArgumentParser, *names: str) -> argparse._ArgumentGroup:
+    """The flags of these fields of Config, or of all."""
+    group = parser.add_argument_group("configuration")
+    for flag, metavar, kind, help_text in CONFIG_FLAGS:
+        if not names or flag.removeprefix("--") in names:
+            group.add_argument(
+                flag, metavar=metavar, type=kind, default=argparse.SUPPRESS, help=help_text
+            )
+    return group
+
+
+def _add_model(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
+        nargs=nargs,
         help="a directory or hub id of Hugging Face, an .onnx file, minilm, or synthetic:NAME",
     )
 
@@ -197,7 +205,12 @@ def _compile(parser: argparse.ArgumentParser) -> None:
 
 
 def _tune(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    _add_model(parser, nargs="?")
+    group = parser.add_argument_group("the log, in place of tuning")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--list", action="store_true", help="what has been tuned: a line per task")
+    add("--best", action="store_true", help="the best knobs of each task")
+    add("--merge", metavar="FILE|DIR", nargs="+", help="add the records of other logs to yours")
     _add_config(parser)
 
 
@@ -208,15 +221,19 @@ def _verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    _add_bundle(parser)
-    _add_peer(parser)
     add = parser.add_argument
-    add("--against", metavar="ENGINE", nargs="*", help="onnxruntime (default), openvino, or none")
-    add("--batch", metavar="N", type=int, nargs="+", default=[1], help="sequences in a call")
-    add("--length", metavar="N", type=int, nargs="+", default=[128], help="tokens in a sequence")
+    add("targets", metavar="BUNDLE|MODEL", nargs="+", help="a model is compiled first")
+    _add_peer(parser)
+    peers = "onnxruntime (default), openvino, torch, or none; with blanks or commas between"
+    add("--against", metavar="ENGINE", nargs="+", help=peers)
+    add("--batch", metavar="N", nargs="+", default=["1"], help="sequences in a call, one or more")
+    add("--length", metavar="N", nargs="+", default=["128"], help="tokens in a sequence")
     add("--repeat", metavar="N", type=int, default=30, help="measured calls of each engine")
-    add("--threads", metavar="N", type=int, help="cores for each engine")
-    add("--markdown", action="store_true", help="print the table as Markdown")
+    form = parser.add_mutually_exclusive_group().add_argument
+    form("--markdown", action="store_true", help="print the table as Markdown")
+    form("--csv", action="store_true", help="print every number as CSV")
+    add("--update-readme", metavar="FILE", help="put the table between <!-- bench --> and its end")
+    _add_some_config(parser, "threads", "log-dir", "cache-dir")
 
 
 def _run_text(parser: argparse.ArgumentParser) -> None:
@@ -233,6 +250,16 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     add("--batch", metavar="N", type=int, default=1, help="sequences in the measured call")
     add("--length", metavar="N", type=int, default=128, help="tokens in a sequence")
     add("--threads", metavar="N", type=int, help="cores to use")
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="BUNDLE|LOGDIR", help="a bundle with its log, or a tuning log alone")
+    add("-o", "--output", metavar="FILE", required=True, help="the HTML page to write")
+    add("--no-measure", action="store_true", help="leave out the time of the bundle's kernels")
+    add("--batch", metavar="N", type=int, default=1, help="sequences in the measured call")
+    add("--length", metavar="N", type=int, default=128, help="tokens in a sequence")
+    _add_some_config(parser, "threads", "log-dir")
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
@@ -257,8 +284,9 @@ COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...]
     ("export", "model in, canonical ONNX out", _compile),
     ("tune", "search for faster kernels and keep the log", _tune),
     ("verify", "compare a bundle with ONNX Runtime", _verify),
-    ("bench", "time a bundle and other engines in turn", _bench),
+    ("bench", "time a bundle or a model and other engines in turn", _bench),
     ("run", "text in, result out", _run_text),
+    ("report", "one HTML page: tuning curves, kernels, before and after", _report),
     ("inspect", "the kernels of a bundle: origin, time, share of peak", _inspect),
     ("targets", "the machines that can be compiled for", lambda parser: None),
     ("doctor", "check this machine; each problem with its remedy", _doctor),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +49,12 @@ def export(options: Namespace, progress: Progress) -> Outcome:
 
 
 def tune(options: Namespace, progress: Progress) -> Outcome:
-    """The tuning stage by itself; the log is what stays."""
+    """The tuning stage by itself; the log is what stays. Or what the log holds, and no tuning."""
     config = read_config(options)
+    if options.list or options.best or options.merge:
+        return _tuning_log(options, config, progress)
+    if options.model is None:
+        raise UsageError("there is no MODEL to tune", "name one, or give --list, --best or --merge")
     if config.tune == "none":
         config = dataclasses.replace(config, tune="quick")
     if options.dry_run:
@@ -76,20 +82,47 @@ def verify(options: Namespace, progress: Progress) -> Outcome:
 
 
 def bench(options: Namespace, progress: Progress) -> Outcome:
-    """Time the bundle and its peers in turn on the same inputs."""
+    """Time bundles or models and their peers in turn on the same inputs."""
     from bertile import bench as benchmark
+    from bertile import bench_tables
 
-    report = benchmark.bench(
-        Path(options.bundle),
+    reports = benchmark.bench_models(
+        options.targets,
+        read_config(options),
+        progress,
         onnx=options.onnx and Path(options.onnx),
-        against=("onnxruntime",) if options.against is None else tuple(options.against),
-        batches=options.batch,
-        lengths=options.length,
-        threads=options.threads,
+        against=_words(options.against or ["onnxruntime"]),
+        batches=_numbers("--batch", options.batch),
+        lengths=_numbers("--length", options.length),
         repeat=options.repeat,
+    )
+    if options.update_readme:
+        command = shlex.join(["bertile", *sys.argv[1:]])
+        bench_tables.update_readme(Path(options.update_readme), reports, command)
+    text = (
+        bench_tables.as_csv(reports)
+        if options.csv
+        else bench_tables.as_table(reports, markdown=options.markdown)
+    )
+    return Outcome(reports[0] if len(reports) == 1 else reports, text)
+
+
+def report(options: Namespace, progress: Progress) -> Outcome:
+    """Write one HTML page about a bundle's kernels and tuning, or about a tuning log."""
+    from bertile import report as writer
+
+    config = read_config(options)
+    summary = writer.write(
+        Path(options.source),
+        Path(options.output),
+        measure=not options.no_measure,
+        log_dir=config.log_dir,
+        batch=options.batch,
+        length=options.length,
+        threads=config.threads,
         progress=progress,
     )
-    return Outcome(report, benchmark.as_table(report, markdown=options.markdown))
+    return Outcome(summary, _lines(summary))
 
 
 def run(options: Namespace, progress: Progress) -> Outcome:
@@ -174,14 +207,14 @@ def read_config(options: Namespace) -> Config:
     fields = [field.name for field in dataclasses.fields(Config)]
     given = {name: getattr(options, name) for name in fields if hasattr(options, name)}
     config = Config()
-    if options.config:
+    if getattr(options, "config", None):
         try:
             text = Path(options.config).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--config {options.config} cannot be read: {error}") from error
         config = Config.from_json(text)
     config = dataclasses.replace(config, **given)
-    if options.save_config:
+    if getattr(options, "save_config", None):
         Path(options.save_config).write_text(config.to_json(), encoding="utf-8")
     return dataclasses.replace(config, cache_dir=cache_directory(config.cache_dir))
 
@@ -209,6 +242,36 @@ def compile_text(summary: dict[str, Any]) -> str:
         "kernels": kernels,
     }
     return _lines(rows)
+
+
+def _tuning_log(options: Namespace, config: Config, progress: Progress) -> Outcome:
+    from bertile import log_commands
+    from bertile.tuning_log import TuningLog
+
+    if options.model is not None:
+        raise UsageError(f"'{options.model}' is one argument too many", "the log is no model's")
+    log = TuningLog.open(config.log_dir, progress.say)
+    if options.merge:
+        summary = log_commands.merge(log, list(map(Path, options.merge)), progress)
+        return Outcome(summary, _lines(summary))
+    named = config.target if hasattr(options, "target") else None
+    rows = log_commands.best(log, named) if options.best else log_commands.tasks(log, named)
+    return Outcome(rows, log_commands.as_text(rows))
+
+
+def _words(values: Sequence[str]) -> list[str]:
+    """What stands between blanks or commas."""
+    return [word for value in values for word in value.replace(",", " ").split()]
+
+
+def _numbers(flag: str, values: Sequence[str]) -> list[int]:
+    words = _words(values)
+    for word in words:
+        if not word.isdecimal():
+            raise UsageError(f"{flag} is '{word}'", "give whole numbers, like: 1 8 or 1,8")
+    if not words:
+        raise UsageError(f"{flag} has no number", "give whole numbers, like: 1 8 or 1,8")
+    return list(map(int, words))
 
 
 def _plan(options: Namespace, config: Config) -> Outcome:

@@ -4,6 +4,7 @@ calls goes out.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class Source:
     bundle: Path
     onnx: Path | None = None  # the canonical ONNX file
     model: str = ""  # what the user called MODEL
-    head: str | None = None
+    head: str | None = None  # as the manifest says it
     outputs: tuple[str, ...] = ()
 
 
@@ -161,8 +162,10 @@ def _torch(source: Source, threads: int) -> tuple[Infer, str]:
     torch.set_num_interop_threads(1)
     checkpoint = models.load(source.model, source.head)
     model = checkpoint.model
-    with models.quiet():
-        model.set_attn_implementation("sdpa")
+    with models.quiet(), contextlib.suppress(ValueError, ImportError):
+        model.set_attn_implementation("sdpa")  # a family without it keeps what it has
+    if source.head == "embedding" and hasattr(model, "pooler"):
+        model.pooler = None  # nobody reads it
 
     def infer(inputs: Arrays) -> list[np.ndarray]:
         with torch.inference_mode():

@@ -4,6 +4,8 @@ length out.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import re
 import warnings
@@ -49,12 +51,13 @@ def import_onnx(exported: ExportedModel) -> Graph:
 
 def _from_onnx(model: onnx.ModelProto) -> tuple[tvm.IRModule, list[tvm.runtime.Tensor]]:
     logging.getLogger("relax.frontend.onnx").setLevel(logging.ERROR)
+    printed = io.StringIO()  # where the frontend names the operator that it failed at
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
             warnings.simplefilter("ignore")
             mod = from_onnx(model, keep_params_in_input=True)
     except Exception as error:
-        node = re.search(r"[Ee]rror converting operator (\w+)", str(error))
+        node = re.search(r"[Ee]rror converting operator (\w+)", f"{printed.getvalue()}{error}")
         what = f"operator {node.group(1)}" if node else "a part of the graph"
         detail = str(error).strip().splitlines()
         raise ModelError(

@@ -38,7 +38,7 @@ def inspect(
     manifest = loader.read_manifest(directory)
     loader.check_platform(manifest["target"])
     loader.set_thread_defaults()
-    threads = threads or loader.available_cores()
+    threads = loader.thread_count(threads)
     with progress.stage("measure"):
         inputs = random_inputs(manifest, batch, length)
         times, tokens, total = _profile(Path(directory), manifest, inputs, threads)
@@ -72,7 +72,7 @@ def _profile(
     blocks = loader.token_blocks(mask, manifest["lanes"]).astype("int32")
     arrays = [*inputs.values(), blocks, *(params[name] for name in manifest["params"])]
     arguments = [tvm.runtime.tensor(array) for array in arrays]
-    tvm.get_global_func("runtime.config_threadpool")(1, threads)
+    work.use_threads(threads)
     times: dict[str, list[float]] = defaultdict(list)
     tokens: dict[str, int] = {}
     began = 0.0

@@ -79,7 +79,7 @@ def load(directory: str | os.PathLike, threads: int | None = None, *, verify: bo
     root = Path(directory)
     manifest = read_manifest(root)
     check_platform(manifest["target"])
-    count = _thread_count(threads)
+    count = thread_count(threads)
     files = _check_files(root, manifest["files"], verify)
     runtime = _open_runtime(root, manifest["files"])
     params = _read_tensors(runtime, files[WEIGHTS], manifest["params"])
@@ -533,7 +533,7 @@ def available_cores() -> int:
         return cores
 
 
-def _thread_count(threads: int | None) -> int:
+def thread_count(threads: int | None) -> int:
     available, wish = available_cores(), os.environ.get("TVM_NUM_THREADS")
     if threads is None:
         if wish is not None and not wish.isdecimal():

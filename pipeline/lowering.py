@@ -9,6 +9,7 @@ the caller, reads or writes a row-major tensor.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -111,6 +112,7 @@ class _Lowering:
         self.table = next(p for p in self.inputs if p.name == TABLE)
         self.weights: dict[str, relax.Var] = {}  # new parameters by name
         self.values: dict[str, np.ndarray] = {}
+        self.constants = itertools.count()  # constants have no names of their own
         self.rows: dict[relax.Var, Any] = {p: p for p in self.inputs}  # old variable → row-major
         self.lanes: dict[relax.Var, Any] = {}  # old variable → in lanes
         self.shared: dict[tuple[str, Any], Any] = {}  # masks and biases, made once for all layers
@@ -276,7 +278,7 @@ class _Lowering:
         found = self.flow.definition(old)
         if isinstance(found, relax.Var):
             return found.name, self.graph.params[found.name]
-        return f"constant_{len(self.weights)}", found.value.numpy()
+        return f"constant_{next(self.constants)}", found.value.numpy()
 
     def _weight(self, name: str, value: np.ndarray) -> relax.Var:
         if name not in self.weights:

@@ -21,7 +21,7 @@ class Watch:
         self._start = time.monotonic()
 
     def busy(self) -> dict[str, Any]:
-        """"others_percent" of the machine's CPU time (None where /proc does not say) and "load"."""
+        """What others took of the CPU time ("others_percent", None where unknown), and "load"."""
         load = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
         return {"others_percent": self._others(), "load": load}
 
@@ -71,7 +71,6 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
     pairs = [line.partition(":") for line in text.split("\n\n", 1)[0].splitlines()]
     fields = {name.strip(): value.strip() for name, _, value in pairs}
-    parts = ("model name", "cpu family", "model")
-    found = [fields[part] if part == "model name" else f"{part.removeprefix('cpu ')} {fields[part]}"
-             for part in parts if part in fields]
-    return ", ".join(found) or platform.machine()
+    family = ("cpu family", "model")
+    found = [fields.get("model name", ""), *(f"{part} {fields.get(part, '')}" for part in family)]
+    return ", ".join(part for part in found if part.strip() not in ("", *family))

@@ -17,6 +17,7 @@ from bertile.probing import Probes
 
 MASKED = -10000.0  # as in the exporter: exp() of it is 0 in float32, and float16 can hold it
 CLOSED = -1e3  # what another exporter's mask must reach at padded keys
+SCALED = -500.0  # what ours must still be where the sum of scores and mask is scaled
 
 
 def write_masks(graph: OnnxGraph, probes: Probes) -> tuple[str, ...]:
@@ -45,9 +46,19 @@ class _Masks:
             self._replace(node, light[0], heavy[0], self._values(light[0]))
         elif node.op_type == "Where" and len(heavy) == 1 and node.input[0] in light:
             self._replace(node, node.input[0], heavy[0], self._chosen(node, heavy[0]))
-        elif node.op_type != "Add":
+        elif node.op_type != "Add" and not self._scales(node, light):
             return ""
         return heavy[0] if heavy else ""
+
+    def _scales(self, node: onnx.NodeProto, light: list[str]) -> bool:
+        """Say whether scores are scaled behind their mask, and the mask stays a mask."""
+        if node.op_type not in ("Mul", "Div") or len(light) != 1 or light[0] == node.input[0]:
+            return False
+        if not self.graph.is_constant(light[0]) or self.graph.array(light[0]).size != 1:
+            return False
+        number = float(self.graph.array(light[0]).item())
+        factor = number if node.op_type == "Mul" else 1 / number if number else 0.0
+        return MASKED * factor <= SCALED
 
     def _values(self, name: str) -> list[np.ndarray] | None:
         if self.graph.is_constant(name):

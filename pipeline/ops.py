@@ -81,9 +81,14 @@ def _like(x: Any, *last: Any) -> relax.TensorType:
 def _embedding_type(call: relax.Call, _context: Any) -> relax.TensorType:
     count = int(call.attrs["tables"])
     ids, table = call.args[:count], call.args[count]
-    # positions come as (1, S): the batch is that of the ids that have one
-    batched = [i for i in ids if not isinstance(i.ty.shape[0], tvm.tirx.IntImm)] or ids
-    return relax.TensorType([*batched[0].ty.shape, table.ty.shape[1]], table.ty.dtype)
+    # positions come as (1, S), and a fixed token type as (1, 1)
+    columns = zip(*(index.ty.shape for index in ids))
+    extents = [next((e for e in column if not _is_one(e)), column[0]) for column in columns]
+    return relax.TensorType([*extents, table.ty.shape[1]], table.ty.dtype)
+
+
+def _is_one(extent: Any) -> bool:
+    return isinstance(extent, tvm.tirx.IntImm) and int(extent) == 1
 
 
 def _attention_type(call: relax.Call, _context: Any) -> relax.TensorType:

@@ -125,6 +125,15 @@ class TuningLog:
             ) from error
         known.setdefault(record.task.key, []).append(record)
 
+    def targets(self) -> list[str]:
+        """The target logs that there are."""
+        found = (path for directory in self.directories for path in directory.glob("*/*.jsonl"))
+        return sorted({path.parent.name for path in found})
+
+    def all_records(self, target: str) -> list[Record]:
+        """Every record of a target log, task by task, each task's in the order of their making."""
+        return [record for records in self._of(target).values() for record in records]
+
     def digest(self, row: Target) -> str:
         """A hash of what the log would choose for this row, for the stage cache."""
         best = {task.key: self.best(task, row) for task in self.tasks(row)}

@@ -4,6 +4,7 @@ go out.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -53,7 +54,17 @@ def peak(target: str, threads: int) -> float:
     from bertile.targets import resolve, tvm_target
 
     row = resolve(target, threads)
+    use_threads(threads)
     return peak_gflops(tvm_target(row), row, threads)
+
+
+def use_threads(threads: int) -> None:
+    """Let TVM in this process work on that many threads, as the loader does."""
+    import tvm
+
+    # -3: as many threads as the list is long. Other modes stop at half the cores that x86 reports.
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))[:threads]]
+    tvm.get_global_func("runtime.config_threadpool")(-3, threads, cores)
 
 
 def facts_in_own_process(

@@ -175,7 +175,7 @@ def test_export_keeps_tanh_gelu_as_one_operator(exports):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_pool_cls_takes_the_first_token(normalize):
     hidden, mask = torch.randn(2, 3, 4), torch.ones(2, 3)
-    found = exportable._pool(hidden, mask, Pooling("cls", normalize))
+    found = exportable.pool(hidden, mask, Pooling("cls", normalize))
     scale = hidden[:, 0].norm(dim=1, keepdim=True) if normalize else 1.0
     assert torch.allclose(found, hidden[:, 0] / scale)
 

@@ -14,6 +14,7 @@ from transformers.models.bert import modeling_bert
 import bertile
 from bertile import driver, loader, synthetic
 from bertile.config import Config
+from bertile.errors import ModelError
 from bertile.exported import InputSpec
 from bertile.samples import largest_difference, sample, session
 
@@ -178,6 +179,13 @@ def test_attention_that_divides_after_its_mask_goes_the_generic_way(
     assert_equals_original(model, path, SHAPES)
 
 
+def test_mask_that_differs_by_query_is_refused_by_the_name_of_the_operator(tmp_path, compiled):
+    path = forms.write_attention(tmp_path / "m.onnx", forms.causal)  # a decoder's, in TorchScript
+    with pytest.raises(ModelError, match=r"TVM cannot import operator [A-Z][a-z]+: "):
+        compiled(path)
+    assert not (tmp_path / "bundle").exists()
+
+
 def trace(path: Path, config, batch: int = 2, dynamic: bool = True) -> Path:
     """Write the model of a transformers configuration as torch's TorchScript exporter does."""
     model = synthetic.build(transformers.AutoModel, config)
@@ -186,7 +194,8 @@ def trace(path: Path, config, batch: int = 2, dynamic: bool = True) -> Path:
     names, outputs = list(forms.INPUTS), ["last_hidden_state", "pooler_output"]
     options = {"dynamo": False, "opset_version": 17, "input_names": names, "output_names": outputs}
     if dynamic:
-        axes = dict.fromkeys((*names, outputs[0]), {0: "batch_size", 1: "sequence_length"})
-        options["dynamic_axes"] = axes | {outputs[1]: {0: "batch_size"}}
+        axes = {0: "batch_size", 1: "sequence_length"}
+        options["dynamic_axes"] = {one: axes for one in (*names, outputs[0])}
+        options["dynamic_axes"] |= {outputs[1]: {0: "batch_size"}}
     forms.run_quietly(forms.Positional(model, forms.INPUTS).eval(), arrays, path, options)
     return path

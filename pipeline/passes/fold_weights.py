@@ -8,7 +8,6 @@ By numpy, not by TVM's LiftTransformParams: that runs unscheduled loops over hun
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,21 +15,8 @@ import tvm
 from tvm import relax
 
 from bertile.graph import Graph
+from bertile.passes.folding import FOLDED
 from bertile.passes.rewriting import Dataflow, replace, shape, static
-
-# Attributes are looked up as the operator's call has them; an operator that is not here stays in
-# the graph.
-FOLDED: dict[str, Callable[..., np.ndarray]] = {
-    "relax.concat": lambda call, parts: np.concatenate(parts, axis=int(call.attrs["axis"])),
-    "relax.permute_dims": lambda call, x: np.transpose(
-        x, [int(a) for a in call.attrs["axes"]] if call.attrs["axes"] is not None else None
-    ),
-    "relax.reshape": lambda call, x, _shape: x.reshape(shape(call)),
-    "relax.expand_dims": lambda call, x: x.reshape(shape(call)),
-    "relax.squeeze": lambda call, x: x.reshape(shape(call)),
-    "relax.add": lambda call, a, b: a + b,
-    "relax.multiply": lambda call, a, b: a * b,
-}
 
 
 def fold_weights(graph: Graph) -> Graph:
@@ -45,7 +31,10 @@ def fold_weights(graph: Graph) -> Graph:
             continue
         known[binding.var] = value
         if isinstance(value, np.ndarray) and isinstance(binding.value, relax.Call):
+            # two passes may have given the same name to two variables
             name = f"{binding.var.name}_folded"
+            while name in params:
+                name += "_"
             folded[binding.var] = relax.Var(name, binding.var.ty)
             params[name] = value
     main = graph.main

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tvm
 from tvm import relax
 
 from bertile import ops
@@ -27,8 +28,10 @@ def _first(flow: Dataflow, call: relax.Call) -> Any:
         cut = flow.call(call.args[0], "strided_slice")
         if cut is not None and _numbers(flow, cut.args[1:4]) == [[1], [0], [1]]:
             source = cut.args[0]
-    is_ours = source is not None and ops.is_ours(flow.definition(source))
-    return ops.first_token(source) if is_ours and flow.is_tokens(source) else None
+    if source is None or not ops.is_ours(flow.definition(source)) or not flow.is_tokens(source):
+        return None
+    # a reshape may as well put the first tokens of all rows in one
+    return ops.first_token(source) if shape(call)[-1] == shape(source)[-1] else None
 
 
 def _numbers(flow: Dataflow, arguments: Any) -> list[list[int]] | None:
@@ -36,8 +39,7 @@ def _numbers(flow: Dataflow, arguments: Any) -> list[list[int]] | None:
     values = []
     for argument in arguments:
         fields = getattr(flow.definition(argument), "fields", None)
-        numbers = [getattr(getattr(f, "value", f), "value", None) for f in fields or []]
-        if not numbers or None in numbers:
+        if not fields or not all(isinstance(f, tvm.tirx.IntImm) for f in fields):
             return None
-        values.append([int(n) for n in numbers])
+        values.append([int(f) for f in fields])
     return values

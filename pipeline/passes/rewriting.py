@@ -12,6 +12,7 @@ from tvm import relax
 
 from bertile.graph import Graph
 from bertile.ops import is_call
+from bertile.passes.folding import FOLDED
 
 Rule = Callable[["Dataflow", relax.Call], Any]
 
@@ -61,7 +62,7 @@ class Dataflow:
             return found in self.weights
         if isinstance(found, relax.Tuple):
             return all(self.is_weight(field) for field in found.fields)
-        if isinstance(found, relax.Call) and isinstance(found.op, tvm.ir.Op):
+        if any(is_call(found, name) for name in FOLDED):
             return all(self.is_weight(a) for a in found.args if not isinstance(a, relax.ShapeExpr))
         return isinstance(found, tvm.ir.GenericConst)
 

@@ -1,4 +1,4 @@
-"""Small graphs to try a pass on: a request, the block table and weights, and one expression of them."""
+"""Small graphs to try a pass on: one expression of a request, the block table and weights."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def make_graph(
     """The graph of ``build(emit, ids, *activations, *weights)``.
 
     ``activations`` and ``weights`` map names to shapes, in which "batch" and "length" are the
-    request's own; ``emit`` gives a value that is used twice a variable. With ``constants`` the
-    weights are constants of the module instead of parameters.
+    request's own; what is named …_ids is int64. ``emit`` gives a value that is used twice a
+    variable. With ``constants`` the weights are constants of the module instead of parameters.
     """
     symbols = {name: tvm.tirx.Var(name, "int64") for name in ("batch", "length", "m")}
     request = [symbols["batch"], symbols["length"]]
@@ -38,7 +38,10 @@ def make_graph(
     activations = {"x": ("batch", "length", CHANNELS)} if activations is None else activations
     values = {name: value_of(name, shape) for name, shape in (weights or {}).items()}
     inputs = [relax.Var("input_ids", relax.TensorType(request, "int64"))]
-    inputs += [variable(name, shape) for name, shape in activations.items()]
+    inputs += [
+        variable(name, shape, "int64" if name.endswith("_ids") else "float32")
+        for name, shape in activations.items()
+    ]
     held = [variable(name, shape) for name, shape in (weights or {}).items()]
     operands = [relax.const(value) for value in values.values()] if constants else held
     table = variable(TABLE, ("m", 4), "int32")

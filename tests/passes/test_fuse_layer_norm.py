@@ -30,7 +30,7 @@ def operator(axes=(-1,), **attrs):
 
 
 def spelled_out(square=None, swap=False, axis=-1, keepdims=True, outside=False):
-    """(x - mean) / sqrt(mean((x - mean)²) + epsilon) · gamma + beta, as older exporters write it."""
+    """(x - mean) / sqrt(mean((x - mean)²) + epsilon) · gamma + beta, as before opset 17."""
 
     def build(emit, ids, x, gamma, beta):
         d = emit(op.subtract(x, op.mean(x, axis, keepdims=keepdims)))
@@ -60,9 +60,7 @@ def test_spelled_out_form_is_taken(becomes, square, swap):
 
 @pytest.mark.parametrize("build", [operator(), spelled_out()], ids=["operator", "spelled out"])
 def test_rows_of_a_matrix_are_taken(becomes, build):
-    becomes(
-        fuse_layer_norm, build, expected, weights=WEIGHTS, activations={"x": ("batch", 8)}
-    )
+    becomes(fuse_layer_norm, build, expected, weights=WEIGHTS, activations={"x": ("batch", 8)})
 
 
 def test_result_that_is_used_twice_is_taken_once(becomes):

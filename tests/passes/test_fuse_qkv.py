@@ -54,7 +54,9 @@ def test_layers_that_are_read_elsewhere_stay_for_their_readers(becomes):
     def shared(whole):
         def build(emit, ids, x, *weights):
             q, k, v = map(emit, layers(emit, x, *weights))
-            together = op.concat([q, k, v], axis=2) if whole is None else whole(emit, ids, x, *weights)
+            together = (
+                op.concat([q, k, v], axis=2) if whole is None else whole(emit, ids, x, *weights)
+            )
             return relax.Tuple([emit(together), q])
 
         return build

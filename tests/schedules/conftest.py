@@ -1,4 +1,4 @@
-"""One kernel at a time: built for a target row, called with guarded memory, compared with its sample."""
+"""One kernel at a time: built for a target row, called on guarded memory, held to its sample."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ class Kernels:
         """
         if self.lacks:
             pytest.skip(f"built, but not run: this CPU lacks {' '.join(self.lacks)}")
-        tensors = [
-            guarded(one, np.nan if one.dtype.kind == "f" else 0)[0] for one in operands
-        ]
+        tensors = [guarded(one, np.nan if one.dtype.kind == "f" else 0)[0] for one in operands]
         result, memory = guarded(np.full(shape, UNTOUCHED, dtype), UNTOUCHED)
         library["main"](*map(tvm_ffi.from_dlpack, [*tensors, result]))
         assert np.count_nonzero(memory == UNTOUCHED) == memory.size - result.size

@@ -18,7 +18,8 @@ def module_of(expression, *inputs):
     """``expression`` of inputs given as (shape, dtype), legalized, fused and scheduled."""
     builder = relax.BlockBuilder()
     params = [
-        relax.Var(f"x{i}", relax.TensorType(shape, dtype)) for i, (shape, dtype) in enumerate(inputs)
+        relax.Var(f"x{i}", relax.TensorType(shape, dtype))
+        for i, (shape, dtype) in enumerate(inputs)
     ]
     with builder.function("main", params, attrs={"num_input": len(params)}):
         with builder.dataflow():

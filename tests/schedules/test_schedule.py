@@ -1,4 +1,4 @@
-"""What all schedules promise: a default inside the space, and refusal of decisions from elsewhere."""
+"""What all schedules promise: a default inside the space, and refusal of foreign decisions."""
 
 from __future__ import annotations
 

@@ -46,7 +46,10 @@ def test_task_is_no_string():
     "task,name",
     [
         (Task("dense", DENSE), "dense_768_3072_gelu"),
-        (Task("dense", {**DENSE, "activation": "none", "residual": True}), "dense_768_3072_residual"),
+        (
+            Task("dense", {**DENSE, "activation": "none", "residual": True}),
+            "dense_768_3072_residual",
+        ),
         (Task("attention", {"heads": 12, "scale": 0.125, "bias": True}), "attention_12_0p125_bias"),
         (Task("layer_norm", {"channels": 768, "epsilon": 1e-12}), "layer_norm_768_1em12"),
         (Task("key_mask"), "key_mask"),

@@ -1,0 +1,166 @@
+"""A tuning log comes in; what it holds, for a person, or a log with other logs' records, goes
+out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bertile import targets
+from bertile.errors import UsageError
+from bertile.progress import Progress
+from bertile.schedules.task import Task
+from bertile.tables import table
+from bertile.tuning_log import Record, TuningLog
+
+# Both become parts of a path in our own log.
+_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+
+
+def tasks(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
+    """One row per task and number of threads: trials, best time, when last, with which TVM."""
+    return [
+        {
+            "operation": task.operation,
+            "shape": _shape(task),
+            "target": name,
+            "threads": threads,
+            "trials": len(records),
+            "failed": sum(not one.microseconds for one in records),
+            "best_us": _finite(min(one.median for one in records)),
+            "when": max(one.time for one in records),
+            "tvm": ", ".join(sorted({one.versions.get("apache-tvm", "?") for one in records})),
+        }
+        for name, threads, task, records in groups(log, target)
+    ]
+
+
+def best(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
+    """One row per task and number of threads that any candidate worked for, with its knobs."""
+    rows = []
+    for name, threads, task, records in groups(log, target):
+        found = min(records, key=lambda one: one.median)
+        if found.microseconds:
+            rows.append(
+                {
+                    "operation": task.operation,
+                    "shape": _shape(task),
+                    "target": name,
+                    "threads": threads,
+                    "best_us": found.median,
+                    "knobs": dict(found.knobs),
+                }
+            )
+    return rows
+
+
+def groups(
+    log: TuningLog, target: str | None = None
+) -> Iterator[tuple[str, int, Task, list[Record]]]:
+    """The records by target log, number of threads and task; `target` is a row's name or None."""
+    names = log.targets() if target is None else [targets.resolve(target).log]
+    for name in names:
+        found: dict[tuple[int, Task], list[Record]] = defaultdict(list)
+        for record in log.all_records(name):
+            found[record.threads, record.task].append(record)
+        for (threads, task), records in sorted(
+            found.items(), key=lambda one: (one[0][1].operation, one[0][1].key, one[0][0])
+        ):
+            yield name, threads, task, records
+
+
+def merge(log: TuningLog, sources: Sequence[Path], progress: Progress) -> dict[str, Any]:
+    """Append to our log the records of files and directories that it lacks, one write a record.
+
+    Lines that are no usable record are reported and left out; a stop at any moment leaves whole
+    records, and running it again adds the rest.
+    """
+    known: dict[str, set[str]] = {}
+    counts = {"added": 0, "known": 0, "bad": 0}
+    for path in _files(sources):
+        bad = []
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    record = usable(line)
+                except ValueError:
+                    bad.append(number)
+                    continue
+                ours = known.get(record.target)
+                if ours is None:
+                    ours = {one.to_line() for one in log.all_records(record.target)}
+                    known[record.target] = ours
+                if record.to_line() in ours:
+                    counts["known"] += 1
+                    continue
+                log.append(record)
+                ours.add(record.to_line())
+                counts["added"] += 1
+        if bad:
+            progress.say(f"{path}: line {', '.join(map(str, bad))} is no record and is skipped")
+        counts["bad"] += len(bad)
+    return {"log": str(log.directories[-1]), **counts}
+
+
+def usable(line: str) -> Record:
+    """The record of a line that someone else wrote; ValueError for what must not enter our log."""
+    record = Record.from_line(line)
+    names = (record.operation, record.target)
+    if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+        raise ValueError("the operation and the target are no names")
+    numbers = [*record.microseconds, record.threads, record.tokens]
+    if not all(_is_number(value) and value > 0 for value in numbers):
+        raise ValueError("a time or a count is no positive number")
+    kinds = (record.shape, record.knobs, record.machine, record.versions)
+    if not all(isinstance(value, dict) for value in kinds) or not isinstance(record.time, str):
+        raise ValueError("a field has another type")
+    if not all(_is_number(value) for value in record.knobs.values()):
+        raise ValueError("a knob is no number")
+    return record
+
+
+def as_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of rows of equal keys."""
+    if not rows:
+        return "the log has no records"
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    return table([name.replace("_us", " us") for name in rows[0]], cells)
+
+
+def _files(sources: Sequence[Path]) -> list[Path]:
+    found: list[Path] = []
+    for source in sources:
+        if not source.exists():
+            raise UsageError(f"there is no log '{source}'", "give .jsonl files or directories")
+        files = sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]
+        if not files:
+            raise UsageError(f"'{source}' has no .jsonl file in it")
+        found += files
+    return found
+
+
+def _shape(task: Task) -> dict[str, Any]:
+    return dict(task.shape)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={_short(one)}" for name, one in value.items()) or None
+    return value
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,213 @@
+"""A bundle or a tuning log comes in; one HTML page about its tuning and its kernels goes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bertile import loader, log_commands, machine
+from bertile.errors import BundleError, UsageError
+from bertile.progress import Progress
+from bertile.schedules.task import Task
+from bertile.tuning_log import Record, TuningLog
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The tuning of one task on one number of threads."""
+
+    name: str
+    threads: int
+    trials: tuple[float | None, ...]  # microseconds in the order of the log; None: failed
+    default: float | None  # microseconds of the schedule's default, where it was measured
+    best: float | None
+    knobs: dict[str, Any]
+    calls: int | None = None  # of one request; None where there is no bundle
+
+    @property
+    def best_so_far(self) -> tuple[tuple[int, float], ...]:
+        """(trial number from 1, microseconds) wherever the best time improves."""
+        steps: list[tuple[int, float]] = []
+        for number, microseconds in enumerate(self.trials, 1):
+            if microseconds is not None and (not steps or microseconds < steps[-1][1]):
+                steps.append((number, microseconds))
+        return tuple(steps)
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the page shows."""
+
+    title: str
+    facts: dict[str, str]
+    curves: tuple[Curve, ...]
+    kernels: tuple[dict[str, Any], ...] = ()
+    fallthrough: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def write(
+    source: Path,
+    output: Path,
+    *,
+    measure: bool = True,
+    log_dir: str | None = None,
+    batch: int = 1,
+    length: int = 128,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the page about a bundle with the records of its kernels, or about a log directory.
+
+    The kernels of a bundle are measured here unless `measure` is false. Gives "output", "tasks"
+    (that were tuned), "kernels" and "bytes".
+    """
+    from bertile.report_page import html
+
+    progress = progress or Progress(verbosity=-1)
+    if (source / loader.MANIFEST).exists():
+        log = TuningLog.open(log_dir, progress.say)
+        page = _of_bundle(source, log, measure, batch, length, threads, progress)
+    else:
+        page = _of_log(source, progress)
+    text = html(page)
+    beside = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(output)
+    finally:
+        beside.unlink(missing_ok=True)
+    return {
+        "output": str(output),
+        "tasks": len(page.curves),
+        "kernels": len(page.kernels),
+        "bytes": len(text.encode()),
+    }
+
+
+def curves(
+    log: TuningLog, target: str | None = None, calls: dict[Task, int] | None = None
+) -> tuple[Curve, ...]:
+    """A curve per task and number of threads; `calls` limits them to a model's tasks."""
+    found = []
+    # the model's own spelling of a shape, whatever order the log has its keys in
+    spelt = {task: task.name for task in calls or ()}
+    for name, threads, task, records in log_commands.groups(log, target):
+        if calls is not None and task not in calls:
+            continue
+        ordered = sorted(records, key=lambda one: one.time)
+        works = [one for one in ordered if one.microseconds]
+        best = min(works, key=lambda one: one.median, default=None)
+        found.append(
+            Curve(
+                name=spelt.get(task) or f"{task.name}, {name}",
+                threads=threads,
+                trials=tuple(one.median if one.microseconds else None for one in ordered),
+                default=_default(task, name, threads, works),
+                best=best.median if best else None,
+                knobs=dict(best.knobs) if best else {},
+                calls=calls[task] if calls is not None else None,
+            )
+        )
+    return tuple(found)
+
+
+def _of_bundle(
+    directory: Path,
+    log: TuningLog,
+    measure: bool,
+    batch: int,
+    length: int,
+    threads: int | None,
+    progress: Progress,
+) -> Page:
+    manifest = loader.read_manifest(directory)
+    model, versions = manifest["model"], manifest["versions"]
+    calls = {
+        Task(kernel["operation"], kernel["shape"]): kernel["calls"]
+        for kernel in manifest["kernels"]
+        if kernel["operation"] != "generic"
+    }
+    facts = {
+        "model": f"{model['source']} ({model['family']}, {model['head']})",
+        "target": manifest["target"]["name"],
+        "versions": ", ".join(f"{name} {versions[name]}" for name in ("tvm", "llvm", "python")),
+    }
+    kernels: Sequence[dict[str, Any]] = ()
+    notes = []
+    if measure:
+        from bertile import inspector
+
+        found = inspector.inspect(directory, batch, length, threads, progress)
+        kernels = found["kernels"]
+        facts["processor"] = machine.cpu_name()
+        facts["request"] = f"{batch} x {length} tokens, {found['threads']} threads"
+        facts["time"] = f"{found['total_ms']:.2f} ms a request"
+        facts["peak"] = f"{found['peak_gflops']:.0f} GFLOP/s, measured in the same run"
+        notes.append(
+            f"Between the kernels: {max(0.0, found['between_kernels_ms']):.2f} ms. A kernel by itself also"
+            " pays for the clock that measures it."
+        )
+    tuned = curves(log, manifest["target"]["name"], calls)
+    if threads is not None and any(curve.threads == threads for curve in tuned):
+        tuned = tuple(curve for curve in tuned if curve.threads == threads)
+    return Page(
+        title=f"Bertile: {model['source']}",
+        facts=facts,
+        curves=tuned,
+        kernels=tuple(kernels),
+        fallthrough=tuple(manifest["fallthrough"]),
+        notes=tuple(notes),
+    )
+
+
+def _of_log(directory: Path, progress: Progress) -> Page:
+    if not directory.is_dir():
+        raise BundleError(f"there is no bundle and no log '{directory}'")
+    here = any(directory.glob("*.jsonl"))  # one target's part of a log
+    log = TuningLog([directory.parent if here else directory], progress.say)
+    names = [directory.name] if here else log.targets()
+    records = [record for name in names for record in log.all_records(name)]
+    if not records:
+        raise UsageError(
+            f"'{directory}' is no bundle and has no tuning records",
+            "give a directory that `bertile compile` or `bertile tune` has written",
+        )
+    found = tuple(curve for name in names for curve in curves(log, name))
+    return Page(f"Bertile: {directory.name}", _log_facts(records), found)
+
+
+def _log_facts(records: Sequence[Record]) -> dict[str, str]:
+    def distinct(values: Any) -> str:
+        return ", ".join(sorted({str(value) for value in values}))
+
+    return {
+        "target": distinct(one.target for one in records),
+        "processor": distinct(one.machine.get("cpu", "unknown") for one in records),
+        "TVM": distinct(one.versions.get("apache-tvm", "unknown") for one in records),
+        "records": f"{len(records)}, of which {sum(not r.microseconds for r in records)} failed",
+        "from": min(one.time for one in records),
+        "to": max(one.time for one in records),
+    }
+
+
+def _default(task: Task, target: str, threads: int, works: Sequence[Record]) -> float | None:
+    """Microseconds of the schedule's default, where it is known and was measured."""
+    from bertile import targets
+    from bertile.schedules.cpu import SCHEDULES
+
+    rows = [row for row in targets.TABLE if row.log == target]
+    if task.operation not in SCHEDULES or not rows:
+        return None
+    try:
+        row = dataclasses.replace(rows[0], threads=threads)
+        knobs = json.dumps(SCHEDULES[task.operation].default(task, row), sort_keys=True)
+    except (KeyError, TypeError, ValueError):  # a shape of another version's schedule
+        return None
+    same = [one.median for one in works if json.dumps(dict(one.knobs), sort_keys=True) == knobs]
+    return min(same, default=None)

@@ -1,0 +1,132 @@
+"""The clean-up before fusion: constants, equal expressions, what imported lookups drag along."""
+
+from __future__ import annotations
+
+import pytest
+from tvm import relax
+from tvm.relax import op
+
+from bertile.passes.simplify import simplify
+
+
+def c(value, dtype="int64"):
+    return relax.const(value, dtype)
+
+
+def lookup(words, ids, mode="fast"):
+    return op.take(words, ids, axis=0, mode=mode)
+
+
+WORDS = {"words": (100, 8)}
+
+
+def test_index_that_is_corrected_for_negatives_becomes_plain(becomes):
+    def before(emit, ids, words):
+        shifted = op.add(ids, c(100))
+        return lookup(words, op.where(op.less(ids, c(0)), shifted, ids))
+
+    becomes(
+        simplify,
+        before,
+        lambda emit, ids, words: lookup(words, ids, "clip"),
+        activations={},
+        weights=WORDS,
+    )
+
+
+def test_correction_by_the_rows_of_the_table_becomes_plain(becomes):
+    """As TVM's importer writes it: the number of rows is asked of the table."""
+
+    def before(emit, ids, words):
+        rows = op.take(op.shape_to_tensor(op.shape_of(words)), c(0), axis=0, mode="wrap")
+        return lookup(words, op.where(op.less(ids, c(0)), op.add(ids, rows), ids))
+
+    becomes(
+        simplify,
+        before,
+        lambda emit, ids, words: lookup(words, ids, "clip"),
+        activations={},
+        weights=WORDS,
+    )
+
+
+@pytest.mark.parametrize("mode", ["clip", "wrap"])
+def test_checked_index_is_left_alone(leaves_alone, mode):
+    leaves_alone(
+        simplify,
+        lambda emit, ids, words: lookup(words, ids, mode),
+        activations={},
+        weights=WORDS,
+    )
+
+
+LOOK_ALIKES = {
+    "below one": lambda emit, ids, words: op.where(op.less(ids, c(1)), op.add(ids, c(100)), ids),
+    "another tensor": lambda emit, ids, other_ids, words: op.where(
+        op.less(other_ids, c(0)), op.add(ids, c(100)), ids
+    ),
+    "a product": lambda emit, ids, words: op.where(
+        op.less(ids, c(0)), op.multiply(ids, c(-1)), ids
+    ),
+    "of something else": lambda emit, ids, other_ids, words: op.where(
+        op.less(ids, c(0)), op.add(other_ids, c(100)), ids
+    ),
+}
+
+
+@pytest.mark.parametrize("build", LOOK_ALIKES.values(), ids=LOOK_ALIKES)
+def test_choice_that_corrects_no_index_is_left_alone(leaves_alone, build):
+    more = {"other_ids": ("batch", "length")} if build.__code__.co_argcount == 4 else {}
+    leaves_alone(
+        simplify,
+        lambda *operands: lookup(operands[-1], build(*operands), "clip"),
+        activations=more,
+        weights=WORDS,
+    )
+
+
+@pytest.mark.parametrize("decided", [True, False])
+def test_decided_choice_takes_its_side(becomes, decided):
+    activations = {"a": ("batch", 4), "b": ("batch", 4)}
+    becomes(
+        simplify,
+        lambda emit, ids, a, b: op.nn.relu(op.where(c(decided, "bool"), a, b)),
+        lambda emit, ids, a, b: op.nn.relu(a if decided else b),
+        activations=activations,
+    )
+
+
+def test_decided_choice_that_broadcasts_is_left_alone(leaves_alone):
+    leaves_alone(
+        simplify,
+        lambda emit, ids, a, b: op.nn.relu(op.where(c(True, "bool"), a, b)),
+        activations={"a": (1, 4), "b": ("batch", 4)},
+    )
+
+
+def test_constants_are_folded(becomes):
+    becomes(
+        simplify,
+        lambda emit, ids, x: op.add(x, op.multiply(c(2, "float32"), c(3, "float32"))),
+        lambda emit, ids, x: op.add(x, c(6, "float32")),
+    )
+
+
+def test_equal_expressions_are_computed_once(becomes):
+    def once(emit, ids, x):
+        y = emit(op.nn.relu(x))
+        return op.multiply(y, y)
+
+    becomes(
+        simplify,
+        lambda emit, ids, x: op.multiply(op.nn.relu(x), emit(op.nn.relu(x))),
+        once,
+    )
+
+
+def test_what_nobody_reads_is_dropped(becomes):
+    def before(emit, ids, x):
+        emit(op.tanh(x))
+        return op.nn.relu(x)
+
+    becomes(simplify, before, lambda emit, ids, x: op.nn.relu(x))
