@@ -25,6 +25,9 @@ from bertile.runner import max_tokens
 TURN = 5
 # Threads of the engine before still spin for a while; nobody starts beside them.
 PAUSE_SECONDS = 0.05
+# Far above what float32 sums in another order give, far below what other weights give.
+SAME = 1e-2
+DIFFERS = "{engine}'s outputs differ from Bertile's by {max_abs_difference:.2g}: not the same model"
 NOT_TORCH = "torch is left out: {} is an ONNX file, and torch runs checkpoints"
 
 
@@ -70,6 +73,7 @@ def bench(
         busy = watch.busy()
     # once more, for a machine that was busy the first time
     peak = max(peak, work.facts_in_own_process((), "native", threads, ())[0])
+    notes += [DIFFERS.format(**row) for row in rows if not row["max_abs_difference"] <= SAME]
     rows = [_shares(row, flops_of[row["batch"], row["length"]], peak) for row in rows]
     return {
         "rows": [{"model": manifest["model"]["source"], **row} for row in rows],

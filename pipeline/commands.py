@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,15 +84,16 @@ def bench(options: Namespace, progress: Progress) -> Outcome:
     """Time bundles or models and their peers in turn on the same inputs."""
     from bertile import bench as benchmark
     from bertile import bench_tables
+    from bertile.option_lists import numbers, words
 
     reports = benchmark.bench_models(
         options.targets,
         read_config(options),
         progress,
         onnx=options.onnx and Path(options.onnx),
-        against=_words(options.against or ["onnxruntime"]),
-        batches=_numbers("--batch", options.batch),
-        lengths=_numbers("--length", options.length),
+        against=words(options.against or ["onnxruntime"]),
+        batches=numbers("--batch", options.batch),
+        lengths=numbers("--length", options.length),
         repeat=options.repeat,
     )
     if options.update_readme:
@@ -257,21 +257,6 @@ def _tuning_log(options: Namespace, config: Config, progress: Progress) -> Outco
     named = config.target if hasattr(options, "target") else None
     rows = log_commands.best(log, named) if options.best else log_commands.tasks(log, named)
     return Outcome(rows, log_commands.as_text(rows))
-
-
-def _words(values: Sequence[str]) -> list[str]:
-    """What stands between blanks or commas."""
-    return [word for value in values for word in value.replace(",", " ").split()]
-
-
-def _numbers(flag: str, values: Sequence[str]) -> list[int]:
-    words = _words(values)
-    for word in words:
-        if not word.isdecimal():
-            raise UsageError(f"{flag} is '{word}'", "give whole numbers, like: 1 8 or 1,8")
-    if not words:
-        raise UsageError(f"{flag} has no number", "give whole numbers, like: 1 8 or 1,8")
-    return list(map(int, words))
 
 
 def _plan(options: Namespace, config: Config) -> Outcome:

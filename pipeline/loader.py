@@ -534,6 +534,10 @@ def available_cores() -> int:
 
 
 def thread_count(threads: int | None) -> int:
+    """Return `threads` if this process may use so many cores, else raise InputError.
+
+    None is every core it may use, or as many as TVM_NUM_THREADS says.
+    """
     available, wish = available_cores(), os.environ.get("TVM_NUM_THREADS")
     if threads is None:
         if wish is not None and not wish.isdecimal():

@@ -149,9 +149,10 @@ def _of_bundle(
         facts["request"] = f"{batch} x {length} tokens, {found['threads']} threads"
         facts["time"] = f"{found['total_ms']:.2f} ms a request"
         facts["peak"] = f"{found['peak_gflops']:.0f} GFLOP/s, measured in the same run"
+        between = max(0.0, found["between_kernels_ms"])
         notes.append(
-            f"Between the kernels: {max(0.0, found['between_kernels_ms']):.2f} ms. A kernel by itself also"
-            " pays for the clock that measures it."
+            f"Between the kernels: {between:.2f} ms. A kernel measured by itself also pays for the"
+            " clock that measures it."
         )
     tuned = curves(log, manifest["target"]["name"], calls)
     if threads is not None and any(curve.threads == threads for curve in tuned):

@@ -37,6 +37,7 @@ th.n, td.n { text-align: right; white-space: nowrap; } td.name { overflow-wrap: 
 td.knobs { color: var(--soft); font-size: 13px; }
 .bar { display: inline-block; width: 90px; height: 8px; margin-right: 10px; border-radius: 4px;
   background: var(--line); overflow: hidden; text-align: left; }
+.share { display: inline-block; min-width: 2.6em; }
 .bar span { display: block; height: 8px; background: var(--main); }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 14px; }
 figure { margin: 0; padding: 10px 12px; background: var(--card); border: 1px solid var(--line);
@@ -123,8 +124,8 @@ def _whole(curves: Sequence[Curve]) -> str:
             before = sum(c.calls * c.default for c in known) / 1e3
             after = sum(c.calls * c.best for c in known) / 1e3
             text += (
-                f"<p>These kernels, as often as a request calls them, on {threads} threads:"
-                f" {before:.2f} ms before, {after:.2f} ms after.</p>"
+                f"<p>{len(known)} tasks whose default was measured, as often as a request calls"
+                f" them, on {threads} threads: {before:.2f} ms before, {after:.2f} ms after.</p>"
             )
     return text
 
@@ -231,7 +232,7 @@ def _share(percent: float | None) -> str:
         return _cell("–", "n")  # noqa: RUF001
     width = max(0.0, min(100.0, percent))
     bar = f'<span class="bar"><span style="width:{width:.0f}%"></span></span>'
-    return f'<td class="n">{bar}{percent:.1f}</td>'
+    return f'<td class="n">{bar}<span class="share">{percent:.1f}</span></td>'
 
 
 def _number(value: float | None) -> str:

@@ -4,7 +4,6 @@ loses nothing.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from bertile import loader
 from bertile.config import Config
+from bertile.machine import cpu_name
 from bertile.progress import Progress
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Knobs
@@ -166,18 +166,7 @@ class _Session:
 
 def machine_facts(row: Target) -> dict[str, Any]:
     """What a reader of a record wants to know of the machine it was measured on."""
-    return {"cpu": _cpu_name(), "cores": loader.available_cores(), "row": row.name}
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            found = dict(line.split(":", 1) for line in file if line.count(":") == 1)
-    except OSError:
-        return platform.processor()
-    fields = {key.strip(): value.strip() for key, value in found.items()}
-    parts = ("model name", "cpu family", "model")
-    return ", ".join(f"{part} {fields[part]}" for part in parts if part in fields)
+    return {"cpu": cpu_name(), "cores": loader.available_cores(), "row": row.name}
 
 
 def _open(task: Task, log: TuningLog, row: Target, wanted: int) -> bool:

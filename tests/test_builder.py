@@ -27,8 +27,7 @@ from bertile.tuning_log import TuningLog
 TOLERANCE = 5e-5
 
 
-def chooser_of(row) -> Chooser:
-    """The schedules' own knobs: no log."""
+def chooser_of(row) -> Chooser:  # no log: the schedules' own knobs
     return Chooser(TuningLog([], print), row, print)
 
 
@@ -45,10 +44,10 @@ def exported(tmp_path_factory) -> ExportedModel:
 class Program:
     """A built library under TVM's own virtual machine."""
 
-    def __init__(self, exported: ExportedModel, library) -> None:
+    def __init__(self, exported: ExportedModel, library, target: str = "native") -> None:
         self.exported = exported
         graph = optimize(import_onnx(exported))
-        row = targets.resolve(threads=1)
+        row = targets.resolve(target, threads=1)
         self.built = builder.build(graph, chooser_of(row), row, library)
         module = tvm.runtime.load_module(str(self.built.library))
         self.main = relax.VirtualMachine(module, tvm.cpu())["main"]
@@ -118,11 +117,7 @@ def test_encoder_layer_is_seven_kernels(tiny):
     assert calls["dense"] == 4 * layers + 1  # and the pooler
     assert calls["embedding"] == 1
     # once for all layers: the mask into lanes, the results out of them
-    assert {n: calls[n] for n in ("key_mask", "tokens_out", "first_token")} == {
-        "key_mask": 1,
-        "tokens_out": 1,
-        "first_token": 1,
-    }
+    assert calls["key_mask"] == calls["tokens_out"] == calls["first_token"] == 1
     assert calls["tokens_in"] == 0
 
 
@@ -165,11 +160,10 @@ def test_no_loop_nest_is_left_unscheduled(exported):
             assert kinds & {"PARALLEL", "VECTORIZED"}, name
 
 
-def test_every_row_of_the_table_builds(exported, tmp_path):
-    graph = optimize(import_onnx(exported))
-    for row in targets.TABLE:
-        built = builder.build(graph, chooser_of(row), row, tmp_path / row.name / "lib.so")
-        assert built.library.stat().st_size > 10_000
+@pytest.mark.isa("x86-avx2")
+def test_library_for_a_narrower_row_equals_onnx_runtime(exported, tmp_path):
+    program = Program(exported, tmp_path / "lib.so", "x86-avx2")
+    assert program.difference(request_of(exported, [37, 20])) < TOLERANCE
 
 
 # Graphs that passes do not know, written as ONNX text around an embedding of 8 channels.
@@ -199,85 +193,54 @@ WEIGHTS = {
 INTEGERS = {"split": [0, 0, 2, 4], "merge": [0, 0, 8], "one": [1], "one_two": [1, 2]}
 NUMBERS = {"unit": 1.0, "low": -10000.0, "tiny": 1e-5}
 MASK = """
-  float_mask = Cast<to = 1>(attention_mask)
-  wide_mask = Unsqueeze(float_mask, one_two)
-  inverse = Sub(unit, wide_mask)
-  mask = Mul(inverse, low)
+  float_mask = Cast<to = 1>(attention_mask) wide_mask = Unsqueeze(float_mask, one_two)
+  inverse = Sub(unit, wide_mask) mask = Mul(inverse, low)
 """
 ATTENTION = """
   heads = Reshape(x, split)
-  q = Transpose<perm = [0, 2, 1, 3]>(heads)
-  k = Transpose<perm = [0, 2, 3, 1]>(heads)
-  raw = MatMul(q, k)
-  masked = Add(raw, {mask})
-  probabilities = Softmax<axis = -1>(masked)
-  context = MatMul(probabilities, q)
-  back = Transpose<perm = [0, 2, 1, 3]>(context)
+  q = Transpose<perm = [0, 2, 1, 3]>(heads) k = Transpose<perm = [0, 2, 3, 1]>(heads)
+  raw = MatMul(q, k) masked = Add(raw, {mask}) weights = Softmax<axis = -1>(masked)
+  context = MatMul(weights, q) back = Transpose<perm = [0, 2, 1, 3]>(context)
   y = Reshape(back, merge)
 """
 
 UNMATCHED = {
     "silu instead of GELU": (
         """
-        h = MatMul(x, w1)
-        a = Add(h, b1)
-        s = Sigmoid(a)
-        g = Mul(a, s)
-        z = MatMul(g, w2)
-        y = Add(z, b2)
+        h = MatMul(x, w1) a = Add(h, b1) s = Sigmoid(a) g = Mul(a, s)
+        z = MatMul(g, w2) y = Add(z, b2)
         """,
         {"sigmoid", "multiply"},
     ),
     "heads permuted in reverse": (
         """
-        heads = Reshape(x, split)
-        turned = Transpose(heads)
-        p = Softmax<axis = 1>(turned)
-        back = Transpose(p)
-        y = Reshape(back, merge)
+        heads = Reshape(x, split) turned = Transpose(heads) p = Softmax<axis = 1>(turned)
+        back = Transpose(p) y = Reshape(back, merge)
         """,
         {"permute_dims", "nn.softmax"},
     ),
     "LayerNorm over the tokens": (
         """
-        mean = ReduceMean(x, one)
-        d = Sub(x, mean)
-        squared = Mul(d, d)
-        variance = ReduceMean(squared, one)
-        more = Add(variance, tiny)
-        root = Sqrt(more)
-        ratio = Div(d, root)
-        scaled = Mul(ratio, gamma)
-        y = Add(scaled, beta)
+        mean = ReduceMean(x, one) d = Sub(x, mean) squared = Mul(d, d)
+        variance = ReduceMean(squared, one) more = Add(variance, tiny) root = Sqrt(more)
+        ratio = Div(d, root) scaled = Mul(ratio, gamma) y = Add(scaled, beta)
         """,
         {"mean", "sqrt", "divide"},
     ),
     "a bias per head and key": (
-        MASK + " sloped = Mul(mask, slopes) " + ATTENTION.format(mask="sloped"),
+        MASK + "sloped = Mul(mask, slopes)" + ATTENTION.format(mask="sloped"),
         {"nn.softmax", "matmul"},
     ),
     "a mask per query alone": (
-        MASK
-        + "standing = Transpose<perm = [0, 1, 3, 2]>(mask)"
-        + ATTENTION.format(mask="standing"),
+        MASK + "up = Transpose<perm = [0, 1, 3, 2]>(mask)" + ATTENTION.format(mask="up"),
         {"nn.softmax", "matmul"},
     ),
-    "a weight that is computed": (
-        """
-        scale = Exp(g3)
-        w = Mul(w3, scale)
-        y = MatMul(x, w)
-        """,
+    "a weight that no pass computes": (
+        "scale = Exp(g3) w = Mul(w3, scale) y = MatMul(x, w)",
         {"matmul"},
     ),
-    "a sum over the tokens": (
-        """
-        total = ReduceSum(x, one)
-        y = Mul(x, total)
-        """,
-        {"sum", "multiply"},
-    ),
-    "an activation that has a kernel, but no product before it": ("y = Gelu(x)", {"nn.gelu"}),
+    "a sum over the tokens": ("total = ReduceSum(x, one) y = Mul(x, total)", {"sum"}),
+    "an activation without a product": ("y = Gelu(x)", {"nn.gelu"}),
 }
 
 MATCHED = {
@@ -287,18 +250,9 @@ MATCHED = {
         b = Constant<value = float[8] {8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0}>()
         y = LayerNormalization<axis = -1>(x, g, b)
     """,
-    "a weight that is read twice": """
-        h = MatMul(x, w3)
-        z = MatMul(h, w3)
-        y = Add(z, h)
-    """,
+    "a weight that is read twice": "h = MatMul(x, w3) z = MatMul(h, w3) y = Add(z, h)",
     "a product without a bias": "y = MatMul(x, w3)",
-    "a result that is also an operand": """
-        h = MatMul(x, w1)
-        a = Relu(h)
-        z = MatMul(a, w2)
-        y = Add(z, x)
-    """,
+    "the input as residual": "h = MatMul(x, w1) a = Relu(h) z = MatMul(a, w2) y = Add(z, x)",
     "nothing behind the embedding": "y = Identity(x)",
 }
 

@@ -13,7 +13,7 @@ from bertile.schedules.cpu import lanes
 from bertile.schedules.schedule import Row
 
 CHAINS = 12  # independent accumulators: more than latency × throughput of any core so far
-STEPS = 200_000
+STEPS = 3_000_000
 
 
 def peak_gflops(target: tvm.target.Target, row: Row, threads: int) -> float:

@@ -1,0 +1,23 @@
+"""What a flag with several values was given comes in; words or whole numbers go out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bertile.errors import UsageError
+
+
+def words(values: Sequence[str]) -> list[str]:
+    """What stands between blanks or commas."""
+    return [word for value in values for word in value.replace(",", " ").split()]
+
+
+def numbers(flag: str, values: Sequence[str]) -> list[int]:
+    """The same as whole numbers; UsageError, naming the flag, where there is something else."""
+    found = words(values)
+    for word in found:
+        if not word.isdecimal():
+            raise UsageError(f"{flag} is '{word}'", "give whole numbers, like: 1 8 or 1,8")
+    if not found:
+        raise UsageError(f"{flag} has no number", "give whole numbers, like: 1 8 or 1,8")
+    return list(map(int, found))

@@ -1,0 +1,77 @@
+"""The benchmark's report as text, Markdown and CSV, and its place in the README."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bertile import bench_tables
+from bertile.errors import UsageError
+
+ROW = {"model": "minilm", "batch": 1, "length": 16, "p90_ms": 4.0, "p99_ms": 5.0, "gflops": 500.0}
+
+
+def row(engine: str, median: float, ratio: float, best: float | None) -> dict[str, Any]:
+    found = {"engine": engine, "median_ms": median, "ratio": ratio, "best_ratio": best}
+    rest = {"tokens_per_s": 16e3 / median, "peak_percent": 50.0, "max_abs_difference": 1e-6}
+    return {**ROW, **found, **rest}
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    return {
+        "rows": [
+            row("bertile", 2.0, 1.0, 0.8),
+            row("onnxruntime", 3.0, 2 / 3, None),
+            row("torch", 2.5, 0.8, None),
+        ],
+        "versions": {"bertile": "Bertile", "onnxruntime": "ONNX Runtime 1", "torch": "PyTorch 2"},
+        "threads": 2,
+        "repeat": 5,
+        "cpu": "a processor",
+        "peak_gflops": 1000.0,
+        "busy": {"others_percent": 1.0, "load": [0.1, 0.2, 0.3]},
+        "notes": [],
+        "source": "minilm",
+        "time": "2026-01-01",
+        **changes,
+    }
+
+
+def test_table_is_text_markdown_or_csv() -> None:
+    text = bench_tables.as_table([report()])
+    assert "8000" in text and "2 threads" in text and "ONNX Runtime 1" in text
+    markdown = bench_tables.as_table([report()], markdown=True).splitlines()
+    assert markdown[0].startswith("| model") and "0.67" in markdown[3] and "0.80" in markdown[2]
+    rows = list(csv.DictReader(bench_tables.as_csv([report(), report()]).splitlines()))
+    assert len(rows) == 6 and float(rows[1]["ratio"]) == pytest.approx(2 / 3)
+    assert rows[0]["best_ratio"] and rows[1]["best_ratio"] == "" and rows[2]["threads"] == "2"
+
+
+def test_facts_say_that_the_machine_was_busy_and_what_was_left_out() -> None:
+    busy = {"others_percent": 35.2, "load": [2.0, 1.0, 1.0]}
+    text = bench_tables.facts([report(), report(busy=busy, notes=["torch is left out"])])
+    assert "The machine was busy: other processes took 35%" in text and "Torch is left out." in text
+    assert "busy" not in bench_tables.facts([report()])
+
+
+def test_readme_is_changed_between_the_markers_alone(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("above\n<!-- bench -->\nold \\1\n<!-- /bench -->\nbelow\n")
+    for _ in range(2):
+        bench_tables.update_readme(path, [report()], "bertile bench \\1 minilm")
+    text = path.read_text()
+    assert text.startswith("above\n<!-- bench -->\n| model") and text.endswith("-->\nbelow\n")
+    assert "old" not in text and "`bertile bench \\1 minilm`" in text and "2026-01-01" in text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "<!-- /bench --> <!-- bench -->", "<!-- bench -->"])
+def test_readme_without_markers_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="has no place for the table"):
+        bench_tables.update_readme(path, [report()], "bertile bench")
+    assert path.read_text() == text
