@@ -59,13 +59,13 @@ def bench(
     threads = threads or loader.available_cores()
     sizes = [(batch, length) for batch in batches for length in lengths]
     inputs = [random_inputs(manifest, *size) for size in sizes]
-    against, notes = _possible(against, manifest)
-    source = _source(Path(directory), manifest, against, onnx, cache_dir)
+    against, notes = possible(against, manifest)
+    where = source(Path(directory), manifest, against, onnx, cache_dir)
     progress.status("bench     the machine's peak")
     peak, flops = work.facts_in_own_process(manifest["kernels"], "native", threads, sizes)
     flops_of = dict(zip(sizes, flops))
     rows: list[dict[str, Any]] = []
-    with _workers(["bertile", *against], source, threads) as workers:
+    with _workers(["bertile", *against], where, threads) as workers:
         versions = {worker.name: worker.receive() for worker in workers}
         watch = machine.Watch([worker.pid for worker in workers])
         for arrays in inputs:
@@ -136,14 +136,15 @@ def _check(against: Sequence[str], counts: dict[str, Sequence[int]]) -> None:
                 raise UsageError(f"{what} is {value}", "give a number above 0")
 
 
-def _possible(against: list[str], manifest: dict[str, Any]) -> tuple[list[str], list[str]]:
-    source = manifest["model"]["source"]
-    if "torch" in against and str(source).endswith(".onnx"):
-        return [name for name in against if name != "torch"], [NOT_TORCH.format(source)]
-    return against, []
+def possible(against: Sequence[str], manifest: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The engines that can run the bundle's model, and a sentence on each that cannot."""
+    model = manifest["model"]["source"]
+    if "torch" in against and str(model).endswith(".onnx"):
+        return [name for name in against if name != "torch"], [NOT_TORCH.format(model)]
+    return list(against), []
 
 
-def _source(
+def source(
     directory: Path,
     manifest: dict[str, Any],
     against: Sequence[str],

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from bertile import commands
+    from bertile import commands, tables
     from bertile.progress import Progress
 
     progress = Progress(options.verbose - options.quiet)
@@ -71,7 +71,7 @@ def _run(options: argparse.Namespace) -> int:
             outcome = getattr(commands, options.command)(options, progress)
     finally:
         progress.close()
-    print(commands.as_json(outcome.data) if options.json else outcome.text, flush=True)
+    print(tables.as_json(outcome.data) if options.json else outcome.text, flush=True)
     return outcome.exit_code
 
 
@@ -232,6 +232,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group().add_argument
     form("--markdown", action="store_true", help="print the table as Markdown")
     form("--csv", action="store_true", help="print every number as CSV")
+    add("--startup", action="store_true", help="time until a new process's first result instead")
     add("--update-readme", metavar="FILE", help="put the table between <!-- bench --> and its end")
     _add_some_config(parser, "threads", "log-dir", "cache-dir")
 

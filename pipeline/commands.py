@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from bertile.config import Config
 from bertile.errors import UsageError
 from bertile.progress import Progress
-from bertile.tables import size, table
+from bertile.tables import lines, size, table
 
 
 class Outcome(NamedTuple):
@@ -44,7 +43,7 @@ def export(options: Namespace, progress: Progress) -> Outcome:
     from bertile import driver
 
     summary = driver.export(options.model, Path(options.output), config, progress)
-    return Outcome(summary, _lines(summary))
+    return Outcome(summary, lines(summary))
 
 
 def tune(options: Namespace, progress: Progress) -> Outcome:
@@ -61,7 +60,7 @@ def tune(options: Namespace, progress: Progress) -> Outcome:
     from bertile import tuner
 
     summary = tuner.tune_model(options.model, config, progress)
-    return Outcome(summary, _lines(summary))
+    return Outcome(summary, lines(summary))
 
 
 def verify(options: Namespace, progress: Progress) -> Outcome:
@@ -86,6 +85,8 @@ def bench(options: Namespace, progress: Progress) -> Outcome:
     from bertile import bench_tables
     from bertile.option_lists import numbers, words
 
+    if options.startup:
+        return _startup(options, progress)
     reports = benchmark.bench_models(
         options.targets,
         read_config(options),
@@ -107,6 +108,23 @@ def bench(options: Namespace, progress: Progress) -> Outcome:
     return Outcome(reports[0] if len(reports) == 1 else reports, text)
 
 
+def _startup(options: Namespace, progress: Progress) -> Outcome:
+    from bertile import startup
+    from bertile.option_lists import words
+
+    found = [
+        startup.startup(
+            Path(target),
+            options.onnx and Path(options.onnx),
+            against=words(options.against or ["onnxruntime"]),
+            threads=read_config(options).threads,
+            progress=progress,
+        )
+        for target in options.targets
+    ]
+    return Outcome(found, "\n\n".join(map(startup.as_table, found)))
+
+
 def report(options: Namespace, progress: Progress) -> Outcome:
     """Write one HTML page about a bundle's kernels and tuning, or about a tuning log."""
     from bertile import report as writer
@@ -122,7 +140,7 @@ def report(options: Namespace, progress: Progress) -> Outcome:
         threads=config.threads,
         progress=progress,
     )
-    return Outcome(summary, _lines(summary))
+    return Outcome(summary, lines(summary))
 
 
 def run(options: Namespace, progress: Progress) -> Outcome:
@@ -151,7 +169,14 @@ def inspect(options: Namespace, progress: Progress) -> Outcome:
     rows = [[kernel.get(name) for name in columns] for kernel in kernels]
     fallen = report.get("fallthrough", [])
     text = table([name.replace("_", " ") for name in columns], rows) if rows else "no kernels"
-    text += "".join(f"\nfell through to the generic path: {node}" for node in fallen)
+    if rows:
+        text += (
+            f"\n\n{report['batch']} x {report['length']} tokens, {report['threads']} threads:"
+            f" {report['total_ms']:.2f} ms, of it {report['between_kernels_ms']:.2f} ms between"
+            f" kernels; peak {report['peak_gflops']:.0f} GFLOP/s"
+        )
+    if fallen:
+        text += f"\nfell through to the generic path: {', '.join(fallen)}"
     return Outcome(report, text)
 
 
@@ -225,11 +250,6 @@ def cache_directory(given: str | None) -> str | None:
     return given or (str(Path(shared) / "bertile") if os.path.isabs(shared) else None)
 
 
-def as_json(data: Any) -> str:
-    """JSON of a result; paths and numpy values become plain ones."""
-    return json.dumps(data, indent=2, default=_plain, ensure_ascii=False)
-
-
 def compile_text(summary: dict[str, Any]) -> str:
     """The table that ends a compile."""
     kernels = ", ".join(f"{count} {origin}" for origin, count in summary["kernels"].items())
@@ -241,7 +261,7 @@ def compile_text(summary: dict[str, Any]) -> str:
         "difference": f"at most {summary['max_abs_difference']:.1e} from ONNX Runtime",
         "kernels": kernels,
     }
-    return _lines(rows)
+    return lines(rows)
 
 
 def _tuning_log(options: Namespace, config: Config, progress: Progress) -> Outcome:
@@ -253,7 +273,7 @@ def _tuning_log(options: Namespace, config: Config, progress: Progress) -> Outco
     log = TuningLog.open(config.log_dir, progress.say)
     if options.merge:
         summary = log_commands.merge(log, list(map(Path, options.merge)), progress)
-        return Outcome(summary, _lines(summary))
+        return Outcome(summary, lines(summary))
     named = config.target if hasattr(options, "target") else None
     rows = log_commands.best(log, named) if options.best else log_commands.tasks(log, named)
     return Outcome(rows, log_commands.as_text(rows))
@@ -272,24 +292,4 @@ def _plan(options: Namespace, config: Config) -> Outcome:
         "threads": row.threads,
     }
     rest = {name: value for name, value in config.to_dict().items() if name not in plan}
-    return Outcome({**plan, "config": config.to_dict()}, _lines({**plan, **rest}))
-
-
-def _lines(values: dict[str, Any]) -> str:
-    shown = {name: value for name, value in values.items() if value not in (None, (), [])}
-    width = max(map(len, shown), default=0)
-    return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in shown.items())
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_shown(one) for one in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+    return Outcome({**plan, "config": config.to_dict()}, lines({**plan, **rest}))

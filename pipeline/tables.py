@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,3 +50,29 @@ def _is_number(column: Sequence[Any]) -> bool:
     return bool(known) and all(
         isinstance(value, (int, float)) and not isinstance(value, bool) for value in known
     )
+
+
+def as_json(data: Any) -> str:
+    """JSON of a result; paths and numpy values become plain ones."""
+    return json.dumps(data, indent=2, default=_plain, ensure_ascii=False)
+
+
+def lines(values: dict[str, Any]) -> str:
+    """One line per value that is there, names in a column."""
+    shown = {name: value for name, value in values.items() if value not in (None, (), [])}
+    width = max(map(len, shown), default=0)
+    return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in shown.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_shown(one) for one in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,9 @@ def test_bad_choices_are_refused_before_anything_starts(choice: dict, message: s
 
 def test_torch_is_left_out_with_a_sentence_for_a_foreign_onnx_file() -> None:
     manifest = {"model": {"source": "my.onnx"}}
-    names, (note,) = bench._possible(["onnxruntime", "torch"], manifest)
+    names, (note,) = bench.possible(["onnxruntime", "torch"], manifest)
     assert names == ["onnxruntime"] and "my.onnx is an ONNX file" in note
-    assert bench._possible(["torch"], MANIFEST) == (["torch"], [])
+    assert bench.possible(["torch"], MANIFEST) == (["torch"], [])
 
 
 def test_model_that_changed_since_it_was_compiled_is_refused(
@@ -135,7 +136,7 @@ def test_model_that_changed_since_it_was_compiled_is_refused(
 ) -> None:
     monkeypatch.setattr("bertile.model_files.fingerprint", lambda model, head: "new")
     with pytest.raises(BundleError, match="'minilm' has changed since out was compiled"):
-        bench._source(Path("out"), MANIFEST, ["torch"], None, None)
+        bench.source(Path("out"), MANIFEST, ["torch"], None, None)
 
 
 def test_bench_of_a_model_compiles_it_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,3 +171,35 @@ def test_command_takes_blanks_and_commas(
     assert json.loads(capsys.readouterr().out)["rows"][0]["engine"] == "bertile"
     assert cli.main(["bench", "out", "--batch", "1,x"]) == 2
     assert "--batch is 'x'" in capsys.readouterr().err
+
+
+def test_startup_measures_each_engine_in_a_fresh_process(monkeypatch, tmp_path):
+    from bertile import startup
+
+    manifest = {
+        "model": {"source": "m", "max_length": 8},
+        "static": {"length": None},
+        "inputs": [{"name": "input_ids", "dtype": "int64", "below": 9, "default": None}],
+        "files": {"params.safetensors": {"bytes": 5_000_000}},
+    }
+    started = []
+
+    class Stub:
+        pid = os.getpid()
+
+        def __init__(self, name, source, threads):
+            started.append(name)
+
+        receive = close = lambda self: None
+
+        def outputs(self, inputs):
+            assert inputs["input_ids"].shape == (1, 4)
+
+    monkeypatch.setattr(startup, "Worker", Stub)
+    monkeypatch.setattr(startup.loader, "read_manifest", lambda directory: manifest)
+    monkeypatch.setattr(startup.bench, "source", lambda *args: None)
+    report = startup.startup(tmp_path, against=("openvino",), length=4, repeat=2)
+    assert started == ["bertile", "openvino"] * 2
+    assert [row["weights_mb"] for row in report["rows"]] == [5.0, 5.0]
+    assert all(row["resident_mb"] > 1 for row in report["rows"])
+    assert "first result ms" in startup.as_table(report)

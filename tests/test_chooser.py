@@ -1,4 +1,4 @@
-"""Where a kernel's knobs come from: its own record, a near one, the default; never an untrusted one."""
+"""Where a kernel's knobs come from: its own record, a near one, the default; all trusted."""
 
 from __future__ import annotations
 

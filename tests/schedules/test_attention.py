@@ -55,14 +55,14 @@ def test_attention_equals_numpy_at_edges_of_its_space(kernels, changed):
 
 def test_attention_equals_numpy_at_random_points(kernels):
     task = task_of(2, 26, bias=True)
-    for knobs in kernels.points(task, 5):
+    for knobs in kernels.points(task, 4):
         assert kernels.difference(task, 7, knobs) < TOLERANCE, knobs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [*BERT, task_of(3, 26, bias=True)], ids=lambda task: task.name)
 def test_attention_equals_numpy_at_many_random_points(kernels, task):
-    for knobs in kernels.points(task, 40, seed=1):
+    for knobs in kernels.points(task, 20, seed=1):
         assert kernels.difference(task, 13, knobs) < TOLERANCE, knobs
 
 
