@@ -114,6 +114,7 @@ def _register() -> None:
         _ffi_api.RegisterOp(f"bertile.{name}", "see bertile.ops")
         register_op_attr(f"bertile.{name}", "FInferType", infer)
         register_op_attr(f"bertile.{name}", "FPurity", True)
+        register_op_attr(f"bertile.{name}", "TScriptPrinterName", f"bertile.{name}")
 
 
 _register()

@@ -21,13 +21,12 @@ def make_graph(
     *,
     activations: dict | None = None,
     weights: dict | None = None,
-    constants: bool = False,
 ) -> Graph:
     """The graph of ``build(emit, ids, *activations, *weights)``.
 
     ``activations`` and ``weights`` map names to shapes, in which "batch" and "length" are the
     request's own; what is named …_ids is int64. ``emit`` gives a value that is used twice a
-    variable. With ``constants`` the weights are constants of the module instead of parameters.
+    variable.
     """
     symbols = {name: tvm.tirx.Var(name, "int64") for name in ("batch", "length", "m")}
     request = [symbols["batch"], symbols["length"]]
@@ -43,16 +42,15 @@ def make_graph(
         for name, shape in activations.items()
     ]
     held = [variable(name, shape) for name, shape in (weights or {}).items()]
-    operands = [relax.const(value) for value in values.values()] if constants else held
     table = variable(TABLE, ("m", 4), "int32")
     builder = relax.BlockBuilder()
-    params = [*inputs, table, *([] if constants else held)]
+    params = [*inputs, table, *held]
     with builder.function("main", params, attrs={"num_input": len(inputs) + 1}):
         with builder.dataflow():
-            result = build(builder.emit, *inputs, *operands)
+            result = build(builder.emit, *inputs, *held)
             output = builder.emit_output(builder.normalize(result))
         builder.emit_func_output(output)
-    graph = Graph(builder.finalize(), {} if constants else values, None)
+    graph = Graph(builder.finalize(), values, None)
     return graph.with_main(tidy(graph.main))
 
 
