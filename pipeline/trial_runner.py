@@ -16,6 +16,8 @@ from bertile.targets import Target
 
 STARTUP_SECONDS = 120.0
 TRIAL_SECONDS = 20.0
+# numpy's own threads spin on after the reference's products, beside the kernel that is timed next
+_ALONE = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class TrialRunner:
@@ -76,7 +78,7 @@ class TrialRunner:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, "TVM_NUM_THREADS": str(self._row.threads)},
+            env={**os.environ, **_ALONE, "TVM_NUM_THREADS": str(self._row.threads)},
         )
         self._fresh = True
         return self._process

@@ -15,7 +15,8 @@ softmax, LayerNorm and per-token scales all need shuffles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,8 @@ from bertile.schedules.task import Task
 def space(task: Task, row: Row) -> Space:
     """The register tile, the unrolling, and how the work is cut between caches and threads.
 
-    A tile of ``accumulators`` vectors is ``accumulators // token_blocks`` outputs wide: two knobs
-    that any
-    choice of keeps inside the register file.
+    A tile of ``accumulators`` vectors is ``token_blocks`` blocks by ``accumulators //
+    token_blocks`` outputs: two knobs that keep inside the register file whatever is chosen.
     """
     inputs = task.shape["inputs"]
     fits = _accumulators(row)
@@ -51,38 +51,41 @@ def space(task: Task, row: Row) -> Space:
 
 
 def default(task: Task, row: Row) -> Knobs:
-    """The widest tile of two token blocks, of one where their activations would push accumulators
-    out of the registers; K in parts whose activations stay in a second-level cache.
+    """The widest tile of four token blocks (ten loads for 24 multiply-adds, where two blocks take
+    fourteen), of one where their activations would push accumulators out of the registers.
     """
     choices = space(task, row)
-    inputs, outputs = task.shape["inputs"], task.shape["outputs"]
-    token_blocks = 2 if _accumulators(row) + 2 < lanes.vector_capacity(row) else 1
+    token_blocks = 4 if _accumulators(row) + 4 <= lanes.vector_capacity(row) else 1
     widest = _accumulators(row) // token_blocks
-    even = [n for n in range(widest * 2 // 3, widest + 1) if n and outputs % n == 0]
+    even = [n for n in range(widest * 2 // 3, widest + 1) if task.shape["outputs"] % n == 0]
     # an even width pads nothing; without one, padding the last panel costs less than a narrow tile
     width = max(even, default=widest)
-    passes = min(choices["passes"], key=lambda p: abs(inputs // p - 1024))
     return {
         "accumulators": max(width * token_blocks, min(choices["accumulators"])),
         "token_blocks": token_blocks,
         "unroll": max(u for u in choices["unroll"] if u <= 4),
-        "passes": passes,
-        "panels": 1 if passes == 1 else 8,
-        "chunk": 32,
+        "passes": 1,
+        "panels": 4,
+        "chunk": 16,
     }
 
 
-def tile_outputs(task: Task, knobs: Knobs) -> int:
-    """How many outputs a register tile, and a panel of packed weights, is wide."""
+def panel_width(task: Task, knobs: Knobs) -> int:
+    """How many outputs a panel of packed weights is wide: those of the tile of most blocks."""
     return min(knobs["accumulators"] // knobs["token_blocks"], task.shape["outputs"])
+
+
+def panel_count(task: Task, knobs: Knobs) -> int:
+    """How many panels there are, padded so that a tile of fewer blocks can take several at once."""
+    panels = -(-task.shape["outputs"] // panel_width(task, knobs))
+    return -(-panels // knobs["token_blocks"]) * knobs["token_blocks"]
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     """The PrimFunc (x, [residual], w, b, y)."""
     inputs, outputs = task.shape["inputs"], task.shape["outputs"]
-    width, chunk = tile_outputs(task, knobs), knobs["chunk"]
-    panels = -(-outputs // width)
-    group = min(knobs["panels"], panels)
+    width, panels, chunk = panel_width(task, knobs), panel_count(task, knobs), knobs["chunk"]
+    group = min(knobs["panels"] * knobs["token_blocks"], panels)
     groups = -(-panels // group)
     with lanes.kernel(task.name) as made:
         x = made.activation("x", inputs)
@@ -96,90 +99,109 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             first = T.Bind(job // groups * chunk)
             count = T.Bind(T.min(chunk, made.blocks - first))
             for part in range(knobs["passes"]):
-                with T.serial(group) as member:
-                    panel = T.Bind(job % groups * group + member)
-                    if panels % group:
-                        with T.If(panel < panels), T.Then():
-                            _token_tiles(tile, panel, first, count, part)
-                    else:
-                        _token_tiles(tile, panel, first, count, part)
+                _tiles(tile, job % groups * group, group, first, count, part)
     return made.func
 
 
-def _token_tiles(tile: _Tile, panel: Any, first: Any, count: Any, part: int) -> None:
-    """Tiles of ``token_blocks`` blocks, then one smaller tile for the rest."""
+def _tiles(tile: _Tile, base: Any, group: int, first: Any, count: Any, part: int) -> None:
+    """Tiles of ``token_blocks`` blocks by one panel; then the blocks that are left, by as many
+    panels at once as fill the registers, so that a short request runs at full speed too.
+    """
     wide = tile.knobs["token_blocks"]
-    with T.serial(count // wide) as t:
-        tile.emit(panel, first + t * wide, wide, part)
+    with tile.panels(base, group, 1) as panel, T.serial(count // wide) as t:
+        tile.emit(panel, 1, first + t * wide, wide, part)
     for rest in range(1, wide):
         with T.If(count % wide == rest), T.Then():
-            tile.emit(panel, first + count // wide * wide, rest, part)
+            together = wide // rest
+            with tile.panels(base, group, together) as panel:
+                tile.emit(panel, together, first + count // wide * wide, rest, part)
 
 
 class _Tile:
-    """Emits the product of one panel of outputs and a few token blocks, over one part of K."""
+    """Emits the product of some panels of outputs and a few token blocks, over one part of K."""
 
     def __init__(
         self, task: Task, knobs: Knobs, x: Any, residual: Any, w: Any, b: Any, y: Any
     ) -> None:
         self.task, self.knobs = task, knobs
-        self.width = tile_outputs(task, knobs)
+        self.width = panel_width(task, knobs)
         self.x, self.residual, self.w, self.b, self.y = x, residual, w, b, y
 
-    def emit(self, panel: Any, block: Any, token_blocks: int, part: int) -> None:
-        width, unroll = self.width, self.knobs["unroll"]
+    @contextmanager
+    def panels(self, base: Any, group: int, together: int) -> Iterator[Any]:
+        """A loop over the panels of a group, ``together`` at a time; gives the first of them."""
+        count = panel_count(self.task, self.knobs)
+        with T.serial(group // together) as member:
+            panel = T.Bind(base + member * together)
+            if count % group:  # the last group is not full
+                with T.If(panel < count), T.Then():
+                    yield panel
+            else:
+                yield panel
+
+    def emit(self, panel: Any, panels: int, block: Any, token_blocks: int, part: int) -> None:
+        """The tile of ``panels`` panels from ``panel``, ``token_blocks`` blocks from ``block``."""
+        unroll = self.knobs["unroll"]
         depth = self.task.shape["inputs"] // self.knobs["passes"]
         unroll = unroll if depth % unroll == 0 else 1
-        total = lanes.registers(token_blocks, width)
-        tile = [(n, t) for n in range(width) for t in range(token_blocks)]
-        self._start(total, panel, block, tile, part)
-        with T.serial(depth // unroll) as outer:
-            with T.unroll(unroll) as inner:
-                k = part * depth + outer * unroll + inner
-                for n, t in tile:
-                    product = lanes.load(self.x, block + t, k) * lanes.splat(self.w[panel, k, n])
-                    lanes.write(total[t][n], lanes.read(total[t][n]) + product)
+        # (accumulator, panel, output within it, block)
+        registers = iter(lanes.registers(panels * self.width * token_blocks))
+        tile = [
+            (next(registers), panel + p, n, block + t)
+            for p in range(panels)
+            for n in range(self.width)
+            for t in range(token_blocks)
+        ]
+        self._start(tile, part)
+        with T.serial(depth // unroll) as outer, T.unroll(unroll) as inner:
+            k = part * depth + outer * unroll + inner
+            for total, p, n, t in tile:
+                product = lanes.load(self.x, t, k) * lanes.splat(self.w[p, k, n])
+                lanes.write(total, lanes.read(total) + product)
         outputs = self.task.shape["outputs"]
-        if outputs % width == 0:
-            self._finish(total, panel, block, tile, part)
+        if panel_count(self.task, self.knobs) * self.width == outputs:
+            self._finish(tile, part, padded=False)
             return
-        with T.If(panel < outputs // width):
+        with T.If((panel + panels) * self.width <= outputs):
             with T.Then():
-                self._finish(total, panel, block, tile, part)
+                self._finish(tile, part, padded=False)
             with T.Else():
-                kept = [(n, t) for n, t in tile if n < outputs % width]
-                self._finish(total, panel, block, kept, part)
+                self._finish(tile, part, padded=True)
 
-    def _start(self, total: Any, panel: Any, block: Any, tile: list, part: int) -> None:
+    def _start(self, tile: list, part: int) -> None:
         """The first part begins at the bias, a later one at what the parts before it left in y."""
-        outputs, width = self.task.shape["outputs"], self.width
-        for n, t in tile:
-            channel = panel * width + n
+        outputs = self.task.shape["outputs"]
+        for total, p, n, t in tile:
+            channel = p * self.width + n
             if part == 0:
-                lanes.write(total[t][n], lanes.splat(self.b[channel]))
+                lanes.write(total, lanes.splat(self.b[channel]))
             else:
                 # a padded output has nothing in y: read a channel that exists, drop it later
-                inside = channel if outputs % width == 0 else T.min(channel, outputs - 1)
-                lanes.write(total[t][n], lanes.load(self.y, block + t, inside))
+                lanes.write(total, lanes.load(self.y, t, T.min(channel, outputs - 1)))
 
-    def _finish(self, total: Any, panel: Any, block: Any, tile: list, part: int) -> None:
-        last = part == self.knobs["passes"] - 1
-        for n, t in tile:
-            channel = panel * self.width + n
-            value = lanes.read(total[t][n])
-            if last:
-                value = ACTIVATIONS[self.task.shape["activation"]](value)
-                if self.residual is not None:
-                    value = value + lanes.load(self.residual, block + t, channel)
-            lanes.store(self.y, value, block + t, channel)
+    def _finish(self, tile: list, part: int, padded: bool) -> None:
+        for total, p, n, t in tile:
+            channel = p * self.width + n
+            if padded:
+                with T.If(channel < self.task.shape["outputs"]), T.Then():
+                    self._store(total, channel, t, part)
+            else:
+                self._store(total, channel, t, part)
+
+    def _store(self, total: Any, channel: Any, block: Any, part: int) -> None:
+        value = lanes.read(total)
+        if part == self.knobs["passes"] - 1:
+            value = ACTIVATIONS[self.task.shape["activation"]](value)
+            if self.residual is not None:
+                value = value + lanes.load(self.residual, block, channel)
+        lanes.store(self.y, value, block, channel)
 
 
 def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
     """w (K, N), b (N) → w (panels, K, width), b padded: each panel is read front to back."""
     w, b = weights
     inputs, outputs = w.shape
-    width = tile_outputs(task, knobs)
-    panels = -(-outputs // width)
+    width, panels = panel_width(task, knobs), panel_count(task, knobs)
     padding = panels * width - outputs
     w = np.pad(w, ((0, 0), (0, padding))) if padding else w
     packed = np.ascontiguousarray(w.reshape(inputs, panels, width).transpose(1, 0, 2))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bertile import targets
-from bertile.schedules.cpu.dense import dense, tile_outputs
+from bertile.schedules.cpu.dense import dense, panel_width
 from bertile.schedules.cpu.vector_math import ACTIVATIONS
 from bertile.schedules.task import Task
 
@@ -134,7 +134,7 @@ def test_inner_loop_keeps_its_accumulators_in_registers(kernels, task):
     knobs, row = dense.default(task, kernels.row), kernels.row
     vectors = 16 * 32 // row.vector_bits
     multiply_adds = [line for line in loop if "vfmadd" in line]
-    tile = tile_outputs(task, knobs) * knobs["token_blocks"]
+    tile = panel_width(task, knobs) * knobs["token_blocks"]
     assert len(multiply_adds) == tile * knobs["unroll"] * vectors
     assert not [line for line in loop if "(%rsp)" in line], "spilled"
     assert not [line for line in loop if re.match(r"vmov\w+\s+%[xyz]mm\d+, .*\(", line)], "stores"
