@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,12 +20,14 @@ import tvm
 
 from bertile.loader import set_thread_defaults
 from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.cpu.peak import peak_gflops
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 from bertile.targets import Target, resolve, tvm_target
 
 REPEATS = 3
-REPEAT_SECONDS = 0.02
+REPEAT_SECONDS = 0.01
 # In a model the weights of a layer come from memory, not from a cache that the trial before has
 # filled:
 # every call takes the next of so many copies that no cache holds them all.
@@ -52,17 +55,32 @@ def measure(
     target: str,
     threads: int,
     blocks: int,
+    also: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Build the kernel, compare it with the reference, time it on ``blocks`` blocks of tokens."""
+    """Build the kernel, compare it with the reference and time it, on ``blocks`` blocks of tokens.
+
+    ``also`` names other numbers of blocks: their times come as {"also": {tokens: microseconds}}.
+    """
     task, row = Task(operation, shape), resolve(target, threads)
+    _warm_up(row)
     run = build(task, knobs, row)
-    arguments, result, expected = _arguments(task, knobs, blocks)
-    run(*arguments[0], result)
-    scale = max(1.0, float(np.abs(expected).max()))
-    difference = float(np.abs(result.numpy() - expected).max())
-    if not difference <= TOLERANCE * scale:
-        return {"error": f"wrong result: off by {difference:.2g} of {scale:.2g}"}
-    return {"microseconds": [_repeat(run, arguments, result) for _ in range(REPEATS)]}
+    times: dict[int, list[float]] = {}
+    copies: list[list[Any]] = []
+    for count in (blocks, *also):
+        sample = _sample(task, count)
+        copies = copies or _copies(SCHEDULES[operation].pack(task, knobs, sample.weights))
+        found = _checked_times(run, sample, copies)
+        if isinstance(found, str):
+            return {"error": f"{found} on {count} blocks"}
+        times[count] = found
+    rest = {str(count * LANES): times[count] for count in also}
+    return {"microseconds": times[blocks], "also": rest}
+
+
+@lru_cache(maxsize=1)
+def _warm_up(row: Target) -> None:
+    """Without it the first trial of a process ran on one of two threads, at half the speed."""
+    peak_gflops(tvm_target(row), row, row.threads)
 
 
 def build(task: Task, knobs: dict[str, int], row: Target) -> Any:
@@ -71,23 +89,27 @@ def build(task: Task, knobs: dict[str, int], row: Target) -> Any:
     return tvm.tirx.build(tvm.IRModule({"kernel": func}), target=tvm_target(row))["kernel"]
 
 
-def _arguments(
-    task: Task, knobs: dict[str, int], blocks: int
-) -> tuple[list[list[Any]], Any, np.ndarray]:
-    """Argument lists that differ in where their weights lie, a result to write to, the expected
-    one.
-    """
-    sample = _sample(task, blocks)
-    packed = SCHEDULES[task.operation].pack(task, knobs, sample.weights)
+def _copies(packed: Sequence[np.ndarray]) -> list[list[Any]]:
+    """The weights as often as no cache can hold them."""
     size = sum(array.nbytes for array in packed)
-    copies = min(32, -(-COLD_BYTES // size)) if size else 1
+    count = min(32, -(-COLD_BYTES // size)) if size else 1
+    return [[tvm.runtime.tensor(array) for array in packed] for _ in range(count)]
+
+
+def _checked_times(run: Any, sample: Sample, copies: list[list[Any]]) -> list[float] | str:
+    """Microseconds of each repeat, or what is wrong with the result."""
     activations = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in sample.activations]
-    lists = [[*activations, *(tvm.runtime.tensor(p) for p in packed)] for _ in range(copies)]
+    arguments = [[*activations, *weights] for weights in copies]
     result = tvm.runtime.tensor(np.zeros_like(sample.expected))
-    return lists, result, sample.expected
+    run(*arguments[0], result)
+    scale = max(1.0, float(np.abs(sample.expected).max()))
+    difference = float(np.abs(result.numpy() - sample.expected).max())
+    if not difference <= TOLERANCE * scale:
+        return f"wrong result: off by {difference:.2g} of {scale:.2g}"
+    return [_repeat(run, arguments, result) for _ in range(REPEATS)]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _sample(task: Task, blocks: int) -> Sample:
     return SCHEDULES[task.operation].sample(task, blocks, np.random.default_rng(0))
 

@@ -7,7 +7,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bertile.errors import BertileError
@@ -34,8 +34,10 @@ class TrialRunner:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
-    def run(self, task: Task, knobs: Mapping[str, int], blocks: int) -> dict[str, Any]:
-        """{"microseconds": […]} or {"error": …} of these knobs on ``blocks`` blocks of tokens."""
+    def run(
+        self, task: Task, knobs: Mapping[str, int], blocks: int, also: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """What ``bertile.trial.measure`` says of these knobs, or {"error": …} for a crash."""
         request = {
             "operation": task.operation,
             "shape": dict(task.shape),
@@ -43,6 +45,7 @@ class TrialRunner:
             "target": self._row.name,
             "threads": self._row.threads,
             "blocks": blocks,
+            "also": list(also),
         }
         process = self._process or self._start()
         line = json.dumps(request) + "\n"

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
-from statistics import median
 from typing import Any
 
 from bertile import loader
@@ -24,7 +24,8 @@ from bertile.trial_runner import TrialRunner
 from bertile.tuning_log import Record, TuningLog
 
 LANES = 16
-BLOCKS = 8  # trials run on 128 tokens, the length that most requests are near to
+BLOCKS = 8  # trials run on 128 tokens, the length that most requests are near to,
+ALSO = (1, 24)  # and on the shortest and a long one: one kernel serves them all
 
 
 @dataclass(frozen=True)
@@ -118,25 +119,24 @@ class _Session:
     total: int = 0
 
     def measure(self, task: Task, knobs: Knobs) -> list[float]:
-        """Microseconds of each repeat; empty for a candidate that failed."""
+        """The record's median microseconds; empty for a candidate that failed."""
         known = [r for r in self.log.records(task, self.row) if dict(r.knobs) == dict(knobs)]
         known = [r for r in known if r.threads == self.row.threads]
         if known:
-            return list(known[-1].microseconds)
+            return [known[-1].median] if known[-1].microseconds else []
         began = time.monotonic()
         if began > self.deadline:
             raise _Enough("out of time")
         if self.patience and self.idle >= self.patience * ROUND:
             raise _Enough(f"no task improved by 1% in {self.patience} rounds")
         before = self.log.best(task, self.row)
-        found = self.trials.run(task, knobs, BLOCKS)
+        record = self._record(task, knobs, self.trials.run(task, knobs, BLOCKS, ALSO))
         self.count += 1
-        times = found.get("microseconds", ())
-        better = times and (before is None or median(times) < IMPROVEMENT * before.median)
+        better = record.median < IMPROVEMENT * (before.median if before else float("inf"))
         self.idle = 0 if better else self.idle + 1
-        self.log.append(self._record(task, knobs, found))
+        self.log.append(record)
         self._show(task, time.monotonic() - began)
-        return list(found.get("microseconds", ()))
+        return [record.median] if record.microseconds else []
 
     def _record(self, task: Task, knobs: Knobs, found: dict[str, Any]) -> Record:
         return Record(
@@ -146,7 +146,8 @@ class _Session:
             threads=self.row.threads,
             tokens=BLOCKS * LANES,
             knobs=dict(knobs),
-            microseconds=tuple(round(us, 2) for us in found.get("microseconds", ())),
+            microseconds=_rounded(found.get("microseconds", ())),
+            also={tokens: _rounded(times) for tokens, times in found.get("also", {}).items()},
             machine=machine_facts(self.row),
             versions={name: version(name) for name in ("bertile", "apache-tvm", "apache-tvm-ffi")},
             time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -162,6 +163,10 @@ class _Session:
             if best
             else f"tune      {task.name}  trial {self.count} of {self.total}  none works so far"
         )
+
+
+def _rounded(times: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(us, 2) for us in times)
 
 
 def machine_facts(row: Target) -> dict[str, Any]:

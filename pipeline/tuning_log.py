@@ -15,9 +15,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 from bertile.errors import BertileError
@@ -50,6 +50,9 @@ class Record:
     versions: Mapping[str, str]
     time: str
     dtype: str = "float32"
+    also: Mapping[str, tuple[float, ...]] = field(
+        default_factory=dict
+    )  # at other numbers of tokens
     error: str | None = None
 
     @property
@@ -59,8 +62,14 @@ class Record:
 
     @property
     def median(self) -> float:
-        """Median microseconds; infinite for a candidate that failed."""
-        return median(self.microseconds) if self.microseconds else float("inf")
+        """Median microseconds, over several numbers of tokens their geometric mean; infinite for
+        a candidate that failed.
+        """
+        if not self.microseconds:
+            return float("inf")
+        if not self.also:
+            return median(self.microseconds)
+        return geometric_mean(median(times) for times in (self.microseconds, *self.also.values()))
 
     def to_line(self) -> str:
         """The record as one line of a log file."""
@@ -74,7 +83,8 @@ class Record:
             raise ValueError("not a record of this schema")
         try:
             record = cls(**{**fields, "microseconds": tuple(fields["microseconds"])})
-        except (TypeError, KeyError) as error:
+            record.also.items()  # a mapping, or not a record
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a record: {error}") from error
         return record
 

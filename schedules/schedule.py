@@ -27,6 +27,8 @@ class Row(Protocol):
 class Sample:
     """Arguments for one trial run of a kernel, and what it must compute.
 
+    Weights are drawn before activations: they are the same for every number of blocks.
+
     ``activations`` come before the weights in the kernel's signature, the result comes last.
     """
 

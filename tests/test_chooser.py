@@ -57,20 +57,20 @@ def test_empty_log_gives_the_default(chosen):
 
 
 def test_own_record_comes_first(chosen):
-    found = chosen(task(), record(task(), chunk=8), record(task(768, 3072), chunk=64))
+    found = chosen(task(), record(task(), chunk=8), record(task(768, 3072), chunk=32))
     assert found.source == "tuned" and found.knobs["chunk"] == 8
 
 
 def test_nearest_shape_comes_before_the_default(chosen):
-    found = chosen(task(1024, 1024), record(task(), chunk=8), record(task(768, 3072), chunk=64))
+    found = chosen(task(1024, 1024), record(task(), chunk=8), record(task(768, 3072), chunk=32))
     assert found.source == "nearest" and found.knobs["chunk"] == 8
 
 
 def test_nearest_with_invalid_knobs_is_passed_over(chosen):
     # 13 inputs cannot be unrolled by 4, which the nearest record wants
-    bad, good = record(task(26, 768), unroll=2), record(task(39, 768), unroll=1, chunk=64)
+    bad, good = record(task(26, 768), unroll=2), record(task(39, 768), unroll=1, chunk=32)
     found = chosen(task(13, 768), bad, good)
-    assert found.source == "nearest" and found.knobs["chunk"] == 64
+    assert found.source == "nearest" and found.knobs["chunk"] == 32
 
 
 def test_far_shape_is_not_taken(chosen):

@@ -7,7 +7,7 @@ tokens.
       for each pass over a part of K, panel of the group, tile of token blocks
         width × token_blocks accumulators in registers
           for k: load x once per block, broadcast w once per output, multiply-add
-        epilogue on the registers, one store per value
+        one store per value; then the activation, while the tile is in the first-level cache
 
 Why not tokens in rows and outputs in lanes: as fast for dense products, but then sparse weights,
 softmax, LayerNorm and per-token scales all need shuffles.
@@ -41,12 +41,10 @@ def space(task: Task, row: Row) -> Space:
     return {
         "accumulators": tuple(range(min(4, fits), fits + 1)),
         "token_blocks": tuple(b for b in (1, 2, 3, 4) if b <= fits // 2),
-        "unroll": tuple(u for u in (1, 2, 4, 8) if inputs % u == 0),
-        "passes": tuple(
-            p for p in (1, 2, 3, 4) if p == 1 or (inputs % p == 0 and inputs >= 128 * p)
-        ),
-        "panels": (1, 2, 4, 8, 16),
-        "chunk": (8, 16, 32, 64),
+        "unroll": tuple(u for u in (1, 2, 4) if inputs % u == 0),
+        "passes": tuple(p for p in (1, 2) if p == 1 or (inputs % p == 0 and inputs >= 256)),
+        "panels": (1, 2, 4, 8),
+        "chunk": (8, 16, 32),
     }
 
 
@@ -56,14 +54,14 @@ def default(task: Task, row: Row) -> Knobs:
     """
     choices = space(task, row)
     token_blocks = 4 if _accumulators(row) + 4 <= lanes.vector_capacity(row) else 1
-    widest = _accumulators(row) // token_blocks
-    even = [n for n in range(widest * 2 // 3, widest + 1) if task.shape["outputs"] % n == 0]
-    # an even width pads nothing; without one, padding the last panel costs less than a narrow tile
+    widest = min(_accumulators(row), 24) // token_blocks
+    # one output less where that pads nothing; else padding costs less than a narrower tile
+    even = [n for n in (widest, widest - 1) if task.shape["outputs"] % n == 0]
     width = max(even, default=widest)
     return {
         "accumulators": max(width * token_blocks, min(choices["accumulators"])),
         "token_blocks": token_blocks,
-        "unroll": max(u for u in choices["unroll"] if u <= 4),
+        "unroll": max(choices["unroll"]),
         "passes": 1,
         "panels": 4,
         "chunk": 16,
@@ -158,15 +156,17 @@ class _Tile:
             for total, p, n, t in tile:
                 product = lanes.load(self.x, t, k) * lanes.splat(self.w[p, k, n])
                 lanes.write(total, lanes.read(total) + product)
-        outputs = self.task.shape["outputs"]
-        if panel_count(self.task, self.knobs) * self.width == outputs:
-            self._finish(tile, part, padded=False)
-            return
-        with T.If((panel + panels) * self.width <= outputs):
-            with T.Then():
-                self._finish(tile, part, padded=False)
-            with T.Else():
-                self._finish(tile, part, padded=True)
+        fits = (panel + panels) * self.width <= self.task.shape["outputs"]
+        if panel_count(self.task, self.knobs) * self.width == self.task.shape["outputs"]:
+            self._store(tile, part, padded=False)
+        else:
+            with T.If(fits):
+                with T.Then():
+                    self._store(tile, part, padded=False)
+                with T.Else():
+                    self._store(tile, part, padded=True)
+        if part == self.knobs["passes"] - 1 and self.task.shape["activation"] != "none":
+            self._activate(panel * self.width, panels * self.width, block, token_blocks)
 
     def _start(self, tile: list, part: int) -> None:
         """The first part begins at the bias, a later one at what the parts before it left in y."""
@@ -179,22 +179,33 @@ class _Tile:
                 # a padded output has nothing in y: read a channel that exists, drop it later
                 lanes.write(total, lanes.load(self.y, t, T.min(channel, outputs - 1)))
 
-    def _finish(self, tile: list, part: int, padded: bool) -> None:
+    def _store(self, tile: list, part: int, padded: bool) -> None:
+        """One store per sum; what has no activation gets its residual on the way."""
+        residual = self.residual if self.task.shape["activation"] == "none" else None
         for total, p, n, t in tile:
             channel = p * self.width + n
+            value = lanes.read(total)
+            if residual is not None and part == self.knobs["passes"] - 1:
+                value = value + lanes.load(residual, t, channel)
             if padded:
                 with T.If(channel < self.task.shape["outputs"]), T.Then():
-                    self._store(total, channel, t, part)
+                    lanes.store(self.y, value, t, channel)
             else:
-                self._store(total, channel, t, part)
+                lanes.store(self.y, value, t, channel)
 
-    def _store(self, total: Any, channel: Any, block: Any, part: int) -> None:
-        value = lanes.read(total)
-        if part == self.knobs["passes"] - 1:
-            value = ACTIVATIONS[self.task.shape["activation"]](value)
+    def _activate(self, low: Any, count: int, block: Any, token_blocks: int) -> None:
+        """The activation on what was just stored and still is in the first-level cache.
+
+        A loop, not an expression per accumulator: that would be a hundred copies of a polynomial,
+        which take TVM a second to compile and are no faster.
+        """
+        activation = ACTIVATIONS[self.task.shape["activation"]]
+        last = T.min(count, self.task.shape["outputs"] - low)
+        with T.serial(token_blocks) as t, T.serial(last) as n:
+            value = activation(lanes.load(self.y, block + t, low + n))
             if self.residual is not None:
-                value = value + lanes.load(self.residual, block, channel)
-        lanes.store(self.y, value, block, channel)
+                value = value + lanes.load(self.residual, block + t, low + n)
+            lanes.store(self.y, value, block + t, low + n)
 
 
 def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -211,9 +222,9 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray]) -> list[np.nda
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Random operands, scaled as in a trained network, and the product by numpy in float64."""
     inputs, outputs = task.shape["inputs"], task.shape["outputs"]
-    x = rng.standard_normal((blocks * LANES, inputs)).astype("float32")
     w = (rng.standard_normal((inputs, outputs)) * inputs**-0.5).astype("float32")
     b = rng.standard_normal(outputs).astype("float32")
+    x = rng.standard_normal((blocks * LANES, inputs)).astype("float32")
     expected = apply_activation(task.shape["activation"], x.astype("float64") @ w + b)
     activations = [lanes.to_lanes(x)]
     if task.shape["residual"]:

@@ -79,14 +79,14 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """One sequence that fills the blocks."""
     channels, tokens = task.shape["channels"], blocks * LANES
     rows = [int(v) for v in str(task.shape["rows"]).split("_")]
+    tables = [rng.standard_normal((count, channels)).astype("float32") for count in rows]
+    scale = [rng.standard_normal(channels).astype("float32") for _ in range(2)]
     ids = [
         rng.integers(0, count, (1, tokens)).astype(dtype)
         for count, dtype in zip(rows, str(task.shape["ids"]).split("_"))
     ]
-    tables = [rng.standard_normal((count, channels)).astype("float32") for count in rows]
     place = np.array([[0, i * LANES, 0, blocks] for i in range(blocks)], "int32")
     total = sum(table[index[0]].astype("float64") for table, index in zip(tables, ids))
-    scale = [rng.standard_normal(channels).astype("float32") for _ in range(2)]
     total = reference.layer_norm(total, *scale, task.shape["epsilon"])
     return Sample([*ids, place], [*tables, *scale], lanes.to_lanes(total.astype("float32")))
 

@@ -87,8 +87,8 @@ def _sum(term: Any, channels: int, sums: int) -> Any:
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Activations off centre, so that a variance that loses digits shows."""
     channels = task.shape["channels"]
-    x = (rng.standard_normal((blocks * LANES, channels)) * 3 + 5).astype("float32")
     gamma, beta = (rng.standard_normal(channels).astype("float32") for _ in range(2))
+    x = (rng.standard_normal((blocks * LANES, channels)) * 3 + 5).astype("float32")
     expected = reference.layer_norm(x.astype("float64"), gamma, beta, task.shape["epsilon"])
     return Sample([lanes.to_lanes(x)], [gamma, beta], lanes.to_lanes(expected.astype("float32")))
 
