@@ -193,6 +193,7 @@ def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
     for task, calls in tasks.items():
         default = SCHEDULES[task.operation].default(task, row)
         records = [r for r in log.records(task, row) if dict(r.knobs) == default and r.microseconds]
+        records = [r for r in records if r.threads == row.threads]
         best = log.best(task, row)
         if best and records:
             before += calls * min(record.median for record in records)
