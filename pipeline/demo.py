@@ -86,7 +86,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def _sizes(bundle: Path, onnx: Path) -> dict[str, dict[str, int]]:
-    ours = sum(os.path.getsize(path) for path in loader.find_runtime(bundle / "runtime"))
+    ours = sum(os.path.getsize(path) for path in loader.find_runtime())
     spec = importlib.util.find_spec("onnxruntime")
     theirs = _size(Path(spec.origin).parent) if spec and spec.origin else 0
     # runtime/ is counted as runtime, whether or not it lies in the bundle
