@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from bertile import demo
+from bertile.progress import Progress
 
 
 def test_neighbours_leave_the_sentence_itself_out() -> None:
@@ -19,7 +22,7 @@ def test_sizes_count_the_runtime_once(tmp_path: Path, monkeypatch) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * count)
     library = str(tmp_path / "runtime" / "libtvm_ffi.so")
-    monkeypatch.setattr(demo.loader, "find_runtime", lambda directory: (library,))
+    monkeypatch.setattr(demo.loader, "find_runtime", lambda: (library,))
     sizes = demo._sizes(tmp_path, tmp_path / "model.onnx")
     assert sizes["bertile"] == {"model": 17, "runtime": 5}
     assert sizes["onnxruntime"]["model"] == 7
@@ -40,3 +43,12 @@ def test_text_ends_with_a_table_of_latency_and_size() -> None:
     }
     text = demo.as_text(result)
     assert "ms, 128 tokens" in text and "ONNX Runtime 1.31.1" in text and "91.5 MB" in text
+
+
+@pytest.mark.slow
+def test_demo_runs_end_to_end_on_the_real_model(tmp_path):
+    config = demo.driver.Config(cache_dir=str(tmp_path / "cache"))
+    result = demo.demo(tmp_path / "out", config, Progress(verbosity=-1))
+    text = demo.as_text(result)
+    assert "ONNX Runtime" in text and "Someone makes music outdoors." in text
+    assert all(one["runtime"] > 0 for one in result["bytes"].values())
