@@ -42,3 +42,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory):
+    """The two-layer model, exported once for all files that test stages with it."""
+    from bertile.config import Config
+    from bertile.exporter import export
+
+    return export("synthetic:bert-tiny", tmp_path_factory.mktemp("bert-tiny"), Config())

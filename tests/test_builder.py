@@ -13,9 +13,7 @@ from tvm import relax, tirx
 
 from bertile import builder, targets
 from bertile.chooser import Chooser
-from bertile.config import Config
-from bertile.exported import ExportedModel, InputSpec, read
-from bertile.exporter import export
+from bertile.exported import ExportedModel, InputSpec
 from bertile.importer import import_onnx
 from bertile.loader import token_blocks
 from bertile.lowering import lower
@@ -29,16 +27,6 @@ TOLERANCE = 5e-5
 
 def chooser_of(row) -> Chooser:  # no log: the schedules' own knobs
     return Chooser(TuningLog([], print), row, print)
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory) -> ExportedModel:
-    """The two-layer model, exported once for all files that test stages with it."""
-    directory = tmp_path_factory.getbasetemp() / "bert-tiny"
-    if (directory / "export.json").exists():
-        return read(directory)
-    directory.mkdir()
-    return export("synthetic:bert-tiny", directory, Config())
 
 
 class Program:

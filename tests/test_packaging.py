@@ -23,7 +23,6 @@ LONG = {
     "tests/test_bad_input.py": "one list of mistakes, which share a bundle",
     "tests/test_normalizer.py": "one list of foreign forms, which share their builders",
     "tests/test_bundle.py": "every way in which writing can fail, which share a writer",
-    "tests/test_builder.py": "one exported model, which takes long to make",
 }
 
 

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from bertile.config import Config
-from bertile.exported import ExportedModel, read
-from bertile.exporter import export
 from bertile.importer import import_onnx
 from bertile.lowering import lower
 from bertile.optimizer import optimize
@@ -21,16 +18,6 @@ from bertile.schedules.cpu import SCHEDULES
 from bertile.targets import resolve
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory) -> ExportedModel:
-    """The two-layer model, exported once for all files that test stages with it."""
-    directory = tmp_path_factory.getbasetemp() / "bert-tiny"
-    if (directory / "export.json").exists():
-        return read(directory)
-    directory.mkdir()
-    return export("synthetic:bert-tiny", directory, Config())
 
 
 @pytest.fixture
