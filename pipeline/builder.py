@@ -12,6 +12,7 @@ import tvm
 from tvm import relax
 from tvm.support import cc
 
+from bertile import codegen
 from bertile.chooser import Choice, Chooser
 from bertile.graph import Graph
 from bertile.lowering import lower
@@ -90,7 +91,8 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
         relax.transform.VMShapeLower(),
         relax.transform.AttachGlobalSymbol(),
     ]
-    return relax.build(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
+    with codegen.context():
+        return relax.build(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
 
 
 def _link(linker: list[str], output: str, objects: Any) -> None:

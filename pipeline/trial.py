@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tvm
 
+from bertile.codegen import build_kernel
 from bertile.loader import set_thread_defaults
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.lanes import LANES
@@ -28,10 +29,11 @@ from bertile.targets import Target, resolve, tvm_target
 
 REPEATS = 3
 REPEAT_SECONDS = 0.01
+REPEAT_CALLS = 2  # at least
 # In a model the weights of a layer come from memory, not from a cache that the trial before has
-# filled:
-# every call takes the next of so many copies that no cache holds them all.
+# filled: every call takes the next of so many copies that no cache holds them all.
 COLD_BYTES = 64 << 20
+ALIGNMENT = 64  # of every tensor that a kernel reads
 TOLERANCE = 1e-4  # relative to the largest magnitude of the expected result (at least 1)
 
 
@@ -85,15 +87,37 @@ def _warm_up(row: Target) -> None:
 
 def build(task: Task, knobs: dict[str, int], row: Target) -> Any:
     """The compiled kernel of a task, as a function of its arguments."""
-    func = SCHEDULES[task.operation].kernel(task, knobs, row).with_attr("global_symbol", "kernel")
-    return tvm.tirx.build(tvm.IRModule({"kernel": func}), target=tvm_target(row))["kernel"]
+    return build_kernel(SCHEDULES[task.operation].kernel(task, knobs, row), row)
 
 
 def _copies(packed: Sequence[np.ndarray]) -> list[list[Any]]:
-    """The weights as often as no cache can hold them."""
-    size = sum(array.nbytes for array in packed)
-    count = min(32, -(-COLD_BYTES // size)) if size else 1
-    return [[tvm.runtime.tensor(array) for array in packed] for _ in range(count)]
+    """The weights as often as no cache can hold them, in memory that trials share: to have the
+    system clear it anew would take longer than the copying.
+    """
+    sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in packed]
+    count = min(32, -(-COLD_BYTES // sum(sizes))) if packed else 1
+    memory = _memory(count * sum(sizes))
+    copies, at = [], 0
+    for _ in range(count):
+        copies.append([])
+        for array, size in zip(packed, sizes):
+            view = memory[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
+            np.copyto(view, array)
+            copies[-1].append(tvm.runtime.from_dlpack(view))
+            at += size
+    return copies
+
+
+_shared = np.empty(0, np.uint8)
+
+
+def _memory(size: int) -> np.ndarray:
+    """So many bytes from an aligned address."""
+    global _shared
+    if _shared.size < size + ALIGNMENT:
+        _shared = np.empty(size + ALIGNMENT, np.uint8)
+    start = -_shared.ctypes.data % ALIGNMENT
+    return _shared[start : start + size]
 
 
 def _checked_times(run: Any, sample: Sample, copies: list[list[Any]]) -> list[float] | str:
@@ -117,7 +141,7 @@ def _sample(task: Task, blocks: int) -> Sample:
 def _repeat(run: Any, arguments: list[list[Any]], result: Any) -> float:
     """Median microseconds of the calls of one repeat."""
     times: list[float] = []
-    while sum(times) < REPEAT_SECONDS or len(times) < 3:
+    while sum(times) < REPEAT_SECONDS or len(times) < REPEAT_CALLS:
         operands = arguments[len(times) % len(arguments)]
         began = time.perf_counter()
         run(*operands, result)

@@ -66,8 +66,10 @@ def tune(
         session = _Session(log, row, trials, progress, deadline, effort.patience)
         stopped = _search(session, open_tasks, tasks, wanted)
     best = _gains(tasks, log, row)
-    text = f"{session.count} trials{stopped}" + (f", {best}" if best else "")
-    return {"trials": session.count, "seconds": time.monotonic() - began, "text": text}
+    seconds = time.monotonic() - began
+    each = f" ({seconds / session.count:.2f} s each)" if session.count else ""
+    text = f"{session.count} trials{each}{stopped}" + (f", {best}" if best else "")
+    return {"trials": session.count, "seconds": seconds, "text": text}
 
 
 def tune_model(model: Any, config: Config, progress: Progress) -> dict[str, Any]:
