@@ -21,6 +21,8 @@ class Row(Protocol):
 
     registers: int  # architectural vector registers
     vector_bits: int  # width of one of them
+    dot_product: str | None  # "vnni": four bytes at once
+    bf16: bool  # two bfloat16 at once
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,28 @@ class Sample:
 
     Weights are drawn before activations: they are the same for every number of blocks.
 
-    ``activations`` come before the weights in the kernel's signature, the result comes last.
+    ``activations`` come before the weights in the kernel's signature, the results come last.
+    ``expected`` is what ``decode`` makes of them.
     """
 
     activations: Sequence[np.ndarray]
     weights: Sequence[np.ndarray]
     expected: np.ndarray
+    results: Sequence[np.ndarray] = ()  # zeros of each result's form; () is one like ``expected``
+    decode: Callable[[list[np.ndarray]], np.ndarray] = lambda results: results[0]
+    tolerance: float = 1e-4  # relative to the largest magnitude expected (at least 1)
+
+    def buffers(self) -> list[np.ndarray]:
+        """Arrays for the results, in the kernel's order."""
+        return [np.zeros_like(array) for array in self.results or [self.expected]]
+
+    def mistake(self, results: list[np.ndarray]) -> str | None:
+        """What is wrong with what a kernel gave, None if nothing is."""
+        scale = max(1.0, float(np.abs(self.expected).max()))
+        difference = float(np.abs(self.decode(results) - self.expected).max())
+        if difference <= self.tolerance * scale:
+            return None
+        return f"wrong result: off by {difference:.2g} of {scale:.2g}"
 
 
 @dataclass(frozen=True)

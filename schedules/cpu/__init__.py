@@ -5,6 +5,7 @@ from bertile.schedules.cpu.attention import attention
 from bertile.schedules.cpu.dense import dense
 from bertile.schedules.cpu.embedding import embedding
 from bertile.schedules.cpu.layer_norm import layer_norm
+from bertile.schedules.cpu.narrow import narrow
 from bertile.schedules.schedule import Schedule
 
 SCHEDULES: dict[str, Schedule] = {
@@ -14,6 +15,7 @@ SCHEDULES: dict[str, Schedule] = {
         attention,
         layer_norm,
         embedding,
+        narrow,
         layout.tokens_in,
         layout.tokens_out,
         layout.rows_in,

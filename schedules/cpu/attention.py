@@ -16,6 +16,10 @@ cache. The table
 says where each block's sequence lies (see ``bertile.loader.token_blocks``), so that packed
 sequences of unequal
 lengths need no padding and no other kernel.
+
+With ``precision`` "bf16" both products are of bfloat16, and qkv (m, 3 H D / 2, 16) holds Q and K in
+pairs of channels, V in pairs of tokens (a dense layer writes it so: ``values_from``); the softmax
+stays in float32. ``writes`` "to_bf16" or "to_int8" is as for dense layers.
 """
 
 from __future__ import annotations
@@ -26,8 +30,11 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes, vector_math
+from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
 from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.cpu.samples import result_sample
 from bertile.schedules.reference import softmax
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
@@ -54,29 +61,39 @@ def default(task: Task, row: Row) -> Knobs:
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
-    """The PrimFunc (qkv, keys, table, [bias], y)."""
+    """The PrimFunc (qkv, keys, table, [bias], [limits], y)."""
     heads, size = task.shape["heads"], task.shape["head_size"]
+    halves = task.shape.get("precision") == "bf16"
+    math = arithmetic("bf16" if halves else "fp32", row)
+    writes = str(task.shape.get("writes", "to_fp32"))
+    packed = {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes]
     with lanes.kernel(task.name) as made:
-        qkv = made.activation("qkv", 3 * heads * size)
+        qkv = made.activation("qkv", 3 * heads * size // math.group, math.lane)
         keys = made.tensor("keys", made.blocks, LANES)
         table = made.tensor("table", made.blocks, 4, dtype="int32")
         bias = None
         if task.shape["bias"]:
             extents = [T.int32() for _ in range(4)]
             bias = made.tensor("bias", *extents, LANES)
-        y = made.activation("y", heads * size)
+        limits = made.tensor("limits", 2) if writes == "to_int8" else None
+        dtype = "float32" if packed == 1 else "int32"
+        y = made.activation("y", heads * size // packed, dtype)
+        made.link(math.llvm)
+        kind = _HalfQuery if halves else _Query
         with T.parallel(heads * made.blocks) as job:
             head = T.Bind(job // made.blocks)
             query = T.Bind(job % made.blocks)
-            _Query(task, knobs, qkv, keys, table, bias, y, head, query).emit()
+            kind(task, knobs, math, qkv, keys, table, bias, limits, y, head, query).emit()
     return made.func
 
 
 class _Query:
     """Emits the attention of one head for one block of 16 queries."""
 
-    def __init__(self, task: Task, knobs: Knobs, *operands: Any) -> None:
-        self.qkv, self.keys, self.table, self.bias, self.y, self.head, self.query = operands
+    def __init__(self, task: Task, knobs: Knobs, math: Arithmetic, *operands: Any) -> None:
+        self.qkv, self.keys, self.table, self.bias, self.limits, self.y = operands[:6]
+        self.head, self.query = operands[6:]
+        self.math = math
         self.size, self.scale = task.shape["head_size"], task.shape["scale"]
         self.width = task.shape["heads"] * self.size
         self.knobs = knobs
@@ -86,6 +103,7 @@ class _Query:
     def emit(self) -> None:
         tile = self.knobs["key_tile"]
         scores = T.alloc_buffer((tile * LANES, LANES), "float32")
+        weights = self._weights(scores)
         context = T.alloc_buffer((self.size, LANES), "float32")
         state = T.alloc_buffer((3, LANES), "float32")  # running maximum, sum, tile's maximum
         lanes.store(state, lanes.splat(LOWEST), 0)
@@ -98,15 +116,32 @@ class _Query:
             lanes.store(state, lanes.load(state, 0), 2)
             with T.serial(blocks) as block:
                 self._scores(scores, state, start, block)
-            self._softmax(scores, context, state, step, blocks)
-            self._context(scores, context, start, blocks)
+            self._rescale(context, state, step)
+            self._softmax(scores, weights, state, blocks)
+            self._context(weights, context, start, blocks)
         inverse = T.Bind(lanes.splat(1.0) / lanes.load(state, 1))
-        with T.serial(self.size) as d:
-            lanes.store(self.y, lanes.load(context, d) * inverse, self.query, self._channel(0, d))
+        self._store(context, inverse)
+
+    def _store(self, context: Any, inverse: Any) -> None:
+        """The context over the sum of its weights, in the form that is asked for."""
+        packed = self.width // int(self.y.shape[1])
+        with T.serial(self.size // packed) as d:
+            values = [lanes.load(context, packed * d + i) * inverse for i in range(packed)]
+            if self.limits is not None:
+                low, steps = (lanes.splat(self.limits[i]) for i in range(2))
+                inside = [arithmetics.clamp(arithmetics.steps(v, low, steps)) for v in values]
+                value = arithmetics.pack_bytes(inside)
+            else:
+                value = values[0] if packed == 1 else arithmetics.pack_bf16(*values)
+            lanes.store(self.y, value, self.query, self.head * (self.size // packed) + d)
+
+    def _weights(self, scores: Any) -> Any:
+        """Where the softmax leaves what V is multiplied by: over the scores."""
+        return scores
 
     def _channel(self, which: int, d: Any) -> Any:
-        """Channel d of this head in Q (0), K (1) or V (2)."""
-        return which * self.width + self.head * self.size + d
+        """Channel d of this head in Q (0), K (1) or V (2); of lanes, where they hold several."""
+        return (which * self.width + self.head * self.size) // self.math.group + d
 
     def _scores(self, scores: Any, state: Any, start: Any, block: Any) -> None:
         """scores[key] = q · k scale + mask, for the 16 keys of a block; the tile's maximum on the
@@ -118,11 +153,11 @@ class _Query:
             where = T.Bind(self.first + start + block)
             for j in range(per_tile):
                 lanes.write(total[j], lanes.splat(0.0))
-            with T.serial(self.size) as d:
+            with T.serial(self.size // self.math.group) as d:
                 q = lanes.load(self.qkv, self.query, self._channel(0, d))
                 for j in range(per_tile):
                     k = lanes.splat(self.qkv[where, self._channel(1, d), low + j])
-                    lanes.write(total[j], lanes.read(total[j]) + q * k)
+                    lanes.write(total[j], self.math.multiply_add(lanes.read(total[j]), q, k))
             for j in range(per_tile):
                 value = lanes.read(total[j]) * lanes.splat(self.scale)
                 value = value + lanes.splat(self.keys[where, low + j])
@@ -142,21 +177,24 @@ class _Query:
             self.bias, T.min(row, rows - 1), T.min(self.head, heads - 1), start // LANES, key
         )
 
-    def _softmax(self, scores: Any, context: Any, state: Any, step: Any, blocks: Any) -> None:
-        """Exponentials against the new maximum; what was summed before is rescaled to it."""
+    def _rescale(self, context: Any, state: Any, step: Any) -> None:
+        """What was summed before is rescaled to the new maximum."""
         with T.If(step > 0), T.Then():
             shrink = T.Bind(vector_math.exp(lanes.load(state, 0) - lanes.load(state, 2)))
             lanes.store(state, lanes.load(state, 1) * shrink, 1)
             with T.serial(self.size) as d:
                 lanes.store(context, lanes.load(context, d) * shrink, d)
         lanes.store(state, lanes.load(state, 2), 0)
+
+    def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any) -> None:
+        """Exponentials against the new maximum, and their sum."""
         with T.serial(blocks * LANES) as j:
             weight = T.Bind(vector_math.exp(lanes.load(scores, j) - lanes.load(state, 0)))
-            lanes.store(scores, weight, j)
+            lanes.store(weights, weight, j)
             lanes.store(state, lanes.load(state, 1) + weight, 1)
 
-    def _context(self, scores: Any, context: Any, start: Any, blocks: Any) -> None:
-        """context[d] += scores · v, a few channels at a time in registers."""
+    def _context(self, weights: Any, context: Any, start: Any, blocks: Any) -> None:
+        """context[d] += weights · v, a few channels at a time in registers."""
         widest = self.knobs["channels"]
         full = self.size // widest
 
@@ -165,11 +203,14 @@ class _Query:
             for d in range(width):
                 lanes.write(total[d], lanes.load(context, low + d))
             with T.serial(blocks) as block:
-                with T.serial(LANES) as j:
-                    weight = lanes.load(scores, block * LANES + j)
+                steps = LANES // self.math.group
+                with T.serial(steps) as j:
+                    weight = lanes.load(weights, block * steps + j)
                     for d in range(width):
-                        v = self.qkv[self.first + start + block, self._channel(2, low + d), j]
-                        lanes.write(total[d], lanes.read(total[d]) + weight * lanes.splat(v))
+                        v = lanes.splat(self._value(self.first + start + block, low + d, j))
+                        lanes.write(
+                            total[d], self.math.multiply_add(lanes.read(total[d]), weight, v)
+                        )
             for d in range(width):
                 lanes.store(context, lanes.read(total[d]), low + d)
 
@@ -178,12 +219,40 @@ class _Query:
         if self.size % widest:
             channels(full * widest, self.size % widest)
 
+    def _value(self, block: Any, d: Any, j: Any) -> Any:
+        """V of key j, channel d."""
+        return self.qkv[block, self._channel(2, d), j]
+
+
+class _HalfQuery(_Query):
+    """In bfloat16: a lane of weights holds those of two neighbouring keys, one of V too."""
+
+    def _weights(self, scores: Any) -> Any:
+        return T.alloc_buffer((self.knobs["key_tile"] * LANES // 2, LANES), "int32")
+
+    def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any) -> None:
+        with T.serial(blocks * (LANES // 2)) as j:
+            highest = lanes.load(state, 0)
+            pair = [
+                T.Bind(vector_math.exp(lanes.load(scores, 2 * j + i) - highest)) for i in range(2)
+            ]
+            lanes.store(weights, arithmetics.pack_bf16(*pair), j)
+            lanes.store(state, lanes.load(state, 1) + (pair[0] + pair[1]), 1)
+
+    def _value(self, block: Any, d: Any, j: Any) -> Any:
+        # two channels of 8 pairs of tokens share the place of one pair of channels
+        channel = 2 * self.width + self.head * self.size + d
+        return self.qkv[block, channel // 2, channel % 2 * (LANES // 2) + j]
+
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Two sequences where the blocks allow it, the last few keys of each masked."""
     heads, size = task.shape["heads"], task.shape["head_size"]
     counts = [blocks] if blocks < 3 else [blocks - blocks // 3, blocks // 3]
     qkv = rng.standard_normal((blocks * LANES, 3 * heads * size)).astype("float32")
+    halves = task.shape.get("precision") == "bf16"
+    if halves:
+        qkv = arithmetics.bf16_values(arithmetics.bf16_pairs(qkv))
     keys = np.zeros((blocks, LANES), "float32")
     table = np.zeros((blocks, 4), "int32")
     longest = max(counts)
@@ -207,8 +276,16 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
             )
         expected.append((softmax(scores) @ v).transpose(1, 0, 2).reshape(-1, heads * size))
         first += count
-    activations = [lanes.to_lanes(qkv), keys, table] + ([bias] if task.shape["bias"] else [])
-    return Sample(activations, [], lanes.to_lanes(np.concatenate(expected).astype("float32")))
+    given = arithmetics.bf16_qkv_lanes(qkv) if halves else lanes.to_lanes(qkv)
+    activations = [given, keys, table] + ([bias] if task.shape["bias"] else [])
+    return result_sample(
+        task,
+        activations,
+        [],
+        np.concatenate(expected).astype("float32"),
+        # the softmax's weights are rounded too
+        tolerance=2.0**-8 if halves else 1e-4,
+    )
 
 
 def flops(task: Task, tokens: int) -> float:

@@ -1,13 +1,20 @@
 """A matrix product in lanes with its epilogue: y = activation(x W + b) + residual, any number of
-tokens.
+tokens, in float32, bfloat16 or bytes (see ``arithmetic``: a lane is 1, 2 or 4 channels, G).
 
-    x (m, K, 16), w (N / width, K, width), b (N), residual (m, N, 16)  →  y (m, N, 16)
+    x (m, K / G, 16), [range (m, 2, 16)], [residual (m, N, 16)], w (panels, K / G, width), b (N)
+        →  y (m, N, 16)
 
     parallel over tasks = groups of panels × chunks of token blocks
       for each pass over a part of K, panel of the group, tile of token blocks
         width × token_blocks accumulators in registers
           for k: load x once per block, broadcast w once per output, multiply-add
         one store per value; then the activation, while the tile is in the first-level cache
+
+``precision`` "int8" has a range per token, and ``scale`` and ``shift`` (N) behind ``w``:
+y = range.scale (scale Σ) + (range.low shift + b). "int8_static" has one range for all tokens,
+which is folded into ``scale`` and ``b``. ``writes`` "to_bf16" or "to_int8" stores y as the layer
+that reads it wants it, the latter by ``limits`` (2): low, and steps per unit. Channels from
+``values_from`` on are written for attention in bfloat16, in pairs of tokens instead of channels.
 
 Why not tokens in rows and outputs in lanes: as fast for dense products, but then sparse weights,
 softmax, LayerNorm and per-token scales all need shuffles.
@@ -17,16 +24,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.cpu import arithmetic as arithmetics
+from bertile.schedules.cpu import dense_samples, lanes
+from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
 from bertile.schedules.cpu.vector_math import ACTIVATIONS
-from bertile.schedules.reference import apply_activation
-from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
+from bertile.schedules.schedule import Knobs, Row, Schedule, Space
 from bertile.schedules.task import Task
 
 
@@ -36,13 +45,14 @@ def space(task: Task, row: Row) -> Space:
     A tile of ``accumulators`` vectors is ``token_blocks`` blocks by ``accumulators //
     token_blocks`` outputs: two knobs that keep inside the register file whatever is chosen.
     """
-    inputs = task.shape["inputs"]
-    fits = _accumulators(row)
+    depth = -(-task.shape["inputs"] // group(task))
+    halves = precision(task) == "fp32" and writes(task) == "to_fp32"
+    fits = _accumulators(task, row)
     return {
         "accumulators": tuple(range(min(4, fits), fits + 1)),
         "token_blocks": tuple(b for b in (1, 2, 3, 4) if b <= fits // 2),
-        "unroll": tuple(u for u in (1, 2, 4) if inputs % u == 0),
-        "passes": tuple(p for p in (1, 2) if p == 1 or (inputs % p == 0 and inputs >= 256)),
+        "unroll": tuple(u for u in (1, 2, 4) if depth % u == 0),
+        "passes": (1, 2) if halves and depth % 2 == 0 and depth >= 256 else (1,),
         "panels": (1, 2, 4, 8),
         "chunk": (8, 16, 32),
     }
@@ -53,8 +63,9 @@ def default(task: Task, row: Row) -> Knobs:
     fourteen), of one where their activations would push accumulators out of the registers.
     """
     choices = space(task, row)
-    token_blocks = 4 if _accumulators(row) + 4 <= lanes.vector_capacity(row) else 1
-    widest = min(_accumulators(row), 24) // token_blocks
+    room = lanes.vector_capacity(row) - _accumulators(task, row)
+    token_blocks = 4 if room >= 4 and 4 in choices["token_blocks"] else 1
+    widest = min(_accumulators(task, row), 24) // token_blocks
     # one output less where that pads nothing; else padding costs less than a narrower tile
     even = [n for n in (widest, widest - 1) if task.shape["outputs"] % n == 0]
     width = max(even, default=widest)
@@ -68,9 +79,29 @@ def default(task: Task, row: Row) -> Knobs:
     }
 
 
+def precision(task: Task) -> str:
+    """How the task multiplies: fp32, bf16, int8 or int8_static."""
+    return str(task.shape.get("precision", "fp32"))
+
+
+def writes(task: Task) -> str:
+    """How the task stores its result: to_fp32, to_bf16 or to_int8."""
+    return str(task.shape.get("writes", "to_fp32"))
+
+
+def group(task: Task) -> int:
+    """Channels of one lane of x."""
+    return {"fp32": 1, "bf16": 2}.get(precision(task), 4)
+
+
 def panel_width(task: Task, knobs: Knobs) -> int:
-    """How many outputs a panel of packed weights is wide: those of the tile of most blocks."""
-    return min(knobs["accumulators"] // knobs["token_blocks"], task.shape["outputs"])
+    """How many outputs a panel of packed weights is wide: those of the tile of most blocks.
+
+    A whole number of the lanes that are stored.
+    """
+    packed = {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes(task)]
+    width = min(knobs["accumulators"] // knobs["token_blocks"], task.shape["outputs"])
+    return max(packed, width // packed * packed)
 
 
 def panel_count(task: Task, knobs: Knobs) -> int:
@@ -80,20 +111,31 @@ def panel_count(task: Task, knobs: Knobs) -> int:
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
-    """The PrimFunc (x, [residual], w, b, y)."""
-    inputs, outputs = task.shape["inputs"], task.shape["outputs"]
+    """The PrimFunc (x, [range], [residual], w, [scale, [shift]], b, [limits], y)."""
+    math = arithmetic(precision(task).removesuffix("_static"), row)
+    outputs, depth = task.shape["outputs"], math.lanes(task.shape["inputs"])
     width, panels, chunk = panel_width(task, knobs), panel_count(task, knobs), knobs["chunk"]
     group = min(knobs["panels"] * knobs["token_blocks"], panels)
     groups = -(-panels // group)
+    bytes_, narrow = math.group == 4, writes(task) != "to_fp32"
     with lanes.kernel(task.name) as made:
-        x = made.activation("x", inputs)
+        x = made.activation("x", depth, math.lane)
+        per_token = precision(task) == "int8"
+        range_ = made.activation("range", 2) if per_token else None
         residual = made.activation("residual", outputs) if task.shape["residual"] else None
-        w = made.tensor("w", panels, inputs, width)
+        w = made.tensor("w", panels, depth, width, dtype=math.lane)
+        scale = made.tensor("scale", panels * width) if bytes_ else None
+        shift = made.tensor("shift", panels * width) if per_token else None
         b = made.tensor("b", panels * width)
-        y = made.activation("y", outputs)
-        tile = _Tile(task, knobs, x, residual, w, b, y)
+        limits = made.tensor("limits", 2) if writes(task) == "to_int8" else None
+        packed = {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes(task)]
+        y = made.activation("y", outputs // packed, "int32" if narrow else "float32")
+        made.link(math.llvm)
+        operands = _Operands(x, range_, residual, w, scale, shift, b, limits, y)
         chunks = T.Bind((made.blocks + (chunk - 1)) // chunk)
         with T.parallel(groups * chunks) as job:
+            scratch = T.alloc_buffer((width * knobs["token_blocks"], lanes.LANES), "float32")
+            tile = _Tile(task, knobs, math, operands, scratch if narrow else None)
             first = T.Bind(job // groups * chunk)
             count = T.Bind(T.min(chunk, made.blocks - first))
             for part in range(knobs["passes"]):
@@ -115,15 +157,30 @@ def _tiles(tile: _Tile, base: Any, group: int, first: Any, count: Any, part: int
                 tile.emit(panel, together, first + count // wide * wide, rest, part)
 
 
+@dataclass(frozen=True)
+class _Operands:
+    """A kernel's buffers; None is what the task has not."""
+
+    x: Any
+    range: Any
+    residual: Any
+    w: Any
+    scale: Any
+    shift: Any
+    b: Any
+    limits: Any
+    y: Any
+
+
 class _Tile:
     """Emits the product of some panels of outputs and a few token blocks, over one part of K."""
 
     def __init__(
-        self, task: Task, knobs: Knobs, x: Any, residual: Any, w: Any, b: Any, y: Any
+        self, task: Task, knobs: Knobs, math: Arithmetic, operands: _Operands, scratch: Any
     ) -> None:
-        self.task, self.knobs = task, knobs
-        self.width = panel_width(task, knobs)
-        self.x, self.residual, self.w, self.b, self.y = x, residual, w, b, y
+        self.task, self.knobs, self.math, self.scratch = task, knobs, math, scratch
+        self.width, self.outputs = panel_width(task, knobs), task.shape["outputs"]
+        self.of = operands
 
     @contextmanager
     def panels(self, base: Any, group: int, together: int) -> Iterator[Any]:
@@ -140,10 +197,10 @@ class _Tile:
     def emit(self, panel: Any, panels: int, block: Any, token_blocks: int, part: int) -> None:
         """The tile of ``panels`` panels from ``panel``, ``token_blocks`` blocks from ``block``."""
         unroll = self.knobs["unroll"]
-        depth = self.task.shape["inputs"] // self.knobs["passes"]
+        depth = self.math.lanes(self.task.shape["inputs"]) // self.knobs["passes"]
         unroll = unroll if depth % unroll == 0 else 1
+        registers = iter(lanes.registers(panels * self.width * token_blocks, dtype=self.math.total))
         # (accumulator, panel, output within it, block)
-        registers = iter(lanes.registers(panels * self.width * token_blocks))
         tile = [
             (next(registers), panel + p, n, block + t)
             for p in range(panels)
@@ -154,44 +211,67 @@ class _Tile:
         with T.serial(depth // unroll) as outer, T.unroll(unroll) as inner:
             k = part * depth + outer * unroll + inner
             for total, p, n, t in tile:
-                product = lanes.load(self.x, t, k) * lanes.splat(self.w[p, k, n])
-                lanes.write(total, lanes.read(total) + product)
-        fits = (panel + panels) * self.width <= self.task.shape["outputs"]
-        if panel_count(self.task, self.knobs) * self.width == self.task.shape["outputs"]:
-            self._store(tile, part, padded=False)
+                x, w = lanes.load(self.of.x, t, k), lanes.splat(self.of.w[p, k, n])
+                lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
+        last = part == self.knobs["passes"] - 1
+        low, count = panel * self.width, panels * self.width
+        if self.scratch is not None:
+            for i, (total, p, n, t) in enumerate(tile):
+                place = i % token_blocks * count + i // token_blocks
+                lanes.store(self.scratch, self._value(total, p * self.width + n, t), place)
+            self._narrow(low, count, block, token_blocks)
+            return
+        if panel_count(self.task, self.knobs) * self.width == self.outputs:
+            self._store(tile, last, padded=False)
         else:
-            with T.If(fits):
+            with T.If((panel + panels) * self.width <= self.outputs):
                 with T.Then():
-                    self._store(tile, part, padded=False)
+                    self._store(tile, last, padded=False)
                 with T.Else():
-                    self._store(tile, part, padded=True)
-        if part == self.knobs["passes"] - 1 and self.task.shape["activation"] != "none":
-            self._activate(panel * self.width, panels * self.width, block, token_blocks)
+                    self._store(tile, last, padded=True)
+        if last and self.task.shape["activation"] != "none":
+            self._activate(low, count, block, token_blocks)
 
     def _start(self, tile: list, part: int) -> None:
-        """The first part begins at the bias, a later one at what the parts before it left in y."""
-        outputs = self.task.shape["outputs"]
+        """Floats: the first part begins at the bias, a later one at what the parts before it left
+        in y. Bytes begin at zero.
+        """
         for total, p, n, t in tile:
             channel = p * self.width + n
-            if part == 0:
-                lanes.write(total, lanes.splat(self.b[channel]))
+            if self.math.group == 4:
+                lanes.write(total, self.math.zero())
+            elif part == 0:
+                lanes.write(total, lanes.splat(self.of.b[channel]))
             else:
                 # a padded output has nothing in y: read a channel that exists, drop it later
-                lanes.write(total, lanes.load(self.y, t, T.min(channel, outputs - 1)))
+                channel = T.min(channel, self.outputs - 1)
+                lanes.write(total, lanes.load(self.of.y, t, channel))
 
-    def _store(self, tile: list, part: int, padded: bool) -> None:
+    def _value(self, total: Any, channel: Any, t: Any) -> Any:
+        """The float32 that an accumulator stands for."""
+        value = lanes.read(total)
+        if self.math.group != 4:
+            return value
+        value = value.astype("float32x16") * lanes.splat(self.of.scale[channel])
+        if self.of.range is None:
+            return value + lanes.splat(self.of.b[channel])
+        scale, low = lanes.load(self.of.range, t, 0), lanes.load(self.of.range, t, 1)
+        shift = low * lanes.splat(self.of.shift[channel]) + lanes.splat(self.of.b[channel])
+        return value * scale + shift
+
+    def _store(self, tile: list, last: bool, padded: bool) -> None:
         """One store per sum; what has no activation gets its residual on the way."""
-        residual = self.residual if self.task.shape["activation"] == "none" else None
+        residual = self.of.residual if self.task.shape["activation"] == "none" else None
         for total, p, n, t in tile:
             channel = p * self.width + n
-            value = lanes.read(total)
-            if residual is not None and part == self.knobs["passes"] - 1:
+            value = self._value(total, channel, t)
+            if residual is not None and last:
                 value = value + lanes.load(residual, t, channel)
             if padded:
-                with T.If(channel < self.task.shape["outputs"]), T.Then():
-                    lanes.store(self.y, value, t, channel)
+                with T.If(channel < self.outputs), T.Then():
+                    lanes.store(self.of.y, value, t, channel)
             else:
-                lanes.store(self.y, value, t, channel)
+                lanes.store(self.of.y, value, t, channel)
 
     def _activate(self, low: Any, count: int, block: Any, token_blocks: int) -> None:
         """The activation on what was just stored and still is in the first-level cache.
@@ -200,38 +280,67 @@ class _Tile:
         which take TVM a second to compile and are no faster.
         """
         activation = ACTIVATIONS[self.task.shape["activation"]]
-        last = T.min(count, self.task.shape["outputs"] - low)
+        last = T.min(count, self.outputs - low)
         with T.serial(token_blocks) as t, T.serial(last) as n:
-            value = activation(lanes.load(self.y, block + t, low + n))
-            if self.residual is not None:
-                value = value + lanes.load(self.residual, block + t, low + n)
-            lanes.store(self.y, value, block + t, low + n)
+            value = activation(lanes.load(self.of.y, block + t, low + n))
+            if self.of.residual is not None:
+                value = value + lanes.load(self.of.residual, block + t, low + n)
+            lanes.store(self.of.y, value, block + t, low + n)
+
+    def _narrow(self, low: Any, count: int, block: Any, token_blocks: int) -> None:
+        """Activation, residual and packing of the tile in the scratch buffer."""
+        activation = ACTIVATIONS[self.task.shape["activation"]]
+        packed = {"to_bf16": 2, "to_int8": 4}[writes(self.task)]
+        last = T.min(count, self.outputs - low) // packed
+        with T.serial(token_blocks) as t, T.serial(last) as n:
+            values = []
+            for i in range(packed):
+                value = activation(lanes.load(self.scratch, t * count + n * packed + i))
+                if self.of.residual is not None:
+                    channel = low + n * packed + i
+                    value = value + lanes.load(self.of.residual, block + t, channel)
+                values.append(T.Bind(value))
+            self._pack(values, block + t, T.Bind((low + n * packed) // packed))
+
+    def _pack(self, values: list, block: Any, lane: Any) -> None:
+        if self.of.limits is not None:
+            low, inverse = (lanes.splat(self.of.limits[i]) for i in range(2))
+            inside = [arithmetics.clamp(arithmetics.steps(v, low, inverse)) for v in values]
+            lanes.store(self.of.y, arithmetics.pack_bytes(inside), block, lane)
+            return
+        values_from = self.task.shape.get("values_from")
+        if values_from is None:
+            lanes.store(self.of.y, arithmetics.pack_bf16(*values), block, lane)
+            return
+        with T.If(lane < values_from // 2):
+            with T.Then():
+                lanes.store(self.of.y, arithmetics.pack_bf16(*values), block, lane)
+            with T.Else():
+                for i, value in enumerate(values):
+                    half = T.Bind(arithmetics.pack_bf16_tokens(value))
+                    width = lanes.LANES // 2
+                    ramp = tirx.Ramp(i * width, 1, width)
+                    T.buffer_store(self.of.y, half, [block, lane, ramp])
 
 
 def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """w (K, N), b (N) → w (panels, K, width), b padded: each panel is read front to back."""
-    w, b = weights
+    """w (K, N) → (panels, K / G, width): each panel is read front to back; vectors (N) padded.
+
+    ``weights`` are w (float32, or int8 for bytes), then the vectors in the kernel's order.
+    """
+    w, *vectors = weights
+    width, panels, each = panel_width(task, knobs), panel_count(task, knobs), group(task)
     inputs, outputs = w.shape
-    width, panels = panel_width(task, knobs), panel_count(task, knobs)
+    depth = -(-inputs // each)
     padding = panels * width - outputs
-    w = np.pad(w, ((0, 0), (0, padding))) if padding else w
-    packed = np.ascontiguousarray(w.reshape(inputs, panels, width).transpose(1, 0, 2))
-    return [packed, np.pad(b, (0, padding))]
-
-
-def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
-    """Random operands, scaled as in a trained network, and the product by numpy in float64."""
-    inputs, outputs = task.shape["inputs"], task.shape["outputs"]
-    w = (rng.standard_normal((inputs, outputs)) * inputs**-0.5).astype("float32")
-    b = rng.standard_normal(outputs).astype("float32")
-    x = rng.standard_normal((blocks * LANES, inputs)).astype("float32")
-    expected = apply_activation(task.shape["activation"], x.astype("float64") @ w + b)
-    activations = [lanes.to_lanes(x)]
-    if task.shape["residual"]:
-        r = rng.standard_normal((blocks * LANES, outputs)).astype("float32")
-        activations.append(lanes.to_lanes(r))
-        expected = expected + r
-    return Sample(activations, [w, b], lanes.to_lanes(expected.astype("float32")))
+    if precision(task) == "bf16":
+        w = arithmetics.bf16_pairs(w[..., None].repeat(2, -1)).view("uint16")[..., 0]
+    w = np.pad(w, ((0, depth * each - inputs), (0, padding)))
+    w = w.reshape(depth, each, panels, width).transpose(2, 0, 3, 1)
+    w = np.ascontiguousarray(w).view("float32" if each == 1 else "int32")[..., 0]
+    limits = vectors.pop() if writes(task) == "to_int8" else None
+    padded = [np.pad(v, (0, padding)) for v in vectors]
+    return [w, *padded] + ([] if limits is None else [limits])
 
 
 def flops(task: Task, tokens: int) -> float:
@@ -239,12 +348,13 @@ def flops(task: Task, tokens: int) -> float:
     return 2.0 * tokens * task.shape["inputs"] * task.shape["outputs"]
 
 
-def _accumulators(row: Row) -> int:
+def _accumulators(task: Task, row: Row) -> int:
     """Vectors that may accumulate: what the activations and a broadcast weight leave of the
-    registers.
+    registers. Bytes that are widened first take twice as many.
     """
     capacity = lanes.vector_capacity(row)
-    return capacity - max(2, capacity // 8)
+    widened = group(task) == 4 and row.dot_product != "vnni"
+    return capacity - max(4 if widened else 2, capacity // 8)
 
 
-dense = Schedule("dense", space, default, kernel, sample, flops, pack)
+dense = Schedule("dense", space, default, kernel, dense_samples.sample, flops, pack)

@@ -19,7 +19,8 @@ from tvm.tirx.script import builder as T
 from bertile.schedules import reference
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.lanes import LANES
-from bertile.schedules.cpu.layer_norm import normalize
+from bertile.schedules.cpu.layer_norm import normalize, normalized_sample
+from bertile.schedules.cpu.narrow import Narrow, sample_weights
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
 
@@ -35,8 +36,8 @@ def default(task: Task, row: Row) -> Knobs:
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
-    """The PrimFunc (ids…, place, tables…, gamma, beta, y); ``ids`` and ``rows`` name one dtype and
-    one V a table.
+    """The PrimFunc (ids…, place, tables…, gamma, beta, [smooth], [limits], y, [values, [range]]);
+    ``ids`` and ``rows`` name one dtype and one V a table.
     """
     channels = task.shape["channels"]
     dtypes = str(task.shape["ids"]).split("_")
@@ -49,7 +50,12 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         place = made.tensor("place", made.blocks, 4, dtype="int32")
         tables = [made.tensor(f"table{i}", count, channels) for i, count in enumerate(rows)]
         gamma, beta = (made.tensor(name, channels) for name in ("gamma", "beta"))
+        narrow = Narrow.of(task)
+        if narrow:
+            narrow.declare_inputs(made, bool(task.shape.get("smooth")))
         y = made.activation("y", channels)
+        if narrow:
+            narrow.declare_results(made)
         with T.parallel(made.blocks) as block:
             with T.serial(LANES) as lane:
                 found = [
@@ -64,6 +70,8 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             normalize(
                 y, block, y, block, gamma, beta, channels, task.shape["epsilon"], knobs["sums"]
             )
+            if narrow:
+                narrow.emit(lambda c: lanes.load(y, block, c), block)
     return made.func
 
 
@@ -81,6 +89,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     rows = [int(v) for v in str(task.shape["rows"]).split("_")]
     tables = [rng.standard_normal((count, channels)).astype("float32") for count in rows]
     scale = [rng.standard_normal(channels).astype("float32") for _ in range(2)]
+    weights = [*tables, *scale, *sample_weights(task, rng)]
     ids = [
         rng.integers(0, count, (1, tokens)).astype(dtype)
         for count, dtype in zip(rows, str(task.shape["ids"]).split("_"))
@@ -88,7 +97,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     place = np.array([[0, i * LANES, 0, blocks] for i in range(blocks)], "int32")
     total = sum(table[index[0]].astype("float64") for table, index in zip(tables, ids))
     total = reference.layer_norm(total, *scale, task.shape["epsilon"])
-    return Sample([*ids, place], [*tables, *scale], lanes.to_lanes(total.astype("float32")))
+    return normalized_sample(task, [*ids, place], weights, total.astype("float32"))
 
 
 def flops(task: Task, tokens: int) -> float:

@@ -8,7 +8,7 @@ horizontal reduction.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class Kernel:
 
     def __init__(self) -> None:
         self.blocks = T.int32()  # m: how many blocks of 16 tokens come in
+        self.frames = ExitStack()
 
     def tensor(self, name: str, *shape: Any, dtype: str = "float32") -> Any:
         """An argument; a shape that names ``blocks`` is solved from the tensor that comes in."""
@@ -34,9 +35,14 @@ class Kernel:
             return T.arg(name, T.Buffer(shape, dtype))
         return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
 
-    def activation(self, name: str, channels: int) -> Any:
-        """An argument (m, channels, 16) of float32."""
-        return self.tensor(name, self.blocks, channels, LANES)
+    def link(self, llvm: str) -> None:
+        """Let the body call the functions of this LLVM IR; to be said after the last argument."""
+        if llvm:
+            self.frames.enter_context(T.attr(0, "pragma_import_llvm", llvm))
+
+    def activation(self, name: str, channels: int, dtype: str = "float32") -> Any:
+        """An argument (m, channels, 16)."""
+        return self.tensor(name, self.blocks, channels, LANES, dtype=dtype)
 
 
 @contextmanager
@@ -47,7 +53,8 @@ def kernel(name: str) -> Iterator[Kernel]:
             T.func_name(name)
             T.func_attr({"tirx.noalias": True})
             made = Kernel()
-            yield made
+            with made.frames:
+                yield made
     made.func = builder.get()
 
 
@@ -68,19 +75,15 @@ def splat(value: Any) -> Any:
     return tirx.Broadcast(value, LANES)
 
 
-def registers(*shape: int) -> list[Any]:
+def registers(vectors: int, dtype: str = "float32") -> list[Any]:
     """Accumulators that LLVM keeps in registers: one buffer per 15 vectors or fewer.
 
     A buffer of 1024 bytes or more would live on the heap, with a store at every multiply-add; and
-    only
-    buffers under that size become stack slots that LLVM promotes. The last extent counts vectors.
+    only buffers under that size become stack slots that LLVM promotes.
     """
-    *outer, vectors = shape
-    if outer:
-        return [registers(*outer[1:], vectors) for _ in range(outer[0])]
     per_buffer = 15
     buffers = [
-        T.alloc_buffer((min(per_buffer, vectors - start), LANES), "float32")
+        T.alloc_buffer((min(per_buffer, vectors - start), LANES), dtype)
         for start in range(0, vectors, per_buffer)
     ]
     return [(buffers[i // per_buffer], i % per_buffer) for i in range(vectors)]

@@ -1,6 +1,8 @@
 """LayerNorm in lanes: mean, variance and result are vertical, one pass over the channels each.
 
 x (m, C, 16), gamma (C), beta (C)  →  y (m, C, 16)
+
+With a ``kind`` the result is also written in that narrow form (see ``narrow``).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from tvm.tirx.script import builder as T
 from bertile.schedules import reference
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.cpu.narrow import Narrow, narrow_sample, sample_weights
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
 
@@ -29,16 +32,22 @@ def default(task: Task, row: Row) -> Knobs:
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
-    """The PrimFunc (x, gamma, beta, y)."""
-    channels = task.shape["channels"]
+    """The PrimFunc (x, gamma, beta, [smooth], [limits], y, [values, [range]])."""
+    channels, narrow = task.shape["channels"], Narrow.of(task)
     with lanes.kernel(task.name) as made:
         x = made.activation("x", channels)
         gamma, beta = made.tensor("gamma", channels), made.tensor("beta", channels)
+        if narrow:
+            narrow.declare_inputs(made, bool(task.shape.get("smooth")))
         y = made.activation("y", channels)
+        if narrow:
+            narrow.declare_results(made)
         with T.parallel(made.blocks) as block:
             normalize(
                 x, block, y, block, gamma, beta, channels, task.shape["epsilon"], knobs["sums"]
             )
+            if narrow:
+                narrow.emit(lambda c: lanes.load(y, block, c), block)
     return made.func
 
 
@@ -88,9 +97,23 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Activations off centre, so that a variance that loses digits shows."""
     channels = task.shape["channels"]
     gamma, beta = (rng.standard_normal(channels).astype("float32") for _ in range(2))
+    weights = [gamma, beta, *sample_weights(task, rng)]
     x = (rng.standard_normal((blocks * LANES, channels)) * 3 + 5).astype("float32")
     expected = reference.layer_norm(x.astype("float64"), gamma, beta, task.shape["epsilon"])
-    return Sample([lanes.to_lanes(x)], [gamma, beta], lanes.to_lanes(expected.astype("float32")))
+    return normalized_sample(task, [lanes.to_lanes(x)], weights, expected.astype("float32"))
+
+
+def normalized_sample(
+    task: Task, activations: list[np.ndarray], weights: list[np.ndarray], expected: np.ndarray
+) -> Sample:
+    """The sample of a kernel that ends in a LayerNorm, in the task's narrow form too if it has
+    one.
+    """
+    if not task.shape.get("kind"):
+        return Sample(activations, weights, lanes.to_lanes(expected))
+    smooth = weights[-2 if task.shape["kind"] == "int8_static" else -1]
+    narrowed = expected * smooth if task.shape.get("smooth") else expected
+    return narrow_sample(task, activations, weights, narrowed, expected)
 
 
 def flops(task: Task, tokens: int) -> float:

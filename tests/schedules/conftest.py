@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import tvm
@@ -52,23 +54,38 @@ class Kernels:
 
         What lies beside an operand is NaN, so that reading it shows too.
         """
+        return self.call_all(library, operands, [np.zeros(shape, dtype)])[0]
+
+    def call_all(self, library, operands, results) -> list[np.ndarray]:
+        """As ``call``, for a kernel of several results, given as arrays of their form."""
         if self.lacks:
             pytest.skip(f"built, but not run: this CPU lacks {' '.join(self.lacks)}")
         tensors = [guarded(one, np.nan if one.dtype.kind == "f" else 0)[0] for one in operands]
-        result, memory = guarded(np.full(shape, UNTOUCHED, dtype), UNTOUCHED)
-        library["main"](*map(tvm_ffi.from_dlpack, [*tensors, result]))
-        assert np.count_nonzero(memory == UNTOUCHED) == memory.size - result.size
-        return result
+        made = [guarded(np.full_like(one, UNTOUCHED), UNTOUCHED) for one in results]
+        found = [result for result, _ in made]
+        library["main"](*map(tvm_ffi.from_dlpack, [*tensors, *found]))
+        for result, memory in made:
+            assert np.count_nonzero(memory == UNTOUCHED) == memory.size - result.size
+        return found
 
     def difference(self, task, blocks=2, knobs=None, seed=0) -> float:
         """The largest absolute difference to the sample's expected result."""
+        sample, found = self.run(task, blocks, knobs, seed)
+        return float(np.abs(sample.decode(found) - sample.expected).max())
+
+    def mistake(self, task, blocks=2, knobs=None, seed=0):
+        """What the sample finds wrong with the kernel, None if nothing is."""
+        sample, found = self.run(task, blocks, knobs, seed)
+        return sample.mistake(found)
+
+    def run(self, task, blocks=2, knobs=None, seed=0):
+        """The sample of a task, and what the kernel makes of it."""
         schedule = SCHEDULES[task.operation]
         library = self.build(task, knobs)
         knobs = schedule.default(task, self.row) if knobs is None else knobs
         sample = schedule.sample(task, blocks, np.random.default_rng(seed))
         weights = schedule.pack(task, knobs, sample.weights)
-        found = self.call(library, [*sample.activations, *weights], sample.expected.shape)
-        return float(np.abs(found - sample.expected).max())
+        return sample, self.call_all(library, [*sample.activations, *weights], sample.buffers())
 
     def points(self, task, count, seed=0):
         """Random points of a task's space."""
@@ -78,6 +95,12 @@ class Kernels:
             yield {knob: int(rng.choice(values)) for knob, values in space.items()}
 
 
+@pytest.fixture(scope="session")
+def kernels_of():
+    """The kernels of a target row, by the row's name."""
+    return cache(lambda name: Kernels(targets.resolve(name, threads=1)))
+
+
 @pytest.fixture(scope="session", params=["x86-avx512", "x86-avx2"])
-def kernels(request) -> Kernels:
-    return Kernels(targets.resolve(request.param, threads=1))
+def kernels(request, kernels_of) -> Kernels:
+    return kernels_of(request.param)

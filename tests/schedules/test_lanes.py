@@ -60,16 +60,6 @@ def test_registers_are_buffers_that_become_stack_slots(vectors):
     assert all(size < 1024 for size in sizes)
 
 
-def test_registers_of_two_extents_count_vectors_last():
-    with lanes.kernel("tile") as made:
-        y = made.activation("y", 1)
-        total = lanes.registers(2, 3)
-        with T.serial(made.blocks) as block:
-            lanes.write(total[1][2], lanes.splat(1.0))
-            lanes.store(y, lanes.read(total[1][2]), block, 0)
-    assert [len(row) for row in total] == [3, 3]
-
-
 def test_kernel_solves_the_number_of_blocks_from_its_argument(kernels):
     with lanes.kernel("double") as made:
         x, y = made.activation("x", 3), made.activation("y", 3)

@@ -1,0 +1,206 @@
+"""What one multiply-add is in each precision, and how activations lie in memory for it.
+
+A lane is 32 bits of one token: one float32 channel, two neighbouring bfloat16 channels, or four
+neighbouring unsigned bytes. So an activation of C channels is
+
+    fp32   (m, C, 16) float32
+    bf16   (m, C / 2, 16) int32, channel 2 i in the low half
+    int8   (m, C / 4, 16) int32, channel 4 i in the lowest byte
+
+and a weight of the same channels is broadcast as one number of 32 bits. Bytes stand for
+low + scale × byte; ``scale`` and ``low`` are (m, 2, 16) where each token has its own, and are
+folded into the weights of the layer that reads them where all tokens share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from bertile.schedules.cpu.lanes import LANES, splat
+from bertile.schedules.intrinsics import x86
+from bertile.schedules.schedule import Row
+
+LEVELS = 255  # steps of 8 bits
+# Added to a number of few digits, this leaves its rounded value in the lowest bits (ties to even).
+ROUND = 12582912.0
+ROUND_BITS = 0x4B400000
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Vectors of 16 lanes of ``group`` channels, multiplied and added up in ``total``."""
+
+    group: int
+    lane: str
+    total: str
+    function: str = ""
+    llvm: str = ""  # the function's text
+
+    def multiply_add(self, total: Any, x: Any, w: Any) -> Any:
+        """total + x · w, the product of each lane's channels."""
+        if not self.function:
+            return total + x * w
+        return tirx.call_extern(f"{self.total}x{LANES}", self.function, total, x, w)
+
+    def zero(self) -> Any:
+        """A vector of zeros to add up on."""
+        return tirx.Broadcast(tirx.const(0, self.total), LANES)
+
+    def lanes(self, channels: int) -> int:
+        """Vectors that so many channels take."""
+        return -(-channels // self.group)
+
+
+FP32 = Arithmetic(1, "float32", "float32")
+BF16 = Arithmetic(2, "int32", "float32", "bertile_dot2", x86.DOT2_BF16)
+
+
+def arithmetic(precision: str, row: Row) -> Arithmetic:
+    """The arithmetic of ``fp32``, ``bf16`` or ``int8`` on a machine."""
+    if precision == "int8":
+        wide = x86.DOT4_AVX512 if row.vector_bits == 512 else x86.DOT4_AVX2
+        text = x86.DOT4_VNNI if row.dot_product == "vnni" else wide
+        return Arithmetic(4, "int32", "int32", "bertile_dot4", text)
+    return {"fp32": FP32, "bf16": BF16}[precision]
+
+
+# On vectors of a kernel.
+
+
+def pack_bf16(low: Any, high: Any) -> Any:
+    """Two float32 vectors as pairs of bfloat16, rounded to nearest, ties away from zero."""
+    half = tirx.Broadcast(tirx.const(0x8000, "int32"), LANES)
+    low = tirx.reinterpret(f"int32x{LANES}", low) + half
+    high = tirx.reinterpret(f"int32x{LANES}", high) + half
+    mask = tirx.Broadcast(tirx.const(-65536, "int32"), LANES)
+    # the sign that a right shift brings in from the left is masked away by the other half
+    return (high & mask) | ((low >> _sixteen()) & ~mask)
+
+
+def pack_bf16_tokens(value: Any) -> Any:
+    """A float32 vector as 8 pairs of bfloat16 of neighbouring tokens."""
+    half = tirx.Broadcast(tirx.const(0x8000, "int32"), LANES)
+    bits = (tirx.reinterpret(f"int32x{LANES}", value) + half) >> _sixteen()
+    return tirx.reinterpret(f"int32x{LANES // 2}", bits.astype(f"int16x{LANES}"))
+
+
+def _sixteen() -> Any:
+    return tirx.Broadcast(tirx.const(16, "int32"), LANES)
+
+
+def pack_bytes(values: Sequence[Any]) -> Any:
+    """Four vectors of floats between 0 and 255 as bytes, rounded to nearest."""
+    total = None
+    for place, value in enumerate(values):
+        bits = tirx.reinterpret(f"int32x{LANES}", value + splat(ROUND))
+        if place:
+            bits = bits << tirx.Broadcast(tirx.const(8 * place, "int32"), LANES)
+        total = bits if total is None else total + bits
+    surplus = sum(ROUND_BITS << (8 * place) for place in range(len(values))) & 0xFFFFFFFF
+    surplus -= (surplus >> 31) << 32  # as a signed number
+    return total - tirx.Broadcast(tirx.const(surplus, "int32"), LANES)
+
+
+def steps(value: Any, low: Any, inverse: Any) -> Any:
+    """How many steps a vector of values lies above ``low``, not yet rounded."""
+    return (value - low) * inverse
+
+
+def clamp(value: Any) -> Any:
+    """Steps of a value that may lie outside the range."""
+    return tirx.min(tirx.max(value, splat(0.0)), splat(float(LEVELS)))
+
+
+def store_range(made_range: Any, block: Any, low: Any, high: Any) -> tuple[Any, Any]:
+    """Write scale and low of a block's tokens; gives (low, steps per unit) to quantize with."""
+    spread = T.Bind(tirx.max(high - low, splat(1e-30)))
+    ramp = tirx.Ramp(0, 1, LANES)
+    T.buffer_store(made_range, spread * splat(1.0 / LEVELS), [block, 0, ramp])
+    T.buffer_store(made_range, low, [block, 1, ramp])
+    return low, T.Bind(splat(float(LEVELS)) / spread)
+
+
+# On arrays.
+
+
+def bf16_pairs(x: np.ndarray) -> np.ndarray:
+    """(…, 2 n) float32 → (…, n) int32, rounded as :func:`pack_bf16` does."""
+    bits = np.ascontiguousarray(x, "float32").view("uint32") + np.uint32(0x8000)
+    halves = (bits >> np.uint32(16)).astype("uint16")
+    return np.ascontiguousarray(halves).view("int32")
+
+
+def bf16_values(pairs: np.ndarray) -> np.ndarray:
+    """(…, n) int32 → (…, 2 n) float32."""
+    halves = np.ascontiguousarray(pairs).view("uint16")
+    return (halves.astype("uint32") << np.uint32(16)).view("float32")
+
+
+def grouped(rows: np.ndarray, group: int) -> np.ndarray:
+    """(tokens, C) of 16 or 8 bits → (m, C / group, 16) int32 in lanes; zeros where either is
+    short.
+    """
+    tokens, channels = rows.shape
+    blocks, wide = -(-tokens // LANES), -(-channels // group)
+    padded = np.zeros((blocks * LANES, wide * group), rows.dtype)
+    padded[:tokens, :channels] = rows
+    packed = np.ascontiguousarray(padded).view("int32")
+    return np.ascontiguousarray(packed.reshape(blocks, LANES, wide).transpose(0, 2, 1))
+
+
+def ungrouped(lanes: np.ndarray, dtype: str) -> np.ndarray:
+    """(m, C / group, 16) int32 → (m * 16, C) of ``dtype``, the inverse of :func:`grouped`."""
+    blocks, wide, _ = lanes.shape
+    rows = np.ascontiguousarray(lanes.transpose(0, 2, 1).reshape(blocks * LANES, wide))
+    return rows.view(dtype)
+
+
+def bf16_lanes(rows: np.ndarray) -> np.ndarray:
+    """(tokens, C) float32 → (m, C / 2, 16) int32."""
+    return grouped(bf16_pairs(rows).view("uint16"), 2)
+
+
+def bf16_rows(lanes: np.ndarray) -> np.ndarray:
+    """(m, C / 2, 16) int32 → (m * 16, C) float32."""
+    blocks, wide, _ = lanes.shape
+    rows = np.ascontiguousarray(lanes.transpose(0, 2, 1).reshape(blocks * LANES, wide))
+    return bf16_values(rows)
+
+
+def quantized_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, C) float32 → bytes (tokens, C), scale (tokens,), low (tokens,): a range a token."""
+    low, high = rows.min(1), rows.max(1)
+    spread = np.maximum(high - low, np.float32(1e-30))
+    inverse = np.float32(LEVELS) / spread
+    bytes_ = np.rint((rows - low[:, None]) * inverse[:, None]).astype("uint8")
+    return bytes_, spread * np.float32(1.0 / LEVELS), low
+
+
+def range_lanes(scale: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Scale and low of each token (m * 16,) → (m, 2, 16) float32."""
+    both = np.stack([scale, low], 1).astype("float32")
+    return np.ascontiguousarray(both.reshape(-1, LANES, 2).transpose(0, 2, 1))
+
+
+def dequantized_rows(bytes_: np.ndarray, range_: np.ndarray) -> np.ndarray:
+    """Bytes (m, C / 4, 16) int32 and ranges (m, 2, 16) → (m * 16, C) float32."""
+    per_token = range_.transpose(0, 2, 1).reshape(-1, 2)
+    return per_token[:, 1:] + per_token[:, :1] * ungrouped(bytes_, "uint8").astype("float32")
+
+
+def bf16_qkv_lanes(rows: np.ndarray) -> np.ndarray:
+    """Q, K and V (tokens, 3 C) → (m, 3 C / 2, 16) int32: V in pairs of tokens."""
+    tokens, channels = rows.shape
+    split = channels // 3 * 2
+    blocks = -(-tokens // LANES)
+    values = np.zeros((blocks * LANES, channels - split), "float32")
+    values[:tokens] = rows[:, split:]
+    by_token = values.reshape(blocks, LANES, -1).transpose(0, 2, 1)  # (m, C, 16)
+    paired = bf16_pairs(by_token).reshape(blocks, -1, LANES)
+    return np.concatenate([bf16_lanes(rows[:, :split]), paired], 1)

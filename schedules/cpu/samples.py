@@ -1,0 +1,51 @@
+"""What a kernel must give, in each form that a result can have."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bertile.schedules.cpu import arithmetic, lanes
+from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.schedule import Sample
+from bertile.schedules.task import Task
+
+BYTES = (-4.0, 4.0)  # the range of a result in bytes
+
+
+def result_sample(
+    task: Task,
+    activations: list[np.ndarray],
+    weights: list[np.ndarray],
+    expected: np.ndarray,
+    tolerance: float = 1e-4,
+) -> Sample:
+    """The sample of a kernel whose result (tokens, N) is ``writes`` of its task.
+
+    ``tolerance`` is that of float32; a narrow form adds its own rounding.
+    """
+    writes = task.shape.get("writes", "to_fp32")
+    if writes == "to_fp32":
+        return Sample(activations, weights, lanes.to_lanes(expected), tolerance=tolerance)
+    blocks, outputs = len(expected) // LANES, expected.shape[1]
+    if writes == "to_bf16":
+        split = int(task.shape.get("values_from", outputs))
+
+        def decode(found: list[np.ndarray]) -> np.ndarray:
+            rows = arithmetic.bf16_rows(found[0][:, : split // 2])
+            values = arithmetic.bf16_values(found[0][:, split // 2 :])  # (m, N / 2, 32)
+            values = values.reshape(blocks, outputs - split, LANES)
+            return np.concatenate([rows, lanes.from_lanes(values)], 1)
+
+        results, rounding = np.zeros((blocks, outputs // 2, LANES), "int32"), 2.0**-8
+    else:
+        low, high = BYTES
+        weights.append(np.array([low, arithmetic.LEVELS / (high - low)], "float32"))
+        step = (high - low) / arithmetic.LEVELS
+        expected = np.clip(expected, low, high)
+
+        def decode(found: list[np.ndarray]) -> np.ndarray:
+            return low + step * arithmetic.ungrouped(found[0], "uint8").astype("float32")
+
+        results = np.zeros((blocks, outputs // 4, LANES), "int32")
+        rounding = 0.51 * step / max(1.0, float(np.abs(expected).max()))
+    return Sample(activations, weights, expected, [results], decode, tolerance + rounding)

@@ -1,0 +1,96 @@
+"""x86 instructions that TVM cannot name, as lines of LLVM IR that a kernel links and inlines.
+
+Operands are vectors of 16 lanes of 32 bits, whatever the lanes hold: TVM has no bf16 vectors, and a
+lane of four bytes is loaded, and broadcast, as one number.
+
+    bertile_dot4(c, a, b)    c + Σ a[i] b[i], four unsigned bytes by four signed ones, exact
+    bertile_dot2(c, a, b)    c + a[0] b[0] + a[1] b[1], two bfloat16 each, into float32
+
+Without VNNI, vpmaddubsw would be the usual second choice; it saturates at 16 bits, so four bytes
+are widened to two pairs of 16 bits and multiplied by vpmaddwd: slower, and the same integers.
+"""
+
+from __future__ import annotations
+
+DOT4_VNNI = """
+declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
+define linkonce_odr <16 x i32> @bertile_dot4(<16 x i32> %c, <16 x i32> %a, <16 x i32> %b)
+    alwaysinline {
+  %x = bitcast <16 x i32> %a to <64 x i8>
+  %y = bitcast <16 x i32> %b to <64 x i8>
+  %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %c, <64 x i8> %x, <64 x i8> %y)
+  ret <16 x i32> %r
+}
+"""
+
+DOT2_BF16 = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define linkonce_odr <16 x float> @bertile_dot2(<16 x float> %c, <16 x i32> %a, <16 x i32> %b)
+    alwaysinline {
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, <32 x bfloat> %x,
+      <32 x bfloat> %y)
+  ret <16 x float> %r
+}
+"""
+
+# The even and the odd bytes of each lane, widened: unsigned ones of a, signed ones of b.
+_WIDENED = """
+  %x = bitcast <16 x i32> %a to <32 x i16>
+  %y = bitcast <16 x i32> %b to <32 x i16>
+  %x0 = and <32 x i16> %x, splat (i16 255)
+  %x1 = lshr <32 x i16> %x, splat (i16 8)
+  %yl = shl <32 x i16> %y, splat (i16 8)
+  %y0 = ashr <32 x i16> %yl, splat (i16 8)
+  %y1 = ashr <32 x i16> %y, splat (i16 8)
+"""
+
+DOT4_AVX512 = f"""
+declare <16 x i32> @llvm.x86.avx512.pmaddw.d.512(<32 x i16>, <32 x i16>)
+define linkonce_odr <16 x i32> @bertile_dot4(<16 x i32> %c, <16 x i32> %a, <16 x i32> %b)
+    alwaysinline {{{_WIDENED}
+  %p0 = call <16 x i32> @llvm.x86.avx512.pmaddw.d.512(<32 x i16> %x0, <32 x i16> %y0)
+  %p1 = call <16 x i32> @llvm.x86.avx512.pmaddw.d.512(<32 x i16> %x1, <32 x i16> %y1)
+  %s = add <16 x i32> %p0, %p1
+  %r = add <16 x i32> %c, %s
+  ret <16 x i32> %r
+}}
+"""
+
+
+def _half(name: str, source: str, low: bool) -> str:
+    picked = ", ".join(f"i32 {i}" for i in (range(16) if low else range(16, 32)))
+    return (
+        f"  %{name} = shufflevector <32 x i16> %{source}, <32 x i16> poison, <16 x i32> <{picked}>"
+    )
+
+
+def _avx2() -> str:
+    halves, products = [], []
+    for part in "lh":
+        for i in "01":
+            halves.append(_half(f"x{i}{part}", f"x{i}", part == "l"))
+            halves.append(_half(f"y{i}{part}", f"y{i}", part == "l"))
+            products.append(
+                f"  %p{i}{part} = call <8 x i32> @llvm.x86.avx2.pmadd.wd("
+                f"<16 x i16> %x{i}{part}, <16 x i16> %y{i}{part})"
+            )
+        products.append(f"  %s{part} = add <8 x i32> %p0{part}, %p1{part}")
+    lanes = ", ".join(f"i32 {i}" for i in range(16))
+    return "\n".join(
+        [
+            "declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)",
+            "define linkonce_odr <16 x i32> @bertile_dot4("
+            "<16 x i32> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {" + _WIDENED,
+            *halves,
+            *products,
+            f"  %s = shufflevector <8 x i32> %sl, <8 x i32> %sh, <16 x i32> <{lanes}>",
+            "  %r = add <16 x i32> %c, %s",
+            "  ret <16 x i32> %r",
+            "}",
+        ]
+    )
+
+
+DOT4_AVX2 = _avx2()

@@ -1,0 +1,99 @@
+"""Matrix products of bfloat16 and of bytes against numpy, in every form of their results."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from bertile.schedules.cpu import arithmetic
+from bertile.schedules.cpu.dense import dense
+from bertile.schedules.task import Task
+
+PRECISIONS = ("bf16", "int8", "int8_static")
+
+
+def product(inputs, outputs, activation="none", residual=False, **more):
+    shape = {"inputs": inputs, "outputs": outputs, "activation": activation, "residual": residual}
+    return Task("dense", {**shape, **more})
+
+
+@pytest.fixture(scope="module", params=["x86-avx512-bf16", "x86-avx512", "x86-avx2"])
+def kernels(request, kernels_of):
+    return kernels_of(request.param)
+
+
+@pytest.fixture
+def row(kernels, request):
+    """Skips bfloat16 where the row has none: such a kernel cannot be built."""
+    if request.node.callspec.params["precision"] == "bf16" and not kernels.row.bf16:
+        pytest.skip(f"{kernels.row.name} has no bfloat16 instructions")
+    return kernels.row
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", [(768, 768), (13, 17), (26, 26), (312, 100), (97, 2), (1, 5)])
+def test_product_equals_numpy(kernels, row, precision, shape):
+    assert kernels.mistake(product(*shape, precision=precision), blocks=3) is None
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 8, 33])
+def test_product_takes_any_number_of_blocks(kernels, row, precision, blocks):
+    task = product(64, 40, "relu", residual=True, precision=precision)
+    assert kernels.mistake(task, blocks) is None
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("writes", ["to_bf16", "to_int8"])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_product_writes_what_the_next_layer_reads(kernels, row, precision, writes, activation):
+    task = product(52, 44, activation, precision=precision, writes=writes)
+    assert kernels.mistake(task, blocks=3) is None
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_values_are_written_in_pairs_of_tokens(kernels, row, precision):
+    task = product(52, 36, precision=precision, writes="to_bf16", values_from=24)
+    assert kernels.mistake(task, blocks=5) is None
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_any_point_of_the_space_is_right(kernels, row, precision):
+    task = product(96, 84, "gelu", precision=precision, writes="to_bf16")
+    for knobs in kernels.points(task, 4):
+        assert kernels.mistake(task, 5, knobs) is None, knobs
+
+
+def test_bytes_at_their_limits_do_not_overflow(kernels):
+    """255 × ±127 in every place: vpmaddubsw would saturate."""
+    inputs, outputs = 64, 8
+    task = product(inputs, outputs, precision="int8_static")
+    knobs = dense.default(task, kernels.row)
+    signs = np.where(np.arange(outputs) % 2, 1, -1)
+    w = np.broadcast_to(127 * signs, (inputs, outputs)).astype("int8")
+    ones, zeros = np.ones(outputs, "float32"), np.zeros(outputs, "float32")
+    x = arithmetic.grouped(np.full((16, inputs), 255, "uint8"), 4)
+    weights = dense.pack(task, knobs, [w, ones, zeros])
+    found = kernels.call(kernels.build(task, knobs), [x, *weights], (1, outputs, 16))
+    assert np.array_equal(found[0], np.repeat(255.0 * 127 * inputs * signs[:, None], 16, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "instruction"),
+    [
+        ("x86-avx512-bf16", "bf16", "vdpbf16ps"),
+        ("x86-avx512-vnni", "int8", "vpdpbusd"),
+        ("x86-avx512", "int8", "vpmaddwd"),
+        ("x86-avx2", "int8", "vpmaddwd"),
+    ],
+)
+def test_inner_loop_keeps_its_sums_in_registers(kernels_of, name, precision, instruction):
+    library = kernels_of(name).build(product(768, 768, precision=precision))
+    text = library.inspect_source("asm")
+    loops = [block for block in re.split(r"\n\.L\w+:", text) if block.count(instruction) >= 12]
+    assert loops, f"no {instruction}"
+    busiest = max(loops, key=lambda block: block.count(instruction))
+    # a spilled sum would be loaded and stored around each of its multiply-adds
+    assert len(re.findall(r"%[yz]mm\d+, .*\(%r[sb]p\)", busiest)) < busiest.count(instruction) / 4
