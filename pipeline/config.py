@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bertile.errors import UsageError, nearest
+from bertile.precision import PRECISIONS
 from bertile.targets import names as target_names
 
-PRECISIONS = ("fp32",)
 TUNE_EFFORTS = ("none", "quick", "full")
 RUNTIMES = ("none", "include")
 HEADS = (

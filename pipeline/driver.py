@@ -104,14 +104,13 @@ class _Run:
     def optimized(self) -> Any:
         if self._graph is None:
             with self.progress.stage("import"):
-                from bertile import importer, optimizer
+                from bertile import importer, optimizer, planner
 
                 graph = importer.import_onnx(self.exported)
             with self.progress.stage("optimize") as stage:
                 dump = self.config.dump_ir
-                self._graph = optimizer.optimize(
-                    graph, *([optimizer.dump_to(Path(dump))] if dump else [])
-                )
+                graph = optimizer.optimize(graph, *([optimizer.dump_to(Path(dump))] if dump else []))
+                self._graph = planner.plan_precision(graph, self.config.precision, self.row)
                 stage.detail = f"IR in {dump}" if dump else ""
         return self._graph
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import tvm
 from tvm import relax
 
 from bertile.exported import ExportedModel
+from bertile.precision import Plan
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,14 @@ class Graph:
     """``main`` of ``mod`` takes the model's inputs, the block table (m, 4), then ``params`` in its
     own order.
 
-    ``params`` maps the name of each weight parameter to its value.
+    ``params`` maps the name of each weight parameter to its value, ``plan`` that of a linear
+    layer's weight to how the layer is computed.
     """
 
     mod: tvm.IRModule
     params: dict[str, np.ndarray]
     exported: ExportedModel
+    plan: Plan = field(default_factory=dict)
 
     @property
     def main(self) -> relax.Function:

@@ -10,7 +10,6 @@ the caller, reads or writes a row-major tensor.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,11 @@ import tvm
 from tvm import relax
 
 from bertile import ops
+from bertile.dense_weights import Arrays, dense_weights, limits
+from bertile.forms import FP32, GROUPS, Form, Forms
 from bertile.graph import Graph
 from bertile.importer import TABLE
-from bertile.passes.rewriting import Dataflow, shape
+from bertile.passes.rewriting import shape
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.generic import KERNEL
 from bertile.schedules.schedule import Knobs
@@ -45,41 +46,10 @@ class Lowered:
     fallthrough: list[str]  # operators that no schedule of ours covers, as Relax names them
 
 
-def task_of(call: relax.Call) -> Task:
-    """What the kernel of a fused operator computes."""
-    name = call.op.name.removeprefix("bertile.")
-    if name == "dense":
-        inputs, outputs = shape(call.args[1])
-        activation, residual = str(call.attrs["activation"]), len(call.args) == 4
-        return Task(
-            name, _shape(inputs=inputs, outputs=outputs, activation=activation, residual=residual)
-        )
-    if name == "attention":
-        attrs = call.attrs
-        return Task(
-            name,
-            _shape(
-                heads=int(attrs["heads"]),
-                head_size=int(attrs["head_size"]),
-                scale=_scale(float(attrs["scale"]), int(attrs["head_size"])),
-                bias=len(call.args) == 3,
-            ),
-        )
-    channels = shape(call)[-1]
-    if name == "layer_norm":
-        return Task(name, _shape(channels=channels, epsilon=_epsilon(call)))
-    if name == "embedding":
-        count = int(call.attrs["tables"])
-        ids = "_".join(str(a.ty.dtype) for a in call.args[:count])
-        rows = "_".join(str(shape(a)[0]) for a in call.args[count : 2 * count])
-        return Task(name, _shape(channels=channels, epsilon=_epsilon(call), ids=ids, rows=rows))
-    return Task(name, _shape(channels=channels))
-
-
 def tasks(graph: Graph) -> Counter[Task]:
     """The tasks of a graph's fused operators, with how often each is called."""
-    flow = Dataflow(graph.main)
-    return Counter(task_of(b.value) for b in flow.bindings if ops.is_ours(b.value))
+    forms = Forms(graph)
+    return Counter(forms.task(b.var) for b in forms.flow.bindings if ops.is_ours(b.value))
 
 
 def lower(graph: Graph, row: Target, choose: Choice) -> Lowered:
@@ -93,20 +63,11 @@ def _shape(**values: Any) -> dict[str, Any]:
     return values
 
 
-def _scale(value: float, head_size: int) -> float:
-    """Exporters round 1/√D differently; kernels that are the same must have the same key."""
-    usual = head_size**-0.5
-    return usual if math.isclose(value, usual, rel_tol=1e-6) else value
-
-
-def _epsilon(call: relax.Call) -> float:
-    return float(f"{float(call.attrs['epsilon']):.6g}")  # 9.99999996e-13 in float32 is 1e-12
-
-
 class _Lowering:
     def __init__(self, graph: Graph, row: Target, choose: Choice) -> None:
         self.graph, self.row, self.choose = graph, row, choose
-        self.flow = Dataflow(graph.main)
+        self.forms = Forms(graph)
+        self.flow = self.forms.flow
         self.builder = relax.BlockBuilder()
         self.inputs = list(graph.main.params[: int(graph.main.attrs["num_input"])])
         self.table = next(p for p in self.inputs if p.name == TABLE)
@@ -114,8 +75,8 @@ class _Lowering:
         self.values: dict[str, np.ndarray] = {}
         self.constants = itertools.count()  # constants have no names of their own
         self.rows: dict[relax.Var, Any] = {p: p for p in self.inputs}  # old variable → row-major
-        self.lanes: dict[relax.Var, Any] = {}  # old variable → in lanes
-        self.shared: dict[tuple[str, Any], Any] = {}  # masks and biases, made once for all layers
+        self.lanes: dict[tuple[relax.Var, Form], list[Any]] = {}  # old variable, form → in lanes
+        self.shared: dict[Any, Any] = {}  # masks, biases and weights that several layers share
         self.kernels: dict[Task, tvm.ir.GlobalVar] = {}
         self.tasks: Counter[Task] = Counter()
         self.fallthrough: list[str] = []
@@ -147,8 +108,8 @@ class _Lowering:
     def _binding(self, var: relax.Var, value: Any) -> None:
         if ops.is_ours(value):
             getattr(self, "_" + value.op.name.removeprefix("bertile."))(var, value)
-        elif isinstance(value, relax.Var) and value in self.lanes:
-            self.lanes[var] = self.lanes[value]
+        elif isinstance(value, relax.Var) and (value, FP32) in self.lanes:
+            self.lanes[var, FP32] = self.lanes[value, FP32]
         elif not (var.same_as(self.graph.main.body.body) and isinstance(value, relax.Tuple)):
             self._generic(var, value)  # the tuple of results is emitted at the end
 
@@ -164,56 +125,97 @@ class _Lowering:
 
     def _dense(self, var: relax.Var, call: relax.Call) -> None:
         x, w, b, *residual = call.args
-        activations = [self._in_lanes(a) for a in (x, *residual)]
-        self.lanes[var] = self._kernel(task_of(call), activations, [w, b], self._lanes_type(call))
-
-    def _layer_norm(self, var: relax.Var, call: relax.Call) -> None:
-        x, *norm = call.args
-        self.lanes[var] = self._kernel(
-            task_of(call), [self._in_lanes(x)], norm, self._lanes_type(call)
+        task, output = self.forms.task(var), self.forms.output(var)
+        activations = [*self._in_form(x, self.forms.input(call))]
+        activations += [self._in_lanes(r) for r in residual]
+        weights = self._once(
+            ("weights", w, task),
+            lambda: dense_weights(task, *self._value(w), *self._value(b), self.forms.plan_of(call)),
         )
+        made = self._kernel(task, activations, [*weights, *self._limits(output)], [(var, output)])
+        self.lanes[var, output] = made
 
     def _attention(self, var: relax.Var, call: relax.Call) -> None:
         qkv, mask, *bias = call.args
-        activations = [self._in_lanes(qkv), self._keys(mask), self.table]
+        task, output = self.forms.task(var), self.forms.output(var)
+        activations = [*self._in_form(qkv, self.forms.input(call)), self._keys(mask), self.table]
         activations += [self._biases(b) for b in bias]
-        self.lanes[var] = self._kernel(task_of(call), activations, [], self._lanes_type(call))
+        made = self._kernel(task, activations, self._limits(output), [(var, output)])
+        self.lanes[var, output] = made
+
+    def _layer_norm(self, var: relax.Var, call: relax.Call) -> None:
+        x, *norm = call.args
+        self._normalised(var, [self._in_lanes(x)], [self._value(w) for w in norm])
 
     def _embedding(self, var: relax.Var, call: relax.Call) -> None:
         count = int(call.attrs["tables"])
         ids = [self._row_major(i) for i in call.args[:count]]
-        self.lanes[var] = self._kernel(
-            task_of(call), [*ids, self.table], call.args[count:], self._lanes_type(call)
-        )
+        self._normalised(var, [*ids, self.table], [self._value(w) for w in call.args[count:]])
+
+    def _normalised(self, var: relax.Var, activations: list[Any], weights: Arrays) -> None:
+        """A kernel that writes float32, and beside it the form that a layer reads."""
+        task, output = self.forms.task(var), self.forms.output(var)
+        results = [(var, FP32)] + ([(var, output)] if output != FP32 else [])
+        weights = [*weights, *self._smooth(output), *self._limits(output)]
+        wide, *narrow = self._kernel(task, activations, weights, results)
+        self.lanes[var, FP32] = [wide]
+        if narrow:
+            self.lanes[var, output] = narrow
 
     def _first_token(self, var: relax.Var, call: relax.Call) -> None:
         activations = [self._in_lanes(call.args[0]), self.table]
-        self.rows[var] = self._kernel(task_of(call), activations, [], call.ty)
+        self.rows[var] = self._single(self.forms.task(var), activations, call.ty)
 
     # Layouts.
 
-    def _lanes_type(self, call: Any) -> relax.TensorType:
-        """The type in lanes of a (B, S, C) or (N, C) tensor."""
-        *outer, channels = shape(call)
+    def _lanes_types(self, old: Any, form: Form) -> list[relax.TensorType]:
+        """The types in lanes of a (B, S, C) or (N, C) tensor in a form."""
+        *outer, channels = shape(old)
         lanes = self.row.lanes
         blocks = self.table.ty.shape[0] if len(outer) == 2 else (outer[0] + (lanes - 1)) // lanes
-        return relax.TensorType([blocks, channels, lanes], "float32")
+        wide = -(-channels // GROUPS[form.kind])
+        dtype = "float32" if form == FP32 else "int32"
+        types = [relax.TensorType([blocks, wide, lanes], dtype)]
+        if form.kind == "int8":  # scale and low of each token
+            types.append(relax.TensorType([blocks, 2, lanes], "float32"))
+        return types
 
     def _in_lanes(self, old: Any) -> Any:
+        """The value of an old variable in lanes of float32."""
+        return self._in_form(old, FP32)[0]
+
+    def _in_form(self, old: Any, form: Form) -> list[Any]:
         """The value of an old variable in lanes, converted at its first use."""
-        if old not in self.lanes:
+        if (old, form) in self.lanes:
+            return self.lanes[old, form]
+        if form == FP32:
             tokens = len(shape(old)) == 3
             task = Task("tokens_in" if tokens else "rows_in", _shape(channels=shape(old)[-1]))
-            operands = [self._row_major(old)] + ([self.table] if tokens else [])
-            self.lanes[old] = self._kernel(task, operands, [], self._lanes_type(old))
-        return self.lanes[old]
+            operands, weights = [self._row_major(old)] + ([self.table] if tokens else []), []
+        else:
+            task = Task("narrow", _shape(channels=shape(old)[-1], kind=form.kind))
+            if self.forms.smooth(form):
+                task = Task(task.operation, {**task.shape, "smooth": True})
+            operands, weights = [self._in_lanes(old)], [*self._smooth(form), *self._limits(form)]
+        self.lanes[old, form] = self._kernel(task, operands, weights, [(old, form)])
+        return self.lanes[old, form]
+
+    def _smooth(self, form: Form) -> Arrays:
+        if not self.forms.smooth(form):
+            return []
+        return [(f"{form.owner}.smooth", self.graph.plan[form.owner].smooth)]
+
+    def _limits(self, form: Form) -> Arrays:
+        if form.kind != "int8_static":
+            return []
+        return [(f"{form.owner}.limits", limits(self.graph.plan[form.owner]))]
 
     def _row_major(self, expr: Any) -> Any:
         """An old expression with its variables replaced by new row-major ones."""
         if isinstance(expr, relax.Var):
             if expr in self.rows:
                 return self.rows[expr]
-            if expr in self.lanes:
+            if (expr, FP32) in self.lanes:
                 return self._out_of_lanes(expr)
             if expr in self.flow.weights:
                 return self._weight(expr.name, self.graph.params[expr.name])
@@ -230,33 +232,54 @@ class _Lowering:
     def _out_of_lanes(self, old: relax.Var) -> Any:
         tokens = len(shape(old)) == 3
         task = Task("tokens_out" if tokens else "rows_out", _shape(channels=shape(old)[-1]))
-        operands = [self.lanes[old]] + ([self.table] if tokens else [])
-        self.rows[old] = self._kernel(task, operands, [], old.ty)
+        operands = [*self.lanes[old, FP32]] + ([self.table] if tokens else [])
+        self.rows[old] = self._single(task, operands, old.ty)
         return self.rows[old]
 
     def _keys(self, mask: Any) -> Any:
-        blocks = self.table.ty.shape[0]
-        out = relax.TensorType([blocks, self.row.lanes], "float32")
-        return self._once("key_mask", mask, lambda x: ([x, self.table], out))
+        out = relax.TensorType([self.table.ty.shape[0], self.row.lanes], "float32")
+        return self._once(
+            ("key_mask", mask),
+            lambda: self._single(Task("key_mask"), [self._row_major(mask), self.table], out),
+        )
 
     def _biases(self, bias: Any) -> Any:
         rows, heads, length, _ = bias.ty.shape
         tiles = (length + (self.row.lanes - 1)) // self.row.lanes
         lanes = self.row.lanes
         out = relax.TensorType([rows, heads, tiles, tiles * lanes, lanes], "float32")
-        return self._once("query_bias", bias, lambda x: ([x], out))
+        return self._once(
+            ("query_bias", bias),
+            lambda: self._single(Task("query_bias"), [self._row_major(bias)], out),
+        )
 
-    def _once(self, operation: str, old: Any, operands: Callable[[Any], tuple[list, Any]]) -> Any:
-        if (operation, old) not in self.shared:
-            args, out = operands(self._row_major(old))
-            self.shared[operation, old] = self._kernel(Task(operation), args, [], out)
-        return self.shared[operation, old]
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is the same for several layers, made for the first."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     # Kernels and weights.
 
     def _kernel(
-        self, task: Task, activations: Sequence[Any], weights: Sequence[Any], out: relax.TensorType
-    ) -> Any:
+        self,
+        task: Task,
+        activations: Sequence[Any],
+        weights: Arrays,
+        results: Sequence[tuple[Any, Form]],
+    ) -> list[Any]:
+        """Call a task's kernel; ``results`` are old variables and the forms to give them in."""
+        types = [one for var, form in results for one in self._lanes_types(var, form)]
+        call = self._call(task, activations, weights, types if len(types) > 1 else types[0])
+        if len(types) == 1:
+            return [call]
+        return [self.builder.emit(relax.TupleGetItem(call, i)) for i in range(len(types))]
+
+    def _single(self, task: Task, activations: Sequence[Any], out: relax.TensorType) -> Any:
+        """Call a kernel that has no weights, and one result that is not in lanes."""
+        return self._call(task, activations, [], out)
+
+    def _call(self, task: Task, activations: Sequence[Any], weights: Arrays, out: Any) -> Any:
         schedule, knobs = SCHEDULES[task.operation], self.choose(task)
         if task not in self.kernels:
             func = schedule.kernel(task, knobs, self.row).with_attrs(KERNEL)
@@ -265,10 +288,12 @@ class _Lowering:
         args = [*activations, *self._packed(task, knobs, weights)]
         return self.builder.emit(relax.call_tir(self.kernels[task], args, out_ty=out))
 
-    def _packed(self, task: Task, knobs: Knobs, weights: Sequence[Any]) -> list[Any]:
+    def _packed(self, task: Task, knobs: Knobs, weights: Arrays) -> list[Any]:
         if not weights:
             return []
-        names, values = zip(*(self._value(w) for w in weights))
+        names, values = zip(*weights)
+        if all(f"{name}@{task.name}" in self.weights for name in names):
+            return [self.weights[f"{name}@{task.name}"] for name in names]
         packed = SCHEDULES[task.operation].pack(task, knobs, values)
         packing = "" if all(a is b for a, b in zip(packed, values)) else f"@{task.name}"
         return [self._weight(f"{n}{packing}", v) for n, v in zip(names, packed)]

@@ -2,10 +2,10 @@
 on row-major
 tensors; the layout that kernels use enters only when the builder lowers them.
 
-    bertile.dense(x (…, K), w (K, N), b (N), [residual (…, N)]) {activation}
+    bertile.dense(x (…, K), w (K, N), b (N), [residual (…, N)]) {activation, [precision]}
         = activation(x w + b) + residual
     bertile.attention(qkv (B, S, 3 H D), mask (B|1, 1, 1, S), [bias (B|1, H|1, S, S)]) {heads,
-    head_size, scale}
+    head_size, scale, [precision]}
     bertile.layer_norm(x (…, C), gamma (C), beta (C)) {epsilon}
     bertile.embedding(ids (B|1, S)…, table (V, C)…, gamma (C), beta (C)) {tables, epsilon}
     bertile.first_token(x (B, S, C))                                                   x[:, 0]
@@ -51,6 +51,18 @@ def embedding(
 def first_token(x: Any) -> relax.Call:
     """The first token of each sequence."""
     return _call("first_token", [x])
+
+
+def precision(call: relax.Call) -> str:
+    """What a dense layer or attention multiplies in; float32 where nothing is said."""
+    return str(call.attrs["precision"]) if "precision" in call.attrs else "fp32"
+
+
+def with_precision(call: relax.Call, precision: str) -> relax.Call:
+    """The same call in another precision."""
+    attrs = {name: call.attrs[name] for name in call.attrs.keys() if name != "precision"}
+    node = tvm.ir.make_node("ir.DictAttrs", **attrs, precision=precision)
+    return relax.Call(call.op, list(call.args), attrs=node)
 
 
 def is_call(expr: Any, name: str) -> bool:

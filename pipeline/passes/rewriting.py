@@ -26,8 +26,8 @@ class Dataflow:
         self._definition = {b.var: b.value for b in self.bindings}
         self._uses: Counter[relax.Var] = Counter()
         for binding in self.bindings:
-            self._uses.update(_variables(binding.value))
-        self._uses.update(_variables(main.body.body))
+            self._uses.update(variables(binding.value))
+        self._uses.update(variables(main.body.body))
         self.weights = set(main.params[int(main.attrs["num_input"]) :])
 
     def definition(self, expr: Any) -> Any:
@@ -150,18 +150,18 @@ def static(extent: Any) -> bool:
     return isinstance(extent, int)
 
 
-def _variables(expr: Any) -> Iterator[relax.Var]:
+def variables(expr: Any) -> Iterator[relax.Var]:
     """The variables that an expression names, as often as it names them."""
     if isinstance(expr, relax.Var):
         yield expr
     elif isinstance(expr, relax.Call):
         for arg in expr.args:
-            yield from _variables(arg)
+            yield from variables(arg)
     elif isinstance(expr, relax.Tuple):
         for field in expr.fields:
-            yield from _variables(field)
+            yield from variables(field)
     elif isinstance(expr, relax.TupleGetItem):
-        yield from _variables(expr.tuple_value)
+        yield from variables(expr.tuple_value)
 
 
 def same_shape(a: Any, b: Any) -> bool:

@@ -1,0 +1,48 @@
+"""A linear layer's weights and its plan come in; the arrays that its kernel reads go out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bertile.precision import LayerPlan
+from bertile.schedules.cpu.arithmetic import LEVELS
+from bertile.schedules.task import Task
+
+Arrays = list[tuple[str, np.ndarray]]
+
+
+def dense_weights(
+    task: Task, name: str, w: np.ndarray, bias_name: str, b: np.ndarray, plan: LayerPlan
+) -> Arrays:
+    """Names and values in the order of the kernel's arguments, not yet packed.
+
+    Bytes: x ≈ low + s q, w ≈ scale v, so x w + b ≈ s scale Σ q v + low shift + b with
+    shift = scale Σ v. With one range for all tokens, s goes into scale, and low shift into b.
+    """
+    precision = task.shape.get("precision", "fp32")
+    if not str(precision).startswith("int8"):
+        return [(name, w), (bias_name, b)]
+    if plan.smooth is not None:
+        w = w / plan.smooth[:, None]
+    v, scale = quantize_weight(w)
+    shift = (v.sum(0, dtype="int64") * scale.astype("float64")).astype("float32")
+    if precision == "int8":
+        return [(name, v), (f"{name}.scale", scale), (f"{name}.shift", shift), (bias_name, b)]
+    low, step = plan.low, (plan.high - plan.low) / LEVELS
+    folded = (b + np.float64(low) * shift).astype("float32")
+    return [
+        (name, v),
+        (f"{name}.scale", (scale * np.float32(step)).astype("float32")),
+        (f"{name}.bias", folded),
+    ]
+
+
+def limits(plan: LayerPlan) -> np.ndarray:
+    """What a kernel that writes bytes of a given range reads: low, and steps per unit."""
+    return np.array([plan.low, LEVELS / (plan.high - plan.low)], "float32")
+
+
+def quantize_weight(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(K, N) float32 → int8 (K, N), scale (N,): symmetric per output channel, |v| ≤ 127."""
+    scale = np.maximum(np.abs(w).max(0), np.float32(1e-30)) / np.float32(127)
+    return np.rint(w / scale).astype("int8"), scale

@@ -1,0 +1,36 @@
+"""Which precision each linear layer is computed in, and the ranges that a quantized one uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """How one linear layer is computed. Arrays are float32.
+
+    int8: the weights are symmetric per output channel (s8, |q| <= 127), the input is u8
+    asymmetric, x ≈ low + scale q with scale = (high - low) / 255: per token from its own smallest
+    and largest value ("dynamic"), or from `low`, `high` where given ("static"). `smooth` (K,): the
+    input's channels are multiplied by it before they are quantized, the weight's rows divided by
+    it. `why` says why the layer has this precision, where it is not what was asked for.
+    """
+
+    precision: str = "fp32"
+    low: float | None = None
+    high: float | None = None
+    smooth: np.ndarray | None = None
+    why: str = ""
+
+    @property
+    def static(self) -> bool:
+        """Whether one range serves all tokens."""
+        return self.low is not None
+
+
+Plan = Mapping[str, LayerPlan]  # by the name of the layer's weight parameter in the Graph
