@@ -109,7 +109,8 @@ class _Run:
                 graph = importer.import_onnx(self.exported)
             with self.progress.stage("optimize") as stage:
                 dump = self.config.dump_ir
-                graph = optimizer.optimize(graph, *([optimizer.dump_to(Path(dump))] if dump else []))
+                dumps = [optimizer.dump_to(Path(dump))] if dump else []
+                graph = optimizer.optimize(graph, *dumps)
                 self._graph = planner.plan_precision(graph, self.config.precision, self.row)
                 stage.detail = f"IR in {dump}" if dump else ""
         return self._graph

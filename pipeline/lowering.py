@@ -24,6 +24,7 @@ from bertile.dense_weights import Arrays, dense_weights, limits
 from bertile.forms import FP32, GROUPS, Form, Forms
 from bertile.graph import Graph
 from bertile.importer import TABLE
+from bertile.packed_weights import PackedWeights
 from bertile.passes.rewriting import shape
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.generic import KERNEL
@@ -71,8 +72,7 @@ class _Lowering:
         self.builder = relax.BlockBuilder()
         self.inputs = list(graph.main.params[: int(graph.main.attrs["num_input"])])
         self.table = next(p for p in self.inputs if p.name == TABLE)
-        self.weights: dict[str, relax.Var] = {}  # new parameters by name
-        self.values: dict[str, np.ndarray] = {}
+        self.weights = PackedWeights()
         self.constants = itertools.count()  # constants have no names of their own
         self.rows: dict[relax.Var, Any] = {p: p for p in self.inputs}  # old variable → row-major
         self.lanes: dict[tuple[relax.Var, Form], list[Any]] = {}  # old variable, form → in lanes
@@ -99,11 +99,11 @@ class _Lowering:
             if name.name_hint != "main":  # the importer wrote some operators (Clip) as loops
                 mod[name] = func
         main = mod["main"]
-        params = [*self.inputs, *self.weights.values()]
+        params = [*self.inputs, *self.weights.variables.values()]
         mod["main"] = relax.Function(params, main.body, main.ret_ty, True).with_attr(
             {"global_symbol": "main", "num_input": len(self.inputs)}
         )
-        return Lowered(mod, self.values, self.tasks, self.fallthrough)
+        return Lowered(mod, self.weights.values, self.tasks, self.fallthrough)
 
     def _binding(self, var: relax.Var, value: Any) -> None:
         if ops.is_ours(value):
@@ -218,7 +218,7 @@ class _Lowering:
             if (expr, FP32) in self.lanes:
                 return self._out_of_lanes(expr)
             if expr in self.flow.weights:
-                return self._weight(expr.name, self.graph.params[expr.name])
+                return self.weights.parameter(expr.name, self.graph.params[expr.name])
             return expr  # a symbolic extent
         if isinstance(expr, relax.Tuple):
             return relax.Tuple([self._row_major(field) for field in expr.fields])
@@ -285,18 +285,8 @@ class _Lowering:
             func = schedule.kernel(task, knobs, self.row).with_attrs(KERNEL)
             self.kernels[task] = self.builder.add_func(func, task.name)
         self.tasks[task] += 1
-        args = [*activations, *self._packed(task, knobs, weights)]
+        args = [*activations, *self.weights.packed(task, knobs, weights)]
         return self.builder.emit(relax.call_tir(self.kernels[task], args, out_ty=out))
-
-    def _packed(self, task: Task, knobs: Knobs, weights: Arrays) -> list[Any]:
-        if not weights:
-            return []
-        names, values = zip(*weights)
-        if all(f"{name}@{task.name}" in self.weights for name in names):
-            return [self.weights[f"{name}@{task.name}"] for name in names]
-        packed = SCHEDULES[task.operation].pack(task, knobs, values)
-        packing = "" if all(a is b for a, b in zip(packed, values)) else f"@{task.name}"
-        return [self._weight(f"{n}{packing}", v) for n, v in zip(names, packed)]
 
     def _value(self, old: Any) -> tuple[str, np.ndarray]:
         """Name and value of a weight: a parameter, or a constant that a pass made."""
@@ -304,11 +294,3 @@ class _Lowering:
         if isinstance(found, relax.Var):
             return found.name, self.graph.params[found.name]
         return f"constant_{next(self.constants)}", found.value.numpy()
-
-    def _weight(self, name: str, value: np.ndarray) -> relax.Var:
-        if name not in self.weights:
-            self.weights[name] = relax.Var(
-                name, relax.TensorType(list(value.shape), str(value.dtype))
-            )
-            self.values[name] = value
-        return self.weights[name]

@@ -9,9 +9,10 @@ from tvm import relax
 from tvm.relax import op
 
 from bertile import ops
+from bertile.forms import Forms
 from bertile.graph import Graph
 from bertile.importer import TABLE
-from bertile.lowering import lower, task_of, tasks
+from bertile.lowering import lower, tasks
 from bertile.passes.rewriting import normalized
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.generic import is_kernel
@@ -70,8 +71,8 @@ def qkv(n):
 
 
 def task_of_last(build) -> Task:
-    main = graph_of(build).main
-    return task_of(main.body.blocks[0].bindings[-1].value)
+    graph = graph_of(build)
+    return Forms(graph).task(graph.main.body.blocks[0].bindings[-1].var)
 
 
 CALLS = {
