@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from bertile.errors import require
 from bertile.progress import Progress
 
 RUNS = 20
+MEMORY_BYTES = 256 << 20  # more than any cache holds
 
 
 def inspect(
@@ -29,9 +32,11 @@ def inspect(
     """Measure every kernel of a bundle on random ids.
 
     "kernels" has a row each: "kernel", "origin" (tuned, default, generic), "calls", "ms" (of one
-    request, all calls together), "time %", "GFLOP/s" and "peak %" (of what multiply-adds on
-    registers alone reach in the same run). "fallthrough" names the operators that no schedule
-    covers.
+    request, all calls together), "time %", "GFLOP/s" and "peak %" (of what multiply-adds of the
+    kernel's precision on registers alone reach in the same run). "bound" is what the kernel cannot
+    be faster than, "arithmetic" or "bandwidth" (each byte once, activations as fast as the cache
+    that holds them is read, weights as fast as memory), and "bound %" how near it comes.
+    "fallthrough" names the operators that no schedule covers.
     """
     require("compile", "tvm")
     progress = progress or Progress(verbosity=-1)
@@ -41,10 +46,11 @@ def inspect(
     threads = loader.thread_count(threads)
     with progress.stage("measure"):
         inputs = random_inputs(manifest, batch, length)
-        times, tokens, total = _profile(Path(directory), manifest, inputs, threads)
-        peak = work.peak(manifest["target"]["name"], threads)
+        seen, total = _profile(Path(directory), manifest, inputs, threads)
+        limits = _limits(manifest, seen, threads)
     kernels = [
-        _row(kernel, times, tokens, total, peak, batch, length) for kernel in manifest["kernels"]
+        _row(kernel, seen.get(kernel["name"], _Seen()), total, limits, batch, length)
+        for kernel in manifest["kernels"]
     ]
     kernels.sort(key=lambda row: -row["ms"])
     return {
@@ -53,16 +59,56 @@ def inspect(
         "batch": batch,
         "length": length,
         "threads": threads,
-        "peak_gflops": peak,
+        "peak_gflops": limits.peaks["fp32"],
+        "peaks_gflops": limits.peaks,
+        "memory_gbs": limits.memory,
         "total_ms": total * 1e3,
-        "between_kernels_ms": (total - sum(times.values())) * 1e3,
+        "between_kernels_ms": (total - sum(one.seconds for one in seen.values())) * 1e3,
     }
+
+
+@dataclass
+class _Seen:
+    """One request's calls of a kernel: seconds of all, then lanes and bytes of one call."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    weights: int = 0
+    activations: int = 0
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """GFLOP/s by precision, GB/s of memory, and GB/s of the cache by bytes."""
+
+    peaks: dict[str, float]
+    memory: float
+    caches: dict[int, float]
+
+    def bytes_seconds(self, seen: _Seen) -> float:
+        """How long a kernel's bytes take to read."""
+        cache = self.caches[_rounded(seen.activations)]
+        return (seen.weights / self.memory + seen.activations / cache) / 1e9
+
+
+def _limits(manifest: dict[str, Any], seen: dict[str, _Seen], threads: int) -> _Limits:
+    target = manifest["target"]["name"]
+    precisions = {work.precision(kernel) for kernel in manifest["kernels"]} | {"fp32"}
+    peaks = {one: work.peak(target, threads, one) for one in sorted(precisions)}
+    sizes = sorted({_rounded(one.activations) for one in seen.values()} | {_rounded(0)})
+    found = work.bandwidths(target, threads, [*sizes, MEMORY_BYTES])
+    return _Limits(peaks, found.pop(MEMORY_BYTES), found)
+
+
+def _rounded(size: int) -> int:
+    """The next power of two, from 64 KiB on."""
+    return 1 << max(16, (size - 1).bit_length())
 
 
 def _profile(
     directory: Path, manifest: dict[str, Any], inputs: dict[str, np.ndarray], threads: int
-) -> tuple[dict[str, float], dict[str, int], float]:
-    """Seconds of a request by kernel, lanes in the output of each, seconds of the whole request."""
+) -> tuple[dict[str, _Seen], float]:
+    """What was seen of each kernel, and the seconds of a whole request."""
     import tvm
     from tvm import relax
 
@@ -70,11 +116,12 @@ def _profile(
     params = weights.read(directory / loader.WEIGHTS)
     mask = np.ones_like(next(iter(inputs.values())))
     blocks = loader.token_blocks(mask, manifest["lanes"]).astype("int32")
-    arrays = [*inputs.values(), blocks, *(params[name] for name in manifest["params"])]
-    arguments = [tvm.runtime.tensor(array) for array in arrays]
+    packed = [tvm.runtime.tensor(params[name]) for name in manifest["params"]]
+    arguments = [*(tvm.runtime.tensor(a) for a in (*inputs.values(), blocks)), *packed]
     work.use_threads(threads)
+    stored = {tensor.data_ptr() for tensor in packed}
     times: dict[str, list[float]] = defaultdict(list)
-    tokens: dict[str, int] = {}
+    seen: dict[str, _Seen] = {}
     began = 0.0
 
     def instrument(_func: Any, name: str, before: bool, _result: Any, *args: Any) -> None:
@@ -83,9 +130,8 @@ def _profile(
             began = time.perf_counter()
             return
         times[name].append(time.perf_counter() - began)
-        last = args[-1] if args else None
-        if hasattr(last, "shape") and len(last.shape) == 3:
-            tokens[name] = int(last.shape[0]) * manifest["lanes"]
+        if name not in seen:
+            seen[name] = _sizes(args, stored, manifest["lanes"])
 
     main = vm[manifest["entry"]]
     wholes = []
@@ -96,12 +142,25 @@ def _profile(
     vm.set_instrument(instrument)
     for _ in range(RUNS):
         main(*arguments)
-    names = {kernel["name"] for kernel in manifest["kernels"]}
-    return (
-        {name: _typical(found) for name, found in times.items() if name in names},
-        tokens,
-        float(np.median(wholes)),
-    )
+    names = {kernel["name"] for kernel in manifest["kernels"]} & set(seen)
+    for name in names:
+        seen[name].seconds = _typical(times[name])
+    return {name: seen[name] for name in names}, float(np.median(wholes))
+
+
+def _sizes(args: Sequence[Any], stored: set[int], lanes: int) -> _Seen:
+    """Tokens and bytes of one call, from its tensors."""
+    tensors = [arg for arg in args if hasattr(arg, "data_ptr")]
+    found = _Seen()
+    for tensor in tensors:
+        size = int(np.prod(tensor.shape)) * np.dtype(str(tensor.dtype)).itemsize
+        if tensor.data_ptr() in stored:
+            found.weights += size
+        else:
+            found.activations += size
+    if tensors and len(tensors[-1].shape) == 3:
+        found.tokens = int(tensors[-1].shape[0]) * lanes
+    return found
 
 
 def _typical(found: list[float]) -> float:
@@ -110,25 +169,29 @@ def _typical(found: list[float]) -> float:
 
 
 def _row(
-    kernel: dict[str, Any],
-    times: dict[str, float],
-    tokens: dict[str, int],
-    total: float,
-    peak: float,
-    batch: int,
-    length: int,
+    kernel: dict[str, Any], seen: _Seen, total: float, limits: _Limits, batch: int, length: int
 ) -> dict[str, Any]:
-    seconds = times.get(kernel["name"], 0.0)
-    speed = 0.0
-    if kernel["operation"] != "generic" and seconds:
-        seen = tokens.get(kernel["name"], batch * length)
-        speed = work.flops(kernel, seen, batch, length) * kernel["calls"] / seconds / 1e9
-    return {
+    row = {
         "kernel": kernel["name"],
         "origin": kernel["provenance"],
         "calls": kernel["calls"],
-        "ms": seconds * 1e3,
-        "time %": round(100 * seconds / total, 1),
-        "GFLOP/s": round(speed, 1) if speed else None,
-        "peak %": round(100 * speed / peak, 1) if speed else None,
+        "ms": seen.seconds * 1e3,
+        "time %": round(100 * seen.seconds / total, 1),
     }
+    known = dict.fromkeys(("GFLOP/s", "peak %", "bound", "bound %"))
+    if kernel["operation"] != "generic" and seen.seconds:
+        each = seen.seconds / kernel["calls"]
+        tokens = seen.tokens or batch * length
+        flops = work.flops(kernel, tokens, batch, length)
+        if kernel["operation"] == "embedding":  # reads some rows of its tables, as wide as y
+            seen = replace(seen, weights=seen.activations)
+        bounds = {
+            "arithmetic": flops / limits.peaks[work.precision(kernel)] / 1e9,
+            "bandwidth": limits.bytes_seconds(seen),
+        }
+        bound = max(bounds, key=lambda name: bounds[name])
+        known |= {"bound": bound, "bound %": round(100 * bounds[bound] / each, 1)}
+        if flops:
+            known["GFLOP/s"] = round(flops / each / 1e9, 1)
+            known["peak %"] = round(100 * bounds["arithmetic"] / each, 1)
+    return row | known

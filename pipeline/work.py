@@ -45,17 +45,36 @@ def request_flops(kernels: Sequence[Kernel], batch: int, length: int) -> float:
     return total
 
 
-def peak(target: str, threads: int) -> float:
+def peak(target: str, threads: int, precision: str = "fp32") -> float:
     """Measured GFLOP/s of this machine with the features of a target row."""
+    from bertile.schedules.cpu.peak import peak_gflops
+
+    row, tvm_row = _prepared(target, threads)
+    return peak_gflops(tvm_row, row, threads, precision)
+
+
+def bandwidths(target: str, threads: int, sizes: Sequence[int]) -> dict[int, float]:
+    """Measured GB/s of reading so many bytes again and again, by size."""
+    from bertile.schedules.cpu.peak import read_gbs
+
+    row, tvm_row = _prepared(target, threads)
+    return read_gbs(tvm_row, row, threads, sizes)
+
+
+def _prepared(target: str, threads: int) -> tuple[Any, Any]:
     from bertile.loader import set_thread_defaults
 
     set_thread_defaults()  # before TVM starts its thread pool
-    from bertile.schedules.cpu.peak import peak_gflops
     from bertile.targets import resolve, tvm_target
 
     row = resolve(target, threads)
     use_threads(threads)
-    return peak_gflops(tvm_target(row), row, threads)
+    return row, tvm_target(row)
+
+
+def precision(kernel: Kernel) -> str:
+    """What a kernel multiplies in."""
+    return str(kernel["shape"].get("precision", "fp32")).removesuffix("_static")
 
 
 def use_threads(threads: int) -> None:

@@ -23,13 +23,12 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from bertile.schedules.cpu.lanes import LANES, splat
+from bertile.schedules.cpu.vector_math import ROUND
 from bertile.schedules.intrinsics import x86
 from bertile.schedules.schedule import Row
 
 LEVELS = 255  # steps of 8 bits
-# Added to a number of few digits, this leaves its rounded value in the lowest bits (ties to even).
-ROUND = 12582912.0
-ROUND_BITS = 0x4B400000
+ROUND_BITS = 0x4B400000  # of ``vector_math.ROUND``
 
 
 @dataclass(frozen=True)

@@ -231,11 +231,12 @@ class _HalfQuery(_Query):
         return T.alloc_buffer((self.knobs["key_tile"] * LANES // 2, LANES), "int32")
 
     def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any) -> None:
+        highest = T.Bind(lanes.load(state, 0) * lanes.splat(vector_math.LOG2E))
         with T.serial(blocks * (LANES // 2)) as j:
-            highest = lanes.load(state, 0)
-            pair = [
-                T.Bind(vector_math.exp(lanes.load(scores, 2 * j + i) - highest)) for i in range(2)
-            ]
+            pair = []
+            for i in range(2):
+                score = lanes.load(scores, 2 * j + i) * lanes.splat(vector_math.LOG2E)
+                pair.append(T.Bind(vector_math.exp2_coarse(score - highest)))
             lanes.store(weights, arithmetics.pack_bf16(*pair), j)
             lanes.store(state, lanes.load(state, 1) + (pair[0] + pair[1]), 1)
 

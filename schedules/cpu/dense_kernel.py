@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from tvm.tirx.script import builder as T
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
-from bertile.schedules.cpu.vector_math import ACTIVATIONS
+from bertile.schedules.cpu.vector_math import ACTIVATIONS, COARSE
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
 
@@ -218,7 +218,7 @@ class _Tile:
         A loop, not an expression per accumulator: that would be a hundred copies of a polynomial,
         which take TVM a second to compile and are no faster.
         """
-        activation = ACTIVATIONS[self.task.shape["activation"]]
+        activation = self._activation()
         last = T.min(count, self.outputs - low)
         with T.serial(token_blocks) as t, T.serial(last) as n:
             value = activation(lanes.load(self.of.y, block + t, low + n))
@@ -226,9 +226,13 @@ class _Tile:
                 value = value + lanes.load(self.of.residual, block + t, low + n)
             lanes.store(self.of.y, value, block + t, low + n)
 
+    def _activation(self) -> Callable[[Any], Any]:
+        known = ACTIVATIONS if precision(self.task) == "fp32" else COARSE
+        return known[self.task.shape["activation"]]
+
     def _narrow(self, low: Any, count: int, block: Any, token_blocks: int) -> None:
         """Activation, residual and packing of the tile in the scratch buffer."""
-        activation = ACTIVATIONS[self.task.shape["activation"]]
+        activation = self._activation()
         packed = {"to_bf16": 2, "to_int8": 4}[writes(self.task)]
         last = T.min(count, self.outputs - low) // packed
         with T.serial(token_blocks) as t, T.serial(last) as n:

@@ -1,48 +1,109 @@
-"""The machine's limit for float32: multiply-adds on registers alone, every thread at once."""
+"""The machine's limits: multiply-adds on registers alone, and bytes read, every thread at once."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tvm
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from bertile.schedules.cpu import lanes
+from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
 from bertile.schedules.schedule import Row
 
 CHAINS = 12  # independent accumulators: more than latency × throughput of any core so far
 STEPS = 3_000_000
+RUNS = 9
+READ_SECONDS = 0.01  # of one run
 
 
-def peak_gflops(target: tvm.target.Target, row: Row, threads: int) -> float:
+def peak_gflops(
+    target: tvm.target.Target, row: Row, threads: int, precision: str = "fp32"
+) -> float:
     """Measured GFLOP/s (2 per multiply-add), best of a few runs of about 10 ms each."""
+    math = arithmetic(precision, row)
     chains = min(CHAINS, lanes.vector_capacity(row) - 2)
-    mod = tvm.IRModule({"peak": _kernel(chains, threads).with_attr("global_symbol", "peak")})
-    run = tvm.tirx.build(mod, target=target)["peak"]
-    factors = tvm.runtime.tensor(np.full((2, lanes.LANES), 0.5, "float32"))
-    out = tvm.runtime.tensor(np.zeros((threads, chains, lanes.LANES), "float32"))
+    run = _built(_multiply_adds(math, chains, threads), target)
+    factors = tvm.runtime.tensor(np.full((2, lanes.LANES), 0.5, "float32").view(math.lane))
+    out = tvm.runtime.tensor(np.zeros((threads, chains, lanes.LANES), math.total))
+    seconds = _best(run, [factors, out])
+    return 2.0 * lanes.LANES * math.group * chains * STEPS * threads / seconds / 1e9
+
+
+def read_gbs(
+    target: tvm.target.Target, row: Row, threads: int, sizes: Sequence[int]
+) -> dict[int, float]:
+    """Measured GB/s of reading so many bytes again and again: what the cache that holds them gives,
+    or the memory.
+    """
+    run = _built(_reads(threads), target)
+    found = {}
+    for size in sizes:
+        vectors = max(8, size // threads // (4 * lanes.LANES) // 8 * 8)
+        data = tvm.runtime.tensor(np.ones((threads, vectors, lanes.LANES), "float32"))
+        out = tvm.runtime.tensor(np.zeros((threads, lanes.LANES), "float32"))
+        touched = 4 * threads * vectors * lanes.LANES
+        times = max(1, int(READ_SECONDS * 50e9 / touched))
+        found[size] = touched * times / _best(run, [data, times, out]) / 1e9
+    return found
+
+
+def _built(func: Any, target: tvm.target.Target) -> Any:
+    mod = tvm.IRModule({"peak": func.with_attr("global_symbol", "peak")})
+    return tvm.tirx.build(mod, target=target)["peak"]
+
+
+def _best(run: Any, arguments: list[Any]) -> float:
     best = float("inf")
-    for _ in range(9):
+    for _ in range(RUNS):
         began = time.perf_counter()
-        run(factors, out)
+        run(*arguments)
         best = min(best, time.perf_counter() - began)
-    return 2.0 * lanes.LANES * chains * STEPS * threads / best / 1e9
+    return best
 
 
-def _kernel(chains: int, threads: int) -> Any:
+def _multiply_adds(math: Arithmetic, chains: int, threads: int) -> Any:
     with lanes.kernel("peak") as made:
-        factors = made.tensor("factors", 2, lanes.LANES)
-        out = made.tensor("out", threads, chains, lanes.LANES)
+        factors = made.tensor("factors", 2, lanes.LANES, dtype=math.lane)
+        out = made.tensor("out", threads, chains, lanes.LANES, dtype=math.total)
+        made.link(math.llvm)
         with T.parallel(threads) as thread:
-            total = lanes.registers(chains)
+            total = lanes.registers(chains, dtype=math.total)
             for chain in range(chains):
-                lanes.write(total[chain], lanes.splat(float(chain)))
+                lanes.write(total[chain], tirx.Broadcast(tirx.const(chain, math.total), 16))
             with T.serial(STEPS):
                 for chain in range(chains):
-                    value = lanes.read(total[chain]) * lanes.load(factors, 0)
-                    lanes.write(total[chain], value + lanes.load(factors, 1))
+                    lanes.write(total[chain], _step(math, lanes.read(total[chain]), factors))
             for chain in range(chains):
                 lanes.store(out, lanes.read(total[chain]), thread, chain)
+    return made.func
+
+
+def _step(math: Arithmetic, total: Any, factors: Any) -> Any:
+    a, b = lanes.load(factors, 0), lanes.load(factors, 1)
+    # floats multiply what they have, so that LLVM finds nothing to take out of the loop
+    return total * a + b if math.group == 1 else math.multiply_add(total, a, b)
+
+
+def _reads(threads: int) -> Any:
+    with lanes.kernel("peak") as made:
+        vectors = T.int32()
+        data = made.tensor("data", threads, vectors, lanes.LANES)
+        times = T.arg("times", T.int32())
+        out = made.tensor("out", threads, lanes.LANES)
+        with T.parallel(threads) as thread:
+            total = lanes.registers(8)
+            for one in total:
+                lanes.write(one, lanes.splat(0.0))
+            with T.serial(times), T.serial(vectors // 8) as i:
+                for j, one in enumerate(total):
+                    lanes.write(one, lanes.read(one) + lanes.load(data, thread, 8 * i + j))
+            result = lanes.read(total[0])
+            for one in total[1:]:
+                result = result + lanes.read(one)
+            lanes.store(out, result, thread)
     return made.func

@@ -18,10 +18,16 @@ from bertile.schedules.cpu.lanes import LANES, splat
 
 def _horner(x: Any, coefficients: Sequence[float]) -> Any:
     """The polynomial with the highest coefficient first."""
+    x = T.Bind(x)
     value = splat(coefficients[0])
     for c in coefficients[1:]:
         value = value * x + splat(c)
     return value
+
+
+# Added to a number of few digits, this leaves its rounded value in the lowest bits.
+ROUND = 12582912.0
+LOG2E = 1.44269504
 
 
 def exp(x: Any) -> Any:
@@ -30,15 +36,37 @@ def exp(x: Any) -> Any:
     2**n by the exponent bits times a polynomial of degree 5 on the rest, |r| ≤ ln2/2 (Cephes expf).
     """
     x = T.Bind(tirx.max(x, splat(-87.0)))
-    n = T.Bind(tirx.floor(x * splat(1.44269504) + splat(0.5)))
+    bits, n = _rounded(x * splat(LOG2E))
     r = T.Bind(x - n * splat(0.693359375) + n * splat(2.12194440e-4))
     p = _horner(
         r,
         (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5),
     )
-    one = tirx.Broadcast(tirx.const(127, "int32"), LANES)
-    bits = (n.astype("int32x16") + one) * tirx.Broadcast(tirx.const(1 << 23, "int32"), LANES)
-    return (p * r * r + r + splat(1.0)) * tirx.reinterpret("float32x16", bits)
+    return _scaled(p * r * r + r + splat(1.0), bits)
+
+
+def exp2_coarse(x: Any) -> Any:
+    """2**x for x ≤ 127, relative error below 8e-5, for results that are rounded to bfloat16; below
+    -125 it is 2**-125.
+    """
+    x = T.Bind(tirx.max(x, splat(-125.0)))
+    bits, n = _rounded(x)
+    r = T.Bind(x - n)
+    return _scaled(_horner(r, (0.0551715516, 0.242611357, 0.693261019, 0.99992806)), bits)
+
+
+def _rounded(x: Any) -> tuple[Any, Any]:
+    """The nearest whole number, in the lowest bits of an int32 and as a float32."""
+    bits = T.Bind(tirx.reinterpret(f"int32x{LANES}", x + splat(ROUND)))
+    # by way of the bits, or TVM would take the addition and the subtraction for nothing
+    return bits, T.Bind(tirx.reinterpret(f"float32x{LANES}", bits) - splat(ROUND))
+
+
+def _scaled(value: Any, n: Any) -> Any:
+    """A value between 1/2 and 2 times 2**n, n being the lowest bits of an int32."""
+    exponent = n << tirx.Broadcast(tirx.const(23, "int32"), LANES)
+    bits = tirx.reinterpret(f"int32x{LANES}", value) + exponent
+    return tirx.reinterpret(f"float32x{LANES}", bits)
 
 
 def erf(x: Any) -> Any:
@@ -102,6 +130,28 @@ def gelu(x: Any) -> Any:
     return splat(0.5) * x * (splat(1.0) + erf(x * splat(0.7071067811865476)))
 
 
+def gelu_coarse(x: Any) -> Any:
+    """As ``gelu``, error below 5e-5 max(1, |x|), for results that are rounded to 16 or 8 bits: Φ as
+    a polynomial on [-4, 4], fitted to that error.
+    """
+    x = T.Bind(x)
+    inside = T.Bind(tirx.max(tirx.min(x, splat(4.0)), splat(-4.0)))
+    p = _horner(
+        inside * inside,
+        (
+            -1.30129297e-09,
+            1.04195959e-07,
+            -3.65713089e-06,
+            7.48550231e-05,
+            -0.00100649026,
+            0.00950539785,
+            -0.0658878423,
+            0.398673394,
+        ),
+    )
+    return x * (inside * p + splat(0.5))
+
+
 def gelu_tanh(x: Any) -> Any:
     """x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))), the approximation of the same paper; error below
     3e-7 max(1, |x|).
@@ -126,3 +176,5 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "relu": relu,
     "tanh": tanh,
 }
+# For layers whose inputs or results have fewer digits anyway.
+COARSE = {**ACTIVATIONS, "gelu": gelu_coarse}

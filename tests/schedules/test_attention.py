@@ -184,3 +184,12 @@ def test_default_lies_in_its_own_space(task, row):
 
 def test_flops_counts_both_products():
     assert attention.flops(task_of(12, 64), 128) == 2 * 2 * 128 * 128 * 768
+
+
+@pytest.mark.parametrize("writes", ["to_fp32", "to_bf16", "to_int8"])
+@pytest.mark.parametrize(("size", "bias"), [(64, False), (28, True), (4, False)])
+@pytest.mark.parametrize("blocks", [1, 3, 17])
+def test_bf16_products_are_near_float32(kernels_of, writes, size, bias, blocks):
+    task = task_of(3, size, bias)
+    task = Task("attention", {**task.shape, "precision": "bf16", "writes": writes})
+    assert kernels_of("x86-avx512-bf16").mistake(task, blocks) is None

@@ -61,6 +61,19 @@ def test_exp_holds_its_relative_error(evaluate):
     assert np.max(np.abs(evaluate("exp", x) / expected - 1)) < stated(vector_math.exp)
 
 
+def test_exp2_coarse_holds_its_relative_error(evaluate):
+    x = grid(-125, 127)
+    error = np.abs(evaluate("exp2_coarse", x) / np.exp2(x.astype("float64")) - 1)
+    assert error.max() < stated(vector_math.exp2_coarse)
+
+
+def test_gelu_coarse_holds_its_error(evaluate):
+    x = grid(-100, 100)
+    expected = apply_activation("gelu", x.astype("float64"))
+    error = np.abs(evaluate("gelu_coarse", x) - expected) / np.maximum(1, np.abs(x))
+    assert error.max() < stated(vector_math.gelu_coarse)
+
+
 def test_exp_stays_positive_and_tiny_below_its_range(evaluate):
     found = evaluate("exp", [-87.0, -88.0, -1e4, -1e30, np.finfo("float32").min, -np.inf])
     assert np.all(found > 0) and np.all(found < 1.7e-38)
