@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-# Nothing of Bertile is imported up here: `bertile --help` must not pay for numpy or TVM.
+from bertile.precision import PRECISIONS
+
+# Nothing else of Bertile is imported up here: `bertile --help` must not pay for numpy or TVM.
 
 CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("--target", "NAME", str, "native, or a name that `bertile targets` lists"),
-    ("--precision", "fp32", str, "number format of weights and activations"),
+    ("--precision", "|".join(PRECISIONS), str, "number format of weights and activations"),
     ("--tune", "none|quick|full", str, "how long to search for faster kernels"),
     ("--trials", "N", int, "kernels to try while tuning, instead of what --tune says"),
     ("--timeout", "SECONDS", float, "stop tuning after this time"),

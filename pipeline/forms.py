@@ -134,6 +134,8 @@ class Forms:
             count = int(call.attrs["tables"])
             found["ids"] = "_".join(str(a.ty.dtype) for a in call.args[:count])
             found["rows"] = "_".join(str(shape(a)[0]) for a in call.args[count : 2 * count])
+            if ops.precision(call) != "fp32":
+                found["precision"] = ops.precision(call)
         if output != FP32:
             found["kind"] = output.kind
             if self.smooth(output):

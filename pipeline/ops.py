@@ -7,7 +7,8 @@ tensors; the layout that kernels use enters only when the builder lowers them.
     bertile.attention(qkv (B, S, 3 H D), mask (B|1, 1, 1, S), [bias (B|1, H|1, S, S)]) {heads,
     head_size, scale, [precision]}
     bertile.layer_norm(x (…, C), gamma (C), beta (C)) {epsilon}
-    bertile.embedding(ids (B|1, S)…, table (V, C)…, gamma (C), beta (C)) {tables, epsilon}
+    bertile.embedding(ids (B|1, S)…, table (V, C)…, gamma (C), beta (C)) {tables, epsilon,
+    [precision]}
     bertile.first_token(x (B, S, C))                                                   x[:, 0]
 """
 

@@ -30,7 +30,8 @@ def check(precision: str, row: Target) -> None:
 def plan_precision(graph: Graph, precision: str, row: Target) -> Graph:
     """Give every linear layer and attention its precision: the plan's, else the one asked for.
 
-    Layers behind the first token stay in float32. Attention multiplies in bfloat16 wherever the
+    Layers behind the first token stay in float32, embedding tables are stored in float16 where
+    float32 is not asked for. Attention multiplies in bfloat16 wherever the
     target can and float32 is not asked for: it is faster than bytes there, which would need a
     range per row of scores.
     """
@@ -39,8 +40,10 @@ def plan_precision(graph: Graph, precision: str, row: Target) -> Graph:
 
     def layer(flow: Dataflow, call: relax.Call) -> Any:
         if ops.is_call(call, "bertile.attention"):
-            wanted = precision != "fp32" and row.bf16 and _pairs(flow, call)
+            wanted = precision in ("bf16", "int8") and row.bf16 and _pairs(flow, call)
             return ops.with_precision(call, "bf16") if wanted else None
+        if ops.is_call(call, "bertile.embedding"):
+            return ops.with_precision(call, "fp16") if precision != "fp32" else None
         if not ops.is_call(call, "bertile.dense"):
             return None
         weight = flow.definition(call.args[1])

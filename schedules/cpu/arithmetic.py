@@ -33,13 +33,27 @@ ROUND_BITS = 0x4B400000  # of ``vector_math.ROUND``
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Vectors of 16 lanes of ``group`` channels, multiplied and added up in ``total``."""
+    """Vectors of 16 lanes of ``group`` channels, multiplied and added up in ``total``.
+
+    ``weight`` is the dtype in which a lane's weights are stored.
+    """
 
     group: int
     lane: str
     total: str
     function: str = ""
     llvm: str = ""  # the function's text
+    weight: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", self.weight or self.lane)
+
+    def spread(self, w: Any) -> Any:
+        """One lane's weights in all lanes."""
+        if self.weight != "int16":
+            return splat(w)
+        halves = tirx.Broadcast(w, LANES)
+        return tirx.call_extern(f"float32x{LANES}", "bertile_half", halves)
 
     def multiply_add(self, total: Any, x: Any, w: Any) -> Any:
         """total + x · w, the product of each lane's channels."""
@@ -57,16 +71,17 @@ class Arithmetic:
 
 
 FP32 = Arithmetic(1, "float32", "float32")
+FP16 = Arithmetic(1, "float32", "float32", "", x86.HALF, "int16")
 BF16 = Arithmetic(2, "int32", "float32", "bertile_dot2", x86.DOT2_BF16)
 
 
 def arithmetic(precision: str, row: Row) -> Arithmetic:
-    """The arithmetic of ``fp32``, ``bf16`` or ``int8`` on a machine."""
+    """The arithmetic of ``fp32``, ``fp16``, ``bf16`` or ``int8`` on a machine."""
     if precision == "int8":
         wide = x86.DOT4_AVX512 if row.vector_bits == 512 else x86.DOT4_AVX2
         text = x86.DOT4_VNNI if row.dot_product == "vnni" else wide
         return Arithmetic(4, "int32", "int32", "bertile_dot4", text)
-    return {"fp32": FP32, "bf16": BF16}[precision]
+    return {"fp32": FP32, "fp16": FP16, "bf16": BF16}[precision]
 
 
 # On vectors of a kernel.

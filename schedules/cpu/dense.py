@@ -46,7 +46,7 @@ def space(task: Task, row: Row) -> Space:
     token_blocks`` outputs: two knobs that keep inside the register file whatever is chosen.
     """
     depth = -(-task.shape["inputs"] // group(task))
-    halves = precision(task) == "fp32" and writes(task) == "to_fp32"
+    halves = precision(task) in ("fp32", "fp16") and writes(task) == "to_fp32"
     fits = _accumulators(task, row)
     return {
         "accumulators": tuple(range(min(4, fits), fits + 1)),
@@ -93,7 +93,10 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray]) -> list[np.nda
         w = arithmetic.bf16_pairs(w[..., None].repeat(2, -1)).view("uint16")[..., 0]
     w = np.pad(w, ((0, depth * each - inputs), (0, padding)))
     w = w.reshape(depth, each, panels, width).transpose(2, 0, 3, 1)
-    w = np.ascontiguousarray(w).view("float32" if each == 1 else "int32")[..., 0]
+    if precision(task) == "fp16":
+        w = w.astype("float16").view("int16")
+    w = np.ascontiguousarray(w)
+    w = (w.view("int32") if each > 1 else w)[..., 0]
     limits = vectors.pop() if writes(task) == "to_int8" else None
     padded = [np.pad(v, (0, padding)) for v in vectors]
     return [w, *padded] + ([] if limits is None else [limits])

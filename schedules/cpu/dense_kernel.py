@@ -19,7 +19,7 @@ from bertile.schedules.task import Task
 
 
 def precision(task: Task) -> str:
-    """How the task multiplies: fp32, bf16, int8 or int8_static."""
+    """How the task multiplies: fp32, fp16 (as fp32, of stored halves), bf16, int8, int8_static."""
     return str(task.shape.get("precision", "fp32"))
 
 
@@ -30,7 +30,7 @@ def writes(task: Task) -> str:
 
 def group(task: Task) -> int:
     """Channels of one lane of x."""
-    return {"fp32": 1, "bf16": 2}.get(precision(task), 4)
+    return {"fp32": 1, "fp16": 1, "bf16": 2}.get(precision(task), 4)
 
 
 def panel_width(task: Task, knobs: Knobs) -> int:
@@ -62,7 +62,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         per_token = precision(task) == "int8"
         range_ = made.activation("range", 2) if per_token else None
         residual = made.activation("residual", outputs) if task.shape["residual"] else None
-        w = made.tensor("w", panels, depth, width, dtype=math.lane)
+        w = made.tensor("w", panels, depth, width, dtype=math.weight)
         scale = made.tensor("scale", panels * width) if bytes_ else None
         shift = made.tensor("shift", panels * width) if per_token else None
         b = made.tensor("b", panels * width)
@@ -150,7 +150,7 @@ class _Tile:
         with T.serial(depth // unroll) as outer, T.unroll(unroll) as inner:
             k = part * depth + outer * unroll + inner
             for total, p, n, t in tile:
-                x, w = lanes.load(self.of.x, t, k), lanes.splat(self.of.w[p, k, n])
+                x, w = lanes.load(self.of.x, t, k), self.math.spread(self.of.w[p, k, n])
                 lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
         last = part == self.knobs["passes"] - 1
         low, count = panel * self.width, panels * self.width
@@ -227,7 +227,7 @@ class _Tile:
             lanes.store(self.of.y, value, block + t, low + n)
 
     def _activation(self) -> Callable[[Any], Any]:
-        known = ACTIVATIONS if precision(self.task) == "fp32" else COARSE
+        known = COARSE if self.math.group > 1 else ACTIVATIONS
         return known[self.task.shape["activation"]]
 
     def _narrow(self, low: Any, count: int, block: Any, token_blocks: int) -> None:

@@ -24,8 +24,8 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
         r = rng.standard_normal((blocks * LANES, outputs)).astype("float32")
         activations.append(lanes.to_lanes(r))
         expected = expected + r
-    fp32 = task.shape.get("precision", "fp32") == "fp32"
-    tolerance = 1e-4 if fp32 else 2e-4  # the coarse activations
+    coarse = task.shape.get("precision", "fp32") not in ("fp32", "fp16")
+    tolerance = 2e-4 if coarse else 1e-4  # of the activations
     return result_sample(task, activations, weights, expected.astype("float32"), tolerance)
 
 
@@ -36,6 +36,8 @@ def _operands(
     precision = task.shape.get("precision", "fp32")
     if precision == "fp32":
         return [lanes.to_lanes(x)], [w, b], x.astype("float64") @ w + b
+    if precision == "fp16":
+        return [lanes.to_lanes(x)], [w, b], x.astype("float64") @ w.astype("float16") + b
     if precision == "bf16":
         x_, w_ = (arithmetic.bf16_values(arithmetic.bf16_pairs(_even(a))) for a in (x, w))
         x_, w_ = x_[:, : x.shape[1]], w_[:, : w.shape[1]]

@@ -4,13 +4,13 @@ result in lanes.
     ids (B or 1, S) for each table, place (m, 4), tables (V, C), gamma (C), beta (C)
         →  y (m, C, 16)
 
-An index outside its table is clamped, so that a caller without the loader's checks reads a wrong
-row, not
-memory that is not ours.
+With ``precision`` "fp16" the tables are stored in float16. An index outside its table is clamped,
+so that a caller without the loader's checks reads a wrong row, not memory that is not ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,10 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             for i, dtype in enumerate(dtypes)
         ]
         place = made.tensor("place", made.blocks, 4, dtype="int32")
-        tables = [made.tensor(f"table{i}", count, channels) for i, count in enumerate(rows)]
+        dtype = "float16" if halves(task) else "float32"
+        tables = [
+            made.tensor(f"table{i}", count, channels, dtype=dtype) for i, count in enumerate(rows)
+        ]
         gamma, beta = (made.tensor(name, channels) for name in ("gamma", "beta"))
         narrow = Narrow.of(task)
         if narrow:
@@ -63,9 +66,9 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
                     for index, count in zip(ids, rows)
                 ]
                 with T.serial(channels) as c:
-                    value = tables[0][found[0], c]
+                    value = tables[0][found[0], c].astype("float32")
                     for table, at in zip(tables[1:], found[1:]):
-                        value = value + table[at, c]
+                        value = value + table[at, c].astype("float32")
                     T.buffer_store(y, value, [block, c, lane])
             normalize(
                 y, block, y, block, gamma, beta, channels, task.shape["epsilon"], knobs["sums"]
@@ -73,6 +76,19 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             if narrow:
                 narrow.emit(lambda c: lanes.load(y, block, c), block)
     return made.func
+
+
+def halves(task: Task) -> bool:
+    """Whether the tables are stored in float16."""
+    return task.shape.get("precision") == "fp16"
+
+
+def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The tables as they are stored; the rest as it comes."""
+    if not halves(task):
+        return list(weights)
+    count = len(str(task.shape["rows"]).split("_"))
+    return [w.astype("float16") for w in weights[:count]] + list(weights[count:])
 
 
 def _row(ids: Any, place: Any, block: Any, lane: Any, count: int) -> Any:
@@ -95,6 +111,8 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
         for count, dtype in zip(rows, str(task.shape["ids"]).split("_"))
     ]
     place = np.array([[0, i * LANES, 0, blocks] for i in range(blocks)], "int32")
+    if halves(task):
+        tables = [table.astype("float16") for table in tables]
     total = sum(table[index[0]].astype("float64") for table, index in zip(tables, ids))
     total = reference.layer_norm(total, *scale, task.shape["epsilon"])
     return normalized_sample(task, [*ids, place], weights, total.astype("float32"))
@@ -106,4 +124,4 @@ def flops(task: Task, tokens: int) -> float:
     return tokens * task.shape["channels"] * (tables - 1 + 7.0)
 
 
-embedding = Schedule("embedding", space, default, kernel, sample, flops)
+embedding = Schedule("embedding", space, default, kernel, sample, flops, pack)

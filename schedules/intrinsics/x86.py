@@ -5,6 +5,7 @@ lane of four bytes is loaded, and broadcast, as one number.
 
     bertile_dot4(c, a, b)    c + Σ a[i] b[i], four unsigned bytes by four signed ones, exact
     bertile_dot2(c, a, b)    c + a[0] b[0] + a[1] b[1], two bfloat16 each, into float32
+    bertile_half(a)          float16 as float32
 
 Without VNNI, vpmaddubsw would be the usual second choice; it saturates at 16 bits, so four bytes
 are widened to two pairs of 16 bits and multiplied by vpmaddwd: slower, and the same integers.
@@ -31,6 +32,14 @@ define linkonce_odr <16 x float> @bertile_dot2(<16 x float> %c, <16 x i32> %a, <
   %y = bitcast <16 x i32> %b to <32 x bfloat>
   %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, <32 x bfloat> %x,
       <32 x bfloat> %y)
+  ret <16 x float> %r
+}
+"""
+
+HALF = """
+define linkonce_odr <16 x float> @bertile_half(<16 x i16> %a) alwaysinline {
+  %x = bitcast <16 x i16> %a to <16 x half>
+  %r = fpext <16 x half> %x to <16 x float>
   ret <16 x float> %r
 }
 """

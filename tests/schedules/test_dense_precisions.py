@@ -11,7 +11,7 @@ from bertile.schedules.cpu import arithmetic
 from bertile.schedules.cpu.dense import dense
 from bertile.schedules.task import Task
 
-PRECISIONS = ("bf16", "int8", "int8_static")
+PRECISIONS = ("fp16", "bf16", "int8", "int8_static")
 
 
 def product(inputs, outputs, activation="none", residual=False, **more):

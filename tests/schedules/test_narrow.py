@@ -42,6 +42,11 @@ def test_embedding_writes_both_forms(kernels, kind):
     assert kernels.mistake(Task("embedding", shape), blocks=2) is None
 
 
+def test_embedding_reads_tables_of_float16(kernels):
+    shape = {"channels": 28, "epsilon": 1e-12, "ids": "int64", "rows": "100", "precision": "fp16"}
+    assert kernels.mistake(Task("embedding", shape), blocks=2) is None
+
+
 def test_bytes_reach_both_ends_of_each_tokens_range(kernels):
     _, (packed, range_) = kernels.run(narrow(64, "int8"), blocks=2)
     rows = arithmetic.ungrouped(packed, "uint8")
