@@ -109,7 +109,9 @@ class _Run:
                 graph = importer.import_onnx(self.exported)
             with self.progress.stage("optimize") as stage:
                 dump = self.config.dump_ir
-                graph = optimizer.optimize(graph, *([optimizer.dump_to(Path(dump))] if dump else []))
+                graph = optimizer.optimize(
+                    graph, *([optimizer.dump_to(Path(dump))] if dump else [])
+                )
                 self._graph = planner.plan_precision(graph, self.config.precision, self.row)
                 stage.detail = f"IR in {dump}" if dump else ""
         return self._graph
@@ -160,7 +162,7 @@ def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
 def _manifest(run: _Run, graph: Any, built: Any) -> dict[str, Any]:
     from bertile import optimizer
 
-    exported, row = run.exported, run.row
+    exported, row = graph.exported, run.row
     model = {name: getattr(exported, name) for name in ("source", "sha256", "family", "head")}
     config = {k: v for k, v in run.config.to_dict().items() if k not in ("cache_dir", "dump_ir")}
     return {
