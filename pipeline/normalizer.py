@@ -83,13 +83,13 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         labels=_labels(beside) if head.endswith("-classification") else (),
         batch=batch,
         length=length,
-        notes=(*notes, *quantized, differs),
+        notes=(*quantized, *notes, differs),
     ).write()
 
 
 def _rewrite(graph: OnnxGraph, probes: Probes, opset: int) -> tuple[int | None, tuple[str, ...]]:
     """Rewrite the graph in place; return the number of positions, and notes."""
-    onnx_quantized.drop_idle_clips(graph, probes)
+    notes = onnx_quantized.settle_quantization(graph, probes)
     # To opset 20: no other operator that TVM imports means something else there than in 13.
     onnx_rewrites.upgrade_reductions(graph)
     onnx_rewrites.upgrade_splits(graph)
@@ -115,7 +115,8 @@ def _rewrite(graph: OnnxGraph, probes: Probes, opset: int) -> tuple[int | None, 
     onnx_fusions.fuse_gelus(graph)
     onnx_rewrites.name_weights(graph)
     graph.clean()
-    return max_length, tuple(f"the attention mask '{name}' is kept as it is" for name in kept)
+    masks = (f"the attention mask '{name}' is kept as it is" for name in kept)
+    return max_length, (*masks, *notes)
 
 
 def _is_bool(probes: Probes, name: str) -> bool:

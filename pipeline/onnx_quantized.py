@@ -66,13 +66,30 @@ def lift_quantization(graph: OnnxGraph) -> tuple[str, ...]:
     return _Marks(graph, weights, ranges).write()
 
 
-def drop_idle_clips(graph: OnnxGraph, probes: Probes) -> None:
-    """Drop those Relu that stand for a range from zero where no value was ever below zero."""
+def settle_quantization(graph: OnnxGraph, probes: Probes) -> tuple[str, ...]:
+    """Decide by values what the graph alone does not tell; return notes.
+
+    A Relu that stands for a range from zero goes where no value was ever below zero; a mark goes
+    where a tensor has not a row for each token: there is too little to gain behind a pooler.
+    """
+    tokens, dropped = probes.sizes("input_ids"), 0
     for node in graph.nodes:
         found = probes.of(node.input[0]) if node.output[0].startswith("bertile.relu.") else None
         if found is not None and not any((one < 0).any() for one in found):
             node.op_type = "Identity"
+        marked = node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear")
+        sizes = probes.sizes(node.input[0]) if marked else None
+        if sizes is not None and (len(sizes) != 3 or sizes[:2] != tokens):
+            _turn(node, "Identity")
+            dropped += 1
+    producers = graph.producers()
+    for node in graph.nodes:
+        if node.op_type == "DequantizeLinear" and producers[node.input[0]].op_type == "Identity":
+            _turn(node, "Identity")
     graph.clean()
+    return (f"quantized: {dropped} inputs behind the pooler are computed in float32",)[
+        : dropped > 0
+    ]
 
 
 def without_marks(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -2,9 +2,11 @@
 
     dense(fake_quantize(x) {low, high}, w, …)      →  dense(x, w, …), plan[w] = int8, low, high
     dense(fake_quantize(x · s) {low, high}, w, …)  →  dense(x, w · s, …), and smooth = s besides
+    dense(x · s, w, …)                             →  dense(x, w · s, …)
     fake_quantize(x) before anything else          →  x, with a note
 
-The second form is SmoothQuant's, as NNCF writes it: w has been divided by s already.
+The factors s, one for each channel, are SmoothQuant's as NNCF writes them: w has been divided by s
+already.
 """
 
 from __future__ import annotations
@@ -43,26 +45,24 @@ def collect_quantization(graph: Graph) -> Graph:
             sharing.setdefault(weight, []).append(_layer(graph, flow, binding))
     values: dict[relax.Var, Any] = dict(marks)
     params, plan = dict(graph.params), dict(graph.plan)
-    planned: set[relax.Var] = set()
+    used: set[relax.Var] = set()
     for weight, layers in sharing.items():
-        if not all(layer.mark is not None for layer in layers):
-            continue
         smooth = _common(layers)
         if smooth is not None:
             params[weight] = np.ascontiguousarray(params[weight] * smooth[:, None])
-        plan[weight] = _planned(layers, smooth)
-        planned |= {layer.call.args[0] for layer in layers}
+        if all(layer.mark is not None for layer in layers):
+            plan[weight] = _planned(layers, smooth)
+            used |= {layer.call.args[0] for layer in layers}
         for layer in layers:
             values[layer.var] = layer.reading(layer.x if smooth is None else layer.unsmoothed)
-    left = len(marks) - len(planned)
     graph = dataclasses.replace(graph, params=params, plan=plan)
     # once more, to drop what only smoothing read
-    return _noted(fold_weights(replace(graph, values)), left)
+    return _noted(fold_weights(replace(graph, values)), len(marks) - len(used))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Layer:
-    """One dense; `mark` is the fake_quantize that it reads, or None, and `x` what that reads.
+    """One dense; `mark` is the fake_quantize that it reads, or None, and `x` what is before that.
 
     `smooth` (K,) is what `x` is `unsmoothed` multiplied by; None where it is no such product.
     """
@@ -70,7 +70,7 @@ class _Layer:
     var: relax.Var
     call: relax.Call
     mark: relax.Call | None
-    x: Any = None
+    x: Any
     unsmoothed: Any = None
     smooth: np.ndarray | None = None
 
@@ -80,9 +80,7 @@ class _Layer:
 
 def _layer(graph: Graph, flow: Dataflow, binding: relax.VarBinding) -> _Layer:
     mark = flow.call(binding.value.args[0], "bertile.fake_quantize")
-    if mark is None:
-        return _Layer(binding.var, binding.value, None)
-    x = mark.args[0]
+    x = mark.args[0] if mark is not None else binding.value.args[0]
     product = flow.call(x, "multiply")
     for value, other in (product.args, list(product.args)[::-1]) if product is not None else ():
         smooth = _vector(graph, flow, other)
@@ -121,7 +119,7 @@ def _planned(layers: list[_Layer], smooth: np.ndarray | None) -> LayerPlan:
 def _noted(graph: Graph, dropped: int) -> Graph:
     if not dropped:
         return graph
-    note = f"quantized: {dropped} inputs of what became no linear layer are computed in float32"
+    note = f"quantized: {dropped} inputs of what is no linear layer here are computed in float32"
     exported = graph.exported
     exported = dataclasses.replace(exported, notes=(*exported.notes, note))
     return dataclasses.replace(graph, exported=exported)
