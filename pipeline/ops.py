@@ -10,6 +10,8 @@ tensors; the layout that kernels use enters only when the builder lowers them.
     bertile.embedding(ids (B|1, S)…, table (V, C)…, gamma (C), beta (C)) {tables, epsilon,
     [precision]}
     bertile.first_token(x (B, S, C))                                                   x[:, 0]
+    bertile.fake_quantize(x) {low, high, dynamic}                                            x
+        as a quantized model rounds it; no kernel has it: passes.collect_quantization takes it out
 """
 
 from __future__ import annotations
@@ -66,6 +68,15 @@ def with_precision(call: relax.Call, precision: str) -> relax.Call:
     return relax.Call(call.op, list(call.args), attrs=node)
 
 
+def fake_quantize(x: Any, low: float | None = None, high: float | None = None) -> relax.Call:
+    """x rounded to 256 numbers from low to high, or from the smallest to the largest of each token
+    where these are not given.
+    """
+    dynamic = low is None or high is None
+    low, high = (0.0, 0.0) if dynamic else (low, high)
+    return _call("fake_quantize", [x], low=low, high=high, dynamic=dynamic)
+
+
 def is_call(expr: Any, name: str) -> bool:
     """Whether ``expr`` is a call of the operator ``name`` (Relax's are spelled ``relax.add``)."""
     return isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == name
@@ -119,6 +130,7 @@ _TYPES: dict[str, Callable[[relax.Call, Any], relax.TensorType]] = {
     "layer_norm": lambda call, _: _like(call.args[0]),
     "embedding": _embedding_type,
     "first_token": _first_token_type,
+    "fake_quantize": lambda call, _: _like(call.args[0]),
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bertile.graph import Graph
+from bertile.passes.collect_quantization import collect_quantization
 from bertile.passes.fold_weights import fold_weights
 from bertile.passes.fuse_attention import fuse_attention
 from bertile.passes.fuse_dense import fuse_dense
@@ -16,13 +17,14 @@ from bertile.passes.fuse_first_token import fuse_first_token
 from bertile.passes.fuse_gelu import fuse_gelu
 from bertile.passes.fuse_layer_norm import fuse_layer_norm
 from bertile.passes.fuse_qkv import fuse_qkv
+from bertile.passes.read_quantization import read_quantization
 from bertile.passes.simplify import simplify
 
 Pass = Callable[[Graph], Graph]
 
 # A phase is what --dump-ir writes one file for.
 PHASES: tuple[tuple[str, tuple[Pass, ...]], ...] = (
-    ("simplified", (simplify,)),
+    ("simplified", (read_quantization, simplify)),
     (
         "fused",
         (
@@ -37,6 +39,8 @@ PHASES: tuple[tuple[str, tuple[Pass, ...]], ...] = (
     ),
     # simplify first: layers that share weights (ALBERT) share the joined weight too
     ("folded", (simplify, fold_weights)),
+    # last: what is known of a layer is kept by the name of its folded weight
+    ("collected", (collect_quantization,)),
 )
 
 

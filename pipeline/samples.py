@@ -67,7 +67,19 @@ def largest_difference(got: np.ndarray, want: np.ndarray, mask: np.ndarray) -> f
     """
     if got.shape != want.shape or not np.isfinite(got).all():
         return float("inf")
-    difference = np.abs(got.astype(np.float64) - want)
-    if difference.ndim >= 2 and difference.shape[:2] == mask.shape:
-        difference = difference[mask != 0]
-    return float(difference.max(initial=0.0))
+    got, want = _real(got, mask), _real(want, mask)
+    return float(np.abs(got - want).max(initial=0.0))
+
+
+def squared_norms(got: np.ndarray, want: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
+    """Return the squared norms of the difference and of `want`, of the same elements."""
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return float("inf"), 0.0
+    got, want = _real(got, mask), _real(want, mask)
+    return float(np.square(got - want).sum()), float(np.square(want).sum())
+
+
+def _real(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    values = values.astype(np.float64)
+    per_token = values.ndim >= 2 and values.shape[:2] == mask.shape
+    return values[mask != 0] if per_token else values
