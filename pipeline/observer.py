@@ -17,7 +17,6 @@ from bertile.chooser import Chooser
 from bertile.graph import Graph
 from bertile.histogram import Histogram
 from bertile.passes.rewriting import Dataflow, normalized
-from bertile.precision import LayerPlan
 from bertile.targets import Target
 from bertile.tuning_log import TuningLog
 
@@ -59,7 +58,10 @@ class Observation:
 
 
 class Observer:
-    """A graph, built so that it gives the inputs of its linear layers instead of its results."""
+    """A graph, built so that it gives the inputs of its linear layers instead of its results.
+
+    It is computed in float32 when the graph's operators have no precision yet.
+    """
 
     def __init__(self, graph: Graph, row: Target) -> None:
         self.names = [spec.name for spec in graph.exported.inputs]
@@ -122,7 +124,7 @@ def layer_inputs(graph: Graph) -> list[tuple[str, relax.Var]]:
 
 
 def _giving(graph: Graph, seen: Iterable[relax.Var]) -> Graph:
-    """The graph with these variables for its results, all in float32."""
+    """The graph with these variables for its results."""
     main = graph.main
     result = relax.Var("observed", relax.TupleType([var.ty for var in seen]))
     blocks = list(main.body.blocks)
@@ -130,8 +132,7 @@ def _giving(graph: Graph, seen: Iterable[relax.Var]) -> Graph:
     blocks[-1] = type(blocks[-1])([*blocks[-1].bindings, binding])
     body = relax.SeqExpr(blocks, result)
     made = relax.Function(main.params, body, result.ty, True, main.attrs)
-    plain = {name: LayerPlan("fp32") for name, _ in layer_inputs(graph)}
-    return dataclasses.replace(graph.with_main(normalized(made)), plan=plain)
+    return dataclasses.replace(graph.with_main(normalized(made)), plan={})
 
 
 def _ignore(_text: str) -> None:

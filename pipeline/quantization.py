@@ -154,11 +154,10 @@ def worst_first(report: Sequence[Mapping[str, Any]], precision: str = "int8") ->
 
 def _row(name: str, plan: LayerPlan, w: np.ndarray, x: np.ndarray) -> dict[str, Any]:
     inputs, weights = computed(x, w, plan)
-    static = plan.low is not None and plan.high is not None
     return {
         "layer": name,
         "precision": plan.precision,
-        "range": f"{plan.low:.3g} … {plan.high:.3g}" if static else "dynamic",
+        "range": f"{plan.low:.3g} … {plan.high:.3g}" if plan.static else "dynamic",
         "smooth": plan.smooth is not None,
         "input dB": signal_to_noise(x, inputs),
         "weight dB": signal_to_noise(w, weights),
