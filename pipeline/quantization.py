@@ -5,7 +5,7 @@ Weights: symmetric per output channel, s8. Inputs: asymmetric, u8, per token or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,27 +140,25 @@ def layer_report(
     """A row per layer of `plan`, in dB against float32, the worst output first.
 
     `weights` has w (K, N) and `inputs` some tokens x (T, K) of each layer. Keys: "layer",
-    "precision", "range" (of the input: dynamic, or its two ends), "smooth", "input dB",
-    "weight dB", "output dB", "why".
+    "precision", "range" (of an 8-bit input: dynamic, or its two ends), "smooth" (yes, no), "input
+    dB", "weight dB", "output dB", "why"; what a layer in float32 has none of is None.
     """
     rows = [_row(name, one, weights[name], inputs[name]) for name, one in plan.items()]
-    return sorted(rows, key=lambda row: row["output dB"])
-
-
-def worst_first(report: Sequence[Mapping[str, Any]], precision: str = "int8") -> list[str]:
-    """The layers of a report that have this precision, in its order."""
-    return [row["layer"] for row in report if row["precision"] == precision]
+    return sorted(rows, key=lambda row: row["output dB"] or LOSSLESS)
 
 
 def _row(name: str, plan: LayerPlan, w: np.ndarray, x: np.ndarray) -> dict[str, Any]:
-    inputs, weights = computed(x, w, plan)
+    row = {"layer": name, "precision": plan.precision, "range": None, "smooth": None}
+    decibels = (None, None, None)
+    if plan.precision == "int8":
+        row["range"] = f"{plan.low:.3g} … {plan.high:.3g}" if plan.static else "dynamic"
+        row["smooth"] = "yes" if plan.smooth is not None else "no"
+    if plan.precision != "fp32":
+        inputs, weights = computed(x, w, plan)
+        pairs = ((x, inputs), (w, weights), (x @ w, inputs @ weights))
+        decibels = tuple(signal_to_noise(*pair) for pair in pairs)
     return {
-        "layer": name,
-        "precision": plan.precision,
-        "range": f"{plan.low:.3g} … {plan.high:.3g}" if plan.static else "dynamic",
-        "smooth": plan.smooth is not None,
-        "input dB": signal_to_noise(x, inputs),
-        "weight dB": signal_to_noise(w, weights),
-        "output dB": signal_to_noise(x @ w, inputs @ weights),
-        "why": plan.why,
+        **row,
+        **dict(zip(("input dB", "weight dB", "output dB"), decibels)),
+        "why": plan.why or None,
     }

@@ -25,6 +25,16 @@ class Dataset:
     texts: tuple[str, ...]
     labels: tuple[str, ...] | None = None
 
+    @property
+    def metric(self) -> str:
+        """The name of what `score` gives."""
+        return "cosine or spearman" if self.labels is None else "accuracy"
+
+    def score(self, answers: np.ndarray, reference: np.ndarray, names: Sequence[str]) -> float:
+        """One number for how good answers are: accuracy, or the lower of cosine and Spearman."""
+        found = self.metrics(answers, reference, names)
+        return found["accuracy"] if self.labels else min(found.values())
+
     def metrics(
         self, answers: np.ndarray, reference: np.ndarray, names: Sequence[str]
     ) -> dict[str, float]:
