@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from bertile.precision import PRECISIONS
+from bertile.quantization_flags import QUANTIZATION_FLAGS
 
 # Nothing else of Bertile is imported up here: `bertile --help` must not pay for numpy or TVM.
 
@@ -25,6 +26,7 @@ CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("--log-dir", "DIR", str, "your own tuning logs, read and written"),
     ("--cache-dir", "DIR", str, "where stage results are kept"),
     ("--dump-ir", "DIR", str, "write one readable module per phase"),
+    *QUANTIZATION_FLAGS,
 )
 
 
@@ -250,6 +252,7 @@ def _run_text(parser: argparse.ArgumentParser) -> None:
 def _inspect(parser: argparse.ArgumentParser) -> None:
     _add_bundle(parser)
     add = parser.add_argument
+    add("--quant", action="store_true", help="the noise of each quantized layer, and no times")
     add("--batch", metavar="N", type=int, default=1, help="sequences in the measured call")
     add("--length", metavar="N", type=int, default=128, help="tokens in a sequence")
     add("--threads", metavar="N", type=int, help="cores to use")

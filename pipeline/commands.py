@@ -157,7 +157,9 @@ def run(options: Namespace, progress: Progress) -> Outcome:
 
 
 def inspect(options: Namespace, progress: Progress) -> Outcome:
-    """The kernels of a bundle, measured here."""
+    """The kernels of a bundle, measured here; or what quantization costs each layer."""
+    if options.quant:
+        return _quantization(options)
     from bertile import inspector
 
     report = inspector.inspect(
@@ -180,29 +182,22 @@ def inspect(options: Namespace, progress: Progress) -> Outcome:
     return Outcome(report, text)
 
 
+def _quantization(options: Namespace) -> Outcome:
+    from bertile import loader, quantizer
+
+    found = loader.read_manifest(Path(options.bundle)).get("quantization", {})
+    return Outcome(found, quantizer.as_text(found))
+
+
 def targets(options: Namespace, progress: Progress) -> Outcome:
     """Every row, and which of them this machine can run."""
     from bertile.loader import cpu_features
-    from bertile.targets import TABLE, fits, native
+    from bertile.targets import TABLE, as_text, fits, native
 
     found = cpu_features()
     runs = [row.name for row in TABLE if fits(row, found)]
-    best = native().name if runs else None
     data = [dataclasses.asdict(row) | {"here": row.name in runs} for row in TABLE]
-    rows = [
-        (
-            row.name,
-            row.arch,
-            row.vector_bits,
-            row.registers,
-            row.dot_product,
-            "yes" if row.bf16 else None,
-            "native" if row.name == best else "yes" if row.name in runs else "no",
-        )
-        for row in TABLE
-    ]
-    header = ("target", "arch", "vector bits", "registers", "dot product", "bf16", "runs here")
-    return Outcome(data, table(header, rows))
+    return Outcome(data, as_text(runs, native().name if runs else None))
 
 
 def doctor(options: Namespace, progress: Progress) -> Outcome:

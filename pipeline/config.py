@@ -16,6 +16,7 @@ from bertile.targets import names as target_names
 
 TUNE_EFFORTS = ("none", "quick", "full")
 RUNTIMES = ("none", "include")
+RANGES = ("dynamic", "minmax", "percentile", "mse")
 HEADS = (
     "encoder",
     "embedding",
@@ -32,6 +33,7 @@ class Config:
 
     `trials`, `timeout` (seconds) and `threads` are positive, or None for what the effort and the
     machine give. `head` None keeps the checkpoint's own head. Paths may be given as `Path`.
+    `calibrate`, `ranges`, `smooth` (0 to 1), `max_drop` (0 to 1) and `eval` are for int8 alone.
     Raises UsageError for a value that is not allowed, with the nearest one that is.
     """
 
@@ -46,11 +48,17 @@ class Config:
     log_dir: str | None = None
     cache_dir: str | None = None
     dump_ir: str | None = None
+    calibrate: str | None = None
+    ranges: str = "dynamic"
+    smooth: float | None = None
+    max_drop: float | None = None
+    eval: str | None = None
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():
             # object.__setattr__ is the one way to normalise a field of a frozen dataclass
             object.__setattr__(self, name, check(name, getattr(self, name)))
+        _check_quantization(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -109,12 +117,38 @@ def _positive(kinds: tuple[type, ...], what: str) -> Callable[[str, Any], Any]:
     return check
 
 
-def _path(name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise UsageError(f"{name} is {value!r}", "give the path of a directory, or leave it out")
-    return os.fspath(value)
+def _share(name: str, value: Any) -> Any:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is None or (number and 0 <= value <= 1):
+        return value
+    raise UsageError(f"{name} is {value!r}", "give a number from 0 to 1, or leave it out")
+
+
+def _path_of(what: str) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+            raise UsageError(f"{name} is {value!r}", f"give the path of {what}, or leave it out")
+        return os.fspath(value)
+
+    return check
+
+
+def _check_quantization(config: Config) -> None:
+    """Refuse choices that would have no effect, or that need another one."""
+    chosen = [
+        flag
+        for flag in ("calibrate", "smooth", "max_drop", "eval")
+        if getattr(config, flag) is not None
+    ]
+    chosen += ["ranges"] if config.ranges != "dynamic" else []
+    if chosen and config.precision != "int8":
+        raise UsageError(f"{chosen[0]} is for quantized models", "give precision int8 with it")
+    if config.calibrate is None and {"smooth", "ranges"} & set(chosen):
+        raise UsageError(f"{chosen[-1]} needs texts to observe", "give a file with --calibrate")
+    if (config.max_drop is None) != (config.eval is None):
+        raise UsageError("of --max-drop and --eval one is missing", "give both")
 
 
 # One row per field, so that a field without a check cannot be added: from_dict would refuse it.
@@ -127,7 +161,12 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "threads": _positive((int,), "a whole number"),
     "runtime": _one_of(RUNTIMES),
     "head": _one_of(HEADS, optional=True),
-    "log_dir": _path,
-    "cache_dir": _path,
-    "dump_ir": _path,
+    "log_dir": _path_of("a directory"),
+    "cache_dir": _path_of("a directory"),
+    "dump_ir": _path_of("a directory"),
+    "calibrate": _path_of("a file"),
+    "ranges": _one_of(RANGES),
+    "smooth": _share,
+    "max_drop": _share,
+    "eval": _path_of("a file"),
 }

@@ -5,9 +5,9 @@ cache.
 from __future__ import annotations
 
 import dataclasses
-import platform
+import tempfile
 import time
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from bertile import bundle, cache, exporter, loader, targets
 from bertile.config import Config
 from bertile.exported import ExportedModel, read
+from bertile.fingerprint import hash_path
 from bertile.progress import Progress
 from bertile.targets import Target
 
@@ -79,16 +80,23 @@ def _compile_cached(
     run = _Run(exported, row, config, progress, log)
     if config.tune != "none":
         run.tune()
-    decides = dataclasses.replace(config, cache_dir=None, dump_ir=None, log_dir=None)
+    files = {name: _content(getattr(config, name)) for name in ("calibrate", "eval")}
+    decides = dataclasses.replace(config, cache_dir=None, dump_ir=None, log_dir=None, **files)
     key = cache.key("driver", exported.to_json(), dataclasses.asdict(row), decides, log.digest(row))
     if config.dump_ir:
         run.optimized()  # what is asked for is the dump, whether or not the rest is cached
     path, cached = cache.Cache(config.cache_dir).get_or_make(key, run.make)
     if cached:
-        for name in ("import", "optimize", "build", "verify"):
+        quantize = ("quantize",) if config.precision == "int8" else ()
+        for name in ("import", "optimize", *quantize, "build", "verify"):
             with progress.stage(name) as stage:
                 stage.cached = True
     return path / "bundle"
+
+
+def _content(path: str | None) -> str | None:
+    """A file's hash in the place of its path; a missing file is refused where it is read."""
+    return hash_path(Path(path)) if path and Path(path).is_file() else path
 
 
 class _Run:
@@ -100,20 +108,40 @@ class _Run:
         self.exported, self.row, self.config, self.progress = exported, row, config, progress
         self.log = log
         self._graph: Any = None
+        self._quantizer: Any = None
 
     def optimized(self) -> Any:
         if self._graph is None:
             with self.progress.stage("import"):
-                from bertile import importer, optimizer, planner
+                from bertile import importer, optimizer
 
                 graph = importer.import_onnx(self.exported)
             with self.progress.stage("optimize") as stage:
                 dump = self.config.dump_ir
                 dumps = [optimizer.dump_to(Path(dump))] if dump else []
                 graph = optimizer.optimize(graph, *dumps)
-                self._graph = planner.plan_precision(graph, self.config.precision, self.row)
                 stage.detail = f"IR in {dump}" if dump else ""
+            self._graph = self._planned(graph)
         return self._graph
+
+    def _planned(self, graph: Any) -> Any:
+        """The graph whose layers know their precision."""
+        from bertile import planner, quantizer
+
+        self._quantizer = quantizer.Quantizer(graph, self.row, self.config)
+        if self.config.precision == "int8":
+            with self.progress.stage("quantize"):
+                plan = self._quantizer.plan(self._answers)
+                graph = dataclasses.replace(graph, plan=plan)
+        return planner.plan_precision(graph, self.config.precision, self.row)
+
+    def _answers(self, graph: Any, dataset: Any) -> np.ndarray:
+        """What the model in the graph's precisions answers to the texts of a dataset."""
+        from bertile.evaluation import datasets
+
+        with tempfile.TemporaryDirectory() as directory:
+            made = self._bundle(graph, self._build(graph, Path(directory)), Path(directory))
+            return datasets.answers(made, dataset, self.row.threads)
 
     def tune(self) -> dict[str, Any]:
         from bertile import lowering, tuner
@@ -126,12 +154,11 @@ class _Run:
 
     def make(self, directory: Path) -> None:
         """Fill a directory with the bundle, checked against ONNX Runtime."""
-        from bertile import builder, chooser, verifier
+        from bertile import verifier
 
         graph = self.optimized()
         with self.progress.stage("build") as stage:
-            choose = chooser.Chooser(self.log, self.row, self.progress.say)
-            built = builder.build(graph, choose, self.row, directory / "lib.so")
+            built = self._build(graph, directory)
             stage.detail = ", ".join(f"{n} {kind}" for kind, n in count(built.kernels).items())
         with self.progress.stage("verify") as stage:
 
@@ -140,84 +167,41 @@ class _Run:
                 stage.detail = f"at most {found['max_abs_difference']:.1e} from ONNX Runtime"
                 return found
 
-            bundle.write(
-                _manifest(self, graph, built),
-                built.library,
-                built.params,
-                self.exported.files(),
-                directory / "bundle",
-                self.config.runtime,
-                check,
-            )
+            quantization = self._quantizer.report(graph.plan)
+            self._bundle(graph, built, directory, check, quantization)
         built.library.unlink()
+
+    def _build(self, graph: Any, directory: Path) -> Any:
+        from bertile import builder, chooser
+
+        choose = chooser.Chooser(self.log, self.row, self.progress.say)
+        return builder.build(graph, choose, self.row, directory / "lib.so")
+
+    def _bundle(
+        self,
+        graph: Any,
+        built: Any,
+        directory: Path,
+        check: Callable[[Path], dict[str, Any]] | None = None,
+        quantization: dict[str, Any] | None = None,
+    ) -> Path:
+        from bertile import manifest
+
+        return bundle.write(
+            manifest.describe(graph, built, self.row, self.config, quantization or {}),
+            built.library,
+            built.params,
+            self.exported.files(),
+            directory / "bundle",
+            self.config.runtime,
+            check,
+        )
 
 
 def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
     """How many kernels have which provenance."""
     kinds = [kernel["provenance"] for kernel in kernels]
     return {kind: kinds.count(kind) for kind in ("tuned", "nearest", "default", "generic")}
-
-
-def _manifest(run: _Run, graph: Any, built: Any) -> dict[str, Any]:
-    from bertile import optimizer
-
-    exported, row = run.exported, run.row
-    model = {name: getattr(exported, name) for name in ("source", "sha256", "family", "head")}
-    config = {k: v for k, v in run.config.to_dict().items() if k not in ("cache_dir", "dump_ir")}
-    return {
-        "bertile": version("bertile"),
-        "entry": "main",
-        "model": {**model, "max_length": exported.max_length, "labels": list(exported.labels)},
-        "target": {"name": row.name, "arch": row.arch, "features": list(row.features)},
-        "lanes": row.lanes,
-        "config": {**config, "target": row.name, "log_dir": None},
-        "versions": _versions(),
-        "inputs": [dataclasses.asdict(spec) for spec in exported.inputs],
-        "outputs": _outputs(graph),
-        "static": {"batch": exported.batch, "length": exported.length},
-        "passes": optimizer.pass_names(),
-        "kernels": built.kernels,
-        "fallthrough": built.fallthrough,
-        "notes": list(exported.notes),
-    }
-
-
-def _outputs(graph: Any) -> list[dict[str, Any]]:
-    """Names, dtypes and axes of main's results; the axes of batch and length by name."""
-    ret = graph.main.ret_ty
-    types = list(ret.fields) if hasattr(ret, "fields") else [ret]
-    return [
-        {"name": name, "dtype": str(one.dtype), "axes": _axes(graph.exported, name, one.shape)}
-        for name, one in zip(graph.exported.outputs, types)
-    ]
-
-
-def _axes(exported: ExportedModel, name: str, shape: Any) -> list[int | str]:
-    """Symbolic axes have their names; those of a static model are told by their place and size.
-
-    A static (batch, n) is one vector per sequence, even where n is the length, unless it is a
-    logit per token: a pooled output of 128 channels of a model for 128 tokens is no rarity.
-    """
-    axes: list[int | str] = [int(e) if hasattr(e, "value") else e.name for e in shape]
-    if axes and axes[0] == exported.batch:
-        axes[0] = "batch"
-    per_token = len(axes) > 2 or name in ("start_logits", "end_logits")
-    if len(axes) > 1 and axes[1] == exported.length and per_token:
-        axes[1] = "length"
-    return axes
-
-
-def _versions() -> dict[str, str]:
-    import tvm
-
-    llvm = tvm.get_global_func("target.llvm_version_major", allow_missing=True)
-    return {
-        "tvm": version("apache-tvm"),
-        "tvm_ffi": version("apache-tvm-ffi"),
-        "llvm": str(llvm()) if llvm else "unknown",
-        "onnx": version("onnx"),
-        "python": platform.python_version(),
-    }
 
 
 def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Model:
         name, rank, type or shape, for ids that the model does not have and for too many tokens.
         """
         specs, static = self.manifest["inputs"], self.manifest["static"]
-        given = _check_inputs(inputs, specs, self.max_length)
+        given = check_inputs(inputs, specs, self.max_length)
         batch, length = next(iter(given.values())).shape
         step, width = static.get("batch") or batch, static.get("length") or length
         if length > width or (length < width and "attention_mask" not in self.inputs):
@@ -212,7 +212,7 @@ def _blocks(ends: np.ndarray, lanes: int) -> np.ndarray:
 _FILL = {"ones": 1, "zeros": 0}
 
 
-def _check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dict:
+def check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dict:
     """Return the given inputs as integer arrays of one shape (batch, length), checked."""
     known = {spec["name"]: spec for spec in specs}
     given: dict[str, np.ndarray] = {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bertile.errors import PlatformError, UsageError, nearest
 from bertile.loader import available_cores, cpu_features
+from bertile.tables import table
 
 if TYPE_CHECKING:
     import tvm
@@ -132,6 +133,24 @@ def native(features: Collection[str] | None = None, arch: str | None = None) -> 
 def fits(row: Target, features: Collection[str], arch: str | None = None) -> bool:
     """Whether a processor of that architecture (default: this one's) can run the row's code."""
     return row.arch == (arch or platform.machine()) and set(features).issuperset(row.features)
+
+
+def as_text(runs: Collection[str], best: str | None) -> str:
+    """A table of all rows; `runs` are the names of those for this machine, `best` its native."""
+    header = ("target", "arch", "vector bits", "registers", "dot product", "bf16", "runs here")
+    rows = [
+        (
+            row.name,
+            row.arch,
+            row.vector_bits,
+            row.registers,
+            row.dot_product,
+            "yes" if row.bf16 else None,
+            "native" if row.name == best else "yes" if row.name in runs else "no",
+        )
+        for row in TABLE
+    ]
+    return table(header, rows)
 
 
 def _row(name: str) -> Target:

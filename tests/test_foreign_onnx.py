@@ -12,7 +12,7 @@ import tvm
 from transformers.models.bert import modeling_bert
 
 import bertile
-from bertile import driver, loader, synthetic
+from bertile import loader, manifest, synthetic
 from bertile.config import Config
 from bertile.errors import ModelError
 from bertile.exported import InputSpec
@@ -149,7 +149,7 @@ def test_static_batch_of_1_takes_shorter_and_more_sequences(tmp_path, compiled):
 )
 def test_static_axes_of_outputs_are_named(name, shape, axes):
     exported = SimpleNamespace(batch=1, length=16)
-    assert driver._axes(exported, name, [tvm.tirx.IntImm("int64", one) for one in shape]) == axes
+    assert manifest._axes(exported, name, [tvm.tirx.IntImm("int64", one) for one in shape]) == axes
 
 
 def test_silu_goes_the_generic_way(tmp_path, compiled):

@@ -1,0 +1,131 @@
+"""A file of texts or of the model's inputs comes in; requests to observe a model with go out."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bertile import loader, runner
+from bertile.errors import InputError, ModelError, UsageError
+from bertile.exported import ExportedModel
+from bertile.samples import sample
+
+Arrays = dict[str, np.ndarray]
+Row = dict[str, np.ndarray]  # one sequence: (length,) of each input
+
+SEQUENCES = 512  # taken evenly from a longer file: ranges hardly move after the first hundred
+BATCH = 8
+LONGEST = 512  # tokens, where the model itself sets no limit
+FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+
+
+def read_requests(path: Path, exported: ExportedModel) -> list[Arrays]:
+    """Requests of some sequences each, by input name, of a calibration file.
+
+    A text file has one text a line, which the model's own tokenizer makes ids of; an .npz file has
+    the model's inputs, each (sequences, length). Raises UsageError for a file that is neither,
+    ModelError for texts when the model has no tokenizer, InputError for inputs that do not fit.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no calibration file '{path}'")
+    rows = _arrays(path, exported) if path.suffix == ".npz" else _texts(path, exported)
+    return batches(_some(rows), exported)
+
+
+def usual_requests(exported: ExportedModel) -> list[Arrays]:
+    """Requests where no file was given: English sentences, random ids without a tokenizer."""
+    if (exported.directory / "tokenizer.json").is_file():
+        from bertile.evaluation.sentences import sentences
+
+        return batches(tokenized(sentences(64), exported), exported)
+    length = exported.length or min(64, exported.max_length or 64)
+    batch = exported.batch or BATCH
+    return [sample(exported.inputs, batch, length, 0, seed) for seed in range(4)]
+
+
+def tokenized(texts: Sequence[str], exported: ExportedModel) -> list[Row]:
+    """The sequences of some texts, cut where they are longer than the model takes."""
+    if not (exported.directory / "tokenizer.json").is_file():
+        raise ModelError(
+            f"'{exported.source}' has no tokenizer.json",
+            "calibrate it with an .npz of its inputs instead of texts",
+        )
+    limits = (exported.max_length, exported.length, LONGEST)
+    limit = min(one for one in limits if one)
+    encodings = runner.encode(exported.directory, texts, limit, truncate=True)
+    names = [spec.name for spec in exported.inputs]
+    return [{n: np.array(getattr(one, FIELDS[n])) for n in names} for one in encodings]
+
+
+def batches(rows: Sequence[Row], exported: ExportedModel) -> list[Arrays]:
+    """Join sequences of similar length, padded to the longest, or to the model's static shape.
+
+    A model without attention_mask cannot be given padding: there, only equal lengths are joined.
+    """
+    masked = any(spec.name == "attention_mask" for spec in exported.inputs)
+    size = exported.batch or BATCH
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=_length):
+        joins = groups and len(groups[-1]) < size
+        if joins and (masked or _length(groups[-1][0]) == _length(row)):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [_joined(group, exported, masked) for group in groups]
+
+
+def _joined(group: list[Row], exported: ExportedModel, masked: bool) -> Arrays:
+    longest = _length(group[-1])
+    width = exported.length or longest
+    if longest > width or (longest < width and not masked):
+        raise InputError(f"a sequence has {longest} tokens, the model takes exactly {width}")
+    missing = (exported.batch or len(group)) - len(group)
+    group = [*group, *[group[-1]] * missing]  # of a static batch, the rest is said again
+    arrays = {}
+    for spec in exported.inputs:
+        arrays[spec.name] = np.zeros((len(group), width), spec.dtype)
+        for index, row in enumerate(group):
+            arrays[spec.name][index, : _length(row)] = row[spec.name]
+    return arrays
+
+
+def _length(row: Row) -> int:
+    return len(next(iter(row.values())))
+
+
+def _some(rows: list[Row]) -> list[Row]:
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SEQUENCES)).astype(int))
+    return [rows[index] for index in chosen]
+
+
+def _texts(path: Path, exported: ExportedModel) -> list[Row]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"'{path}' is no text in UTF-8: {error.reason}",
+            "give a text file with one text a line, or an .npz of the model's inputs",
+        ) from error
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise UsageError(f"the calibration file '{path}' has no text", "write one text a line")
+    return tokenized(texts, exported)
+
+
+def _arrays(path: Path, exported: ExportedModel) -> list[Row]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UsageError(f"'{path}' is no .npz of arrays: {error}") from error
+    specs = [dataclasses.asdict(spec) for spec in exported.inputs]
+    given = loader.check_inputs(arrays, specs, exported.max_length)
+    shape = next(iter(given.values())).shape
+    for spec in exported.inputs:
+        if spec.name not in given:
+            given[spec.name] = np.full(shape, int(spec.default == "ones"))
+    return [{name: array[index] for name, array in given.items()} for index in range(shape[0])]

@@ -1,0 +1,128 @@
+"""A file of texts, labelled or not, and a bundle come in; how good its answers are goes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bertile import loader, runner
+from bertile.errors import InputError, UsageError
+from bertile.evaluation.metrics import accuracy, mean_cosine, similarity_spearman
+
+# head: (the output that answers, whether it needs labels)
+ANSWERS = {"sequence-classification": ("logits", True), "embedding": ("sentence_embedding", False)}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Texts, and the label of each where the file has labels."""
+
+    path: Path
+    texts: tuple[str, ...]
+    labels: tuple[str, ...] | None = None
+
+    @property
+    def metric(self) -> str:
+        """The name of what `score` gives."""
+        return "cosine or spearman" if self.labels is None else "accuracy"
+
+    def score(self, answers: np.ndarray, reference: np.ndarray, names: Sequence[str]) -> float:
+        """One number for how good answers are: accuracy, or the lower of cosine and Spearman."""
+        found = self.metrics(answers, reference, names)
+        return found["accuracy"] if self.labels else min(found.values())
+
+    def metrics(
+        self, answers: np.ndarray, reference: np.ndarray, names: Sequence[str]
+    ) -> dict[str, float]:
+        """How good answers (N, C) are.
+
+        With labels: "accuracy", and "agreement" with the reference's choices; `names` are those of
+        the C labels. Without: "cosine" to the reference, and "spearman" of all pairs' similarities.
+        """
+        if self.labels is None:
+            return {
+                "cosine": mean_cosine(answers, reference),
+                "spearman": similarity_spearman(answers, reference),
+            }
+        unknown = sorted(set(self.labels) - set(names))
+        if unknown:
+            raise InputError(
+                f"'{self.path}' has the label '{unknown[0]}', which the model does not know",
+                f"known: {', '.join(names)}",
+            )
+        chosen, theirs = ([names[i] for i in one.argmax(1)] for one in (answers, reference))
+        return {"accuracy": accuracy(chosen, self.labels), "agreement": accuracy(chosen, theirs)}
+
+
+def read(path: Path) -> Dataset:
+    """Read .tsv (text, tab, label), .jsonl ({"text", "label"}) or .txt (a sentence a line).
+
+    Raises UsageError for another kind of file, and for a line that is not as it should be.
+    """
+    readers = {".tsv": _tsv, ".jsonl": _jsonl, ".txt": lambda line: (line, None)}
+    if path.suffix not in readers:
+        raise UsageError(
+            f"'{path}' is no file to evaluate with",
+            "give labelled texts as .tsv or .jsonl, or sentences as .txt",
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no file '{path}'") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"'{path}' is no text in UTF-8: {error.reason}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(readers[path.suffix](line))
+            except (ValueError, KeyError, TypeError) as error:
+                wanted = "text, a tab, a label" if path.suffix == ".tsv" else '{"text", "label"}'
+                raise UsageError(f"line {number} of '{path}' is not: {wanted}") from error
+    if len(rows) < 3:
+        raise UsageError(f"'{path}' has {len(rows)} texts", "give at least three")
+    texts, labels = zip(*rows)
+    return Dataset(path, texts, None if path.suffix == ".txt" else labels)
+
+
+def answers(directory: Path, dataset: Dataset, threads: int | None = None) -> np.ndarray:
+    """What the bundle in `directory` answers to each text: logits or vectors, (N, C).
+
+    Raises InputError where the bundle's head does not fit the file.
+    """
+    with loader.load(directory, threads, verify=False) as model:
+        head = model.manifest["model"]["head"]
+        output = output_of(head, dataset)
+        limit = runner.max_tokens(model.manifest)
+        encodings = runner.encode(Path(directory), dataset.texts, limit, truncate=True)
+        return np.stack([one[output] for one in runner.infer(model, encodings)])
+
+
+def output_of(head: str, dataset: Dataset) -> str:
+    """The model's output that answers a dataset; InputError where the head does not fit it."""
+    output, labelled = ANSWERS.get(head, ("", False))
+    if not output or labelled != (dataset.labels is not None):
+        wanted = {True: "labelled texts (.tsv, .jsonl)", False: "sentences (.txt)"}
+        remedy = (
+            f"it is evaluated with {wanted[labelled]}" if output else "compile an --head embedding"
+        )
+        raise InputError(f"'{dataset.path}' cannot evaluate a model with the head '{head}'", remedy)
+    return output
+
+
+def _tsv(line: str) -> tuple[str, str]:
+    text, tab, label = line.rpartition("\t")
+    if not tab or not text.strip() or not label.strip():
+        raise ValueError(line)
+    return text, label.strip()
+
+
+def _jsonl(line: str) -> tuple[str, str]:
+    fields = json.loads(line)
+    if not isinstance(fields["text"], str):
+        raise ValueError(line)
+    return fields["text"], str(fields["label"])

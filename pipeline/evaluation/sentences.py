@@ -1,0 +1,89 @@
+"""Varied English sentences that every machine with Python has: first sentences of the docstrings of
+its standard library.
+
+    python -m bertile.evaluation.sentences -o FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import random
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bertile.errors import BertileError
+
+COUNT = 500
+WORDS = range(5, 41)
+PER_FILE = 5  # of each module a few, so that many subjects are spoken of
+SEED = 20
+LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
+
+
+def sentences(count: int = COUNT) -> list[str]:
+    """Different sentences of 5 to 40 words, always the same for one version of Python.
+
+    Raises BertileError where the library has too few, as when it is installed without source.
+    """
+    chance = random.Random(SEED)
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in sorted(library.rglob("*.py")) if _is_ours(path, library)]
+    chance.shuffle(files)
+    found: dict[str, None] = {}
+    for path in files:
+        new = [one for one in dict.fromkeys(_sentences(path)) if one not in found]
+        found.update(dict.fromkeys(chance.sample(new, min(PER_FILE, len(new)))))
+        if len(found) >= count:
+            return list(found)[:count]
+    raise BertileError(
+        f"the standard library in {library} has {len(found)} sentences in docstrings, {count} are"
+        " wanted",
+        "give texts of your own",
+    )
+
+
+def _is_ours(path: Path, library: Path) -> bool:
+    return not set(path.relative_to(library).parts) & set(LEFT_OUT)
+
+
+def _sentences(path: Path) -> Iterator[str]:
+    """The first sentence of each docstring of a file."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError:  # the library has templates and samples that are no programs
+        return
+    for node in ast.walk(tree):
+        text = ast.get_docstring(node) if isinstance(node, kinds) else None
+        found = first_sentence(text or "")
+        if found:
+            yield found
+
+
+def first_sentence(text: str) -> str | None:
+    """The first sentence of a docstring; None where it is no sentence of plain words."""
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    match = re.match(r"[A-Z].*?(?<!e\.g)(?<!i\.e)[.!?](?= |$)", paragraph)
+    if match is None:
+        return None
+    words = match[0].split()
+    plain = [word for word in words if re.fullmatch(r"[(\"']?[A-Za-z][a-z'-]*[\"').,;:!?]*", word)]
+    good = len(words) in WORDS and len(plain) >= 0.8 * len(words)
+    return match[0] if good else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the sentences, one a line."""
+    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.sentences")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="what to write")
+    parser.add_argument("--count", metavar="N", type=int, default=COUNT, help="how many (500)")
+    options = parser.parse_args(arguments)
+    text = "".join(f"{one}\n" for one in sentences(options.count))
+    Path(options.output).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""A graph, its build and what was asked for come in; the manifest of the bundle goes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+from bertile import optimizer
+from bertile.builder import Built
+from bertile.config import Config
+from bertile.exported import ExportedModel
+from bertile.graph import Graph
+from bertile.targets import Target
+
+
+def describe(
+    graph: Graph, built: Built, row: Target, config: Config, quantization: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a bundle says of itself, without what `bundle.write` adds: hashes, weights, the check.
+
+    `quantization` is what the quantizer reports, empty where nothing is in 8 bits.
+    """
+    exported = graph.exported
+    model = {name: getattr(exported, name) for name in ("source", "sha256", "family", "head")}
+    chosen = {k: v for k, v in config.to_dict().items() if k not in ("cache_dir", "dump_ir")}
+    return {
+        "bertile": version("bertile"),
+        "entry": "main",
+        "model": {**model, "max_length": exported.max_length, "labels": list(exported.labels)},
+        "target": {"name": row.name, "arch": row.arch, "features": list(row.features)},
+        "lanes": row.lanes,
+        "config": {**chosen, "target": row.name, "log_dir": None, **_file_names(config)},
+        "versions": _versions(),
+        "inputs": [dataclasses.asdict(spec) for spec in exported.inputs],
+        "outputs": _outputs(graph),
+        "static": {"batch": exported.batch, "length": exported.length},
+        "passes": optimizer.pass_names(),
+        "kernels": built.kernels,
+        "fallthrough": built.fallthrough,
+        "notes": list(exported.notes),
+        **({"quantization": quantization} if quantization else {}),
+    }
+
+
+def _file_names(config: Config) -> dict[str, str | None]:
+    """The files that were read, without the directories of the machine that read them."""
+    paths = {"calibrate": config.calibrate, "eval": config.eval}
+    return {name: path and Path(path).name for name, path in paths.items()}
+
+
+def _outputs(graph: Any) -> list[dict[str, Any]]:
+    """Names, dtypes and axes of main's results; the axes of batch and length by name."""
+    ret = graph.main.ret_ty
+    types = list(ret.fields) if hasattr(ret, "fields") else [ret]
+    return [
+        {"name": name, "dtype": str(one.dtype), "axes": _axes(graph.exported, name, one.shape)}
+        for name, one in zip(graph.exported.outputs, types)
+    ]
+
+
+def _axes(exported: ExportedModel, name: str, shape: Any) -> list[int | str]:
+    """Symbolic axes have their names; those of a static model are told by their place and size.
+
+    A static (batch, n) is one vector per sequence, even where n is the length, unless it is a
+    logit per token: a pooled output of 128 channels of a model for 128 tokens is no rarity.
+    """
+    axes: list[int | str] = [int(e) if hasattr(e, "value") else e.name for e in shape]
+    if axes and axes[0] == exported.batch:
+        axes[0] = "batch"
+    per_token = len(axes) > 2 or name in ("start_logits", "end_logits")
+    if len(axes) > 1 and axes[1] == exported.length and per_token:
+        axes[1] = "length"
+    return axes
+
+
+def _versions() -> dict[str, str]:
+    llvm = tvm.get_global_func("target.llvm_version_major", allow_missing=True)
+    return {
+        "tvm": version("apache-tvm"),
+        "tvm_ffi": version("apache-tvm-ffi"),
+        "llvm": str(llvm()) if llvm else "unknown",
+        "onnx": version("onnx"),
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,174 @@
+"""An optimized graph comes in; how its linear layers are quantized and what that costs goes out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertile import accuracy, calibration, ops, planner, ranges
+from bertile.config import Config
+from bertile.evaluation import datasets
+from bertile.evaluation.datasets import Dataset
+from bertile.graph import Graph
+from bertile.observer import Arrays, Observation, Observer
+from bertile.passes.rewriting import Dataflow
+from bertile.precision import LayerPlan, Plan
+from bertile.quantization import layer_report
+from bertile.tables import table
+from bertile.targets import Target
+
+# What a graph whose operators have their precisions answers to the texts of a dataset.
+Answers = Callable[[Graph, Dataset], np.ndarray]
+NORMALISERS = ("bertile.layer_norm", "bertile.embedding")
+
+
+class Quantizer:
+    """Plans for one graph, which must not have the precisions of its operators yet.
+
+    The graph is run on the calibration file, or for a report alone on usual texts, when that is
+    first needed, and once.
+    """
+
+    def __init__(self, graph: Graph, row: Target, config: Config) -> None:
+        self.graph, self.row, self.config = graph, row, config
+        self._search: dict[str, Any] = {}  # what --max-drop has measured
+
+    def plan(self, answers: Answers) -> Plan:
+        """What the configuration asks for; what the model itself brings goes first.
+
+        With `max_drop`, every plan that is tried is compiled and run by `answers`.
+        """
+        plan = self._wanted()
+        return plan if self.config.max_drop is None else self._kept(plan, answers)
+
+    def _wanted(self) -> Plan:
+        if self.config.ranges == "dynamic" and self.config.smooth is None:
+            return self.graph.plan
+        smooth = self._smooth()
+        seen = self._observed
+        if smooth and self.config.ranges != "dynamic":
+            seen = self._observer.observe(self._requests, smooth)
+        made = {
+            name: LayerPlan("int8", *self._ends(one), smooth.get(name))
+            for name, one in seen.items()
+        }
+        return {**made, **self.graph.plan}
+
+    def _kept(self, plan: Plan, answers: Answers) -> Plan:
+        """The plan with as many layers in higher precision as `max_drop` takes."""
+        exported = self.graph.exported
+        dataset = datasets.read(Path(str(self.config.eval)))
+        datasets.output_of(exported.head, dataset)  # refused before anything is compiled
+        reference = answers(self._planned({}, "fp32"), dataset)
+
+        def score(found: np.ndarray) -> float:
+            return dataset.score(found, reference, exported.labels)
+
+        whole = self._planned(plan, "int8").plan
+        rows = self.report(whole)["layers"]
+        found = accuracy.search(
+            whole,
+            {row["layer"]: row["output dB"] for row in rows if row["precision"] == "int8"},
+            lambda one: score(answers(self._planned(one, "int8"), dataset)),
+            baseline=score(reference),
+            max_drop=float(self.config.max_drop or 0),
+            higher=("bf16", "fp32") if self.row.bf16 else ("fp32",),
+        )
+        self._search = {
+            "metric": dataset.metric,
+            "fp32": score(reference),
+            "max_drop": self.config.max_drop,
+            "tried": [
+                {"kept": kept, "in": precision, "score": value}
+                for kept, precision, value in found.tried
+            ],
+        }
+        return found.plan
+
+    def _planned(self, plan: Plan, precision: str) -> Graph:
+        graph = dataclasses.replace(self.graph, plan=plan)
+        return planner.plan_precision(graph, precision, self.row)
+
+    def report(self, plan: Plan) -> dict[str, Any]:
+        """What the manifest says of quantization: the options, and a row for each layer.
+
+        Empty where no layer of `plan` is in 8 bits.
+        """
+        if all(one.precision != "int8" for one in plan.values()):
+            return {}
+        layers = {name: plan[name] for name in self._observed if name in plan}
+        tokens = {name: self._observed[name].rows for name in layers}
+        calibrate = self.config.calibrate
+        return {
+            "calibration": Path(calibrate).name if calibrate else None,
+            "ranges": self.config.ranges,
+            "smooth": self.config.smooth,
+            "layers": layer_report(layers, self.graph.params, tokens),
+            **({"accuracy": self._search} if self._search else {}),
+        }
+
+    def _ends(self, seen: Observation) -> tuple[float | None, float | None]:
+        if self.config.ranges == "dynamic":
+            return None, None
+        return ranges.choose(seen, self.config.ranges)
+
+    def _smooth(self) -> dict[str, np.ndarray]:
+        if self.config.smooth is None:
+            return {}
+        return {
+            name: ranges.smoothing(
+                self._observed[name].channels, self.graph.params[name], self.config.smooth
+            )
+            for name in smoothable(self.graph)
+        }
+
+    @cached_property
+    def _requests(self) -> list[Arrays]:
+        if self.config.calibrate is None:
+            return calibration.usual_requests(self.graph.exported)
+        return calibration.read_requests(Path(self.config.calibrate), self.graph.exported)
+
+    @cached_property
+    def _observer(self) -> Observer:
+        return Observer(self.graph, self.row)
+
+    @cached_property
+    def _observed(self) -> dict[str, Observation]:
+        requests = self._requests  # a bad file is refused before anything is built
+        return self._observer.observe(requests)
+
+
+def smoothable(graph: Graph) -> list[str]:
+    """The weights of the layers whose inputs are all normalised.
+
+    LayerNorm multiplies each channel anyway, so that there smoothing costs nothing.
+    """
+    flow = Dataflow(graph.main)
+    found: dict[str, bool] = {}
+    for binding in flow.bindings:
+        if ops.is_call(binding.value, "bertile.dense"):
+            x, w = binding.value.args[:2]
+            name = getattr(flow.definition(w), "name", "")
+            found[name] = found.get(name, True) and flow.is_op(x, *NORMALISERS)
+    return [name for name, normalised in found.items() if normalised and name in graph.params]
+
+
+def as_text(quantization: Mapping[str, Any]) -> str:
+    """What `bertile inspect --quant` prints of a manifest's "quantization"."""
+    layers = quantization.get("layers", [])
+    if not layers:
+        return "no layer is quantized"
+    columns = list(layers[0])
+    text = table(columns, [[row[name] for name in columns] for row in layers])
+    found = quantization.get("accuracy")
+    if found is None:
+        return text
+    tried = [
+        f"{one['score']:.4f} with {one['kept']} layers in {one['in']}" for one in found["tried"]
+    ]
+    return f"{text}\n\n{found['metric']}: {found['fp32']:.4f} in fp32; {'; '.join(tried)}"

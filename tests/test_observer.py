@@ -1,0 +1,120 @@
+"""The inputs of linear layers as our own kernels see them, against hooks in torch's model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bertile import models, targets
+from bertile.importer import import_onnx
+from bertile.observer import KEPT_ROWS, Observer, layer_inputs, observe
+from bertile.optimizer import optimize
+from bertile.samples import sample
+
+# float32 in another order, through two layers
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def graph(exported):
+    return optimize(import_onnx(exported))
+
+
+@pytest.fixture(scope="module")
+def requests(exported):
+    return [
+        sample(exported.inputs, batch, length, 0, length) for batch, length in ((3, 37), (2, 5))
+    ]
+
+
+@pytest.fixture(scope="module")
+def observer(graph):
+    return Observer(graph, targets.resolve("native", threads=1))
+
+
+@pytest.fixture(scope="module")
+def wanted(requests) -> dict[str, np.ndarray]:
+    """The input of each of torch's layers, without padding, all requests behind one another."""
+    model = models.load("synthetic:bert-tiny").model
+    seen: dict[str, list[np.ndarray]] = {}
+    for request in requests:
+        mask = request["attention_mask"] != 0
+
+        def keep(name, x, mask=mask):
+            seen.setdefault(name, []).append(x[mask] if x.ndim == 3 else x)
+
+        handles = [
+            module.register_forward_hook(
+                lambda _, x, __, name=name: keep(name, x[0].detach().numpy())
+            )
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+        with torch.no_grad():
+            model(**{name: torch.from_numpy(array) for name, array in request.items()})
+        for handle in handles:
+            handle.remove()
+    return {name: np.concatenate(parts) for name, parts in seen.items()}
+
+
+LAYERS = [
+    f"encoder.layer.{layer}.{part}"
+    for layer in (0, 1)
+    for part in (
+        "attention.self.query",  # Q, K and V are one layer with one input
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    )
+] + ["pooler.dense"]
+
+
+def test_every_layer_is_observed_as_torch_computes_it(graph, observer, requests, wanted):
+    found = observer.observe(requests)
+    names = [name for name, _ in layer_inputs(graph)]
+    assert list(found) == names and len(names) == len(LAYERS)
+    for name, layer in zip(names, LAYERS):
+        one, x = found[name], wanted[layer]
+        np.testing.assert_allclose((one.low, one.high), (x.min(), x.max()), **CLOSE)
+        np.testing.assert_allclose(one.channels, np.abs(x).max(0), **CLOSE)
+        assert one.histogram.counts.sum() == x.size
+        np.testing.assert_allclose(
+            one.histogram.counts @ one.histogram.centers / x.size, x.mean(), atol=1e-2
+        )
+
+
+def test_rows_are_tokens_of_all_requests(graph, observer, requests, wanted):
+    name = layer_inputs(graph)[0][0]
+    rows, x = observer.observe(requests)[name].rows, wanted[LAYERS[0]]
+    np.testing.assert_allclose(rows, x, **CLOSE)  # there are fewer than would be left out
+
+
+def test_rows_are_at_most_so_many(graph, observer, exported):
+    many = [sample(exported.inputs, 4, 100, 0, seed) for seed in range(3)]
+    found = observer.observe(many)
+    assert {len(one.rows) for one in found.values()} == {KEPT_ROWS, 12}  # the pooler sees 4 each
+
+
+def test_smoothed_inputs_are_observed_where_asked_for(graph, observer, requests):
+    first, second = (name for name, _ in layer_inputs(graph)[:2])
+    factors = np.linspace(0.1, 2, 128).astype("float32")
+    plain, smooth = observer.observe(requests), observer.observe(requests, {first: factors})
+    np.testing.assert_allclose(smooth[first].channels, plain[first].channels * factors, rtol=1e-6)
+    np.testing.assert_allclose(smooth[first].rows, plain[first].rows * factors, rtol=1e-6)
+    assert smooth[second].high == plain[second].high
+
+
+def test_layers_that_share_a_weight_share_an_observation(tmp_path):
+    from bertile.config import Config
+    from bertile.exporter import export
+
+    exported = export("synthetic:albert-tiny", tmp_path, Config())
+    graph = optimize(import_onnx(exported))
+    names = [name for name, _ in layer_inputs(graph)]
+    assert len(set(names)) < len(names)
+    request = sample(exported.inputs, 1, 9, 0)
+    found = observe(graph, [request], targets.resolve("native", threads=1))
+    assert set(found) == set(names)
+    twice = next(name for name in names if names.count(name) == 2)
+    assert found[twice].histogram.counts.sum() == 2 * 9 * len(found[twice].channels)
