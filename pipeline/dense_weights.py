@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bertile.precision import LayerPlan
+from bertile.quantization import quantize_weights, weight_scales
 from bertile.schedules.cpu.arithmetic import LEVELS
 from bertile.schedules.task import Task
 
@@ -24,7 +25,8 @@ def dense_weights(
         return [(name, w), (bias_name, b)]
     if plan.smooth is not None:
         w = w / plan.smooth[:, None]
-    v, scale = quantize_weight(w)
+    scale = weight_scales(w)
+    v = quantize_weights(w, scale)
     shift = (v.sum(0, dtype="int64") * scale.astype("float64")).astype("float32")
     if precision == "int8":
         return [(name, v), (f"{name}.scale", scale), (f"{name}.shift", shift), (bias_name, b)]
@@ -40,9 +42,3 @@ def dense_weights(
 def limits(plan: LayerPlan) -> np.ndarray:
     """What a kernel that writes bytes of a given range reads: low, and steps per unit."""
     return np.array([plan.low, LEVELS / (plan.high - plan.low)], "float32")
-
-
-def quantize_weight(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(K, N) float32 → int8 (K, N), scale (N,): symmetric per output channel, |v| ≤ 127."""
-    scale = np.maximum(np.abs(w).max(0), np.float32(1e-30)) / np.float32(127)
-    return np.rint(w / scale).astype("int8"), scale
