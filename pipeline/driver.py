@@ -133,7 +133,7 @@ class _Run:
             with self.progress.stage("quantize"):
                 plan = self._quantizer.plan(self._answers)
                 graph = dataclasses.replace(graph, plan=plan)
-        return planner.plan_precision(graph, self.config.precision, self.row)
+        return planner.plan_precision(graph, self.config.precision, self.row, self.log)
 
     def _answers(self, graph: Any, dataset: Any) -> np.ndarray:
         """What the model in the graph's precisions answers to the texts of a dataset."""

@@ -9,10 +9,13 @@ from tvm import relax
 
 from bertile import ops
 from bertile.errors import PlatformError
+from bertile.forms import Forms
 from bertile.graph import Graph
 from bertile.passes.rewriting import Dataflow, rewrite
 from bertile.precision import LayerPlan
+from bertile.schedules.task import Task
 from bertile.targets import Target
+from bertile.tuning_log import TuningLog
 
 FEW_ROWS = "it sees one row a sequence: too little work to gain anything"
 
@@ -27,15 +30,25 @@ def check(precision: str, row: Target) -> None:
         )
 
 
-def plan_precision(graph: Graph, precision: str, row: Target) -> Graph:
+def plan_precision(
+    graph: Graph, precision: str, row: Target, log: TuningLog | None = None
+) -> Graph:
     """Give every linear layer and attention its precision: the plan's, else the one asked for.
 
     Layers behind the first token stay in float32, embedding tables are stored in float16 where
-    float32 is not asked for. Attention multiplies in bfloat16 wherever the
-    target can and float32 is not asked for: it is faster than bytes there, which would need a
-    range per row of scores.
+    float32 is not asked for. Attention multiplies in bfloat16 wherever the target can and float32
+    is not asked for: it is faster than bytes there, which would need a range per row of scores.
+    A layer that ``log`` knows to be slower in 8 bits than in more is not quantized.
     """
     check(precision, row)
+    planned = _assigned(graph, precision, row)
+    if log is None or not (slower := _slower(planned, row, log)):
+        return planned
+    plan = {**graph.plan, **slower}
+    return _assigned(dataclasses.replace(graph, plan=plan), precision, row)
+
+
+def _assigned(graph: Graph, precision: str, row: Target) -> Graph:
     plan = dict(graph.plan)
 
     def layer(flow: Dataflow, call: relax.Call) -> Any:
@@ -63,3 +76,27 @@ def _pairs(flow: Dataflow, call: relax.Call) -> bool:
     qkv = call.args[0]
     made = flow.is_op(qkv, "bertile.dense") and flow.used_once(qkv)
     return made and int(call.attrs["head_size"]) % 2 == 0
+
+
+def _slower(graph: Graph, row: Target, log: TuningLog) -> dict[str, LayerPlan]:
+    """The layers whose kernel for bytes has been measured, and lost, against one of more digits."""
+    forms, found = Forms(graph), {}
+    for binding in forms.flow.bindings:
+        call = binding.value
+        if not ops.is_call(call, "bertile.dense") or ops.precision(call) != "int8":
+            continue
+        task = forms.task(binding.var)
+        mine = log.best(task, row)
+        for precision in ("bf16", "fp32") if row.bf16 else ("fp32",):
+            other = log.best(_in_precision(task, precision), row)
+            if mine is not None and other is not None and other.median < mine.median:
+                why = f"in int8 it takes {mine.median:.0f} us, in {precision} {other.median:.0f}"
+                found[call.args[1].name] = LayerPlan(precision, why=why)
+                break
+    return found
+
+
+def _in_precision(task: Task, precision: str) -> Task:
+    """The same layer in float32 or bfloat16, writing float32 where bytes were written."""
+    shape = {k: v for k, v in task.shape.items() if k != "precision" and v != "to_int8"}
+    return Task(task.operation, shape if precision == "fp32" else {**shape, "precision": precision})

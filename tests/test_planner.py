@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,6 +64,27 @@ def test_a_layers_own_plan_counts_more_than_what_is_asked_for(graph):
     found = {weight_name(call): ops.precision(call) for _, call in layers(planned)}
     assert found[name] == "fp32" and "int8" in found.values()
     assert planned.plan[name].why == "it hurts"
+
+
+def test_a_layer_that_is_slower_in_int8_is_not_quantized(graph):
+    """By a log in which one layer's int8 kernel has lost against its bf16 one."""
+    planned = planner.plan_precision(graph, "int8", BF16)
+    forms = Forms(planned)
+    var = next(v for v, c in layers(planned) if ops.precision(c) == "int8")
+    slow = forms.task(var)
+
+    class Log:
+        def best(self, task, row):
+            times = {"int8": 20.0, "bf16": 15.0, "fp32": 30.0}
+            if {**task.shape, "precision": 0} == {**slow.shape, "precision": 0}:
+                return SimpleNamespace(median=times[task.shape.get("precision", "fp32")])
+            return None
+
+    again = planner.plan_precision(graph, "int8", BF16, Log())
+    same = [weight_name(c) for v, c in layers(planned) if forms.task(v) == slow]
+    assert {again.plan[name].precision for name in same} == {"bf16"}
+    assert all("in int8 it takes 20 us, in bf16 15" in again.plan[name].why for name in same)
+    assert {p.precision for n, p in again.plan.items() if n not in same} <= {"int8", "fp32"}
 
 
 def test_attention_multiplies_in_bf16_only_where_the_target_can(graph):
