@@ -19,7 +19,7 @@ help:
 	@echo "make test       the tests (some minutes); make test-slow has the long ones too"
 	@echo "make lint       ruff; make format lets it rewrite"
 	@echo "make bench      time models beside ONNX Runtime, OpenVINO and PyTorch, into README.md"
-	@echo "make logs       tune the kernels whose logs ship in tuning_logs (half an hour)"
+	@echo "make logs       tune the kernels whose logs ship in tuning_logs (two hours)"
 	@echo "make clean      remove .venv, out and what Python and the tests left"
 
 demo: $(VENV)/.installed
@@ -60,11 +60,13 @@ $(VENV)/.bench: $(VENV)/.installed
 	@$(PIP) -e ".[bench]"
 	@touch $@
 
-# What ships in tuning_logs: about half an hour, on a machine that does nothing else meanwhile.
+# What ships in tuning_logs: two hours, on a machine that does nothing else meanwhile.
 logs: $(VENV)/.installed
-	@for threads in 1 2; do for model in bert-base bert-large distilbert-base minilm; do \
-	  $(BIN)/bertile tune synthetic:$$model --tune full --timeout $(LOG_SECONDS) \
-	    --threads $$threads --log-dir tuning_logs || exit; done; done
+	@for precision in fp32 int8 bf16; do for threads in 2 1; do \
+	  for model in bert-base minilm bert-large distilbert-base; do \
+	    $(BIN)/bertile tune synthetic:$$model --tune full --timeout $(LOG_SECONDS) \
+	      --precision $$precision --threads $$threads --log-dir tuning_logs || exit; \
+	done; done; done
 
 clean:
 	@rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache
