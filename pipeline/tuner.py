@@ -147,6 +147,7 @@ class _Session:
             target=self.row.log,
             threads=self.row.threads,
             tokens=BLOCKS * LANES,
+            dtype=str(task.shape.get("precision", "float32")),
             knobs=dict(knobs),
             microseconds=_rounded(found.get("microseconds", ())),
             also={tokens: _rounded(times) for tokens, times in found.get("also", {}).items()},
