@@ -21,9 +21,17 @@ from bertile.onnx_graph import OnnxGraph, attributes
 # Operators that move elements and change none of them; the first input holds the elements.
 MOVES = ("Identity", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather")
 
+# Operators between floats and integers.
+PAIRS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+
 # The float operator of one that reads (tensor, scale, zero point) triples and ends in a scale and
 # zero point for its result.
 _BINARY = {"QLinearAdd": "Add", "QLinearMul": "Mul", "QLinearMatMul": "MatMul"}
+
+
+def is_quantized(node: onnx.NodeProto) -> bool:
+    """Whether a node reads or makes integers that stand for floats."""
+    return node.op_type in (*PAIRS, "MatMulInteger", *_EXPANSIONS)
 
 
 def expand_integers(graph: OnnxGraph) -> None:
@@ -142,7 +150,8 @@ def _expand_product(graph: OnnxGraph, node: onnx.NodeProto) -> None:
     if not a_scale:
         raise _unscaled(node)
     known = [graph.array(name) for name in (a_scale, b_scale) if graph.is_constant(name)]
-    end, bias, factors = _scales(graph, node, {a_scale, b_scale} - {""}, bool(known) or not b_scale)
+    computed = [name for name in (a_scale, b_scale) if name and not graph.is_constant(name)]
+    end, bias, factors = _scales(graph, node, computed, bool(known) or not b_scale)
     whole = _product(graph.array(name) for name in factors)
     rest = whole / _product(known)  # what the scales of quantized activations leave of it
     if not b_scale:
@@ -176,7 +185,7 @@ def _own_scale(name: str, producers: dict[str, onnx.NodeProto]) -> str:
 
 
 def _scales(
-    graph: OnnxGraph, node: onnx.NodeProto, wanted: set[str], constant: bool
+    graph: OnnxGraph, node: onnx.NodeProto, wanted: list[str], constant: bool
 ) -> tuple[str, str, list[str]]:
     """Follow a product of integers until the scales wanted, and a constant, are multiplied to it.
 
@@ -184,23 +193,23 @@ def _scales(
     that are constants.
     """
     producers, consumers = graph.producers(), graph.consumers()
-    missing = {name for name in wanted if not graph.is_constant(name)}
-    last, bias, constants = node.output[0], "", []
+    last, bias, constants, missing = node.output[0], "", [], list(wanted)
     while missing or (constant and not constants):
         readers = consumers.get(last, [])
         if len(readers) != 1 or readers[0].op_type not in ("Add", "Cast", "Mul"):
             raise _unscaled(node)
         other = next((one for one in readers[0].input if one != last), "")
-        factors = list(_factors(other, producers)) if readers[0].op_type == "Mul" else []
-        found = [one for one in factors if graph.is_constant(one)]
         if readers[0].op_type == "Add":
             if not graph.is_constant(other) or graph.is_float(other):
                 raise _unscaled(node)
             bias = other
-        elif not set(factors) <= missing | set(found):
-            raise _unscaled(node)
-        constants += found
-        missing -= set(factors)
+        for factor in _factors(other, producers) if readers[0].op_type == "Mul" else ():
+            if graph.is_constant(factor):
+                constants.append(factor)
+            elif factor in missing:
+                missing.remove(factor)
+            else:
+                raise _unscaled(node)
         last = readers[0].output[0]
     return last, bias, constants
 

@@ -20,11 +20,10 @@ import onnx
 
 from bertile.errors import ModelError
 from bertile.onnx_graph import OnnxGraph, attributes
-from bertile.onnx_integer import MOVES, expand_integers
+from bertile.onnx_integer import MOVES, PAIRS, expand_integers, is_quantized
 from bertile.onnx_weights import Weights
 from bertile.probing import Probes
 
-_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger")
 _SHIFT = {np.dtype(np.uint8): 0, np.dtype(np.int8): 128}  # what makes such integers uint8
 
 
@@ -56,7 +55,7 @@ def lift_quantization(graph: OnnxGraph) -> tuple[str, ...]:
 
     Raises ModelError, naming the node, for integers whose scales are not known.
     """
-    if not any(node.op_type.startswith(("QLinear", "QGemm", *_QUANTIZED)) for node in graph.nodes):
+    if not any(map(is_quantized, graph.nodes)):
         return ()
     expand_integers(graph)
     weights = Weights(graph)
@@ -102,7 +101,7 @@ def without_marks(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _drop_pairs(graph: OnnxGraph) -> None:
     for node in graph.nodes:
-        if node.op_type in _QUANTIZED:
+        if node.op_type in PAIRS:
             _turn(node, "Identity")
 
 
@@ -248,11 +247,14 @@ class _Marks:
             count[dynamic] += len(readers)
         layers = [node for readers in self.layers.values() for node in readers]
         wide = sum(self.weights.largest(node.input[1]) > 127 for node in layers)
-        said = (
+        return _counted(
             (count[False], "linear layers have int8 weights and inputs of a fixed range"),
             (count[True], "linear layers have int8 weights and inputs quantized as they come"),
             (wide, "of them have a zero point, or -128, in their weights and leave -127 … 127"),
             (self.widened, "inputs have several ranges, of which the widest is used"),
             (self.dropped, "other activations that the file quantizes are computed in float32"),
         )
-        return tuple(f"quantized: {number} {what}" for number, what in said if number)
+
+
+def _counted(*said: tuple[int, str]) -> tuple[str, ...]:
+    return tuple(f"quantized: {number} {what}" for number, what in said if number)

@@ -38,9 +38,8 @@ PHASES: tuple[tuple[str, tuple[Pass, ...]], ...] = (
         ),
     ),
     # simplify first: layers that share weights (ALBERT) share the joined weight too
-    ("folded", (simplify, fold_weights)),
-    # last: what is known of a layer is kept by the name of its folded weight
-    ("collected", (collect_quantization,)),
+    # collect last: what a quantized model says of a layer is kept by its folded weight's name
+    ("folded", (simplify, fold_weights, collect_quantization)),
 )
 
 

@@ -40,7 +40,7 @@ def collect_quantization(graph: Graph) -> Graph:
         return graph
     sharing: dict[str, list[_Layer]] = {}
     for binding in calls:
-        if is_call(binding.value, "bertile.dense"):
+        if is_call(binding.value, "bertile.dense") and binding.value.args[1] in flow.weights:
             weight = binding.value.args[1].name
             sharing.setdefault(weight, []).append(_layer(graph, flow, binding))
     values: dict[relax.Var, Any] = dict(marks)

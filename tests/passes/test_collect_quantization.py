@@ -1,0 +1,137 @@
+"""What a model says of its quantized layers goes into the plan, and out of the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tvm
+from tvm.relax import op
+
+from bertile import ops
+from bertile.passes.collect_quantization import collect_quantization
+from bertile.precision import LayerPlan
+
+LAYER = {"w": (8, 4), "b": (4,)}
+TWO = {**LAYER, "v": (8, 4), "c": (4,)}
+SMOOTHED = {**LAYER, "s": (1, 1, 8)}
+
+
+@pytest.fixture
+def collected(graph):
+    """The graph of an expression after the pass; its main is that of ``expected``."""
+
+    def check(before, expected, *, weights, kept=None):
+        start = dataclasses.replace(graph(before, weights=weights), plan={"old": LayerPlan("bf16")})
+        found = collect_quantization(start)
+        kept = weights if kept is None else {name: weights[name] for name in kept}
+        tvm.ir.assert_structural_equal(found.main, graph(expected, weights=kept).main)
+        assert found.plan["old"].precision == "bf16"
+        return found, start, {name: one for name, one in found.plan.items() if name != "old"}
+
+    return check
+
+
+def test_range_of_a_layer_is_in_the_plan(collected):
+    def before(emit, ids, x, w, b):
+        return ops.dense(ops.fake_quantize(x, -1.5, 2.0), w, b, activation="gelu")
+
+    def after(emit, ids, x, w, b):
+        return ops.dense(x, w, b, activation="gelu")
+
+    _, _, plan = collected(before, after, weights=LAYER)
+    assert plan.keys() == {"w"}
+    layer = plan["w"]
+    assert (layer.precision, layer.low, layer.high, layer.smooth) == ("int8", -1.5, 2.0, None)
+    assert layer.why
+
+
+def test_dynamic_layers_of_one_mark_have_no_range(collected):
+    def before(emit, ids, x, w, b, v, c):
+        mark = emit(ops.fake_quantize(x))
+        return op.add(ops.dense(mark, w, b), ops.dense(mark, v, c))
+
+    def after(emit, ids, x, w, b, v, c):
+        return op.add(ops.dense(x, w, b), ops.dense(x, v, c))
+
+    _, _, plan = collected(before, after, weights=TWO)
+    assert plan.keys() == {"w", "v"}
+    assert not any(one.static for one in plan.values())
+
+
+def test_smoothing_goes_from_the_graph_into_plan_and_weight(collected):
+    def before(emit, ids, x, w, b, s):
+        return ops.dense(ops.fake_quantize(op.multiply(x, s), 0.0, 1.0), w, b)
+
+    def after(emit, ids, x, w, b):
+        return ops.dense(x, w, b)
+
+    found, start, plan = collected(before, after, weights=SMOOTHED, kept=("w", "b"))
+    factors = start.params["s"].reshape(8)
+    assert np.array_equal(plan["w"].smooth, factors)
+    np.testing.assert_allclose(found.params["w"], start.params["w"] * factors[:, None])
+    assert (plan["w"].low, plan["w"].high) == (0.0, 1.0)
+
+
+def test_smoothing_of_a_layer_in_floats_goes_into_its_weight(collected):
+    def before(emit, ids, x, w, b, v, c, s):
+        marked = ops.dense(ops.fake_quantize(x, 0.0, 1.0), v, c)
+        return op.add(ops.dense(op.multiply(x, s), w, b), marked)
+
+    def after(emit, ids, x, w, b, v, c):
+        return op.add(ops.dense(x, w, b), ops.dense(x, v, c))
+
+    weights = {**TWO, "s": (1, 1, 8)}
+    found, start, plan = collected(before, after, weights=weights, kept=tuple(TWO))
+    factors = start.params["s"].reshape(8, 1)
+    np.testing.assert_allclose(found.params["w"], start.params["w"] * factors)
+    assert np.array_equal(found.params["v"], start.params["v"])
+    assert plan.keys() == {"v"}
+
+
+def test_factors_that_differ_stay_where_layers_share_a_weight(collected):
+    weights = {**SMOOTHED, "t": (1, 1, 8)}
+
+    def layers(mark):
+        def build(emit, ids, x, w, b, s, t):
+            first, second = (mark(op.multiply(x, one)) for one in (s, t))
+            return op.add(ops.dense(first, w, b), ops.dense(second, w, b))
+
+        return build
+
+    found, start, plan = collected(
+        layers(lambda x: ops.fake_quantize(x, 0.0, 1.0)), layers(lambda x: x), weights=weights
+    )
+    assert plan["w"].smooth is None
+    assert np.array_equal(found.params["w"], start.params["w"])
+
+
+def test_layers_that_share_a_weight_have_the_widest_range(collected):
+    def layers(mark):
+        def build(emit, ids, x, w, b):
+            first = ops.dense(mark(x, -1.0, 2.0), w, b)
+            return op.add(first, ops.dense(mark(op.exp(x), -3.0, 1.0), w, b))
+
+        return build
+
+    _, _, plan = collected(layers(ops.fake_quantize), layers(lambda x, *_: x), weights=LAYER)
+    assert (plan["w"].low, plan["w"].high) == (-3.0, 2.0)
+
+
+def test_mark_before_no_layer_is_dropped_with_a_note(graph):
+    @dataclasses.dataclass(frozen=True)
+    class Exported(SimpleNamespace):
+        notes: tuple = ("first",)
+
+    start = graph(lambda emit, ids, x: op.exp(ops.fake_quantize(x, 0.0, 1.0)))
+    found = collect_quantization(dataclasses.replace(start, exported=Exported()))
+    assert "fake_quantize" not in found.mod.script()
+    assert found.plan == {}
+    assert found.exported.notes[0] == "first" and "quantized: 1" in found.exported.notes[1]
+
+
+def test_model_in_floats_is_left_alone(graph):
+    start = graph(lambda emit, ids, x, w, b: ops.dense(x, w, b), weights=LAYER)
+    assert collect_quantization(start) is start
