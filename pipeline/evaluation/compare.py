@@ -1,0 +1,166 @@
+"""A model and a file to evaluate with come in; a table of what each precision costs goes out.
+
+python -m bertile.evaluation.compare MODEL --eval FILE --against onnxruntime-int8
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertile import driver, exported, loader, runner
+from bertile.config import Config
+from bertile.errors import UsageError, nearest, require
+from bertile.evaluation import datasets
+from bertile.evaluation.datasets import Dataset
+from bertile.exported import ExportedModel
+from bertile.option_lists import words
+from bertile.precision import PRECISIONS
+from bertile.progress import Progress
+from bertile.samples import session
+from bertile.tables import size, table
+
+PEERS = ("onnxruntime-int8",)
+
+
+class OnnxModel:
+    """An ONNX file, run by ONNX Runtime, that is called as a loaded bundle is."""
+
+    def __init__(self, path: Path, model: ExportedModel) -> None:
+        self.inputs = tuple(spec.name for spec in model.inputs)
+        self._session, self._outputs = session(path), model.outputs
+
+    def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(self._outputs, self._session.run(list(self._outputs), arrays)))
+
+
+def compare(
+    model: str,
+    dataset: Dataset,
+    config: Config,
+    precisions: Sequence[str] = PRECISIONS,
+    against: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """A row for float32, each other precision and each peer: "engine", "bytes", and the metrics.
+
+    All but accuracy is measured against our float32. `config` holds what the precisions have in
+    common; what it says of quantization is used for int8.
+    """
+    _check("precision", precisions, PRECISIONS)
+    _check("peer", against, PEERS)
+    model_files = driver.export_cached(model, config, progress)
+    datasets.output_of(model_files.head, dataset)
+    order = ["fp32", *(one for one in dict.fromkeys(precisions) if one != "fp32")]
+    rows, reference = [], None
+    with tempfile.TemporaryDirectory() as scratch:
+        for precision in order:
+            path = Path(scratch) / precision
+            driver.compile(model, path, _with_precision(config, precision), progress)
+            found = datasets.answers(path, dataset, config.threads)
+            reference = found if reference is None else reference
+            bytes_ = (path / loader.WEIGHTS).stat().st_size
+            rows.append(
+                _row(f"bertile {precision}", bytes_, dataset, found, reference, model_files)
+            )
+        for peer in against:
+            path = quantized_by_onnxruntime(model_files, Path(scratch) / "int8.onnx")
+            found = _answers(OnnxModel(path, model_files), model_files, dataset)
+            bytes_ = path.stat().st_size
+            rows.append(_row(peer, bytes_, dataset, found, reference, model_files))
+    return rows
+
+
+def quantized_by_onnxruntime(model: ExportedModel, path: Path) -> Path:
+    """The model with ONNX Runtime's dynamic quantization: s8 weights per channel, u8 inputs."""
+    (quantization,) = require("compile", "onnxruntime.quantization")
+    quantization.quantize_dynamic(
+        model.onnx_path,
+        path,
+        per_channel=True,
+        weight_type=quantization.QuantType.QInt8,
+    )
+    return path
+
+
+def as_text(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    columns = [name for name in rows[0] if name not in ("engine", "bytes")]
+    cells = [
+        [row["engine"], size(row["bytes"]), *(f"{row[name]:.5f}" for name in columns)]
+        for row in rows
+    ]
+    return table(("engine", "weights", *columns), cells)
+
+
+def _with_precision(config: Config, precision: str) -> Config:
+    values = config.to_dict()
+    if precision != "int8":
+        plain = Config().to_dict()
+        values.update({name: plain[name] for name in ("calibrate", "ranges", "smooth")})
+    return Config.from_dict({**values, "precision": precision})
+
+
+def _answers(model: OnnxModel, files: ExportedModel, dataset: Dataset) -> np.ndarray:
+    limit = min(one for one in (files.max_length, files.length, 512) if one)
+    encodings = runner.encode(files.directory, dataset.texts, limit, truncate=True)
+    output = datasets.output_of(files.head, dataset)
+    return np.stack([one[output] for one in runner.infer(model, encodings)])
+
+
+def _row(
+    engine: str,
+    bytes_: int,
+    dataset: Dataset,
+    found: np.ndarray,
+    reference: np.ndarray,
+    model: exported.ExportedModel,
+) -> dict[str, Any]:
+    metrics = dataset.metrics(found, reference, model.labels)
+    return {"engine": engine, "bytes": bytes_, **metrics}
+
+
+def _check(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{what} '{name}' is unknown{nearest(name, known)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compile each precision, evaluate it, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.compare")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="what bertile compile takes")
+    add("--eval", metavar="FILE", required=True, help="labelled .tsv or .jsonl, or sentences .txt")
+    add("--precision", metavar="LIST", default=",".join(PRECISIONS), help="with commas between")
+    add("--against", metavar="LIST", default="", help="onnxruntime-int8")
+    add("--threads", metavar="N", type=int, help="cores to use")
+    add("--calibrate", metavar="FILE", help="texts or an .npz, for int8")
+    add("--ranges", metavar="NAME", default="dynamic", help="how int8 finds its ranges")
+    add("--smooth", metavar="0..1", type=float, help="of SmoothQuant, for int8")
+    options = parser.parse_args(arguments)
+    config = Config(
+        precision="int8",
+        threads=options.threads,
+        calibrate=options.calibrate,
+        ranges=options.ranges,
+        smooth=options.smooth,
+    )
+    rows = compare(
+        options.model,
+        datasets.read(Path(options.eval)),
+        config,
+        words([options.precision]),
+        words([options.against]),
+        Progress(),
+    )
+    print(as_text(rows))
+
+
+if __name__ == "__main__":
+    main()

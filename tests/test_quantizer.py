@@ -1,0 +1,208 @@
+"""The stage that plans: what is asked for, what a model brings, and what it costs each layer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import bertile
+from bertile import loader, planner, targets
+from bertile.cli import main
+from bertile.config import Config
+from bertile.errors import BertileError, InputError, UsageError
+from bertile.importer import import_onnx
+from bertile.observer import layer_inputs
+from bertile.optimizer import optimize
+from bertile.precision import LayerPlan
+from bertile.quantizer import Quantizer, smoothable
+from bertile.samples import sample
+
+ROW = targets.resolve("native", threads=1)
+
+
+@pytest.fixture(scope="module")
+def graph(exported):
+    return optimize(import_onnx(exported))
+
+
+@pytest.fixture(scope="module")
+def samples(exported, tmp_path_factory):
+    path = tmp_path_factory.mktemp("samples") / "inputs.npz"
+    np.savez(path, **sample(exported.inputs, 6, 40, 0))
+    return str(path)
+
+
+def no_answers(graph, dataset):
+    raise AssertionError("nothing is to be compiled")
+
+
+def planned(graph, **config):
+    return Quantizer(graph, ROW, Config(precision="int8", **config)).plan(no_answers)
+
+
+def test_nothing_is_run_where_ranges_are_per_token(graph, monkeypatch):
+    monkeypatch.setattr("bertile.quantizer.Observer", None)
+    assert planned(graph) == {}
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_static_ranges_are_planned_for_every_layer(graph, samples, method):
+    plan = planned(graph, calibrate=samples, ranges=method)
+    assert list(plan) == [name for name, _ in layer_inputs(graph)]
+    for one in plan.values():
+        assert one.precision == "int8" and one.static and one.smooth is None
+        assert -10 < one.low < 0 < one.high < 10
+
+
+def test_smoothing_is_planned_where_a_norm_gives_the_input(graph, samples):
+    plan = planned(graph, calibrate=samples, smooth=0.5)
+    smoothed = [name for name, one in plan.items() if one.smooth is not None]
+    assert smoothed == smoothable(graph) and len(smoothed) == 4  # of each layer QKV and the wide
+    assert all("output" not in name for name in smoothed)
+    assert not any(one.static for one in plan.values())
+
+
+def test_static_ranges_are_those_of_the_smoothed_input(graph, samples):
+    plain = planned(graph, calibrate=samples, ranges="minmax")
+    both = planned(graph, calibrate=samples, ranges="minmax", smooth=0.5)
+    for name, one in both.items():
+        if one.smooth is None:
+            assert one.high == plain[name].high
+        else:
+            assert plain[name].high * one.smooth.min() <= one.high
+            assert one.high <= plain[name].high * one.smooth.max()
+            assert one.high != pytest.approx(plain[name].high, rel=1e-3)
+
+
+def test_what_the_model_brings_goes_first(graph, samples):
+    name = layer_inputs(graph)[0][0]
+    own = LayerPlan("int8", -1.0, 3.0)
+    brought = dataclasses.replace(graph, plan={name: own})
+    plan = planned(brought, calibrate=samples, ranges="minmax")
+    assert plan[name] is own and len(plan) == len(layer_inputs(graph))
+
+
+def test_report_has_a_row_for_every_layer(graph):
+    quantizer = Quantizer(graph, ROW, Config(precision="int8"))
+    plan = planner.plan_precision(graph, "int8", ROW).plan
+    rows = quantizer.report(plan)["layers"]
+    assert {row["layer"] for row in rows} == {name for name, _ in layer_inputs(graph)}
+    assert all(30 < row["output dB"] < 60 for row in rows if row["precision"] == "int8")
+    assert rows[-1]["precision"] == "fp32" and "one row" in rows[-1]["why"]
+
+
+def test_report_of_a_plan_without_bytes_is_empty(graph, monkeypatch):
+    monkeypatch.setattr("bertile.quantizer.Observer", None)
+    plan = planner.plan_precision(graph, "fp32", ROW).plan
+    assert Quantizer(graph, ROW, Config()).report(plan) == {}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bundle") / "tiny"
+    bertile.compile("synthetic:bert-tiny", path, Config(precision="int8"))
+    return path
+
+
+def test_inspect_quant_prints_the_worst_layer_first(bundle, capsys):
+    assert main(["inspect", str(bundle), "--quant"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = loader.read_manifest(bundle)["quantization"]["layers"]
+    assert lines[0].split()[:2] == ["layer", "precision"] and len(lines) == 2 + len(found)
+    assert lines[2].startswith(found[0]["layer"])
+    values = [row["output dB"] for row in found if row["output dB"]]
+    assert values == sorted(values)
+
+
+def test_inspect_quant_of_a_float_bundle_says_so(tmp_path, capsys):
+    bertile.compile("synthetic:bert-tiny", tmp_path / "plain", Config())
+    assert main(["inspect", str(tmp_path / "plain"), "--quant"]) == 0
+    assert capsys.readouterr().out == "no layer is quantized\n"
+
+
+def test_manifest_names_the_file_without_its_directory(tmp_path, samples):
+    config = Config(precision="int8", calibrate=samples, ranges="percentile")
+    bertile.compile("synthetic:bert-tiny", tmp_path / "out", config)
+    text = (tmp_path / "out" / "manifest.json").read_text()
+    assert '"calibration": "inputs.npz"' in text and samples not in text
+
+
+def test_changed_calibration_file_is_read_again(tmp_path, exported):
+    def compiled(seed: int) -> list[dict]:
+        np.savez(tmp_path / "x.npz", **sample(exported.inputs, 2, 9, 0, seed))
+        config = Config(precision="int8", calibrate=str(tmp_path / "x.npz"), ranges="minmax")
+        bertile.compile("synthetic:bert-tiny", tmp_path / "out", config)
+        return loader.read_manifest(tmp_path / "out")["quantization"]["layers"]
+
+    assert compiled(1) != compiled(2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"calibrate": "x.txt"}, "calibrate is for quantized models; give precision int8"),
+        ({"precision": "bf16", "smooth": 0.5}, "smooth is for quantized models"),
+        ({"precision": "int8", "ranges": "mse"}, "ranges needs texts to observe"),
+        ({"precision": "int8", "smooth": 0.5}, "smooth needs texts to observe"),
+        ({"precision": "int8", "ranges": "mae"}, "did you mean 'mse'?"),
+        ({"precision": "int8", "smooth": 1.5}, "smooth is 1.5; give a number from 0 to 1"),
+        ({"precision": "int8", "max_drop": 0.01}, "of --max-drop and --eval one is missing"),
+        ({"precision": "int8", "eval": "x.tsv"}, "of --max-drop and --eval one is missing"),
+    ],
+)
+def test_choices_that_do_not_fit_together_are_refused(fields, message):
+    with pytest.raises(UsageError) as caught:
+        Config.from_dict(fields)
+    assert message in str(caught.value)
+
+
+class Answers:
+    """Compiles nothing: the more layers are in bytes, the more labels are wrong."""
+
+    def __init__(self, harmless: int) -> None:
+        self.harmless, self.plans = harmless, []
+
+    def __call__(self, graph, dataset):
+        self.plans.append(graph.plan)
+        quantized = sum(one.precision == "int8" for one in graph.plan.values())
+        found = np.tile([1.0, 0.0], (len(dataset.texts), 1))
+        found[: 10 * max(0, quantized - self.harmless)] = [0.0, 1.0]
+        return found
+
+
+@pytest.fixture(scope="module")
+def classifier(graph):
+    described = dataclasses.replace(
+        graph.exported, head="sequence-classification", labels=("good", "bad")
+    )
+    return dataclasses.replace(graph, exported=described)
+
+
+def test_layers_are_kept_until_the_drop_is_within_what_is_allowed(classifier, tmp_path):
+    (tmp_path / "test.tsv").write_text("a text\tgood\n" * 100)
+    config = Config(precision="int8", max_drop=0.1, eval=str(tmp_path / "test.tsv"))
+    quantizer, answers = Quantizer(classifier, ROW, config), Answers(harmless=4)
+    plan = quantizer.plan(answers)
+    report = quantizer.report(planner.plan_precision(
+        dataclasses.replace(classifier, plan=plan), "int8", ROW).plan)  # fmt: skip
+    kept = [row for row in report["layers"] if row["precision"] in ("bf16", "fp32") and row["why"]]
+    noisy = [row for row in kept if "noise" in row["why"]]
+    assert len(noisy) == 3  # of eight layers in bytes five cost one step of what is allowed
+    assert all(one.precision == "fp32" for one in answers.plans[0].values())
+    assert report["accuracy"]["metric"] == "accuracy" and report["accuracy"]["fp32"] == 1.0
+    assert report["accuracy"]["tried"][0]["score"] == pytest.approx(0.6)
+
+
+def test_file_that_does_not_fit_the_head_is_refused_before_anything_runs(classifier, tmp_path):
+    (tmp_path / "x.txt").write_text("One.\nTwo.\nThree.\n")
+    config = Config(precision="int8", max_drop=0.1, eval=str(tmp_path / "x.txt"))
+    with pytest.raises(InputError, match="is evaluated with labelled texts"):
+        Quantizer(classifier, ROW, config).plan(no_answers)
+
+
+def test_missing_files_are_refused(classifier, tmp_path):
+    for fields in ({"calibrate": "no.npz", "ranges": "mse"}, {"max_drop": 0.1, "eval": "no.tsv"}):
+        with pytest.raises(BertileError, match="there is no"):
+            planned(classifier, **fields)
