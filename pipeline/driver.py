@@ -130,15 +130,18 @@ class _Run:
 
         self._quantizer = quantizer.Quantizer(graph, self.row, self.config)
         if self.config.precision == "int8":
-            with self.progress.stage("quantize"):
+            with self.progress.stage("quantize") as stage:
                 plan = self._quantizer.plan(self._answers)
                 graph = dataclasses.replace(graph, plan=plan)
+                kept = sum(one.precision != "int8" for one in plan.values())
+                stage.detail = f"{kept} layers kept in higher precision" if kept else ""
         return planner.plan_precision(graph, self.config.precision, self.row, self.log)
 
     def _answers(self, graph: Any, dataset: Any) -> np.ndarray:
         """What the model in the graph's precisions answers to the texts of a dataset."""
         from bertile.evaluation import datasets
 
+        self.progress.status(f"compile, and evaluate on {len(dataset.texts)} texts")
         with tempfile.TemporaryDirectory() as directory:
             made = self._bundle(graph, self._build(graph, Path(directory)), Path(directory))
             return datasets.answers(made, dataset, self.row.threads)

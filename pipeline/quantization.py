@@ -122,6 +122,8 @@ def computed(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray,
     """
     if plan.precision == "fp32":
         return x, w
+    if plan.precision == "fp16":
+        return x, w.astype(np.float16).astype(np.float32)
     if plan.precision == "bf16":
         return round_to_bf16(x), round_to_bf16(w)
     smooth = np.float32(1) if plan.smooth is None else plan.smooth

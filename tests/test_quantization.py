@@ -126,13 +126,15 @@ def test_report_has_the_worst_output_first():
         "kept": LayerPlan("fp32", why="cost 3 points"),
         "good": LayerPlan("int8"),
         "half": LayerPlan("bf16"),
+        "stored": LayerPlan("fp16"),
         "clipped": LayerPlan("int8", -0.5, 0.5),
         "bad": LayerPlan("int8"),
     }
     inputs = dict.fromkeys(plan, x) | {"bad": outlier}
     rows = layer_report(plan, dict.fromkeys(plan, w) | {"bad": unused}, inputs)
     by_name = {row["layer"]: row for row in rows}
-    assert [row["layer"] for row in rows] == ["clipped", "bad", "good", "half", "kept"]
+    assert [row["layer"] for row in rows] == ["clipped", "bad", "good", "half", "stored", "kept"]
     assert by_name["kept"]["output dB"] is None and by_name["kept"]["why"] == "cost 3 points"
     assert by_name["clipped"]["range"] == "-0.5 … 0.5" and by_name["good"]["range"] == "dynamic"
+    assert by_name["stored"]["input dB"] == LOSSLESS > by_name["stored"]["weight dB"] > 60
     assert 30 < by_name["good"]["input dB"] < by_name["half"]["input dB"] < 60

@@ -12,6 +12,8 @@ from bertile import loader, planner, targets
 from bertile.cli import main
 from bertile.config import Config
 from bertile.errors import BertileError, InputError, UsageError
+from bertile.evaluation import datasets
+from bertile.evaluation.sentences import sentences
 from bertile.importer import import_onnx
 from bertile.observer import layer_inputs
 from bertile.optimizer import optimize
@@ -32,6 +34,11 @@ def samples(exported, tmp_path_factory):
     path = tmp_path_factory.mktemp("samples") / "inputs.npz"
     np.savez(path, **sample(exported.inputs, 6, 40, 0))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("stages"))
 
 
 def no_answers(graph, dataset):
@@ -100,9 +107,9 @@ def test_report_of_a_plan_without_bytes_is_empty(graph, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
+def bundle(tmp_path_factory, cache):
     path = tmp_path_factory.mktemp("bundle") / "tiny"
-    bertile.compile("synthetic:bert-tiny", path, Config(precision="int8"))
+    bertile.compile("synthetic:bert-tiny", path, Config(precision="int8", cache_dir=cache))
     return path
 
 
@@ -116,23 +123,25 @@ def test_inspect_quant_prints_the_worst_layer_first(bundle, capsys):
     assert values == sorted(values)
 
 
-def test_inspect_quant_of_a_float_bundle_says_so(tmp_path, capsys):
-    bertile.compile("synthetic:bert-tiny", tmp_path / "plain", Config())
+def test_inspect_quant_of_a_float_bundle_says_so(tmp_path, cache, capsys):
+    bertile.compile("synthetic:bert-tiny", tmp_path / "plain", Config(cache_dir=cache))
     assert main(["inspect", str(tmp_path / "plain"), "--quant"]) == 0
     assert capsys.readouterr().out == "no layer is quantized\n"
 
 
-def test_manifest_names_the_file_without_its_directory(tmp_path, samples):
-    config = Config(precision="int8", calibrate=samples, ranges="percentile")
+def test_manifest_names_the_file_without_its_directory(tmp_path, cache, samples):
+    config = Config(precision="int8", calibrate=samples, ranges="percentile", cache_dir=cache)
     bertile.compile("synthetic:bert-tiny", tmp_path / "out", config)
     text = (tmp_path / "out" / "manifest.json").read_text()
     assert '"calibration": "inputs.npz"' in text and samples not in text
 
 
-def test_changed_calibration_file_is_read_again(tmp_path, exported):
+def test_changed_calibration_file_is_read_again(tmp_path, cache, exported):
+    path = str(tmp_path / "x.npz")
+    config = Config(precision="int8", calibrate=path, ranges="minmax", cache_dir=cache)
+
     def compiled(seed: int) -> list[dict]:
-        np.savez(tmp_path / "x.npz", **sample(exported.inputs, 2, 9, 0, seed))
-        config = Config(precision="int8", calibrate=str(tmp_path / "x.npz"), ranges="minmax")
+        np.savez(path, **sample(exported.inputs, 8, 60, 0, seed))
         bertile.compile("synthetic:bert-tiny", tmp_path / "out", config)
         return loader.read_manifest(tmp_path / "out")["quantization"]["layers"]
 
@@ -206,3 +215,20 @@ def test_missing_files_are_refused(classifier, tmp_path):
     for fields in ({"calibrate": "no.npz", "ranges": "mse"}, {"max_drop": 0.1, "eval": "no.tsv"}):
         with pytest.raises(BertileError, match="there is no"):
             planned(classifier, **fields)
+
+
+@pytest.mark.slow
+def test_compile_keeps_layers_until_embeddings_are_close_enough(tmp_path, cache):
+    (tmp_path / "x.txt").write_text("\n".join(sentences(100)))
+    config = Config(
+        precision="int8", max_drop=0.0004, eval=str(tmp_path / "x.txt"), cache_dir=cache
+    )
+    bertile.compile("minilm", tmp_path / "kept", config)
+    bertile.compile("minilm", tmp_path / "plain", Config(cache_dir=cache))
+    dataset = datasets.read(tmp_path / "x.txt")
+    kept, plain = (datasets.answers(tmp_path / name, dataset) for name in ("kept", "plain"))
+    assert 0.9996 <= dataset.score(kept, plain, ()) < 0.99999
+    found = loader.read_manifest(tmp_path / "kept")["quantization"]
+    higher = [row for row in found["layers"] if row["why"]]
+    assert found["accuracy"]["tried"][0]["score"] < 0.9996 and 0 < len(higher) < 24
+    assert all("drop by" in row["why"] and row["precision"] != "int8" for row in higher)

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from bertile import driver, exported, loader, runner
+from bertile import driver, loader, runner
+from bertile.commands import cache_directory
 from bertile.config import Config
 from bertile.errors import UsageError, nearest, require
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
 from bertile.exported import ExportedModel
+from bertile.models import quiet
 from bertile.option_lists import words
 from bertile.precision import PRECISIONS
 from bertile.progress import Progress
@@ -79,12 +81,9 @@ def compare(
 def quantized_by_onnxruntime(model: ExportedModel, path: Path) -> Path:
     """The model with ONNX Runtime's dynamic quantization: s8 weights per channel, u8 inputs."""
     (quantization,) = require("compile", "onnxruntime.quantization")
-    quantization.quantize_dynamic(
-        model.onnx_path,
-        path,
-        per_channel=True,
-        weight_type=quantization.QuantType.QInt8,
-    )
+    with quiet():
+        kind = quantization.QuantType.QInt8
+        quantization.quantize_dynamic(model.onnx_path, path, per_channel=True, weight_type=kind)
     return path
 
 
@@ -119,7 +118,7 @@ def _row(
     dataset: Dataset,
     found: np.ndarray,
     reference: np.ndarray,
-    model: exported.ExportedModel,
+    model: ExportedModel,
 ) -> dict[str, Any]:
     metrics = dataset.metrics(found, reference, model.labels)
     return {"engine": engine, "bytes": bytes_, **metrics}
@@ -150,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         calibrate=options.calibrate,
         ranges=options.ranges,
         smooth=options.smooth,
+        cache_dir=cache_directory(None),
     )
     rows = compare(
         options.model,

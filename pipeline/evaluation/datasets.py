@@ -108,7 +108,9 @@ def output_of(head: str, dataset: Dataset) -> str:
     if not output or labelled != (dataset.labels is not None):
         wanted = {True: "labelled texts (.tsv, .jsonl)", False: "sentences (.txt)"}
         remedy = (
-            f"it is evaluated with {wanted[labelled]}" if output else "compile an --head embedding"
+            f"it is evaluated with {wanted[labelled]}"
+            if output
+            else "compile it with --head embedding"
         )
         raise InputError(f"'{dataset.path}' cannot evaluate a model with the head '{head}'", remedy)
     return output

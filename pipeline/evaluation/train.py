@@ -50,8 +50,9 @@ def train(output: Path, examples: Split, progress: Progress, epochs: int = EPOCH
         progress.say(f"epoch {epoch + 1}: loss {total / len(examples.train):.3f}")
     found = accuracy(model, tokenizer, examples.test)
     output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with quiet():
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
     sections.write(output / "test.tsv", examples.test)
     return found
 

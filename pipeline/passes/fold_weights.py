@@ -8,6 +8,8 @@ By numpy, not by TVM's LiftTransformParams: that runs unscheduled loops over hun
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -31,10 +33,9 @@ def fold_weights(graph: Graph) -> Graph:
             continue
         known[binding.var] = value
         if isinstance(value, np.ndarray) and isinstance(binding.value, relax.Call):
-            # two passes may have given the same name to two variables
-            name = f"{binding.var.name}_folded"
+            name = joined(_weights(flow, binding.var)) or f"{binding.var.name}_folded"
             while name in params:
-                name += "_"
+                name += "_folded"
             folded[binding.var] = relax.Var(name, binding.var.ty)
             params[name] = value
     main = graph.main
@@ -44,6 +45,33 @@ def fold_weights(graph: Graph) -> Graph:
     return _without_unused(
         replace(dataclasses.replace(graph.with_main(wider), params=params), folded)
     )
+
+
+def joined(names: Sequence[str]) -> str:
+    """One name for what several weights become: "a.q.weight", "a.k.weight" → "a.q_k.weight".
+
+    Reports name layers by their weights, so that a person must recognise them.
+    """
+    parts = [name.split(".") for name in names]
+    head = _beginning(parts)
+    rest = [part[len(head) :] for part in parts]
+    tail = _beginning([part[::-1] for part in rest])[::-1]
+    middle = "_".join(".".join(part[: len(part) - len(tail)]) for part in rest).strip("_")
+    return ".".join([*head, *([middle] if middle else []), *tail])
+
+
+def _beginning(parts: Sequence[Sequence[str]]) -> list[str]:
+    """What all parts begin with."""
+    return [column[0] for column in takewhile(lambda c: len(set(c)) == 1, zip(*parts))]
+
+
+def _weights(flow: Dataflow, expr: Any) -> list[str]:
+    """The names of the weights that an expression is computed of, each once."""
+    found = flow.definition(expr)
+    if isinstance(found, relax.Var):
+        return [found.name] if found in flow.weights else []
+    parts = found.fields if isinstance(found, relax.Tuple) else getattr(found, "args", [])
+    return list(dict.fromkeys(name for part in parts for name in _weights(flow, part)))
 
 
 def _evaluate(expr: Any, known: dict[relax.Var, Any]) -> Any:

@@ -9,7 +9,7 @@ from tvm import relax
 from tvm.relax import op
 
 from bertile import ops
-from bertile.passes.fold_weights import fold_weights
+from bertile.passes.fold_weights import fold_weights, joined
 
 PAIR = {"a": (8, 6), "b": (8, 6)}
 
@@ -136,3 +136,28 @@ def test_folding_twice_changes_nothing(graph):
     twice = fold_weights(once)
     tvm.ir.assert_structural_equal(once.main, twice.main)
     assert once.params.keys() == twice.params.keys()
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["l.0.self.query.weight", "l.0.self.key.weight"], "l.0.self.query_key.weight"),
+        (["l.0.dense.weight"], "l.0.dense.weight"),
+        (["a", "b", "c"], "a_b_c"),
+        (["q.weight", "attn.k.weight"], "q_attn.k.weight"),
+        ([], ""),
+    ],
+)
+def test_name_says_what_was_joined(names, wanted):
+    assert joined(names) == wanted
+
+
+def test_folded_weight_is_named_after_what_it_was_made_of(graph):
+    def build(emit, ids, x, a, b):
+        return relax.Tuple([x, op.concat([a, b], axis=1), op.permute_dims(a)])
+
+    names = {"l.q.weight": (8, 6), "l.k.weight": (8, 6)}
+    assert list(fold_weights(graph(build, weights=names)).params) == [
+        "l.q_k.weight",
+        "l.q.weight_folded",
+    ]

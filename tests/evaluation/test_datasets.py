@@ -1,0 +1,112 @@
+"""Files to evaluate with: what they may be, and what a bundle answers to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bertile
+from bertile.config import Config
+from bertile.errors import InputError, UsageError
+from bertile.evaluation import datasets
+from bertile.evaluation.datasets import Dataset, output_of, read
+
+LABELLED = (("a text", "good"), ("one, with a comma", "bad"), ("a\ttab", "good"))
+
+
+def test_tsv_has_the_label_behind_the_last_tab(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text("".join(f"{text}\t{label}\n" for text, label in LABELLED) + "\n")
+    found = read(path)
+    assert list(zip(found.texts, found.labels)) == list(LABELLED)
+
+
+def test_jsonl_has_text_and_label(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a", "label": 1}\n' * 3)
+    assert read(path) == Dataset(path, ("a",) * 3, ("1",) * 3)
+
+
+def test_txt_has_sentences(tmp_path):
+    (tmp_path / "x.txt").write_text("One.\n\nTwo.\nThree.\n")
+    found = read(tmp_path / "x.txt")
+    assert found.texts == ("One.", "Two.", "Three.") and found.labels is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", "a,b", "is no file to evaluate with"),
+        ("x.tsv", "a\tb\nno label\n", "line 2 of '.*' is not: text, a tab, a label"),
+        ("x.tsv", "a\t\n", "line 1"),
+        ("x.jsonl", '{"text": "a"}\n', "line 1 of"),
+        ("x.jsonl", '{"text": 3, "label": "a"}\n', "line 1 of"),
+        ("x.jsonl", "[1]\n", "line 1 of"),
+        ("x.txt", "One.\nTwo.\n", "has 2 texts; give at least three"),
+        ("absent.txt", None, "there is no file"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path / name)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="is no text in UTF-8"):
+        read(tmp_path / "x.txt")
+
+
+def test_labels_are_scored_by_accuracy():
+    dataset = Dataset(Path("x.tsv"), ("a", "b", "c", "d"), ("no", "yes", "no", "no"))
+    found = np.array([[2, 1], [0, 3], [0, 1], [9, 0]], "float32")
+    reference = np.array([[2, 1], [3, 0], [0, 1], [9, 0]], "float32")
+    metrics = dataset.metrics(found, reference, ("no", "yes"))
+    assert metrics == {"accuracy": 0.75, "agreement": 0.75}
+    assert dataset.score(found, reference, ("no", "yes")) == 0.75
+
+
+def test_label_that_the_model_does_not_know_is_an_error():
+    dataset = Dataset(Path("x.tsv"), ("a",), ("maybe",))
+    with pytest.raises(InputError, match=r"has the label 'maybe'.*known: no, yes"):
+        dataset.metrics(np.zeros((1, 2)), np.zeros((1, 2)), ("no", "yes"))
+
+
+def test_sentences_are_scored_by_the_lower_of_two_metrics():
+    dataset = Dataset(Path("x.txt"), ("a", "b", "c", "d"))
+    reference = np.random.default_rng(0).standard_normal((4, 8))
+    far = reference + 5  # a common offset changes angles
+    metrics = dataset.metrics(far, reference, ())
+    assert set(metrics) == {"cosine", "spearman"}
+    assert dataset.score(far, reference, ()) == min(metrics.values()) < 0.9
+    assert dataset.score(reference, reference, ()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("head", "labelled", "message"),
+    [
+        ("embedding", True, r"with sentences \(.txt\)"),
+        ("sequence-classification", False, r"with labelled texts \(.tsv, .jsonl\)"),
+        ("encoder", False, "compile it with --head embedding"),
+    ],
+)
+def test_file_must_fit_the_head(head, labelled, message):
+    with pytest.raises(InputError, match=message):
+        output_of(head, Dataset(Path("x"), ("a",), ("b",) if labelled else None))
+
+
+def test_answers_of_a_bundle_are_one_vector_a_text(tmp_path, cache):
+    bertile.compile("minilm", tmp_path / "minilm", Config(cache_dir=cache))
+    texts = ("A first sentence.", "Another, which is a little longer than the first.", "Third.")
+    found = datasets.answers(tmp_path / "minilm", Dataset(Path("x.txt"), texts))
+    with bertile.load(tmp_path / "minilm") as model:
+        from bertile.runner import encode
+
+        (one,) = encode(tmp_path / "minilm", texts[1:2])
+        want = model(input_ids=[one.ids])["sentence_embedding"][0]
+    assert found.shape == (3, 384)
+    np.testing.assert_allclose(found[1], want, atol=1e-5)
