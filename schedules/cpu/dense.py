@@ -54,7 +54,7 @@ def space(task: Task, row: Row) -> Space:
         "unroll": tuple(u for u in (1, 2, 4) if depth % u == 0),
         "passes": (1, 2) if halves and depth % 2 == 0 and depth >= 256 else (1,),
         "panels": (1, 2, 4, 8),
-        "chunk": (8, 16, 32),
+        "chunk": (4, 8, 16, 32),
     }
 
 
@@ -75,7 +75,7 @@ def default(task: Task, row: Row) -> Knobs:
         "unroll": max(choices["unroll"]),
         "passes": 1,
         "panels": 4,
-        "chunk": 16,
+        "chunk": 4,  # so few that threads get equal parts of any request
     }
 
 
