@@ -11,7 +11,12 @@ BATCHES ?= 1,8
 LENGTHS ?= 16,32,64,128,384
 LOG_SECONDS ?= 300
 
-.PHONY: help demo test test-slow lint format bench logs clean
+# What `make bench-tuning` tunes from an empty log, and times beside the shipped log's kernels.
+TUNING_MODEL ?= synthetic:bert-base
+TUNING_TRIALS ?=
+TUNING := out/tuning
+
+.PHONY: help demo test test-slow lint format bench bench-tuning logs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +24,7 @@ help:
 	@echo "make test       the tests (some minutes); make test-slow has the long ones too"
 	@echo "make lint       ruff; make format lets it rewrite"
 	@echo "make bench      time models beside ONNX Runtime, OpenVINO and PyTorch, into README.md"
+	@echo "make bench-tuning   tune a model from an empty log, compare with the shipped one (10 min)"
 	@echo "make logs       tune the kernels whose logs ship in tuning_logs (two hours)"
 	@echo "make clean      remove .venv, out and what Python and the tests left"
 
@@ -41,7 +47,20 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.bench
 	@$(BIN)/bertile bench $(MODELS) --against onnxruntime,openvino,torch \
-	  --batch $(BATCHES) --length $(LENGTHS) --markdown --update-readme README.md
+	  --batch $(BATCHES) --length $(LENGTHS) --startup --markdown --update-readme README.md
+
+# "bertile / it" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.
+bench-tuning: $(VENV)/.bench
+	@rm -rf $(TUNING)
+	@$(BIN)/bertile compile $(TUNING_MODEL) -q --log-dir $(TUNING)/none -o $(TUNING)/shipped
+	@$(BIN)/bertile compile $(TUNING_MODEL) -q --no-shipped-log --log-dir $(TUNING)/none \
+	  -o $(TUNING)/untuned
+	@$(BIN)/bertile tune $(TUNING_MODEL) --tune quick $(TUNING_TRIALS:%=--trials %) \
+	  --no-shipped-log --log-dir $(TUNING)/log
+	@$(BIN)/bertile compile $(TUNING_MODEL) -q --no-shipped-log --log-dir $(TUNING)/log \
+	  -o $(TUNING)/quick
+	@$(BIN)/bertile bench $(TUNING)/quick \
+	  --against $(TUNING)/shipped,$(TUNING)/untuned,onnxruntime
 
 # torch first and by itself: the packages behind it take any torch that they find in place.
 $(VENV)/.installed: pyproject.toml

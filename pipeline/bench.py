@@ -4,31 +4,26 @@ out.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bertile import loader, machine, work
+from bertile import competitors, loader, machine, turns, work
 from bertile.config import Config
-from bertile.engines import PEERS, Arrays, Source, Worker
-from bertile.errors import BundleError, UsageError, nearest
+from bertile.engines import Arrays, Engine
+from bertile.errors import UsageError
 from bertile.progress import Progress
 from bertile.runner import max_tokens
+from bertile.startup import startup as measure_startup
 
-# Calls that one engine makes before it is the next one's turn: few enough that all see the same
-# weather on a shared machine.
-TURN = 5
-# Threads of the engine before still spin for a while; nobody starts beside them.
-PAUSE_SECONDS = 0.05
-# Far above what float32 sums in another order give, far below what other weights give.
-SAME = 1e-2
-DIFFERS = "{engine}'s outputs differ from Bertile's by {max_abs_difference:.2g}: not the same model"
-NOT_TORCH = "torch is left out: {} is an ONNX file, and torch runs checkpoints"
+# The least mean cosine to float32 that rounding explains; other weights give far less.
+SAME = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.99, "int8": 0.8}
+STARTUP_SIZE = (1, 128)  # of the call that a new process makes, where it is among those timed
+DIFFERS = "{engine}'s outputs have a cosine of {cosine:.4f} to float32's: not the same model"
 
 
 def bench(
@@ -40,6 +35,7 @@ def bench(
     lengths: Sequence[int] = (128,),
     threads: int | None = None,
     repeat: int = 30,
+    startup: bool = False,
     cache_dir: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -48,45 +44,56 @@ def bench(
     Each engine has a process of its own with `threads` cores, and they work in turns of some calls
     behind a warm-up. `onnx` None exports the bundle's source again, from the cache where it can.
     Gives "rows", one per engine and size, in milliseconds of a call: "ratio" is Bertile's median
-    divided by the engine's, "best_ratio" (in Bertile's rows) by that of the fastest of the others;
-    "peak_percent" is the model's work over what the machine reached on registers alone.
+    divided by the engine's, "best_ratio" (in Bertile's rows) by that of the fastest other library
+    in its precision; "peak_percent" is the model's work over what the machine reached on registers
+    alone in the engine's precision; "cosine" and "max_abs_difference" compare outputs with
+    float32's. `startup` adds "startup", rows on new processes.
     """
-    against = list(dict.fromkeys(name for name in against if name != "none"))
-    counts = {"batch": batches, "length": lengths, "repeat": [repeat]}
-    _check(against, counts | ({} if threads is None else {"threads": [threads]}))
+    _check({"batch": batches, "length": lengths, "repeat": [repeat]})
+    _check({} if threads is None else {"threads": [threads]})
     progress = progress or Progress(verbosity=-1)
     manifest = loader.read_manifest(directory)
     threads = threads or loader.available_cores()
     sizes = [(batch, length) for batch in batches for length in lengths]
     inputs = [random_inputs(manifest, *size) for size in sizes]
-    against, notes = possible(against, manifest)
-    where = source(Path(directory), manifest, against, onnx, cache_dir)
-    progress.status("bench     the machine's peak")
-    peak, flops = work.facts_in_own_process(manifest["kernels"], "native", threads, sizes)
-    flops_of = dict(zip(sizes, flops))
+    engines, notes = competitors.engines(
+        Path(directory), manifest, against, onnx, cache_dir, progress
+    )
+    progress.status("bench     the machine's peaks")
+    used = sorted({engine.precision for engine in engines})
+    peaks, flops = work.facts_in_own_process(manifest["kernels"], "native", threads, sizes, used)
+    references = _references(engines, inputs, threads)
     rows: list[dict[str, Any]] = []
-    with _workers(["bertile", *against], where, threads) as workers:
-        versions = {worker.name: worker.receive() for worker in workers}
+    with turns.started(engines, inputs[0], threads, cache_dir) as (workers, versions, left_out):
         watch = machine.Watch([worker.pid for worker in workers])
-        for arrays in inputs:
-            rows += _measure(workers, arrays, repeat, progress)
+        for arrays, reference in zip(inputs, references):
+            rows += turns.measure(workers, arrays, repeat, progress, reference)
         busy = watch.busy()
     # once more, for a machine that was busy the first time
-    peak = max(peak, work.facts_in_own_process((), "native", threads, ())[0])
-    notes += [DIFFERS.format(**row) for row in rows if not row["max_abs_difference"] <= SAME]
-    rows = [_shares(row, flops_of[row["batch"], row["length"]], peak) for row in rows]
-    return {
-        "rows": [{"model": manifest["model"]["source"], **row} for row in rows],
-        "source": manifest["model"]["source"],
+    again, _ = work.facts_in_own_process((), "native", threads, (), used)
+    peaks = {precision: max(peak, again[precision]) for precision, peak in peaks.items()}
+    model, flops_of = manifest["model"]["source"], dict(zip(sizes, flops))
+    strange = [row for row in rows if not row["cosine"] >= SAME[row["precision"]]]
+    report = {
+        "rows": [{"model": model, **_shares(row, flops_of, peaks)} for row in rows],
+        "source": model,
         "versions": versions,
         "threads": threads,
         "repeat": repeat,
         "cpu": machine.cpu_name(),
-        "peak_gflops": peak,
+        "peaks_gflops": peaks,
         "busy": busy,
-        "notes": notes,
+        "notes": [*notes, *left_out, *(DIFFERS.format(**row) for row in strange)],
         "time": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+    if startup:
+        weights = manifest["files"][loader.WEIGHTS]["bytes"]
+        ready = [engine for engine in engines if engine.name in versions]
+        one = sizes.index(STARTUP_SIZE) if STARTUP_SIZE in sizes else 0
+        found = measure_startup(ready, inputs[one], weights, threads, cache_dir, progress)
+        size = dict(zip(("batch", "length"), sizes[one]))
+        report["startup"] = [{"model": model, **size, **row} for row in found]
+    return report
 
 
 def bench_models(
@@ -101,6 +108,8 @@ def bench_models(
     """
     if onnx and len(targets) > 1:
         raise UsageError("--onnx is one model's", "name one bundle with it")
+    for name in choices.get("against", ()):
+        competitors.check(name)  # before the minutes that compiling may take
     reports = []
     for target in targets:
         with tempfile.TemporaryDirectory(prefix="bertile-bench-") as work_directory:
@@ -126,47 +135,11 @@ def random_inputs(manifest: dict[str, Any], batch: int, length: int) -> Arrays:
     return inputs
 
 
-def _check(against: Sequence[str], counts: dict[str, Sequence[int]]) -> None:
-    for name in against:
-        if name not in PEERS:
-            raise UsageError(f"engine '{name}' is unknown{nearest(name, (*PEERS, 'none'))}")
+def _check(counts: dict[str, Sequence[int]]) -> None:
     for what, values in counts.items():
         for value in values:
             if value < 1:
                 raise UsageError(f"{what} is {value}", "give a number above 0")
-
-
-def possible(against: Sequence[str], manifest: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The engines that can run the bundle's model, and a sentence on each that cannot."""
-    model = manifest["model"]["source"]
-    if "torch" in against and str(model).endswith(".onnx"):
-        return [name for name in against if name != "torch"], [NOT_TORCH.format(model)]
-    return list(against), []
-
-
-def source(
-    directory: Path,
-    manifest: dict[str, Any],
-    against: Sequence[str],
-    onnx: Path | None,
-    cache_dir: str | None,
-) -> Source:
-    """What the engines read; BundleError where the model has changed since it was compiled."""
-    model = manifest["model"]
-    needs_file = any(name != "torch" for name in against)
-    if against and not (onnx and "torch" not in against):
-        from bertile import driver, model_files
-
-        config = Config.from_dict({**manifest["config"], "cache_dir": cache_dir})
-        if model_files.fingerprint(model["source"], config.head) != model["sha256"]:
-            raise BundleError(
-                f"'{model['source']}' has changed since {directory} was compiled from it",
-                "compile it again",
-            )
-        if needs_file and not onnx:
-            onnx = driver.export_cached(model["source"], config).onnx_path
-    outputs = tuple(output["name"] for output in manifest["outputs"])
-    return Source(directory, onnx and Path(onnx), model["source"], model["head"], outputs)
 
 
 def _bundle(target: str, config: Config, work_directory: Path, progress: Progress) -> Path:
@@ -180,54 +153,20 @@ def _bundle(target: str, config: Config, work_directory: Path, progress: Progres
     return work_directory / "bundle"
 
 
-@contextlib.contextmanager
-def _workers(names: Sequence[str], source: Source, threads: int) -> Iterator[list[Worker]]:
-    workers: list[Worker] = []
-    try:
-        for name in names:
-            workers.append(Worker(name, source, threads))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.close()
+def _references(
+    engines: Sequence[Engine], inputs: Sequence[Arrays], threads: int
+) -> list[list[np.ndarray] | None]:
+    """Float32's outputs, where not all compute in it and there is an ONNX file."""
+    if engines[0].source.onnx is None or all(one.precision == "fp32" for one in engines):
+        return [None] * len(inputs)
+    return [*turns.float_outputs(engines[0], inputs, threads)]
 
 
-def _measure(
-    workers: Sequence[Worker], inputs: Arrays, repeat: int, progress: Progress
-) -> list[dict[str, Any]]:
-    batch, length = next(iter(inputs.values())).shape
-    outputs = {worker.name: worker.outputs(inputs) for worker in workers}
-    times: dict[str, list[float]] = {worker.name: [] for worker in workers}
-    for turn, done in enumerate(range(0, repeat, TURN)):
-        progress.status(f"bench     {batch} x {length} tokens, call {done} of {repeat}")
-        first = turn % len(workers)  # so that nobody always works behind the same engine
-        for worker in (*workers[first:], *workers[:first]):
-            time.sleep(PAUSE_SECONDS)
-            times[worker.name] += worker.call(inputs, min(TURN, repeat - done))
-    medians = {name: float(np.median(found)) for name, found in times.items()}
-    ours = medians["bertile"]
-    best = min((median for name, median in medians.items() if name != "bertile"), default=None)
-    return [
-        {
-            "engine": name,
-            "batch": batch,
-            "length": length,
-            "median_ms": medians[name],
-            "p90_ms": float(np.quantile(found, 0.9)),
-            "p99_ms": float(np.quantile(found, 0.99)),
-            "ratio": ours / medians[name],
-            "best_ratio": ours / best if name == "bertile" and best else None,
-            "max_abs_difference": _difference(outputs["bertile"], outputs[name]),
-        }
-        for name, found in times.items()
-    ]
-
-
-def _shares(row: dict[str, Any], flops: float, peak: float) -> dict[str, Any]:
-    speed = flops / row["median_ms"] / 1e6
+def _shares(
+    row: dict[str, Any], flops: dict[tuple[int, int], float], peaks: dict[str, float]
+) -> dict[str, Any]:
+    speed = flops[row["batch"], row["length"]] / row["median_ms"] / 1e6
     tokens = row["batch"] * row["length"] / row["median_ms"] * 1e3
-    return {**row, "tokens_per_s": tokens, "gflops": speed, "peak_percent": 100 * speed / peak}
-
-
-def _difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
-    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+    peak = peaks.get(row["precision"])
+    share = 100 * speed / peak if peak else None
+    return {**row, "tokens_per_s": tokens, "gflops": speed, "peak_percent": share}

@@ -17,6 +17,7 @@ from bertile.tables import table
 COLUMNS = (
     "model",
     "engine",
+    "precision",
     "batch",
     "length",
     "median_ms",
@@ -27,19 +28,30 @@ COLUMNS = (
     "peak_percent",
     "ratio",
     "best_ratio",
+    "cosine",
     "max_abs_difference",
 )
-HEADER = ("model", "engine", "batch", "length", "median ms", "p90 ms", "p99 ms", "tokens/s")
-HEADER += ("peak %", "bertile / it", "bertile / best")
+HEADER = ("model", "engine", "precision", "batch", "length", "median ms", "p90 ms", "p99 ms")
+HEADER += ("tokens/s", "peak %", "bertile / it", "bertile / best", "cosine")
+STARTUP = ("model", "engine", "precision", "batch", "length", "first result ms", "bertile / it")
+STARTUP += ("resident MB", "weights MB")
+NEW_PROCESSES = (
+    "First result: from the start of a new process, Python and imports included; resident: what it"
+    " holds then, of which Bertile's weights take the last column; medians of 5 processes."
+)
 OPEN, CLOSE = "<!-- bench -->", "<!-- /bench -->"
 
 Report = dict[str, Any]
 
 
 def as_table(reports: Sequence[Report], markdown: bool = False) -> str:
-    """The rows of all reports, and what they were measured on."""
+    """The rows of all reports, what they were measured on, and the rows on new processes."""
     rows = [_cells(report, row) for report in reports for row in report["rows"]]
-    return f"{table(HEADER, rows, markdown)}\n\n{facts(reports)}"
+    parts = [table(HEADER, rows, markdown), facts(reports)]
+    new = [_startup_cells(report, row) for report in reports for row in report.get("startup", ())]
+    if new:
+        parts += [table(STARTUP, new, markdown), NEW_PROCESSES]
+    return "\n\n".join(parts)
 
 
 def as_csv(reports: Sequence[Report]) -> str:
@@ -59,13 +71,13 @@ def as_csv(reports: Sequence[Report]) -> str:
 def facts(reports: Sequence[Report]) -> str:
     """One paragraph: processor, threads, peak, date, how busy the machine was, what is missing."""
     first = reports[0]
-    peaks = sorted({round(report["peak_gflops"]) for report in reports})
     busiest = max((report["busy"] for report in reports), key=lambda b: b["others_percent"] or 0)
     lines = [
-        f"{first['cpu']}; {first['threads']} threads; peak {'-'.join(map(str, peaks))} GFLOP/s;"
+        f"{first['cpu']}; {first['threads']} threads; {_peaks(reports)};"
         f" {first['repeat']} calls of each engine, in turns, after warm-up; {first['time']}.",
         "bertile / it: Bertile's median divided by that engine's, below 1 where Bertile is faster;"
-        " bertile / best: by the fastest other engine's.",
+        " bertile / best: by that of the fastest"
+        " other library in the same precision; cosine: of the outputs to float32's.",
         f"{busy_sentence(busiest)[0].upper()}{busy_sentence(busiest)[1:]}.",
     ]
     notes = dict.fromkeys(note for report in reports for note in report["notes"])
@@ -89,18 +101,53 @@ def update_readme(path: Path, reports: Sequence[Report], command: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def _peaks(reports: Sequence[Report]) -> str:
+    """The least and the most that was measured in each precision."""
+    found: dict[str, set[int]] = {}
+    for report in reports:
+        for precision, peak in report["peaks_gflops"].items():
+            found.setdefault(precision, set()).add(round(peak))
+    texts = [
+        f"{name} {min(peaks)}" + (f"-{max(peaks)}" if len(peaks) > 1 else "")
+        for name, peaks in found.items()
+    ]
+    return f"peak GFLOP/s: {', '.join(texts)}"
+
+
 def _cells(report: Report, row: dict[str, Any]) -> tuple[Any, ...]:
-    ours = row["engine"] == "bertile"
     return (
         row["model"],
-        report["versions"][row["engine"]],
+        _name(report, row),
+        row["precision"],
         row["batch"],
         row["length"],
         row["median_ms"],
         row["p90_ms"],
         row["p99_ms"],
         round(row["tokens_per_s"]),
-        round(row["peak_percent"]),
-        None if ours else row["ratio"],
+        row["peak_percent"] and round(row["peak_percent"]),
+        None if row["engine"] == "bertile" else row["ratio"],
         row["best_ratio"],
+        f"{row['cosine']:.4f}",
     )
+
+
+def _startup_cells(report: Report, row: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        row["model"],
+        _name(report, row),
+        row["precision"],
+        row["batch"],
+        row["length"],
+        round(row["first_result_ms"]),
+        None if row["engine"] == "bertile" else row["ratio"],
+        round(row["resident_mb"]),
+        round(row["weights_mb"]),
+    )
+
+
+def _name(report: Report, row: dict[str, Any]) -> str:
+    """The engine with its version; another bundle by its path."""
+    version = report["versions"][row["engine"]]
+    ours = version.startswith("Bertile") and row["engine"] != "bertile"
+    return row["engine"] if ours else version

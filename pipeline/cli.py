@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from bertile import bench_command
 from bertile.precision import PRECISIONS
 from bertile.quantization_flags import QUANTIZATION_FLAGS
 
 # Nothing else of Bertile is imported up here: `bertile --help` must not pay for numpy or TVM.
 
-CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
+CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--target", "NAME", str, "native, or a name that `bertile targets` lists"),
     ("--precision", "|".join(PRECISIONS), str, "number format of weights and activations"),
     ("--tune", "none|quick|full", str, "how long to search for faster kernels"),
@@ -24,6 +25,7 @@ CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("--runtime", "none|include", str, "put the TVM runtime and the loader into the bundle"),
     ("--head", "NAME", str, "what the model computes, instead of what the checkpoint says"),
     ("--log-dir", "DIR", str, "your own tuning logs, read and written"),
+    ("--shipped-log", None, bool, "use the tuning logs that come with Bertile (default)"),
     ("--cache-dir", "DIR", str, "where stage results are kept"),
     ("--dump-ir", "DIR", str, "write one readable module per phase"),
     *QUANTIZATION_FLAGS,
@@ -187,9 +189,10 @@ def _add_some_config(parser: argparse.ArgumentParser, *names: str) -> argparse._
     group = parser.add_argument_group("configuration")
     for flag, metavar, kind, help_text in CONFIG_FLAGS:
         if not names or flag.removeprefix("--") in names:
-            group.add_argument(
-                flag, metavar=metavar, type=kind, default=argparse.SUPPRESS, help=help_text
-            )
+            takes = {"metavar": metavar, "type": kind}
+            if kind is bool:
+                takes = {"action": argparse.BooleanOptionalAction}
+            group.add_argument(flag, default=argparse.SUPPRESS, help=help_text, **takes)
     return group
 
 
@@ -225,20 +228,8 @@ def _verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("targets", metavar="BUNDLE|MODEL", nargs="+", help="a model is compiled first")
-    _add_peer(parser)
-    peers = "onnxruntime (default), openvino, torch, or none; with blanks or commas between"
-    add("--against", metavar="ENGINE", nargs="+", help=peers)
-    add("--batch", metavar="N", nargs="+", default=["1"], help="sequences in a call, one or more")
-    add("--length", metavar="N", nargs="+", default=["128"], help="tokens in a sequence")
-    add("--repeat", metavar="N", type=int, default=30, help="measured calls of each engine")
-    form = parser.add_mutually_exclusive_group().add_argument
-    form("--markdown", action="store_true", help="print the table as Markdown")
-    form("--csv", action="store_true", help="print every number as CSV")
-    add("--startup", action="store_true", help="time until a new process's first result instead")
-    add("--update-readme", metavar="FILE", help="put the table between <!-- bench --> and its end")
-    _add_some_config(parser, "threads", "log-dir", "cache-dir")
+    bench_command.add_arguments(parser)
+    _add_some_config(parser, *bench_command.CONFIG)
 
 
 def _run_text(parser: argparse.ArgumentParser) -> None:

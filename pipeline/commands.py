@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bertile import bench_command
 from bertile.config import Config
 from bertile.errors import UsageError
 from bertile.progress import Progress
@@ -81,48 +81,7 @@ def verify(options: Namespace, progress: Progress) -> Outcome:
 
 def bench(options: Namespace, progress: Progress) -> Outcome:
     """Time bundles or models and their peers in turn on the same inputs."""
-    from bertile import bench as benchmark
-    from bertile import bench_tables
-    from bertile.option_lists import numbers, words
-
-    if options.startup:
-        return _startup(options, progress)
-    reports = benchmark.bench_models(
-        options.targets,
-        read_config(options),
-        progress,
-        onnx=options.onnx and Path(options.onnx),
-        against=words(options.against or ["onnxruntime"]),
-        batches=numbers("--batch", options.batch),
-        lengths=numbers("--length", options.length),
-        repeat=options.repeat,
-    )
-    if options.update_readme:
-        command = shlex.join(["bertile", *sys.argv[1:]])
-        bench_tables.update_readme(Path(options.update_readme), reports, command)
-    text = (
-        bench_tables.as_csv(reports)
-        if options.csv
-        else bench_tables.as_table(reports, markdown=options.markdown)
-    )
-    return Outcome(reports[0] if len(reports) == 1 else reports, text)
-
-
-def _startup(options: Namespace, progress: Progress) -> Outcome:
-    from bertile import startup
-    from bertile.option_lists import words
-
-    found = [
-        startup.startup(
-            Path(target),
-            options.onnx and Path(options.onnx),
-            against=words(options.against or ["onnxruntime"]),
-            threads=read_config(options).threads,
-            progress=progress,
-        )
-        for target in options.targets
-    ]
-    return Outcome(found, "\n\n".join(map(startup.as_table, found)))
+    return Outcome(*bench_command.run(options, read_config(options), progress))
 
 
 def report(options: Namespace, progress: Progress) -> Outcome:
@@ -265,7 +224,7 @@ def _tuning_log(options: Namespace, config: Config, progress: Progress) -> Outco
 
     if options.model is not None:
         raise UsageError(f"'{options.model}' is one argument too many", "the log is no model's")
-    log = TuningLog.open(config.log_dir, progress.say)
+    log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
     if options.merge:
         summary = log_commands.merge(log, list(map(Path, options.merge)), progress)
         return Outcome(summary, lines(summary))

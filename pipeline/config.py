@@ -32,7 +32,8 @@ class Config:
     """Every choice of a compile; no stage reads globals or environment variables beside it.
 
     `trials`, `timeout` (seconds) and `threads` are positive, or None for what the effort and the
-    machine give. `head` None keeps the checkpoint's own head. Paths may be given as `Path`.
+    machine give. `head` None keeps the checkpoint's own head; `shipped_log` False leaves out the
+    tuning logs that come with the package. Paths may be given as `Path`.
     `calibrate`, `ranges`, `smooth` (0 to 1), `max_drop` (0 to 1) and `eval` are for int8 alone.
     Raises UsageError for a value that is not allowed, with the nearest one that is.
     """
@@ -46,6 +47,7 @@ class Config:
     runtime: str = "none"
     head: str | None = None
     log_dir: str | None = None
+    shipped_log: bool = True
     cache_dir: str | None = None
     dump_ir: str | None = None
     calibrate: str | None = None
@@ -117,6 +119,12 @@ def _positive(kinds: tuple[type, ...], what: str) -> Callable[[str, Any], Any]:
     return check
 
 
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise UsageError(f"{name} is {value!r}", "give true or false")
+
+
 def _share(name: str, value: Any) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is None or (number and 0 <= value <= 1):
@@ -162,6 +170,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "runtime": _one_of(RUNTIMES),
     "head": _one_of(HEADS, optional=True),
     "log_dir": _path_of("a directory"),
+    "shipped_log": _flag,
     "cache_dir": _path_of("a directory"),
     "dump_ir": _path_of("a directory"),
     "calibrate": _path_of("a file"),

@@ -76,7 +76,7 @@ def _compile_cached(
     """A checked bundle of the exported model, from the cache where nothing has changed."""
     from bertile.tuning_log import TuningLog
 
-    log = TuningLog.open(config.log_dir, progress.say)
+    log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
     run = _Run(exported, row, config, progress, log)
     if config.tune != "none":
         run.tune()

@@ -78,7 +78,7 @@ def tune_model(model: Any, config: Config, progress: Progress) -> dict[str, Any]
 
     loader.set_thread_defaults()
     row = targets.resolve(config.target, config.threads)
-    log = TuningLog.open(config.log_dir, progress.say)
+    log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
     result = driver.tune(model, log, row, config, progress)
     return {"log": str(log.directories[-1] / row.log), **result}
 

@@ -101,11 +101,19 @@ class TuningLog:
         self._records: dict[str, dict[str, list[Record]]] = {}  # target log → task key → records
 
     @classmethod
-    def open(cls, directory: str | None = None, warn: Callable[[str], None] = print) -> TuningLog:
-        """What ships with the package, then the user's own log (``directory`` or USER_LOG)."""
-        import bertile.tuning_logs as shipped
+    def open(
+        cls,
+        directory: str | None = None,
+        warn: Callable[[str], None] = print,
+        shipped: bool = True,
+    ) -> TuningLog:
+        """What ships with the package, unless ``shipped`` is false, then the user's own log
+        (``directory`` or USER_LOG).
+        """
+        import bertile.tuning_logs as packaged
 
-        return cls([*map(Path, shipped.__path__), Path(directory or USER_LOG)], warn)
+        ours = map(Path, packaged.__path__) if shipped else ()
+        return cls([*ours, Path(directory or USER_LOG)], warn)
 
     def records(self, task: Task, row: Target) -> list[Record]:
         """What is known of a task on this kind of machine, failures included."""

@@ -87,20 +87,34 @@ def use_threads(threads: int) -> None:
 
 
 def facts_in_own_process(
-    kernels: Sequence[Kernel], target: str, threads: int, sizes: Sequence[tuple[int, int]]
-) -> tuple[float, list[float]]:
-    """The peak, and the flops of a request of each (batch, length), without TVM in this process.
+    kernels: Sequence[Kernel],
+    target: str,
+    threads: int,
+    sizes: Sequence[tuple[int, int]],
+    precisions: Sequence[str] = ("fp32",),
+) -> tuple[dict[str, float], list[float]]:
+    """The peak in each precision that the target has; the flops of a request of each size.
 
-    TVM's threads and a compiler's memory would stay behind for the rest of a benchmark.
+    `sizes` are (batch, length). TVM works in another process: its threads and a compiler's memory
+    would stay behind for the rest of a benchmark.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(_facts, kernels, target, threads, sizes).result()
+            return pool.submit(_facts, kernels, target, threads, sizes, precisions).result()
         except BrokenProcessPool as error:
             raise BertileError("the process that measures the machine's peak crashed") from error
 
 
 def _facts(
-    kernels: Sequence[Kernel], target: str, threads: int, sizes: Sequence[tuple[int, int]]
-) -> tuple[float, list[float]]:
-    return peak(target, threads), [request_flops(kernels, *size) for size in sizes]
+    kernels: Sequence[Kernel],
+    target: str,
+    threads: int,
+    sizes: Sequence[tuple[int, int]],
+    precisions: Sequence[str],
+) -> tuple[dict[str, float], list[float]]:
+    from bertile.targets import resolve
+
+    bf16 = resolve(target, threads).bf16
+    able = [precision for precision in precisions if precision != "bf16" or bf16]
+    peaks = {precision: peak(target, threads, precision) for precision in able}
+    return peaks, [request_flops(kernels, *size) for size in sizes]

@@ -1,9 +1,8 @@
-"""The benchmark: engines in their own processes, in turns, on the same inputs."""
+"""The benchmark: reports on a bundle and its peers, sizes, shares of the peak."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import pytest
 
 from bertile import bench, cli
 from bertile.config import Config
-from bertile.errors import BundleError, UsageError
+from bertile.engines import Engine, Source
+from bertile.errors import UsageError
 from bertile.progress import Progress
 
 MANIFEST = {
@@ -21,78 +21,92 @@ MANIFEST = {
     "config": {},
     "outputs": [{"name": "y"}],
     "kernels": [],
+    "files": {"params.safetensors": {"bytes": 5_000_000}},
     "inputs": [
         {"name": "input_ids", "dtype": "int64", "below": 10, "default": None},
         {"name": "attention_mask", "dtype": "int32", "below": 2, "default": "ones"},
         {"name": "token_type_ids", "dtype": "int64", "below": 2, "default": "zeros"},
     ],
 }
-QUIET = {"others_percent": 1.0, "load": [0.1, 0.2, 0.3]}
 
 
-class Engine:
-    """Stands in for a worker: writes down when it is called."""
+def made(monkeypatch: pytest.MonkeyPatch, precisions: dict[str, str], **choices: Any) -> dict:
+    """A report in which nothing was measured: engines take 2 ms, 3 ms, … and give one vector."""
+    source = Source(Path("out"), Path("model.onnx"))
+    engines = [Engine(name, name, precision, source) for name, precision in precisions.items()]
+    calls = {engine.name: 2.0 + number for number, engine in enumerate(engines)}
 
-    pid = 0
+    class Worker:
+        pid = 0
 
-    def __init__(self, name: str, milliseconds: float, calls: list[str]):
-        self.name, self.milliseconds, self.calls = name, milliseconds, calls
+        def __init__(self, engine: Engine, threads: int, cache_dir: str | None = None):
+            self.engine, self.name = engine, engine.name
 
-    def receive(self) -> str:
-        return self.name.title()
+        def receive(self) -> str:
+            return self.name.title()
 
-    def call(self, inputs: dict, count: int) -> list[float]:
-        self.calls.append(self.name)
-        return [self.milliseconds] * count
+        def call(self, inputs: dict, count: int) -> list[float]:
+            return [calls[self.name]] * count
 
-    def outputs(self, inputs: dict) -> list[np.ndarray]:
-        return [np.full(2, self.milliseconds, np.float32)]
+        def outputs(self, inputs: dict) -> list[np.ndarray]:
+            angle = {"int8": 0.1, "bf16": 0.01}.get(self.engine.precision, 0.0)
+            return [np.array([[np.cos(angle), np.sin(angle)]], np.float32)]
 
+        def close(self) -> None:
+            pass
 
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PAUSE_SECONDS", 0.0)
+    def facts(kernels: list, target: str, threads: int, sizes: list, precisions: list) -> tuple:
+        return {name: 1000.0 for name in precisions if name != "bf16"}, [1e9] * len(sizes)
 
-
-def report(**changes: Any) -> dict[str, Any]:
-    rows = bench._measure(
-        [Engine("bertile", 2.0, []), Engine("onnxruntime", 3.0, []), Engine("torch", 2.5, [])],
-        bench.random_inputs(MANIFEST, 1, 16),
-        5,
-        Progress(-1),
-    )
-    made = {
-        "rows": [{"model": "minilm", **bench._shares(row, 1e9, 1000.0)} for row in rows],
-        "versions": {"bertile": "Bertile", "onnxruntime": "ONNX Runtime 1", "torch": "PyTorch 2"},
-        "threads": 2,
-        "repeat": 5,
-        "cpu": "a processor",
-        "peak_gflops": 1000.0,
-        "busy": QUIET,
-        "notes": [],
-        "source": "minilm",
-        "time": "2026-01-01",
-    }
-    return {**made, **changes}
+    monkeypatch.setattr("bertile.turns.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("bertile.turns.start", Worker)
+    monkeypatch.setattr("bertile.turns.Worker", Worker)
+    monkeypatch.setattr("bertile.startup.start", Worker)
+    monkeypatch.setattr("bertile.startup._resident_mb", lambda pid: 7.0)
+    monkeypatch.setattr(bench.loader, "read_manifest", lambda directory: MANIFEST)
+    monkeypatch.setattr(bench.competitors, "engines", lambda *given: (engines, ["a note"]))
+    monkeypatch.setattr(bench.work, "facts_in_own_process", facts)
+    return bench.bench(Path("out"), threads=2, repeat=3, **choices)
 
 
-def test_engines_take_turns_and_the_first_of_a_turn_changes() -> None:
-    calls: list[str] = []
-    ours, theirs = Engine("bertile", 2.0, calls), Engine("onnxruntime", 4.0, calls)
-    inputs = bench.random_inputs(MANIFEST, 1, 16)
-    rows = bench._measure([ours, theirs], inputs, 12, Progress(-1))  # type: ignore[list-item]
-    forth = ["bertile", "onnxruntime"]
-    assert calls == forth + forth[::-1] + forth
-    assert [row["median_ms"] for row in rows] == [2.0, 4.0] and rows[0]["p99_ms"] == 2.0
-    assert rows[1]["ratio"] == 0.5 and rows[1]["max_abs_difference"] == 2.0
-
-
-def test_ratio_to_the_best_is_by_the_fastest_other_engine() -> None:
-    ours, onnxruntime, torch = report()["rows"]
-    assert ours["best_ratio"] == pytest.approx(2.0 / 2.5) and torch["best_ratio"] is None
-    assert onnxruntime["ratio"] == pytest.approx(2.0 / 3.0)
+def test_report_has_a_row_per_engine_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    precisions = {"bertile": "fp32", "onnxruntime": "fp32"}
+    report = made(monkeypatch, precisions, lengths=[8, 16], batches=[1, 2])
+    sizes = [(row["batch"], row["length"], row["engine"]) for row in report["rows"]]
+    assert len(set(sizes)) == 8 and report["notes"] == ["a note"]
+    ours, theirs = report["rows"][:2]
     # 1 GFLOP in 2 ms is 500 GFLOP/s
     assert ours["gflops"] == pytest.approx(500) and ours["peak_percent"] == pytest.approx(50)
+    assert (ours["tokens_per_s"], theirs["ratio"]) == (pytest.approx(4000), pytest.approx(2 / 3))
+    assert report["versions"]["onnxruntime"] == "Onnxruntime" and "startup" not in report
+
+
+def test_lower_precisions_are_compared_with_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = made(monkeypatch, {"bertile": "int8", "openvino:bf16": "bf16"}, lengths=[8])
+    ours, theirs = report["rows"]
+    assert ours["cosine"] == pytest.approx(np.cos(0.1))
+    assert theirs["cosine"] == pytest.approx(np.cos(0.01))
+    assert theirs["peak_percent"] is None and ours["peak_percent"]  # no peak was measured in bf16
+    assert set(report["peaks_gflops"]) == {"int8"} and report["notes"] == ["a note"]
+
+
+def test_outputs_of_another_model_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "SAME", {"fp32": 0.9999, "int8": 0.999})
+    report = made(monkeypatch, {"bertile": "fp32", "onnxruntime:int8": "int8"}, lengths=[8])
+    (_, note) = report["notes"]
+    assert (
+        note
+        == "onnxruntime:int8's outputs have a cosine of 0.9950 to float32's: not the same model"
+    )
+
+
+def test_startup_is_a_second_list_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    precisions = {"bertile": "fp32", "onnxruntime": "fp32"}
+    report = made(monkeypatch, precisions, lengths=[8, 16], startup=True)
+    ours, theirs = report["startup"]
+    assert (ours["engine"], theirs["engine"]) == ("bertile", "onnxruntime")
+    assert (ours["batch"], ours["length"], ours["model"]) == (1, 8, "minilm")
+    assert (ours["weights_mb"], theirs["resident_mb"]) == (5.0, 7.0)
 
 
 def test_random_inputs_are_valid_and_the_same_every_time() -> None:
@@ -112,7 +126,6 @@ def test_length_past_the_maximum_is_refused() -> None:
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"against": ["onnxruntim"]}, "did you mean 'onnxruntime'?"),
         ({"batches": [0]}, "batch is 0"),
         ({"repeat": -1}, "repeat is -1"),
         ({"threads": 0}, "threads is 0"),
@@ -122,21 +135,6 @@ def test_bad_choices_are_refused_before_anything_starts(choice: dict, message: s
     with pytest.raises(UsageError) as caught:
         bench.bench(Path("/no/bundle"), **choice)
     assert message in str(caught.value)
-
-
-def test_torch_is_left_out_with_a_sentence_for_a_foreign_onnx_file() -> None:
-    manifest = {"model": {"source": "my.onnx"}}
-    names, (note,) = bench.possible(["onnxruntime", "torch"], manifest)
-    assert names == ["onnxruntime"] and "my.onnx is an ONNX file" in note
-    assert bench.possible(["torch"], MANIFEST) == (["torch"], [])
-
-
-def test_model_that_changed_since_it_was_compiled_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("bertile.model_files.fingerprint", lambda model, head: "new")
-    with pytest.raises(BundleError, match="'minilm' has changed since out was compiled"):
-        bench.source(Path("out"), MANIFEST, ["torch"], None, None)
 
 
 def test_bench_of_a_model_compiles_it_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +152,14 @@ def test_bench_of_a_model_compiles_it_first(monkeypatch: pytest.MonkeyPatch) -> 
     }
 
 
+def test_unknown_peer_is_refused_before_the_model_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bertile.driver.compile", lambda *given: pytest.fail("compiled"))
+    with pytest.raises(UsageError, match="did you mean 'onnxruntime'"):
+        bench.bench_models(["minilm"], Config(), Progress(-1), against=["none", "onnxruntim"])
+
+
 def test_command_takes_blanks_and_commas(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -161,9 +167,10 @@ def test_command_takes_blanks_and_commas(
 
     def run(targets: list[str], config: Config, progress: Progress, **choices: Any) -> list[dict]:
         seen.update(choices, targets=targets)
-        return [report()]
+        return [{"rows": [{"engine": "bertile"}]}]
 
     monkeypatch.setattr(bench, "bench_models", run)
+    monkeypatch.setattr("bertile.bench_tables.as_table", lambda reports, markdown: "a table")
     line = ["bench", "out", "--against", "onnxruntime,openvino", "torch", "--length", "16,32", "64"]
     assert cli.main([*line, "--json", "-q"]) == 0
     assert seen["against"] == ["onnxruntime", "openvino", "torch"]
@@ -171,35 +178,3 @@ def test_command_takes_blanks_and_commas(
     assert json.loads(capsys.readouterr().out)["rows"][0]["engine"] == "bertile"
     assert cli.main(["bench", "out", "--batch", "1,x"]) == 2
     assert "--batch is 'x'" in capsys.readouterr().err
-
-
-def test_startup_measures_each_engine_in_a_fresh_process(monkeypatch, tmp_path):
-    from bertile import startup
-
-    manifest = {
-        "model": {"source": "m", "max_length": 8},
-        "static": {"length": None},
-        "inputs": [{"name": "input_ids", "dtype": "int64", "below": 9, "default": None}],
-        "files": {"params.safetensors": {"bytes": 5_000_000}},
-    }
-    started = []
-
-    class Stub:
-        pid = os.getpid()
-
-        def __init__(self, name, source, threads):
-            started.append(name)
-
-        receive = close = lambda self: None
-
-        def outputs(self, inputs):
-            assert inputs["input_ids"].shape == (1, 4)
-
-    monkeypatch.setattr(startup, "Worker", Stub)
-    monkeypatch.setattr(startup.loader, "read_manifest", lambda directory: manifest)
-    monkeypatch.setattr(startup.bench, "source", lambda *args: None)
-    report = startup.startup(tmp_path, against=("openvino",), length=4, repeat=2)
-    assert started == ["bertile", "openvino"] * 2
-    assert [row["weights_mb"] for row in report["rows"]] == [5.0, 5.0]
-    assert all(row["resident_mb"] > 1 for row in report["rows"])
-    assert "first result ms" in startup.as_table(report)

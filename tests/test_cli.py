@@ -151,6 +151,14 @@ def test_save_config_and_config_give_the_same_choices_and_flags_go_first(
     assert (driver.config.tune, driver.config.trials) == ("full", 9)
 
 
+def test_shipped_log_is_used_unless_refused(
+    driver: SimpleNamespace, capsys: pytest.CaptureFixture
+) -> None:
+    for flags, expected in (((), True), (("--no-shipped-log",), False), (("--shipped-log",), True)):
+        call(capsys, "compile", "minilm", "-o", "out", *flags)
+        assert driver.config.shipped_log is expected
+
+
 def test_cache_directory_is_the_flag_or_xdg_cache_home(
     driver: SimpleNamespace, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

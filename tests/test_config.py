@@ -47,6 +47,7 @@ def test_paths_become_text() -> None:
         ({"tune": "ful"}, "did you mean 'full'?"),
         ({"runtime": "includes"}, "did you mean 'include'?"),
         ({"head": "embeddings"}, "did you mean 'embedding'?"),
+        ({"shipped_log": "no"}, "shipped_log is 'no'"),
         ({"trials": 0}, "trials is 0"),
         ({"trials": True}, "trials is True"),
         ({"trials": 1.5}, "trials is 1.5"),

@@ -8,15 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertile import engines
-from bertile.engines import Source, Worker
+from bertile import peers
+from bertile.engines import Engine, Source, Worker
 from bertile.errors import BertileError
-
-
-def test_every_turn_is_warmed_up_and_only_what_follows_is_measured() -> None:
-    done = []
-    times = engines.timed(lambda inputs: done.append(1) or [], {}, 4)
-    assert len(times) == 4 and len(done) == engines.WARM_UP_LIMIT + 4
 
 
 def test_worker_runs_onnx_runtime_in_its_own_process(tmp_path: Path) -> None:
@@ -41,7 +35,7 @@ def test_torch_runs_the_checkpoint_with_its_pooling(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "set_num_interop_threads", lambda count: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     source = Source(Path(), model="synthetic:bert-tiny:embedding", head="embedding")
-    infer, version = engines._torch(source, 1)
+    infer, version = peers.OPENERS["torch"](Engine("torch", "torch", "fp32", source), 1)
     ids = np.ones((2, 4), np.int64)
     (vectors,) = infer({"input_ids": ids, "attention_mask": ids})
     assert version.startswith("PyTorch 2")
@@ -65,7 +59,7 @@ def test_process_that_dies_is_named(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def started(name: str, source: Source):
-    worker = Worker(name, source, threads=1)
+    worker = Worker(Engine(name, name, "fp32", source), threads=1)
     try:
         yield worker
     finally:

@@ -140,3 +140,11 @@ def _wait(done, seconds: float = 60.0) -> None:
     while not done():
         assert time.monotonic() < end, "the writers did not get far enough"
         time.sleep(0.02)
+
+
+def test_shipped_log_is_left_out_where_it_is_not_wanted(tmp_path):
+    with_shipped = TuningLog.open(str(tmp_path))
+    alone = TuningLog.open(str(tmp_path), shipped=False)
+    assert with_shipped.tasks(ROW) and not alone.tasks(ROW)
+    assert with_shipped.directories[-1] == tmp_path.resolve()
+    assert alone.directories == [tmp_path.resolve()]

@@ -1,0 +1,58 @@
+"""The flags of `bertile bench` come in; its reports and their text go out."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+CONFIG = ("threads", "precision", "log-dir", "shipped-log", "cache-dir")
+PEERS = (
+    "onnxruntime (default), openvino, torch, deepsparse, each in the bundle's precision, or in"
+    " another as openvino:bf16; another bundle's directory; or none; with blanks or commas between"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that are the benchmark's own; those of CONFIG come beside them."""
+    add = parser.add_argument
+    add("targets", metavar="BUNDLE|MODEL", nargs="+", help="a model is compiled first")
+    add("--onnx", metavar="FILE", help="the exported model (default: as compiled)")
+    add("--against", metavar="ENGINE", nargs="+", default=["onnxruntime"], help=PEERS)
+    add("--batch", metavar="N", nargs="+", default=["1"], help="sequences in a call, one or more")
+    add("--length", metavar="N", nargs="+", default=["128"], help="tokens in a sequence")
+    add("--repeat", metavar="N", type=int, default=30, help="measured calls of each engine")
+    form = parser.add_mutually_exclusive_group().add_argument
+    form("--markdown", action="store_true", help="print the tables as Markdown")
+    form("--csv", action="store_true", help="print every number of the first table as CSV")
+    add("--startup", action="store_true", help="a second table: new processes, time and memory")
+    add("--update-readme", metavar="FILE", help="put the table between <!-- bench --> and its end")
+
+
+def run(options: argparse.Namespace, config: Any, progress: Any) -> tuple[Any, str]:
+    """One report, or a list of one each; and what is printed of them."""
+    from bertile import bench, bench_tables
+    from bertile.option_lists import numbers, words
+
+    reports = bench.bench_models(
+        options.targets,
+        config,
+        progress,
+        onnx=options.onnx and Path(options.onnx),
+        against=words(options.against),
+        batches=numbers("--batch", options.batch),
+        lengths=numbers("--length", options.length),
+        repeat=options.repeat,
+        startup=options.startup,
+    )
+    if options.update_readme:
+        command = shlex.join(["bertile", *sys.argv[1:]])
+        bench_tables.update_readme(Path(options.update_readme), reports, command)
+    text = (
+        bench_tables.as_csv(reports)
+        if options.csv
+        else bench_tables.as_table(reports, markdown=options.markdown)
+    )
+    return (reports[0] if len(reports) == 1 else reports), text

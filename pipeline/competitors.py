@@ -1,0 +1,170 @@
+"""A bundle and what the user wants it compared with come in; the engines of a benchmark go out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bertile import deepsparse, loader, peer_models
+from bertile.config import Config
+from bertile.engines import Engine, LeftOut, Source
+from bertile.errors import BundleError, ModelError, UsageError, nearest
+from bertile.exported import ExportedModel, InputSpec
+from bertile.progress import Progress
+
+# Which precisions a peer computes in on a CPU.
+PEERS = {
+    "onnxruntime": ("fp32", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
+    "torch": ("fp32", "bf16", "int8"),
+    "deepsparse": ("fp32", "int8"),
+}
+NOT_TORCH = "torch is left out: {} is an ONNX file, and torch runs checkpoints"
+NO_FORM = "{} is left out: it computes in {} on a CPU, not in {}"
+
+
+def engines(
+    directory: Path,
+    manifest: dict[str, Any],
+    against: Sequence[str],
+    onnx: Path | None,
+    cache_dir: str | None,
+    progress: Progress,
+) -> tuple[list[Engine], list[str]]:
+    """The bundle itself and each peer that can run its model; a sentence on each that cannot.
+
+    A peer is a name of `PEERS`, in the bundle's precision or, as "openvino:bf16", in another, or
+    the directory of another bundle. `onnx` None exports the bundle's source again, from the cache
+    where it can. Raises UsageError for an unknown name.
+    """
+    precision = precision_of(manifest)
+    wanted = list(dict.fromkeys(parse(name, precision) for name in against if name != "none"))
+    peers, notes = possible([one for one in wanted if one[1] != "bertile"], manifest)
+    found = source(directory, manifest, [kind for _, kind, _ in peers], onnx, cache_dir)
+    exported = _exported(directory, manifest)
+    made = [Engine("bertile", "bertile", precision, found)]
+    for name, kind, its_precision in wanted:
+        if kind == "bertile":
+            made.append(_bundle(name, manifest, found))
+        elif (name, kind, its_precision) in peers:
+            peer = Engine(name, kind, its_precision, found)
+            try:
+                made.append(_prepared(peer, exported, cache_dir, progress))
+            except LeftOut as reason:
+                notes.append(str(reason))
+    return made, notes
+
+
+def precision_of(manifest: dict[str, Any]) -> str:
+    """What the bundle was compiled for."""
+    return str(manifest["config"].get("precision", "fp32"))
+
+
+def check(name: str) -> None:
+    """UsageError for a peer that nobody knows."""
+    if name != "none":
+        parse(name, "fp32")
+
+
+def parse(name: str, precision: str) -> tuple[str, str, str]:
+    """Name, kind and precision of a peer; "kind:precision" is called "kind" where it is the same
+    as the bundle's precision.
+    """
+    if (Path(name) / loader.MANIFEST).exists():
+        return name, "bertile", ""
+    kind, _, given = name.partition(":")
+    if kind not in PEERS:
+        hint = f"{nearest(kind, (*PEERS, 'none'))}; or give the directory of another bundle"
+        raise UsageError(f"engine '{kind}' is unknown{hint}")
+    known = sorted({one for precisions in PEERS.values() for one in precisions})
+    if given and given not in known:
+        raise UsageError(f"precision '{given}' of '{name}' is unknown{nearest(given, known)}")
+    # fp16 is a way to store weights: its products are those of float32
+    ours = "fp32" if precision == "fp16" else precision
+    return kind if given in ("", ours) else name, kind, given or ours
+
+
+def possible(
+    wanted: Sequence[tuple[str, str, str]], manifest: dict[str, Any]
+) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """The peers that can run the bundle's model, and a sentence on each that cannot."""
+    model = str(manifest["model"]["source"])
+    kept, notes = [], []
+    for name, kind, precision in wanted:
+        if precision not in PEERS[kind]:
+            notes.append(NO_FORM.format(name, " and ".join(PEERS[kind]), precision))
+        elif kind == "torch" and model.endswith(".onnx"):
+            notes.append(NOT_TORCH.format(model))
+        else:
+            kept.append((name, kind, precision))
+    return kept, notes
+
+
+def source(
+    directory: Path,
+    manifest: dict[str, Any],
+    kinds: Sequence[str],
+    onnx: Path | None,
+    cache_dir: str | None,
+) -> Source:
+    """What the engines read; BundleError where the model has changed since it was compiled."""
+    model = manifest["model"]
+    if kinds and not (onnx and "torch" not in kinds):
+        from bertile import driver, model_files
+
+        config = Config.from_dict({**manifest["config"], "cache_dir": cache_dir})
+        if model_files.fingerprint(model["source"], config.head) != model["sha256"]:
+            raise BundleError(
+                f"'{model['source']}' has changed since {directory} was compiled from it",
+                "compile it again",
+            )
+        onnx = onnx or driver.export_cached(model["source"], config).onnx_path
+    outputs = tuple(output["name"] for output in manifest["outputs"])
+    return Source(directory, onnx and Path(onnx), model["source"], model["head"], outputs)
+
+
+def _prepared(
+    peer: Engine, exported: ExportedModel, cache_dir: str | None, progress: Progress
+) -> Engine:
+    """The peer with the model file that it opens; LeftOut where that cannot be made."""
+    if peer.kind == "deepsparse":
+        deepsparse.environment(cache_dir, progress)
+    try:
+        form = peer_models.prepared(
+            peer.kind, peer.precision, peer.source.onnx, exported, cache_dir, progress
+        )
+    except ModelError as error:
+        raise LeftOut(f"{peer.name} is left out: {error}") from error
+    return dataclasses.replace(peer, source=dataclasses.replace(peer.source, onnx=form))
+
+
+def _exported(directory: Path, manifest: dict[str, Any]) -> ExportedModel:
+    """What the bundle says of the model that it was compiled from; the tokenizer is in it too."""
+    model = manifest["model"]
+    return ExportedModel(
+        directory=directory,
+        source=model["source"],
+        sha256=model["sha256"],
+        family=model["family"],
+        head=model["head"],
+        max_length=model["max_length"],
+        inputs=tuple(InputSpec(**one) for one in manifest["inputs"]),
+        outputs=tuple(one["name"] for one in manifest["outputs"]),
+        batch=manifest["static"]["batch"],
+        length=manifest["static"]["length"],
+    )
+
+
+def _bundle(name: str, manifest: dict[str, Any], found: Source) -> Engine:
+    theirs = loader.read_manifest(Path(name))
+    for part in ("inputs", "outputs"):
+        names, wanted = ([one["name"] for one in given[part]] for given in (theirs, manifest))
+        if names != wanted:
+            raise UsageError(
+                f"{name} has the {part} {', '.join(names)}, {found.bundle} has {', '.join(wanted)}",
+                "compare two bundles of one model",
+            )
+    own = dataclasses.replace(found, bundle=Path(name))
+    return Engine(name, "bertile", precision_of(theirs), own)

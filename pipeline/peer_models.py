@@ -1,0 +1,203 @@
+"""The canonical ONNX file comes in; the form of it that a peer's own documentation recommends for a
+precision goes out, from the cache where it was made before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from bertile import cache, calibration
+from bertile.errors import BertileError, require
+from bertile.evaluation.sentences import sentences
+from bertile.exported import ExportedModel
+from bertile.fingerprint import hash_path
+from bertile.progress import Progress
+from bertile.samples import sample, session
+
+CALIBRATION_SAMPLES = 300  # NNCF's own default
+RANDOM_LENGTH = 64
+TRY_LENGTH, TRY_CALLS = 128, 9  # by which the fastest of several forms is told
+
+
+def prepared(
+    kind: str,
+    precision: str,
+    onnx: Path | None,
+    exported: ExportedModel,
+    cache_dir: str | None,
+    progress: Progress,
+) -> Path | None:
+    """The file that engine `kind` opens for `precision`: `onnx` itself where it takes that.
+
+    `exported` tells the inputs and has the tokenizer for calibration. Works in a process of its
+    own, since quantizers leave gigabytes and threads behind.
+    """
+    if onnx is None or (kind, precision) not in FORMS:
+        return onnx
+    name, _ = FORMS[kind, precision]
+    packages = [_version(package) for package in ("onnxruntime", "openvino", "nncf")]
+    key = cache.key("peer_models", kind, precision, hash_path(onnx), packages)
+
+    def make(directory: Path) -> None:
+        progress.status(f"bench     {kind}'s model in {precision}")
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            try:
+                pool.submit(_make, kind, precision, onnx, exported, directory / name).result()
+            except BrokenProcessPool as error:
+                raise BertileError(f"the process that makes {kind}'s model crashed") from error
+
+    directory, _ = cache.Cache(cache_dir).get_or_make(key, make)
+    return directory / name
+
+
+def _make(kind: str, precision: str, onnx: Path, exported: ExportedModel, target: Path) -> None:
+    with _quiet():
+        FORMS[kind, precision][1](onnx, exported, target)
+
+
+def _onnxruntime_int8(onnx: Path, exported: ExportedModel, target: Path) -> None:
+    """Optimized for transformers, then quantized dynamically: weights s8 per channel, activations
+    u8; with the optimizer's fusions or without, whichever is faster.
+    """
+    require("bench", "onnxruntime")
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.transformers import optimizer
+
+    from bertile import onnx_legacy
+
+    legacy, fused = target.with_name("legacy.onnx"), target.with_name("fused.onnx")
+    onnx_legacy.rewrite(onnx, legacy)
+    # heads and width 0: it finds them in the graph
+    optimizer.optimize_model(
+        str(legacy), model_type="bert", num_heads=0, hidden_size=0, opt_level=0
+    ).save_model_to_file(str(fused))
+    found = {}
+    for source in (legacy, fused):
+        made = source.with_suffix(".int8.onnx")
+        quantize_dynamic(
+            source,
+            made,
+            per_channel=True,
+            reduce_range=False,
+            weight_type=QuantType.QInt8,
+            # behind its own fused operators it cannot tell the type of a tensor
+            extra_options={"DefaultTensorType": FLOAT},
+        )
+        found[_milliseconds(made, exported)] = made
+    found[min(found)].rename(target)
+    for path in target.parent.glob("*.onnx"):
+        if path != target:
+            path.unlink()
+
+
+def _openvino_int8(onnx: Path, exported: ExportedModel, target: Path) -> None:
+    """NNCF's post-training quantization for transformers, calibrated."""
+    openvino, nncf = require("bench", "openvino", "nncf")
+    dataset = nncf.Dataset(_samples(exported))
+    quantized = nncf.quantize(
+        openvino.Core().read_model(onnx),
+        dataset,
+        model_type=nncf.ModelType.TRANSFORMER,
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=CALIBRATION_SAMPLES,
+    )
+    openvino.save_model(quantized, target, compress_to_fp16=False)
+
+
+def _deepsparse_fp32(onnx: Path, exported: ExportedModel, target: Path) -> None:
+    from bertile import onnx_legacy
+
+    onnx_legacy.rewrite(onnx, target)
+
+
+def _deepsparse_int8(onnx: Path, exported: ExportedModel, target: Path) -> None:
+    """ONNX Runtime's static quantization in QOperator form: every product, attention's too, takes
+    bytes and gives bytes. With ranges per channel DeepSparse leaves products to its fallback.
+    """
+    (quantization,) = require("bench", "onnxruntime.quantization")
+    from bertile import onnx_legacy
+
+    legacy = target.with_name("legacy.onnx")
+    onnx_legacy.rewrite(onnx, legacy)
+    quantization.quantize_static(
+        legacy,
+        target,
+        _Reader(_samples(exported)),
+        quant_format=quantization.QuantFormat.QOperator,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+    )
+    legacy.unlink()
+
+
+def _samples(exported: ExportedModel) -> list[dict[str, np.ndarray]]:
+    """Single sequences to calibrate on: sentences, or random ids where there is no tokenizer."""
+    if (exported.directory / "tokenizer.json").is_file():
+        rows = calibration.tokenized(sentences(CALIBRATION_SAMPLES), exported)
+        return [one for row in rows for one in calibration.batches([row], exported)]
+    length = min(exported.length or RANDOM_LENGTH, exported.max_length or RANDOM_LENGTH)
+    seeds = range(CALIBRATION_SAMPLES)
+    return [sample(exported.inputs, exported.batch or 1, length, 0, seed) for seed in seeds]
+
+
+class _Reader:
+    """What ONNX Runtime's calibration takes samples from."""
+
+    def __init__(self, arrays: list[dict[str, np.ndarray]]) -> None:
+        self._rest = iter(arrays)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._rest, None)
+
+
+def _milliseconds(path: Path, exported: ExportedModel) -> float:
+    """The fastest of some calls: what else the machine does only adds to a call."""
+    runner = session(path)
+    length = min(exported.length or TRY_LENGTH, exported.max_length or TRY_LENGTH)
+    inputs = sample(exported.inputs, exported.batch or 1, length, padding_id=-1)
+    times = []
+    for _ in range(TRY_CALLS):
+        began = time.perf_counter()
+        runner.run(None, inputs)
+        times.append(time.perf_counter() - began)
+    return min(times) * 1e3
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Quantizers warn of what they were told to do, and draw bars on stdout."""
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+FLOAT = 1  # onnx.TensorProto.FLOAT
+
+Make = Callable[[Path, ExportedModel, Path], None]
+FORMS: dict[tuple[str, str], tuple[str, Make]] = {
+    ("onnxruntime", "int8"): ("model.onnx", _onnxruntime_int8),
+    ("openvino", "int8"): ("model.xml", _openvino_int8),
+    ("deepsparse", "fp32"): ("model.onnx", _deepsparse_fp32),
+    ("deepsparse", "int8"): ("model.onnx", _deepsparse_int8),
+}

@@ -1,0 +1,99 @@
+"""An engine comes in, in a process of its own; a function that runs the model in it goes out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bertile.engines import Arrays, Engine
+from bertile.errors import require
+
+Infer = Callable[[Arrays], list[np.ndarray]]
+
+
+def _bertile(engine: Engine, threads: int) -> tuple[Infer, str]:
+    import bertile
+    from bertile import loader
+
+    model = loader.load(engine.source.bundle, threads)
+    return lambda inputs: list(model(**inputs).values()), f"Bertile {bertile.__version__}"
+
+
+def _onnxruntime(engine: Engine, threads: int) -> tuple[Infer, str]:
+    (ort,) = require("bench", "onnxruntime")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    path = str(engine.source.onnx)
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, inputs), f"ONNX Runtime {ort.__version__}"
+
+
+def _openvino(engine: Engine, threads: int) -> tuple[Infer, str]:
+    (openvino,) = require("bench", "openvino")
+    config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    # Given, since on a CPU with bf16 a float32 model would otherwise compute in that; what an int8
+    # model leaves in floating point is OpenVINO's to choose.
+    hint = {"fp32": "f32", "bf16": "bf16"}.get(engine.precision)
+    if hint:
+        config["INFERENCE_PRECISION_HINT"] = hint
+    model = openvino.Core().compile_model(str(engine.source.onnx), "CPU", config)
+    request = model.create_infer_request()
+
+    def infer(inputs: Arrays) -> list[np.ndarray]:
+        results = request.infer(inputs, share_inputs=True)
+        return [results[port] for port in model.outputs]
+
+    return infer, f"OpenVINO {openvino.__version__.partition('-')[0]}"
+
+
+def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
+    torch, _ = require("export", "torch", "transformers")
+    from bertile import models
+    from bertile.exportable import pool
+
+    source = engine.source
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(1)
+    checkpoint = models.load(source.model, source.head)
+    model = checkpoint.model
+    with models.quiet(), contextlib.suppress(ValueError, ImportError):
+        model.set_attn_implementation("sdpa")  # a family without it keeps what it has
+    if source.head == "embedding" and hasattr(model, "pooler"):
+        model.pooler = None  # nobody reads it
+    with models.quiet():
+        model = _converted(torch, model, engine.precision)
+
+    def infer(inputs: Arrays) -> list[np.ndarray]:
+        with torch.inference_mode():
+            given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+            found = model(**given)
+            if checkpoint.pooling is None:
+                return [found[name].float().numpy() for name in source.outputs]
+            mask = given["attention_mask"].float()
+            hidden = found.last_hidden_state.float()
+            return [pool(hidden, mask, checkpoint.pooling).numpy()]
+
+    return infer, f"PyTorch {torch.__version__.partition('+')[0]}"
+
+
+def _converted(torch: Any, model: Any, precision: str) -> Any:
+    """The model in that precision: int8 is dynamic quantization of every linear layer."""
+    if precision == "bf16":
+        return model.to(torch.bfloat16)
+    if precision == "int8":
+        quantization = torch.ao.quantization
+        return quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    return model
+
+
+OPENERS: dict[str, Callable[[Engine, int], tuple[Infer, str]]] = {
+    "bertile": _bertile,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "torch": _torch,
+}

@@ -1,0 +1,123 @@
+"""Engines and inputs come in; the times of their calls, taken in turns, and what their outputs have
+in common go out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from bertile.engines import Arrays, Engine, LeftOut, Worker, start
+from bertile.progress import Progress
+
+# Calls that one engine makes before it is the next one's turn: few enough that all see the same
+# weather on a shared machine.
+TURN = 5
+# Threads of the engine before still spin for a while; nobody starts beside them.
+PAUSE_SECONDS = 0.05
+
+Outputs = list[np.ndarray]
+
+
+@contextlib.contextmanager
+def started(
+    engines: Sequence[Engine], inputs: Arrays, threads: int, cache_dir: str | None
+) -> Iterator[tuple[list[Any], dict[str, str], list[str]]]:
+    """The engines' workers, each of which has run once, their versions by name, and a sentence on
+    each engine that cannot run.
+    """
+    workers: list[Any] = []
+    notes = []
+    try:
+        for engine in engines:
+            try:
+                workers.append(start(engine, threads, cache_dir))
+            except LeftOut as reason:
+                notes.append(str(reason))
+        versions = {}
+        for worker in list(workers):
+            try:
+                version = worker.receive()
+                worker.outputs(inputs)
+                versions[worker.name] = version
+            except LeftOut as reason:
+                notes.append(str(reason))
+                workers.remove(worker)
+                worker.close()
+        yield workers, versions, notes
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def float_outputs(engine: Engine, inputs: Sequence[Arrays], threads: int) -> list[Outputs]:
+    """What ONNX Runtime gives in float32 for each of the inputs."""
+    worker = Worker(Engine("ONNX Runtime", "onnxruntime", "fp32", engine.source), threads)
+    try:
+        worker.receive()
+        return [worker.outputs(arrays) for arrays in inputs]
+    finally:
+        worker.close()
+
+
+def measure(
+    workers: Sequence[Any],
+    inputs: Arrays,
+    repeat: int,
+    progress: Progress,
+    reference: Outputs | None = None,
+) -> list[dict[str, Any]]:
+    """A row per worker; the first is Bertile, whose outputs are the reference if there is none."""
+    batch, length = next(iter(inputs.values())).shape
+    outputs = {worker.name: worker.outputs(inputs) for worker in workers}
+    reference = reference or outputs[workers[0].name]
+    times: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    for turn, done in enumerate(range(0, repeat, TURN)):
+        progress.status(f"bench     {batch} x {length} tokens, call {done} of {repeat}")
+        first = turn % len(workers)  # so that nobody always works behind the same engine
+        for worker in (*workers[first:], *workers[:first]):
+            time.sleep(PAUSE_SECONDS)
+            times[worker.name] += worker.call(inputs, min(TURN, repeat - done))
+    medians = {name: float(np.median(found)) for name, found in times.items()}
+    ours = medians[workers[0].name]
+    others = [medians[one.name] for one in workers[1:] if _rivals(workers[0].engine, one.engine)]
+    return [
+        {
+            "engine": worker.name,
+            "precision": worker.engine.precision,
+            "batch": batch,
+            "length": length,
+            "median_ms": medians[worker.name],
+            "p90_ms": float(np.quantile(times[worker.name], 0.9)),
+            "p99_ms": float(np.quantile(times[worker.name], 0.99)),
+            "ratio": ours / medians[worker.name],
+            "best_ratio": ours / min(others) if worker is workers[0] and others else None,
+            "cosine": cosine(reference, outputs[worker.name]),
+            "max_abs_difference": _difference(reference, outputs[worker.name]),
+        }
+        for worker in workers
+    ]
+
+
+def _rivals(ours: Engine, theirs: Engine) -> bool:
+    """Another library in the same arithmetic: fp16 is a way to store weights, computed in fp32."""
+    same = theirs.precision in (ours.precision, "fp32" if ours.precision == "fp16" else "")
+    return theirs.kind != "bertile" and same
+
+
+def cosine(ours: Outputs, theirs: Outputs) -> float:
+    """The mean over all vectors along the last axis, of all outputs."""
+    found = []
+    for pair in zip(ours, theirs, strict=True):
+        a, b = (one.reshape(-1, one.shape[-1]).astype(np.float64) for one in pair)
+        lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        found.append((a * b).sum(axis=1) / np.maximum(lengths, 1e-30))
+    return float(np.concatenate(found).mean())
+
+
+def _difference(ours: Outputs, theirs: Outputs) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
