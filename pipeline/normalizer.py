@@ -18,7 +18,7 @@ from bertile.model_files import TOKENIZER_FILES, fingerprint
 from bertile.onnx_graph import OnnxGraph, save
 from bertile.onnx_lookups import write_lookups
 from bertile.onnx_masks import write_masks
-from bertile.onnx_quantized import without_marks
+from bertile.onnx_quantized import drop_marks
 from bertile.onnx_reader import check_operators, input_specs, read, static_axes
 from bertile.onnx_shapes import Axes, fold_constants, write_shapes
 from bertile.probing import Probes, opened, probe
@@ -161,17 +161,21 @@ def _check(
     twice: in floats alone, closely, and as it is, where one rounding more or less moves the result
     by the step of an 8-bit number.
     """
-    before, after = session(original), session(normalized)
+    feeds = [sample(inputs, *shape, padding_id=1, seed=seed) for seed, shape in enumerate(shapes)]
+    after = session(normalized)
+    names = [one.name for one in after.get_outputs()]
     try:
+        if lifted is not None:
+            found = []
+            for model in (lifted, onnx.load(normalized)):
+                with opened(drop_marks(model)) as runner:
+                    found.append(_results(runner, names, feeds))
+            _refuse(_compare(*found, feeds)[0], TOLERANCE, "the original, both in floats,", _FAULT)
+        want = _results(session(original), names, feeds)
+        worst, relative = _compare(want, _results(after, names, feeds), feeds)
         if lifted is None:
-            worst, _ = _compare(before, after, inputs, shapes)
             _refuse(worst, TOLERANCE, "the original", _FAULT)
             return f"differs from the original by at most {worst:.2g} on real tokens"
-        plain = (without_marks(model) for model in (lifted, onnx.load(normalized)))
-        with opened(next(plain)) as first, opened(next(plain)) as second:
-            worst, _ = _compare(first, second, inputs, shapes)
-            _refuse(worst, TOLERANCE, "the original, both in floats,", _FAULT)
-        worst, relative = _compare(before, after, inputs, shapes)
         what = "the quantized original, relative to its magnitude,"
         _refuse(relative, QUANTIZED_TOLERANCE, what, _CALIBRATE)
     except NumericMismatchError:
@@ -192,23 +196,26 @@ def _refuse(difference: float, tolerance: float, what: str, hint: str) -> None:
         )
 
 
+def _results(
+    runner: Any, names: list[str], feeds: list[dict[str, np.ndarray]]
+) -> list[list[np.ndarray]]:
+    """Run the batches; an input that the other model does not have is zero."""
+    zero = {one.name: one.type[len("tensor(") : -1] for one in runner.get_inputs()}
+    for name in feeds[0]:
+        zero.pop(name, None)
+    shapes = [feed["input_ids"].shape for feed in feeds]
+    unread = [{name: np.zeros(shape, dtype) for name, dtype in zero.items()} for shape in shapes]
+    return [runner.run(names, {**feed, **others}) for feed, others in zip(feeds, unread)]
+
+
 def _compare(
-    before: Any, after: Any, inputs: tuple[InputSpec, ...], shapes: tuple[tuple[int, int], ...]
+    want: list[list[np.ndarray]], got: list[list[np.ndarray]], feeds: list[dict[str, np.ndarray]]
 ) -> tuple[float, float]:
-    """Return the largest difference of two sessions over padded batches of these shapes, and the
-    norm of all differences by the norm of the first's outputs.
-    """
+    """Return the largest difference, and the norm of all differences by the norm of `want`."""
     worst, squares = 0.0, np.zeros(2)
-    names = [one.name for one in after.get_outputs()]
-    unread = {one.name: one.type[len("tensor(") : -1] for one in before.get_inputs()}
-    for one in inputs:
-        unread.pop(one.name, None)
-    for seed, shape in enumerate(shapes):
-        feed = sample(inputs, *shape, padding_id=1, seed=seed)
-        others = {name: np.zeros(shape, dtype) for name, dtype in unread.items()}
-        mask = feed.get("attention_mask", np.ones(shape, np.int64))
-        want = before.run(names, {**feed, **others})
-        for one, other in zip(after.run(names, feed), want):
+    for before, after, feed in zip(want, got, feeds):
+        mask = feed.get("attention_mask", np.ones_like(feed["input_ids"]))
+        for one, other in zip(after, before):
             worst = max(worst, largest_difference(one, other, mask))
             squares += squared_norms(one, other, mask)
     return worst, float(np.sqrt(squares[0] / max(squares[1], 1e-30)))

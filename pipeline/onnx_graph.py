@@ -35,6 +35,12 @@ class OnnxGraph:
         self.nodes: list[onnx.NodeProto] = list(graph.node)
         self._tensors = {one.name: one for one in model.graph.initializer}
         self._arrays: dict[str, np.ndarray] = {}
+<<<<<<< HEAD
+=======
+        self._named = 0
+        # A file that Bertile wrote, quantized by somebody since, has names of ours already.
+        self._taken = {name for node in self.nodes for name in node.output} | set(self._tensors)
+>>>>>>> helper-b
         weights = set(self._tensors)
         self.inputs = [one for one in graph.input if one.name not in weights]
         self.results = list(graph.output)
@@ -106,8 +112,11 @@ class OnnxGraph:
         self.replace(old, new)
 
     def fresh(self, hint: str) -> str:
-        self._named += 1
-        return f"bertile.{hint}.{self._named}"
+        name = ""
+        while not name or name in self._taken:
+            self._named += 1
+            name = f"bertile.{hint}.{self._named}"
+        return name
 
     def add(self, op: str, inputs: Iterable[str], **attributes: Any) -> str:
         """Add a node with one output and return the output's name."""

@@ -12,6 +12,7 @@ layers that read a tensor share its mark.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Optional
 
@@ -91,16 +92,14 @@ def settle_quantization(graph: OnnxGraph, probes: Probes) -> tuple[str, ...]:
     ]
 
 
-def without_marks(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of a model with marks, or with none, that computes in floats alone."""
-    graph = OnnxGraph(model)
-    _drop_pairs(graph)
-    graph.clean()
-    return graph.to_model(model.opset_import[0].version)
+def drop_marks(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make a model compute in floats alone, in place, and return it."""
+    _drop_pairs(model.graph.node)
+    return model
 
 
-def _drop_pairs(graph: OnnxGraph) -> None:
-    for node in graph.nodes:
+def _drop_pairs(nodes: Iterable[onnx.NodeProto]) -> None:
+    for node in nodes:
         if node.op_type in PAIRS:
             _turn(node, "Identity")
 
@@ -124,7 +123,7 @@ def _take_pairs(graph: OnnxGraph) -> Ranges:
             node.input[0] = graph.add("Relu", [node.input[0]])
         if node.op_type == "DequantizeLinear":
             _turn(node, "Mark")
-    _drop_pairs(graph)
+    _drop_pairs(graph.nodes)
     graph.clean()
     return ranges
 

@@ -450,3 +450,14 @@ def test_read_brings_an_old_opset_up_to_date(tmp_path):
 def test_normalize_prints_nothing(tmp_path, plain, capfd):
     normalizer.normalize(plain, tmp_path, Config())
     assert capfd.readouterr() == ("", "")
+
+
+def test_names_made_are_none_that_the_file_has():
+    """A file that Bertile wrote, and somebody has quantized, comes back with names of ours."""
+    first = onnx_graph.OnnxGraph(onnx.ModelProto())
+    taken = first.add("Mul", [first.number(1.0), first.number(2.0)])
+    first.outputs = [taken]
+    second = onnx_graph.OnnxGraph(first.to_model(20))
+    made = {second.fresh("mul"), second.fresh("constant"), second.fresh("mul")}
+    assert len(made) == 3
+    assert not made & {taken, *first.nodes[0].input}
