@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Optional
@@ -14,7 +13,6 @@ from onnx import helper, numpy_helper
 
 # A tensor's axes by its name: an int, or anything that is equal only to itself; None if unknown.
 Sizes = Callable[[str], Optional[list]]
-_NAMED = re.compile(r"bertile\..*\.(\d+)")  # what `fresh` gives
 EXTERNAL_DATA_BYTES = 1_500_000_000
 IR_VERSION = 10  # the newest that came with opset 20 or 21, so that older runtimes read it too
 
@@ -35,21 +33,13 @@ class OnnxGraph:
         self.nodes: list[onnx.NodeProto] = list(graph.node)
         self._tensors = {one.name: one for one in model.graph.initializer}
         self._arrays: dict[str, np.ndarray] = {}
-<<<<<<< HEAD
-=======
-        self._named = 0
-        # A file that Bertile wrote, quantized by somebody since, has names of ours already.
-        self._taken = {name for node in self.nodes for name in node.output} | set(self._tensors)
->>>>>>> helper-b
         weights = set(self._tensors)
         self.inputs = [one for one in graph.input if one.name not in weights]
         self.results = list(graph.output)
         self.outputs = [one.name for one in self.results]
-        # behind the names that an earlier export of ours gave
-        given = (_NAMED.fullmatch(name) for node in self.nodes for name in node.output)
-        given_weights = (_NAMED.fullmatch(name) for name in weights)
-        numbers = [int(found[1]) for found in (*given, *given_weights) if found]
-        self._named = max(numbers, default=0)
+        self._named = 0
+        # A file that Bertile wrote, quantized by somebody since, has names of ours already.
+        self._taken = {name for node in self.nodes for name in node.output} | weights
         self._fold_constant_nodes()
 
     def is_constant(self, name: str) -> bool:
