@@ -75,7 +75,7 @@ def default(task: Task, row: Row) -> Knobs:
         "unroll": max(choices["unroll"]),
         "passes": 1,
         "panels": 4,
-        "chunk": 4,  # so few that threads get equal parts of any request
+        "chunk": 16,
     }
 
 

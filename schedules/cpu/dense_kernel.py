@@ -53,7 +53,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     """The PrimFunc (x, [range], [residual], w, [scale, [shift]], b, [limits], y)."""
     math = arithmetic(precision(task).removesuffix("_static"), row)
     outputs, depth = task.shape["outputs"], math.lanes(task.shape["inputs"])
-    width, panels, chunk = panel_width(task, knobs), panel_count(task, knobs), knobs["chunk"]
+    width, panels = panel_width(task, knobs), panel_count(task, knobs)
     group = min(knobs["panels"] * knobs["token_blocks"], panels)
     groups = -(-panels // group)
     bytes_, narrow = math.group == 4, writes(task) != "to_fp32"
@@ -71,6 +71,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         y = made.activation("y", outputs // packed, "int32" if narrow else "float32")
         made.link(math.llvm)
         operands = _Operands(x, range_, residual, w, scale, shift, b, limits, y)
+        chunk = T.Bind(_chunk(made.blocks, knobs, row.threads))
         chunks = T.Bind((made.blocks + (chunk - 1)) // chunk)
         with T.parallel(groups * chunks) as job:
             scratch = T.alloc_buffer((width * knobs["token_blocks"], lanes.LANES), "float32")
@@ -80,6 +81,13 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             for part in range(knobs["passes"]):
                 _tiles(tile, job % groups * group, group, first, count, part)
     return made.func
+
+
+def _chunk(blocks: Any, knobs: Knobs, threads: int) -> Any:
+    """Token blocks of one job: no more than leave every thread an equal part, in whole tiles."""
+    wide = knobs["token_blocks"]
+    part = (blocks + (threads * wide - 1)) // (threads * wide) * wide
+    return T.min(knobs["chunk"], part)
 
 
 def _tiles(tile: _Tile, base: Any, group: int, first: Any, count: Any, part: int) -> None:
