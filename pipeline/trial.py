@@ -130,7 +130,7 @@ def _checked_times(run: Any, sample: Sample, copies: list[list[Any]]) -> list[fl
     return [_repeat(run, arguments, results) for _ in range(REPEATS)]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)  # the search goes from task to task and comes back
 def _sample(task: Task, blocks: int) -> Sample:
     return SCHEDULES[task.operation].sample(task, blocks, np.random.default_rng(0))
 
