@@ -29,7 +29,7 @@ from bertile.targets import Target, resolve, tvm_target
 
 REPEATS = 3
 REPEAT_SECONDS = 0.01
-REPEAT_CALLS = 2  # at least
+REPEAT_CALLS = 1  # at least
 # In a model the weights of a layer come from memory, not from a cache that the trial before has
 # filled: every call takes the next of so many copies that no cache holds them all.
 COLD_BYTES = 64 << 20
