@@ -23,7 +23,6 @@ class Row(Protocol):
     vector_bits: int  # width of one of them
     dot_product: str | None  # "vnni": four bytes at once
     bf16: bool  # two bfloat16 at once
-    threads: int  # that share a request
 
 
 @dataclass(frozen=True)

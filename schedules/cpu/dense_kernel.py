@@ -71,23 +71,18 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         y = made.activation("y", outputs // packed, "int32" if narrow else "float32")
         made.link(math.llvm)
         operands = _Operands(x, range_, residual, w, scale, shift, b, limits, y)
-        chunk = T.Bind(_chunk(made.blocks, knobs, row.threads))
+        chunk = knobs["chunk"]
         chunks = T.Bind((made.blocks + (chunk - 1)) // chunk)
         with T.parallel(groups * chunks) as job:
             scratch = T.alloc_buffer((width * knobs["token_blocks"], lanes.LANES), "float32")
             tile = _Tile(task, knobs, math, operands, scratch if narrow else None)
-            first = T.Bind(job // groups * chunk)
+            # threads take their jobs in this order: each some panels of all tokens, so that no
+            # thread is left with the shorter chunk
+            first = T.Bind(job % chunks * chunk)
             count = T.Bind(T.min(chunk, made.blocks - first))
             for part in range(knobs["passes"]):
-                _tiles(tile, job % groups * group, group, first, count, part)
+                _tiles(tile, job // chunks * group, group, first, count, part)
     return made.func
-
-
-def _chunk(blocks: Any, knobs: Knobs, threads: int) -> Any:
-    """Token blocks of one job: no more than leave every thread an equal part, in whole tiles."""
-    wide = knobs["token_blocks"]
-    part = (blocks + (threads * wide - 1)) // (threads * wide) * wide
-    return T.min(knobs["chunk"], part)
 
 
 def _tiles(tile: _Tile, base: Any, group: int, first: Any, count: Any, part: int) -> None:
