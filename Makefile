@@ -16,7 +16,7 @@ TUNING_MODEL ?= synthetic:bert-base
 TUNING_TRIALS ?=
 TUNING := out/tuning
 
-.PHONY: help demo test test-slow lint format bench bench-tuning logs clean
+.PHONY: help demo test test-slow lint format bench bench-precisions bench-tuning logs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test       the tests (some minutes); make test-slow has the long ones too"
 	@echo "make lint       ruff; make format lets it rewrite"
 	@echo "make bench      time models beside ONNX Runtime, OpenVINO and PyTorch, into README.md"
+	@echo "make bench-precisions   the same in int8 and bf16, with DeepSparse"
 	@echo "make bench-tuning   tune a model from an empty log, compare with the shipped one (10 min)"
 	@echo "make logs       tune the kernels whose logs ship in tuning_logs (two hours)"
 	@echo "make clean      remove .venv, out and what Python and the tests left"
@@ -48,6 +49,13 @@ format: $(VENV)/.installed
 bench: $(VENV)/.bench
 	@$(BIN)/bertile bench $(MODELS) --against onnxruntime,openvino,torch \
 	  --batch $(BATCHES) --length $(LENGTHS) --startup --markdown --update-readme README.md
+
+# int8 and bf16 beside the peers' forms of the same; DeepSparse comes into the cache at its first use.
+bench-precisions: $(VENV)/.bench
+	@for precision in int8 bf16; do \
+	  $(BIN)/bertile bench $(MODELS) --precision $$precision \
+	    --against onnxruntime,openvino,torch,deepsparse --batch $(BATCHES) --length $(LENGTHS) \
+	    --markdown || exit; done
 
 # "bertile / it" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.
 bench-tuning: $(VENV)/.bench

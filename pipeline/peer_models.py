@@ -71,7 +71,7 @@ def _onnxruntime_int8(onnx: Path, exported: ExportedModel, target: Path) -> None
     """Optimized for transformers, then quantized dynamically: weights s8 per channel, activations
     u8; with the optimizer's fusions or without, whichever is faster.
     """
-    require("bench", "onnxruntime")
+    require("bench", "onnxruntime", "onnx", "sympy")
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.transformers import optimizer
 

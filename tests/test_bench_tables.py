@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,36 @@ def test_table_is_text_markdown_or_csv() -> None:
     rows = list(csv.DictReader(bench_tables.as_csv([report(), report()]).splitlines()))
     assert len(rows) == 6 and float(rows[1]["ratio"]) == pytest.approx(2 / 3)
     assert rows[0]["best_ratio"] and rows[1]["best_ratio"] == "" and rows[2]["threads"] == "2"
+
+
+def test_new_processes_are_a_second_table() -> None:
+    new = {"model": "minilm", "precision": "fp32", "batch": 1, "length": 128, "weights_mb": 90.2}
+    times = {"bertile": (530.4, 1.0), "onnxruntime": (1060.8, 0.5)}
+    rows = [
+        {**new, "engine": name, "first_result_ms": ms, "ratio": ratio, "resident_mb": 105.5}
+        for name, (ms, ratio) in times.items()
+    ]
+    text = bench_tables.as_table([report(startup=rows)], markdown=True)
+    assert text.count("| model") == 2 and "| first result ms |" in text
+    line = next(line for line in text.splitlines() if "1061" in line)
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        *("minilm", "ONNX Runtime 1", "fp32", "1", "128", "1061", "0.50", "106", "90"),
+    ]
+    assert "first result" not in bench_tables.as_table([report()])
+
+
+def test_another_bundle_is_named_by_its_path_and_precisions_have_their_peaks() -> None:
+    versions = {"bertile": "Bertile 1", "out/other": "Bertile 1", "openvino:int8": "OpenVINO 1"}
+    rows = [{**row(name, 2.0, 1.0, None), "precision": "int8"} for name in versions]
+    rows[2]["peak_percent"] = None
+    peaks = [{"fp32": 235.2, "int8": 930.0}, {"fp32": 236.4}]
+    reports = [report(rows=rows, versions=versions, peaks_gflops=one) for one in peaks]
+    text = bench_tables.as_table(reports)
+    assert "peak GFLOP/s: fp32 235-236, int8 930" in text
+    names = [re.split(r"  +", line)[1] for line in text.splitlines()[2:5]]
+    assert names == ["Bertile 1", "out/other", "OpenVINO 1"]
+    rows = list(csv.DictReader(bench_tables.as_csv(reports[:1]).splitlines()))
+    assert rows[2]["peak_percent"] == "" and rows[2]["precision"] == "int8"
 
 
 def test_facts_say_that_the_machine_was_busy_and_what_was_left_out() -> None:

@@ -1,0 +1,88 @@
+"""Peers' own forms of the model: they run, compute nearly the same, and are made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from bertile import peer_models
+from bertile.engines import Engine, Source, Worker
+from bertile.exported import ExportedModel
+from bertile.progress import Progress
+from bertile.samples import run_onnx, sample
+from bertile.turns import cosine
+
+QUIET = Progress(-1)
+
+
+def form(kind: str, precision: str, exported: ExportedModel, tmp_path: Path) -> Path:
+    given = (kind, precision, exported.onnx_path, exported, str(tmp_path), QUIET)
+    found = peer_models.prepared(*given)
+    assert found is not None
+    return found
+
+
+def test_file_is_used_as_it_is_where_the_engine_takes_it(exported: ExportedModel) -> None:
+    path = exported.onnx_path
+    assert peer_models.prepared("openvino", "bf16", path, exported, None, QUIET) == path
+    assert peer_models.prepared("onnxruntime", "int8", None, exported, None, QUIET) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "products"),
+    [
+        ("onnxruntime", {"MatMulInteger", "DynamicQuantizeLinear"}),
+        ("deepsparse", {"QLinearMatMul"}),
+    ],
+)
+def test_int8_form_computes_nearly_the_same_in_bytes(
+    exported: ExportedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    products: set[str],
+) -> None:
+    path = tmp_path / "model.onnx"
+    monkeypatch.setattr(peer_models, "CALIBRATION_SAMPLES", 8)
+    peer_models.FORMS[kind, "int8"][1](exported.onnx_path, exported, path)
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
+    assert products <= kinds
+    inputs = sample(exported.inputs, 1, 24, padding_id=0)
+    want, got = (list(run_onnx(one, inputs).values()) for one in (exported.onnx_path, path))
+    assert 0.98 < cosine(want, got) < 0.999999
+    assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_form_is_made_in_another_process_and_kept(exported: ExportedModel, tmp_path: Path) -> None:
+    first = form("deepsparse", "fp32", exported, tmp_path)
+    made = first.stat().st_mtime_ns
+    assert form("deepsparse", "fp32", exported, tmp_path) == first
+    assert first.stat().st_mtime_ns == made
+    inputs = sample(exported.inputs, 1, 24, padding_id=0)
+    want, got = (list(run_onnx(one, inputs).values()) for one in (exported.onnx_path, first))
+    assert cosine(want, got) == pytest.approx(1)
+
+
+def test_samples_are_the_models_inputs(exported: ExportedModel) -> None:
+    found = peer_models._samples(exported)
+    assert len(found) == peer_models.CALIBRATION_SAMPLES
+    assert all(set(one) == {spec.name for spec in exported.inputs} for one in found)
+    assert not np.array_equal(found[0]["input_ids"], found[1]["input_ids"])
+
+
+@pytest.mark.slow
+def test_openvino_runs_what_nncf_has_quantized(exported: ExportedModel, tmp_path: Path) -> None:
+    pytest.importorskip("nncf")
+    path = form("openvino", "int8", exported, tmp_path)
+    assert b"FakeQuantize" in path.read_bytes()
+    worker = Worker(Engine("openvino", "openvino", "int8", Source(Path(), path)), 1)
+    try:
+        assert worker.receive().startswith("OpenVINO")
+        inputs = sample(exported.inputs, 1, 24, padding_id=0)
+        want = list(run_onnx(exported.onnx_path, inputs).values())
+        assert 0.98 < cosine(want, worker.outputs(inputs)) < 0.999999
+    finally:
+        worker.close()
