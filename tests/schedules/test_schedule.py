@@ -17,6 +17,7 @@ TASKS = [
     Task("embedding", {"channels": 26, "epsilon": 1e-5, "ids": "int64", "rows": "100"}),
     *(Task(name, {"channels": 26}) for name in ("tokens_in", "tokens_out", "first_token")),
     *(Task(name, {"channels": 26}) for name in ("rows_in", "rows_out")),
+    Task("narrow", {"channels": 26, "kind": "int8"}),
     Task("key_mask"),
     Task("query_bias"),
 ]
