@@ -116,11 +116,7 @@ def _peaks(reports: Sequence[Report]) -> str:
 
 def _cells(report: Report, row: dict[str, Any]) -> tuple[Any, ...]:
     return (
-        row["model"],
-        _name(report, row),
-        row["precision"],
-        row["batch"],
-        row["length"],
+        *_what(report, row),
         row["median_ms"],
         row["p90_ms"],
         row["p99_ms"],
@@ -134,16 +130,17 @@ def _cells(report: Report, row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _startup_cells(report: Report, row: dict[str, Any]) -> tuple[Any, ...]:
     return (
-        row["model"],
-        _name(report, row),
-        row["precision"],
-        row["batch"],
-        row["length"],
+        *_what(report, row),
         round(row["first_result_ms"]),
         None if row["engine"] == "bertile" else row["ratio"],
         round(row["resident_mb"]),
         round(row["weights_mb"]),
     )
+
+
+def _what(report: Report, row: dict[str, Any]) -> tuple[Any, ...]:
+    """The cells that say what a row of either table is about."""
+    return row["model"], _name(report, row), row["precision"], row["batch"], row["length"]
 
 
 def _name(report: Report, row: dict[str, Any]) -> str:

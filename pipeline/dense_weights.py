@@ -6,7 +6,7 @@ import numpy as np
 
 from bertile.precision import LayerPlan
 from bertile.quantization import quantize_weights, weight_scales
-from bertile.schedules.cpu.arithmetic import LEVELS
+from bertile.schedules.reference import LEVELS
 from bertile.schedules.task import Task
 
 Arrays = list[tuple[str, np.ndarray]]
@@ -37,8 +37,3 @@ def dense_weights(
         (f"{name}.scale", (scale * np.float32(step)).astype("float32")),
         (f"{name}.bias", folded),
     ]
-
-
-def limits(plan: LayerPlan) -> np.ndarray:
-    """What a kernel that writes bytes of a given range reads: low, and steps per unit."""
-    return np.array([plan.low, LEVELS / (plan.high - plan.low)], "float32")

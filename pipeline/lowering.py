@@ -20,7 +20,7 @@ import tvm
 from tvm import relax
 
 from bertile import ops
-from bertile.dense_weights import Arrays, dense_weights, limits
+from bertile.dense_weights import Arrays, dense_weights
 from bertile.forms import FP32, GROUPS, Form, Forms
 from bertile.graph import Graph
 from bertile.importer import TABLE
@@ -28,6 +28,7 @@ from bertile.packed_weights import PackedWeights
 from bertile.passes.rewriting import shape
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.generic import KERNEL
+from bertile.schedules.reference import byte_limits
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets import Target
@@ -208,7 +209,8 @@ class _Lowering:
     def _limits(self, form: Form) -> Arrays:
         if form.kind != "int8_static":
             return []
-        return [(f"{form.owner}.limits", limits(self.graph.plan[form.owner]))]
+        plan = self.graph.plan[form.owner]
+        return [(f"{form.owner}.limits", byte_limits(plan.low, plan.high))]
 
     def _row_major(self, expr: Any) -> Any:
         """An old expression with its variables replaced by new row-major ones."""

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bertile.precision import LayerPlan
+from bertile.schedules.reference import LEVELS
 
-LEVELS = 255  # steps between the ends of an input's range
 LIMIT = 127  # largest magnitude of a quantized weight
 LOSSLESS = 150.0  # dB; more than the 24 bits of float32 themselves have
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from bertile.histogram import Histogram
 from bertile.observer import Observation
-from bertile.quantization import LEVELS
+from bertile.schedules.reference import LEVELS
 
 PERCENTILE = 99.99
 CANDIDATES = 256  # for each end of a range; the finest bins are 2048

@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+LEVELS = 255  # steps of 8 bits, between the ends of a range
+
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
@@ -35,3 +37,8 @@ def layer_norm(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, epsilon: floa
     mean = x.mean(-1, keepdims=True)
     variance = ((x - mean) ** 2).mean(-1, keepdims=True)
     return (x - mean) / np.sqrt(variance + epsilon) * gamma + beta
+
+
+def byte_limits(low: float, high: float) -> np.ndarray:
+    """What a kernel that writes bytes of a given range reads: low, and steps per unit."""
+    return np.array([low, LEVELS / (high - low)], "float32")

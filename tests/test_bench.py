@@ -178,3 +178,10 @@ def test_command_takes_blanks_and_commas(
     assert json.loads(capsys.readouterr().out)["rows"][0]["engine"] == "bertile"
     assert cli.main(["bench", "out", "--batch", "1,x"]) == 2
     assert "--batch is 'x'" in capsys.readouterr().err
+
+
+def test_float32_outputs_of_another_size_are_not_the_same_model() -> None:
+    row = {"engine": "onnxruntime", "precision": "fp32", "cosine": 1.0}
+    assert bench._doubt({**row, "max_abs_difference": 5e-3}) is None
+    assert "differ from float32's by 0.02" in str(bench._doubt({**row, "max_abs_difference": 0.02}))
+    assert bench._doubt({**row, "precision": "int8", "max_abs_difference": 0.02}) is None

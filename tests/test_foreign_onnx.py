@@ -1,11 +1,11 @@
 """ONNX files of other exporters, through the whole program: the kernels fuse, the numbers agree."""
 
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_normalizer as forms
 import torch
 import transformers
 import tvm
@@ -22,17 +22,6 @@ TOLERANCE = 5e-5  # two layers in float32, relative to the largest value of the 
 FUSED = {"embedding", "dense", "attention", "layer_norm"}
 SHAPES = ((1, 1), (3, 37), (2, 16), (1, 511))
 
-
-def _forms():
-    """The module of tests/test_normalizer.py, which knows how other exporters write a model."""
-    path = Path(__file__).with_name("test_normalizer.py")
-    spec = importlib.util.spec_from_file_location("foreign_forms", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-forms = _forms()
 
 FORMS = {
     "dynamo at opset 18": dict(dynamo=True, opset=18),

@@ -1,26 +1,13 @@
 """Operators on integers become operators on floats: before and after in ONNX Runtime."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+import test_onnx_quantized as small
 from onnx import TensorProto
 
 from bertile.errors import ModelError
 from bertile.onnx_quantized import lift_quantization
 
-
-def _small():
-    """The module of tests/test_onnx_quantized.py, which makes small graphs and runs them."""
-    path = Path(__file__).with_name("test_onnx_quantized.py")
-    spec = importlib.util.spec_from_file_location("small_graphs", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-small = _small()
 graph_of, lifted, operators, run = small.graph_of, small.lifted, small.operators, small.run
 integers, model_of, OPSET, RANDOM = small.integers, small.model_of, small.OPSET, small.RANDOM
 STEP, WEIGHT, QUANTIZE, U8, S8 = small.STEP, small.WEIGHT, small.QUANTIZE, small.U8, small.S8

@@ -1,11 +1,9 @@
 """Whole quantized models: what is left is in floats, and linear layers keep what the file says."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
+import test_normalizer as forms
 from onnx import numpy_helper
 
 import bertile
@@ -21,19 +19,10 @@ LINEAR = ["MatMul", "Gemm", "Gather"]
 TOLERANCE = 0.06
 
 
-def _forms():
-    """The module of tests/test_normalizer.py, which knows how other exporters write a model."""
-    path = Path(__file__).with_name("test_normalizer.py")
-    spec = importlib.util.spec_from_file_location("foreign_forms", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def floats(tmp_path_factory):
     """The two-layer model in floats, as TorchScript writes it."""
-    return _forms().write(tmp_path_factory.mktemp("floats") / "model.onnx", opset=OPSET)
+    return forms.write(tmp_path_factory.mktemp("floats") / "model.onnx", opset=OPSET)
 
 
 def reader(padded=True):

@@ -25,9 +25,9 @@ from tvm.tirx.script import builder as T
 from bertile.schedules.cpu.lanes import LANES, splat
 from bertile.schedules.cpu.vector_math import ROUND
 from bertile.schedules.intrinsics import x86
+from bertile.schedules.reference import LEVELS
 from bertile.schedules.schedule import Row
 
-LEVELS = 255  # steps of 8 bits
 ROUND_BITS = 0x4B400000  # of ``vector_math.ROUND``
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from bertile.schedules.cpu import arithmetic, lanes
 from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.cpu.samples import result_sample
-from bertile.schedules.reference import apply_activation
+from bertile.schedules.reference import LEVELS, apply_activation
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 
@@ -50,8 +50,8 @@ def _operands(
         x_ = low[:, None].astype("float64") + x_scale[:, None].astype("float64") * bytes_
         vectors = [scale, (q.astype("float64").sum(0) * scale).astype("float32"), b]
     else:
-        low, x_scale, ranges = -4.0, 8.0 / arithmetic.LEVELS, []
-        bytes_ = np.rint(np.clip((x - low) / x_scale, 0, arithmetic.LEVELS)).astype("uint8")
+        low, x_scale, ranges = -4.0, 8.0 / LEVELS, []
+        bytes_ = np.rint(np.clip((x - low) / x_scale, 0, LEVELS)).astype("uint8")
         x_ = low + x_scale * bytes_.astype("float64")
         folded = low * (q.astype("float64") * scale).sum(0) + b
         vectors = [(scale * x_scale).astype("float32"), folded.astype("float32")]

@@ -20,6 +20,7 @@ from tvm.tirx.script import builder as T
 
 from bertile.schedules.cpu import arithmetic, lanes
 from bertile.schedules.cpu.lanes import LANES, Kernel
+from bertile.schedules.reference import LEVELS, byte_limits
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
 
@@ -156,7 +157,7 @@ def sample_weights(task: Task, rng: np.random.Generator) -> list[np.ndarray]:
         weights.append(rng.uniform(0.5, 2.0, int(task.shape["channels"])).astype("float32"))
     if task.shape.get("kind") == "int8_static":
         low, high = STATIC
-        weights.append(np.array([low, arithmetic.LEVELS / (high - low)], "float32"))
+        weights.append(byte_limits(low, high))
     return weights
 
 
@@ -184,9 +185,9 @@ def narrow_sample(
     elif kind == "int8":
         results.append(np.zeros((blocks, 2, LANES), "float32"))
         spread = float((narrowed.max(1) - narrowed.min(1)).max())
-        tolerance = 0.51 * spread / arithmetic.LEVELS / largest
+        tolerance = 0.51 * spread / LEVELS / largest
     else:
-        tolerance = 0.51 * (high - low) / arithmetic.LEVELS / largest
+        tolerance = 0.51 * (high - low) / LEVELS / largest
 
     def decode(found: list[np.ndarray]) -> np.ndarray:
         first = 0 if wide is None else 1
@@ -195,7 +196,7 @@ def narrow_sample(
         elif kind == "int8":
             rows = arithmetic.dequantized_rows(found[first], found[first + 1])
         else:
-            step = (high - low) / arithmetic.LEVELS
+            step = (high - low) / LEVELS
             rows = low + step * arithmetic.ungrouped(found[first], "uint8").astype("float32")
         rows = rows[:, :channels]
         return rows if wide is None else np.stack([lanes.from_lanes(found[0]), rows])

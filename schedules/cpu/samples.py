@@ -6,6 +6,7 @@ import numpy as np
 
 from bertile.schedules.cpu import arithmetic, lanes
 from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.reference import LEVELS, byte_limits
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 
@@ -39,8 +40,8 @@ def result_sample(
         results, rounding = np.zeros((blocks, outputs // 2, LANES), "int32"), 2.0**-8
     else:
         low, high = BYTES
-        weights.append(np.array([low, arithmetic.LEVELS / (high - low)], "float32"))
-        step = (high - low) / arithmetic.LEVELS
+        weights.append(byte_limits(low, high))
+        step = (high - low) / LEVELS
         expected = np.clip(expected, low, high)
 
         def decode(found: list[np.ndarray]) -> np.ndarray:
