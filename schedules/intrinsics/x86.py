@@ -13,28 +13,24 @@ are widened to two pairs of 16 bits and multiplied by vpmaddwd: slower, and the 
 
 from __future__ import annotations
 
-DOT4_VNNI = """
-declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
-define linkonce_odr <16 x i32> @bertile_dot4(<16 x i32> %c, <16 x i32> %a, <16 x i32> %b)
-    alwaysinline {
-  %x = bitcast <16 x i32> %a to <64 x i8>
-  %y = bitcast <16 x i32> %b to <64 x i8>
-  %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %c, <64 x i8> %x, <64 x i8> %y)
-  ret <16 x i32> %r
-}
+
+def _dot(name: str, total: str, operand: str, intrinsic: str) -> str:
+    """A function that is one instruction, on operands that it names otherwise."""
+    return f"""
+declare {total} @{intrinsic}({total}, {operand}, {operand})
+define linkonce_odr {total} @{name}({total} %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {{
+  %x = bitcast <16 x i32> %a to {operand}
+  %y = bitcast <16 x i32> %b to {operand}
+  %r = call {total} @{intrinsic}({total} %c, {operand} %x, {operand} %y)
+  ret {total} %r
+}}
 """
 
-DOT2_BF16 = """
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-define linkonce_odr <16 x float> @bertile_dot2(<16 x float> %c, <16 x i32> %a, <16 x i32> %b)
-    alwaysinline {
-  %x = bitcast <16 x i32> %a to <32 x bfloat>
-  %y = bitcast <16 x i32> %b to <32 x bfloat>
-  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, <32 x bfloat> %x,
-      <32 x bfloat> %y)
-  ret <16 x float> %r
-}
-"""
+
+DOT4_VNNI = _dot("bertile_dot4", "<16 x i32>", "<64 x i8>", "llvm.x86.avx512.vpdpbusd.512")
+DOT2_BF16 = _dot(
+    "bertile_dot2", "<16 x float>", "<32 x bfloat>", "llvm.x86.avx512bf16.dpbf16ps.512"
+)
 
 HALF = """
 define linkonce_odr <16 x float> @bertile_half(<16 x i16> %a) alwaysinline {
