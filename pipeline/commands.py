@@ -116,9 +116,13 @@ def run(options: Namespace, progress: Progress) -> Outcome:
 
 
 def inspect(options: Namespace, progress: Progress) -> Outcome:
-    """The kernels of a bundle, measured here; or what quantization costs each layer."""
+    """The kernels of a bundle, measured here; or what quantization costs each layer, or where the
+    zeros of each layer lie.
+    """
     if options.quant:
         return _quantization(options)
+    if options.sparse:
+        return _sparsity(options)
     from bertile import inspector
 
     report = inspector.inspect(
@@ -146,6 +150,14 @@ def _quantization(options: Namespace) -> Outcome:
 
     found = loader.read_manifest(Path(options.bundle)).get("quantization", {})
     return Outcome(found, quantizer.as_text(found))
+
+
+def _sparsity(options: Namespace) -> Outcome:
+    from bertile import loader, sparse_choice
+
+    manifest = loader.read_manifest(Path(options.bundle))
+    found = manifest.get("sparsity", [])
+    return Outcome(found, sparse_choice.as_text(found, manifest["config"].get("sparse", "off")))
 
 
 def targets(options: Namespace, progress: Progress) -> Outcome:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # What is asked for. fp16 is a way to store weights: products are those of float32.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+# Whether zeros in weights are skipped: where that is faster, nowhere, or everywhere.
+SPARSE = ("auto", "off", "always")
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ class TuningLog:
     def digest(self, row: Target) -> str:
         """A hash of what the log would choose for this row, for the stage cache."""
         best = {task.key: self.best(task, row) for task in self.tasks(row)}
-        choices = {key: dict(one.knobs) if one else None for key, one in best.items()}
+        # times too: they decide which of two kernels a layer gets
+        choices = {key: (dict(one.knobs), one.median) if one else None for key, one in best.items()}
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
 
     def _of(self, target: str) -> dict[str, list[Record]]:
