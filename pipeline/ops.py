@@ -68,6 +68,13 @@ def with_precision(call: relax.Call, precision: str) -> relax.Call:
     return relax.Call(call.op, list(call.args), attrs=node)
 
 
+def with_heads(call: relax.Call, qkv: Any, heads: int) -> relax.Call:
+    """The same attention of other operands with so many heads."""
+    attrs = {name: call.attrs[name] for name in call.attrs.keys() if name != "heads"}
+    node = tvm.ir.make_node("ir.DictAttrs", **attrs, heads=heads)
+    return relax.Call(call.op, [qkv, *call.args[1:]], attrs=node)
+
+
 def fake_quantize(x: Any, low: float | None = None, high: float | None = None) -> relax.Call:
     """x rounded to 256 numbers from low to high, or from the smallest to the largest of each token
     where these are not given.
