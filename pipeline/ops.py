@@ -76,6 +76,13 @@ def with_density(call: relax.Call, percent: int) -> relax.Call:
     return _with(call, density=percent)
 
 
+def with_heads(call: relax.Call, qkv: Any, heads: int) -> relax.Call:
+    """The same attention of other operands with so many heads."""
+    attrs = {name: call.attrs[name] for name in call.attrs.keys() if name != "heads"}
+    node = tvm.ir.make_node("ir.DictAttrs", **attrs, heads=heads)
+    return relax.Call(call.op, [qkv, *call.args[1:]], attrs=node)
+
+
 def fake_quantize(x: Any, low: float | None = None, high: float | None = None) -> relax.Call:
     """x rounded to 256 numbers from low to high, or from the smallest to the largest of each token
     where these are not given.
