@@ -44,8 +44,8 @@ class PackedWeights:
     ) -> list[relax.Var]:
         schedule = SCHEDULES[task.operation]
         packed = schedule.pack(task, knobs, values)
-        if schedule.parts:
-            names = [*(f"{names[0]}.{part}" for part in schedule.parts), *names[1:]]
+        if schedule.parts:  # all of them, the vectors too, are in an order of this weight's own
+            names = [f"{names[0]}/{name}" for name in (*schedule.parts, *names[1:])]
         elif all(a is b for a, b in zip(packed, values)):
             return [self.parameter(name, value) for name, value in zip(names, packed)]
         return [self.parameter(f"{n}@{task.name}", v) for n, v in zip(names, packed, strict=True)]

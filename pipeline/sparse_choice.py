@@ -16,8 +16,8 @@ from bertile import ops
 from bertile.forms import Forms
 from bertile.graph import Graph
 from bertile.passes.rewriting import Dataflow, rewrite
-from bertile.precision import LayerPlan, Plan, ZerosPlan
-from bertile.schedules.cpu.dense_kernel import group
+from bertile.precision import Plan, ZerosPlan
+from bertile.schedules.cpu.product import group
 from bertile.schedules.task import Task
 from bertile.sparse_costs import relative_time
 from bertile.sparsity import Sparsity, analyse, density
@@ -67,9 +67,9 @@ class SparseChoice:
             plan[name] = dataclasses.replace(plan[name], sparse=self.plan(name, tasks))
 
         def skip(flow: Dataflow, call: relax.Call) -> Any:
-            known = plan.get(getattr(flow.definition(call.args[1]), "name", ""), LayerPlan())
-            skips = ops.is_call(call, "bertile.dense") and known.sparse
-            return ops.with_density(call, skips.density) if skips and skips.density else None
+            name = _weight(flow, call)
+            chosen = plan[name].sparse if name in uses else None
+            return ops.with_density(call, chosen.density) if chosen and chosen.density else None
 
         return dataclasses.replace(rewrite(graph, skip), plan=plan)
 
@@ -184,7 +184,13 @@ def as_text(rows: Sequence[Mapping[str, Any]], sparse: str) -> str:
 def _layers(forms: Forms) -> Iterator[tuple[relax.Var, str]]:
     """The variable and the weight's name of every linear layer whose weight is a parameter."""
     for binding in forms.flow.bindings:
-        if ops.is_call(binding.value, "bertile.dense"):
-            weight = forms.flow.definition(binding.value.args[1])
-            if isinstance(weight, relax.Var):
-                yield binding.var, weight.name
+        if name := _weight(forms.flow, binding.value):
+            yield binding.var, name
+
+
+def _weight(flow: Dataflow, value: Any) -> str | None:
+    """The name of the weight of a linear layer; None of anything else."""
+    if not ops.is_call(value, "bertile.dense"):
+        return None
+    weight = flow.definition(value.args[1])
+    return weight.name if isinstance(weight, relax.Var) else None

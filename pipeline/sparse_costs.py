@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bertile.schedules.cpu.dense_kernel import group
+from bertile.schedules.cpu.product import group
 from bertile.schedules.task import Task
 
 # Of a multiply-add in the sparse kernel, against one in the dense kernel: each loads its own vector

@@ -24,7 +24,7 @@ def flops(kernel: Kernel, tokens: int, batch: int, length: int) -> float:
     beside others in a lane do. What no schedule covers (a generic kernel) counts nothing.
     """
     from bertile.schedules.cpu import SCHEDULES
-    from bertile.schedules.cpu.dense_kernel import group
+    from bertile.schedules.cpu.product import group
 
     task = Task(kernel["operation"], kernel["shape"])
     if task.operation not in SCHEDULES:

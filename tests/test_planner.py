@@ -126,8 +126,10 @@ def test_the_input_of_an_operator_depends_on_its_precision(graph):
     assert Forms(graph).input(layers(graph)[0][1]) == FP32
 
 
-def run(graph, row, tmp_path, exported, batch=2, length=21):
-    """Outputs of a graph, built with default knobs, beside those of ONNX Runtime."""
+def compiled(graph, row, directory, exported):
+    """A graph, built with default knobs, as a function of (batch, length) that gives the outputs
+    and the model's inputs.
+    """
     if lacks := set(row.features) - loader.cpu_features():
         pytest.skip(f"this CPU lacks {' '.join(sorted(lacks))}")
     import tvm
@@ -135,19 +137,27 @@ def run(graph, row, tmp_path, exported, batch=2, length=21):
 
     from bertile.tuning_log import TuningLog
 
-    log = TuningLog.open(str(tmp_path / "empty"), print)
-    built = builder.build(graph, Chooser(log, row, print), row, tmp_path / "lib.so")
+    log = TuningLog.open(str(directory / "empty"), print)
+    built = builder.build(graph, Chooser(log, row, print), row, directory / "lib.so")
     vm = relax.VirtualMachine(tvm.runtime.load_module(str(built.library)), tvm.cpu())
-    arrays = sample(exported.inputs, batch, length, 0, seed=3)
-    mask = arrays.get("attention_mask", np.ones((batch, length), "int64"))
-    blocks = loader.token_blocks(mask, row.lanes).astype("int32")
-    given = [*arrays.values(), blocks, *built.params.values()]
-    found = [one.numpy() for one in vm["main"](*map(tvm.runtime.tensor, given))]
+
+    def call(batch, length):
+        arrays = sample(exported.inputs, batch, length, 0, seed=3)
+        mask = arrays.get("attention_mask", np.ones((batch, length), "int64"))
+        blocks = loader.token_blocks(mask, row.lanes).astype("int32")
+        given = [*arrays.values(), blocks, *built.params.values()]
+        found = [one.numpy() for one in vm["main"](*map(tvm.runtime.tensor, given))]
+        return [one[mask > 0] if one.ndim == 3 else one for one in found], arrays
+
+    return call
+
+
+def run(graph, row, tmp_path, exported, batch=2, length=21):
+    """Outputs of a graph beside those of ONNX Runtime."""
+    found, arrays = compiled(graph, row, tmp_path, exported)(batch, length)
     want = session(exported.onnx_path).run(None, arrays)
-    return [
-        (f[mask > 0] if f.ndim == 3 else f, w[mask > 0] if w.ndim == 3 else w)
-        for f, w in zip(found, want)
-    ]
+    mask = arrays["attention_mask"]
+    return [(f, w[mask > 0] if w.ndim == 3 else w) for f, w in zip(found, want)]
 
 
 def cosine(a, b):

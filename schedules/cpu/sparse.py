@@ -26,7 +26,7 @@ from __future__ import annotations
 from bertile.schedules.cpu import lanes, sparse_samples
 from bertile.schedules.cpu.product import group, packed
 from bertile.schedules.cpu.sparse_kernel import kernel
-from bertile.schedules.cpu.sparse_pack import pack
+from bertile.schedules.cpu.sparse_pack import PARTS, pack
 from bertile.schedules.schedule import Knobs, Row, Schedule, Space
 from bertile.schedules.task import Task
 
@@ -76,4 +76,4 @@ def _accumulators(task: Task, row: Row) -> int:
     return capacity - (capacity // 4 if widened else 2)
 
 
-sparse = Schedule("sparse", space, default, kernel, sparse_samples.sample, flops, pack)
+sparse = Schedule("sparse", space, default, kernel, sparse_samples.sample, flops, pack, PARTS)

@@ -22,6 +22,8 @@ from bertile.schedules.cpu.product import group, packed, weight_lanes, writes
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 
+PARTS = ("values", "index", "starts", "slots", "lanes")
+
 
 @dataclass(frozen=True)
 class Layout:
