@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from bertile import bench_command
+from bertile import bench_command, prune_command
 from bertile.precision import PRECISIONS, SPARSE
 from bertile.quantization_flags import QUANTIZATION_FLAGS
 
@@ -282,6 +282,7 @@ def _add_peer(parser: argparse.ArgumentParser) -> None:
 COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
     ("compile", "model in, bundle out: every stage, checked", _compile),
     ("export", "model in, canonical ONNX out", _compile),
+    ("prune", "model in, the same with most weights zero out", prune_command.add_arguments),
     ("tune", "search for faster kernels and keep the log", _tune),
     ("verify", "compare a bundle with ONNX Runtime", _verify),
     ("bench", "time a bundle or a model and other engines in turn", _bench),

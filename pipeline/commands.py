@@ -9,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bertile import bench_command
+from bertile import bench_command, prune_command
 from bertile.config import Config
 from bertile.errors import UsageError
 from bertile.progress import Progress
@@ -44,6 +44,11 @@ def export(options: Namespace, progress: Progress) -> Outcome:
 
     summary = driver.export(options.model, Path(options.output), config, progress)
     return Outcome(summary, lines(summary))
+
+
+def prune(options: Namespace, progress: Progress) -> Outcome:
+    """Set the smallest weights of a model to zero and write it as a Hugging Face directory."""
+    return Outcome(*prune_command.run(options, progress))
 
 
 def tune(options: Namespace, progress: Progress) -> Outcome:
