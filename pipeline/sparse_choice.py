@@ -41,9 +41,10 @@ class Time(NamedTuple):
 class SparseChoice:
     """Chooses between the dense and the sparse kernel of each layer of one graph.
 
-    `sparse` "auto" takes the faster one, by the times of both in `log` where it has both on the
-    same number of threads, else by ``sparse_costs``; "off" takes the dense one, "always" the sparse
-    one even where there are no zeros, which is for measuring. Weights are looked at once.
+    `sparse` "auto" takes the sparse one where it is faster for short and for long requests, by the
+    times of both in `log` where it has both on the same number of threads, else by
+    ``sparse_costs``. "off" takes the dense one, "always" the sparse one even where there are no
+    zeros, which is for measuring. Weights are looked at once.
     """
 
     def __init__(
@@ -105,13 +106,19 @@ class SparseChoice:
         return Time(dense.median * relative_time(sparse_task(task, chosen)), dense.threads)
 
     def _compared(self, tasks: Sequence[Task], percent: int) -> tuple[float, str]:
-        """The sparse kernel's time as a share of the dense one's, and what it rests on."""
+        """The sparse kernel's time as a share of the dense one's, of the requests that were
+        measured the one where it is largest; and what it rests on.
+        """
         skipping = [sparse_task(task, percent) for task in tasks]
-        pairs = [(self._record(a), self._record(b)) for a, b in zip(skipping, tasks)]
-        if all(a and b and a.threads == b.threads for a, b in pairs):
-            ours, theirs = (sum(pair[i].median for pair in pairs) for i in (0, 1))
-            return ours / theirs, f"measured: sparse {ours:.0f} us, dense {theirs:.0f}"
-        share = sum(map(relative_time, skipping)) / len(skipping)
+        records = [self._record(task) for task in (*skipping, *tasks)]
+        if all(records) and len({record.threads for record in records}) == 1:
+            ours, theirs = _total(records[: len(tasks)]), _total(records[len(tasks) :])
+            shares = {tokens: ours[tokens] / theirs[tokens] for tokens in ours if tokens in theirs}
+            if shares:
+                worst = max(shares, key=lambda tokens: shares[tokens])
+                why = f"{ours[worst]:.0f} us, dense {theirs[worst]:.0f} ({worst} tokens)"
+                return shares[worst], f"measured: sparse {why}"
+        share = max(map(relative_time, skipping))
         return share, f"estimated: sparse takes {share:.2f} of the dense kernel's time"
 
     def _record(self, task: Task) -> Record | None:
@@ -127,6 +134,12 @@ class SparseChoice:
             zeros = self._sparsity(name).zeros
             self._lanes[name, lane] = density(self.params[name], lane) if zeros else 1.0
         return self._lanes[name, lane]
+
+
+def _total(records: Sequence[Record]) -> dict[int, float]:
+    """Microseconds of all together, by the numbers of tokens that all were measured on."""
+    tokens = set.intersection(*(set(record.times) for record in records))
+    return {count: sum(record.times[count] for record in records) for count in sorted(tokens)}
 
 
 def rounded(share: float) -> int:

@@ -61,15 +61,19 @@ class Record:
         return Task(self.operation, self.shape)
 
     @property
+    def times(self) -> dict[int, float]:
+        """Median microseconds by number of tokens; nothing of a candidate that failed."""
+        if not self.microseconds:
+            return {}
+        also = {int(tokens): median(times) for tokens, times in self.also.items()}
+        return {self.tokens: median(self.microseconds), **also}
+
+    @property
     def median(self) -> float:
         """Median microseconds, over several numbers of tokens their geometric mean; infinite for
         a candidate that failed.
         """
-        if not self.microseconds:
-            return float("inf")
-        if not self.also:
-            return median(self.microseconds)
-        return geometric_mean(median(times) for times in (self.microseconds, *self.also.values()))
+        return geometric_mean(self.times.values()) if self.times else float("inf")
 
     def to_line(self) -> str:
         """The record as one line of a log file."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from bertile.schedules.task import Task
 from bertile.sparse_choice import SparseChoice, alternatives, rounded, sparse_task
 from bertile.sparse_costs import relative_time
 from bertile.targets import resolve
+from bertile.tuning_log import Record
 
 ROW = resolve("x86-avx512-vnni", threads=2)
 
@@ -48,17 +48,27 @@ def kernels(graph):
     return {(t.operation, t.shape.get("density")) for t in tasks if "inputs" in t.shape}
 
 
+def record(task, microseconds, threads=2, **also):
+    """A record of 128 tokens; `also` are those of other numbers of tokens, as tokens16=3.0."""
+    return Record(
+        task.operation,
+        task.shape,
+        *("x86-avx512", threads, 128, {}, (microseconds,), {}, {}, ""),
+        also={tokens.removeprefix("tokens"): (time,) for tokens, time in also.items()},
+    )
+
+
 class Log:
     """A log in which every dense task has taken 100 us, and sparse ones what is given."""
 
-    def __init__(self, sparse, dense=100.0, threads=2):
-        self.times, self.threads, self.asked = {"sparse": sparse, "dense": dense}, threads, []
+    def __init__(self, sparse, threads=2, **also):
+        self.sparse, self.threads, self.also, self.asked = sparse, threads, also, []
 
     def best(self, task, row):
         self.asked.append(task)
-        median = self.times[task.operation]
-        threads = self.threads if task.operation == "sparse" else 2
-        return SimpleNamespace(median=median, threads=threads) if median else None
+        if task.operation == "dense":
+            return record(task, 100.0, **dict.fromkeys(self.also, 100.0))
+        return record(task, self.sparse, self.threads, **self.also)
 
 
 def test_attributes_of_a_call_survive_each_other(graph):
@@ -100,7 +110,16 @@ def test_measured_times_decide(graph, sparse, operation):
     planned = planner.plan_layers(pruned(graph), "int8", ROW, Log(sparse), sparse="auto")
     chosen = [planned.plan[name].sparse for name in layers(graph)]
     assert {one.density for one in chosen} == {10 if operation == "sparse" else None}
-    assert {one.why for one in chosen} == {f"measured: sparse {sparse:.0f} us, dense 100"}
+    why = f"measured: sparse {sparse:.0f} us, dense 100 (128 tokens)"
+    assert {one.why for one in chosen} == {why}
+
+
+def test_a_kernel_that_is_slower_for_short_requests_is_not_chosen(graph):
+    given = (pruned(graph), "int8", ROW)
+    planned = planner.plan_layers(*given, Log(50.0, tokens16=120.0, tokens384=40.0), sparse="auto")
+    chosen = {planned.plan[name].sparse for name in layers(graph)}
+    assert {one.density for one in chosen} == {None}
+    assert {one.why for one in chosen} == {"measured: sparse 120 us, dense 100 (16 tokens)"}
 
 
 def test_times_on_other_threads_are_not_compared(graph):
@@ -145,10 +164,10 @@ def test_a_layer_that_is_slower_in_int8_alone_is_quantized_where_its_zeros_are_s
             times = {"int8": 100.0, "bf16": 80.0, "fp32": 300.0}
             if task.operation == "sparse":
                 times = {"int8": 50.0, "bf16": 70.0, "fp32": 90.0}
-            return SimpleNamespace(median=times[task.shape.get("precision", "fp32")], threads=2)
+            return record(task, times[task.shape.get("precision", "fp32")])
 
     def precisions(sparse):
-        planned = planner.plan_layers(pruned(graph, 0.95), "int8", row, Slow(None), sparse)
+        planned = planner.plan_layers(pruned(graph, 0.95), "int8", row, Slow(0.0), sparse)
         return {planned.plan[name].precision for name in layers(graph)}
 
     assert precisions("off") == {"bf16"}
@@ -184,7 +203,7 @@ def test_report_says_pattern_density_and_choice_of_every_layer(graph):
     assert (first["pattern"], first["kernel"], first["precision"]) == ("4x1", "sparse", "int8")
     assert first["zeros %"] == pytest.approx(90, abs=2)
     assert first["lanes %"] == pytest.approx(10, abs=2)
-    assert first["why"] == "measured: sparse 50 us, dense 100"
+    assert first["why"] == "measured: sparse 50 us, dense 100 (128 tokens)"
     other = rows[layers(graph)[1]]
     assert (other["pattern"], other["kernel"], other["why"]) == ("dense", "dense", None)
     text = sparse_choice.as_text(list(rows.values()), "auto")
