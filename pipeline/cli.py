@@ -18,7 +18,12 @@ from bertile.quantization_flags import QUANTIZATION_FLAGS
 CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--target", "NAME", str, "native, or a name that `bertile targets` lists"),
     ("--precision", "|".join(PRECISIONS), str, "number format of weights and activations"),
-    ("--sparse", "|".join(SPARSE), str, "skip zeros in weights: where it is faster, or nowhere"),
+    (
+        "--sparse",
+        "|".join(SPARSE),
+        str,
+        "skip zeros in weights: where that is faster, nowhere, everywhere",
+    ),
     ("--tune", "none|quick|full", str, "how long to search for faster kernels"),
     ("--trials", "N", int, "kernels to try while tuning, instead of what --tune says"),
     ("--timeout", "SECONDS", float, "stop tuning after this time"),

@@ -36,7 +36,7 @@ def test_constants_that_made_the_points_are_found() -> None:
     assert found.start == pytest.approx(LIST, rel=0.05)
     assert found.error == pytest.approx(1.1, abs=0.02)
     text = as_text(points()[:1], found)
-    assert "sparse_384_768_residual_3" in text and "STEP fp32 2.0" in text
+    assert "sparse_384_768_residual_3" in text and "STEP fp32 1.97, int8 1.48; LIST 11.8" in text
 
 
 @pytest.mark.slow
