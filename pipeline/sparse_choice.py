@@ -117,7 +117,7 @@ class SparseChoice:
             shares = {tokens: ours[tokens] / theirs[tokens] for tokens in ours if tokens in theirs}
             if shares:
                 worst = max(shares, key=lambda tokens: shares[tokens])
-                why = f"{ours[worst]:.0f} us, dense {theirs[worst]:.0f} ({worst} tokens)"
+                why = f"{_brief(ours[worst])} us, dense {_brief(theirs[worst])} ({worst} tokens)"
                 return shares[worst], f"measured: sparse {why}"
         share = max(map(relative_time, skipping))
         return share * DOUBT, f"estimated: sparse takes {share:.2f} of the dense kernel's time"
@@ -193,6 +193,10 @@ def as_text(rows: Sequence[Mapping[str, Any]], sparse: str) -> str:
     if not rows:
         return f"no layer's zeros were looked at: compiled with --sparse {sparse}"
     return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _brief(microseconds: float) -> str:
+    return f"{microseconds:.1f}" if microseconds < 10 else f"{microseconds:.0f}"
 
 
 def _layers(forms: Forms) -> Iterator[tuple[relax.Var, str]]:

@@ -9,6 +9,7 @@ import pytest
 
 from bertile import importer, lowering, ops, optimizer, planner, sparse_choice
 from bertile.forms import Forms
+from bertile.precision import LayerPlan
 from bertile.schedules.task import Task
 from bertile.sparse_choice import SparseChoice, alternatives, rounded, sparse_task
 from bertile.sparse_costs import relative_time
@@ -136,6 +137,15 @@ def test_without_a_log_the_cost_model_decides(graph):
         assert wide and all("estimated" in planned.plan[n].sparse.why for n in wide)
         skipped = {planned.plan[name].sparse.density is not None for name in wide}
         assert skipped == {operation == "sparse"}
+
+
+def test_a_layer_that_is_kept_in_float32_skips_its_zeros_there(graph):
+    first, *rest = layers(graph)
+    kept = dataclasses.replace(pruned(graph), plan={first: LayerPlan("fp32", why="it hurts")})
+    planned = planner.plan_layers(kept, "int8", ROW, Log(50.0), sparse="auto").plan
+    assert (planned[first].precision, planned[first].why) == ("fp32", "it hurts")
+    assert planned[first].sparse.density == planned[rest[0]].sparse.density == 10
+    assert planned[rest[0]].precision == "int8"
 
 
 def test_layers_that_share_a_weight_get_one_kernel(graph):
