@@ -13,7 +13,7 @@ from tvm.tirx.script import builder as T
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
-from bertile.schedules.cpu.vector_math import ACTIVATIONS, COARSE
+from bertile.schedules.cpu.vector_math import ACTIVATIONS, ACTIVATIONS_BF16, ACTIVATIONS_INT8
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
 
@@ -230,8 +230,8 @@ class _Tile:
             lanes.store(self.of.y, value, block + t, low + n)
 
     def _activation(self) -> Callable[[Any], Any]:
-        known = COARSE if self.math.group > 1 else ACTIVATIONS
-        return known[self.task.shape["activation"]]
+        known = {1: ACTIVATIONS, 2: ACTIVATIONS_BF16, 4: ACTIVATIONS_INT8}
+        return known[self.math.group][self.task.shape["activation"]]
 
     def _narrow(self, low: Any, count: int, block: Any, token_blocks: int) -> None:
         """Activation, residual and packing of the tile in the scratch buffer."""
