@@ -26,15 +26,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bertile.schedules.cpu import arithmetic, dense_samples, lanes
-from bertile.schedules.cpu.dense_kernel import (
-    group,
-    kernel,
-    panel_count,
-    panel_width,
-    precision,
-    writes,
-)
+from bertile.schedules.cpu import dense_samples, lanes
+from bertile.schedules.cpu.dense_kernel import kernel, panel_count, panel_width
+from bertile.schedules.cpu.product import group, precision, weight_lanes, writes
 from bertile.schedules.schedule import Knobs, Row, Schedule, Space
 from bertile.schedules.task import Task
 
@@ -85,18 +79,10 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray]) -> list[np.nda
     ``weights`` are w (float32, or int8 for bytes), then the vectors in the kernel's order.
     """
     w, *vectors = weights
-    width, panels, each = panel_width(task, knobs), panel_count(task, knobs), group(task)
-    inputs, outputs = w.shape
-    depth = -(-inputs // each)
-    padding = panels * width - outputs
-    if precision(task) == "bf16":
-        w = arithmetic.bf16_pairs(w[..., None].repeat(2, -1)).view("uint16")[..., 0]
-    w = np.pad(w, ((0, depth * each - inputs), (0, padding)))
-    w = w.reshape(depth, each, panels, width).transpose(2, 0, 3, 1)
-    if precision(task) == "fp16":
-        w = w.astype("float16").view("int16")
-    w = np.ascontiguousarray(w)
-    w = (w.view("int32") if each > 1 else w)[..., 0]
+    width, panels = panel_width(task, knobs), panel_count(task, knobs)
+    padding = panels * width - w.shape[1]
+    w = np.pad(weight_lanes(task, w), ((0, 0), (0, padding)))
+    w = np.ascontiguousarray(w.reshape(-1, panels, width).transpose(1, 0, 2))
     limits = vectors.pop() if writes(task) == "to_int8" else None
     padded = [np.pad(v, (0, padding)) for v in vectors]
     return [w, *padded] + ([] if limits is None else [limits])

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
-from bertile.schedules.cpu.vector_math import ACTIVATIONS, ACTIVATIONS_BF16, ACTIVATIONS_INT8
+from bertile.schedules.cpu.product import Epilogue, arguments, packed, precision
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
-
-
-def precision(task: Task) -> str:
-    """How the task multiplies: fp32, fp16 (as fp32, of stored halves), bf16, int8, int8_static."""
-    return str(task.shape.get("precision", "fp32"))
-
-
-def writes(task: Task) -> str:
-    """How the task stores its result: to_fp32, to_bf16 or to_int8."""
-    return str(task.shape.get("writes", "to_fp32"))
-
-
-def group(task: Task) -> int:
-    """Channels of one lane of x."""
-    return {"fp32": 1, "fp16": 1, "bf16": 2}.get(precision(task), 4)
 
 
 def panel_width(task: Task, knobs: Knobs) -> int:
@@ -38,9 +20,9 @@ def panel_width(task: Task, knobs: Knobs) -> int:
 
     A whole number of the lanes that are stored.
     """
-    packed = {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes(task)]
+    lane = packed(task)
     width = min(knobs["accumulators"] // knobs["token_blocks"], task.shape["outputs"])
-    return max(packed, width // packed * packed)
+    return max(lane, width // lane * lane)
 
 
 def panel_count(task: Task, knobs: Knobs) -> int:
@@ -52,30 +34,21 @@ def panel_count(task: Task, knobs: Knobs) -> int:
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     """The PrimFunc (x, [range], [residual], w, [scale, [shift]], b, [limits], y)."""
     math = arithmetic(precision(task).removesuffix("_static"), row)
-    outputs, depth = task.shape["outputs"], math.lanes(task.shape["inputs"])
+    depth = math.lanes(task.shape["inputs"])
     width, panels = panel_width(task, knobs), panel_count(task, knobs)
     group = min(knobs["panels"] * knobs["token_blocks"], panels)
     groups = -(-panels // group)
-    bytes_, narrow = math.group == 4, writes(task) != "to_fp32"
     with lanes.kernel(task.name) as made:
-        x = made.activation("x", depth, math.lane)
-        per_token = precision(task) == "int8"
-        range_ = made.activation("range", 2) if per_token else None
-        residual = made.activation("residual", outputs) if task.shape["residual"] else None
-        w = made.tensor("w", panels, depth, width, dtype=math.weight)
-        scale = made.tensor("scale", panels * width) if bytes_ else None
-        shift = made.tensor("shift", panels * width) if per_token else None
-        b = made.tensor("b", panels * width)
-        limits = made.tensor("limits", 2) if writes(task) == "to_int8" else None
-        packed = {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes(task)]
-        y = made.activation("y", outputs // packed, "int32" if narrow else "float32")
-        made.link(math.llvm)
-        operands = _Operands(x, range_, residual, w, scale, shift, b, limits, y)
+
+        def weights() -> Any:
+            return made.tensor("w", panels, depth, width, dtype=math.weight)
+
+        x, w, epilogue = arguments(made, task, math, panels * width, weights)
         chunk = knobs["chunk"]
         chunks = T.Bind((made.blocks + (chunk - 1)) // chunk)
         with T.parallel(groups * chunks) as job:
             scratch = T.alloc_buffer((width * knobs["token_blocks"], lanes.LANES), "float32")
-            tile = _Tile(task, knobs, math, operands, scratch if narrow else None)
+            tile = _Tile(task, knobs, math, x, w, epilogue, scratch if packed(task) > 1 else None)
             # threads take their jobs in this order: each some panels of all tokens, so that no
             # thread is left with the shorter chunk
             first = T.Bind(job % chunks * chunk)
@@ -99,30 +72,22 @@ def _tiles(tile: _Tile, base: Any, group: int, first: Any, count: Any, part: int
                 tile.emit(panel, together, first + count // wide * wide, rest, part)
 
 
-@dataclass(frozen=True)
-class _Operands:
-    """A kernel's buffers; None is what the task has not."""
-
-    x: Any
-    range: Any
-    residual: Any
-    w: Any
-    scale: Any
-    shift: Any
-    b: Any
-    limits: Any
-    y: Any
-
-
 class _Tile:
     """Emits the product of some panels of outputs and a few token blocks, over one part of K."""
 
     def __init__(
-        self, task: Task, knobs: Knobs, math: Arithmetic, operands: _Operands, scratch: Any
+        self,
+        task: Task,
+        knobs: Knobs,
+        math: Arithmetic,
+        x: Any,
+        w: Any,
+        epilogue: Epilogue,
+        scratch: Any,
     ) -> None:
         self.task, self.knobs, self.math, self.scratch = task, knobs, math, scratch
         self.width, self.outputs = panel_width(task, knobs), task.shape["outputs"]
-        self.of = operands
+        self.x, self.w, self.epilogue = x, w, epilogue
 
     @contextmanager
     def panels(self, base: Any, group: int, together: int) -> Iterator[Any]:
@@ -153,7 +118,7 @@ class _Tile:
         with T.serial(depth // unroll) as outer, T.unroll(unroll) as inner:
             k = part * depth + outer * unroll + inner
             for total, p, n, t in tile:
-                x, w = lanes.load(self.of.x, t, k), self.math.spread(self.of.w[p, k, n])
+                x, w = lanes.load(self.x, t, k), self.math.spread(self.w[p, k, n])
                 lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
         last = part == self.knobs["passes"] - 1
         low, count = panel * self.width, panels * self.width
@@ -183,27 +148,18 @@ class _Tile:
             if self.math.group == 4:
                 lanes.write(total, self.math.zero())
             elif part == 0:
-                lanes.write(total, lanes.splat(self.of.b[channel]))
+                lanes.write(total, lanes.splat(self.epilogue.b[channel]))
             else:
                 # a padded output has nothing in y: read a channel that exists, drop it later
                 channel = T.min(channel, self.outputs - 1)
-                lanes.write(total, lanes.load(self.of.y, t, channel))
+                lanes.write(total, lanes.load(self.epilogue.y, t, channel))
 
     def _value(self, total: Any, channel: Any, t: Any) -> Any:
-        """The float32 that an accumulator stands for."""
-        value = lanes.read(total)
-        if self.math.group != 4:
-            return value
-        value = value.astype("float32x16") * lanes.splat(self.of.scale[channel])
-        if self.of.range is None:
-            return value + lanes.splat(self.of.b[channel])
-        scale, low = lanes.load(self.of.range, t, 0), lanes.load(self.of.range, t, 1)
-        shift = low * lanes.splat(self.of.shift[channel]) + lanes.splat(self.of.b[channel])
-        return value * scale + shift
+        return self.epilogue.value(lanes.read(total), channel, t)
 
     def _store(self, tile: list, last: bool, padded: bool) -> None:
         """One store per sum; what has no activation gets its residual on the way."""
-        residual = self.of.residual if self.task.shape["activation"] == "none" else None
+        residual = self.epilogue.residual if self.task.shape["activation"] == "none" else None
         for total, p, n, t in tile:
             channel = p * self.width + n
             value = self._value(total, channel, t)
@@ -211,9 +167,9 @@ class _Tile:
                 value = value + lanes.load(residual, t, channel)
             if padded:
                 with T.If(channel < self.outputs), T.Then():
-                    lanes.store(self.of.y, value, t, channel)
+                    lanes.store(self.epilogue.y, value, t, channel)
             else:
-                lanes.store(self.of.y, value, t, channel)
+                lanes.store(self.epilogue.y, value, t, channel)
 
     def _activate(self, low: Any, count: int, block: Any, token_blocks: int) -> None:
         """The activation on what was just stored and still is in the first-level cache.
@@ -221,49 +177,20 @@ class _Tile:
         A loop, not an expression per accumulator: that would be a hundred copies of a polynomial,
         which take TVM a second to compile and are no faster.
         """
-        activation = self._activation()
         last = T.min(count, self.outputs - low)
+        y = self.epilogue.y
         with T.serial(token_blocks) as t, T.serial(last) as n:
-            value = activation(lanes.load(self.of.y, block + t, low + n))
-            if self.of.residual is not None:
-                value = value + lanes.load(self.of.residual, block + t, low + n)
-            lanes.store(self.of.y, value, block + t, low + n)
-
-    def _activation(self) -> Callable[[Any], Any]:
-        known = {1: ACTIVATIONS, 2: ACTIVATIONS_BF16, 4: ACTIVATIONS_INT8}
-        return known[self.math.group][self.task.shape["activation"]]
+            value = self.epilogue.finished(lanes.load(y, block + t, low + n), block + t, low + n)
+            lanes.store(y, value, block + t, low + n)
 
     def _narrow(self, low: Any, count: int, block: Any, token_blocks: int) -> None:
         """Activation, residual and packing of the tile in the scratch buffer."""
-        activation = self._activation()
-        packed = {"to_bf16": 2, "to_int8": 4}[writes(self.task)]
-        last = T.min(count, self.outputs - low) // packed
+        lane = packed(self.task)
+        last = T.min(count, self.outputs - low) // lane
         with T.serial(token_blocks) as t, T.serial(last) as n:
             values = []
-            for i in range(packed):
-                value = activation(lanes.load(self.scratch, t * count + n * packed + i))
-                if self.of.residual is not None:
-                    channel = low + n * packed + i
-                    value = value + lanes.load(self.of.residual, block + t, channel)
-                values.append(T.Bind(value))
-            self._pack(values, block + t, T.Bind((low + n * packed) // packed))
-
-    def _pack(self, values: list, block: Any, lane: Any) -> None:
-        if self.of.limits is not None:
-            low, inverse = (lanes.splat(self.of.limits[i]) for i in range(2))
-            inside = [arithmetics.clamp(arithmetics.steps(v, low, inverse)) for v in values]
-            lanes.store(self.of.y, arithmetics.pack_bytes(inside), block, lane)
-            return
-        values_from = self.task.shape.get("values_from")
-        if values_from is None:
-            lanes.store(self.of.y, arithmetics.pack_bf16(*values), block, lane)
-            return
-        with T.If(lane < values_from // 2):
-            with T.Then():
-                lanes.store(self.of.y, arithmetics.pack_bf16(*values), block, lane)
-            with T.Else():
-                for i, value in enumerate(values):
-                    half = T.Bind(arithmetics.pack_bf16_tokens(value))
-                    width = lanes.LANES // 2
-                    ramp = tirx.Ramp(i * width, 1, width)
-                    T.buffer_store(self.of.y, half, [block, lane, ramp])
+            for i in range(lane):
+                value = lanes.load(self.scratch, t * count + n * lane + i)
+                channel = low + n * lane + i
+                values.append(T.Bind(self.epilogue.finished(value, block + t, channel)))
+            self.epilogue.store(values, block + t, T.Bind((low + n * lane) // lane))

@@ -1,0 +1,143 @@
+"""What matrix products have in common: how a task multiplies and stores, a kernel's arguments, and
+what becomes of a sum: y = activation(value) + residual, narrowed to what the reading layer wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from bertile.schedules.cpu import arithmetic as arithmetics
+from bertile.schedules.cpu import lanes
+from bertile.schedules.cpu.arithmetic import Arithmetic
+from bertile.schedules.cpu.vector_math import ACTIVATIONS, ACTIVATIONS_BF16, ACTIVATIONS_INT8
+from bertile.schedules.task import Task
+
+
+def precision(task: Task) -> str:
+    """How the task multiplies: fp32, fp16 (as fp32, of stored halves), bf16, int8, int8_static."""
+    return str(task.shape.get("precision", "fp32"))
+
+
+def writes(task: Task) -> str:
+    """How the task stores its result: to_fp32, to_bf16 or to_int8."""
+    return str(task.shape.get("writes", "to_fp32"))
+
+
+def group(task: Task) -> int:
+    """Channels of one lane of x."""
+    return {"fp32": 1, "fp16": 1, "bf16": 2}.get(precision(task), 4)
+
+
+def packed(task: Task) -> int:
+    """Channels of one lane of y."""
+    return {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes(task)]
+
+
+def weight_lanes(task: Task, w: np.ndarray) -> np.ndarray:
+    """w (K, N), float32 or int8 → (K / G, N) in the kernel's form of a lane; zeros behind K."""
+    each = group(task)
+    if precision(task) == "bf16":
+        w = arithmetics.bf16_pairs(w[..., None].repeat(2, -1)).view("uint16")[..., 0]
+    elif precision(task) == "fp16":
+        w = w.astype("float16").view("int16")
+    if each == 1:
+        return w
+    w = np.pad(w, ((0, -len(w) % each), (0, 0)))
+    w = w.reshape(-1, each, w.shape[1]).transpose(0, 2, 1)
+    return np.ascontiguousarray(w).view("int32")[..., 0]
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """The arguments of a kernel that its sums meet; None is what the task has not.
+
+    A place is where a channel's scale, shift and bias lie.
+    """
+
+    task: Task
+    range: Any
+    residual: Any
+    scale: Any
+    shift: Any
+    b: Any
+    limits: Any
+    y: Any
+
+    def value(self, total: Any, place: Any, block: Any) -> Any:
+        """The float32 that a sum of bytes stands for; one of floats is that already."""
+        if self.scale is None:
+            return total
+        value = total.astype("float32x16") * lanes.splat(self.scale[place])
+        if self.range is None:
+            return value + lanes.splat(self.b[place])
+        scale, low = lanes.load(self.range, block, 0), lanes.load(self.range, block, 1)
+        shift = low * lanes.splat(self.shift[place]) + lanes.splat(self.b[place])
+        return value * scale + shift
+
+    def activation(self) -> Callable[[Any], Any]:
+        """The activation on a vector, as exact as the operands are."""
+        known = {1: ACTIVATIONS, 2: ACTIVATIONS_BF16, 4: ACTIVATIONS_INT8}
+        return known[group(self.task)][self.task.shape["activation"]]
+
+    def finished(self, value: Any, block: Any, channel: Any) -> Any:
+        """A value with activation and residual."""
+        value = self.activation()(value)
+        if self.residual is not None:
+            value = value + lanes.load(self.residual, block, channel)
+        return value
+
+    def store(self, values: Sequence[Any], block: Any, lane: Any) -> None:
+        """Write the finished values of one lane of y."""
+        if self.limits is not None:
+            low, inverse = (lanes.splat(self.limits[i]) for i in range(2))
+            inside = [arithmetics.clamp(arithmetics.steps(v, low, inverse)) for v in values]
+            lanes.store(self.y, arithmetics.pack_bytes(inside), block, lane)
+        elif writes(self.task) == "to_fp32":
+            lanes.store(self.y, *values, block, lane)
+        else:
+            self._store_bf16(values, block, lane)
+
+    def _store_bf16(self, values: Sequence[Any], block: Any, lane: Any) -> None:
+        values_from = self.task.shape.get("values_from")
+        if values_from is None:
+            lanes.store(self.y, arithmetics.pack_bf16(*values), block, lane)
+            return
+        with T.If(lane < values_from // 2):
+            with T.Then():
+                lanes.store(self.y, arithmetics.pack_bf16(*values), block, lane)
+            with T.Else():
+                for i, value in enumerate(values):
+                    half = T.Bind(arithmetics.pack_bf16_tokens(value))
+                    width = lanes.LANES // 2
+                    ramp = tirx.Ramp(i * width, 1, width)
+                    T.buffer_store(self.y, half, [block, lane, ramp])
+
+
+def arguments(
+    made: lanes.Kernel, task: Task, math: Arithmetic, places: int, weights: Callable[[], Any]
+) -> tuple[Any, Any, Epilogue]:
+    """Declare (x, [range], [residual], weights, [scale, [shift]], b, [limits], y).
+
+    ``weights`` declares its own and may give anything; scale, shift and b have ``places``.
+    Gives x, what ``weights`` gave, and the rest.
+    """
+    outputs = task.shape["outputs"]
+    bytes_, per_token = math.group == 4, precision(task) == "int8"
+    x = made.activation("x", math.lanes(task.shape["inputs"]), math.lane)
+    range_ = made.activation("range", 2) if per_token else None
+    residual = made.activation("residual", outputs) if task.shape["residual"] else None
+    w = weights()
+    scale = made.tensor("scale", places) if bytes_ else None
+    shift = made.tensor("shift", places) if per_token else None
+    b = made.tensor("b", places)
+    limits = made.tensor("limits", 2) if writes(task) == "to_int8" else None
+    form = "float32" if writes(task) == "to_fp32" else "int32"
+    y = made.activation("y", outputs // packed(task), form)
+    made.link(math.llvm)
+    return x, w, Epilogue(task, range_, residual, scale, shift, b, limits, y)
