@@ -16,6 +16,7 @@ from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.vector_math import ACTIVATIONS, ACTIVATIONS_BF16, ACTIVATIONS_INT8
+from bertile.schedules.intrinsics import llvm
 from bertile.schedules.task import Task
 
 
@@ -139,5 +140,5 @@ def arguments(
     limits = made.tensor("limits", 2) if writes(task) == "to_int8" else None
     form = "float32" if writes(task) == "to_fp32" else "int32"
     y = made.activation("y", outputs // packed(task), form)
-    made.link(math.llvm)
+    made.link(math.llvm + llvm.PREFETCH)
     return x, w, Epilogue(task, range_, residual, scale, shift, b, limits, y)
