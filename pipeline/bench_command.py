@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CONFIG = ("threads", "precision", "log-dir", "shipped-log", "cache-dir")
+CONFIG = ("threads", "precision", "sparse", "log-dir", "shipped-log", "cache-dir")
 PEERS = (
     "onnxruntime (default), openvino, torch, deepsparse, each in the bundle's precision, or in"
     " another as openvino:bf16; another bundle's directory; or none; with blanks or commas between"

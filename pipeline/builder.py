@@ -15,7 +15,7 @@ from tvm.support import cc
 from bertile import codegen
 from bertile.chooser import Choice, Chooser
 from bertile.graph import Graph
-from bertile.lowering import lower
+from bertile.lowering import Lowered, lower
 from bertile.schedules.cpu.generic import is_kernel, schedule_generic
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
@@ -53,7 +53,10 @@ def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
     executable.export_library(
         str(library), fcompile=lambda out, objects, options=None: _link(linker, out, objects)
     )
-    kernels = [_kernel_entry(task, count, *choices[task]) for task, count in lowered.tasks.items()]
+    kernels = [
+        _kernel_entry(task, count, *choices[task]) | _nonzeros(task, lowered)
+        for task, count in lowered.tasks.items()
+    ]
     kernels += _generic_entries(mod)
     return Built(library, lowered.params, kernels, lowered.fallthrough)
 
@@ -108,6 +111,12 @@ def _kernel_entry(task: Task, calls: int, source: str, knobs: Knobs) -> dict[str
         "calls": calls,
         "decisions": dict(knobs),
     }
+
+
+def _nonzeros(task: Task, lowered: Lowered) -> dict[str, int]:
+    """How many lanes of weights one call of a sparse kernel multiplies, on average."""
+    stored, calls = lowered.nonzeros[task], lowered.tasks[task]
+    return {"nonzeros": round(stored / calls)} if stored else {}
 
 
 def _generic_entries(mod: tvm.IRModule) -> list[dict[str, Any]]:

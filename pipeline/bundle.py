@@ -19,7 +19,7 @@ from bertile import loader, weights
 from bertile.errors import BertileError, UsageError
 from bertile.loader import LIBRARY, MANIFEST, RUNTIME, SCHEMA, WEIGHTS, read_manifest
 
-__all__ = ["copy", "include_runtime", "read_manifest", "write"]
+__all__ = ["copy", "include_runtime", "making", "read_manifest", "write"]
 
 
 def write(
@@ -40,9 +40,7 @@ def write(
     the bundle before it gets its name: what it returns is the manifest's "check", and when it
     raises, nothing is written.
     """
-    target = Path(os.path.realpath(output))
-    _check_target(target)
-    with _beside(target) as directory:
+    with making(output) as directory:
         shutil.copyfile(library, directory / LIBRARY)
         weights.write(directory / WEIGHTS, params)
         for path in extra_files:
@@ -54,23 +52,28 @@ def write(
         _write_manifest(directory, complete)
         if check is not None:
             _write_manifest(directory, {**complete, "check": check(directory)})
-        _sync(directory)
-        _rename(directory, target)
-    return target
+    return Path(os.path.realpath(output))
 
 
 def copy(source: Path, output: str | os.PathLike, marker: str = MANIFEST) -> Path:
-    """Copy the directory `source` to `output` as `write` would have put it there.
+    """Copy the directory `source` to `output` as `write` would have put it there; see `making`."""
+    with making(output, marker) as directory:
+        _copy_files(source, directory)
+    return Path(os.path.realpath(output))
+
+
+@contextlib.contextmanager
+def making(output: str | os.PathLike, marker: str = MANIFEST) -> Iterator[Path]:
+    """Give an empty directory to fill, which becomes `output` at the end; nothing if that raises.
 
     `marker` is the file by which an older result is known, which may be replaced.
     """
     target = Path(os.path.realpath(output))
     _check_target(target, marker)
     with _beside(target) as directory:
-        _copy_files(source, directory)
+        yield directory
         _sync(directory)
         _rename(directory, target)
-    return target
 
 
 def _copy_files(source: Path, directory: Path) -> None:

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from bertile import bench_command
-from bertile.precision import PRECISIONS
+from bertile import bench_command, prune_command
+from bertile.precision import PRECISIONS, SPARSE
 from bertile.quantization_flags import QUANTIZATION_FLAGS
 
 # Nothing else of Bertile is imported up here: `bertile --help` must not pay for numpy or TVM.
@@ -18,6 +18,7 @@ from bertile.quantization_flags import QUANTIZATION_FLAGS
 CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--target", "NAME", str, "native, or a name that `bertile targets` lists"),
     ("--precision", "|".join(PRECISIONS), str, "number format of weights and activations"),
+    ("--sparse", "|".join(SPARSE), str, "skip zeros in weights: where it is faster, or nowhere"),
     ("--tune", "none|quick|full", str, "how long to search for faster kernels"),
     ("--trials", "N", int, "kernels to try while tuning, instead of what --tune says"),
     ("--timeout", "SECONDS", float, "stop tuning after this time"),
@@ -243,7 +244,9 @@ def _run_text(parser: argparse.ArgumentParser) -> None:
 def _inspect(parser: argparse.ArgumentParser) -> None:
     _add_bundle(parser)
     add = parser.add_argument
-    add("--quant", action="store_true", help="the noise of each quantized layer, and no times")
+    only = parser.add_mutually_exclusive_group().add_argument
+    only("--quant", action="store_true", help="the noise of each quantized layer, and no times")
+    only("--sparse", action="store_true", help="each layer's zeros and kernel, and no times")
     add("--batch", metavar="N", type=int, default=1, help="sequences in the measured call")
     add("--length", metavar="N", type=int, default=128, help="tokens in a sequence")
     add("--threads", metavar="N", type=int, help="cores to use")
@@ -279,6 +282,7 @@ def _add_peer(parser: argparse.ArgumentParser) -> None:
 COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
     ("compile", "model in, bundle out: every stage, checked", _compile),
     ("export", "model in, canonical ONNX out", _compile),
+    ("prune", "model in, the same with most weights zero out", prune_command.add_arguments),
     ("tune", "search for faster kernels and keep the log", _tune),
     ("verify", "compare a bundle with ONNX Runtime", _verify),
     ("bench", "time a bundle or a model and other engines in turn", _bench),

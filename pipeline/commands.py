@@ -9,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bertile import bench_command
+from bertile import bench_command, prune_command
 from bertile.config import Config
 from bertile.errors import UsageError
 from bertile.progress import Progress
@@ -44,6 +44,11 @@ def export(options: Namespace, progress: Progress) -> Outcome:
 
     summary = driver.export(options.model, Path(options.output), config, progress)
     return Outcome(summary, lines(summary))
+
+
+def prune(options: Namespace, progress: Progress) -> Outcome:
+    """Set the smallest weights of a model to zero and write it as a Hugging Face directory."""
+    return Outcome(*prune_command.run(options, progress))
 
 
 def tune(options: Namespace, progress: Progress) -> Outcome:
@@ -116,9 +121,13 @@ def run(options: Namespace, progress: Progress) -> Outcome:
 
 
 def inspect(options: Namespace, progress: Progress) -> Outcome:
-    """The kernels of a bundle, measured here; or what quantization costs each layer."""
+    """The kernels of a bundle, measured here; or what quantization costs each layer, or where the
+    zeros of each layer lie.
+    """
     if options.quant:
         return _quantization(options)
+    if options.sparse:
+        return _sparsity(options)
     from bertile import inspector
 
     report = inspector.inspect(
@@ -146,6 +155,14 @@ def _quantization(options: Namespace) -> Outcome:
 
     found = loader.read_manifest(Path(options.bundle)).get("quantization", {})
     return Outcome(found, quantizer.as_text(found))
+
+
+def _sparsity(options: Namespace) -> Outcome:
+    from bertile import loader, sparse_choice
+
+    manifest = loader.read_manifest(Path(options.bundle))
+    found = manifest.get("sparsity", [])
+    return Outcome(found, sparse_choice.as_text(found, manifest["config"].get("sparse", "off")))
 
 
 def targets(options: Namespace, progress: Progress) -> Outcome:

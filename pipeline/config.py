@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bertile.errors import UsageError, nearest
-from bertile.precision import PRECISIONS
+from bertile.precision import PRECISIONS, SPARSE
 from bertile.targets import names as target_names
 
 TUNE_EFFORTS = ("none", "quick", "full")
@@ -33,13 +33,15 @@ class Config:
 
     `trials`, `timeout` (seconds) and `threads` are positive, or None for what the effort and the
     machine give. `head` None keeps the checkpoint's own head; `shipped_log` False leaves out the
-    tuning logs that come with the package. Paths may be given as `Path`.
+    tuning logs that come with the package. Paths may be given as `Path`. `sparse` "always" skips
+    zeros even where the dense kernel is faster, which is for measuring.
     `calibrate`, `ranges`, `smooth` (0 to 1), `max_drop` (0 to 1) and `eval` are for int8 alone.
     Raises UsageError for a value that is not allowed, with the nearest one that is.
     """
 
     target: str = "native"
     precision: str = "fp32"
+    sparse: str = "auto"
     tune: str = "none"
     trials: int | None = None
     timeout: float | None = None
@@ -163,6 +165,7 @@ def _check_quantization(config: Config) -> None:
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "target": _one_of(("native", *target_names())),
     "precision": _one_of(PRECISIONS),
+    "sparse": _one_of(SPARSE),
     "tune": _one_of(TUNE_EFFORTS),
     "trials": _positive((int,), "a whole number"),
     "timeout": _positive((int, float), "a number of seconds"),

@@ -1,12 +1,15 @@
-"""A linear layer's weights and its plan come in; the arrays that its kernel reads go out."""
+"""A linear layer's weights and its plan come in; the arrays that its kernel reads go out. And those
+of a kernel that writes what the layer reads.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from bertile.precision import LayerPlan
+from bertile.forms import Form
+from bertile.precision import LayerPlan, Plan
 from bertile.quantization import quantize_weights, weight_scales
-from bertile.schedules.reference import LEVELS
+from bertile.schedules.reference import LEVELS, byte_limits
 from bertile.schedules.task import Task
 
 Arrays = list[tuple[str, np.ndarray]]
@@ -15,7 +18,8 @@ Arrays = list[tuple[str, np.ndarray]]
 def dense_weights(
     task: Task, name: str, w: np.ndarray, bias_name: str, b: np.ndarray, plan: LayerPlan
 ) -> Arrays:
-    """Names and values in the order of the kernel's arguments, not yet packed.
+    """Names and values in the order of the kernel's arguments, not yet packed. What is zero in w is
+    zero in them, whatever the precision.
 
     Bytes: x ≈ low + s q, w ≈ scale v, so x w + b ≈ s scale Σ q v + low shift + b with
     shift = scale Σ v. With one range for all tokens, s goes into scale, and low shift into b.
@@ -37,3 +41,16 @@ def dense_weights(
         (f"{name}.scale", (scale * np.float32(step)).astype("float32")),
         (f"{name}.bias", folded),
     ]
+
+
+def narrowing(form: Form, plan: Plan) -> Arrays:
+    """What a kernel that writes a form reads beside the values: the smoothing factors that they are
+    multiplied by first, and the range that bytes lie in where one serves all tokens.
+    """
+    if not form.owner:
+        return []
+    owner = plan[form.owner]
+    found = [] if owner.smooth is None else [(f"{form.owner}.smooth", owner.smooth)]
+    if form.kind == "int8_static":
+        found.append((f"{form.owner}.limits", byte_limits(owner.low, owner.high)))
+    return found

@@ -100,7 +100,9 @@ def _content(path: str | None) -> str | None:
 
 
 class _Run:
-    """The stages between export and bundle; the graph is made once, when it is first needed."""
+    """The stages between export and bundle; the graph is made once, when it is first needed, and
+    its layers are planned again when tuning has measured more.
+    """
 
     def __init__(
         self, exported: ExportedModel, row: Target, config: Config, progress: Progress, log: Any
@@ -108,9 +110,21 @@ class _Run:
         self.exported, self.row, self.config, self.progress = exported, row, config, progress
         self.log = log
         self._graph: Any = None
+        self._planned: Any = None
         self._quantizer: Any = None
 
     def optimized(self) -> Any:
+        """The graph whose layers know their precision and their kind of kernel."""
+        if self._planned is None:
+            from bertile import planner
+
+            graph, config = self._quantized(), self.config
+            given = (config.precision, self.row, self.log, config.sparse)
+            self._planned = planner.plan_layers(graph, *given)
+        return self._planned
+
+    def _quantized(self) -> Any:
+        """The optimized graph with the plan that the configuration asks for."""
         if self._graph is None:
             with self.progress.stage("import"):
                 from bertile import importer, optimizer
@@ -121,12 +135,11 @@ class _Run:
                 dumps = [optimizer.dump_to(Path(dump))] if dump else []
                 graph = optimizer.optimize(graph, *dumps)
                 stage.detail = f"IR in {dump}" if dump else ""
-            self._graph = self._planned(graph)
+            self._graph = self._with_plan(graph)
         return self._graph
 
-    def _planned(self, graph: Any) -> Any:
-        """The graph whose layers know their precision."""
-        from bertile import planner, quantizer
+    def _with_plan(self, graph: Any) -> Any:
+        from bertile import quantizer
 
         self._quantizer = quantizer.Quantizer(graph, self.row, self.config)
         if self.config.precision == "int8":
@@ -135,7 +148,7 @@ class _Run:
                 graph = dataclasses.replace(graph, plan=plan)
                 kept = sum(one.precision != "int8" for one in plan.values())
                 stage.detail = f"{kept} layers kept in higher precision" if kept else ""
-        return planner.plan_precision(graph, self.config.precision, self.row, self.log)
+        return graph
 
     def _answers(self, graph: Any, dataset: Any) -> np.ndarray:
         """What the model in the graph's precisions answers to the texts of a dataset."""
@@ -147,12 +160,14 @@ class _Run:
             return datasets.answers(made, dataset, self.row.threads)
 
     def tune(self) -> dict[str, Any]:
-        from bertile import lowering, tuner
+        from bertile import lowering, sparse_choice, tuner
 
-        tasks = lowering.tasks(self.optimized())
+        graph = self.optimized()
+        tasks, others = lowering.tasks(graph), sparse_choice.alternatives(graph)
         with self.progress.stage("tune") as stage:
-            result = tuner.tune(tasks, self.log, self.row, self.config, self.progress)
+            result = tuner.tune(tasks, self.log, self.row, self.config, self.progress, others)
             stage.cached, stage.detail = result["trials"] == 0, result["text"]
+        self._planned = None
         return result
 
     def make(self, directory: Path) -> None:

@@ -91,7 +91,9 @@ class Forms:
     def task(self, var: relax.Var) -> Task:
         """What the kernel of the fused operator behind ``var`` computes."""
         call = self.flow.definition(var)
-        return Task(call.op.name.removeprefix("bertile."), self._shape(call, self.output(var)))
+        skips = ops.is_call(call, "bertile.dense") and ops.density(call) is not None
+        operation = "sparse" if skips else call.op.name.removeprefix("bertile.")
+        return Task(operation, self._shape(call, self.output(var)))
 
     def smooth(self, form: Form) -> bool:
         """Whether a form's values are smoothed before they are quantized."""
@@ -155,8 +157,11 @@ class Forms:
             static = precision == "int8" and self.plan_of(call).static
             found["precision"] = "int8_static" if static else precision
         if output == QKV:
-            return found | {"writes": "to_bf16", "values_from": outputs // 3 * 2}
-        return found | _writes(output)
+            found |= {"writes": "to_bf16", "values_from": outputs // 3 * 2}
+        else:
+            found |= _writes(output)
+        density = ops.density(call)
+        return found if density is None else {**found, "density": density}
 
 
 def _writes(output: Form) -> dict[str, str]:

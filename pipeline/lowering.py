@@ -3,8 +3,7 @@
     bertile.dense(x (B, S, K), w, b)  →  call_tir(dense_K_N, [x (m, K, 16), w packed, b packed])
 
 What our operators hand to each other stays in lanes; a conversion stands only where another
-operator, or
-the caller, reads or writes a row-major tensor.
+operator, or the caller, reads or writes a row-major tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import tvm
 from tvm import relax
 
 from bertile import ops
-from bertile.dense_weights import Arrays, dense_weights
+from bertile.dense_weights import Arrays, dense_weights, narrowing
 from bertile.forms import FP32, GROUPS, Form, Forms
 from bertile.graph import Graph
 from bertile.importer import TABLE
@@ -28,7 +27,6 @@ from bertile.packed_weights import PackedWeights
 from bertile.passes.rewriting import shape
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.generic import KERNEL
-from bertile.schedules.reference import byte_limits
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets import Target
@@ -40,12 +38,16 @@ Choice = Callable[[Task], Knobs]
 class Lowered:
     """A module of kernel calls; ``params`` are its packed weights, in the order of main's
     parameters.
+
+    ``nonzeros`` counts the lanes of the weights that all calls of a sparse task read together,
+    ``fallthrough`` are operators that no schedule of ours covers, as Relax names them.
     """
 
     mod: tvm.IRModule
     params: dict[str, np.ndarray]
     tasks: Counter[Task]
-    fallthrough: list[str]  # operators that no schedule of ours covers, as Relax names them
+    nonzeros: Counter[Task]
+    fallthrough: list[str]
 
 
 def tasks(graph: Graph) -> Counter[Task]:
@@ -104,7 +106,8 @@ class _Lowering:
         mod["main"] = relax.Function(params, main.body, main.ret_ty, True).with_attr(
             {"global_symbol": "main", "num_input": len(self.inputs)}
         )
-        return Lowered(mod, self.weights.values, self.tasks, self.fallthrough)
+        nonzeros = self.weights.nonzeros
+        return Lowered(mod, self.weights.values, self.tasks, nonzeros, self.fallthrough)
 
     def _binding(self, var: relax.Var, value: Any) -> None:
         if ops.is_ours(value):
@@ -133,16 +136,16 @@ class _Lowering:
             ("weights", w, task),
             lambda: dense_weights(task, *self._value(w), *self._value(b), self.forms.plan_of(call)),
         )
-        made = self._kernel(task, activations, [*weights, *self._limits(output)], [(var, output)])
-        self.lanes[var, output] = made
+        weights = [*weights, *narrowing(output, self.graph.plan)]
+        self.lanes[var, output] = self._kernel(task, activations, weights, [(var, output)])
 
     def _attention(self, var: relax.Var, call: relax.Call) -> None:
         qkv, mask, *bias = call.args
         task, output = self.forms.task(var), self.forms.output(var)
         activations = [*self._in_form(qkv, self.forms.input(call)), self._keys(mask), self.table]
         activations += [self._biases(b) for b in bias]
-        made = self._kernel(task, activations, self._limits(output), [(var, output)])
-        self.lanes[var, output] = made
+        weights = narrowing(output, self.graph.plan)
+        self.lanes[var, output] = self._kernel(task, activations, weights, [(var, output)])
 
     def _layer_norm(self, var: relax.Var, call: relax.Call) -> None:
         x, *norm = call.args
@@ -157,7 +160,7 @@ class _Lowering:
         """A kernel that writes float32, and beside it the form that a layer reads."""
         task, output = self.forms.task(var), self.forms.output(var)
         results = [(var, FP32)] + ([(var, output)] if output != FP32 else [])
-        weights = [*weights, *self._smooth(output), *self._limits(output)]
+        weights = [*weights, *narrowing(output, self.graph.plan)]
         wide, *narrow = self._kernel(task, activations, weights, results)
         self.lanes[var, FP32] = [wide]
         if narrow:
@@ -197,20 +200,9 @@ class _Lowering:
             task = Task("narrow", _shape(channels=shape(old)[-1], kind=form.kind))
             if self.forms.smooth(form):
                 task = Task(task.operation, {**task.shape, "smooth": True})
-            operands, weights = [self._in_lanes(old)], [*self._smooth(form), *self._limits(form)]
+            operands, weights = [self._in_lanes(old)], narrowing(form, self.graph.plan)
         self.lanes[old, form] = self._kernel(task, operands, weights, [(old, form)])
         return self.lanes[old, form]
-
-    def _smooth(self, form: Form) -> Arrays:
-        if not self.forms.smooth(form):
-            return []
-        return [(f"{form.owner}.smooth", self.graph.plan[form.owner].smooth)]
-
-    def _limits(self, form: Form) -> Arrays:
-        if form.kind != "int8_static":
-            return []
-        plan = self.graph.plan[form.owner]
-        return [(f"{form.owner}.limits", byte_limits(plan.low, plan.high))]
 
     def _row_major(self, expr: Any) -> Any:
         """An old expression with its variables replaced by new row-major ones."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import tvm
 
-from bertile import optimizer
+from bertile import optimizer, sparse_choice
 from bertile.builder import Built
 from bertile.config import Config
 from bertile.exported import ExportedModel
@@ -45,6 +45,7 @@ def describe(
         "fallthrough": built.fallthrough,
         "notes": list(exported.notes),
         **({"quantization": quantization} if quantization else {}),
+        **({"sparsity": sparsity} if (sparsity := sparse_choice.report(graph.plan)) else {}),
     }
 
 

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,8 +160,18 @@ def _pooling_mode(path: Path) -> str:
     return modes[0]
 
 
+def companions(directory: Path) -> list[Path]:
+    """List what `load` reads of a checkpoint beside its weights."""
+    described = _matching(directory, (*_CONFIG_FILES, *TOKENIZER_FILES, "*/config.json"))
+    return sorted({*described, *_matching(transformer_directory(directory), TOKENIZER_FILES)})
+
+
 def _checkpoint_files(directory: Path) -> list[Path]:
-    patterns = (*_CONFIG_FILES, *TOKENIZER_FILES, "*/config.json", *_WEIGHT_PATTERNS)
+    weights = _matching(transformer_directory(directory), _WEIGHT_PATTERNS)
+    return sorted({*companions(directory), *weights})
+
+
+def _matching(directory: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in directory.glob(pattern)})
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertile import synthetic
+from bertile import pruning, synthetic
 from bertile.errors import ModelError, UsageError, nearest, require
 from bertile.model_files import (
     TOKENIZER_FILES,
@@ -68,7 +68,8 @@ class Checkpoint:
 
 
 def load(model: Any, head: str | None = None) -> Checkpoint:
-    """Load MODEL: `minilm`, `synthetic:NAME[:HEAD]`, a directory, a hub id or a PreTrainedModel.
+    """Load MODEL: `minilm`, `synthetic:NAME[:HEAD][@SPARSITY:PATTERN]`, a directory, a hub id or a
+    PreTrainedModel.
 
     `head` None takes what the checkpoint's config says. Raises UsageError for an unknown name or
     head, ModelError for a checkpoint that cannot be read or is of an unsupported family.
@@ -122,6 +123,8 @@ def _from_synthetic(source: str, head: str | None) -> Checkpoint:
     name, chosen = synthetic.parse(source, head)
     auto_class = getattr(transformers, HEADS[chosen][0])
     model = synthetic.build(auto_class, synthetic.config(name))
+    if asked := synthetic.pruned(source):
+        pruning.prune(model, _family(model.config.model_type, source), *asked)
     return _checkpoint(model, source, fingerprint(source, head), chosen)
 
 

@@ -2,7 +2,7 @@
 on row-major
 tensors; the layout that kernels use enters only when the builder lowers them.
 
-    bertile.dense(x (…, K), w (K, N), b (N), [residual (…, N)]) {activation, [precision]}
+    bertile.dense(x (…, K), w (K, N), b (N), [residual (…, N)]) {activation, [precision], [density]}
         = activation(x w + b) + residual
     bertile.attention(qkv (B, S, 3 H D), mask (B|1, 1, 1, S), [bias (B|1, H|1, S, S)]) {heads,
     head_size, scale, [precision]}
@@ -63,9 +63,24 @@ def precision(call: relax.Call) -> str:
 
 def with_precision(call: relax.Call, precision: str) -> relax.Call:
     """The same call in another precision."""
-    attrs = {name: call.attrs[name] for name in call.attrs.keys() if name != "precision"}
-    node = tvm.ir.make_node("ir.DictAttrs", **attrs, precision=precision)
-    return relax.Call(call.op, list(call.args), attrs=node)
+    return _with(call, precision=precision)
+
+
+def density(call: relax.Call) -> int | None:
+    """Of a dense layer that skips zeros, the percent of lanes that are left; None of another."""
+    return int(call.attrs["density"]) if "density" in call.attrs else None
+
+
+def with_density(call: relax.Call, percent: int) -> relax.Call:
+    """The same dense layer, its weights stored without the lanes that are zero."""
+    return _with(call, density=percent)
+
+
+def with_heads(call: relax.Call, qkv: Any, heads: int) -> relax.Call:
+    """The same attention of other operands with so many heads."""
+    attrs = {name: call.attrs[name] for name in call.attrs.keys() if name != "heads"}
+    node = tvm.ir.make_node("ir.DictAttrs", **attrs, heads=heads)
+    return relax.Call(call.op, [qkv, *call.args[1:]], attrs=node)
 
 
 def fake_quantize(x: Any, low: float | None = None, high: float | None = None) -> relax.Call:
@@ -94,6 +109,13 @@ def is_ours(expr: Any) -> bool:
 def _call(name: str, operands: Sequence[Any], **attrs: Any) -> relax.Call:
     node = tvm.ir.make_node("ir.DictAttrs", **attrs) if attrs else None
     return relax.Call(tvm.ir.Op.get(f"bertile.{name}"), list(operands), attrs=node)
+
+
+def _with(call: relax.Call, **values: Any) -> relax.Call:
+    """The same call with some attributes set, and the others as they were."""
+    attrs = {name: call.attrs[name] for name in call.attrs.keys()}
+    node = tvm.ir.make_node("ir.DictAttrs", **{**attrs, **values})
+    return relax.Call(call.op, list(call.args), attrs=node)
 
 
 def _like(x: Any, *last: Any) -> relax.TensorType:

@@ -18,6 +18,7 @@ from bertile.passes.fuse_gelu import fuse_gelu
 from bertile.passes.fuse_layer_norm import fuse_layer_norm
 from bertile.passes.fuse_qkv import fuse_qkv
 from bertile.passes.read_quantization import read_quantization
+from bertile.passes.remove_zeros import remove_zeros
 from bertile.passes.simplify import simplify
 
 Pass = Callable[[Graph], Graph]
@@ -38,8 +39,9 @@ PHASES: tuple[tuple[str, tuple[Pass, ...]], ...] = (
         ),
     ),
     # simplify first: layers that share weights (ALBERT) share the joined weight too
-    # collect last: what a quantized model says of a layer is kept by its folded weight's name
-    ("folded", (simplify, fold_weights, collect_quantization)),
+    # collect after folding: what a quantized model says of a layer is kept by its folded weight's
+    # name; remove last: a constant that it folds is rounded as that layer's range says
+    ("folded", (simplify, fold_weights, collect_quantization, remove_zeros)),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,11 +14,16 @@ from bertile.schedules.task import Task
 
 
 class PackedWeights:
-    """Variables and values of the new parameters, in the order in which they were asked for."""
+    """Variables and values of the new parameters, in the order in which they were asked for.
+
+    ``nonzeros`` counts the lanes that sparse weights are stored with, over all calls of a task.
+    """
 
     def __init__(self) -> None:
         self.variables: dict[str, relax.Var] = {}
         self.values: dict[str, np.ndarray] = {}
+        self.nonzeros: Counter[Task] = Counter()
+        self._made: dict[tuple[Task, tuple[str, ...]], list[relax.Var]] = {}
 
     def packed(
         self, task: Task, knobs: Knobs, weights: Sequence[tuple[str, np.ndarray]]
@@ -26,11 +32,23 @@ class PackedWeights:
         if not weights:
             return []
         names, values = zip(*weights)
-        if all(f"{name}@{task.name}" in self.variables for name in names):
-            return [self.variables[f"{name}@{task.name}"] for name in names]
-        packed = SCHEDULES[task.operation].pack(task, knobs, values)
-        packing = "" if all(a is b for a, b in zip(packed, values)) else f"@{task.name}"
-        return [self.parameter(f"{n}{packing}", v) for n, v in zip(names, packed)]
+        if (task, names) not in self._made:
+            self._made[task, names] = self._pack(task, knobs, names, values)
+        made = self._made[task, names]
+        if SCHEDULES[task.operation].parts:
+            self.nonzeros[task] += len(self.values[made[0].name])
+        return made
+
+    def _pack(
+        self, task: Task, knobs: Knobs, names: Sequence[str], values: Sequence[np.ndarray]
+    ) -> list[relax.Var]:
+        schedule = SCHEDULES[task.operation]
+        packed = schedule.pack(task, knobs, values)
+        if schedule.parts:  # all of them, the vectors too, are in an order of this weight's own
+            names = [f"{names[0]}/{name}" for name in (*schedule.parts, *names[1:])]
+        elif all(a is b for a, b in zip(packed, values)):
+            return [self.parameter(name, value) for name, value in zip(names, packed)]
+        return [self.parameter(f"{n}@{task.name}", v) for n, v in zip(names, packed, strict=True)]
 
     def parameter(self, name: str, value: np.ndarray) -> relax.Var:
         """The parameter of that name, made where there is none yet."""

@@ -14,6 +14,7 @@ from bertile.graph import Graph
 from bertile.passes.rewriting import Dataflow, rewrite
 from bertile.precision import LayerPlan
 from bertile.schedules.task import Task
+from bertile.sparse_choice import SparseChoice
 from bertile.targets import Target
 from bertile.tuning_log import TuningLog
 
@@ -30,22 +31,25 @@ def check(precision: str, row: Target) -> None:
         )
 
 
-def plan_precision(
-    graph: Graph, precision: str, row: Target, log: TuningLog | None = None
+def plan_layers(
+    graph: Graph, precision: str, row: Target, log: TuningLog | None = None, sparse: str = "off"
 ) -> Graph:
-    """Give every linear layer and attention its precision: the plan's, else the one asked for.
+    """Give every linear layer and attention its precision, the plan's, else the one asked for; and
+    every linear layer the dense or the sparse kernel, as ``SparseChoice`` chooses by `sparse`.
 
     Layers behind the first token stay in float32, embedding tables are stored in float16 where
     float32 is not asked for. Attention multiplies in bfloat16 wherever the target can and float32
     is not asked for: it is faster than bytes there, which would need a range per row of scores.
-    A layer that ``log`` knows to be slower in 8 bits than in more is not quantized.
+    A layer that ``log`` knows to be slower in 8 bits than in more is not quantized, each with its
+    faster kernel.
     """
     check(precision, row)
+    choice = SparseChoice(graph.params, row, log, sparse)
     planned = _assigned(graph, precision, row)
-    if log is None or not (slower := _slower(planned, row, log)):
-        return planned
-    plan = {**graph.plan, **slower}
-    return _assigned(dataclasses.replace(graph, plan=plan), precision, row)
+    if slower := _slower(planned, row, choice):
+        plan = {**graph.plan, **slower}
+        planned = _assigned(dataclasses.replace(graph, plan=plan), precision, row)
+    return choice.apply(planned)
 
 
 def _assigned(graph: Graph, precision: str, row: Target) -> Graph:
@@ -78,20 +82,20 @@ def _pairs(flow: Dataflow, call: relax.Call) -> bool:
     return made and int(call.attrs["head_size"]) % 2 == 0
 
 
-def _slower(graph: Graph, row: Target, log: TuningLog) -> dict[str, LayerPlan]:
+def _slower(graph: Graph, row: Target, choice: SparseChoice) -> dict[str, LayerPlan]:
     """The layers whose kernel for bytes has been measured, and lost, against one of more digits."""
     forms, found = Forms(graph), {}
     for binding in forms.flow.bindings:
         call = binding.value
         if not ops.is_call(call, "bertile.dense") or ops.precision(call) != "int8":
             continue
-        task = forms.task(binding.var)
-        mine = log.best(task, row)
+        name, task = call.args[1].name, forms.task(binding.var)
+        mine = choice.time(name, task)
         for precision in ("bf16", "fp32") if row.bf16 else ("fp32",):
-            other = log.best(_in_precision(task, precision), row)
-            if mine is not None and other is not None and other.median < mine.median:
+            other = choice.time(name, _in_precision(task, precision))
+            if mine and other and other.threads == mine.threads and other.median < mine.median:
                 why = f"in int8 it takes {mine.median:.0f} us, in {precision} {other.median:.0f}"
-                found[call.args[1].name] = LayerPlan(precision, why=why)
+                found[name] = LayerPlan(precision, why=why)
                 break
     return found
 

@@ -92,7 +92,7 @@ class Quantizer:
 
     def _planned(self, plan: Plan, precision: str) -> Graph:
         graph = dataclasses.replace(self.graph, plan=plan)
-        return planner.plan_precision(graph, precision, self.row)
+        return planner.plan_layers(graph, precision, self.row)
 
     def report(self, plan: Plan) -> dict[str, Any]:
         """What the manifest says of quantization: the options, and a row for each layer.

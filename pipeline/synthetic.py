@@ -1,10 +1,13 @@
-"""Encoders with seeded random weights, for benchmarks and tests without downloads."""
+"""Encoders with seeded random weights, pruned where asked, for benchmarks and tests without
+downloads.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+from bertile import pruning
 from bertile.config import HEADS
 from bertile.errors import UsageError, nearest, require
 
@@ -61,8 +64,10 @@ def config(name: str) -> Any:
 
 
 def parse(model: str, head: str | None) -> tuple[str, str]:
-    """Split "synthetic:NAME[:HEAD]" into name and head; `head` must not say another."""
-    name, _, written = model.removeprefix("synthetic:").partition(":")
+    """The name and head of "synthetic:NAME[:HEAD][@SPARSITY:PATTERN]"; `head` must not say
+    another.
+    """
+    name, _, written = model.removeprefix("synthetic:").partition("@")[0].partition(":")
     if name not in SYNTHETIC:
         raise UsageError(f"synthetic model '{name}' is unknown{nearest(name, SYNTHETIC)}")
     if written and written not in HEADS:
@@ -72,9 +77,26 @@ def parse(model: str, head: str | None) -> tuple[str, str]:
     return name, head or written or "encoder"
 
 
+def pruned(model: str) -> tuple[float, str] | None:
+    """The sparsity and pattern that a synthetic model's name asks for; None for a dense one."""
+    _, asked, how = model.partition("@")
+    if not asked:
+        return None
+    share, _, pattern = how.partition(":")
+    try:
+        sparsity = float(share)
+    except ValueError as error:
+        raise UsageError(
+            f"'{share}' of '{model}' is no sparsity", "write it as in synthetic:bert-base@0.9:4x1"
+        ) from error
+    return pruning.check(sparsity, pattern), pattern
+
+
 def describe(model: str, head: str | None) -> str:
     """Return a text that differs for any two synthetic models with different weights."""
-    return json.dumps([*parse(model, head), SEED, SYNTHETIC[parse(model, head)[0]]])
+    name, head = parse(model, head)
+    zeros = [pruned(model)] if pruned(model) else []
+    return json.dumps([name, head, SEED, SYNTHETIC[name], *zeros])
 
 
 def build(auto_class: Any, model_config: Any) -> Any:

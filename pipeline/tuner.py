@@ -50,21 +50,29 @@ class _Enough(Exception):
 
 
 def tune(
-    tasks: Counter[Task], log: TuningLog, row: Target, config: Config, progress: Progress
+    tasks: Counter[Task],
+    log: TuningLog,
+    row: Target,
+    config: Config,
+    progress: Progress,
+    others: Sequence[Task] = (),
 ) -> dict[str, Any]:
     """Search the spaces of these tasks, each counted as often as the model calls it.
 
-    Trials that the log already has are not repeated: with as many as the effort asks for, nothing
-    runs. Ctrl-C ends the search in order; what was measured is in the log.
+    Of `others`, which a layer could have in place of its own, the default is measured, so that the
+    choice between them need not be estimated again. Trials that the log already has are not
+    repeated: with as many as the effort asks for, nothing runs. Ctrl-C ends the search in order;
+    what was measured is in the log.
     """
     effort = EFFORTS[config.tune]
     wanted = config.trials or effort.trials
     open_tasks = [task for task in tasks if _open(task, log, row, wanted)]
+    others = [task for task in others if not _measured(task, log, row)]
     began = time.monotonic()
     with TrialRunner(row) as trials:
         deadline = began + (config.timeout or effort.seconds)
         session = _Session(log, row, trials, progress, deadline, effort.patience)
-        stopped = _search(session, open_tasks, tasks, wanted)
+        stopped = _search(session, open_tasks, tasks, wanted, others)
     best = _gains(tasks, log, row)
     seconds = time.monotonic() - began
     each = f" ({seconds / session.count:.2f} s each)" if session.count else ""
@@ -83,22 +91,31 @@ def tune_model(model: Any, config: Config, progress: Progress) -> dict[str, Any]
     return {"log": str(log.directories[-1] / row.log), **result}
 
 
-def _search(session: _Session, open_tasks: list[Task], tasks: Counter[Task], wanted: int) -> str:
+def _search(
+    session: _Session,
+    open_tasks: list[Task],
+    tasks: Counter[Task],
+    wanted: int,
+    others: Sequence[Task],
+) -> str:
     """Defaults first, so that a short search never ends behind them; then MetaSchedule."""
-    if not open_tasks:
+    if not open_tasks and not others:
         return ", everything is tuned already"
     from bertile.search import search
 
     row = session.row
-    session.total = sum(_missing(task, session.log, row, wanted) for task in open_tasks)
+    missing = sum(_missing(task, session.log, row, wanted) for task in open_tasks)
+    session.total = missing + len(others)
     try:
-        for task in open_tasks:
+        for task in (*open_tasks, *others):
             session.measure(task, SCHEDULES[task.operation].default(task, row))
+        if not open_tasks:
+            return ""
         spaces = [
             (task, SCHEDULES[task.operation].space(task, row), float(tasks[task]))
             for task in open_tasks
         ]
-        search(spaces, session.measure, session.total, wanted, ROUND, 0, tvm_target(row))
+        search(spaces, session.measure, missing, wanted, ROUND, 0, tvm_target(row))
     except _Enough as reason:
         return f", {reason}"
     except KeyboardInterrupt:
@@ -179,6 +196,10 @@ def machine_facts(row: Target) -> dict[str, Any]:
 
 def _open(task: Task, log: TuningLog, row: Target, wanted: int) -> bool:
     return _missing(task, log, row, wanted) > 0
+
+
+def _measured(task: Task, log: TuningLog, row: Target) -> bool:
+    return any(record.threads == row.threads for record in log.records(task, row))
 
 
 def _missing(task: Task, log: TuningLog, row: Target, wanted: int) -> int:

@@ -61,15 +61,19 @@ class Record:
         return Task(self.operation, self.shape)
 
     @property
+    def times(self) -> dict[int, float]:
+        """Median microseconds by number of tokens; nothing of a candidate that failed."""
+        if not self.microseconds:
+            return {}
+        also = {int(tokens): median(times) for tokens, times in self.also.items()}
+        return {self.tokens: median(self.microseconds), **also}
+
+    @property
     def median(self) -> float:
         """Median microseconds, over several numbers of tokens their geometric mean; infinite for
         a candidate that failed.
         """
-        if not self.microseconds:
-            return float("inf")
-        if not self.also:
-            return median(self.microseconds)
-        return geometric_mean(median(times) for times in (self.microseconds, *self.also.values()))
+        return geometric_mean(self.times.values()) if self.times else float("inf")
 
     def to_line(self) -> str:
         """The record as one line of a log file."""
@@ -155,7 +159,8 @@ class TuningLog:
     def digest(self, row: Target) -> str:
         """A hash of what the log would choose for this row, for the stage cache."""
         best = {task.key: self.best(task, row) for task in self.tasks(row)}
-        choices = {key: dict(one.knobs) if one else None for key, one in best.items()}
+        # times too: they decide which of two kernels a layer gets
+        choices = {key: (dict(one.knobs), one.median) if one else None for key, one in best.items()}
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
 
     def _of(self, target: str) -> dict[str, list[Record]]:

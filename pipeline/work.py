@@ -20,13 +20,17 @@ Kernel = Mapping[str, Any]  # a row of the manifest's "kernels"
 def flops(kernel: Kernel, tokens: int, batch: int, length: int) -> float:
     """Of one call of a kernel on that many tokens; attention works on `batch` sequences instead.
 
-    What no schedule covers (a generic kernel) counts nothing.
+    A sparse kernel's are the multiply-adds that it does: zeros that it skips count nothing, zeros
+    beside others in a lane do. What no schedule covers (a generic kernel) counts nothing.
     """
     from bertile.schedules.cpu import SCHEDULES
+    from bertile.schedules.cpu.product import group
 
     task = Task(kernel["operation"], kernel["shape"])
     if task.operation not in SCHEDULES:
         return 0.0
+    if "nonzeros" in kernel:
+        return 2.0 * tokens * kernel["nonzeros"] * group(task)
     count = SCHEDULES[task.operation].flops
     return batch * count(task, length) if task.operation == "attention" else count(task, tokens)
 

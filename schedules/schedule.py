@@ -60,7 +60,8 @@ class Schedule:
     """How one operation runs on one kind of machine.
 
     The kernel's arguments are the activations, the packed weights and the result, in this order.
-    Every space has a default that is good without tuning.
+    Every space has a default that is good without tuning. ``parts`` names the arrays that the first
+    weight is packed into, where they are several: the values of what is not zero first.
     """
 
     operation: str
@@ -72,6 +73,7 @@ class Schedule:
     pack: Callable[[Task, Knobs, Sequence[np.ndarray]], list[np.ndarray]] = (
         lambda task, knobs, weights: list(weights)
     )
+    parts: tuple[str, ...] = ()
 
     def valid(self, task: Task, row: Row, knobs: Mapping[str, int]) -> bool:
         """Whether these decisions (of another shape, say) lie in this task's space."""

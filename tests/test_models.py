@@ -41,6 +41,17 @@ def test_load_gives_the_same_random_weights_each_time():
         assert torch.equal(one, other)
 
 
+def test_load_prunes_the_same_random_weights_where_the_name_says_so():
+    dense = dict(models.load("synthetic:roberta-tiny:masked-lm").model.named_parameters())
+    found = models.load("synthetic:roberta-tiny:masked-lm@0.75:4x1")
+    assert found.head == "masked-lm"
+    changed = 0
+    for name, value in found.model.named_parameters():
+        changed += not torch.equal(value, dense[name])
+        assert torch.equal(value[value != 0], dense[name][value != 0])
+    assert changed == 12
+
+
 def test_load_randomises_biases_and_norms():
     model = models.load("synthetic:roberta-tiny:token-classification").model
     vectors = [one for one in model.parameters() if one.ndim == 1]
@@ -140,8 +151,11 @@ def test_fingerprint_follows_the_weights(saved, tmp_path):
 
 
 def test_fingerprint_of_synthetic_models_follows_name_and_head():
-    names = ("synthetic:bert-tiny", "synthetic:bert-odd", "synthetic:bert-tiny:masked-lm")
-    assert len({model_files.fingerprint(name) for name in names}) == 3
+    names = (
+        *("synthetic:bert-tiny", "synthetic:bert-odd", "synthetic:bert-tiny:masked-lm"),
+        *("synthetic:bert-tiny@0.9:4x1", "synthetic:bert-tiny@0.9:16x1"),
+    )
+    assert len({model_files.fingerprint(name) for name in names}) == len(names)
     with_head = model_files.fingerprint("synthetic:bert-tiny", "masked-lm")
     assert with_head == model_files.fingerprint("synthetic:bert-tiny:masked-lm")
 
@@ -159,6 +173,9 @@ def test_fingerprint_of_an_object_follows_its_weights():
     [
         ("synthetic:bert-tny", None, "'bert-tny' is unknown; did you mean 'bert-tiny'?"),
         ("synthetic:bert-tiny:encodr", None, "did you mean 'encoder'?"),
+        ("synthetic:bert-tiny@most:4x1", None, "'most' of 'synthetic:bert-tiny@most:4x1' is no"),
+        ("synthetic:bert-tiny@0.9:4x3", None, "did you mean '4x1'?"),
+        ("synthetic:bert-tiny@0.9", None, "pattern '' is unknown; known: 4x1"),
         ("synthetic:bert-tiny:encoder", "masked-lm", "asks for another head"),
         ("synthetic:bert-tiny", "mask-lm", "did you mean 'masked-lm'?"),
         ("no such model", None, "model 'no such model' is unknown"),

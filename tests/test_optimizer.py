@@ -18,7 +18,7 @@ from bertile.graph import Graph
 from bertile.importer import TABLE
 from bertile.passes.rewriting import normalized
 
-SHARED = {"folding", "linear", "rewriting"}  # what passes are written with
+SHARED = {"folding", "linear", "resizing", "rewriting"}  # what passes are written with
 
 
 @pytest.fixture(scope="module")

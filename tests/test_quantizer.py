@@ -93,7 +93,7 @@ def test_what_the_model_brings_goes_first(graph, samples):
 
 def test_report_has_a_row_for_every_layer(graph):
     quantizer = Quantizer(graph, ROW, Config(precision="int8"))
-    plan = planner.plan_precision(graph, "int8", ROW).plan
+    plan = planner.plan_layers(graph, "int8", ROW).plan
     rows = quantizer.report(plan)["layers"]
     assert {row["layer"] for row in rows} == {name for name, _ in layer_inputs(graph)}
     assert all(30 < row["output dB"] < 60 for row in rows if row["precision"] == "int8")
@@ -102,7 +102,7 @@ def test_report_has_a_row_for_every_layer(graph):
 
 def test_report_of_a_plan_without_bytes_is_empty(graph, monkeypatch):
     monkeypatch.setattr("bertile.quantizer.Observer", None)
-    plan = planner.plan_precision(graph, "fp32", ROW).plan
+    plan = planner.plan_layers(graph, "fp32", ROW).plan
     assert Quantizer(graph, ROW, Config()).report(plan) == {}
 
 
@@ -194,7 +194,7 @@ def test_layers_are_kept_until_the_drop_is_within_what_is_allowed(classifier, tm
     config = Config(precision="int8", max_drop=0.1, eval=str(tmp_path / "test.tsv"))
     quantizer, answers = Quantizer(classifier, ROW, config), Answers(harmless=4)
     plan = quantizer.plan(answers)
-    report = quantizer.report(planner.plan_precision(
+    report = quantizer.report(planner.plan_layers(
         dataclasses.replace(classifier, plan=plan), "int8", ROW).plan)  # fmt: skip
     kept = [row for row in report["layers"] if row["precision"] in ("bf16", "fp32") and row["why"]]
     noisy = [row for row in kept if "noise" in row["why"]]

@@ -53,6 +53,10 @@ class Dataflow:
         """Whether nobody else needs this value, so that fusing it away repeats no work."""
         return isinstance(expr, relax.Var) and self._uses[expr] == 1
 
+    def uses(self, var: relax.Var) -> int:
+        """How often a variable is read."""
+        return self._uses[var]
+
     def is_weight(self, expr: Any) -> bool:
         """Whether the value is known at build time: a weight, a constant, or computed of such
         alone.

@@ -6,12 +6,14 @@ from bertile.schedules.cpu.dense import dense
 from bertile.schedules.cpu.embedding import embedding
 from bertile.schedules.cpu.layer_norm import layer_norm
 from bertile.schedules.cpu.narrow import narrow
+from bertile.schedules.cpu.sparse import sparse
 from bertile.schedules.schedule import Schedule
 
 SCHEDULES: dict[str, Schedule] = {
     schedule.operation: schedule
     for schedule in (
         dense,
+        sparse,
         attention,
         layer_norm,
         embedding,

@@ -14,9 +14,21 @@ from bertile.schedules.task import Task
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Random operands, scaled as in a trained network, and the product by numpy in float64."""
+    return product_sample(task, blocks, rng, *random_weights(task, rng))
+
+
+def random_weights(task: Task, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """w (K, N) and b (N), scaled as in a trained network."""
     inputs, outputs = task.shape["inputs"], task.shape["outputs"]
     w = (rng.standard_normal((inputs, outputs)) * inputs**-0.5).astype("float32")
-    b = rng.standard_normal(outputs).astype("float32")
+    return w, rng.standard_normal(outputs).astype("float32")
+
+
+def product_sample(
+    task: Task, blocks: int, rng: np.random.Generator, w: np.ndarray, b: np.ndarray
+) -> Sample:
+    """Random activations for these weights, and the product by numpy in float64."""
+    inputs, outputs = w.shape
     x = rng.standard_normal((blocks * LANES, inputs)).astype("float32")
     activations, weights, product = _operands(task, x, w, b)
     expected = apply_activation(task.shape["activation"], product)
@@ -48,7 +60,8 @@ def _operands(
         x_, w_ = (arithmetic.bf16_values(arithmetic.bf16_pairs(_even(a))) for a in (x, w))
         x_, w_ = x_[:, : x.shape[1]], w_[:, : w.shape[1]]
         return [arithmetic.bf16_lanes(_even(x))], [w, b], x_.astype("float64") @ w_ + b
-    scale = np.abs(w).max(0) / 127
+    largest = np.abs(w).max(0)
+    scale = np.where(largest > 0, largest, np.float32(1)) / 127
     q = np.rint(w / scale).astype("int8")
     if precision == "int8":
         bytes_, x_scale, low = arithmetic.quantized_rows(x)

@@ -18,6 +18,10 @@ TASKS = [
     *(Task(name, {"channels": 26}) for name in ("tokens_in", "tokens_out", "first_token")),
     *(Task(name, {"channels": 26}) for name in ("rows_in", "rows_out")),
     Task("narrow", {"channels": 26, "kind": "int8"}),
+    Task(
+        "sparse",
+        {"inputs": 768, "outputs": 26, "activation": "none", "residual": True, "density": 10},
+    ),
     Task("key_mask"),
     Task("query_bias"),
 ]

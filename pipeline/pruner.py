@@ -1,0 +1,77 @@
+"""MODEL comes in; a Hugging Face directory with pruned weights, which compile takes, goes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bertile import bundle, model_files, models, pruning
+from bertile.errors import UsageError
+from bertile.progress import Progress
+
+REPORT = "pruned.json"
+ACCURACY = (
+    "The smallest weights were removed at once and nothing was trained: answers are worse, and"
+    " useless at high sparsity, until the model is retrained with these zeros held."
+)
+
+
+def prune(
+    model: str,
+    output: str | Path,
+    sparsity: float | None = None,
+    pattern: str = "4x1",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write MODEL, pruned, to `output` and return what REPORT says in there.
+
+    `sparsity` and `pattern` are as in ``pruning.prune``; None takes the pattern's default. Raises
+    UsageError for what cannot be pruned so, ModelError for a model that cannot be read; nothing
+    half-written stays behind.
+    """
+    progress = progress or Progress(verbosity=-1)
+    sparsity = pruning.check(sparsity, pattern)
+    if str(model).endswith(".onnx"):
+        raise UsageError(
+            f"'{model}' is an ONNX file, and prune needs a Hugging Face directory",
+            "give the directory that it was exported from",
+        )
+    with progress.stage("load"):
+        checkpoint = models.load(model)
+    with progress.stage("prune") as stage, models.quiet():
+        rows = pruning.prune(checkpoint.model, checkpoint.family, sparsity, pattern)
+        stage.detail = f"{len(rows)} layers"
+    report = {
+        "bertile": version("bertile"),
+        "model": str(model),
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "layers": [dataclasses.asdict(row) for row in rows],
+        "accuracy": ACCURACY,
+    }
+    with progress.stage("write") as stage, bundle.making(output, REPORT) as directory:
+        _write(str(model), checkpoint.model, directory)
+        text = json.dumps(report, indent=1, ensure_ascii=False)
+        (directory / REPORT).write_text(text + "\n", encoding="utf-8")
+        stage.detail = str(output)
+    return {**report, "output": str(output)}
+
+
+def _write(source: str, model: Any, directory: Path) -> None:
+    """The weights with their config, and whatever else lies beside them that is read."""
+    place = directory
+    if not source.startswith("synthetic:"):
+        origin = model_files.find_directory(source)
+        for path in model_files.companions(origin):
+            target = directory / path.relative_to(origin)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+        place = directory / model_files.transformer_directory(origin).relative_to(origin)
+    with models.quiet():
+        model.save_pretrained(place)
+    for path in place.glob("*.safetensors"):  # which save_pretrained lets nobody else read
+        path.chmod((place / "config.json").stat().st_mode)

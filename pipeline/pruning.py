@@ -1,0 +1,161 @@
+"""A torch encoder's linear layers lose their smallest weights, in a pattern, all at once.
+
+One-shot magnitude pruning: blocks of each layer are ranked by the sum of their magnitudes (L1), and
+the smallest are set to zero. Nothing is trained, so accuracy suffers; see the README.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bertile.errors import UsageError, nearest
+from bertile.sparsity import BLOCKS, analyse
+
+PATTERNS = ("4x1", "16x1", "32x1", "1x16", "2:4", "unstructured", "heads", "neurons")
+DEFAULT = 0.9
+TWO_OF_FOUR = 0.5
+
+# How families call the linear layers of an encoder layer: Q, K, V, the attention's output, the
+# first and the second of the feed-forward network.
+_BERT = (
+    *(f"attention.self.{name}" for name in ("query", "key", "value")),
+    *("attention.output.dense", "intermediate.dense", "output.dense"),
+)
+_NAMES = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "electra": _BERT,
+    "distilbert": (
+        *(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
+        *("ffn.lin1", "ffn.lin2"),
+    ),
+    "albert": (
+        *(f"attention.{name}" for name in ("query", "key", "value", "dense")),
+        *("ffn", "ffn_output"),
+    ),
+    "mpnet": (
+        *(f"attention.attn.{name}" for name in "qkvo"),
+        *("intermediate.dense", "output.dense"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A layer with the sizes of its weight, and what zeros it has now (see ``sparsity``)."""
+
+    layer: str
+    inputs: int
+    outputs: int
+    zeros: float
+    pattern: str
+
+
+def check(sparsity: float | None, pattern: str) -> float:
+    """The sparsity, or the pattern's own where it is None; UsageError for what there is not."""
+    if pattern not in PATTERNS:
+        raise UsageError(f"pattern '{pattern}' is unknown{nearest(pattern, PATTERNS)}")
+    wanted = TWO_OF_FOUR if pattern == "2:4" else DEFAULT
+    found = wanted if sparsity is None else sparsity
+    if not 0 < found < 1:
+        raise UsageError(
+            f"sparsity {found:g} is not between 0 and 1", "give the share of zeros, such as 0.9"
+        )
+    if pattern == "2:4" and found != TWO_OF_FOUR:
+        raise UsageError(
+            f"sparsity {found:g} is not that of pattern 2:4, which is {TWO_OF_FOUR:g}",
+            "leave --sparsity out, or choose another pattern",
+        )
+    return found
+
+
+def prune(model: Any, family: str, sparsity: float, pattern: str) -> list[Pruned]:
+    """Prune a transformers model of a family of ``models.FAMILIES`` in place.
+
+    `sparsity` is the share of zeros in every linear layer of every encoder layer; of heads, or of
+    neurons, where the pattern is that. Embeddings, pooler and head of the model stay as they are.
+    """
+    layers = _layers(model, family)
+    for layer in layers:
+        if pattern == "heads":
+            *into, out = list(layer.values())[:4]
+            _prune_units(into, out, model.config.num_attention_heads, sparsity)
+        elif pattern == "neurons":
+            first, second = list(layer.values())[4:]
+            _prune_units([first], second, second.in_features, sparsity)
+        else:
+            _prune_blocks(layer, sparsity, pattern)
+    return [_row(name, linear) for layer in layers for name, linear in layer.items()]
+
+
+def kept(w: np.ndarray, sparsity: float, pattern: str) -> np.ndarray:
+    """Which weights of w (K inputs, N outputs) stay, a mask of the same shape.
+
+    Exactly round(sparsity × blocks) blocks go, those of the smallest sum of magnitudes; at least
+    one stays.
+    """
+    magnitude = np.abs(w)
+    if pattern == "2:4":
+        groups = magnitude.reshape(-1, 4, w.shape[1])
+        places = np.argsort(np.argsort(groups, axis=1, kind="stable"), axis=1)
+        return (places >= 2).reshape(w.shape)
+    inputs, outputs = BLOCKS.get(pattern, (1, 1))
+    blocks = magnitude.reshape(w.shape[0] // inputs, inputs, w.shape[1] // outputs, outputs)
+    stays = largest(blocks.sum((1, 3), dtype="float64"), sparsity)
+    return stays.repeat(inputs, axis=0).repeat(outputs, axis=1)
+
+
+def largest(scores: np.ndarray, sparsity: float) -> np.ndarray:
+    """A mask of all scores but the round(sparsity × count) smallest; at least one stays."""
+    count = min(round(sparsity * scores.size), scores.size - 1)
+    stays = np.ones(scores.size, bool)
+    if count:
+        stays[np.argpartition(scores.ravel(), count - 1)[:count]] = False
+    return stays.reshape(scores.shape)
+
+
+def _layers(model: Any, family: str) -> list[dict[str, Any]]:
+    """The linear layers of each encoder layer, in the order of _NAMES, by their whole names."""
+    modules = dict(model.base_model.named_modules())
+    first = _NAMES[family][0]
+    starts = [name.removesuffix(first) for name in modules if name.endswith(f".{first}")]
+    return [{start + name: modules[start + name] for name in _NAMES[family]} for start in starts]
+
+
+def _prune_blocks(layer: dict[str, Any], sparsity: float, pattern: str) -> None:
+    for name, linear in layer.items():
+        w = _array(linear.weight).T  # Hugging Face has (outputs, inputs)
+        sizes = (4, 1) if pattern == "2:4" else BLOCKS.get(pattern, (1, 1))
+        for extent, size, what in zip(w.shape, sizes, ("inputs", "outputs")):
+            if extent % size:
+                raise UsageError(
+                    f"pattern {pattern} needs a multiple of {size} {what}; {name} has {extent}",
+                    "choose another pattern",
+                )
+        w *= kept(w, sparsity, pattern)
+
+
+def _prune_units(into: list[Any], out: Any, count: int, sparsity: float) -> None:
+    """Zero the weights of whole heads or neurons in the layers around them, and their biases."""
+    sums = [np.abs(_array(one.weight)).sum(1, dtype="float64") for one in into]
+    sums.append(np.abs(_array(out.weight)).sum(0, dtype="float64"))
+    stays = largest(sum(sums).reshape(count, -1).sum(1), sparsity)
+    channels = stays.repeat(out.in_features // count)
+    _array(out.weight)[:] *= channels
+    for one in into:
+        _array(one.weight)[:] *= channels[:, None]
+        _array(one.bias)[:] *= channels
+
+
+def _row(name: str, linear: Any) -> Pruned:
+    w = _array(linear.weight).T
+    found = analyse(w)
+    return Pruned(name, *w.shape, found.zeros, found.pattern)
+
+
+def _array(parameter: Any) -> np.ndarray:
+    """A parameter's values; writing to them changes it."""
+    return parameter.detach().numpy()

@@ -1,0 +1,209 @@
+"""A graph whose layers have their precision comes in; for each layer whether its weight's zeros are
+skipped, and why, goes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tvm import relax
+
+from bertile import ops
+from bertile.forms import Forms
+from bertile.graph import Graph
+from bertile.passes.rewriting import Dataflow, rewrite
+from bertile.precision import Plan, ZerosPlan
+from bertile.schedules.cpu.product import group
+from bertile.schedules.task import Task
+from bertile.sparse_costs import relative_time
+from bertile.sparsity import Sparsity, analyse, density
+from bertile.tables import table
+from bertile.targets import Target
+from bertile.tuning_log import Record, TuningLog
+
+# A task says its density as the next of these, so that layers that are nearly alike share a kernel.
+DENSITIES = (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100)
+NEAR = 1.05  # times a density is still that density: pruning seldom keeps a round number of blocks
+LEAST_GAIN = 0.95  # of the dense kernel's time: less than the machine's own weather gains nothing
+
+
+class Time(NamedTuple):
+    """Microseconds, and on how many threads."""
+
+    median: float
+    threads: int
+
+
+class SparseChoice:
+    """Chooses between the dense and the sparse kernel of each layer of one graph.
+
+    `sparse` "auto" takes the sparse one where it is faster for short and for long requests, by the
+    times of both in `log` where it has both on the same number of threads, else by
+    ``sparse_costs``. "off" takes the dense one, "always" the sparse one even where there are no
+    zeros, which is for measuring. Weights are looked at once.
+    """
+
+    def __init__(
+        self, params: Mapping[str, np.ndarray], row: Target, log: TuningLog | None, sparse: str
+    ) -> None:
+        self.params, self.row, self.log, self.sparse = params, row, log, sparse
+        self._analysed: dict[str, Sparsity] = {}
+        self._lanes: dict[tuple[str, int], float] = {}
+
+    def apply(self, graph: Graph) -> Graph:
+        """The graph with the density of each weight whose zeros are skipped in the calls that read
+        it, and with what is known of the zeros in its plan.
+        """
+        if self.sparse == "off":
+            return graph
+        forms, uses = Forms(graph), defaultdict(list)
+        for var, name in _layers(forms):
+            uses[name].append(forms.task(var))
+        plan = dict(graph.plan)
+        for name, tasks in uses.items():
+            plan[name] = dataclasses.replace(plan[name], sparse=self.plan(name, tasks))
+
+        def skip(flow: Dataflow, call: relax.Call) -> Any:
+            name = _weight(flow, call)
+            chosen = plan[name].sparse if name in uses else None
+            return ops.with_density(call, chosen.density) if chosen and chosen.density else None
+
+        return dataclasses.replace(rewrite(graph, skip), plan=plan)
+
+    def plan(self, name: str, tasks: Sequence[Task]) -> ZerosPlan:
+        """What becomes of a weight's zeros, given the "dense" tasks that read it: it is stored
+        once, so all get the same kernel.
+        """
+        seen = self._sparsity(name)
+        lanes = self._share(name, group(tasks[0]))
+        known = ZerosPlan(seen.pattern, seen.zeros, lanes)
+        if self.sparse == "off" or (self.sparse == "auto" and seen.pattern == "dense"):
+            return known
+        percent = rounded(lanes)
+        if self.sparse == "always":
+            return dataclasses.replace(known, density=percent, why="asked for")
+        share, why = self._compared(tasks, percent)
+        chosen = percent if share <= LEAST_GAIN else None
+        return dataclasses.replace(known, density=chosen, why=why)
+
+    def time(self, name: str, task: Task) -> Time | None:
+        """What the kernel takes that a layer with this "dense" task gets; None where the log has
+        not enough to tell.
+        """
+        if self.log is None:
+            return None
+        dense = self._record(task)
+        chosen = self.plan(name, [task]).density
+        record = dense if chosen is None else self._record(sparse_task(task, chosen))
+        if record is not None:
+            return Time(record.median, record.threads)
+        if dense is None or chosen is None:
+            return None
+        return Time(dense.median * relative_time(sparse_task(task, chosen)), dense.threads)
+
+    def _compared(self, tasks: Sequence[Task], percent: int) -> tuple[float, str]:
+        """The sparse kernel's time as a share of the dense one's, of the requests that were
+        measured the one where it is largest; and what it rests on.
+        """
+        skipping = [sparse_task(task, percent) for task in tasks]
+        records = [self._record(task) for task in (*skipping, *tasks)]
+        if all(records) and len({record.threads for record in records}) == 1:
+            ours, theirs = _total(records[: len(tasks)]), _total(records[len(tasks) :])
+            shares = {tokens: ours[tokens] / theirs[tokens] for tokens in ours if tokens in theirs}
+            if shares:
+                worst = max(shares, key=lambda tokens: shares[tokens])
+                why = f"{ours[worst]:.0f} us, dense {theirs[worst]:.0f} ({worst} tokens)"
+                return shares[worst], f"measured: sparse {why}"
+        share = max(map(relative_time, skipping))
+        return share, f"estimated: sparse takes {share:.2f} of the dense kernel's time"
+
+    def _record(self, task: Task) -> Record | None:
+        return self.log.best(task, self.row) if self.log is not None else None
+
+    def _sparsity(self, name: str) -> Sparsity:
+        if name not in self._analysed:
+            self._analysed[name] = analyse(self.params[name])
+        return self._analysed[name]
+
+    def _share(self, name: str, lane: int) -> float:
+        if (name, lane) not in self._lanes:
+            zeros = self._sparsity(name).zeros
+            self._lanes[name, lane] = density(self.params[name], lane) if zeros else 1.0
+        return self._lanes[name, lane]
+
+
+def _total(records: Sequence[Record]) -> dict[int, float]:
+    """Microseconds of all together, by the numbers of tokens that all were measured on."""
+    tokens = set.intersection(*(set(record.times) for record in records))
+    return {count: sum(record.times[count] for record in records) for count in sorted(tokens)}
+
+
+def rounded(share: float) -> int:
+    """The density of a task: percent, up to the next of DENSITIES."""
+    return next(one for one in DENSITIES if share * 100 <= one * NEAR)
+
+
+def sparse_task(task: Task, percent: int) -> Task:
+    """The task of the sparse kernel that does what a "dense" task's does."""
+    return Task("sparse", {**task.shape, "density": percent})
+
+
+def alternatives(graph: Graph) -> list[Task]:
+    """For each layer where there was a choice, the task of the kernel that it did not get."""
+    forms = Forms(graph)
+    found = []
+    for var, name in _layers(forms):
+        task, known = forms.task(var), graph.plan[name].sparse
+        if task.operation == "sparse":
+            shape = {key: value for key, value in task.shape.items() if key != "density"}
+            found.append(Task("dense", shape))
+        elif known is not None and known.why:
+            found.append(sparse_task(task, rounded(known.lanes)))
+    return list(dict.fromkeys(found))
+
+
+def report(plan: Plan) -> list[dict[str, Any]]:
+    """A row per layer whose zeros were looked at, for the manifest: "layer", "precision",
+    "pattern", "zeros %" of its elements, "lanes %" that are not zero, "kernel", "why".
+    """
+    return [
+        {
+            "layer": name,
+            "precision": one.precision,
+            "pattern": one.sparse.pattern,
+            "zeros %": round(100 * one.sparse.zeros, 1),
+            "lanes %": round(100 * one.sparse.lanes, 1),
+            "kernel": "dense" if one.sparse.density is None else "sparse",
+            "why": one.sparse.why or None,
+        }
+        for name, one in plan.items()
+        if one.sparse is not None
+    ]
+
+
+def as_text(rows: Sequence[Mapping[str, Any]], sparse: str) -> str:
+    """What `bertile inspect --sparse` prints of a manifest's "sparsity"; `sparse` as it was asked
+    for.
+    """
+    if not rows:
+        return f"no layer's zeros were looked at: compiled with --sparse {sparse}"
+    return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _layers(forms: Forms) -> Iterator[tuple[relax.Var, str]]:
+    """The variable and the weight's name of every linear layer whose weight is a parameter."""
+    for binding in forms.flow.bindings:
+        if name := _weight(forms.flow, binding.value):
+            yield binding.var, name
+
+
+def _weight(flow: Dataflow, value: Any) -> str | None:
+    """The name of the weight of a linear layer; None of anything else."""
+    if not ops.is_call(value, "bertile.dense"):
+        return None
+    weight = flow.definition(value.args[1])
+    return weight.name if isinstance(weight, relax.Var) else None

@@ -1,0 +1,26 @@
+"""The task of a sparse kernel comes in; its time, as a share of the dense kernel's, goes out."""
+
+from __future__ import annotations
+
+from bertile.schedules.cpu.product import group
+from bertile.schedules.task import Task
+
+# Of a multiply-add in the sparse kernel, against one in the dense kernel: each loads its own vector
+# of the input and an index, where a tile of the dense kernel loads them once for several outputs.
+STEP = {"fp32": 1.7, "fp16": 1.7, "bf16": 1.7, "int8": 1.7}
+# Of an output's list, in multiply-adds of the dense kernel: its start, its end, and the epilogue of
+# a tile that is one output wide.
+LIST = 24.0
+
+
+def relative_time(task: Task) -> float:
+    """Time of a "sparse" task divided by that of the dense kernel of the same layer.
+
+    Both kernels do their multiply-adds at a constant rate, the sparse one on `density` percent of
+    them, and the sparse one pays for each output beside:
+
+        density / 100 × STEP + LIST / (lanes of inputs)
+    """
+    depth = -(-task.shape["inputs"] // group(task))
+    precision = str(task.shape.get("precision", "fp32")).removesuffix("_static")
+    return task.shape["density"] / 100 * STEP[precision] + LIST / depth

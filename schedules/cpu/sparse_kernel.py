@@ -1,0 +1,122 @@
+"""The loops of the sparse matrix product in lanes; what it computes is said in ``sparse``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from bertile.schedules.cpu import lanes
+from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
+from bertile.schedules.cpu.product import Epilogue, arguments, precision
+from bertile.schedules.cpu.sparse_pack import Layout
+from bertile.schedules.schedule import Knobs, Row
+from bertile.schedules.task import Task
+
+
+def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
+    """The PrimFunc (x, [range], [residual], values, index, starts, slots, lanes, [scale, [shift]],
+    b, [limits], y).
+    """
+    math = arithmetic(precision(task).removesuffix("_static"), row)
+    of = Layout.of(task, knobs)
+    with lanes.kernel(task.name) as made:
+
+        def weights() -> list[Any]:
+            nonzeros = T.int32()
+            return [
+                made.tensor("values", nonzeros, dtype=math.weight),
+                made.tensor("index", nonzeros, dtype=of.index),
+                made.tensor("starts", of.groups * of.parts * of.panels + 1, dtype="int32"),
+                made.tensor("slots", of.groups, of.parts, of.places, dtype=of.slot),
+                made.tensor("lanes", of.groups, of.places // of.packed, dtype="int32"),
+            ]
+
+        x, lists, epilogue = arguments(made, task, math, of.groups * of.places, weights)
+        chunk, wide = knobs["chunk"], knobs["token_blocks"]
+        chunks = T.Bind((made.blocks + (chunk - 1)) // chunk)
+        with T.parallel(of.groups * chunks) as job:
+            # the sums of a group's outputs; too long for registers, short enough for the caches
+            sums = T.alloc_buffer((of.places * wide, lanes.LANES), math.total)
+            tile = _Tile(of, math, x, lists, epilogue, sums)
+            group = T.Bind(job // chunks)
+            first = T.Bind(job % chunks * chunk)
+            count = T.Bind(T.min(chunk, made.blocks - first))
+            with T.serial(count // wide) as t:
+                tile.emit(group, first + t * wide, wide)
+            # what is left by tiles of half the width, and again
+            while wide > 1:
+                rest, wide = first + count // wide * wide, wide // 2
+                with T.If(count // wide % 2 == 1), T.Then():
+                    tile.emit(group, rest, wide)
+    return made.func
+
+
+class _Tile:
+    """Emits the product of a group's outputs and a few token blocks."""
+
+    def __init__(
+        self,
+        of: Layout,
+        math: Arithmetic,
+        x: Any,
+        lists: list[Any],
+        epilogue: Epilogue,
+        sums: Any,
+    ) -> None:
+        self.of, self.math, self.x, self.epilogue, self.sums = of, math, x, epilogue, sums
+        self.values, self.index, self.starts, self.slots, self.lanes = lists
+
+    def emit(self, group: Any, block: Any, token_blocks: int) -> None:
+        """The outputs of ``group`` for ``token_blocks`` blocks from ``block``."""
+        for part in range(self.of.parts):
+            with T.serial(self.of.panels) as panel:
+                self._panel(group, part, panel, block, token_blocks)
+        self._finish(group, block, token_blocks)
+
+    def _panel(self, group: Any, part: int, panel: Any, block: Any, token_blocks: int) -> None:
+        outputs = self.of.outputs
+        registers = iter(lanes.registers(outputs * token_blocks, dtype=self.math.total))
+        tile = [[next(registers) for _ in range(token_blocks)] for _ in range(outputs)]
+        slots = [
+            T.Bind(self.slots[group, part, panel * outputs + n].astype("int32") * token_blocks)
+            for n in range(outputs)
+        ]
+        for totals, slot in zip(tile, slots):
+            for t, total in enumerate(totals):
+                value = self.math.zero() if part == 0 else lanes.load(self.sums, slot + t)
+                lanes.write(total, value)
+        at = T.Bind((group * self.of.parts + part) * self.of.panels + panel)
+        low = T.Bind(self.starts[at])
+        with T.serial(self.starts[at + 1] - low) as position:
+            for n, totals in enumerate(tile):
+                entry = (low + position) * outputs + n
+                k = T.Bind(self.index[entry].astype("int32") + part * self.of.part)
+                w = self.math.spread(self.values[entry])
+                for t, total in enumerate(totals):
+                    x = lanes.load(self.x, block + t, k)
+                    lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
+        for totals, slot in zip(tile, slots):
+            for t, total in enumerate(totals):
+                lanes.store(self.sums, lanes.read(total), slot + t)
+
+    def _finish(self, group: Any, block: Any, token_blocks: int) -> None:
+        """The group's sums as values, with activation and residual, stored as y wants them."""
+        packed = self.of.packed
+        with T.serial(self.of.places // packed) as i:
+            lane = T.Bind(self.lanes[group, i])
+            with T.If(lane < self.of.lanes), T.Then():
+                with T.serial(token_blocks) as t:
+                    values = []
+                    for j in range(packed):
+                        total = lanes.load(self.sums, (i * packed + j) * token_blocks + t)
+                        place = group * self.of.places + i * packed + j
+                        value = self._value(total, place, block + t)
+                        value = self.epilogue.finished(value, block + t, lane * packed + j)
+                        values.append(T.Bind(value))
+                    self.epilogue.store(values, block + t, lane)
+
+    def _value(self, total: Any, place: Any, block: Any) -> Any:
+        value = self.epilogue.value(total, place, block)
+        # sums of floats start at zero, and get their bias here
+        return value if self.math.group == 4 else value + lanes.splat(self.epilogue.b[place])

@@ -1,0 +1,68 @@
+"""What a small graph computes, in float64 by numpy, for tests that change graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from bertile.graph import Graph
+from bertile.quantization import quantize_input
+from bertile.schedules.reference import apply_activation, softmax
+
+BATCH, LENGTH = 2, 5
+
+
+def evaluate(graph: Graph, seed: int = 0) -> np.ndarray:
+    """The result of a graph of dense layers, attention and additions, in float64 by numpy; the
+    input of a layer whose plan has a range is rounded as that says.
+    """
+    rng = np.random.default_rng(seed)
+    extents = {"batch": BATCH, "length": LENGTH, "m": 1}
+    found = {}
+    for var in graph.main.params:
+        shape = [extents[e.name] if hasattr(e, "name") else int(e) for e in var.ty.shape]
+        random = rng.standard_normal(shape) if var.name not in graph.params else None
+        found[var] = graph.params[var.name].astype("float64") if random is None else random
+
+    def value(expr: Any) -> np.ndarray:
+        if isinstance(expr, relax.Var):
+            return found[expr]
+        if isinstance(expr, tvm.ir.GenericConst):
+            return expr.value.numpy().astype("float64")
+        return COMPUTED[expr.op.name](graph, expr, *map(value, expr.args))
+
+    for binding in graph.main.body.blocks[0].bindings:
+        found[binding.var] = value(binding.value)
+    return found[graph.main.body.body]
+
+
+def _dense(graph, call, x, w, b, residual=0.0):
+    plan = graph.plan.get(getattr(call.args[1], "name", ""))
+    if plan is not None and plan.static:
+        smooth = 1.0 if plan.smooth is None else plan.smooth
+        rows = (x * smooth).reshape(-1, x.shape[-1])
+        x = quantize_input(rows, plan.low, plan.high).values().reshape(x.shape) / smooth
+    return apply_activation(str(call.attrs["activation"]), x @ w + b) + residual
+
+
+def _attention(graph, call, qkv, mask, bias=0.0):
+    heads, size = int(call.attrs["heads"]), int(call.attrs["head_size"])
+    q, k, v = (
+        part.reshape(BATCH, LENGTH, heads, size).transpose(0, 2, 1, 3)
+        for part in np.split(qkv, 3, axis=2)
+    )
+    scores = q @ k.swapaxes(2, 3) * float(call.attrs["scale"]) + mask + bias
+    return (softmax(scores) @ v).transpose(0, 2, 1, 3).reshape(BATCH, LENGTH, -1)
+
+
+COMPUTED = {
+    "bertile.dense": _dense,
+    "bertile.attention": _attention,
+    "relax.add": lambda graph, call, a, b: a + b,
+    "relax.multiply": lambda graph, call, a, b: a * b,
+    "relax.matmul": lambda graph, call, a, b: a @ b,
+    "relax.permute_dims": lambda graph, call, a: a.T,
+}

@@ -1,0 +1,184 @@
+"""Sparse matrix products against numpy and against the dense kernel, and how weights are packed."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from bertile import targets
+from bertile.schedules.cpu.dense import dense
+from bertile.schedules.cpu.sparse import sparse
+from bertile.schedules.cpu.vector_math import ACTIVATIONS
+from bertile.schedules.task import Task
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8_static")
+
+
+def product(inputs, outputs, activation="none", residual=False, density=20, **more):
+    shape = {"inputs": inputs, "outputs": outputs, "activation": activation, "residual": residual}
+    return Task("sparse", {**shape, **more, "density": density})
+
+
+def as_dense(task):
+    return Task("dense", {k: v for k, v in task.shape.items() if k != "density"})
+
+
+@pytest.fixture(scope="module", params=["x86-avx512-bf16", "x86-avx512", "x86-avx2"])
+def kernels(request, kernels_of):
+    return kernels_of(request.param)
+
+
+@pytest.fixture
+def row(kernels, request):
+    """Skips bfloat16 where the row has none: such a kernel cannot be built."""
+    if request.node.callspec.params["precision"] == "bf16" and not kernels.row.bf16:
+        pytest.skip(f"{kernels.row.name} has no bfloat16 instructions")
+    return kernels.row
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", [(768, 768), (13, 17), (26, 26), (312, 100), (97, 2), (1, 5)])
+def test_product_equals_numpy(kernels, row, precision, shape):
+    assert kernels.mistake(product(*shape, precision=precision), blocks=3) is None
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 8, 33])
+def test_product_takes_any_number_of_blocks(kernels, row, precision, blocks):
+    task = product(64, 40, "relu", residual=True, precision=precision)
+    assert kernels.mistake(task, blocks) is None
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("writes", ["to_bf16", "to_int8"])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_product_writes_what_the_next_layer_reads(kernels, row, precision, writes, activation):
+    task = product(52, 44, activation, precision=precision, writes=writes)
+    assert kernels.mistake(task, blocks=3) is None
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_values_are_written_in_pairs_of_tokens(kernels, row, precision):
+    task = product(52, 36, precision=precision, writes="to_bf16", values_from=24)
+    assert kernels.mistake(task, blocks=5) is None
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_any_point_of_the_space_is_right(kernels, row, precision):
+    task = product(520, 84, "gelu", True, precision=precision, writes="to_bf16")
+    for knobs in kernels.points(task, 4):
+        assert kernels.mistake(task, 13, knobs) is None, knobs
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_activation_comes_before_the_residual(kernels, activation, residual):
+    assert kernels.mistake(product(32, 33, activation, residual), blocks=3) is None
+
+
+@pytest.mark.parametrize("density", [1, 5, 50, 100])
+def test_lists_may_have_any_length(kernels, density):
+    assert kernels.mistake(product(96, 48, density=density, precision="int8"), blocks=5) is None
+
+
+def outcome(kernels, task, x, weights, blocks):
+    """What the kernel of a task makes of these operands."""
+    schedule = {"dense": dense, "sparse": sparse}[task.operation]
+    knobs = schedule.default(task, kernels.row)
+    operands = [*x, *schedule.pack(task, knobs, weights)]
+    shape = (blocks, task.shape["outputs"], 16)
+    return kernels.call(kernels.build(task, knobs), operands, shape)
+
+
+ZEROS = {
+    "no lane": lambda w: w * 0,
+    "outputs": lambda w: w * (np.arange(w.shape[1]) % 3 == 1),
+    "inputs": lambda w: w * (np.arange(len(w)) >= 60)[:, None],
+    "one output": lambda w: w * (np.arange(w.shape[1]) == 7),
+    "nothing": lambda w: w,
+    "negative zeros": lambda w: np.where(np.arange(len(w))[:, None] % 2, w, -0.0 * np.abs(w)),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8_static"])
+@pytest.mark.parametrize("zeros", ZEROS)
+def test_sums_equal_the_dense_kernel_s(kernels, precision, zeros):
+    """Bit for bit for bytes; sums of floats are taken in another order."""
+    rng, blocks = np.random.default_rng(0), 3
+    task = product(122, 45, "gelu", residual=True, precision=precision)
+    sample = sparse.sample(task, blocks, rng)
+    w = ZEROS[zeros](rng.integers(-127, 128, (122, 45)).astype("float32"))
+    w = w / 512 if precision == "fp32" else w.astype("int8")
+    operands = sample.activations, [w, *sample.weights[1:]], blocks
+    found = outcome(kernels, task, *operands)
+    expected = outcome(kernels, as_dense(task), *operands)
+    if precision == "fp32":
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    else:
+        assert np.array_equal(found, expected)
+
+
+def test_pack_keeps_every_lane_that_is_not_zero_once():
+    task = product(768, 96, density=10)
+    knobs = {"accumulators": 16, "token_blocks": 4, "parts": 3, "groups": 4, "chunk": 16}
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((768, 96)).astype("float32") * (rng.random((768, 96)) < 0.1)
+    b = rng.standard_normal(96).astype("float32")
+    values, index, starts, slots, lanes, bias = sparse.pack(task, knobs, [w, b])
+    assert (index.dtype, slots.dtype) == ("uint8", "uint8")
+    found = np.zeros_like(w)
+    for panel, (start, end) in enumerate(zip(starts, starts[1:])):
+        group, part, inside = panel // 6 // 3, panel // 6 % 3, panel % 6
+        for entry in range(start * 4, end * 4):
+            channel = lanes[group, slots[group, part, inside * 4 + entry % 4]]
+            found[part * 256 + int(index[entry]), channel] += values[entry]
+    assert np.array_equal(found, w)
+    assert np.array_equal(bias, b[lanes.ravel()])
+    assert len(values) < 1.1 * np.count_nonzero(w)
+
+
+def test_groups_get_equal_work():
+    rng = np.random.default_rng(0)
+    counts = np.sort(rng.integers(0, 192, 768))  # the last outputs have the longest lists
+    w = (rng.permuted(np.tile(np.arange(192)[:, None], 768), axis=0) < counts).repeat(4, 0)
+    task = product(768, 768, precision="int8_static")
+    knobs = {"accumulators": 16, "token_blocks": 4, "parts": 1, "groups": 8, "chunk": 16}
+    _, _, starts, *_ = sparse.pack(task, knobs, [w.astype("int8")])
+    work = np.diff(starts[:: len(starts) // 8])
+    assert work.max() <= 1.02 * work.min()
+
+
+def test_flops_counts_two_per_multiply_add_of_a_lane_that_is_not_zero():
+    assert sparse.flops(product(768, 3072, "gelu", density=10), 128) == 2 * 128 * 768 * 3072 / 10
+
+
+BERT = [
+    product(768, 2304, density=10, precision="int8", writes="to_bf16", values_from=1536),
+    product(768, 768, residual=True, density=10, precision="int8_static"),
+    product(768, 3072, "gelu", density=10, precision="int8_static", writes="to_int8"),
+    product(3072, 768, residual=True, density=10),
+    product(768, 2),
+    product(5, 1),
+]
+
+
+@pytest.mark.parametrize("task", BERT, ids=lambda task: task.name)
+@pytest.mark.parametrize("row", targets.TABLE, ids=lambda row: row.name)
+def test_default_lies_in_its_own_space(task, row):
+    assert sparse.valid(task, row, sparse.default(task, row))
+
+
+@pytest.mark.parametrize(
+    ("precision", "instruction"),
+    [("fp32", "vfmadd231ps"), ("int8_static", "vpdpbusd"), ("bf16", "vdpbf16ps")],
+)
+def test_inner_loop_keeps_its_sums_in_registers(kernels_of, precision, instruction):
+    text = kernels_of("x86-avx512-bf16").build(product(768, 768, precision=precision))
+    text = text.inspect_source("asm")
+    loops = [block for block in re.split(r"\n\.L\w+:", text) if instruction in block]
+    loops = [block for block in loops if "(%rsp)" not in block or block.count(instruction) > 8]
+    busiest = max(loops, key=lambda block: block.count(instruction))
+    assert busiest.count(instruction) == 16
+    assert not re.search(r"%zmm\d+, .*\(%r[sb]p", busiest), "spilled"

@@ -1,0 +1,129 @@
+"""Which weights go: the smallest blocks, exactly as many as asked for, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bertile import models, pruning
+from bertile.errors import UsageError
+from bertile.sparsity import BLOCKS, analyse
+
+FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert", "mpnet")
+
+
+def normal(*shape):
+    return np.random.default_rng(5).standard_normal(shape).astype("float32")
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.9, 0.97])
+@pytest.mark.parametrize("pattern", ["unstructured", *BLOCKS])
+def test_smallest_blocks_go_and_the_count_is_exact(pattern, sparsity):
+    w = normal(96, 64)
+    mask = pruning.kept(w, sparsity, pattern)
+    inputs, outputs = BLOCKS.get(pattern, (1, 1))
+    blocks = np.abs(w).reshape(96 // inputs, inputs, 64 // outputs, outputs).sum((1, 3))
+    stays = mask[::inputs, ::outputs]
+    assert np.array_equal(mask, np.kron(stays, np.ones((inputs, outputs), bool)))
+    assert np.count_nonzero(~stays) == round(sparsity * blocks.size)
+    assert blocks[stays].min() > blocks[~stays].max()
+    assert analyse(w * mask).pattern == pattern
+
+
+def test_two_largest_of_four_inputs_stay():
+    w = normal(96, 64)
+    stays = pruning.kept(w, 0.5, "2:4")
+    groups, kept = (one.reshape(24, 4, 64) for one in (np.abs(w), stays))
+    assert (kept.sum(1) == 2).all()
+    assert (np.where(kept, groups, np.inf).min(1) > np.where(kept, 0, groups).max(1)).all()
+    assert analyse(w * stays).pattern == "2:4"
+
+
+def test_something_always_stays():
+    assert pruning.largest(np.array([3.0, 1.0, 2.0]), 0.99).tolist() == [True, False, False]
+    assert pruning.largest(np.array([3.0, 1.0, 2.0]), 0.01).all()
+    assert pruning.largest(np.array([1.0]), 0.9).all()
+
+
+def pruned(family, sparsity, pattern):
+    """A tiny model before and after: its parameters by name, and what is said of its layers."""
+    model = models.load(f"synthetic:{family}-tiny").model
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    rows = pruning.prune(model, family, sparsity, pattern)
+    return before, dict(model.named_parameters()), rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_layer_of_the_encoder_is_pruned_and_nothing_else(family):
+    before, after, rows = pruned(family, 0.9, "4x1")
+    assert len(rows) == (6 if family == "albert" else 12)  # ALBERT's layers share their weights
+    layers = {f"{row.layer}.weight" for row in rows}
+    for name, value in after.items():
+        if name not in layers:
+            assert torch.equal(value, before[name]), name
+    for row in rows:
+        w, old = after[f"{row.layer}.weight"], before[f"{row.layer}.weight"]
+        assert (row.outputs, row.inputs) == tuple(w.shape) and row.pattern == "4x1"
+        blocks = (w == 0).reshape(row.outputs, -1, 4)  # 4 consecutive inputs of one output
+        assert torch.equal(blocks.all(2), blocks.any(2))
+        assert row.zeros == pytest.approx(0.9, abs=1 / blocks.shape[1])
+        assert torch.equal(w[w != 0], old[w != 0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neurons_go_from_both_layers(family):
+    before, after, rows = pruned(family, 0.75, "neurons")
+    for first, second in [rows[i + 4 : i + 6] for i in range(0, len(rows), 6)]:
+        gone = (after[f"{first.layer}.weight"] == 0).all(1)
+        assert int(gone.sum()) == 384
+        assert torch.equal((after[f"{second.layer}.weight"] == 0).all(0), gone)
+        assert torch.equal(after[f"{first.layer}.bias"] == 0, gone)
+        for name, stays in ((first.layer, ~gone), (second.layer, slice(None))):
+            bias = f"{name}.bias"
+            assert torch.equal(after[bias][stays], before[bias][stays])
+    assert all(row.zeros == 0 for i, row in enumerate(rows) if i % 6 < 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_go_from_all_four_layers(family):
+    before, after, rows = pruned(family, 0.5, "heads")
+    for layer in [rows[i : i + 4] for i in range(0, len(rows), 6)]:
+        *into, out = (after[f"{row.layer}.weight"] for row in layer)
+        whole = [before[f"{row.layer}.weight"].abs() for row in layer]
+        sums = sum(w.reshape(2, 64, -1).sum((1, 2)) for w in [*whole[:3], whole[3].T])
+        gone = (sums == sums.min()).repeat_interleave(64)
+        assert all(torch.equal((w == 0).all(1), gone) for w in into)
+        assert torch.equal((out == 0).all(0), gone)
+        assert torch.equal(after[f"{layer[2].layer}.bias"] == 0, gone)
+    assert all(row.zeros == 0 for i, row in enumerate(rows) if i % 6 >= 4)
+
+
+@pytest.mark.parametrize("pattern", ["32x1", "1x16"])
+def test_block_that_does_not_divide_a_layer_is_refused_by_name(pattern):
+    model = models.load("synthetic:bert-odd").model  # 312 channels
+    with pytest.raises(UsageError, match=r"multiple of \d+ (in|out)puts; encoder.*has 312"):
+        pruning.prune(model, "bert", 0.9, pattern)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "pattern", "message"),
+    [
+        (0.9, "4x2", "did you mean '4x1'?"),
+        (0.9, "structured", "did you mean 'unstructured'?"),
+        (0.0, "4x1", "0 is not between 0 and 1"),
+        (1.0, "4x1", "1 is not between 0 and 1"),
+        (90.0, "4x1", "90 is not between 0 and 1"),
+        (float("nan"), "4x1", "nan is not between"),
+        (0.9, "2:4", "is not that of pattern 2:4, which is 0.5"),
+    ],
+)
+def test_what_there_is_not_is_refused(sparsity, pattern, message):
+    with pytest.raises(UsageError) as caught:
+        pruning.check(sparsity, pattern)
+    assert message in str(caught.value)
+
+
+def test_pattern_has_a_sparsity_of_its_own():
+    assert (pruning.check(None, "4x1"), pruning.check(None, "2:4")) == (0.9, 0.5)
+    assert pruning.check(0.5, "2:4") == 0.5

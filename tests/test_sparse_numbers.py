@@ -1,0 +1,125 @@
+"""Models whose zeros are skipped: their numbers, their weights, and what their bundle says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from test_planner import BF16, PLAIN, VNNI, compiled
+from test_sparse_choice import layers, pruned
+
+from bertile import builder, driver, importer, lowering, optimizer, planner
+from bertile.chooser import Chooser
+from bertile.config import Config
+from bertile.precision import LayerPlan
+from bertile.schedules.cpu import SCHEDULES
+from bertile.tuning_log import TuningLog
+
+SIZES = ((2, 21), (1, 70))
+
+
+@pytest.fixture(scope="module")
+def graph(exported):
+    """The two-layer model with nine of ten blocks of 4 inputs zero."""
+    return pruned(optimizer.optimize(importer.import_onnx(exported)))
+
+
+def both(graph, precision, row, tmp_path, exported, sizes=SIZES):
+    """Pairs of an output of the dense and of the sparse kernels, for each size of request."""
+    calls = []
+    for sparse in ("off", "always"):
+        planned = planner.plan_layers(graph, precision, row, sparse=sparse)
+        directory = tmp_path / sparse
+        directory.mkdir()
+        calls.append(compiled(planned, row, directory, exported))
+    for size in sizes:
+        yield list(zip(*(call(*size)[0] for call in calls), strict=True))
+
+
+def assert_same_hidden_states(requests):
+    """Bit for bit; the pooler behind them is in float32, whose sums have an order."""
+    for (want, found), *pooled in requests:
+        np.testing.assert_array_equal(found, want)
+        assert all(np.abs(found - want).max() < 1e-5 for want, found in pooled)
+
+
+def assert_close(requests, tolerance):
+    """All outputs, relative to the largest of each."""
+    for want, found in (pair for pairs in requests for pair in pairs):
+        assert np.abs(found - want).max() <= tolerance * max(1.0, np.abs(want).max())
+
+
+def test_float32_is_that_of_the_dense_kernels(graph, exported, tmp_path):
+    assert_close(both(graph, "fp32", PLAIN, tmp_path, exported), 1e-4)
+
+
+@pytest.mark.parametrize("row", [BF16, PLAIN], ids=lambda row: row.name)
+def test_int8_is_that_of_the_dense_kernels_bit_for_bit(graph, exported, tmp_path, row):
+    """Sums of integers are exact in any order, and the epilogue is the same."""
+    assert_same_hidden_states(both(graph, "int8", row, tmp_path, exported))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_int8_with_smoothing_and_ranges_is_the_same_too(graph, exported, tmp_path, static):
+    limits = {"low": -6.0, "high": 6.0} if static else {}
+    rng = np.random.default_rng(0)
+    plan = {
+        name: LayerPlan(
+            "int8",
+            smooth=rng.uniform(0.8, 1.25, len(graph.params[name])).astype("float32"),
+            **limits,
+        )
+        for name in layers(graph)
+    }
+    smoothed = dataclasses.replace(graph, plan=plan)
+    assert_same_hidden_states(both(smoothed, "int8", VNNI, tmp_path, exported, SIZES[:1]))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 1e-4)])
+def test_halves_are_near_to_the_dense_kernels(graph, exported, tmp_path, precision, tolerance):
+    assert_close(both(graph, precision, BF16, tmp_path, exported), tolerance)
+
+
+def test_layers_without_any_weight_left_and_without_any_zero(graph, exported, tmp_path):
+    empty, full, *_ = layers(graph)
+    rng = np.random.default_rng(0)
+    shapes = {name: graph.params[name].shape for name in (empty, full)}
+    weights = {empty: np.zeros(shapes[empty]), full: rng.standard_normal(shapes[full])}
+    params = {**graph.params, **{name: w.astype("float32") for name, w in weights.items()}}
+    changed = dataclasses.replace(graph, params=params)
+    assert_same_hidden_states(both(changed, "int8", VNNI, tmp_path, exported, SIZES[:1]))
+
+
+def test_work_is_the_multiply_adds_that_are_done(graph, tmp_path):
+    planned = planner.plan_layers(graph, "int8", VNNI, sparse="always")
+    log = TuningLog([tmp_path / "empty"], print)
+    built = builder.build(planned, Chooser(log, VNNI, print), VNNI, tmp_path / "lib.so")
+    sparse = [one for one in built.kernels if one["operation"] == "sparse"]
+    total = sum(one["nonzeros"] * one["calls"] for one in sparse)
+    weights = [graph.params[name] for name in planned.plan if planned.plan[name].sparse.density]
+    groups = [4 if planned.plan[n].precision == "int8" else 1 for n in planned.plan]
+    lanes = [
+        int((w.reshape(-1, group, w.shape[1]) != 0).any(1).sum())
+        for w, group in zip(weights, groups, strict=True)
+    ]
+    assert sum(lanes) <= total <= 1.15 * sum(lanes)  # lists are padded to their neighbours'
+
+
+def test_layers_that_share_weights_store_them_once(tmp_path):
+    exported = driver.export_cached("synthetic:albert-tiny", Config())
+    graph = pruned(optimizer.optimize(importer.import_onnx(exported)))
+    planned = planner.plan_layers(graph, "int8", VNNI, sparse="always")
+
+    def choose(task):
+        return SCHEDULES[task.operation].default(task, VNNI)
+
+    found = lowering.lower(planned, VNNI, choose)
+    shared = [task for task in found.tasks if task.operation == "sparse" and found.tasks[task] > 1]
+    assert shared
+    values = [name for name in found.params if "/values@" in name]
+    names = {layer for layer, one in planned.plan.items() if one.sparse.density}
+    assert (
+        len(values) == len(names) < sum(found.tasks[t] for t in found.tasks if "density" in t.shape)
+    )
+    assert_same_hidden_states(both(graph, "int8", VNNI, tmp_path, exported, SIZES[:1]))
