@@ -1,7 +1,7 @@
 """A torch encoder's linear layers lose their smallest weights, in a pattern, all at once.
 
 One-shot magnitude pruning: blocks of each layer are ranked by the sum of their magnitudes (L1), and
-the smallest are set to zero. Nothing is trained, so accuracy suffers; see the README.
+the smallest are set to zero. Nothing is trained, so accuracy suffers.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _prune_blocks(layer: dict[str, Any], sparsity: float, pattern: str) -> None:
                     f"pattern {pattern} needs a multiple of {size} {what}; {name} has {extent}",
                     "choose another pattern",
                 )
-        w *= kept(w, sparsity, pattern)
+        w[~kept(w, sparsity, pattern)] = 0
 
 
 def _prune_units(into: list[Any], out: Any, count: int, sparsity: float) -> None:
@@ -143,11 +143,11 @@ def _prune_units(into: list[Any], out: Any, count: int, sparsity: float) -> None
     sums = [np.abs(_array(one.weight)).sum(1, dtype="float64") for one in into]
     sums.append(np.abs(_array(out.weight)).sum(0, dtype="float64"))
     stays = largest(sum(sums).reshape(count, -1).sum(1), sparsity)
-    channels = stays.repeat(out.in_features // count)
-    _array(out.weight)[:] *= channels
+    gone = ~stays.repeat(out.in_features // count)
+    _array(out.weight)[:, gone] = 0
     for one in into:
-        _array(one.weight)[:] *= channels[:, None]
-        _array(one.bias)[:] *= channels
+        _array(one.weight)[gone] = 0
+        _array(one.bias)[gone] = 0
 
 
 def _row(name: str, linear: Any) -> Pruned:

@@ -49,9 +49,13 @@ def write(
     dynamic=True,
     types=True,
     dtype=torch.int64,
+    change=lambda model: None,
 ):
-    """Write the model as torch's TorchScript exporter does, and optimum after it, or dynamo."""
+    """Write the model, changed in place, as torch's TorchScript exporter does, and optimum after
+    it, or dynamo.
+    """
     model = synthetic.build(getattr(transformers, AUTO[head]), synthetic.config(name))
+    change(model)
     model.set_attn_implementation(attention)
     names = INPUTS[: 3 if types else 2]
     ids = torch.arange(32).reshape(2, 16) + 5

@@ -108,8 +108,7 @@ class _Cut:
         unread, constant = ~self.v.any(1), ~self.w[:, -self.channels :].any(0)
         unneeded = (unread | constant).reshape(-1, self.size).all(1)
         gone = np.zeros_like(unneeded)
-        some_stay = unneeded.any() and not unneeded.all()
-        group = lcm(self._block(), self.size) // self.size if some_stay else 1
+        group = lcm(self._block(), self.size) // self.size if unneeded.any() else 1
         if len(unneeded) % group:
             return gone
         units = np.flatnonzero(np.repeat(unneeded.reshape(-1, group).all(1), group))
@@ -121,10 +120,14 @@ class _Cut:
         return gone
 
     def _block(self) -> int:
-        """How many channels side by side a block of zeros of either weight holds."""
+        """How many channels side by side a block of zeros of either weight holds.
+
+        Channels that are zero as a whole count as full: they are no sign of blocks.
+        """
         blocks = {**BLOCKS, "2:4": (4, 1)}
-        _, outputs = blocks.get(analyse(self.w).pattern, (1, 1))
-        inputs, _ = blocks.get(analyse(self.v).pattern, (1, 1))
+        columns, rows = self.w.any(0), self.v.any(1, keepdims=True)
+        _, outputs = blocks.get(analyse(np.where(columns, self.w, 1)).pattern, (1, 1))
+        inputs, _ = blocks.get(analyse(np.where(rows, self.v, 1)).pattern, (1, 1))
         return lcm(outputs, inputs)
 
     def apply(self) -> Graph:
