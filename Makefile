@@ -10,13 +10,16 @@ MODELS ?= minilm synthetic:distilbert-base synthetic:bert-base synthetic:bert-la
 BATCHES ?= 1,8
 LENGTHS ?= 16,32,64,128,384
 LOG_SECONDS ?= 300
+# What `make bench-sparse` prunes, of the synthetic models.
+SPARSE_MODEL ?= bert-base
 
 # What `make bench-tuning` tunes from an empty log, and times beside the shipped log's kernels.
 TUNING_MODEL ?= synthetic:bert-base
 TUNING_TRIALS ?=
 TUNING := out/tuning
 
-.PHONY: help demo test test-slow lint format bench bench-precisions bench-tuning logs clean
+.PHONY: help demo test test-slow lint format bench bench-precisions bench-sparse bench-tuning logs
+.PHONY: clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +28,7 @@ help:
 	@echo "make lint       ruff; make format lets it rewrite"
 	@echo "make bench      time models beside ONNX Runtime, OpenVINO and PyTorch, into README.md"
 	@echo "make bench-precisions   the same in int8 and bf16, with DeepSparse"
+	@echo "make bench-sparse   pruned models beside peers, and time against sparsity, into README.md"
 	@echo "make bench-tuning   tune a model from an empty log, compare with the shipped one (10 min)"
 	@echo "make logs       tune the kernels whose logs ship in tuning_logs (two hours)"
 	@echo "make clean      remove .venv, out and what Python and the tests left"
@@ -56,6 +60,11 @@ bench-precisions: $(VENV)/.bench
 	  $(BIN)/bertile bench $(MODELS) --precision $$precision \
 	    --against onnxruntime,openvino,torch,deepsparse --batch $(BATCHES) --length $(LENGTHS) \
 	    --markdown || exit; done
+
+# Table into the README, curve (.svg, .csv) beside the module that draws it; peers get the same zeros.
+bench-sparse: $(VENV)/.bench
+	@$(BIN)/python -m bertile.evaluation.sparse_bench --model $(SPARSE_MODEL) \
+	  --update-readme README.md -o pipeline/evaluation
 
 # "bertile / it" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.
 bench-tuning: $(VENV)/.bench

@@ -48,9 +48,10 @@ def bench(
     behind a warm-up. `onnx` None exports the bundle's source again, from the cache where it can.
     Gives "rows", one per engine and size, in milliseconds of a call: "ratio" is Bertile's median
     divided by the engine's, "best_ratio" (in Bertile's rows) by that of the fastest other library
-    in its precision; "peak_percent" is the model's work over what the machine reached on registers
-    alone in the engine's precision; "cosine" and "max_abs_difference" compare outputs with
-    float32's. `startup` adds "startup", rows on new processes.
+    in its precision; "peak_percent" is the model's work, without the zeros that Bertile skips, over
+    what the machine reached on registers alone in the engine's precision; "cosine" and
+    "max_abs_difference" compare outputs with float32's. `startup` adds "startup", rows on new
+    processes.
     """
     _check({"batch": batches, "length": lengths, "repeat": [repeat]})
     _check({} if threads is None else {"threads": [threads]})

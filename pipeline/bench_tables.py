@@ -39,7 +39,12 @@ NEW_PROCESSES = (
     "First result: from the start of a new process, Python and imports included; resident: what it"
     " holds then, of which Bertile's weights take the last column; medians of 5 processes."
 )
-OPEN, CLOSE = "<!-- bench -->", "<!-- /bench -->"
+MEANINGS = (
+    "peak %: of the multiply-adds that the model asks for, without zeros that Bertile skips;"
+    " bertile / it: Bertile's median divided by that engine's, below 1 where Bertile is faster;"
+    " bertile / best: by that of the fastest"
+    " other library in the same precision; cosine: of the outputs to float32's."
+)
 
 Report = dict[str, Any]
 
@@ -68,16 +73,16 @@ def as_csv(reports: Sequence[Report]) -> str:
     return text.getvalue().rstrip("\n")
 
 
-def facts(reports: Sequence[Report]) -> str:
-    """One paragraph: processor, threads, peak, date, how busy the machine was, what is missing."""
+def facts(reports: Sequence[Report], columns: str = MEANINGS) -> str:
+    """One paragraph: processor, threads, peak, date, what columns mean, how busy the machine was,
+    what is missing.
+    """
     first = reports[0]
     busiest = max((report["busy"] for report in reports), key=lambda b: b["others_percent"] or 0)
     lines = [
         f"{first['cpu']}; {first['threads']} threads; {_peaks(reports)};"
         f" {first['repeat']} calls of each engine, in turns, after warm-up; {first['time']}.",
-        "bertile / it: Bertile's median divided by that engine's, below 1 where Bertile is faster;"
-        " bertile / best: by that of the fastest"
-        " other library in the same precision; cosine: of the outputs to float32's.",
+        columns,
         f"{busy_sentence(busiest)[0].upper()}{busy_sentence(busiest)[1:]}.",
     ]
     notes = dict.fromkeys(note for report in reports for note in report["notes"])
@@ -86,14 +91,23 @@ def facts(reports: Sequence[Report]) -> str:
 
 def update_readme(path: Path, reports: Sequence[Report], command: str) -> None:
     """Put the table between the markers of a file; UsageError where it lacks them."""
+    text = f"{as_table(reports, markdown=True)}\n\nMade by `{command}`."
+    write_block(path, "bench", text)
+
+
+def write_block(path: Path, name: str, content: str) -> None:
+    """Put a text between <!-- NAME --> and <!-- /NAME --> of a file; UsageError where it lacks
+    them.
+    """
     text = path.read_text(encoding="utf-8")
-    block = f"{OPEN}\n{as_table(reports, markdown=True)}\n\nMade by `{command}`.\n{CLOSE}"
-    found = re.compile(f"{re.escape(OPEN)}.*?{re.escape(CLOSE)}", re.DOTALL)
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    found = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
     if len(found.findall(text)) != 1:
         raise UsageError(
-            f"{path} has no place for the table", f"write {OPEN} and {CLOSE} into it once, in order"
+            f"{path} has no place for the table", f"write {start} and {end} into it once, in order"
         )
     beside = path.with_name(f".{path.name}.{os.getpid()}")
+    block = f"{start}\n{content}\n{end}"
     try:
         beside.write_text(found.sub(lambda _: block, text), encoding="utf-8")
         beside.replace(path)

@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from bertile import peer_models
+from bertile import driver, peer_models
+from bertile.config import Config
 from bertile.engines import Engine, Source, Worker
 from bertile.exported import ExportedModel
 from bertile.progress import Progress
@@ -86,3 +87,50 @@ def test_openvino_runs_what_nncf_has_quantized(exported: ExportedModel, tmp_path
         assert 0.98 < cosine(want, worker.outputs(inputs)) < 0.999999
     finally:
         worker.close()
+
+
+@pytest.fixture(scope="module")
+def pruned() -> ExportedModel:
+    """Nine of ten blocks of 4 inputs of one output are zero in every linear layer."""
+    return driver.export_cached("synthetic:bert-tiny@0.9:4x1", Config())
+
+
+PRUNED_ELEMENTS = 2 * (4 * 128 * 128 + 2 * 128 * 512)  # of two layers, without the pooler
+
+
+def elements_with_zero_blocks(weights: list[np.ndarray]) -> int:
+    """Of the w (K, N) of which nine of ten blocks of 4 inputs are zero."""
+    shares = [float((w.reshape(len(w) // 4, 4, -1) == 0).all(1).mean()) for w in weights]
+    return sum(w.size for w, share in zip(weights, shares) if abs(share - 0.9) < 0.02)
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime", "deepsparse"])
+def test_int8_form_keeps_the_zeros_of_a_pruned_model(
+    pruned: ExportedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    places = {"MatMulInteger": 1, "QAttention": 1, "QLinearMatMul": 3}
+    monkeypatch.setattr(peer_models, "CALIBRATION_SAMPLES", 4)
+    peer_models.FORMS[kind, "int8"][1](pruned.onnx_path, pruned, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    values = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    names = [node.input[places[node.op_type]] for node in graph.node if node.op_type in places]
+    found = [values[name] for name in names if name in values]
+    assert {one.dtype for one in found} == {np.dtype("int8")}
+    assert elements_with_zero_blocks(found) == PRUNED_ELEMENTS
+
+
+@pytest.mark.slow
+def test_openvinos_int8_form_keeps_the_zeros_of_a_pruned_model(
+    pruned: ExportedModel, tmp_path: Path
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    path = form("openvino", "int8", pruned, tmp_path)
+    operators = openvino.Core().read_model(path).get_ops()
+    constants = [one for one in operators if one.get_type_name() == "Constant"]
+    found = [one.data for one in constants if one.get_element_type().get_type_name() == "i8"]
+    weights = [one for one in found if one.ndim == 2 and len(one) % 4 == 0]
+    assert elements_with_zero_blocks(weights) == PRUNED_ELEMENTS

@@ -1,0 +1,201 @@
+"""A synthetic model comes in, pruned to several degrees; how fast it is beside other engines on the
+same weights goes out: a table, a curve, and where the time goes.
+
+python -m bertile.evaluation.sparse_bench --update-readme README.md -o pipeline/evaluation
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from bertile import bench, bench_tables, driver, inspector, loader
+from bertile.commands import cache_directory
+from bertile.config import Config
+from bertile.evaluation import sparse_curve
+from bertile.evaluation.sparse_curve import Row, Series, named
+from bertile.option_lists import words
+from bertile.progress import Progress
+from bertile.tables import table
+
+
+class Case(NamedTuple):
+    """One request on one pruned model, and at most which share of the best peer's time it takes."""
+
+    precision: str
+    sparsity: float
+    pattern: str
+    batch: int
+    length: int
+    goal: float
+
+
+CASES = (
+    Case("int8", 0.8, "4x1", 1, 128, 0.60),
+    Case("int8", 0.9, "4x1", 1, 128, 0.50),
+    Case("int8", 0.95, "4x1", 1, 128, 0.50),
+    Case("fp32", 0.9, "unstructured", 1, 128, 0.80),
+    *(
+        Case(precision, 0.9, pattern, batch, length, 1.0)
+        for precision, pattern in (("int8", "4x1"), ("fp32", "unstructured"))
+        for batch, length in ((1, 32), (1, 384), (8, 128))
+    ),
+)
+POINTS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+PEER_POINTS = (0.8, 0.9, 0.95)
+# Of the peers only on the patterns of the table: forms in 8 bits take minutes to make.
+CURVES = (("int8", "4x1", True), ("int8", "unstructured", False), ("fp32", "unstructured", True))
+PEERS = ("onnxruntime", "openvino", "deepsparse")
+NAME = "sparse_curve"
+MEANINGS = (
+    "Every engine has the same pruned weights, in its own form of the precision; bertile / best:"
+    " Bertile's median divided by the fastest other engine's."
+)
+
+
+def run_cases(
+    model: str, cases: Sequence[Case], config: Config, progress: Progress, **choices: Any
+) -> list[tuple[Case, dict[str, Any]]]:
+    """Each case with the report of a benchmark on it; `choices` are ``bench.bench``'s."""
+    together: dict[tuple, list[Case]] = defaultdict(list)  # what one run of the engines answers
+    for case in cases:
+        together[case.precision, case.sparsity, case.pattern, case.batch].append(case)
+    found: dict[Case, dict[str, Any]] = {}
+    for (precision, sparsity, pattern, batch), some in together.items():
+        asked = dataclasses.replace(config, precision=precision)
+        source, lengths = named(model, sparsity, pattern), [case.length for case in some]
+        sizes = {"batches": (batch,), "lengths": lengths}
+        (report,) = bench.bench_models([source], asked, progress, **sizes, **choices)
+        for case in some:
+            rows = [row for row in report["rows"] if row["length"] == case.length]
+            found[case] = {**report, "rows": rows}
+    return [(case, found[case]) for case in cases]
+
+
+def as_table(results: Sequence[tuple[Case, dict[str, Any]]], markdown: bool = False) -> str:
+    """A row a case: our time, that of each peer, our share of the best peer's, and the goal."""
+    engines = dict.fromkeys(
+        (row["engine"], report["versions"][row["engine"]])
+        for _, report in results
+        for row in report["rows"]
+        if row["engine"] != "bertile"
+    )
+    header = ("case", "batch", "length", "Bertile ms", "samples/s")
+    header += (*(f"{version} ms" for _, version in engines), "bertile / best", "at most")
+    rows = []
+    for case, report in results:
+        times = {row["engine"]: row["median_ms"] for row in report["rows"]}
+        ours = next(row for row in report["rows"] if row["engine"] == "bertile")
+        rows.append(
+            (
+                f"{case.precision} {100 * case.sparsity:g}% {case.pattern}",
+                *(case.batch, case.length, ours["median_ms"]),
+                round(1e3 * case.batch / ours["median_ms"], 1),
+                *(times.get(name) for name, _ in engines),
+                *(ours["best_ratio"], case.goal),
+            )
+        )
+    return table(header, rows, markdown)
+
+
+def shares(model: str, case: Case, config: Config, progress: Progress) -> list[tuple[str, float]]:
+    """Percent of a request's time by kind of kernel, the longest first."""
+    asked = dataclasses.replace(config, precision=case.precision)
+    with TemporaryDirectory(prefix="bertile-shares-") as work:
+        directory = Path(work) / "bundle"
+        driver.compile(named(model, case.sparsity, case.pattern), directory, asked, progress)
+        kinds = {
+            one["name"]: one["operation"] for one in loader.read_manifest(directory)["kernels"]
+        }
+        report = inspector.inspect(directory, case.batch, case.length, config.threads, progress)
+    totals: dict[str, float] = defaultdict(float)
+    for row in report["kernels"]:
+        totals[kinds[row["kernel"]]] += row["ms"]
+    whole = sum(totals.values())
+    ordered = sorted(totals, key=lambda kind: -totals[kind])
+    return [(kind, 100 * totals[kind] / whole) for kind in ordered]
+
+
+def sentence(found: Sequence[tuple[str, float]], case: Case) -> str:
+    """Where the time goes, in words."""
+    parts = [f"{kind} {share:.0f}%" for kind, share in found if share >= 0.5]
+    what = f"{case.precision} {100 * case.sparsity:g}% {case.pattern}, {case.length} tokens"
+    return f"Time by kind of kernel ({what}): {', '.join(parts)}."
+
+
+def crossovers(curves: Sequence[Sequence[Row]]) -> str:
+    """Where each curve gets under its dense kernels, in words."""
+    parts = []
+    for rows in curves:
+        found = sparse_curve.crossover(rows)
+        where = "never" if found is None else f"from {100 * found:.0f}%"
+        parts.append(f"{rows[0].precision} {rows[0].pattern} {where}")
+    return (
+        f"The sparse kernels are faster than the dense ones: {', '.join(parts)} of the weights zero"
+        " (all linear layers alike; `--sparse auto` chooses for each)."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, write the curve's files, and print or put into the README what was found."""
+    options = _parser().parse_args(arguments)
+    progress, model, output = Progress(), options.model, Path(options.output)
+    config = Config(
+        threads=options.threads, log_dir=options.log_dir, cache_dir=cache_directory(None)
+    )
+    against = words(options.against)
+    curves = []
+    for precision, pattern, peers in CURVES:
+        points = tuple(options.points)
+        its_peers = tuple(point for point in PEER_POINTS if peers and point in points)
+        series = Series(precision, pattern, points, its_peers, against)
+        curves.append(
+            sparse_curve.measure(model, series, config, options.length, options.repeat, progress)
+        )
+    rows = [row for curve in curves for row in curve]
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{NAME}.csv").write_text(sparse_curve.as_csv(rows), encoding="utf-8")
+    title = f"{model}, {options.length} tokens"
+    (output / f"{NAME}.svg").write_text(sparse_curve.as_svg(rows, title), encoding="utf-8")
+    cases = [case for case in CASES if case.length <= options.longest]
+    results = run_cases(model, cases, config, progress, against=against, repeat=options.repeat)
+    spent = sentence(shares(model, cases[1], config, progress), cases[1])
+    readme = options.update_readme and Path(options.update_readme)
+    block = [
+        as_table(results, markdown=bool(readme)),
+        bench_tables.facts([report for _, report in results], MEANINGS),
+        *((f"![Time against sparsity]({(output / NAME).as_posix()}.svg)",) if readme else ()),
+        crossovers(curves),
+        spent,
+    ]
+    if readme:
+        command = shlex.join(["python", "-m", __spec__.name, *(arguments or sys.argv[1:])])
+        bench_tables.write_block(readme, "bench-sparse", "\n\n".join([*block, f"`{command}`"]))
+    print("\n\n".join(block))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.sparse_bench")
+    add = parser.add_argument
+    add("--model", metavar="NAME", default="bert-base", help="of `synthetic:NAME`")
+    add("--against", metavar="ENGINE", nargs="+", default=list(PEERS), help="as of bertile bench")
+    add("--points", metavar="SHARE", nargs="+", type=float, default=POINTS, help="of the curve")
+    add("--length", metavar="N", type=int, default=128, help="tokens of the curve's request")
+    add("--longest", metavar="N", type=int, default=384, help="leave out longer cases")
+    add("--repeat", metavar="N", type=int, default=30, help="measured calls of each engine")
+    add("--threads", metavar="N", type=int, help="cores to use")
+    add("--log-dir", metavar="DIR", help="your own tuning logs")
+    add("-o", "--output", metavar="DIR", default="out/sparse", help="for the curve's two files")
+    add("--update-readme", metavar="FILE", help="put the result between <!-- bench-sparse --> …")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
