@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from test_planner import BF16, PLAIN, VNNI, compiled
 from test_sparse_choice import layers, pruned
 
-from bertile import builder, driver, importer, lowering, optimizer, planner
+from bertile import (
+    builder,
+    cli,
+    driver,
+    importer,
+    inspector,
+    loader,
+    lowering,
+    optimizer,
+    planner,
+)
 from bertile.chooser import Chooser
 from bertile.config import Config
 from bertile.precision import LayerPlan
 from bertile.schedules.cpu import SCHEDULES
 from bertile.tuning_log import TuningLog
 
+MODEL = "synthetic:bert-tiny@0.9:4x1"
 SIZES = ((2, 21), (1, 70))
 
 
@@ -123,3 +135,54 @@ def test_layers_that_share_weights_store_them_once(tmp_path):
         len(values) == len(names) < sum(found.tasks[t] for t in found.tasks if "density" in t.shape)
     )
     assert_same_hidden_states(both(graph, "int8", VNNI, tmp_path, exported, SIZES[:1]))
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """The same pruned model, compiled with each of --sparse."""
+    directory = tmp_path_factory.mktemp("bundles")
+    for sparse in ("auto", "off", "always"):
+        line = ["compile", MODEL, "--precision", "int8", "--sparse", sparse, "--threads", "1"]
+        assert cli.main([*line, "-q", "-o", str(directory / sparse)]) == 0
+    return directory
+
+
+def test_every_choice_gives_the_same_outputs(bundles):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 1000, (3, 37))
+    answers = {}
+    for path in bundles.iterdir():
+        with loader.load(path) as model:
+            answers[path.name] = model(input_ids=ids)
+    for sparse in ("auto", "always"):
+        want, found = (answers[name]["last_hidden_state"] for name in ("off", sparse))
+        np.testing.assert_array_equal(found, want)
+
+
+def test_zeros_are_not_stored(bundles):
+    sizes = {path.name: (path / loader.WEIGHTS).stat().st_size for path in bundles.iterdir()}
+    assert sizes["always"] < sizes["off"]
+
+
+def test_inspect_says_where_the_zeros_lie(bundles, capsys):
+    assert cli.main(["inspect", str(bundles / "always"), "--sparse", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    pruned_rows = [row for row in rows if row["pattern"] == "4x1"]
+    assert len(pruned_rows) == 8 and len(rows) == 9  # the pooler is not pruned
+    assert {row["kernel"] for row in rows} == {"sparse"}
+    assert all(row["lanes %"] == pytest.approx(10, abs=1) for row in pruned_rows)
+    assert cli.main(["inspect", str(bundles / "off"), "--sparse"]) == 0
+    assert "compiled with --sparse off" in capsys.readouterr().out
+
+
+def test_inspect_measures_sparse_kernels_by_what_they_do(bundles):
+    found = inspector.inspect(bundles / "always", threads=1)
+    rows = [row for row in found["kernels"] if row["kernel"].startswith("sparse")]
+    assert rows and all(0 < row["peak %"] < 100 and 0 < row["bound %"] for row in rows)
+    names = {one["name"]: one for one in loader.read_manifest(bundles / "always")["kernels"]}
+    first = names[rows[0]["kernel"]]
+    seconds = rows[0]["ms"] / 1e3 / first["calls"]
+    lane = 4 if "precision" in first["shape"] else 1
+    assert rows[0]["GFLOP/s"] == pytest.approx(
+        2 * 128 * lane * first["nonzeros"] / seconds / 1e9, rel=0.01
+    )

@@ -68,6 +68,16 @@ def test_second_run_resumes_and_repeats_nothing(tuned):
     assert len(open_log(tuned[0]).records(NORM, ROW)) == before
 
 
+def test_what_a_layer_could_have_instead_is_measured_once(tmp_path):
+    """Its default, so that the choice between the two need not be estimated again."""
+    sparse = Task("sparse", {**SMALL.shape, "density": 10})
+    for trials in (1, 0):
+        given = (Counter(), open_log(tmp_path), ROW, Config(tune="quick"), QUIET, [sparse])
+        assert tuner.tune(*given)["trials"] == trials
+    (record,) = open_log(tmp_path).records(sparse, ROW)
+    assert record.knobs == SCHEDULES["sparse"].default(sparse, ROW) and record.microseconds
+
+
 def test_timeout_ends_the_search_with_what_was_measured(tmp_path):
     result = run(Counter({SMALL: 1}), tmp_path, trials=500, timeout=0.001)
     assert "out of time" in result["text"] and result["trials"] <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -91,6 +92,21 @@ def test_digest_changes_with_what_would_be_chosen_alone(tmp_path):
     assert log.digest(ROW) == before
     log.append(record(1.0, unroll=4))
     assert log.digest(ROW) != before
+
+
+def test_digest_changes_with_the_best_time(tmp_path):
+    """Times decide which of two kernels a layer gets."""
+    log = open_log(tmp_path)
+    log.append(record(5.0, a=1))
+    before = log.digest(ROW)
+    log.append(record(4.0, a=1))
+    assert log.digest(ROW) != before
+
+
+def test_times_are_medians_by_number_of_tokens():
+    made = dataclasses.replace(record(5.0), tokens=128, also={"16": (3.0, 1.0, 2.0)})
+    assert made.times == {128: 6.0, 16: 2.0} and made.median == pytest.approx(12**0.5)
+    assert dataclasses.replace(made, microseconds=()).times == {}
 
 
 def test_unwritable_directory_is_one_sentence(tmp_path):

@@ -22,3 +22,12 @@ def test_work_counts_attention_by_sequence_and_a_pooler_by_first_tokens() -> Non
     attention = batch * 4 * length * length * 2 * 4
     pooler = 2 * batch * 4 * 8
     assert work.request_flops(kernels, batch, length) == products + attention + pooler
+
+
+def test_a_sparse_kernel_counts_the_multiply_adds_that_it_does() -> None:
+    pytest.importorskip("tvm")
+    shape = {"inputs": 64, "outputs": 8, "activation": "none", "residual": False}
+    kernel = {"operation": "sparse", "calls": 3, "nonzeros": 20}
+    for precision, lane in (("fp32", 1), ("bf16", 2), ("int8", 4), ("int8_static", 4)):
+        given = {**kernel, "shape": {**shape, "precision": precision, "density": 10}}
+        assert work.flops(given, 5, 1, 5) == 2 * 5 * 20 * lane
