@@ -9,6 +9,7 @@ BUNDLE ?= out/minilm
 MODELS ?= minilm synthetic:distilbert-base synthetic:bert-base synthetic:bert-large
 BATCHES ?= 1,8
 LENGTHS ?= 16,32,64,128,384
+REPEAT ?= 10
 LOG_SECONDS ?= 300
 # What `make bench-sparse` prunes, of the synthetic models.
 SPARSE_MODEL ?= bert-base
@@ -52,18 +53,19 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.bench
 	@$(BIN)/bertile bench $(MODELS) --against onnxruntime,openvino,torch \
-	  --batch $(BATCHES) --length $(LENGTHS) --startup --markdown --update-readme README.md
+	  --batch $(BATCHES) --length $(LENGTHS) --repeat $(REPEAT) --startup --markdown \
+	  --update-readme README.md
 
 # int8 and bf16 beside the peers' forms of the same; DeepSparse comes into the cache at its first use.
 bench-precisions: $(VENV)/.bench
 	@for precision in int8 bf16; do \
 	  $(BIN)/bertile bench $(MODELS) --precision $$precision \
 	    --against onnxruntime,openvino,torch,deepsparse --batch $(BATCHES) --length $(LENGTHS) \
-	    --markdown || exit; done
+	    --repeat $(REPEAT) --markdown --update-readme README.md || exit; done
 
 # Table into the README, curve (.svg, .csv) beside the module that draws it; peers get the same zeros.
 bench-sparse: $(VENV)/.bench
-	@$(BIN)/python -m bertile.evaluation.sparse_bench --model $(SPARSE_MODEL) \
+	@$(BIN)/python -m bertile.evaluation.sparse_bench --model $(SPARSE_MODEL) --repeat $(REPEAT) \
 	  --update-readme README.md -o pipeline/evaluation
 
 # "bertile / it" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.

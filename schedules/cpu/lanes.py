@@ -68,6 +68,13 @@ def store(buffer: Any, value: Any, *index: Any) -> None:
     T.buffer_store(buffer, value, [*index, RAMP])
 
 
+def prefetch(buffer: Any, *index: Any) -> None:
+    """Ask for the cache line of an element, which may lie outside of the buffer. The kernel links
+    ``llvm.PREFETCH``.
+    """
+    T.evaluate(tirx.call_extern("int32", "bertile_prefetch", T.address_of(buffer[index])))
+
+
 def splat(value: Any) -> Any:
     """A scalar in all 16 lanes."""
     if isinstance(value, (int, float)):

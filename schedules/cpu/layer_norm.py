@@ -1,4 +1,5 @@
-"""LayerNorm in lanes: mean, variance and result are vertical, one pass over the channels each.
+"""LayerNorm in lanes: mean and variance in one pass over the channels, the result in another; all
+sums are vertical.
 
 x (m, C, 16), gamma (C), beta (C)  →  y (m, C, 16)
 
@@ -7,6 +8,9 @@ With a ``kind`` the result is also written in that narrow form (see ``narrow``).
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -43,15 +47,12 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         if narrow:
             narrow.declare_results(made)
         with T.parallel(made.blocks) as block:
-            normalize(
-                x, block, y, block, gamma, beta, channels, task.shape["epsilon"], knobs["sums"]
-            )
-            if narrow:
-                narrow.emit(lambda c: lanes.load(y, block, c), block)
+            operands = (x, block, y, block, gamma, beta)
+            normalize_and_narrow(*operands, channels, task.shape["epsilon"], knobs["sums"], narrow)
     return made.func
 
 
-def normalize(
+def normalize_and_narrow(
     x: Any,
     source: Any,
     y: Any,
@@ -61,36 +62,44 @@ def normalize(
     channels: int,
     epsilon: float,
     sums: int,
+    narrow: Narrow | None,
 ) -> None:
-    """Emit the LayerNorm of ``x[source]`` into ``y[block]``; variance about the mean, not E[x²] -
-    E[x]².
+    """Emit the LayerNorm of ``x[source]`` into ``y[block]``, and what ``narrow`` makes of it.
+
+    Mean and variance come from one pass over x - s, where s is the mean of four channels: E[x²] -
+    E[x]² itself would lose as many digits as the mean is larger than the deviation (Chan, Golub &
+    LeVeque 1983, shifted data).
     """
-    mean = T.Bind(
-        _sum(lambda c: lanes.load(x, source, c), channels, sums) * lanes.splat(1 / channels)
-    )
-
-    def squared(c: Any) -> Any:
-        return (lanes.load(x, source, c) - mean) * (lanes.load(x, source, c) - mean)
-
-    variance = _sum(squared, channels, sums) * lanes.splat(1 / channels)
-    root = tirx.sqrt(variance + lanes.splat(epsilon))
-    scale = T.Bind(lanes.splat(1.0) / root)
+    places = [channels * i // 4 for i in range(4)]
+    shift = T.Bind(sum(lanes.load(x, source, c) for c in places) * lanes.splat(1 / len(places)))
+    moments = _moments(lambda c: lanes.load(x, source, c) - shift, channels, sums)
+    first, second = (T.Bind(total * lanes.splat(1 / channels)) for total in moments)
+    variance = tirx.max(second - first * first, lanes.splat(0.0))
+    mean = T.Bind(first + shift)
+    scale = T.Bind(lanes.splat(1.0) / tirx.sqrt(variance + lanes.splat(epsilon)))
+    see = narrow.watch() if narrow else None
     with T.serial(channels) as c:
         value = (lanes.load(x, source, c) - mean) * scale
-        lanes.store(y, value * lanes.splat(gamma[c]) + lanes.splat(beta[c]), block, c)
+        value = T.Bind(value * lanes.splat(gamma[c]) + lanes.splat(beta[c]))
+        lanes.store(y, value, block, c)
+        if see:
+            see(value, c)
+    if narrow:
+        narrow.emit(lambda c: lanes.load(y, block, c), block)
 
 
-def _sum(term: Any, channels: int, sums: int) -> Any:
-    partial = lanes.registers(sums)
-    for s in range(sums):
-        lanes.write(partial[s], lanes.splat(0.0))
+def _moments(term: Callable[[Any], Any], channels: int, sums: int) -> tuple[Any, Any]:
+    """The sum of a term over the channels, and of its square, in ``sums`` chains each."""
+    partial = lanes.registers(2 * sums)
+    for register in partial:
+        lanes.write(register, lanes.splat(0.0))
     with T.serial(channels // sums) as c:
         for s in range(sums):
-            lanes.write(partial[s], lanes.read(partial[s]) + term(c * sums + s))
-    total = lanes.read(partial[0])
-    for s in range(1, sums):
-        total = total + lanes.read(partial[s])
-    return total
+            value = T.Bind(term(c * sums + s))
+            lanes.write(partial[s], lanes.read(partial[s]) + value)
+            lanes.write(partial[sums + s], lanes.read(partial[sums + s]) + value * value)
+    values = [lanes.read(register) for register in partial]
+    return reduce(operator.add, values[:sums]), reduce(operator.add, values[sums:])
 
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
@@ -117,8 +126,8 @@ def normalized_sample(
 
 
 def flops(task: Task, tokens: int) -> float:
-    """Seven per value: sum, centre and square and sum, normalise and scale and shift."""
-    return 7.0 * tokens * task.shape["channels"]
+    """Eight per value: shift, sum, square and sum, centre, normalise, scale and shift."""
+    return 8.0 * tokens * task.shape["channels"]
 
 
 layer_norm = Schedule("layer_norm", space, default, kernel, sample, flops)

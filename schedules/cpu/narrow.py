@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
 
 KINDS = ("bf16", "int8", "int8_static")
+HIGHEST = 3e38  # above any value
 STATIC = (-5.0, 5.0)  # the range of a sample's values
 
 
@@ -41,6 +43,7 @@ class Narrow:
     limits: Any = None
     values: Any = None
     range: Any = None
+    watched: list[Any] = field(default_factory=list)
 
     @staticmethod
     def of(task: Task) -> Narrow | None:
@@ -67,11 +70,9 @@ class Narrow:
         if self.kind == "bf16":
             self._bf16(value, block)
             return
-        smoothed = value
-        if self.smooth is not None:
 
-            def smoothed(c: Any) -> Any:
-                return value(c) * lanes.splat(self.smooth[c])
+        def smoothed(c: Any) -> Any:
+            return self._smoothed(value(c), c)
 
         if self.kind == "int8_static":
             low, inverse = (lanes.splat(self.limits[i]) for i in range(2))
@@ -87,23 +88,43 @@ class Narrow:
             packed = arithmetic.pack_bf16(value(self.channels - 1), lanes.splat(0.0))
             lanes.store(self.values, packed, block, self.channels // 2)
 
+    def watch(self) -> Callable[[Any, Any], None]:
+        """To be called with every value and its channel while a kernel makes them, before ``emit``:
+        so that the range of each token, where it is wanted, needs no pass of its own.
+        """
+        if self.kind != "int8":
+            return lambda value, c: None
+        self._open(1)
+        return lambda value, c: self._see(self._smoothed(value, c), 0)
+
+    def _smoothed(self, value: Any, c: Any) -> Any:
+        return value if self.smooth is None else value * lanes.splat(self.smooth[c])
+
+    def _open(self, chains: int) -> None:
+        """So many smallest values, then so many largest ones."""
+        self.watched = lanes.registers(2 * chains)
+        for place, register in enumerate(self.watched):
+            lanes.write(register, lanes.splat(HIGHEST if place < chains else -HIGHEST))
+
+    def _see(self, value: Any, chain: int) -> None:
+        low, high = self.watched[chain], self.watched[chain + len(self.watched) // 2]
+        value = T.Bind(value)
+        lanes.write(low, tirx.min(lanes.read(low), value))
+        lanes.write(high, tirx.max(lanes.read(high), value))
+
     def _range(self, value: Callable[[Any], Any], block: Any) -> tuple[Any, Any]:
-        """The smallest and largest value of each token, by as many chains as hide the latency."""
-        chains = 4 if self.channels % 4 == 0 else 1
-        found = lanes.registers(2 * chains)
-        for chain in range(chains):
-            for place in (chain, chains + chain):
-                lanes.write(found[place], value(chain))
-        with T.serial(self.channels // chains) as i:
-            for chain in range(chains):
-                one = T.Bind(value(i * chains + chain))
-                lanes.write(found[chain], tirx.min(lanes.read(found[chain]), one))
-                high = found[chains + chain]
-                lanes.write(high, tirx.max(lanes.read(high), one))
-        low, high = lanes.read(found[0]), lanes.read(found[chains])
-        for chain in range(1, chains):
-            low = tirx.min(low, lanes.read(found[chain]))
-            high = tirx.max(high, lanes.read(found[chains + chain]))
+        """The smallest and largest value of each token: watched, or found by as many chains as
+        hide the latency.
+        """
+        if not self.watched:
+            self._open(4 if self.channels % 4 == 0 else 1)
+            chains = len(self.watched) // 2
+            with T.serial(self.channels // chains) as i:
+                for chain in range(chains):
+                    self._see(value(i * chains + chain), chain)
+        chains = len(self.watched) // 2
+        found = [lanes.read(register) for register in self.watched]
+        low, high = reduce(tirx.min, found[:chains]), reduce(tirx.max, found[chains:])
         return arithmetic.store_range(self.range, block, T.Bind(low), T.Bind(high))
 
     def _bytes(self, value: Callable[[Any], Any], block: Any, low: Any, inverse: Any) -> None:

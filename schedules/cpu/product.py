@@ -15,7 +15,8 @@ from tvm.tirx.script import builder as T
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
-from bertile.schedules.cpu.vector_math import ACTIVATIONS, COARSE
+from bertile.schedules.cpu.vector_math import ACTIVATIONS, ACTIVATIONS_BF16, ACTIVATIONS_INT8
+from bertile.schedules.intrinsics import llvm
 from bertile.schedules.task import Task
 
 
@@ -82,8 +83,8 @@ class Epilogue:
 
     def activation(self) -> Callable[[Any], Any]:
         """The activation on a vector, as exact as the operands are."""
-        known = COARSE if group(self.task) > 1 else ACTIVATIONS
-        return known[self.task.shape["activation"]]
+        known = {1: ACTIVATIONS, 2: ACTIVATIONS_BF16, 4: ACTIVATIONS_INT8}
+        return known[group(self.task)][self.task.shape["activation"]]
 
     def finished(self, value: Any, block: Any, channel: Any) -> Any:
         """A value with activation and residual."""
@@ -139,5 +140,5 @@ def arguments(
     limits = made.tensor("limits", 2) if writes(task) == "to_int8" else None
     form = "float32" if writes(task) == "to_fp32" else "int32"
     y = made.activation("y", outputs // packed(task), form)
-    made.link(math.llvm)
+    made.link(math.llvm + llvm.PREFETCH)
     return x, w, Epilogue(task, range_, residual, scale, shift, b, limits, y)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
 from bertile.schedules.cpu.product import Epilogue, arguments, precision
 from bertile.schedules.cpu.sparse_pack import Layout
+from bertile.schedules.intrinsics import x86
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
 
@@ -19,14 +23,18 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     b, [limits], y).
     """
     math = arithmetic(precision(task).removesuffix("_static"), row)
+    # a broadcast from memory takes the place of a vector load, a shuffle takes none
+    shuffle = row.vector_bits == 512 and math.weight != "int16"
+    math = replace(math, llvm=math.llvm + x86.INDEX + (x86.FOUR if shuffle else ""))
     of = Layout.of(task, knobs)
     with lanes.kernel(task.name) as made:
 
         def weights() -> list[Any]:
             nonzeros = T.int32()
+            values = made.tensor("values", nonzeros, dtype=math.weight)
+            index = made.tensor("index", nonzeros, dtype=of.index)
             return [
-                made.tensor("values", nonzeros, dtype=math.weight),
-                made.tensor("index", nonzeros, dtype=of.index),
+                _Entries(math, shuffle, values, index),
                 made.tensor("starts", of.groups * of.parts * of.panels + 1, dtype="int32"),
                 made.tensor("slots", of.groups, of.parts, of.places, dtype=of.slot),
                 made.tensor("lanes", of.groups, of.places // of.packed, dtype="int32"),
@@ -52,6 +60,47 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     return made.func
 
 
+@dataclass(frozen=True)
+class _Entries:
+    """Reads lists of entries: where a lane of x lies, and its weights in all lanes."""
+
+    math: Arithmetic
+    shuffle: bool  # four weights by one load
+    values: Any
+    index: Any
+
+    def read(self, first: Any, count: int) -> Iterator[tuple[Any, Any]]:
+        """``count`` entries from ``first``, four at a time as far as they go."""
+        for start in range(0, count, 4):
+            some = min(4, count - start)
+            places = self._places(first + start, some)
+            weights = self._weights(first + start, some)
+            for n in range(some):
+                yield T.Bind(places(n)), T.Bind(weights(n))
+
+    def _places(self, first: Any, count: int) -> Callable[[int], Any]:
+        bits = {"uint8": 8, "uint16": 16, "int32": 32}[self.index.dtype]
+        if count * bits not in (32, 64):
+            return lambda n: self.index[first + n].astype("int32")
+        word = self.index[tirx.Ramp(first, 1, count)]
+        word = tirx.reinterpret(f"uint{count * bits}", word).astype("int64")
+        word = T.Bind(tirx.call_extern("int64", "bertile_index", word))
+        mask = tirx.const((1 << bits) - 1, "int64")
+        return lambda n: (word >> tirx.const(n * bits, "int64")) & mask
+
+    def _weights(self, first: Any, count: int) -> Callable[[int], Any]:
+        if not self.shuffle or count < 4:
+            return lambda n: self.math.spread(self.values[first + n])
+        four = tirx.reinterpret("int32x4", self.values[tirx.Ramp(first, 1, 4)])
+        four = T.Bind(tirx.call_extern("int32x16", "bertile_four", four))
+
+        def one(n: int) -> Any:
+            w = tirx.call_extern("int32x16", f"bertile_pick{n}", four)
+            return tirx.reinterpret(f"{self.math.lane}x16", w)
+
+        return one
+
+
 class _Tile:
     """Emits the product of a group's outputs and a few token blocks."""
 
@@ -65,7 +114,7 @@ class _Tile:
         sums: Any,
     ) -> None:
         self.of, self.math, self.x, self.epilogue, self.sums = of, math, x, epilogue, sums
-        self.values, self.index, self.starts, self.slots, self.lanes = lists
+        self.entries, self.starts, self.slots, self.lanes = lists
 
     def emit(self, group: Any, block: Any, token_blocks: int) -> None:
         """The outputs of ``group`` for ``token_blocks`` blocks from ``block``."""
@@ -89,12 +138,10 @@ class _Tile:
         at = T.Bind((group * self.of.parts + part) * self.of.panels + panel)
         low = T.Bind(self.starts[at])
         with T.serial(self.starts[at + 1] - low) as position:
-            for n, totals in enumerate(tile):
-                entry = (low + position) * outputs + n
-                k = T.Bind(self.index[entry].astype("int32") + part * self.of.part)
-                w = self.math.spread(self.values[entry])
+            first = T.Bind((low + position) * outputs)
+            for totals, (k, w) in zip(tile, self.entries.read(first, outputs)):
                 for t, total in enumerate(totals):
-                    x = lanes.load(self.x, block + t, k)
+                    x = lanes.load(self.x, block + t, part * self.of.part + k)
                     lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
         for totals, slot in zip(tile, slots):
             for t, total in enumerate(totals):

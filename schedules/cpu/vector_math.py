@@ -130,26 +130,37 @@ def gelu(x: Any) -> Any:
     return splat(0.5) * x * (splat(1.0) + erf(x * splat(0.7071067811865476)))
 
 
-def gelu_coarse(x: Any) -> Any:
-    """As ``gelu``, error below 5e-5 max(1, |x|), for results that are rounded to 16 or 8 bits: Φ as
-    a polynomial on [-4, 4], fitted to that error.
-    """
-    x = T.Bind(x)
-    inside = T.Bind(tirx.max(tirx.min(x, splat(4.0)), splat(-4.0)))
-    p = _horner(
-        inside * inside,
+def gelu_bf16(x: Any) -> Any:
+    """As ``gelu``, error below 5e-5 max(1, |x|), for results that are rounded to 16 bits."""
+    return _gelu(
+        x,
+        3.74,
         (
-            -1.30129297e-09,
-            1.04195959e-07,
-            -3.65713089e-06,
-            7.48550231e-05,
-            -0.00100649026,
-            0.00950539785,
-            -0.0658878423,
-            0.398673394,
+            3.77472489e-08,
+            -2.30615751e-06,
+            6.0954364e-05,
+            -0.000930550101,
+            0.00929494575,
+            -0.0656342432,
+            0.398583949,
         ),
     )
-    return x * (inside * p + splat(0.5))
+
+
+def gelu_int8(x: Any) -> Any:
+    """As ``gelu``, error below 4e-4 max(1, |x|), for results that are rounded to 8 bits."""
+    return _gelu(
+        x, 3.2, (1.50231353e-05, -0.000521167007, 0.0075681163, -0.0624809936, 0.396795034)
+    )
+
+
+def _gelu(x: Any, edge: float, coefficients: Sequence[float]) -> Any:
+    """x Φ(x), with Φ - 1/2 as an odd polynomial on [-edge, edge], fitted so that the largest
+    error of the product over max(1, |x|) is the least, the ends included.
+    """
+    x = T.Bind(x)
+    inside = T.Bind(tirx.max(tirx.min(x, splat(edge)), splat(-edge)))
+    return x * (inside * _horner(inside * inside, coefficients) + splat(0.5))
 
 
 def gelu_tanh(x: Any) -> Any:
@@ -176,5 +187,6 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "relu": relu,
     "tanh": tanh,
 }
-# For layers whose inputs or results have fewer digits anyway.
-COARSE = {**ACTIVATIONS, "gelu": gelu_coarse}
+# For layers whose inputs and results have fewer digits anyway.
+ACTIVATIONS_BF16 = {**ACTIVATIONS, "gelu": gelu_bf16}
+ACTIVATIONS_INT8 = {**ACTIVATIONS, "gelu": gelu_int8}

@@ -6,6 +6,9 @@ lane of four bytes is loaded, and broadcast, as one number.
     bertile_dot4(c, a, b)    c + Σ a[i] b[i], four unsigned bytes by four signed ones, exact
     bertile_dot2(c, a, b)    c + a[0] b[0] + a[1] b[1], two bfloat16 each, into float32
     bertile_half(a)          float16 as float32
+    bertile_four(a)          four lanes, four times over
+    bertile_pick0(a) to 3    one of those four everywhere
+    bertile_index(a)         a, in a general register
 
 Without VNNI, vpmaddubsw would be the usual second choice; it saturates at 16 bits, so four bytes
 are widened to two pairs of 16 bits and multiplied by vpmaddwd: slower, and the same integers.
@@ -37,6 +40,35 @@ define linkonce_odr <16 x float> @bertile_half(<16 x i16> %a) alwaysinline {
   %x = bitcast <16 x i16> %a to <16 x half>
   %r = fpext <16 x half> %x to <16 x float>
   ret <16 x float> %r
+}
+"""
+
+
+def _pick(i: int) -> str:
+    picked = ", ".join(f"i32 {lane // 4 * 4 + i}" for lane in range(16))
+    return f"""
+define linkonce_odr <16 x i32> @bertile_pick{i}(<16 x i32> %a) alwaysinline {{
+  %r = shufflevector <16 x i32> %a, <16 x i32> poison, <16 x i32> <{picked}>
+  ret <16 x i32> %r
+}}
+"""
+
+
+# Empty assembly that LLVM cannot see through: else it would make four broadcasts from memory of the
+# shuffles, and vectors of the indices, which then have to come back one by one.
+FOUR = f"""
+define linkonce_odr <16 x i32> @bertile_four(<4 x i32> %a) alwaysinline {{
+  %w = shufflevector <4 x i32> %a, <4 x i32> poison,
+    <16 x i32> <{", ".join(f"i32 {lane % 4}" for lane in range(16))}>
+  %r = call <16 x i32> asm "", "=v,0"(<16 x i32> %w)
+  ret <16 x i32> %r
+}}
+{"".join(map(_pick, range(4)))}"""
+
+INDEX = """
+define linkonce_odr i64 @bertile_index(i64 %a) alwaysinline {
+  %r = call i64 asm "", "=r,0"(i64 %a)
+  ret i64 %r
 }
 """
 

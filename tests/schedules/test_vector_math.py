@@ -67,11 +67,12 @@ def test_exp2_coarse_holds_its_relative_error(evaluate):
     assert error.max() < stated(vector_math.exp2_coarse)
 
 
-def test_gelu_coarse_holds_its_error(evaluate):
+@pytest.mark.parametrize("name", ["gelu_bf16", "gelu_int8"])
+def test_gelu_of_few_digits_holds_its_error(evaluate, name):
     x = grid(-100, 100)
     expected = apply_activation("gelu", x.astype("float64"))
-    error = np.abs(evaluate("gelu_coarse", x) - expected) / np.maximum(1, np.abs(x))
-    assert error.max() < stated(vector_math.gelu_coarse)
+    error = np.abs(evaluate(name, x) - expected) / np.maximum(1, np.abs(x))
+    assert error.max() < stated(getattr(vector_math, name))
 
 
 def test_exp_stays_positive_and_tiny_below_its_range(evaluate):
