@@ -18,6 +18,7 @@ from tvm.tirx.script import builder as T
 
 LANES = 16
 RAMP = tirx.Ramp(0, 1, LANES)
+CACHE_LINE = 64  # bytes
 
 
 class Kernel:
@@ -68,11 +69,11 @@ def store(buffer: Any, value: Any, *index: Any) -> None:
     T.buffer_store(buffer, value, [*index, RAMP])
 
 
-def prefetch(buffer: Any, *index: Any) -> None:
-    """Ask for the cache line of an element, which may lie outside of the buffer. The kernel links
-    ``llvm.PREFETCH``.
+def prefetch(buffer: Any, *index: Any, level: int = 2) -> None:
+    """Ask for the cache line of an element, which may lie outside of the buffer, in the cache of
+    that level. The kernel links ``llvm.PREFETCH``.
     """
-    T.evaluate(tirx.call_extern("int32", "bertile_prefetch", T.address_of(buffer[index])))
+    T.evaluate(tirx.call_extern("int32", f"bertile_prefetch{level}", T.address_of(buffer[index])))
 
 
 def splat(value: Any) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
@@ -46,7 +48,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         with T.parallel(of.groups * chunks) as job:
             # the sums of a group's outputs; too long for registers, short enough for the caches
             sums = T.alloc_buffer((of.places * wide, lanes.LANES), math.total)
-            tile = _Tile(of, math, x, lists, epilogue, sums)
+            tile = _Tile(task, of, math, x, lists, epilogue, sums)
             group = T.Bind(job // chunks)
             first = T.Bind(job % chunks * chunk)
             count = T.Bind(T.min(chunk, made.blocks - first))
@@ -58,6 +60,11 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
                 with T.If(count // wide % 2 == 1), T.Then():
                     tile.emit(group, rest, wide)
     return made.func
+
+
+# In a model the lists come from memory, faster than the processor's own prefetching asks for them:
+# without this 16 tokens take a fifth longer, 128 tokens 4%. Half or twice as far makes no odds.
+AHEAD = 4  # panels
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,13 @@ class _Entries:
             weights = self._weights(first + start, some)
             for n in range(some):
                 yield T.Bind(places(n)), T.Bind(weights(n))
+
+    def prefetch(self, first: Any, count: int) -> None:
+        """Ask for ``count`` entries from ``first``."""
+        for buffer in (self.values, self.index):
+            per_line = lanes.CACHE_LINE // np.dtype(buffer.dtype).itemsize
+            for line in range(-(-count // per_line)):
+                lanes.prefetch(buffer, first + line * per_line, level=1)
 
     def _places(self, first: Any, count: int) -> Callable[[int], Any]:
         bits = {"uint8": 8, "uint16": 16, "int32": 32}[self.index.dtype]
@@ -106,6 +120,7 @@ class _Tile:
 
     def __init__(
         self,
+        task: Task,
         of: Layout,
         math: Arithmetic,
         x: Any,
@@ -115,6 +130,8 @@ class _Tile:
     ) -> None:
         self.of, self.math, self.x, self.epilogue, self.sums = of, math, x, epilogue, sums
         self.entries, self.starts, self.slots, self.lanes = lists
+        # entries of a panel
+        self.usual = ceil(task.shape["density"] / 100 * of.part * of.outputs)
 
     def emit(self, group: Any, block: Any, token_blocks: int) -> None:
         """The outputs of ``group`` for ``token_blocks`` blocks from ``block``."""
@@ -137,6 +154,7 @@ class _Tile:
                 lanes.write(total, value)
         at = T.Bind((group * self.of.parts + part) * self.of.panels + panel)
         low = T.Bind(self.starts[at])
+        self.entries.prefetch(low * outputs + AHEAD * self.usual, self.usual)
         with T.serial(self.starts[at + 1] - low) as position:
             first = T.Bind((low + position) * outputs)
             for totals, (k, w) in zip(tile, self.entries.read(first, outputs)):

@@ -1,14 +1,17 @@
 """Instructions that every machine of LLVM has, as lines of LLVM IR that a kernel links and inlines.
 
-bertile_prefetch(a)      bring the cache line of an address closer; any address will do
+bertile_prefetch1(a)     bring the cache line of an address, any one, to the first-level cache
+bertile_prefetch2(a)     to the second-level cache
 """
 
 from __future__ import annotations
 
-PREFETCH = """
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
-define linkonce_odr i32 @bertile_prefetch(ptr %a) alwaysinline {
-  call void @llvm.prefetch.p0(ptr %a, i32 0, i32 2, i32 1)
+PREFETCH = "\ndeclare void @llvm.prefetch.p0(ptr, i32, i32, i32)\n" + "".join(
+    f"""
+define linkonce_odr i32 @bertile_prefetch{level}(ptr %a) alwaysinline {{
+  call void @llvm.prefetch.p0(ptr %a, i32 0, i32 {4 - level}, i32 1)
   ret i32 0
-}
+}}
 """
+    for level in (1, 2)
+)
