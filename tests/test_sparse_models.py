@@ -20,7 +20,7 @@ from bertile.importer import import_onnx
 from bertile.lowering import tasks
 from bertile.observer import layer_inputs
 from bertile.optimizer import optimize
-from bertile.planner import plan_precision
+from bertile.planner import plan_layers
 from bertile.precision import LayerPlan
 from bertile.quantization import quantize_weights, weight_scales
 from bertile.quantizer import Quantizer
@@ -103,7 +103,7 @@ def test_prunebert_keeps_its_zeros(head, tmp_path):
     for w, found in zip(weights_of(model), graph_weights(graph)):
         assert np.array_equal(found, w)
         assert analyse(found).pattern == "unstructured" and analyse(found).zeros > 0.79
-    planned = plan_precision(graph, "int8", ROW)
+    planned = plan_layers(graph, "int8", ROW)
     for w, integers in zip(weights_of(model), bytes_of(planned)):
         assert not integers[w == 0].any()
 
@@ -161,7 +161,7 @@ def test_obert_keeps_its_zeros_its_blocks_and_its_ranges(form, obert, tmp_path):
         # a rounded weight is at most half a step away from what it was, and one at the top
         step = np.abs(w).max() / 127.5
         assert np.abs(found - w).max() < 1.01 * step
-    planned = plan_precision(graph, "int8", ROW)
+    planned = plan_layers(graph, "int8", ROW)
     for w, integers in zip(weights_of(model), bytes_of(planned)):
         assert not integers[w == 0].any()
         assert analyse(integers).pattern == "4x1"
@@ -242,7 +242,7 @@ def test_planned_smoothing_of_a_pruned_model_keeps_zeros(tmp_path):
         precision="int8", calibrate=str(tmp_path / "inputs.npz"), ranges="minmax", smooth=0.5
     )
     plan = Quantizer(graph, ROW, config).plan(lambda *_: None)
-    planned = plan_precision(dataclasses.replace(graph, plan=plan), "int8", ROW)
+    planned = plan_layers(dataclasses.replace(graph, plan=plan), "int8", ROW)
     weights = graph_weights(graph)
     assert sum(planned.plan[name].smooth is not None for name, _ in layer_inputs(planned)) == 4
     for w, integers in zip(weights, bytes_of(planned)):
