@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.support import cc
 
 from bertile import codegen
 from bertile.chooser import Choice, Chooser
+from bertile.errors import BertileError
 from bertile.graph import Graph
 from bertile.lowering import Lowered, lower
 from bertile.schedules.cpu.generic import is_kernel, schedule_generic
@@ -99,7 +100,12 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
 
 
 def _link(linker: list[str], output: str, objects: Any) -> None:
-    cc.create_shared(output, objects, options=linker[1:], cc=linker[0])
+    # not cc.create_shared, whose linker is a single word
+    line = [*linker, "-shared", "-fPIC", "-o", output, *map(str, objects)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = " ".join(done.stderr.split())[-500:]
+        raise BertileError(f"{' '.join(linker)} cannot link {output}: {reason}")
 
 
 def _kernel_entry(task: Task, calls: int, source: str, knobs: Knobs) -> dict[str, Any]:

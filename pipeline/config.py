@@ -48,6 +48,7 @@ class Config:
     timeout: float | None = None
     threads: int | None = None
     runtime: str = "none"
+    runtime_from: str | None = None
     head: str | None = None
     log_dir: str | None = None
     shipped_log: bool = True
@@ -178,6 +179,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "timeout": _positive((int, float), "a number of seconds"),
     "threads": _positive((int,), "a whole number"),
     "runtime": _one_of(RUNTIMES),
+    "runtime_from": _path_of("a wheel or a directory"),
     "head": _one_of(HEADS, optional=True),
     "log_dir": _path_of("a directory"),
     "shipped_log": _flag,

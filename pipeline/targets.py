@@ -181,6 +181,11 @@ def fits(row: Target, features: Collection[str], arch: str | None = None) -> boo
     return row.arch == (arch or platform.machine()) and set(features).issuperset(row.features)
 
 
+def is_foreign(row: Target) -> bool:
+    """Whether the row's code is for another architecture than this machine's."""
+    return row.arch != platform.machine()
+
+
 def as_text(runs: Collection[str], best: str | None) -> str:
     """A table of all rows; `runs` are the names of those for this machine, `best` its native."""
     header = ("target", "arch", "vector bits", "registers", "dot product", "bf16", "runs here")
