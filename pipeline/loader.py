@@ -31,8 +31,8 @@ except ImportError:  # `python loader.py` on a bare machine gets a sentence, not
 SCHEMA = 1  # the newest manifest schema that this loader reads
 ALIGNMENT = 64  # bytes; kernels load whole cache lines, so every tensor must start on one
 LIBRARY, WEIGHTS, MANIFEST = "lib.so", "params.safetensors", "manifest.json"
-# Of a pass through the model, for each thread; a longer batch takes several. More activations than
-# this fall out of the caches between two kernels: 8 texts of 128 tokens take a fifth longer at once.
+# Of a pass through the model, for each thread; a longer batch takes several. More activations fall
+# out of the caches between two kernels: 8 texts of 128 tokens take up to a fifth longer at once.
 PASS_BLOCKS = 8
 RUNTIME = ("libtvm_ffi.so", "libtvm_runtime.so")  # in the order in which they are loaded
 
@@ -185,7 +185,7 @@ class Model:
 
 
 def _passes(ends: np.ndarray, lanes: int, limit: int, step: int | None) -> list[tuple[int, int]]:
-    """Cut a batch into (first row, rows): `step` each, or as many as have at most `limit` blocks."""
+    """Cut a batch into (first row, rows): `step` rows each, or at most `limit` blocks."""
     if step:
         return [(first, min(step, len(ends) - first)) for first in range(0, len(ends), step)]
     starts, room = [], 0
