@@ -25,6 +25,7 @@ CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--threads", "N", int, "cores to plan, tune and measure for"),
     ("--runtime", "none|include", str, "put the TVM runtime and the loaders into the bundle"),
     ("--runtime-from", "FILE", str, "wheel or directory of the TVM runtime for the target"),
+    ("--libc", "glibc|musl", str, "the C library of the target's system"),
     ("--head", "NAME", str, "what the model computes, instead of what the checkpoint says"),
     ("--log-dir", "DIR", str, "your own tuning logs, read and written"),
     ("--shipped-log", None, bool, "use the tuning logs that come with Bertile (default)"),

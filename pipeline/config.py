@@ -17,6 +17,7 @@ from bertile.targets import names as target_names
 
 TUNE_EFFORTS = ("none", "quick", "full")
 RUNTIMES = ("none", "include")
+LIBCS = ("glibc", "musl")
 RANGES = ("dynamic", "minmax", "percentile", "mse")
 HEADS = (
     "encoder",
@@ -49,6 +50,7 @@ class Config:
     threads: int | None = None
     runtime: str = "none"
     runtime_from: str | None = None
+    libc: str = "glibc"
     head: str | None = None
     log_dir: str | None = None
     shipped_log: bool = True
@@ -126,6 +128,11 @@ def _positive(kinds: tuple[type, ...], what: str) -> Callable[[str, Any], Any]:
 def _target(name: str, value: Any) -> Any:
     if isinstance(value, str) and value.startswith(f"{GENERIC}-"):
         return value  # of one processor, which LLVM knows or not
+    if isinstance(value, str) and value.startswith(("armv7", "armhf", "arm32")):
+        raise UsageError(
+            f"there is no target '{value}': no release of TVM has a runtime for 32-bit ARM",
+            f"run a 64-bit system on the board and take --target arm-a72, or {GENERIC}",
+        )
     return _one_of(("native", *target_names()))(name, value)
 
 
@@ -179,6 +186,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "timeout": _positive((int, float), "a number of seconds"),
     "threads": _positive((int,), "a whole number"),
     "runtime": _one_of(RUNTIMES),
+    "libc": _one_of(LIBCS),
     "runtime_from": _path_of("a wheel or a directory"),
     "head": _one_of(HEADS, optional=True),
     "log_dir": _path_of("a directory"),

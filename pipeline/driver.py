@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bertile import bundle, cache, emulator, exporter, loader, runtime_parts, targets
+from bertile import bundle, cache, exporter, loader, runtime_parts, targets
 from bertile.config import Config
 from bertile.exported import ExportedModel, read
 from bertile.fingerprint import hash_path
@@ -34,7 +34,7 @@ def compile(
     """
     config, progress = config or Config(), progress or Progress(verbosity=-1)
     loader.set_thread_defaults()  # before TVM is imported and starts its thread pool
-    row = targets.resolve(config.target, config.threads)
+    row = targets.with_libc(targets.resolve(config.target, config.threads), config.libc)
     exported = export_cached(model, config, progress)
     compiled = _compile_cached(exported, row, config, progress)
     with progress.stage("bundle") as stage:
@@ -75,6 +75,7 @@ def _compile_cached(
     exported: ExportedModel, row: Target, config: Config, progress: Progress
 ) -> Path:
     """A checked bundle of the exported model, from the cache where nothing has changed."""
+    from bertile import verifier
     from bertile.tuning_log import TuningLog
 
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
@@ -85,7 +86,7 @@ def _compile_cached(
         name: _content(getattr(config, name)) for name in ("calibrate", "eval", "runtime_from")
     }
     decides = dataclasses.replace(config, cache_dir=None, dump_ir=None, log_dir=None, **files)
-    surroundings = (hash_path(SOURCES), targets.is_foreign(row) and emulator.missing(row))
+    surroundings = (hash_path(SOURCES), verifier.cannot_run(row))
     given = (exported.to_json(), dataclasses.asdict(row), decides, log.digest(row), surroundings)
     key = cache.key("driver", *given)
     if config.dump_ir:
@@ -245,7 +246,8 @@ def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
         manifest["static"]["length"] or SPEED_LENGTH,
         manifest["model"]["max_length"] or SPEED_LENGTH,
     )
-    runs_here = targets.fits(row, loader.cpu_features())
+    executed = manifest["check"].get("executed", True)
+    runs_here = executed and targets.fits(row, loader.cpu_features())
     return {
         "output": str(path),
         "size_bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),

@@ -60,8 +60,12 @@ def checked(
     A bundle for another architecture is run by its own bertile-run under an emulator; where that
     cannot be, the check's "executed" is False, with the "reason". `parts` are the row's.
     """
-    check = _emulated(directory, model, row, parts) if is_foreign(row) else None
-    check = check or verify(directory, model.onnx_path, row.threads)
+    if reason := cannot_run(row):
+        return _not_executed(reason)
+    if is_foreign(row):
+        check = _emulated(directory, model, row, parts)
+    else:
+        check = verify(directory, model.onnx_path, row.threads)
     if not check.get("executed", True):
         return check
     fixed = loader.read_manifest(directory)["config"].get("ranges", "dynamic") != "dynamic"
@@ -76,6 +80,13 @@ def checked(
     return check
 
 
+def cannot_run(row: Target) -> str | None:
+    """Why a bundle for `row` cannot be run here, or None where it can, or should."""
+    if "musl" in row.triple:
+        return "it is linked for musl"
+    return emulator.missing(row) if is_foreign(row) else None
+
+
 def as_text(check: dict[str, Any]) -> str:
     """The check of a manifest in some words."""
     if not check.get("executed", True):
@@ -87,17 +98,18 @@ def as_text(check: dict[str, Any]) -> str:
 def _emulated(
     directory: Path, model: ExportedModel, row: Target, parts: Callable[[], RuntimeParts]
 ) -> dict[str, Any]:
-    reason = emulator.missing(row)
     try:
-        found = None if reason else parts()
+        found = parts()
     except PlatformError as error:  # offline, and nothing but this check needs them
-        reason = error.what
-    if reason:
-        return {"executed": False, "reason": reason, "max_abs_difference": None}
+        return _not_executed(error.what)
     emulated = emulator.Model(directory, found.native, found.libraries, row)
     cases = _cases(emulated.manifest, EMULATED_CASES)
     check = _compare(emulated, model.onnx_path, cases)
     return {**check, "emulator": f"qemu-{row.arch} -cpu {emulated.cpu}"}
+
+
+def _not_executed(reason: str) -> dict[str, Any]:
+    return {"executed": False, "reason": reason, "max_abs_difference": None}
 
 
 def _compare(

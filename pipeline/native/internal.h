@@ -14,10 +14,11 @@
 #include "json.h"
 
 enum {
-    BT_SCHEMA = 1,     /* the newest manifest schema that this loader reads */
-    BT_ALIGNMENT = 64, /* bytes; kernels load whole cache lines, so every tensor must start on one */
-    BT_MESSAGE = 1024, /* bytes of an error message */
-    BT_RANK = 8        /* most dimensions of a tensor */
+    BT_SCHEMA = 1,      /* the newest manifest schema that this loader reads */
+    BT_ALIGNMENT = 64,  /* bytes; kernels load whole cache lines, so every tensor starts on one */
+    BT_PASS_BLOCKS = 8, /* of a pass through the model, for each thread: see loader.py */
+    BT_MESSAGE = 1024,  /* bytes of an error message */
+    BT_RANK = 8         /* most dimensions of a tensor */
 };
 
 /* -- error.c: messages, and memory that reports its own end */

@@ -203,16 +203,30 @@ static bertile_status run_chunk(void *data) {
     return status;
 }
 
+/* How many rows from `first` on go through the model at once: as many as the bundle was compiled
+ * for, else what the caches of its threads hold. */
+static int64_t rows_of_pass(const bertile_model *model, const bt_request *request, int64_t first) {
+    int64_t fixed = model->manifest.static_batch, left = request->batch - first, rows = 0;
+    int64_t room = (int64_t)BT_PASS_BLOCKS * model->worker.threads, lanes = model->manifest.lanes;
+    if (fixed) return left < fixed ? left : fixed;
+    while (rows < left) {
+        room -= bt_blocks(request, first + rows, 1, 1, lanes, NULL);
+        if (rows && room < 0) break;
+        rows++;
+    }
+    return rows;
+}
+
 static bertile_status run_request(bertile_model *model, const bt_request *request,
                                   bertile_result *result) {
     const bt_manifest *manifest = &model->manifest;
-    int64_t step = manifest->static_batch ? manifest->static_batch : request->batch;
     int64_t width = manifest->static_length ? manifest->static_length : request->length;
     bertile_status status = BERTILE_OK;
-    for (int64_t first = 0; first < request->batch && !status; first += step) {
-        int64_t left = request->batch - first;
+    for (int64_t first = 0, rows; first < request->batch && !status; first += rows) {
+        rows = rows_of_pass(model, request, first);
         chunk part = {.model = model, .request = request, .result = result, .first = first,
-                      .rows = left < step ? left : step, .step = step, .width = width};
+                      .rows = rows, .width = width,
+                      .step = manifest->static_batch ? manifest->static_batch : rows};
         status = fill_chunk(&part);
         if (!status) status = bt_work_on(&model->worker, run_chunk, &part);
         free(part.memory);
