@@ -17,7 +17,7 @@ from bertile.chooser import Chooser
 from bertile.graph import Graph
 from bertile.histogram import Histogram
 from bertile.passes.rewriting import Dataflow, normalized
-from bertile.targets import Target
+from bertile.targets import Target, of_this_machine
 from bertile.tuning_log import TuningLog
 
 Arrays = Mapping[str, np.ndarray]
@@ -60,12 +60,13 @@ class Observation:
 class Observer:
     """A graph, built so that it gives the inputs of its linear layers instead of its results.
 
-    It is computed in float32 when the graph's operators have no precision yet.
+    It is computed in float32 when the graph's operators have no precision yet, and with this
+    machine's instructions where it cannot run those of the row.
     """
 
     def __init__(self, graph: Graph, row: Target) -> None:
         self.names = [spec.name for spec in graph.exported.inputs]
-        self.row = row
+        self.row = row = of_this_machine(row)
         layers = layer_inputs(graph)
         seen = list(dict.fromkeys(var for _, var in layers))
         self.places = [(name, seen.index(var)) for name, var in layers]

@@ -176,6 +176,13 @@ def native(features: Collection[str] | None = None, arch: str | None = None) -> 
     )
 
 
+def of_this_machine(row: Target) -> Target:
+    """The row itself, or this machine's where its code cannot be run here."""
+    if is_foreign(row) or "musl" in row.triple:
+        return dataclasses.replace(native(), threads=row.threads)
+    return row
+
+
 def with_libc(row: Target, libc: str) -> Target:
     """The row linked for another C library: "glibc" (its own) or "musl"."""
     if libc == "glibc":

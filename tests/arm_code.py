@@ -43,3 +43,15 @@ def run(bundle: Path, cpu: str, *arguments: object) -> subprocess.CompletedProce
     """The bundle's own bertile-run on one of QEMU's processors, with what lies in the bundle."""
     line = [*emulator.command("aarch64", cpu), str(bundle / "bertile-run"), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
+
+
+def instructions(bundle: Path, cpu: str, plugin: Path, tokens: int) -> int:
+    """How many instructions one more run of that many tokens takes, in one thread."""
+    counts = []
+    for repeat in (1, 2):
+        line = [*emulator.command("aarch64", cpu), str(bundle / "bertile-run"), "--threads", "1"]
+        line += ["--ids", " ".join(map(str, range(1, tokens + 1))), "--repeat", str(repeat)]
+        line[1:1] = ["-plugin", str(plugin)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=900, check=True)
+        counts.append(int(done.stderr.rpartition("instructions ")[2]))
+    return counts[1] - counts[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import arm_code
@@ -18,18 +19,29 @@ from bertile.samples import sample
 TINY, MINILM = "synthetic:bert-tiny", "minilm"
 SPARSE = "synthetic:bert-tiny@0.9:4x1"
 SIZE_LIMIT = 8e6  # bytes of a bundle with its runtime, without its weights
-# Of float32, the largest difference between two orders of its sums.
-TOLERANCE = 1e-4
+NEEDS_I8MM = (TINY, "arm-v1", "int8")
+# Of the outputs, relative to the largest. Float32 sums have another order on each machine; the sums
+# of int8 products are equal to the bit, or a difference of the first rounding to 8 bits would show.
+TOLERANCES = {"fp32": 1e-4, "int8": 1e-4, "bf16": 0.02}
 
-QUICK = [(TINY, "arm-a72", "fp32"), (TINY, "arm-v1", "fp32")]
-slow = pytest.mark.slow
+QUICK = [
+    (TINY, "arm-a72", "fp32"),
+    (TINY, "arm-v1", "int8"),
+    (SPARSE, "arm-a76", "int8"),
+]
+ROWS = ("arm-a72", "arm-a76", "arm-v1", "arm-v2", "aarch64")
+SLOW = [
+    *((model, row, "fp32") for model in (TINY, SPARSE) for row in ROWS),
+    *((model, row, "int8") for model in (TINY, SPARSE, MINILM) for row in ROWS),
+    *((TINY, row, "bf16") for row in ("arm-v1", "arm-v2")),
+    *((MINILM, row, "fp32") for row in ("arm-a72", "arm-v2")),
+]
 CASES = [
     *(pytest.param(*case, id="-".join(case)) for case in QUICK),
     *(
-        pytest.param(model, row, "fp32", marks=slow, id=f"{model}-{row}-fp32")
-        for model in (TINY, SPARSE, MINILM)
-        for row in ("arm-a72", "arm-a76", "arm-v1", "arm-v2", "aarch64")
-        if (model, row, "fp32") not in QUICK
+        pytest.param(*case, marks=pytest.mark.slow, id="-".join(case))
+        for case in SLOW
+        if case not in QUICK
     ),
 ]
 
@@ -55,17 +67,31 @@ def compiled(tmp_path_factory, cache):
     return compile_for
 
 
+def like(row: targets.Target, precision: str) -> str:
+    """The target of this machine with whose answers the row's can be compared.
+
+    In int8 the products of attention are in bfloat16 where the row has it, else in float32.
+    """
+    if precision == "fp32":
+        return "native"
+    features = loader.cpu_features()
+    known = [one for one in targets.TABLE if targets.fits(one, features) and one.dot_product]
+    found = next((one.name for one in known if one.bf16 == row.bf16), None)
+    return found or pytest.skip(f"no target of this machine computes as {row.name} does")
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory, cache):
     """A function that gives this machine's answer of a model."""
-    made: dict[tuple[str, str], Path] = {}
+    made: dict[tuple[str, ...], Path] = {}
 
-    def answer(model: str, precision: str, arrays: dict) -> dict[str, np.ndarray]:
-        if (model, precision) not in made:
-            output = tmp_path_factory.mktemp("here") / "bundle"
-            driver.compile(model, output, Config(precision=precision, cache_dir=cache))
-            made[model, precision] = output
-        with loader.load(made[model, precision], verify=False) as opened:
+    def answer(model: str, target: str, precision: str, arrays: dict) -> dict[str, np.ndarray]:
+        case = (model, target, precision)
+        if case not in made:
+            config = Config(target=target, precision=precision, cache_dir=cache)
+            made[case] = tmp_path_factory.mktemp("here") / "bundle"
+            driver.compile(model, made[case], config)
+        with loader.load(made[case], verify=False) as opened:
             return opened(**arrays)
 
     return answer
@@ -75,6 +101,7 @@ def here(tmp_path_factory, cache):
 def test_bundle_run_as_arm_code_gives_this_machines_numbers(
     compiled, here, tmp_path, model, row, precision
 ):
+    target = like(targets.resolve(row), precision)
     bundle = compiled(model, row, precision)
     manifest = loader.read_manifest(bundle)
     specs = [InputSpec(**spec) for spec in manifest["inputs"]]
@@ -84,11 +111,11 @@ def test_bundle_run_as_arm_code_gives_this_machines_numbers(
     files = ("--input", tmp_path / "in.npz", "--output", tmp_path / "out.npz")
     done = arm_code.run(bundle, cpu, *files)
     assert (done.returncode, done.stderr) == (0, "")
-    wanted = here(model, precision, arrays)
+    wanted = here(model, target, precision, arrays)
     with np.load(tmp_path / "out.npz") as found:
         assert sorted(found.files) == sorted(wanted)
         for name, array in wanted.items():
-            limit = TOLERANCE * max(1.0, float(np.abs(array).max()))
+            limit = TOLERANCES[precision] * max(1.0, float(np.abs(array).max()))
             np.testing.assert_allclose(found[name], array, rtol=0, atol=limit)
 
 
@@ -100,20 +127,41 @@ def test_bundle_with_its_runtime_is_small(compiled):
 
 
 def test_bundle_is_refused_by_name_where_the_processor_lacks_a_feature(compiled):
-    done = arm_code.run(compiled(*QUICK[1]), "cortex-a76", "--ids", "1 2 3")
+    done = arm_code.run(compiled(*NEEDS_I8MM), "cortex-a76", "--ids", "1 2 3")
     assert done.returncode == 3 and done.stdout == ""
     assert done.stderr.startswith("bertile-run: this CPU lacks i8mm, bf16, sve, which the bundle")
     assert "(target arm-v1); compile the model with a --target that fits" in done.stderr
 
 
 def test_bundle_without_sve_in_the_processor_is_refused(compiled):
-    done = arm_code.run(compiled(*QUICK[1]), "max,sve=off", "--ids", "1 2 3")
+    done = arm_code.run(compiled(*NEEDS_I8MM), "max,sve=off", "--ids", "1 2 3")
     assert done.returncode == 3 and "this CPU lacks sve, which" in done.stderr
 
 
 def test_bundle_for_arm_is_refused_by_this_machines_loader(compiled):
     with pytest.raises(PlatformError, match="the bundle is for aarch64, this machine is"):
         loader.load(compiled(*QUICK[0]))
+
+
+@pytest.fixture(scope="module")
+def counter(tmp_path_factory) -> Path:
+    """A plugin of QEMU that counts instructions."""
+    library = tmp_path_factory.mktemp("counter") / "counter.so"
+    source = Path(__file__).with_name("native") / "count_instructions.c"
+    line = [*targets.link_command(targets.native()), "-O2", "-shared", "-fPIC", str(source)]
+    subprocess.run([*line, "-o", str(library)], check=True)
+    return library
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("row", "share"), [("arm-a76", 0.35), ("arm-v1", 0.25)])
+def test_int8_takes_a_share_of_the_instructions_of_float32(compiled, counter, row, share):
+    cpu = emulator.processor(targets.resolve(row))
+    fp32, int8 = (
+        arm_code.instructions(compiled(MINILM, row, precision), cpu, counter, 128)
+        for precision in ("fp32", "int8")
+    )
+    assert int8 <= share * fp32, f"{int8 / fp32:.3f}"
 
 
 # -- without an emulator, without a network
