@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUNDLE ?= out/minilm
+# Of the tests: files side by side, since what the tests of one file share takes long to make.
+WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
 # What `make bench` times; `make bench MODELS=minilm LENGTHS=128` is a short one.
 MODELS ?= minilm synthetic:distilbert-base synthetic:bert-base synthetic:bert-large
 BATCHES ?= 1,8
@@ -38,10 +40,10 @@ demo: $(VENV)/.installed
 	@$(BIN)/bertile demo -o $(BUNDLE)
 
 test: $(VENV)/.installed
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed
-	@$(BIN)/python -m pytest -q -m "not gpu"
+	@$(BIN)/python -m pytest -q $(WORKERS) -m "not gpu"
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check .
