@@ -18,12 +18,7 @@ from bertile.quantization_flags import QUANTIZATION_FLAGS
 CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--target", "NAME", str, "native, or a name that `bertile targets` lists"),
     ("--precision", "|".join(PRECISIONS), str, "number format of weights and activations"),
-    (
-        "--sparse",
-        "|".join(SPARSE),
-        str,
-        "skip zeros in weights: where that is faster, nowhere, everywhere",
-    ),
+    ("--sparse", "|".join(SPARSE), str, "skip zeros in weights where faster, never, or always"),
     ("--tune", "none|quick|full", str, "how long to search for faster kernels"),
     ("--trials", "N", int, "kernels to try while tuning, instead of what --tune says"),
     ("--timeout", "SECONDS", float, "stop tuning after this time"),
@@ -185,6 +180,7 @@ def _add_global(parser: argparse.ArgumentParser) -> None:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     group = _add_some_config(parser)
+    group.add_argument("--mcpu", metavar="NAME", help="the processor, for --target aarch64")
     group.add_argument("--config", metavar="FILE", help="read choices from JSON; flags go first")
     group.add_argument("--save-config", metavar="FILE", help="write all choices as JSON")
     group.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")

@@ -210,6 +210,10 @@ def read_config(options: Namespace) -> Config:
             raise UsageError(f"--config {options.config} cannot be read: {error}") from error
         config = Config.from_json(text)
     config = dataclasses.replace(config, **given)
+    if getattr(options, "mcpu", None):
+        from bertile.targets import with_processor
+
+        config = dataclasses.replace(config, target=with_processor(config.target, options.mcpu))
     if getattr(options, "save_config", None):
         Path(options.save_config).write_text(config.to_json(), encoding="utf-8")
     return dataclasses.replace(config, cache_dir=cache_directory(config.cache_dir))

@@ -12,6 +12,7 @@ from typing import Any
 
 from bertile.errors import UsageError, nearest
 from bertile.precision import PRECISIONS, SPARSE
+from bertile.targets import GENERIC
 from bertile.targets import names as target_names
 
 TUNE_EFFORTS = ("none", "quick", "full")
@@ -121,6 +122,12 @@ def _positive(kinds: tuple[type, ...], what: str) -> Callable[[str, Any], Any]:
     return check
 
 
+def _target(name: str, value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(f"{GENERIC}-"):
+        return value  # of one processor, which LLVM knows or not
+    return _one_of(("native", *target_names()))(name, value)
+
+
 def _flag(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -163,7 +170,7 @@ def _check_quantization(config: Config) -> None:
 
 # One row per field, so that a field without a check cannot be added: from_dict would refuse it.
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "target": _one_of(("native", *target_names())),
+    "target": _target,
     "precision": _one_of(PRECISIONS),
     "sparse": _one_of(SPARSE),
     "tune": _one_of(TUNE_EFFORTS),

@@ -97,7 +97,8 @@ def _python() -> Check:
 
 def _cpu() -> Check:
     row = native()
-    missing = sorted(set(TABLE[0].features) - cpu_features())
+    best = next(one for one in TABLE if one.arch == row.arch)
+    missing = sorted(set(best.features) - cpu_features())
     without = f"; without {' '.join(missing)}" if missing else ""
     return Check("cpu", "ok", f"{_cpu_name()}: best target {row.name}{without}")
 

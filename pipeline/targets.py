@@ -29,7 +29,7 @@ class Target:
     """
 
     name: str
-    arch: str
+    arch: str  # as platform.machine() says it
     tvm: dict[str, Any] = field(hash=False)
     vector_bits: int
     registers: int
@@ -53,6 +53,43 @@ def _avx512(*extra: str) -> dict[str, Any]:
     # LLVM's x86-64-v4 prefers 256-bit vectors where it vectorizes by itself (LayerNorm tails,
     # copies): half the width for fear of a clock drop that today's processors no longer have.
     return {"kind": "llvm", "mcpu": "x86-64-v4", "mattr": ["-prefer-256-bit", *extra]}
+
+
+GENERIC = "aarch64"  # with a processor's name behind it, any that LLVM knows: aarch64-cortex-a55
+# What LLVM calls the features that ARM rows have or lack, by their names in /proc/cpuinfo.
+ARM_FEATURES = {
+    "asimd": "neon",
+    "asimdhp": "fullfp16",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "sve": "sve",
+    "sve2": "sve2",
+}
+# What LLVM would use by itself where a processor has it, and no row needs.
+_ARM_OTHERS = ("aes", "sha2", "crc", "lse", "rdm", "rcpc", "complxnum", "jsconv")
+
+
+def _arm(name: str, processor: str, *features: str) -> Target:
+    """The row of an ARM processor: its schedule of instructions, and of its features these."""
+    known = [llvm for name, llvm in ARM_FEATURES.items() if name not in features]
+    return Target(
+        name=name,
+        arch="aarch64",
+        tvm={
+            "kind": "llvm",
+            "mtriple": "aarch64-linux-gnu",
+            "mcpu": processor,
+            "mattr": [f"-{one}" for one in (*known, *_ARM_OTHERS)],
+        },
+        vector_bits=128,
+        registers=32,
+        features=features,
+        log=name,
+        dot_product="usmmla" if "i8mm" in features else "sdot" if "asimddp" in features else None,
+        bf16="bf16" in features,
+        triple="aarch64-linux-gnu.2.28",
+    )
 
 
 # fp32 code is the same on every AVX-512 row, hence one log for all of them.
@@ -97,6 +134,11 @@ TABLE: tuple[Target, ...] = (
         features=_V3,
         log="x86-avx2",
     ),
+    _arm("arm-v2", "neoverse-v2", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+    _arm("arm-v1", "neoverse-v1", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
+    _arm("arm-a76", "cortex-a76", "asimd", "asimddp"),
+    _arm("arm-a72", "cortex-a72", "asimd"),
+    _arm(GENERIC, "generic", "asimd"),
 )
 
 
@@ -108,10 +150,14 @@ def names() -> tuple[str, ...]:
 def resolve(name: str = "native", threads: int | None = None) -> Target:
     """The row of that name with its number of threads (None: the cores this process may use).
 
-    `native` is the best row for this processor. UsageError for an unknown name, PlatformError
-    where no row fits this processor.
+    `native` is the best row for this processor, `aarch64-NAME` a row with what LLVM knows of the
+    processor of that name. UsageError for an unknown name, PlatformError where no row fits this
+    processor.
     """
-    row = native() if name == "native" else _row(name)
+    if name.startswith(f"{GENERIC}-"):
+        row = _processor(name.removeprefix(f"{GENERIC}-"))
+    else:
+        row = native() if name == "native" else _row(name)
     return dataclasses.replace(row, threads=threads or available_cores())
 
 
@@ -119,12 +165,12 @@ def native(features: Collection[str] | None = None, arch: str | None = None) -> 
     """The first row whose features are all in `features` (default: this processor's)."""
     arch = arch or platform.machine()
     found = cpu_features() if features is None else frozenset(features)
-    for row in TABLE:
+    mine = [row for row in TABLE if row.arch == arch]
+    for row in mine:
         if fits(row, found, arch):
             return row
-    least = TABLE[-1]
-    lacks = [one for one in least.features if one not in found]
-    reason = f"lacks {' '.join(lacks)}" if arch == least.arch else f"is {arch}"
+    lacks = [one for row in mine[-1:] for one in row.features if one not in found]
+    reason = f"lacks {' '.join(lacks)}" if mine else f"is {arch}"
     raise PlatformError(
         f"no target fits this machine: it {reason}", f"name a target: {', '.join(names())}"
     )
@@ -158,6 +204,29 @@ def _row(name: str) -> Target:
         if row.name == name:
             return row
     raise UsageError(f"target '{name}' is unknown{nearest(name, ('native', *names()))}")
+
+
+def with_processor(name: str, processor: str) -> str:
+    """The name of the target for one processor of an architecture; UsageError where it has none."""
+    if name != GENERIC:
+        raise UsageError(
+            f"target '{name}' has its own processor", f"give --mcpu with --target {GENERIC}"
+        )
+    return f"{GENERIC}-{processor}"
+
+
+def _processor(processor: str) -> Target:
+    """A row of any ARM processor that LLVM knows, with its features."""
+    import tvm
+
+    target = tvm.target.Target({**_row(GENERIC).tvm, "mattr": []})
+    known = [str(one) for one in tvm.get_global_func("target.llvm_get_cpu_archlist")(target)]
+    if processor not in known:
+        raise UsageError(f"processor '{processor}' is unknown{nearest(processor, known)}")
+    target = tvm.target.Target({**_row(GENERIC).tvm, "mcpu": processor, "mattr": []})
+    has = tvm.get_global_func("target.target_has_feature")
+    features = [name for name, llvm in ARM_FEATURES.items() if has(llvm, target)]
+    return _arm(f"{GENERIC}-{processor}", processor, *features)
 
 
 def tvm_target(row: Target, threads: int | None = None) -> tvm.target.Target:

@@ -137,6 +137,20 @@ def test_dry_run_says_the_plan_and_does_nothing(
     assert "x86-avx2" in out and "minilm" in out
 
 
+def test_mcpu_names_the_processor_of_the_generic_target(
+    driver: SimpleNamespace, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    line = ["compile", "minilm", "-o", "out", "--mcpu", "cortex-a55"]
+    code, out, _ = call(capsys, *line, "--target", "aarch64", "--dry-run")
+    assert code == 0 and "aarch64-cortex-a55" in out and "asimddp" in out
+    path = tmp_path / "choices.json"
+    path.write_text(Config(target="aarch64").to_json())
+    code, _, _ = call(capsys, *line, "--config", str(path))
+    assert code == 0 and driver.config.target == "aarch64-cortex-a55"
+    code, _, err = call(capsys, *line)
+    assert code == 2 and "give --mcpu with --target aarch64" in err
+
+
 def test_save_config_and_config_give_the_same_choices_and_flags_go_first(
     driver: SimpleNamespace, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:

@@ -167,7 +167,7 @@ def random_ids(batch, length, seed=0):
 # -- calls
 
 
-@pytest.mark.parametrize("batch, length", [(1, 1), (1, 16), (3, 17), (7, 64)])
+@pytest.mark.parametrize("batch, length", [(1, 1), (1, 16), (3, 17), (2, 64)])
 def test_call_equals_numpy(model, batch, length):
     random = np.random.default_rng(batch * length)
     ids, types = random.integers(0, 50, (batch, length)), random.integers(0, 2, (batch, length))
@@ -312,6 +312,37 @@ def test_token_blocks_equal_a_plain_loop(seed):
         first, count = len(wanted), -(-tokens // 16)
         wanted += [[row, 16 * block, first, count] for block in range(count)]
     np.testing.assert_array_equal(loader.token_blocks(mask, 16), wanted)
+
+
+# -- passes
+
+
+@pytest.mark.parametrize(
+    "ends, limit, wanted",
+    [
+        ([5], 2, [(0, 1)]),
+        ([16, 16, 16], 2, [(0, 2), (2, 1)]),
+        ([17, 16, 16, 1], 2, [(0, 1), (1, 2), (3, 1)]),
+        ([100, 1, 100], 2, [(0, 1), (1, 1), (2, 1)]),
+    ],
+)
+def test_passes_have_at_most_so_many_blocks_or_one_row(ends, limit, wanted):
+    assert loader._passes(np.array(ends), 16, limit, None) == wanted
+
+
+@pytest.mark.parametrize("batch, length", [(3, 16), (5, 20), (9, 7)])
+def test_a_long_batch_takes_several_passes(model, batch, length, monkeypatch):
+    counts, run = [], model._run
+    monkeypatch.setattr(loader, "PASS_BLOCKS", 1)
+    monkeypatch.setattr(model, "_run", lambda a, b: counts.append(len(b)) or run(a, b))
+    ids = random_ids(batch, length)
+    mask = np.ones_like(ids)
+    mask[1, length // 2 :] = 0
+    outputs, wanted = model(input_ids=ids, attention_mask=mask), expected(ids, mask)
+    np.testing.assert_allclose(outputs["hidden"], wanted["hidden"], rtol=1e-5)
+    np.testing.assert_allclose(outputs["pooled"], wanted["pooled"], rtol=1e-4, atol=1e-5)
+    assert len(counts) > 1
+    assert max(counts) <= max(model.threads, -(-length // 16))
 
 
 # -- static shapes

@@ -11,6 +11,8 @@ from bertile import targets
 from bertile.errors import PlatformError, UsageError
 from bertile.targets import TABLE, Target, fits, link_command, native, resolve, tvm_target
 
+X86 = [row for row in TABLE if row.arch == "x86_64"]
+ARM = [row for row in TABLE if row.arch == "aarch64"]
 AVX512 = [row for row in TABLE if row.vector_bits == 512]
 # LLVM's name where it is not the name in /proc/cpuinfo
 LLVM_NAMES = {
@@ -18,8 +20,9 @@ LLVM_NAMES = {
     "bmi1": "bmi",
     "avx512_vnni": "avx512vnni",
     "avx512_bf16": "avx512bf16",
+    **targets.ARM_FEATURES,
 }
-# What processors with AVX-512 have beside, and no row may use.
+# What processors with AVX-512, and those of the ARM rows, have beside, and no row may use.
 FOREIGN = (
     "avx512vbmi",
     "avx512vbmi2",
@@ -30,6 +33,13 @@ FOREIGN = (
     "gfni",
     "sse4a",
     "pku",
+    "aes",
+    "sha2",
+    "crc",
+    "lse",
+    "rdm",
+    "rcpc",
+    "complxnum",
 )
 
 
@@ -38,20 +48,23 @@ def by_name(row: Target) -> str:
 
 
 def test_native_is_the_first_row_that_the_processor_has() -> None:
-    assert native(TABLE[0].features, "x86_64") is TABLE[0]
-    least = TABLE[-1]
-    assert native(least.features, "x86_64") is least
+    for rows in (X86, ARM):
+        every = {feature for row in rows for feature in row.features}
+        assert native(every, rows[0].arch) is rows[0]
 
 
 @pytest.mark.parametrize("row", TABLE, ids=by_name)
 def test_native_is_the_row_itself_on_a_processor_with_just_its_features(row: Target) -> None:
-    assert native(row.features, row.arch) is row
+    expected = targets.resolve("arm-a72") if row.name == targets.GENERIC else row
+    assert native(row.features, row.arch).name == expected.name
 
 
 def test_native_names_what_is_missing_when_no_row_fits() -> None:
-    features = set(TABLE[-1].features) - {"avx2", "fma"}
+    features = set(X86[-1].features) - {"avx2", "fma"}
     with pytest.raises(PlatformError, match="it lacks fma avx2; name a target: x86-avx512-bf16"):
         native(features, "x86_64")
+    with pytest.raises(PlatformError, match="it lacks asimd; name a target"):
+        native((), "aarch64")
     with pytest.raises(PlatformError, match="it is riscv64"):
         native(TABLE[0].features, "riscv64")
 
@@ -87,7 +100,37 @@ def test_fits_asks_for_features_and_architecture() -> None:
     row = TABLE[-1]
     assert fits(row, row.features, row.arch)
     assert not fits(row, row.features[1:], row.arch)
-    assert not fits(row, row.features, "aarch64")
+    assert not fits(row, row.features, "riscv64")
+
+
+@pytest.mark.parametrize(
+    ("processor", "facts"),
+    [
+        ("cortex-a53", (None, False)),
+        ("cortex-a55", ("sdot", False)),
+        ("cortex-a710", ("usmmla", True)),
+        ("cortex-a55x", None),
+    ],
+)
+def test_a_processor_that_llvm_knows_is_a_row_with_its_features(processor, facts) -> None:
+    tvm = pytest.importorskip("tvm")
+    name = targets.with_processor("aarch64", processor)
+    if facts is None:
+        with pytest.raises(UsageError, match="'cortex-a55x' is unknown; did you mean 'cortex-a"):
+            resolve(name)
+        return
+    row = resolve(name, threads=2)
+    assert (row.name, row.log, row.threads) == (name, name, 2)
+    assert (row.dot_product, row.bf16) == facts
+    assert str(tvm_target(row).attrs["mcpu"]) == processor
+    has = tvm.get_global_func("target.target_has_feature")
+    found = {key for key, llvm in targets.ARM_FEATURES.items() if has(llvm, tvm_target(row))}
+    assert found == set(row.features)
+
+
+def test_a_processor_is_refused_for_a_row_that_has_its_own() -> None:
+    with pytest.raises(UsageError, match="'arm-a76' has its own processor; give --mcpu with"):
+        targets.with_processor("arm-a76", "cortex-a55")
 
 
 @pytest.mark.parametrize("row", TABLE, ids=by_name)
@@ -105,7 +148,7 @@ def test_tvm_target_has_the_features_of_the_row_and_no_others(row: Target) -> No
 @pytest.mark.parametrize("row", TABLE, ids=by_name)
 def test_a_vectorized_loop_uses_the_widest_registers_of_the_row(row: Target) -> None:
     tvm = pytest.importorskip("tvm")
-    widest = {512: "zmm", 256: "ymm"}[row.vector_bits]
+    widest = {512: "zmm", 256: "ymm", 128: ".4s"}[row.vector_bits]
     asm = tvm.tirx.build(_copy_loop(tvm, lanes=16), target=tvm_target(row)).inspect_source("asm")
     assert widest in asm
     assert ("zmm" in asm) == (row.vector_bits == 512)
@@ -134,6 +177,8 @@ def test_link_command_is_ziglang_for_another_architecture(monkeypatch: pytest.Mo
     monkeypatch.setattr(targets.util, "find_spec", lambda name: name)
     expected = [sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-linux-gnu.2.28"]
     assert link_command(TABLE[0]) == expected
+    monkeypatch.setattr(targets.platform, "machine", lambda: "x86_64")
+    assert link_command(ARM[0]) == [*expected[:-1], "aarch64-linux-gnu.2.28"]
 
 
 def test_link_command_says_what_to_install_when_there_is_none(

@@ -9,7 +9,7 @@ Zeros in blocks of 4 inputs (4x1) with bytes, or anywhere with float32, leave no
     values (nonzeros), index (nonzeros), starts, slots, lanes (see ``sparse_pack``),
     [scale, [shift]], b  →  y (m, N, 16)
 
-    parallel over jobs = groups of outputs × chunks of token blocks
+    parallel over equal shares of chunks of token blocks × groups of outputs
       for each tile of token blocks
         for each part of K, panel of outputs whose lists have about the same length
           outputs × token_blocks accumulators in registers
@@ -45,7 +45,6 @@ def space(task: Task, row: Row) -> Space:
         "token_blocks": tuple(b for b in (1, 2, 4) if b <= fits),
         "parts": tuple(p for p in (1, 2, 3, 4, 6) if p == 1 or depth // p >= 64),
         "groups": tuple(g for g in (1, 2, 4, 8, 16, 32, 64) if g <= max(1, lanes_out // 4)),
-        "chunk": (8, 16, 32),
     }
 
 
@@ -60,7 +59,6 @@ def default(task: Task, row: Row) -> Knobs:
         "token_blocks": 2,
         "parts": min(choices["parts"], key=lambda p: abs(p - depth / 224)),
         "groups": min(choices["groups"], key=lambda g: abs(task.shape["outputs"] / g - 160)),
-        "chunk": 16,
     }
 
 

@@ -43,23 +43,49 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             ]
 
         x, lists, epilogue = arguments(made, task, math, of.groups * of.places, weights)
-        chunk, wide = knobs["chunk"], knobs["token_blocks"]
-        chunks = T.Bind((made.blocks + (chunk - 1)) // chunk)
-        with T.parallel(of.groups * chunks) as job:
+        with T.parallel(SHARES) as share:
             # the sums of a group's outputs; too long for registers, short enough for the caches
-            sums = T.alloc_buffer((of.places * wide, lanes.LANES), math.total)
+            room = of.places * knobs["token_blocks"]
+            sums = T.alloc_buffer((room, lanes.LANES), math.total)
             tile = _Tile(task, of, math, x, lists, epilogue, sums)
-            group = T.Bind(job // chunks)
-            first = T.Bind(job % chunks * chunk)
-            count = T.Bind(T.min(chunk, made.blocks - first))
-            with T.serial(count // wide) as t:
-                tile.emit(group, first + t * wide, wide)
-            # what is left by tiles of half the width, and again
-            while wide > 1:
-                rest, wide = first + count // wide * wide, wide // 2
-                with T.If(count // wide % 2 == 1), T.Then():
-                    tile.emit(group, rest, wide)
+            for group, first, count in _work(share, made.blocks, of.groups):
+                _tiles(tile, group, first, count, knobs["token_blocks"])
     return made.func
+
+
+# As many pieces of equal work as any number of threads, which take neighbouring ones, divides well.
+SHARES = 48
+# Token blocks for which a group's lists stay in the cache. A thread has that many even where a
+# request is short: it reads in one kernel the tokens that it wrote in the one before.
+CHUNK = 4
+
+
+def _work(share: Any, blocks: Any, groups: int) -> Iterator[tuple[Any, Any, Any]]:
+    """Loops over a share of all (token block, group of outputs): group, first block, how many.
+
+    Chunks of blocks come one after the other; what a share has of a chunk is whole groups of it.
+    """
+    whole = CHUNK * groups
+    low = T.Bind(share * blocks * groups // SHARES)
+    high = T.Bind((share + 1) * blocks * groups // SHARES)
+    begin = T.Bind(low // whole)
+    with T.serial((high + (whole - 1)) // whole - begin) as step:
+        first = T.Bind((begin + step) * CHUNK)
+        count = T.Bind(T.min(CHUNK, blocks - first))
+        start = T.Bind((T.max(low - first * groups, 0) + (count - 1)) // count)
+        end = T.Bind(T.min((high - first * groups + (count - 1)) // count, groups))
+        with T.serial(T.max(end - start, 0)) as group:
+            yield start + group, first, count
+
+
+def _tiles(tile: _Tile, group: Any, first: Any, count: Any, wide: int) -> None:
+    """``count`` blocks by tiles of ``wide``, what is left by tiles of half the width, and again."""
+    with T.serial(count // wide) as t:
+        tile.emit(group, first + t * wide, wide)
+    while wide > 1:
+        rest, wide = first + count // wide * wide, wide // 2
+        with T.If(count // wide % 2 == 1), T.Then():
+            tile.emit(group, rest, wide)
 
 
 # In a model the lists come from memory, faster than the processor's own prefetching asks for them:

@@ -131,7 +131,6 @@ def test_pack_keeps_every_lane_that_is_not_zero_once():
         "token_blocks": 4,
         "parts": 3,
         "groups": 4,
-        "chunk": 16,
     }
     rng = np.random.default_rng(0)
     w = rng.standard_normal((768, 96)).astype("float32") * (rng.random((768, 96)) < 0.1)
@@ -176,7 +175,6 @@ def test_groups_get_equal_work():
         "token_blocks": 4,
         "parts": 1,
         "groups": 8,
-        "chunk": 16,
     }
     _, _, starts, *_ = sparse.pack(task, knobs, [w.astype("int8")])
     work = np.diff(starts[:: len(starts) // 8])
