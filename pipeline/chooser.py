@@ -21,7 +21,9 @@ OTHER_FLAG = 0.5  # how far apart two tasks are that differ in their epilogue
 
 
 class Choice(NamedTuple):
-    """``source`` is "tuned", "nearest" (the record of another shape) or "default"."""
+    """``source`` is "tuned", "estimated" (tuned by a model of the machine), "nearest" (the record
+    of another shape) or "default".
+    """
 
     source: str
     knobs: Knobs
@@ -50,7 +52,7 @@ class Chooser:
         valid = SCHEDULES[task.operation].valid
         exact = self.log.best(task, self.row)
         if exact is not None and valid(task, self.row, exact.knobs):
-            yield "tuned", exact
+            yield "estimated" if exact.estimated else "tuned", exact
         near = [
             (distance(task, other), other.key, other)
             for other in self.log.tasks(self.row)

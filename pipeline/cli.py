@@ -22,6 +22,7 @@ CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--tune", "none|quick|full", str, "how long to search for faster kernels"),
     ("--trials", "N", int, "kernels to try while tuning, instead of what --tune says"),
     ("--timeout", "SECONDS", float, "stop tuning after this time"),
+    ("--runner", "local|mca", str, "tune by running kernels here, or by llvm-mca's estimate"),
     ("--threads", "N", int, "cores to plan, tune and measure for"),
     ("--runtime", "none|include", str, "put the TVM runtime and the loader into the bundle"),
     ("--head", "NAME", str, "what the model computes, instead of what the checkpoint says"),

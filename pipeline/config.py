@@ -17,6 +17,7 @@ from bertile.targets import names as target_names
 
 TUNE_EFFORTS = ("none", "quick", "full")
 RUNTIMES = ("none", "include")
+RUNNERS = ("local", "mca")
 RANGES = ("dynamic", "minmax", "percentile", "mse")
 HEADS = (
     "encoder",
@@ -46,6 +47,7 @@ class Config:
     tune: str = "none"
     trials: int | None = None
     timeout: float | None = None
+    runner: str = "local"
     threads: int | None = None
     runtime: str = "none"
     head: str | None = None
@@ -176,6 +178,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "tune": _one_of(TUNE_EFFORTS),
     "trials": _positive((int,), "a whole number"),
     "timeout": _positive((int, float), "a number of seconds"),
+    "runner": _one_of(RUNNERS),
     "threads": _positive((int,), "a whole number"),
     "runtime": _one_of(RUNTIMES),
     "head": _one_of(HEADS, optional=True),

@@ -219,7 +219,8 @@ class _Run:
 def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
     """How many kernels have which provenance."""
     kinds = [kernel["provenance"] for kernel in kernels]
-    return {kind: kinds.count(kind) for kind in ("tuned", "nearest", "default", "generic")}
+    known = ("tuned", "estimated", "nearest", "default", "generic")
+    return {kind: kinds.count(kind) for kind in known if kind != "estimated" or kind in kinds}
 
 
 def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:

@@ -63,7 +63,8 @@ class Estimator:
             return {"error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
         times = [[one / self._model.gigahertz / 1e3] for one in cycles]
         rest = {str(count * LANES): time for count, time in zip(also, times[1:])}
-        return {"microseconds": times[0], "also": rest, "estimated": True}
+        machine = {"cpu": f"{self._model.processor} by llvm-mca", "row": self._row.name}
+        return {"microseconds": times[0], "also": rest, "machine": machine}
 
     def _cycles(self, task: Task, knobs: dict[str, int], counts: Sequence[int]) -> list[float]:
         """Of the whole kernel, on each of these numbers of blocks."""

@@ -6,8 +6,8 @@
                                 mark(2)
                                 z = …
 
-The comments come through to the assembly, so that each stretch of it is known by its mark, however
-LLVM has moved, cloned or rotated loops; ``loop_walk`` says how often each is passed. Why not to read
+The comments come through to the assembly, so that each stretch is known by its mark, however
+LLVM has moved, cloned or rotated loops; ``loop_walk`` says how often each is passed. Why not read
 trip counts from the assembly: they depend on arguments, on the number of tokens and on lists of
 indices.
 """

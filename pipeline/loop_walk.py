@@ -1,5 +1,5 @@
-"""A marked kernel and its arguments come in; how often each mark is passed, and how many cache lines
-each cache lacks meanwhile, go out.
+"""A marked kernel and its arguments come in; how often each mark is passed, and how many cache
+lines each cache lacks meanwhile, go out.
 
     for i in range(n):              for i in range(n):
         mark(1)               →         counts[1] += 1
@@ -26,6 +26,7 @@ from bertile.targets import Target
 
 LINE = 64  # bytes that a cache takes at once
 _TOUCH = "bertile_touch"
+_CALL = tvm.ir.Op.get("tirx.call_extern")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class _Counter:
 
     def __init__(self, func: tirx.PrimFunc, counts: Any, state: Any, threads: int) -> None:
         self._arguments, self._counts, self._state = func.params, counts, state
-        self._threads = threads
+        self._threads, self._unknown = threads, []
 
     def of(self, stmt: Any) -> Any:
         """The statement's counter, which may be an empty one."""
@@ -121,18 +122,30 @@ class _Counter:
 
     def _line(self, stmt: Any) -> Any:
         if isinstance(stmt, tirx.Evaluate):
-            call = stmt.value
-            if not getattr(call, "args", None) or call.args[0] != FUNCTION:
+            if _extern(stmt.value) != FUNCTION:
                 return sequence([])
-            place = call.args[1]
+            place = stmt.value.args[1]
             count = self._counts[place] + tirx.const(1, "int64")
             return tirx.BufferStore(self._counts, count, [place])
         if isinstance(stmt, tirx.Bind):
-            return sequence([*self._touches(stmt.value), *([stmt] if _decides(stmt) else [])])
+            return sequence([*self._touches(stmt.value), *self._bound(stmt)])
         if isinstance(stmt, tirx.BufferStore):
             stored = (stmt.buffer, stmt.indices)
             return sequence([*self._touches(stmt.value), *self._touch(*stored)])
         return sequence([])
+
+    def _bound(self, stmt: Any) -> list[Any]:
+        """An integer that loops, conditions or addresses may ask for; none of what is computed."""
+        value = stmt.value
+        if _extern(value) == "bertile_index":
+            value = value.args[1]  # which it gives back
+        calls: list[Any] = []
+        tvm_ffi.structural_walk(value, (tvm.ir.Call, calls.append))
+        integer = str(value.ty.dtype) in ("int32", "int64", "uint32", "uint64", "bool")
+        if integer and not any(map(_extern, calls)):
+            return [tirx.Bind(stmt.var, value)]
+        self._unknown.append(stmt.var)
+        return []
 
     def _touches(self, value: Any) -> list[Any]:
         loads: list[Any] = []
@@ -144,15 +157,18 @@ class _Counter:
         if not any(buffer.same_as(argument) for argument in self._arguments):
             return []
         first = tuple(one.base if isinstance(one, tirx.Ramp) else one for one in indices)
+        names: list[Any] = []
+        tvm_ffi.structural_walk(first, (tirx.Var, names.append))
+        if any(name.same_as(one) for name in names for one in self._unknown):
+            return []
         places = [tirx.address_of(one) for one in (self._state[0], buffer[first])]
         return [tirx.Evaluate(tirx.call_extern("int32", _TOUCH, *places))]
 
 
-def _decides(stmt: Any) -> bool:
-    """Whether a loop or a condition may ask for what is bound."""
-    calls: list[Any] = []
-    tvm_ffi.structural_walk(stmt.value, (tvm.ir.Call, calls.append))
-    return str(stmt.value.ty.dtype) in ("int32", "bool") and not calls
+def _extern(value: Any) -> str | None:
+    """The name of the linked function that is called."""
+    called = isinstance(value, tvm.ir.Call) and value.op.same_as(_CALL)
+    return str(value.args[0].value) if called else None
 
 
 def _once(stmts: Iterable[Any]) -> Iterator[Any]:

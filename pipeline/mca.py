@@ -55,7 +55,7 @@ class Stretch:
 
 
 KB = 1 << 10
-# LLVM 19 has a broadcast from memory take a shuffle's place beside the load, and the dot products of
+# LLVM 19 has a broadcast from memory take a shuffle's place too, and the dot products of
 # registers two or three cycles of their unit, where those with memory take one, as both do.
 _ZEN4_READS = (
     (r"\bvp?broadcast(?:ss|d)\s+([^%\s]*\(.*\)), (%[yz]mm)", r"vmovups \1, \2"),
@@ -89,10 +89,11 @@ MODELS = {
 
 def model_of(row: Any) -> Model:
     """The model for a row; UsageError where no processor stands for it."""
-    if row.name not in MODELS:
-        known = ", ".join(MODELS)
-        raise UsageError(f"llvm-mca has no model for target '{row.name}'", f"known: {known}")
-    return MODELS[row.name]
+    same = [one for one in MODELS.values() if one.processor == row.tvm["mcpu"]]
+    if found := MODELS.get(row.name) or next(iter(same), None):
+        return found
+    known = ", ".join(MODELS)
+    raise UsageError(f"llvm-mca's times are not known for '{row.name}'", f"known: {known}")
 
 
 def tool(model: Model) -> str:
@@ -108,7 +109,7 @@ def tool(model: Model) -> str:
 
 
 def analyse(stretches: Sequence[Sequence[str]], model: Model) -> list[Stretch]:
-    """What each list of instructions takes, repeated for ever, operands in the first-level cache."""
+    """What each list of instructions takes, again and again; operands in the first-level cache."""
     lines = [line for number, one in enumerate(stretches) for line in _region(number, one)]
     for pattern, instead in model.reads:
         lines = [re.sub(pattern, instead, line) for line in lines]

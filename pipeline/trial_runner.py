@@ -23,6 +23,8 @@ _ALONE = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 class TrialRunner:
     """Runs trials one at a time in another process. A context manager; the process ends with it."""
 
+    parallel = 1
+
     def __init__(self, row: Target, timeout: float = TRIAL_SECONDS) -> None:
         self._row, self._timeout = row, timeout
         self._process: subprocess.Popen[bytes] | None = None
