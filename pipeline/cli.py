@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from bertile import bench_command, prune_command
+from bertile import bench_command, device_command, prune_command
 from bertile.precision import PRECISIONS, SPARSE
 from bertile.quantization_flags import QUANTIZATION_FLAGS
 
@@ -23,6 +23,8 @@ CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--trials", "N", int, "kernels to try while tuning, instead of what --tune says"),
     ("--timeout", "SECONDS", float, "stop tuning after this time"),
     ("--runner", "local|mca", str, "tune by running kernels here, or by llvm-mca's estimate"),
+    ("--rpc-tracker", "HOST:PORT", str, "tune on the devices of this RPC tracker"),
+    ("--rpc-key", "KEY", str, "which of its devices"),
     ("--threads", "N", int, "cores to plan, tune and measure for"),
     ("--runtime", "none|include", str, "put the TVM runtime and the loader into the bundle"),
     ("--head", "NAME", str, "what the model computes, instead of what the checkpoint says"),
@@ -264,6 +266,10 @@ def _report(parser: argparse.ArgumentParser) -> None:
     _add_some_config(parser, "threads", "log-dir")
 
 
+def _device(parser: argparse.ArgumentParser) -> None:
+    device_command.add_arguments(parser)
+
+
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", default="out/minilm", help="the bundle")
     _add_config(parser)
@@ -291,6 +297,7 @@ COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...]
     ("run", "text in, result out", _run_text),
     ("report", "one HTML page: tuning curves, kernels, before and after", _report),
     ("inspect", "the kernels of a bundle: origin, time, share of peak", _inspect),
+    ("device", "boards to tune on: serve one, list them, share them out", _device),
     ("targets", "the machines that can be compiled for", lambda parser: None),
     ("doctor", "check this machine; each problem with its remedy", _doctor),
     ("demo", "compile minilm and compare sentences with it", _demo),

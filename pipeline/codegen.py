@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import tvm
+from tvm.support import cc
 
-from bertile.targets import Target, tvm_target
+from bertile.targets import Target, link_command, tvm_target
 
 # Our kernels have no blocks to compact and no conditions to hoist, and LLVM finds common
 # subexpressions itself: without these a wide tile is built in two thirds of the time, to the same
@@ -21,6 +23,24 @@ def context() -> tvm.transform.PassContext:
 
 def build_kernel(func: tvm.tirx.PrimFunc, row: Target) -> Any:
     """The compiled kernel, as a function of its arguments."""
+    return compiled(func, row)["kernel"]
+
+
+def export_kernel(func: tvm.tirx.PrimFunc, row: Target, library: Path) -> None:
+    """Write the kernel as a shared library for its row, which any machine can load."""
+    compiled(func, row).export_library(
+        str(library), fcompile=lambda out, objects, options=None: link(row, out, objects)
+    )
+
+
+def link(row: Target, output: str, objects: Any) -> None:
+    """Link objects to a shared library for a row."""
+    linker = link_command(row)
+    cc.create_shared(output, objects, options=linker[1:], cc=linker[0])
+
+
+def compiled(func: tvm.tirx.PrimFunc, row: Target) -> Any:
+    """TVM's module of the kernel, which is called ``kernel`` in it."""
     mod = tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
     with context():
-        return tvm.tirx.build(mod, target=tvm_target(row))["kernel"]
+        return tvm.tirx.build(mod, target=tvm_target(row))

@@ -9,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bertile import bench_command, prune_command
+from bertile import bench_command, device_command, prune_command
 from bertile.config import Config
 from bertile.errors import UsageError
 from bertile.progress import Progress
@@ -174,6 +174,11 @@ def targets(options: Namespace, progress: Progress) -> Outcome:
     runs = [row.name for row in TABLE if fits(row, found)]
     data = [dataclasses.asdict(row) | {"here": row.name in runs} for row in TABLE]
     return Outcome(data, as_text(runs, native().name if runs else None))
+
+
+def device(options: Namespace, progress: Progress) -> Outcome:
+    """Serve this machine as a device, list a tracker's devices, or be the tracker."""
+    return Outcome(*device_command.run(options, progress))
 
 
 def doctor(options: Namespace, progress: Progress) -> Outcome:

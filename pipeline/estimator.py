@@ -25,7 +25,7 @@ from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
-from bertile.targets import Target, tvm_target
+from bertile.targets import Target
 
 _MARK = re.compile(rf"\s*\S+ {loop_marks.MARK} (\d+)")
 _LABEL = re.compile(r"[^\s#/]+:")
@@ -143,9 +143,7 @@ class Code:
 
 def assembly(func: tvm.tirx.PrimFunc, row: Target) -> str:
     """The text that LLVM makes of a kernel."""
-    mod = tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
-    with codegen.context():
-        return tvm.tirx.build(mod, target=tvm_target(row)).inspect_source("asm")
+    return codegen.compiled(func, row).inspect_source("asm")
 
 
 def blocks(text: str) -> list[Block]:

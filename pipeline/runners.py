@@ -39,6 +39,10 @@ def open_runner(row: Target, config: Config) -> Runner:
         from bertile.estimator import Estimator
 
         return Estimator(row)
+    if config.rpc_tracker and config.rpc_key:
+        from bertile.remote_runner import RemoteRunner
+
+        return RemoteRunner(row, config.rpc_tracker, config.rpc_key)
     if not fits(row, cpu_features()):
         raise PlatformError(
             f"kernels for {row.name} cannot be measured on this machine",
