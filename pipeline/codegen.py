@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import tvm
-from tvm.support import cc
 
+from bertile.errors import BertileError
 from bertile.targets import Target, link_command, tvm_target
 
 # Our kernels have no blocks to compact and no conditions to hoist, and LLVM finds common
@@ -36,7 +37,12 @@ def export_kernel(func: tvm.tirx.PrimFunc, row: Target, library: Path) -> None:
 def link(row: Target, output: str, objects: Any) -> None:
     """Link objects to a shared library for a row."""
     linker = link_command(row)
-    cc.create_shared(output, objects, options=linker[1:], cc=linker[0])
+    # not cc.create_shared, whose linker is a single word
+    line = [*linker, "-shared", "-fPIC", "-o", output, *map(str, objects)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = " ".join(done.stderr.split())[-500:]
+        raise BertileError(f"{' '.join(linker)} cannot link {output}: {reason}")
 
 
 def compiled(func: tvm.tirx.PrimFunc, row: Target) -> Any:

@@ -18,6 +18,7 @@ from bertile.targets import names as target_names
 TUNE_EFFORTS = ("none", "quick", "full")
 RUNTIMES = ("none", "include")
 RUNNERS = ("local", "mca")
+LIBCS = ("glibc", "musl")
 RANGES = ("dynamic", "minmax", "percentile", "mse")
 HEADS = (
     "encoder",
@@ -52,6 +53,8 @@ class Config:
     rpc_key: str | None = None
     threads: int | None = None
     runtime: str = "none"
+    runtime_from: str | None = None
+    libc: str = "glibc"
     head: str | None = None
     log_dir: str | None = None
     shipped_log: bool = True
@@ -131,6 +134,11 @@ def _positive(kinds: tuple[type, ...], what: str) -> Callable[[str, Any], Any]:
 def _target(name: str, value: Any) -> Any:
     if isinstance(value, str) and value.startswith(f"{GENERIC}-"):
         return value  # of one processor, which LLVM knows or not
+    if isinstance(value, str) and value.startswith(("armv7", "armhf", "arm32")):
+        raise UsageError(
+            f"there is no target '{value}': no release of TVM has a runtime for 32-bit ARM",
+            f"run a 64-bit system on the board and take --target arm-a72, or {GENERIC}",
+        )
     return _one_of(("native", *target_names()))(name, value)
 
 
@@ -196,6 +204,8 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "rpc_key": _name_of("the key of devices"),
     "threads": _positive((int,), "a whole number"),
     "runtime": _one_of(RUNTIMES),
+    "libc": _one_of(LIBCS),
+    "runtime_from": _path_of("a wheel or a directory"),
     "head": _one_of(HEADS, optional=True),
     "log_dir": _path_of("a directory"),
     "shipped_log": _flag,

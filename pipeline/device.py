@@ -13,11 +13,12 @@ import time
 from collections import Counter
 from typing import Any
 
-from bertile.errors import BertileError, UsageError
+from bertile.errors import BertileError, UsageError, require
 from bertile.loader import available_cores, cpu_features, set_thread_defaults
 from bertile.machine import cpu_name
 from bertile.progress import Progress
 from bertile.tables import table
+from bertile.work import use_threads
 
 TRACKER_PORT, SERVER_PORT, PORTS = 9190, 9090, 100
 RESTART_SECONDS = 1.0
@@ -51,6 +52,7 @@ def serve(tracker: str, key: str, port: int, threads: int | None, progress: Prog
 
 def run_tracker(host: str, port: int, progress: Progress) -> None:
     """Run a tracker until Ctrl-C."""
+    require("tracker", "tornado")
     from tvm.rpc.tracker import Tracker
 
     tracker = Tracker(host=host, port=port, port_end=port + 1, silent=True)
@@ -107,10 +109,14 @@ def _register() -> None:
     def cold(*_: Any) -> None:
         scratch[:] = 1 - scratch[0]
 
+    @tvm.register_global_func("bertile.threads", override=True)
+    def threads(count: int) -> None:
+        use_threads(count)
+
     @tvm.register_global_func("bertile.facts", override=True)
     def facts() -> str:
-        features = sorted(cpu_features())
-        return json.dumps({"cpu": cpu_name(), "cores": available_cores(), "features": features})
+        found = {"cpu": cpu_name(), "cores": available_cores(), "features": sorted(cpu_features())}
+        return json.dumps({**found, "threads": int(os.environ["TVM_NUM_THREADS"])})
 
 
 def main(tracker: str, key: str, port: str) -> None:

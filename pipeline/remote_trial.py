@@ -73,13 +73,13 @@ class Remote:
 def _checked(session: Any, row: Target) -> dict[str, Any]:
     """What the device is; ValueError where it cannot run the row's code on so many threads."""
     facts = json.loads(session.get_function("bertile.facts")())
-    lacks = [one for one in row.features if one not in facts.pop("features")]
+    features, threads = facts.pop("features"), facts.pop("threads")
+    lacks = [one for one in row.features if one not in features]
     if lacks:
         raise ValueError(f"the device lacks {' '.join(lacks)}, which {row.name} needs")
-    if facts["cores"] < row.threads:
-        raise ValueError(f"the device has {facts['cores']} cores: tune with --threads of as many")
-    cores = [str(core) for core in range(row.threads)]
-    session.get_function("runtime.config_threadpool")(-3, row.threads, cores)
+    if threads < row.threads:
+        raise ValueError(f"the device serves {threads} threads: tune with --threads {threads}")
+    session.get_function("bertile.threads")(row.threads)
     return {**facts, "row": row.name}
 
 

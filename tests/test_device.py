@@ -86,16 +86,6 @@ def test_fleet_is_listed(fleet, capsys):
     assert (key, count) == ("board", "2")
 
 
-def test_trials_run_on_the_devices_and_say_which(fleet, tmp_path):
-    result, log = tune(fleet[0], tmp_path, [NORM, DENSE])
-    assert result["trials"] == 2
-    for task in (NORM, DENSE):
-        (record,) = log.records(task, ROW)
-        assert record.error is None and len(record.microseconds) == 5
-        assert record.machine["row"] == ROW.name and record.machine["cores"] == 1
-        assert sorted(record.also) == ["16", "384"] and not record.estimated
-
-
 def test_device_that_dies_costs_its_trial_alone(fleet, tmp_path, monkeypatch):
     """Four trials on two devices; one is gone as soon as the first answer is there."""
     tracker, (victim, _) = fleet
@@ -117,8 +107,10 @@ def test_device_that_dies_costs_its_trial_alone(fleet, tmp_path, monkeypatch):
         session = tuner._Session(log, ROW, trials, QUIET, time.monotonic() + 60, None)
         times = session.measure(candidates)
     assert len(answered) == 4 and sum(map(bool, times)) >= 3
-    failed = [one for one in log.records(DENSE, ROW) if one.error]
-    assert len(failed) == 4 - sum(map(bool, times)) <= 1
+    good = [one for one in log.records(DENSE, ROW) if not one.error]
+    assert len(good) == sum(map(bool, times)) and not any(one.estimated for one in good)
+    assert all(len(one.microseconds) == 5 and sorted(one.also) == ["16", "384"] for one in good)
+    assert all(one.machine["row"] == ROW.name and one.machine["cpu"] for one in good)
 
 
 def test_absent_tracker_and_device_are_said_with_what_to_do(tmp_path):
