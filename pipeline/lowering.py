@@ -75,7 +75,7 @@ class _Lowering:
         self.builder = relax.BlockBuilder()
         self.inputs = list(graph.main.params[: int(graph.main.attrs["num_input"])])
         self.table = next(p for p in self.inputs if p.name == TABLE)
-        self.weights = PackedWeights()
+        self.weights = PackedWeights(row)
         self.constants = itertools.count()  # constants have no names of their own
         self.rows: dict[relax.Var, Any] = {p: p for p in self.inputs}  # old variable → row-major
         self.lanes: dict[tuple[relax.Var, Form], list[Any]] = {}  # old variable, form → in lanes

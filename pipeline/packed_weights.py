@@ -11,6 +11,7 @@ from tvm import relax
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
+from bertile.targets import Target
 
 
 class PackedWeights:
@@ -19,7 +20,8 @@ class PackedWeights:
     ``nonzeros`` counts the lanes that sparse weights are stored with, over all calls of a task.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, row: Target) -> None:
+        self.row = row
         self.variables: dict[str, relax.Var] = {}
         self.values: dict[str, np.ndarray] = {}
         self.nonzeros: Counter[Task] = Counter()
@@ -43,11 +45,12 @@ class PackedWeights:
         self, task: Task, knobs: Knobs, names: Sequence[str], values: Sequence[np.ndarray]
     ) -> list[relax.Var]:
         schedule = SCHEDULES[task.operation]
-        packed = schedule.pack(task, knobs, values)
+        packed = schedule.pack(task, knobs, values, self.row)
         if schedule.parts:  # all of them, the vectors too, are in an order of this weight's own
             names = [f"{names[0]}/{name}" for name in (*schedule.parts, *names[1:])]
         elif all(a is b for a, b in zip(packed, values)):
             return [self.parameter(name, value) for name, value in zip(names, packed)]
+        names = [*names, f"{names[0]}/offset"][: len(packed)]  # of signed bytes
         return [self.parameter(f"{n}@{task.name}", v) for n, v in zip(names, packed, strict=True)]
 
     def parameter(self, name: str, value: np.ndarray) -> relax.Var:

@@ -69,7 +69,7 @@ def measure(
     copies: list[list[Any]] = []
     for count in (blocks, *also):
         sample = _sample(task, count)
-        copies = copies or _copies(SCHEDULES[operation].pack(task, knobs, sample.weights))
+        copies = copies or _copies(SCHEDULES[operation].pack(task, knobs, sample.weights, row))
         found = _checked_times(run, sample, copies)
         if isinstance(found, str):
             return {"error": f"{found} on {count} blocks"}

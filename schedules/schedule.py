@@ -19,9 +19,10 @@ Space = dict[str, tuple[int, ...]]
 class Row(Protocol):
     """The facts of a machine that schedules ask for (a row of ``bertile.targets``)."""
 
+    arch: str  # whose intrinsics
     registers: int  # architectural vector registers
     vector_bits: int  # width of one of them
-    dot_product: str | None  # "vnni": four bytes at once
+    dot_product: str | None  # "vnni", "sdot", "usmmla": four bytes at once
     bf16: bool  # two bfloat16 at once
 
 
@@ -70,8 +71,8 @@ class Schedule:
     kernel: Callable[[Task, Knobs, Row], Any]  # -> tvm.tirx.PrimFunc
     sample: Callable[[Task, int, np.random.Generator], Sample]  # (task, blocks of tokens, rng)
     flops: Callable[[Task, int], float]  # (task, tokens), of a sequence of that many tokens
-    pack: Callable[[Task, Knobs, Sequence[np.ndarray]], list[np.ndarray]] = (
-        lambda task, knobs, weights: list(weights)
+    pack: Callable[[Task, Knobs, Sequence[np.ndarray], Row], list[np.ndarray]] = (
+        lambda task, knobs, weights, row: list(weights)
     )
     parts: tuple[str, ...] = ()
 

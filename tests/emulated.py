@@ -54,7 +54,7 @@ class Emulated:
         schedule = SCHEDULES[task.operation]
         knobs = schedule.default(task, self.row) if knobs is None else knobs
         sample = schedule.sample(task, blocks, np.random.default_rng(seed))
-        weights = schedule.pack(task, knobs, sample.weights)
+        weights = schedule.pack(task, knobs, sample.weights, self.row)
         key = f"{task.key}{sorted(knobs.items())}"
         if key not in self.kernels:
             self.kernels[key] = schedule.kernel(task, knobs, self.row)

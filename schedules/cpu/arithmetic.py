@@ -14,8 +14,8 @@ folded into the weights of the layer that reads them where all tokens share them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from tvm.tirx.script import builder as T
 
 from bertile.schedules.cpu.lanes import LANES, splat
 from bertile.schedules.cpu.vector_math import ROUND
-from bertile.schedules.intrinsics import x86
+from bertile.schedules.intrinsics import arm, llvm, x86
 from bertile.schedules.reference import LEVELS
 from bertile.schedules.schedule import Row
 
@@ -35,7 +35,9 @@ ROUND_BITS = 0x4B400000  # of ``vector_math.ROUND``
 class Arithmetic:
     """Vectors of 16 lanes of ``group`` channels, multiplied and added up in ``total``.
 
-    ``weight`` is the dtype in which a lane's weights are stored.
+    ``weight`` is the dtype in which a lane's weights are stored. ``signed`` bytes are multiplied
+    less 128 (see ``inputs``), and sums want 128 times the sum of the weights. ``matrix`` is the
+    text of a function that multiplies two tokens by two outputs, where the machine has one.
     """
 
     group: int
@@ -44,6 +46,8 @@ class Arithmetic:
     function: str = ""
     llvm: str = ""  # the function's text
     weight: str = ""
+    signed: bool = False
+    matrix: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", self.weight or self.lane)
@@ -55,11 +59,30 @@ class Arithmetic:
         halves = tirx.Broadcast(w, LANES)
         return tirx.call_extern(f"float32x{LANES}", "bertile_half", halves)
 
+    def spread_row(self, w: Any, index: tuple, count: int) -> Iterator[Any]:
+        """Each of the weights ``w[*index, 0:count]`` in all lanes, from registers of several."""
+        at = 0
+        while at < count:
+            some = next(n for n in (4, 2, 1) if n <= count - at)
+            if some == 1:
+                yield T.Bind(self.spread(w[(*index, at)]))
+            else:
+                several = T.Bind(w[(*index, tirx.Ramp(at, 1, some))])
+                for i in range(some):
+                    name = f"bertile_lane{i}of{some}"
+                    yield T.Bind(tirx.call_extern(f"{self.lane}x{LANES}", name, several))
+            at += some
+
     def multiply_add(self, total: Any, x: Any, w: Any) -> Any:
         """total + x · w, the product of each lane's channels."""
         if not self.function:
             return total + x * w
         return tirx.call_extern(f"{self.total}x{LANES}", self.function, total, x, w)
+
+    def multiply_matrix(self, total: Any, x: Any, w: Any) -> Any:
+        """total + x w of two lanes, by registers: x of two tokens, w of two outputs."""
+        name = f"bertile_matrix{self.group}"
+        return tirx.call_extern(f"{self.total}x{LANES}", name, total, x, w)
 
     def zero(self) -> Any:
         """A vector of zeros to add up on."""
@@ -71,17 +94,31 @@ class Arithmetic:
 
 
 FP32 = Arithmetic(1, "float32", "float32")
-FP16 = Arithmetic(1, "float32", "float32", "", x86.HALF, "int16")
+FP16 = Arithmetic(1, "float32", "float32", "", llvm.HALF, "int16")
 BF16 = Arithmetic(2, "int32", "float32", "bertile_dot2", x86.DOT2_BF16)
 
 
 def arithmetic(precision: str, row: Row) -> Arithmetic:
     """The arithmetic of ``fp32``, ``fp16``, ``bf16`` or ``int8`` on a machine."""
+    if row.arch == "aarch64" and precision in ("bf16", "int8"):
+        return _arm(precision, row)
     if precision == "int8":
         wide = x86.DOT4_AVX512 if row.vector_bits == 512 else x86.DOT4_AVX2
         text = x86.DOT4_VNNI if row.dot_product == "vnni" else wide
         return Arithmetic(4, "int32", "int32", "bertile_dot4", text)
     return {"fp32": FP32, "fp16": FP16, "bf16": BF16}[precision]
+
+
+def _arm(precision: str, row: Row) -> Arithmetic:
+    if precision == "bf16":
+        matrix = arm.MATRIX_BF16 + arm.SHUFFLES
+        return replace(BF16, llvm=arm.DOT2_BF16, matrix=matrix)
+    if row.dot_product == "usmmla":
+        matrix = arm.MATRIX_INT8 + arm.SHUFFLES
+        return Arithmetic(4, "int32", "int32", "bertile_dot4", arm.DOT4_USDOT, matrix=matrix)
+    text = arm.DOT4_SDOT if row.dot_product == "sdot" else arm.DOT4_NEON
+    text += arm.SIGNED + arm.LANES
+    return Arithmetic(4, "int32", "int32", "bertile_dot4", text, signed=True)
 
 
 # On vectors of a kernel.

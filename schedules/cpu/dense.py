@@ -27,8 +27,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from bertile.schedules.cpu import dense_samples, lanes
-from bertile.schedules.cpu.dense_kernel import kernel, panel_count, panel_width
-from bertile.schedules.cpu.product import group, precision, weight_lanes, writes
+from bertile.schedules.cpu.dense_kernel import Layout, kernel, step_count
+from bertile.schedules.cpu.product import (
+    byte_offset,
+    group,
+    multiplies,
+    precision,
+    weight_lanes,
+    writes,
+)
 from bertile.schedules.schedule import Knobs, Row, Schedule, Space
 from bertile.schedules.task import Task
 
@@ -39,15 +46,17 @@ def space(task: Task, row: Row) -> Space:
     A tile of ``accumulators`` vectors is ``token_blocks`` blocks by ``accumulators //
     token_blocks`` outputs: two knobs that keep inside the register file whatever is chosen.
     """
-    depth = -(-task.shape["inputs"] // group(task))
+    math = multiplies(task, row)
+    steps = step_count(task, math)
     halves = precision(task) in ("fp32", "fp16") and writes(task) == "to_fp32"
     fits = _accumulators(task, row)
+    ready = math.signed or bool(math.matrix)  # for one block, and better for more outputs
     return {
-        "accumulators": tuple(range(min(4, fits), fits + 1)),
-        "token_blocks": tuple(b for b in (1, 2, 3, 4) if b <= fits // 2),
-        "unroll": tuple(u for u in (1, 2, 4) if depth % u == 0),
-        "passes": (1, 2) if halves and depth % 2 == 0 and depth >= 256 else (1,),
-        "panels": (1, 2, 4, 8),
+        "accumulators": tuple(range(min(4, fits), fits + 1, 2 if math.matrix else 1)),
+        "token_blocks": (1,) if ready else tuple(b for b in (1, 2, 3, 4) if b <= fits // 2),
+        "unroll": tuple(u for u in (1, 2, 4) if steps % u == 0),
+        "passes": (1, 2) if halves and steps % 2 == 0 and steps >= 256 else (1,),
+        "panels": (2, 4, 8, 16) if ready else (1, 2, 4, 8),
         "chunk": (4, 8, 16, 32),
     }
 
@@ -61,31 +70,34 @@ def default(task: Task, row: Row) -> Knobs:
     token_blocks = 4 if room >= 4 and 4 in choices["token_blocks"] else 1
     widest = min(_accumulators(task, row), 24) // token_blocks
     # one output less where that pads nothing; else padding costs less than a narrower tile
-    even = [n for n in (widest, widest - 1) if task.shape["outputs"] % n == 0]
+    step = 2 if multiplies(task, row).matrix else 1
+    even = [n for n in (widest, widest - step) if task.shape["outputs"] % n == 0]
     width = max(even, default=widest)
     return {
         "accumulators": max(width * token_blocks, min(choices["accumulators"])),
         "token_blocks": token_blocks,
         "unroll": max(choices["unroll"]),
         "passes": 1,
-        "panels": 4,
+        "panels": 8 if 16 in choices["panels"] else 4,
         "chunk": 16,
     }
 
 
-def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> list[np.ndarray]:
     """w (K, N) → (panels, K / G, width): each panel is read front to back; vectors (N) padded.
 
     ``weights`` are w (float32, or int8 for bytes), then the vectors in the kernel's order.
     """
     w, *vectors = weights
-    width, panels = panel_width(task, knobs), panel_count(task, knobs)
-    padding = panels * width - w.shape[1]
+    of = Layout.of(task, knobs, row)
+    padding = of.panels * of.width - w.shape[1]
+    limits = [vectors.pop()] if writes(task) == "to_int8" else []
+    offset = [np.pad(byte_offset(w), (0, padding))] if of.math.signed else []
     w = np.pad(weight_lanes(task, w), ((0, 0), (0, padding)))
-    w = np.ascontiguousarray(w.reshape(-1, panels, width).transpose(1, 0, 2))
-    limits = vectors.pop() if writes(task) == "to_int8" else None
-    padded = [np.pad(v, (0, padding)) for v in vectors]
-    return [w, *padded] + ([] if limits is None else [limits])
+    if of.math.matrix:  # two lanes of an output, and of its neighbour, are one register
+        w = np.pad(w, ((0, len(w) % 2), (0, 0))).reshape(of.steps, 2, -1, 2).transpose(0, 2, 3, 1)
+    w = np.ascontiguousarray(w.reshape(of.steps, of.panels, -1).transpose(1, 0, 2))
+    return [w, *(np.pad(v, (0, padding)) for v in vectors), *limits, *offset]
 
 
 def flops(task: Task, tokens: int) -> float:
@@ -98,7 +110,7 @@ def _accumulators(task: Task, row: Row) -> int:
     registers. Bytes that are widened first take twice as many.
     """
     capacity = lanes.vector_capacity(row)
-    widened = group(task) == 4 and row.dot_product != "vnni"
+    widened = group(task) == 4 and row.dot_product is None
     return capacity - max(4 if widened else 2, capacity // 8)
 
 

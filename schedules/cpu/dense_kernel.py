@@ -2,54 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
-from bertile.schedules.cpu.product import Epilogue, arguments, packed, precision
+from bertile.schedules.cpu.arithmetic import Arithmetic
+from bertile.schedules.cpu.inputs import Inputs, unzipped, zipped
+from bertile.schedules.cpu.product import Epilogue, arguments, multiplies, packed
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
 
 
-def panel_width(task: Task, knobs: Knobs) -> int:
-    """How many outputs a panel of packed weights is wide: those of the tile of most blocks.
+def step_count(task: Task, math: Arithmetic) -> int:
+    """Lanes of x, or pairs of them where a matrix takes two at once."""
+    depth = math.lanes(task.shape["inputs"])
+    return -(-depth // 2) if math.matrix else depth
 
-    A whole number of the lanes that are stored.
+
+@dataclass(frozen=True)
+class Layout:
+    """How weights are packed.
+
+    A panel has the outputs of the tile of most blocks, a whole number of the lanes that are stored,
+    and of the pairs of a matrix. There are as many panels as a tile of fewer blocks can take
+    several of at once.
     """
-    lane = packed(task)
-    width = min(knobs["accumulators"] // knobs["token_blocks"], task.shape["outputs"])
-    return max(lane, width // lane * lane)
 
+    math: Arithmetic
+    steps: int
+    width: int
+    panels: int
 
-def panel_count(task: Task, knobs: Knobs) -> int:
-    """How many panels there are, padded so that a tile of fewer blocks can take several at once."""
-    panels = -(-task.shape["outputs"] // panel_width(task, knobs))
-    return -(-panels // knobs["token_blocks"]) * knobs["token_blocks"]
+    @staticmethod
+    def of(task: Task, knobs: Knobs, row: Row) -> Layout:
+        """What the knobs make of the task's shape."""
+        math = multiplies(task, row)
+        lane = max(packed(task), 2 if math.matrix else 1)
+        width = min(knobs["accumulators"] // knobs["token_blocks"], task.shape["outputs"])
+        width = max(lane, width // lane * lane)
+        panels = -(-task.shape["outputs"] // width)
+        panels = -(-panels // knobs["token_blocks"]) * knobs["token_blocks"]
+        return Layout(math, step_count(task, math), width, panels)
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     """The PrimFunc (x, [range], [residual], w, [scale, [shift]], b, [limits], y)."""
-    math = arithmetic(precision(task).removesuffix("_static"), row)
-    depth = math.lanes(task.shape["inputs"])
-    width, panels = panel_width(task, knobs), panel_count(task, knobs)
-    group = min(knobs["panels"] * knobs["token_blocks"], panels)
-    groups = -(-panels // group)
+    of = Layout.of(task, knobs, row)
+    math = of.math
+    group = min(knobs["panels"] * knobs["token_blocks"], of.panels)
+    groups = -(-of.panels // group)
+    numbers = of.width * (2 if math.matrix else 1)  # of a step
     with lanes.kernel(task.name) as made:
 
         def weights() -> Any:
-            return made.tensor("w", panels, depth, width, dtype=math.weight)
+            return made.tensor("w", of.panels, of.steps, numbers, dtype=math.weight)
 
-        x, w, epilogue = arguments(made, task, math, panels * width, weights)
+        linked = replace(math, llvm=math.matrix or math.llvm)
+        x, w, epilogue = arguments(made, task, linked, of.panels * of.width, weights)
         chunk = knobs["chunk"]
         chunks = T.Bind((made.blocks + (chunk - 1)) // chunk)
         with T.parallel(groups * chunks) as job:
-            scratch = T.alloc_buffer((width * knobs["token_blocks"], lanes.LANES), "float32")
-            tile = _Tile(task, knobs, math, x, w, epilogue, scratch if packed(task) > 1 else None)
+            scratch = T.alloc_buffer((of.width * knobs["token_blocks"], lanes.LANES), "float32")
+            inputs = Inputs(x, math, knobs["token_blocks"], bool(math.matrix))
+            scratch = scratch if packed(task) > 1 else None
+            tile = _Tile(task, knobs, of, inputs, w, epilogue, scratch)
             # threads take their jobs in this order: each some panels of all tokens, so that no
             # thread is left with the shorter chunk
             first = T.Bind(job % chunks * chunk)
@@ -64,6 +86,12 @@ def _tiles(tile: _Tile, base: Any, group: int, first: Any, count: Any, part: int
     panels at once as fill the registers, so that a short request runs at full speed too.
     """
     wide = tile.knobs["token_blocks"]
+    if tile.inputs.buffer is not None:  # a block at a time, made ready for all panels
+        with T.serial(count) as t:
+            tile.inputs.fill(first + t, 1)
+            with tile.panels(base, group, 1) as panel:
+                tile.emit(panel, 1, first + t, 1, part)
+        return
     with tile.panels(base, group, 1) as panel, T.serial(count // wide) as t:
         tile.emit(panel, 1, first + t * wide, wide, part)
     for rest in range(1, wide):
@@ -80,24 +108,23 @@ class _Tile:
         self,
         task: Task,
         knobs: Knobs,
-        math: Arithmetic,
-        x: Any,
+        of: Layout,
+        inputs: Inputs,
         w: Any,
         epilogue: Epilogue,
         scratch: Any,
     ) -> None:
-        self.task, self.knobs, self.math, self.scratch = task, knobs, math, scratch
-        self.width, self.outputs = panel_width(task, knobs), task.shape["outputs"]
-        self.x, self.w, self.epilogue = x, w, epilogue
+        self.task, self.knobs, self.of, self.scratch = task, knobs, of, scratch
+        self.math, self.width, self.outputs = of.math, of.width, task.shape["outputs"]
+        self.inputs, self.w, self.epilogue = inputs, w, epilogue
 
     @contextmanager
     def panels(self, base: Any, group: int, together: int) -> Iterator[Any]:
         """A loop over the panels of a group, ``together`` at a time; gives the first of them."""
-        count = panel_count(self.task, self.knobs)
         with T.serial(group // together) as member:
             panel = T.Bind(base + member * together)
-            if count % group:  # the last group is not full
-                with T.If(panel < count), T.Then():
+            if self.of.panels % group:  # the last group is not full
+                with T.If(panel < self.of.panels), T.Then():
                     yield panel
             else:
                 yield panel
@@ -105,7 +132,7 @@ class _Tile:
     def emit(self, panel: Any, panels: int, block: Any, token_blocks: int, part: int) -> None:
         """The tile of ``panels`` panels from ``panel``, ``token_blocks`` blocks from ``block``."""
         unroll = self.knobs["unroll"]
-        depth = self.math.lanes(self.task.shape["inputs"]) // self.knobs["passes"]
+        depth = self.of.steps // self.knobs["passes"]
         unroll = unroll if depth % unroll == 0 else 1
         registers = iter(lanes.registers(panels * self.width * token_blocks, dtype=self.math.total))
         # (accumulator, panel, output within it, block)
@@ -116,14 +143,17 @@ class _Tile:
             for t in range(token_blocks)
         ]
         self._start(tile, part)
+        step = self._multiply
+        if self.math.matrix:
+            step = self._multiply_matrix
+            _exchange(tile, zipped, self.math.total)
         with T.serial(depth // unroll) as outer:
             start = T.Bind(part * depth + outer * unroll)
             self._prefetch(panel + panels, panels, start, unroll)
             with T.unroll(unroll) as inner:
-                for total, p, n, t in tile:
-                    k = start + inner
-                    x, w = lanes.load(self.x, t, k), self.math.spread(self.w[p, k, n])
-                    lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
+                step(tile, start + inner)
+        if self.math.matrix:
+            _exchange(tile, unzipped, self.math.total)
         last = part == self.knobs["passes"] - 1
         low, count = panel * self.width, panels * self.width
         if self.scratch is not None:
@@ -132,7 +162,7 @@ class _Tile:
                 lanes.store(self.scratch, self._value(total, p * self.width + n, t), place)
             self._narrow(low, count, block, token_blocks)
             return
-        if panel_count(self.task, self.knobs) * self.width == self.outputs:
+        if self.of.panels * self.width == self.outputs:
             self._store(tile, last, padded=False)
         else:
             with T.If((panel + panels) * self.width <= self.outputs):
@@ -143,13 +173,34 @@ class _Tile:
         if last and self.task.shape["activation"] != "none":
             self._activate(low, count, block, token_blocks)
 
+    def _multiply(self, tile: list, k: Any) -> None:
+        if self.math.signed:  # a tile of one panel
+            row = list(self.math.spread_row(self.w, (tile[0][1], k), self.width))
+        for total, p, n, t in tile:
+            x = self.inputs.load(t, 0, k)
+            w = row[n] if self.math.signed else self.math.spread(self.w[p, k, n])
+            lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
+
+    def _multiply_matrix(self, tile: list, k: Any) -> None:
+        """Lanes 2 k and 2 k + 1, by half of the tokens: beside the sums, the weights of all outputs
+        and the activations of one half fit in the registers.
+        """
+        pairs = list(zip(tile[::2], tile[1::2]))
+        weights = [T.Bind(self.w[p, k, tirx.Ramp(2 * n, 1, 4)]) for (_, p, n, _), _ in pairs]
+        for half in range(2):
+            x = T.Bind(self.inputs.load(tile[0][3], 0, 2 * k + half))
+            for pair, w in zip(pairs, weights):
+                total = pair[half][0]
+                lanes.write(total, self.math.multiply_matrix(lanes.read(total), x, w))
+
     def _prefetch(self, panel: Any, panels: int, start: Any, unroll: int) -> None:
         """Ask for what the next tile reads where this one reads the ``unroll`` rows from ``start``.
 
         In a model every panel comes from memory, and the processor's own prefetching starts anew
         with each: without this 16 and 32 tokens take a quarter longer, 48 a tenth, 128 2%.
         """
-        per_line = lanes.CACHE_LINE // (self.width * np.dtype(self.math.weight).itemsize)
+        size = int(self.w.shape[2]) * np.dtype(self.math.weight).itemsize
+        per_line = lanes.CACHE_LINE // size
         for p in range(panels):
             for row in range(0, unroll, max(per_line, 1)):
                 lanes.prefetch(self.w, panel + p, start + row, 0)
@@ -209,3 +260,11 @@ class _Tile:
                 channel = low + n * lane + i
                 values.append(T.Bind(self.epilogue.finished(value, block + t, channel)))
             self.epilogue.store(values, block + t, T.Bind((low + n * lane) // lane))
+
+
+def _exchange(tile: list, both: Callable[..., tuple[Any, Any]], dtype: str) -> None:
+    """The sums of two neighbouring outputs by token, as the two halves of a matrix, or back."""
+    for (one, *_), (other, *_) in zip(tile[::2], tile[1::2]):
+        first, second = both(lanes.read(one), lanes.read(other), dtype)
+        lanes.write(one, first)
+        lanes.write(other, second)

@@ -80,7 +80,7 @@ def halves(task: Task) -> bool:
     return task.shape.get("precision") == "fp16"
 
 
-def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> list[np.ndarray]:
     """The tables as they are stored; the rest as it comes."""
     if not halves(task):
         return list(weights)

@@ -17,12 +17,18 @@ from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.vector_math import ACTIVATIONS, ACTIVATIONS_BF16, ACTIVATIONS_INT8
 from bertile.schedules.intrinsics import llvm
+from bertile.schedules.schedule import Row
 from bertile.schedules.task import Task
 
 
 def precision(task: Task) -> str:
     """How the task multiplies: fp32, fp16 (as fp32, of stored halves), bf16, int8, int8_static."""
     return str(task.shape.get("precision", "fp32"))
+
+
+def multiplies(task: Task, row: Row) -> Arithmetic:
+    """The arithmetic of a task on a machine."""
+    return arithmetics.arithmetic(precision(task).removesuffix("_static"), row)
 
 
 def writes(task: Task) -> str:
@@ -54,6 +60,11 @@ def weight_lanes(task: Task, w: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(w).view("int32")[..., 0]
 
 
+def byte_offset(w: np.ndarray) -> np.ndarray:
+    """What sums of x less 128 lack, for w (K, N) of signed bytes (N)."""
+    return 128 * w.sum(0, dtype="int32")
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """The arguments of a kernel that its sums meet; None is what the task has not.
@@ -68,12 +79,15 @@ class Epilogue:
     shift: Any
     b: Any
     limits: Any
+    offset: Any
     y: Any
 
     def value(self, total: Any, place: Any, block: Any) -> Any:
         """The float32 that a sum of bytes stands for; one of floats is that already."""
         if self.scale is None:
             return total
+        if self.offset is not None:
+            total = total + tirx.Broadcast(self.offset[place], lanes.LANES)
         value = total.astype("float32x16") * lanes.splat(self.scale[place])
         if self.range is None:
             return value + lanes.splat(self.b[place])
@@ -123,9 +137,10 @@ class Epilogue:
 def arguments(
     made: lanes.Kernel, task: Task, math: Arithmetic, places: int, weights: Callable[[], Any]
 ) -> tuple[Any, Any, Epilogue]:
-    """Declare (x, [range], [residual], weights, [scale, [shift]], b, [limits], y).
+    """Declare (x, [range], [residual], weights, [scale, [shift]], b, [limits], [offset], y).
 
-    ``weights`` declares its own and may give anything; scale, shift and b have ``places``.
+    ``weights`` declares its own and may give anything; scale, shift, b and the offset of signed
+    bytes have ``places``.
     Gives x, what ``weights`` gave, and the rest.
     """
     outputs = task.shape["outputs"]
@@ -138,7 +153,8 @@ def arguments(
     shift = made.tensor("shift", places) if per_token else None
     b = made.tensor("b", places)
     limits = made.tensor("limits", 2) if writes(task) == "to_int8" else None
+    offset = made.tensor("offset", places, dtype="int32") if math.signed else None
     form = "float32" if writes(task) == "to_fp32" else "int32"
     y = made.activation("y", outputs // packed(task), form)
     made.link(math.llvm + llvm.PREFETCH)
-    return x, w, Epilogue(task, range_, residual, scale, shift, b, limits, y)
+    return x, w, Epilogue(task, range_, residual, scale, shift, b, limits, offset, y)

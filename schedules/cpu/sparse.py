@@ -72,7 +72,7 @@ def _accumulators(task: Task, row: Row) -> int:
     """Vectors that may accumulate: what an activation and a broadcast weight leave of the
     registers. Bytes that are widened first take more.
     """
-    widened = group(task) == 4 and row.dot_product != "vnni"
+    widened = group(task) == 4 and row.dot_product is None
     capacity = lanes.vector_capacity(row)
     return capacity - (capacity // 4 if widened else 2)
 

@@ -12,8 +12,9 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
-from bertile.schedules.cpu.product import Epilogue, arguments, precision
+from bertile.schedules.cpu.arithmetic import Arithmetic
+from bertile.schedules.cpu.inputs import Inputs
+from bertile.schedules.cpu.product import Epilogue, arguments, multiplies
 from bertile.schedules.cpu.sparse_pack import Layout
 from bertile.schedules.intrinsics import x86
 from bertile.schedules.schedule import Knobs, Row
@@ -24,7 +25,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     """The PrimFunc (x, [range], [residual], values, index, starts, slots, lanes, [scale, [shift]],
     b, [limits], y).
     """
-    math = arithmetic(precision(task).removesuffix("_static"), row)
+    math = multiplies(task, row)
     # a broadcast from memory takes the place of a vector load, a shuffle takes none
     shuffle = row.vector_bits == 512 and math.weight != "int16"
     math = replace(math, llvm=math.llvm + x86.INDEX + (x86.FOUR if shuffle else ""))
@@ -47,7 +48,8 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             # the sums of a group's outputs; too long for registers, short enough for the caches
             room = of.places * knobs["token_blocks"]
             sums = T.alloc_buffer((room, lanes.LANES), math.total)
-            tile = _Tile(task, of, math, x, lists, epilogue, sums)
+            inputs = Inputs(x, math, knobs["token_blocks"])
+            tile = _Tile(task, of, math, inputs, lists, epilogue, sums)
             for group, first, count in _work(share, made.blocks, of.groups):
                 _tiles(tile, group, first, count, knobs["token_blocks"])
     return made.func
@@ -149,18 +151,20 @@ class _Tile:
         task: Task,
         of: Layout,
         math: Arithmetic,
-        x: Any,
+        inputs: Inputs,
         lists: list[Any],
         epilogue: Epilogue,
         sums: Any,
     ) -> None:
-        self.of, self.math, self.x, self.epilogue, self.sums = of, math, x, epilogue, sums
+        self.of, self.math, self.epilogue, self.sums = of, math, epilogue, sums
+        self.inputs = inputs
         self.entries, self.starts, self.slots, self.lanes = lists
         # entries of a panel
         self.usual = ceil(task.shape["density"] / 100 * of.part * of.outputs)
 
     def emit(self, group: Any, block: Any, token_blocks: int) -> None:
         """The outputs of ``group`` for ``token_blocks`` blocks from ``block``."""
+        self.inputs.fill(block, token_blocks)
         for part in range(self.of.parts):
             with T.serial(self.of.panels) as panel:
                 self._panel(group, part, panel, block, token_blocks)
@@ -185,7 +189,7 @@ class _Tile:
             first = T.Bind((low + position) * outputs)
             for totals, (k, w) in zip(tile, self.entries.read(first, outputs)):
                 for t, total in enumerate(totals):
-                    x = lanes.load(self.x, block + t, part * self.of.part + k)
+                    x = self.inputs.load(block, t, part * self.of.part + k)
                     lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
         for totals, slot in zip(tile, slots):
             for t, total in enumerate(totals):

@@ -18,8 +18,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bertile.schedules.cpu.product import group, packed, weight_lanes, writes
-from bertile.schedules.schedule import Knobs
+from bertile.schedules.cpu.product import (
+    byte_offset,
+    group,
+    multiplies,
+    packed,
+    weight_lanes,
+    writes,
+)
+from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
 
 PARTS = ("values", "index", "starts", "slots", "lanes")
@@ -73,12 +80,13 @@ def unsigned(count: int) -> str:
     return "uint8" if count <= 256 else "uint16" if count <= 65536 else "int32"
 
 
-def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> list[np.ndarray]:
     """w (K, N), then the vectors in the kernel's order → values, index, starts, slots, lanes and
     the vectors, in the order of the groups.
     """
     w, *vectors = weights
     limits = [vectors.pop()] if writes(task) == "to_int8" else []
+    offset = [byte_offset(w)] if multiplies(task, row).signed else []
     of = Layout.of(task, knobs)
     w = weight_lanes(task, w + np.zeros((), w.dtype))  # the sum of -0.0 and 0.0 is 0.0
     w = np.pad(w, ((0, 0), (0, -w.shape[1] % of.packed)))
@@ -87,8 +95,11 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray]) -> list[np.nda
     real = channels < w.shape[1]
     w = np.pad(w, ((0, 0), (0, 1)))[:, np.where(real, channels, w.shape[1])]
     real = channels < task.shape["outputs"]
-    vectors = [np.where(real, v[np.where(real, channels, 0)], v.dtype.type(0)) for v in vectors]
-    return [*_lists(of, w), lanes.astype("int32"), *vectors, *limits]
+    vectors, offset = (
+        [np.where(real, v[np.where(real, channels, 0)], v.dtype.type(0)) for v in some]
+        for some in (vectors, offset)
+    )
+    return [*_lists(of, w), lanes.astype("int32"), *vectors, *limits, *offset]
 
 
 def _dealt(of: Layout, work: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 bertile_prefetch1(a)     bring the cache line of an address, any one, to the first-level cache
 bertile_prefetch2(a)     to the second-level cache
+bertile_half(a)          16 numbers of float16 as float32
 """
 
 from __future__ import annotations
@@ -15,3 +16,11 @@ define linkonce_odr i32 @bertile_prefetch{level}(ptr %a) alwaysinline {{
 """
     for level in (1, 2)
 )
+
+HALF = """
+define linkonce_odr <16 x float> @bertile_half(<16 x i16> %a) alwaysinline {
+  %x = bitcast <16 x i16> %a to <16 x half>
+  %r = fpext <16 x half> %x to <16 x float>
+  ret <16 x float> %r
+}
+"""

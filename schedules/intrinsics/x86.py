@@ -5,7 +5,6 @@ lane of four bytes is loaded, and broadcast, as one number.
 
     bertile_dot4(c, a, b)    c + Σ a[i] b[i], four unsigned bytes by four signed ones, exact
     bertile_dot2(c, a, b)    c + a[0] b[0] + a[1] b[1], two bfloat16 each, into float32
-    bertile_half(a)          float16 as float32
     bertile_four(a)          four lanes, four times over
     bertile_pick0(a) to 3    one of those four everywhere
     bertile_index(a)         a, in a general register
@@ -34,14 +33,6 @@ DOT4_VNNI = _dot("bertile_dot4", "<16 x i32>", "<64 x i8>", "llvm.x86.avx512.vpd
 DOT2_BF16 = _dot(
     "bertile_dot2", "<16 x float>", "<32 x bfloat>", "llvm.x86.avx512bf16.dpbf16ps.512"
 )
-
-HALF = """
-define linkonce_odr <16 x float> @bertile_half(<16 x i16> %a) alwaysinline {
-  %x = bitcast <16 x i16> %a to <16 x half>
-  %r = fpext <16 x half> %x to <16 x float>
-  ret <16 x float> %r
-}
-"""
 
 
 def _pick(i: int) -> str:

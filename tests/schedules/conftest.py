@@ -84,7 +84,7 @@ class Kernels:
         library = self.build(task, knobs)
         knobs = schedule.default(task, self.row) if knobs is None else knobs
         sample = schedule.sample(task, blocks, np.random.default_rng(seed))
-        weights = schedule.pack(task, knobs, sample.weights)
+        weights = schedule.pack(task, knobs, sample.weights, self.row)
         return sample, self.call_all(library, [*sample.activations, *weights], sample.buffers())
 
     def points(self, task, count, seed=0):

@@ -36,6 +36,7 @@ FP32 = [
     (product(70, 38, "gelu", residual=True, density=20), 3),
     (attention(2, 24), 4),
     (attention(1, 7), 1),
+    (attention(1, 12, writes="to_int8"), 2),
     (normalized("layer_norm", 70), 3),
     (normalized("layer_norm", 31, kind="int8"), 2),
     (normalized("embedding", 26), 2),
@@ -47,7 +48,33 @@ FP32 = [
     (Task("key_mask"), 3),
     (Task("query_bias"), 3),
 ]
-TASKS = {"arm-a72": FP32, "arm-a76": FP32[:2], "arm-v1": FP32[:7], "arm-v2": FP32[:2]}
+INT8 = [
+    (product(64, 12, precision="int8_static"), 1),
+    (product(70, 38, precision="int8"), 3),
+    (product(37, 19, "gelu", residual=True, precision="int8"), 5),
+    (product(13, 17, precision="int8_static"), 2),
+    (product(1, 5, "relu", precision="int8"), 1),
+    (product(96, 44, "gelu", precision="int8_static", writes="to_int8"), 3),
+    (product(52, 44, residual=True, precision="int8", writes="to_int8"), 2),
+    (product(80, 38, "gelu", residual=True, density=30, precision="int8"), 3),
+    (product(37, 20, density=50, precision="int8_static", writes="to_int8"), 2),
+]
+BF16 = [
+    (product(64, 12, precision="bf16"), 1),
+    (product(70, 38, precision="bf16"), 3),
+    (product(37, 19, "gelu", residual=True, precision="bf16"), 5),
+    (product(96, 44, "gelu", precision="bf16", writes="to_bf16"), 3),
+    (product(52, 36, precision="bf16", writes="to_bf16", values_from=24), 5),
+    (product(80, 38, "gelu", residual=True, density=30, precision="bf16"), 3),
+    (attention(2, 24, precision="bf16", writes="to_bf16"), 4),
+    (normalized("layer_norm", 31, kind="bf16"), 2),
+]
+TASKS = {
+    "arm-a72": [*FP32, *INT8],
+    "arm-a76": [*FP32[:2], *INT8],
+    "arm-v1": [*FP32[:7], *INT8, *BF16],
+    "arm-v2": [*FP32[:2], *INT8[:3], *BF16[:3]],
+}
 CALLS = [
     pytest.param(name, place, id=f"{name}-{task.name}")
     for name, tasks in TASKS.items()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from bertile import targets
-from bertile.schedules.cpu.dense import dense, panel_width
+from bertile.schedules.cpu.dense import dense
+from bertile.schedules.cpu.dense_kernel import Layout
 from bertile.schedules.cpu.vector_math import ACTIVATIONS
 from bertile.schedules.task import Task
 
@@ -102,7 +103,8 @@ def test_dense_equals_numpy_at_many_random_points(kernels, task):
 
 def test_pack_orders_panels_front_to_back():
     w, b = np.arange(12, dtype="float32").reshape(2, 6), np.arange(6, dtype="float32")
-    packed, bias = dense.pack(product(2, 6), {"accumulators": 9, "token_blocks": 2}, [w, b])
+    knobs = {"accumulators": 9, "token_blocks": 2}
+    packed, bias = dense.pack(product(2, 6), knobs, [w, b], targets.TABLE[0])
     assert packed.tolist() == [[[0, 1, 2, 3], [6, 7, 8, 9]], [[4, 5, 0, 0], [10, 11, 0, 0]]]
     assert bias.tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
 
@@ -134,7 +136,7 @@ def test_inner_loop_keeps_its_accumulators_in_registers(kernels, task):
     knobs, row = dense.default(task, kernels.row), kernels.row
     vectors = 16 * 32 // row.vector_bits
     multiply_adds = [line for line in loop if "vfmadd" in line]
-    tile = panel_width(task, knobs) * knobs["token_blocks"]
+    tile = Layout.of(task, knobs, row).width * knobs["token_blocks"]
     assert len(multiply_adds) == tile * knobs["unroll"] * vectors
     assert not [line for line in loop if "(%rsp)" in line], "spilled"
     assert not [line for line in loop if re.match(r"vmov\w+\s+%[xyz]mm\d+, .*\(", line)], "stores"

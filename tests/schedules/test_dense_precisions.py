@@ -75,7 +75,7 @@ def test_bytes_at_their_limits_do_not_overflow(kernels):
     w = np.broadcast_to(127 * signs, (inputs, outputs)).astype("int8")
     ones, zeros = np.ones(outputs, "float32"), np.zeros(outputs, "float32")
     x = arithmetic.grouped(np.full((16, inputs), 255, "uint8"), 4)
-    weights = dense.pack(task, knobs, [w, ones, zeros])
+    weights = dense.pack(task, knobs, [w, ones, zeros], kernels.row)
     found = kernels.call(kernels.build(task, knobs), [x, *weights], (1, outputs, 16))
     assert np.array_equal(found[0], np.repeat(255.0 * 127 * inputs * signs[:, None], 16, 1))
 

@@ -91,7 +91,7 @@ def outcome(kernels, task, x, weights, blocks):
     """What the kernel of a task makes of these operands."""
     schedule = {"dense": dense, "sparse": sparse}[task.operation]
     knobs = schedule.default(task, kernels.row)
-    operands = [*x, *schedule.pack(task, knobs, weights)]
+    operands = [*x, *schedule.pack(task, knobs, weights, kernels.row)]
     shape = (blocks, task.shape["outputs"], 16)
     return kernels.call(kernels.build(task, knobs), operands, shape)
 
@@ -135,7 +135,7 @@ def test_pack_keeps_every_lane_that_is_not_zero_once():
     rng = np.random.default_rng(0)
     w = rng.standard_normal((768, 96)).astype("float32") * (rng.random((768, 96)) < 0.1)
     b = rng.standard_normal(96).astype("float32")
-    values, index, starts, slots, lanes, bias = sparse.pack(task, knobs, [w, b])
+    values, index, starts, slots, lanes, bias = sparse.pack(task, knobs, [w, b], targets.TABLE[0])
     assert (index.dtype, slots.dtype) == ("uint8", "uint8")
     found = np.zeros_like(w)
     for panel, (start, end) in enumerate(zip(starts, starts[1:])):
@@ -158,7 +158,7 @@ def test_lists_are_small():
         w[rng.permutation(inputs // 4 * outputs).reshape(-1, outputs).repeat(4, 0) % 10 > 0] = 0
         vectors = [np.ones(outputs, "float32")] * 3
         for schedule, one in ((sparse, task), (dense, as_dense(task))):
-            arrays = schedule.pack(one, schedule.default(one, row), [w, *vectors])
+            arrays = schedule.pack(one, schedule.default(one, row), [w, *vectors], row)
             sizes[schedule.operation] = sizes.get(schedule.operation, 0) + sum(
                 array.nbytes for array in arrays
             )
@@ -176,7 +176,7 @@ def test_groups_get_equal_work():
         "parts": 1,
         "groups": 8,
     }
-    _, _, starts, *_ = sparse.pack(task, knobs, [w.astype("int8")])
+    _, _, starts, *_ = sparse.pack(task, knobs, [w.astype("int8")], targets.TABLE[0])
     work = np.diff(starts[:: len(starts) // 8])
     assert work.max() <= 1.02 * work.min()
 

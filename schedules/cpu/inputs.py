@@ -1,0 +1,83 @@
+"""How a matrix product reads its x: from memory, or from a buffer where a job has made a few blocks
+of tokens ready once for all its outputs.
+
+    signed   each byte less 128, which some instructions multiply instead (``Arithmetic.signed``)
+    matrix   lanes 2 k and 2 k + 1 zipped: a register holds two tokens of two lanes, as an
+             instruction wants them that multiplies two tokens by two outputs
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from bertile.schedules.cpu import lanes
+from bertile.schedules.cpu.arithmetic import Arithmetic
+
+
+class Inputs:
+    """x (m, K / G, 16), of which ``fill`` makes some blocks ready where the arithmetic wants it.
+
+    To be made where a job's buffers are. In a matrix ``load`` counts halves of tokens: lane 2 k is
+    tokens 0 to 7 of lanes 2 k and 2 k + 1, lane 2 k + 1 the other tokens.
+    """
+
+    def __init__(self, x: Any, math: Arithmetic, token_blocks: int, matrix: bool = False) -> None:
+        self.x, self.math, self.matrix = x, math, matrix
+        self.depth = int(x.shape[1])
+        self.buffer = None
+        if matrix or math.signed:
+            depth = self.depth + self.depth % 2 if matrix else self.depth
+            self.buffer = T.alloc_buffer((token_blocks, depth, lanes.LANES), math.lane)
+
+    def fill(self, block: Any, token_blocks: int) -> None:
+        """Make ready what ``load`` gives of ``token_blocks`` blocks from ``block``."""
+        if self.buffer is None:
+            return
+        with T.serial(token_blocks) as t:
+            if self.matrix:
+                self._zip(block, t)
+                return
+            with T.serial(self.depth) as k:
+                value = lanes.load(self.x, block + t, k)
+                signed = tirx.call_extern(f"int32x{lanes.LANES}", "bertile_signed", value)
+                lanes.store(self.buffer, signed, t, k)
+
+    def _zip(self, block: Any, t: Any) -> None:
+        def pair(k: Any, low: Any, high: Any) -> None:
+            for half, value in enumerate(zipped(low, high, self.math.lane)):
+                lanes.store(self.buffer, value, t, 2 * k + half)
+
+        with T.serial(self.depth // 2) as k:
+            low, high = (lanes.load(self.x, block + t, 2 * k + i) for i in range(2))
+            pair(k, low, high)
+        if self.depth % 2:
+            last = lanes.load(self.x, block + t, self.depth - 1)
+            nothing = tirx.Broadcast(tirx.const(0, self.math.lane), lanes.LANES)
+            pair(self.depth // 2, last, nothing)
+
+    def load(self, block: Any, t: int, k: Any) -> Any:
+        """Lane k of the block ``block`` + t, the one from which ``fill`` was told to begin."""
+        if self.buffer is None:
+            return lanes.load(self.x, block + t, k)
+        return lanes.load(self.buffer, t, k)
+
+
+def zipped(low: Any, high: Any, dtype: str) -> tuple[Any, Any]:
+    """Lane by lane one of ``low``, one of ``high``: the first and the second half."""
+    return _both("bertile_zip0", "bertile_zip1", low, high, dtype)
+
+
+def unzipped(first: Any, second: Any, dtype: str) -> tuple[Any, Any]:
+    """The inverse of ``zipped``."""
+    return _both("bertile_even", "bertile_odd", first, second, dtype)
+
+
+def _both(one: str, other: str, a: Any, b: Any, dtype: str) -> tuple[Any, Any]:
+    """What two functions on lanes of int32 make of two vectors of any lanes of 32 bits."""
+    lane, dtype = f"int32x{lanes.LANES}", f"{dtype}x{lanes.LANES}"
+    a, b = (T.Bind(tirx.reinterpret(lane, v)) for v in (a, b))
+    made = [tirx.call_extern(lane, name, a, b) for name in (one, other)]
+    return T.Bind(tirx.reinterpret(dtype, made[0])), T.Bind(tirx.reinterpret(dtype, made[1]))
