@@ -76,7 +76,7 @@ class Estimator:
         found = []
         for count in counts:
             sample = _sample(task, count)
-            packed = SCHEDULES[task.operation].pack(task, knobs, sample.weights)
+            packed = SCHEDULES[task.operation].pack(task, knobs, sample.weights, self._row)
             passes = walk.passes([*sample.activations, *packed, *sample.buffers()])
             work = sum(one * times for one, times in zip(each, code.times(passes.marks)))
             moved = [lines * cache.cycles for lines, cache in zip(passes.fetched, caches)]

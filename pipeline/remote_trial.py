@@ -61,7 +61,7 @@ class Remote:
         times: dict[int, list[float]] = {}
         for count in (blocks, *also):
             sample = SCHEDULES[operation].sample(task, count, np.random.default_rng(0))
-            packed = SCHEDULES[operation].pack(task, knobs, sample.weights)
+            packed = SCHEDULES[operation].pack(task, knobs, sample.weights, row)
             found = _times(session, kernel, sample, packed)
             if isinstance(found, str):
                 return {"error": f"{found} on {count} blocks", "machine": facts}

@@ -28,7 +28,7 @@ def walked(task: Task, knobs: dict[str, int], threads: int = 1, count: int = 4):
     schedule = SCHEDULES[task.operation]
     func, marks = loop_marks.marked(schedule.kernel(task, knobs, HERE), "#")
     sample = schedule.sample(task, count, np.random.default_rng(0))
-    arguments = [*sample.activations, *schedule.pack(task, knobs, sample.weights)]
+    arguments = [*sample.activations, *schedule.pack(task, knobs, sample.weights, HERE)]
     return Walk(func, marks, (1 << 15, 1 << 20), threads, HERE).passes(
         [*arguments, *sample.buffers()]
     )

@@ -67,7 +67,7 @@ def inner_loop(task: Task, row: targets.Target, knobs: dict[str, int]) -> Loop:
     model, schedule = mca.model_of(row), SCHEDULES[task.operation]
     code = Code.of(task, knobs, row)
     sample = schedule.sample(task, BLOCKS, np.random.default_rng(0))
-    arguments = [*sample.activations, *schedule.pack(task, knobs, sample.weights)]
+    arguments = [*sample.activations, *schedule.pack(task, knobs, sample.weights, row)]
     sizes = [cache.size for cache in model.caches]
     walk = Walk(code.func, code.marks, sizes, 1, targets.resolve("native", 1))
     passes = walk.passes([*arguments, *sample.buffers()])
