@@ -49,7 +49,8 @@ def find(row: Target, source: str | None = None, cache_dir: str | None = None) -
             f"there are no TVM runtime libraries for {row.arch}",
             "build them and give their directory with --runtime-from",
         )
-    key = cache.key("runtime_libraries", row.arch, hash_path(PINS[row.arch]))
+    # not cache.key, which changes with our own source: these 95 MB are fetched once
+    key = f"runtime_libraries-{row.arch}-{hash_path(PINS[row.arch])[:40]}"
     return _cached(key, cache_dir, lambda directory: _fetch(directory, row))
 
 
@@ -93,7 +94,12 @@ def _is_part(path: Path) -> bool:
 def _fetch(directory: Path, row: Target) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--only-binary=:all:", "--python-version=3.11"]
+        command += [
+            "--disable-pip-version-check",
+            "--retries=2",
+            "--only-binary=:all:",
+            "--python-version=3.11",
+        ]
         command += [f"--platform={one}_{row.arch}" for one in _PLATFORMS]
         command += ["--require-hashes", "-r", str(PINS[row.arch]), "-d", folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

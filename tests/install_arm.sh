@@ -1,5 +1,5 @@
 #!/bin/sh
-# install_arm.sh DIRECTORY PYTHON: what the tests run ARM code with. QEMU's user mode and arm64's C and
+# install_arm.sh DIRECTORY PYTHON: what the tests run ARM code with. QEMU and arm64's C and
 # C++ libraries come from Debian's packages, installed by root and else unpacked into DIRECTORY;
 # TVM's libraries for arm64 go to DIRECTORY/runtime.
 set -e

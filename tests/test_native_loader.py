@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +342,57 @@ def test_cpp_header_runs_a_model_and_throws(built, directory):
         "2 input_ids[0, 0] is 50, the model takes 0 to 49",
         "1 /nothing is not a bundle: it has no manifest.json",
     ]
+
+
+@pytest.fixture(scope="module")
+def whole(directory, tmp_path_factory) -> Path:
+    """A bundle with both loaders, as `--runtime include` writes it."""
+    made = tmp_path_factory.mktemp("whole")
+    native_loader.build(native(), made / "native")
+    add = partial(bundle.include_runtime, native=made / "native")
+    library = directory / "lib.so"
+    parts = (python_loader.MANIFEST, library, python_loader.PARAMS, [], made / "tiny")
+    return bundle.write(*parts, add=add)
+
+
+def test_bundle_is_linked_with_what_pkg_config_says(whole, tmp_path):
+    if shutil.which("pkg-config") is None:
+        pytest.skip("this machine has no pkg-config")
+    listed = start(shutil.which("pkg-config"), "--cflags", "--libs", whole / "native/bertile.pc")
+    program = tmp_path / "program"
+    line = ["cc", str(CHECKS / "check_threads.c"), "-o", str(program), *listed.stdout.split()]
+    subprocess.run([*line, "-lpthread"], check=True)
+    done = start(program, whole)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 wrong\n", "")
+
+
+def test_bundle_runs_itself(whole, tmp_path):
+    moved = shutil.copytree(whole, tmp_path / "moved")
+    done = start(moved / "bertile-run", "--ids", "1 2 3")
+    assert done.returncode == 0, done.stderr
+    assert "output   hidden (1, 3, 8): " in done.stdout
+
+
+@pytest.mark.slow
+def test_sources_in_the_bundle_build_with_cmake(whole, tmp_path):
+    if shutil.which("cmake") is None:
+        pytest.skip("this machine has no cmake")
+    cmake, build, prefix = shutil.which("cmake"), tmp_path / "build", tmp_path / "prefix"
+    options = ("-DBUILD_SHARED_LIBS=ON", "-DBERTILE_EXAMPLE=ON")
+    for arguments in (
+        ("-S", whole / "native", "-B", build, *options),
+        ("--build", build),
+        ("--install", build, "--prefix", prefix),
+    ):
+        done = start(cmake, *arguments)
+        assert done.returncode == 0, done.stderr
+    done = start(prefix / "bin/bertile-run", whole, "--ids", "1 2 3")
+    assert done.returncode == 0, done.stderr
+    done = start(build / "bertile-example", whole)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "example: input_ids[0, 0] is 101, the model takes 0 to 49\n"
+    (file,) = prefix.rglob("bertile.pc")
+    assert f"{prefix}" not in file.read_text() and "prefix=${pcfiledir}/../.." in file.read_text()
 
 
 def test_library_shows_nothing_but_its_interface(built):
