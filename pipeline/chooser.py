@@ -54,13 +54,15 @@ class Chooser:
         if exact is not None and valid(task, self.row, exact.knobs):
             yield "estimated" if exact.estimated else "tuned", exact
         near = [
-            (distance(task, other), other.key, other)
+            (record.estimated, far, other.key, record)
             for other in self.log.tasks(self.row)
             if other.operation == task.operation and other != task
+            if (far := distance(task, other)) <= FARTHEST
+            if (record := self.log.best(other, self.row)) is not None
         ]
-        for far, _, other in sorted(near, key=lambda one: one[:2]):
-            record = self.log.best(other, self.row)
-            if far <= FARTHEST and record is not None and valid(task, self.row, record.knobs):
+        # measured ones first, however near an estimated one may be
+        for _, _, _, record in sorted(near, key=lambda one: one[:3]):
+            if valid(task, self.row, record.knobs):
                 yield "nearest", record
 
     def _trusted(self, task: Task, record: Record) -> bool:

@@ -73,6 +73,8 @@ class Config:
         _check_quantization(self)
         if (self.rpc_tracker is None) != (self.rpc_key is None):
             raise UsageError("of --rpc-tracker and --rpc-key one is missing", "give both")
+        if self.rpc_tracker and self.runner == "mca":
+            raise UsageError("--runner mca runs nothing on devices", "leave out --rpc-tracker")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:

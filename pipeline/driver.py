@@ -92,7 +92,8 @@ def _compile_cached(
     files = {
         name: _content(getattr(config, name)) for name in ("calibrate", "eval", "runtime_from")
     }
-    decides = dataclasses.replace(config, cache_dir=None, dump_ir=None, log_dir=None, **files)
+    places = dict.fromkeys(("cache_dir", "dump_ir", "log_dir", "rpc_tracker", "rpc_key"))
+    decides = dataclasses.replace(config, runner="local", **places, **files)
     surroundings = (hash_path(SOURCES), verifier.cannot_run(row))
     given = (exported.to_json(), dataclasses.asdict(row), decides, log.digest(row), surroundings)
     key = cache.key("driver", *given)

@@ -10,9 +10,10 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import arm_code
 import pytest
 
-from bertile import ingester, loader, native_loader, packer
+from bertile import cli, emulator, ingester, native_loader, packer, runtime_libraries
 from bertile.config import Config
 from bertile.errors import UsageError
 from bertile.progress import Progress
@@ -42,6 +43,8 @@ def packed(path: Path, log: TuningLog, trials: int = 2) -> dict:
 def command(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("command")
     native_loader.build(native(), place, ("cc",))
+    (place / "runtime").mkdir()
+    runtime_libraries.copy_installed(place / "runtime")
     return place / native_loader.COMMAND
 
 
@@ -62,19 +65,21 @@ def unpacked(archive, tmp_path) -> Path:
 
 
 def measure(command: Path, place: Path, result: Path) -> subprocess.CompletedProcess:
-    libraries = Path(loader.find_runtime()[1]).parent
-    line = [command, "--measure", place, "--output", result, "--runtime", libraries]
+    line = [command, "--measure", place, "--output", result]
     return subprocess.run(list(map(str, line)), capture_output=True, text=True, check=False)
 
 
 @needs_cc
-def test_times_come_home_once_and_the_next_round_goes_on(command, archive, tmp_path):
+def test_times_come_home_once_and_the_next_round_goes_on(command, archive, tmp_path, capsys):
     done = measure(command, archive, tmp_path / "result")
     assert done.returncode == 0, done.stderr
     log = open_log(tmp_path / "log")
-    for added, known in ((3, 0), (0, 3)):
-        found = ingester.ingest(tmp_path / "result", log, QUIET)
-        assert (found["added"], found["known"], found["failed"]) == (added, known, 0)
+    found = ingester.ingest(tmp_path / "result", log, QUIET)
+    assert (found["added"], found["known"], found["failed"]) == (3, 0, 0)
+    again = ["tune", "--ingest", str(tmp_path / "result"), "--log-dir", str(tmp_path / "log")]
+    assert cli.main([*again, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["added"], found["known"]) == (0, 3)
     records = log.records(DENSE, ROW)
     assert dict(records[0].knobs) == SCHEDULES["dense"].default(DENSE, ROW)
     for record in (*records, *log.records(NORM, ROW)):
@@ -118,6 +123,26 @@ def test_archive_for_another_machine_is_refused_by_feature(command, unpacked, tm
     (tmp_path / "damaged.tar").write_bytes(b"no tar" * 200)
     done = measure(command, tmp_path / "damaged.tar", tmp_path / "result")
     assert done.returncode == 2 and "not one that bertile wrote" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_round_for_an_arm_row_runs_as_arm_code(tmp_path, precision):
+    """Packed for a Cortex-A76, measured under QEMU, checked when it is home."""
+    arm_code.need_emulator()
+    row = resolve("arm-a76", 1)
+    shape = DENSE.shape if precision == "fp32" else {**DENSE.shape, "precision": precision}
+    task, log = Task("dense", shape), open_log(tmp_path / "log")
+    config = Config(trials=3)
+    packer.pack(Counter({task: 1}), [], log, row, config, tmp_path / "pack.tar", QUIET)
+    native_loader.build(row, tmp_path / "command")
+    line = [*emulator.command("aarch64", "cortex-a76"), tmp_path / "command" / "bertile-run"]
+    line += ["--measure", tmp_path / "pack.tar", "--output", tmp_path / "result"]
+    line += ["--runtime", arm_code.RUNTIME]
+    subprocess.run(list(map(str, line)), check=True)
+    found = ingester.ingest(tmp_path / "result", log, QUIET)
+    assert (found["added"], found["failed"]) == (3, 0)
+    assert log.best(task, row).target == "arm-a76"
 
 
 def test_what_is_no_result_is_refused(tmp_path):

@@ -105,8 +105,8 @@ def _peak(name: str, lines: Sequence[str], model: mca.Model) -> float:
     return MULTIPLY_ADDS[name] * len(apart) / alone.cycles
 
 
-def as_text(found: Sequence[tuple[str, str, Loop]]) -> str:
-    """A row per kernel, for the README."""
+def as_text(found: Sequence[tuple[str, str, Loop]], markdown: bool = False) -> str:
+    """A row per kernel."""
     header = ("processor", "kernel", "multiplies by", "instructions", "cycles")
     header += ("multiply-adds a cycle", "peak", "% of peak", "% of the kernel")
     rows = [
@@ -123,7 +123,7 @@ def as_text(found: Sequence[tuple[str, str, Loop]]) -> str:
         )
         for processor, kernel, loop in found
     ]
-    return table(header, rows)
+    return table(header, rows, markdown)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -132,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--case", metavar="TARGET:PRECISION", nargs="+", help="of these rows instead")
     add("--log-dir", metavar="DIR", help="your own tuning logs, whose choice of knobs is looked at")
+    add("--markdown", action="store_true", help="a table for the README")
     options = parser.parse_args(arguments)
     say = Progress().say
     log = TuningLog.open(options.log_dir, say)
@@ -143,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         knobs = Chooser(log, row, say).choose(task).knobs
         loop = inner_loop(task, row, knobs)
         found.append((mca.model_of(row).processor, f"dense {precision}", loop))
-    print(as_text(found))
+    print(as_text(found, options.markdown))
 
 
 if __name__ == "__main__":

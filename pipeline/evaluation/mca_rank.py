@@ -94,7 +94,7 @@ def rank(points: Sequence[Point], tokens: int | None) -> Ranking:
     )
 
 
-def as_text(found: dict[Task, list[Point]]) -> str:
+def as_text(found: dict[Task, list[Point]], markdown: bool = False) -> str:
     """A row per task and number of tokens, and one for what the tuner goes by."""
     header = ("task", "tokens", "settings", "rank correlation", "regret %", "of best five %")
     header += ("default %", "median error %")
@@ -104,7 +104,7 @@ def as_text(found: dict[Task, list[Point]]) -> str:
             one = rank(points, tokens)
             shares = (round(100 * value, 1) for value in one[1:])
             rows.append((task.name, tokens or "all", len(points), round(one[0], 2), *shares))
-    return table(header, rows)
+    return table(header, rows, markdown)
 
 
 def _times(found: dict[str, Any]) -> dict[int, float]:
@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--threads", metavar="N", type=int, default=1, help="cores to use (default: 1)")
     add("--precision", metavar="NAME", nargs="+", default=PRECISIONS, help="of the layers")
     add("--settings", metavar="N", type=int, default=SETTINGS, help="choices of knobs of each task")
+    add("--markdown", action="store_true", help="a table for the README")
     options = parser.parse_args(arguments)
     loader.set_thread_defaults()
     row, progress = targets.resolve("native", options.threads), Progress()
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     able = [one for one in options.precision if one != "bf16" or row.bf16]
     found = {task: measure(task, row, options.settings, progress.status) for task in tasks(able)}
     progress.close()
-    print(as_text(found))
+    print(as_text(found, options.markdown))
 
 
 if __name__ == "__main__":
