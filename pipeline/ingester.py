@@ -33,9 +33,9 @@ def ingest(path: Path, log: TuningLog, progress: Progress) -> dict[str, Any]:
         raise UsageError(f"'{path}' is no result of bertile-run --measure", "give its --output")
     result = _Result(header, list(lines))
     counts = {"added": 0, "known": 0, "failed": 0}
+    known = {one.to_line() for one in log.all_records(result.log)}
     for record in result.records():
-        ours = log.records(record.task, _Log(record.target))
-        if any(one.to_line() == record.to_line() for one in ours):
+        if record.to_line() in known:
             counts["known"] += 1
             continue
         log.append(record)
@@ -44,18 +44,12 @@ def ingest(path: Path, log: TuningLog, progress: Progress) -> dict[str, Any]:
     return {"log": str(log.directories[-1]), "device": result.machine["cpu"], **counts}
 
 
-class _Log:
-    """As much of a target row as a log is looked up by."""
-
-    def __init__(self, log: str) -> None:
-        self.log = log
-
-
 class _Result:
     """A device's answers to one archive."""
 
     def __init__(self, header: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
         self._pack, self._time = header["pack"], header["time"]
+        self.log: str = self._pack["log"]
         self.machine = {**header["machine"], "row": self._pack["target"]["name"]}
         self._outputs = {one["output"]: one["base64"] for one in lines if "output" in one}
         self._answers = {one["candidate"]: one for one in lines if "candidate" in one}
@@ -79,7 +73,7 @@ class _Result:
         return Record(
             operation=task.operation,
             shape=dict(task.shape),
-            target=self._pack["log"],
+            target=self.log,
             threads=self._pack["threads"],
             tokens=tokens,
             dtype=str(task.shape.get("precision", "float32")),
