@@ -21,13 +21,19 @@ TUNING_MODEL ?= synthetic:bert-base
 TUNING_TRIALS ?=
 TUNING := out/tuning
 
-.PHONY: help demo test test-slow lint format bench bench-precisions bench-sparse bench-tuning logs
+# QEMU, arm64 libraries and TVM's runtime for arm64, where no package of Debian's is installed.
+ARM := $(VENV)/arm
+export PATH := $(abspath $(ARM))/usr/bin:$(PATH)
+ARM_ENV = $(if $(wildcard $(ARM)/usr/aarch64-linux-gnu),QEMU_LD_PREFIX=$(abspath $(ARM))/usr/aarch64-linux-gnu)
+
+.PHONY: help demo test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
 .PHONY: clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       compile minilm for this machine, compare sentences, time it"
 	@echo "make test       the tests (some minutes); make test-slow has the long ones too"
+	@echo "make test-arm   bundles for ARM, run under QEMU, and compared with this machine's"
 	@echo "make lint       ruff; make format lets it rewrite"
 	@echo "make bench      time models beside ONNX Runtime, OpenVINO and PyTorch, into README.md"
 	@echo "make bench-precisions   the same in int8 and bf16, with DeepSparse"
@@ -40,10 +46,21 @@ demo: $(VENV)/.installed
 	@$(BIN)/bertile demo -o $(BUNDLE)
 
 test: $(VENV)/.installed
-	@$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu"
+	@$(MAKE) -s $(VENV)/.arm || echo "ARM code cannot be run here: its tests are skipped" >&2
+	@$(ARM_ENV) $(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed
-	@$(BIN)/python -m pytest -q $(WORKERS) -m "not gpu"
+	@$(MAKE) -s $(VENV)/.arm || echo "ARM code cannot be run here: its tests are skipped" >&2
+	@$(ARM_ENV) $(BIN)/python -m pytest -q $(WORKERS) -m "not gpu"
+
+# Bundles of a two-layer model and of MiniLM for every ARM row, run as ARM code.
+test-arm: $(VENV)/.arm
+	@$(ARM_ENV) $(BIN)/python -m pytest -q tests/test_arm_bundles.py tests/schedules/test_arm.py
+
+$(VENV)/.arm: tests/install_arm.sh pipeline/wheels-aarch64.txt | $(VENV)/.installed
+	@echo "install what runs ARM code: QEMU, arm64 libraries, TVM's runtime for arm64"
+	@sh tests/install_arm.sh $(ARM) $(BIN)/python
+	@touch $@
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check .

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.support import cc
 
 from bertile import codegen
 from bertile.chooser import Choice, Chooser
@@ -19,7 +18,7 @@ from bertile.lowering import Lowered, lower
 from bertile.schedules.cpu.generic import is_kernel, schedule_generic
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
-from bertile.targets import Target, link_command, tvm_target
+from bertile.targets import Target, tvm_target
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,8 @@ def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
     mod = fuse_and_schedule(lowered.mod, target)
     executable = compile_module(mod, target)
     library.parent.mkdir(parents=True, exist_ok=True)
-    linker = link_command(row)
     executable.export_library(
-        str(library), fcompile=lambda out, objects, options=None: _link(linker, out, objects)
+        str(library), fcompile=lambda out, objects, options=None: codegen.link(row, out, objects)
     )
     kernels = [
         _kernel_entry(task, count, *choices[task]) | _nonzeros(task, lowered)
@@ -96,10 +94,6 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     ]
     with codegen.context():
         return relax.build(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
-
-
-def _link(linker: list[str], output: str, objects: Any) -> None:
-    cc.create_shared(output, objects, options=linker[1:], cc=linker[0])
 
 
 def _kernel_entry(task: Task, calls: int, source: str, knobs: Knobs) -> dict[str, Any]:

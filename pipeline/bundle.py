@@ -10,14 +10,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from bertile import loader, weights
+from bertile import loader, native_loader, runtime_libraries, weights
 from bertile.errors import BertileError, UsageError
-from bertile.loader import LIBRARY, MANIFEST, RUNTIME, SCHEMA, WEIGHTS, read_manifest
+from bertile.loader import LIBRARY, MANIFEST, SCHEMA, WEIGHTS, read_manifest
 
 __all__ = ["copy", "include_runtime", "making", "read_manifest", "write"]
 
@@ -28,25 +27,25 @@ def write(
     params: Mapping[str, np.ndarray],
     extra_files: Sequence[Path],
     output: str | os.PathLike,
-    runtime: str = "none",
+    add: Callable[[Path], None] | None = None,
     check: Callable[[Path], Mapping[str, object]] | None = None,
 ) -> Path:
     """Write a bundle to `output` and return its path.
 
     `manifest` gets its keys "schema", "params" and "files" here; `extra_files` (tokenizer,
-    config.json) go to the top of the bundle under their own names; `runtime` is "none" or
-    "include". Everything is written beside `output` and renamed at the end. An older bundle there
-    is replaced; any other directory that is not empty is refused with UsageError. `check` runs on
-    the bundle before it gets its name: what it returns is the manifest's "check", and when it
-    raises, nothing is written.
+    config.json) go to the top of the bundle under their own names; `add` puts further files into
+    it, as `include_runtime` does. Everything is written beside `output` and renamed at the end. An
+    older bundle there is replaced; any other directory that is not empty is refused with
+    UsageError. `check` runs on the bundle before it gets its name: what it returns is the
+    manifest's "check", and when it raises, nothing is written.
     """
     with making(output) as directory:
         shutil.copyfile(library, directory / LIBRARY)
         weights.write(directory / WEIGHTS, params)
         for path in extra_files:
             shutil.copyfile(path, directory / path.name)
-        if runtime == "include":
-            include_runtime(directory)
+        if add is not None:
+            add(directory)
         complete = {"schema": SCHEMA, **manifest, "params": list(params)}
         complete["files"] = _describe(directory)
         _write_manifest(directory, complete)
@@ -83,7 +82,14 @@ def _copy_files(source: Path, directory: Path) -> None:
         if path.is_dir():
             place.mkdir()
         else:
-            shutil.copyfile(path, place)
+            _copy_file(path, place)
+
+
+def _copy_file(source: Path, place: Path) -> None:
+    """Copy the bytes, and whether it is a program."""
+    shutil.copyfile(source, place)
+    if os.access(source, os.X_OK):
+        place.chmod(0o777 & ~_umask())
 
 
 def _write_manifest(directory: Path, manifest: Mapping[str, object]) -> None:
@@ -91,20 +97,25 @@ def _write_manifest(directory: Path, manifest: Mapping[str, object]) -> None:
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def include_runtime(directory: Path, libraries: Sequence[Path] | None = None) -> None:
-    """Copy the two TVM runtime libraries, with their licence, and the loader into a bundle.
+def include_runtime(
+    directory: Path, libraries: Path | None = None, native: Path | None = None
+) -> None:
+    """Copy what runs a bundle on a machine without Bertile into it.
 
-    `libraries` are libtvm_ffi.so and libtvm_runtime.so of another machine for a cross build.
+    The two TVM runtime libraries with their licence, out of `libraries` (default: those installed
+    here), and loader.py; with `native`, what `native_loader.build` has made, and its sources.
     """
     folder = directory / "runtime"
     folder.mkdir()
-    for name, path in zip(RUNTIME, libraries or loader.find_runtime()):
-        shutil.copyfile(path, folder / name)
-    spec = find_spec("tvm")
-    for name in ("LICENSE", "NOTICE"):
-        if spec and spec.origin and (origin := Path(spec.origin).with_name(name)).is_file():
-            shutil.copyfile(origin, folder / name)
+    if libraries is None:
+        runtime_libraries.copy_installed(folder)
+    else:
+        _copy_files(libraries, folder)
     shutil.copyfile(loader.__file__, directory / "loader.py")
+    if native is not None:
+        shutil.copyfile(native / native_loader.LIBRARY, folder / native_loader.LIBRARY)
+        _copy_file(native / native_loader.COMMAND, directory / native_loader.COMMAND)
+        native_loader.copy_sources(directory / "native")
 
 
 def _check_target(target: Path, marker: str = MANIFEST) -> None:

@@ -17,6 +17,8 @@ from bertile.targets import names as target_names
 
 TUNE_EFFORTS = ("none", "quick", "full")
 RUNTIMES = ("none", "include")
+RUNNERS = ("local", "mca")
+LIBCS = ("glibc", "musl")
 RANGES = ("dynamic", "minmax", "percentile", "mse")
 HEADS = (
     "encoder",
@@ -46,8 +48,13 @@ class Config:
     tune: str = "none"
     trials: int | None = None
     timeout: float | None = None
+    runner: str = "local"
+    rpc_tracker: str | None = None
+    rpc_key: str | None = None
     threads: int | None = None
     runtime: str = "none"
+    runtime_from: str | None = None
+    libc: str = "glibc"
     head: str | None = None
     log_dir: str | None = None
     shipped_log: bool = True
@@ -64,6 +71,10 @@ class Config:
             # object.__setattr__ is the one way to normalise a field of a frozen dataclass
             object.__setattr__(self, name, check(name, getattr(self, name)))
         _check_quantization(self)
+        if (self.rpc_tracker is None) != (self.rpc_key is None):
+            raise UsageError("of --rpc-tracker and --rpc-key one is missing", "give both")
+        if self.rpc_tracker and self.runner == "mca":
+            raise UsageError("--runner mca runs nothing on devices", "leave out --rpc-tracker")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -125,6 +136,11 @@ def _positive(kinds: tuple[type, ...], what: str) -> Callable[[str, Any], Any]:
 def _target(name: str, value: Any) -> Any:
     if isinstance(value, str) and value.startswith(f"{GENERIC}-"):
         return value  # of one processor, which LLVM knows or not
+    if isinstance(value, str) and value.startswith(("armv7", "armhf", "arm32")):
+        raise UsageError(
+            f"there is no target '{value}': no release of TVM has a runtime for 32-bit ARM",
+            f"run a 64-bit system on the board and take --target arm-a72, or {GENERIC}",
+        )
     return _one_of(("native", *target_names()))(name, value)
 
 
@@ -139,6 +155,15 @@ def _share(name: str, value: Any) -> Any:
     if value is None or (number and 0 <= value <= 1):
         return value
     raise UsageError(f"{name} is {value!r}", "give a number from 0 to 1, or leave it out")
+
+
+def _name_of(what: str) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        if value is None or (isinstance(value, str) and value.strip()):
+            return value
+        raise UsageError(f"{name} is {value!r}", f"give {what}, or leave it out")
+
+    return check
 
 
 def _path_of(what: str) -> Callable[[str, Any], Any]:
@@ -176,8 +201,13 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "tune": _one_of(TUNE_EFFORTS),
     "trials": _positive((int,), "a whole number"),
     "timeout": _positive((int, float), "a number of seconds"),
+    "runner": _one_of(RUNNERS),
+    "rpc_tracker": _name_of("the address HOST:PORT of a tracker"),
+    "rpc_key": _name_of("the key of devices"),
     "threads": _positive((int,), "a whole number"),
     "runtime": _one_of(RUNTIMES),
+    "runtime_from": _path_of("a wheel or a directory"),
+    "libc": _one_of(LIBCS),
     "head": _one_of(HEADS, optional=True),
     "log_dir": _path_of("a directory"),
     "shipped_log": _flag,

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from bertile import bundle, cache, exporter, loader, targets
+from bertile import bundle, cache, exporter, loader, runtime_parts, targets
 from bertile.config import Config
 from bertile.exported import ExportedModel, read
 from bertile.fingerprint import hash_path
+from bertile.native_loader import SOURCES
 from bertile.progress import Progress
 from bertile.targets import Target
 
@@ -33,7 +34,7 @@ def compile(
     """
     config, progress = config or Config(), progress or Progress(verbosity=-1)
     loader.set_thread_defaults()  # before TVM is imported and starts its thread pool
-    row = targets.resolve(config.target, config.threads)
+    row = targets.with_libc(targets.resolve(config.target, config.threads), config.libc)
     exported = export_cached(model, config, progress)
     compiled = _compile_cached(exported, row, config, progress)
     with progress.stage("bundle") as stage:
@@ -57,6 +58,13 @@ def tune(model: Any, log: Any, row: Target, config: Config, progress: Progress) 
     return _Run(export_cached(model, config, progress), row, config, progress, log).tune()
 
 
+def tasks(
+    model: Any, log: Any, row: Target, config: Config, progress: Progress
+) -> tuple[Any, list[Any]]:
+    """The kernels that a model calls, counted; those that layers could have in place of theirs."""
+    return _Run(export_cached(model, config, progress), row, config, progress, log).tasks()
+
+
 def export_cached(model: Any, config: Config, progress: Progress | None = None) -> ExportedModel:
     """The exported model, from the cache where the same model was exported before."""
     progress = progress or Progress(verbosity=-1)
@@ -74,15 +82,21 @@ def _compile_cached(
     exported: ExportedModel, row: Target, config: Config, progress: Progress
 ) -> Path:
     """A checked bundle of the exported model, from the cache where nothing has changed."""
+    from bertile import verifier
     from bertile.tuning_log import TuningLog
 
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
     run = _Run(exported, row, config, progress, log)
     if config.tune != "none":
         run.tune()
-    files = {name: _content(getattr(config, name)) for name in ("calibrate", "eval")}
-    decides = dataclasses.replace(config, cache_dir=None, dump_ir=None, log_dir=None, **files)
-    key = cache.key("driver", exported.to_json(), dataclasses.asdict(row), decides, log.digest(row))
+    files = {
+        name: _content(getattr(config, name)) for name in ("calibrate", "eval", "runtime_from")
+    }
+    places = dict.fromkeys(("cache_dir", "dump_ir", "log_dir", "rpc_tracker", "rpc_key"))
+    decides = dataclasses.replace(config, runner="local", **places, **files)
+    surroundings = (hash_path(SOURCES), verifier.cannot_run(row))
+    given = (exported.to_json(), dataclasses.asdict(row), decides, log.digest(row), surroundings)
+    key = cache.key("driver", *given)
     if config.dump_ir:
         run.optimized()  # what is asked for is the dump, whether or not the rest is cached
     path, cached = cache.Cache(config.cache_dir).get_or_make(key, run.make)
@@ -96,7 +110,7 @@ def _compile_cached(
 
 def _content(path: str | None) -> str | None:
     """A file's hash in the place of its path; a missing file is refused where it is read."""
-    return hash_path(Path(path)) if path and Path(path).is_file() else path
+    return hash_path(Path(path)) if path and Path(path).exists() else path
 
 
 class _Run:
@@ -159,11 +173,16 @@ class _Run:
             made = self._bundle(graph, self._build(graph, Path(directory)), Path(directory))
             return datasets.answers(made, dataset, self.row.threads)
 
-    def tune(self) -> dict[str, Any]:
-        from bertile import lowering, sparse_choice, tuner
+    def tasks(self) -> tuple[Any, list[Any]]:
+        from bertile import lowering, sparse_choice
 
         graph = self.optimized()
-        tasks, others = lowering.tasks(graph), sparse_choice.alternatives(graph)
+        return lowering.tasks(graph), sparse_choice.alternatives(graph)
+
+    def tune(self) -> dict[str, Any]:
+        from bertile import tuner
+
+        tasks, others = self.tasks()
         with self.progress.stage("tune") as stage:
             result = tuner.tune(tasks, self.log, self.row, self.config, self.progress, others)
             stage.cached, stage.detail = result["trials"] == 0, result["text"]
@@ -174,6 +193,7 @@ class _Run:
         """Fill a directory with the bundle, checked against ONNX Runtime."""
         from bertile import verifier
 
+        add = self._runtime() if self.config.runtime == "include" else None
         graph = self.optimized()
         with self.progress.stage("build") as stage:
             built = self._build(graph, directory)
@@ -181,13 +201,21 @@ class _Run:
         with self.progress.stage("verify") as stage:
 
             def check(path: Path) -> dict[str, Any]:
-                found = verifier.checked(path, self.exported, self.row.threads)
-                stage.detail = f"at most {found['max_abs_difference']:.1e} from ONNX Runtime"
+                found = verifier.checked(path, self.exported, self.row, self._parts)
+                stage.detail = verifier.as_text(found)
                 return found
 
             quantization = self._quantizer.report(graph.plan)
-            self._bundle(graph, built, directory, check, quantization)
+            self._bundle(graph, built, directory, check, quantization, add)
         built.library.unlink()
+
+    def _parts(self) -> runtime_parts.RuntimeParts:
+        return runtime_parts.find(self.row, self.config.runtime_from, self.config.cache_dir)
+
+    def _runtime(self) -> Callable[[Path], None]:
+        """What puts the runtime into a bundle; found before a long build, which would be lost."""
+        parts = self._parts()
+        return lambda directory: bundle.include_runtime(directory, parts.libraries, parts.native)
 
     def _build(self, graph: Any, directory: Path) -> Any:
         from bertile import builder, chooser
@@ -202,6 +230,7 @@ class _Run:
         directory: Path,
         check: Callable[[Path], dict[str, Any]] | None = None,
         quantization: dict[str, Any] | None = None,
+        add: Callable[[Path], None] | None = None,
     ) -> Path:
         from bertile import manifest
 
@@ -211,7 +240,7 @@ class _Run:
             built.params,
             self.exported.files(),
             directory / "bundle",
-            self.config.runtime,
+            add,
             check,
         )
 
@@ -219,16 +248,20 @@ class _Run:
 def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
     """How many kernels have which provenance."""
     kinds = [kernel["provenance"] for kernel in kernels]
-    return {kind: kinds.count(kind) for kind in ("tuned", "nearest", "default", "generic")}
+    known = ("tuned", "estimated", "nearest", "default", "generic")
+    return {kind: kinds.count(kind) for kind in known if kind != "estimated" or kind in kinds}
 
 
 def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
+    from bertile import verifier
+
     manifest = loader.read_manifest(path)
     length = min(
         manifest["static"]["length"] or SPEED_LENGTH,
         manifest["model"]["max_length"] or SPEED_LENGTH,
     )
-    runs_here = set(manifest["target"]["features"]) <= loader.cpu_features()
+    executed = manifest["check"].get("executed", True)
+    runs_here = executed and targets.fits(row, loader.cpu_features())
     return {
         "output": str(path),
         "size_bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
@@ -236,6 +269,7 @@ def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
         "length": length,
         "threads": row.threads,
         "max_abs_difference": manifest["check"]["max_abs_difference"],
+        "check": verifier.as_text(manifest["check"]),
         "kernels": count(manifest["kernels"]),
         "stages": progress.summary(),
     }

@@ -52,6 +52,7 @@ def describe(
 def _file_names(config: Config) -> dict[str, str | None]:
     """The files that were read, without the directories of the machine that read them."""
     paths = {"calibrate": config.calibrate, "eval": config.eval}
+    paths["runtime_from"] = config.runtime_from
     return {name: path and Path(path).name for name, path in paths.items()}
 
 

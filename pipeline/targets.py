@@ -176,9 +176,21 @@ def native(features: Collection[str] | None = None, arch: str | None = None) -> 
     )
 
 
+def with_libc(row: Target, libc: str) -> Target:
+    """The row linked for another C library: "glibc" (its own) or "musl"."""
+    if libc == "glibc":
+        return row
+    return dataclasses.replace(row, triple=f"{row.arch}-linux-{libc}")
+
+
 def fits(row: Target, features: Collection[str], arch: str | None = None) -> bool:
     """Whether a processor of that architecture (default: this one's) can run the row's code."""
     return row.arch == (arch or platform.machine()) and set(features).issuperset(row.features)
+
+
+def is_foreign(row: Target) -> bool:
+    """Whether the row's code is for another architecture than this machine's."""
+    return row.arch != platform.machine()
 
 
 def as_text(runs: Collection[str], best: str | None) -> str:
@@ -238,10 +250,13 @@ def tvm_target(row: Target, threads: int | None = None) -> tvm.target.Target:
 
 def link_command(row: Target) -> list[str]:
     """The command that links a shared library for `row`: the host's `cc`, else pip's ziglang."""
-    if row.arch == platform.machine() and (cc := shutil.which("cc") or shutil.which("gcc")):
+    musl = "musl" in row.triple
+    host = row.arch == platform.machine() and not musl
+    if host and (cc := shutil.which("cc") or shutil.which("gcc")):
         return [cc]
     if util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc", "-target", row.triple]
+        dynamic = ["-dynamic"] if musl else []  # zig's own choice for musl is static
+        return [sys.executable, "-m", "ziglang", "cc", "-target", row.triple, *dynamic]
     raise PlatformError(
         f"no linker for {row.arch} was found", "install a C compiler, or: pip install ziglang"
     )

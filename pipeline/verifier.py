@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertile import exported, loader
-from bertile.errors import NumericMismatchError, require
+from bertile import emulator, exported, loader
+from bertile.errors import NumericMismatchError, PlatformError, require
 from bertile.exported import ExportedModel
 from bertile.progress import Progress
+from bertile.runtime_parts import RuntimeParts
 from bertile.samples import largest_difference, sample, session
+from bertile.targets import Target, is_foreign
 
 # Largest difference at a real token, relative to the largest magnitude of the reference output (at
 # least 1).
@@ -20,6 +23,8 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 0.05, "int8": 0.25}
 # (batch, length): one token, a whole block, tails, unequal lengths with padding; the longest is
 # added.
 CASES = ((1, 1), (1, 16), (3, 37), (2, 64), (1, 128))
+# The same under an emulator, which takes a hundred times as long.
+EMULATED_CASES = ((1, 1), (2, 18))
 
 
 def verify(
@@ -43,12 +48,25 @@ def verify(
         config = Config.from_dict(manifest["config"])
         path = driver.export_cached(manifest["model"]["source"], config, progress).onnx_path
     with loader.load(directory, threads) as model:
-        return _compare(model, path)
+        return _compare(model, path, _cases(model.manifest, CASES))
 
 
-def checked(directory: Path, model: ExportedModel, threads: int | None) -> dict[str, Any]:
-    """As :func:`verify`; raises NumericMismatchError where the difference is past the tolerance."""
-    check = verify(directory, model.onnx_path, threads)
+def checked(
+    directory: Path, model: ExportedModel, row: Target, parts: Callable[[], RuntimeParts]
+) -> dict[str, Any]:
+    """As :func:`verify`; raises NumericMismatchError where the difference is past the tolerance.
+
+    A bundle for another architecture is run by its own bertile-run under an emulator; where that
+    cannot be, the check's "executed" is False, with the "reason". `parts` are the row's.
+    """
+    if reason := cannot_run(row):
+        return _not_executed(reason)
+    if is_foreign(row):
+        check = _emulated(directory, model, row, parts)
+    else:
+        check = verify(directory, model.onnx_path, row.threads)
+    if not check.get("executed", True):
+        return check
     fixed = loader.read_manifest(directory)["config"].get("ranges", "dynamic") != "dynamic"
     if not check["max_abs_difference"] <= check["tolerance"]:
         raise NumericMismatchError(
@@ -61,7 +79,41 @@ def checked(directory: Path, model: ExportedModel, threads: int | None) -> dict[
     return check
 
 
-def _compare(model: loader.Model, onnx: Path) -> dict[str, Any]:
+def cannot_run(row: Target) -> str | None:
+    """Why a bundle for `row` cannot be run here, or None where it can, or should."""
+    if "musl" in row.triple:
+        return "it is linked for musl"
+    return emulator.missing(row) if is_foreign(row) else None
+
+
+def as_text(check: dict[str, Any]) -> str:
+    """The check of a manifest in some words."""
+    if not check.get("executed", True):
+        return f"not executed here: {check['reason']}"
+    by = f", run by {check['emulator']}" if "emulator" in check else ""
+    return f"at most {check['max_abs_difference']:.1e} from ONNX Runtime{by}"
+
+
+def _emulated(
+    directory: Path, model: ExportedModel, row: Target, parts: Callable[[], RuntimeParts]
+) -> dict[str, Any]:
+    try:
+        found = parts()
+    except PlatformError as error:  # offline, and nothing but this check needs them
+        return _not_executed(error.what)
+    emulated = emulator.Model(directory, found.native, found.libraries, row)
+    cases = _cases(emulated.manifest, EMULATED_CASES)
+    check = _compare(emulated, model.onnx_path, cases)
+    return {**check, "emulator": f"qemu-{row.arch} -cpu {emulated.cpu}"}
+
+
+def _not_executed(reason: str) -> dict[str, Any]:
+    return {"executed": False, "reason": reason, "max_abs_difference": None}
+
+
+def _compare(
+    model: loader.Model | emulator.Model, onnx: Path, wanted: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
     (runtime,) = require("compile", "onnxruntime")
     manifest = model.manifest
     relative = max(TOLERANCES[precision] for precision in _precisions(manifest))
@@ -70,7 +122,7 @@ def _compare(model: loader.Model, onnx: Path) -> dict[str, Any]:
     names = [output.name for output in peer.get_outputs()]
     worst: dict[str, Any] = {"max_abs_difference": -1.0, "tolerance": relative, "worst": None}
     cases = []
-    for batch, length in _cases(manifest):
+    for batch, length in wanted:
         arrays = sample(specs, batch, length, _padding_id(onnx.parent), seed=length)
         want, got = peer.run(names, arrays), model(**arrays)
         mask = arrays.get("attention_mask", arrays[specs[0].name] * 0 + 1)
@@ -97,13 +149,15 @@ def _precisions(manifest: dict[str, Any]) -> set[str]:
     return {manifest["config"]["precision"], *(one.removesuffix("_static") for one in layers)}
 
 
-def _cases(manifest: dict[str, Any]) -> list[tuple[int, int]]:
+def _cases(manifest: dict[str, Any], wanted: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """`wanted` as far as the model takes them, and of CASES the longest sequence that it takes."""
     static = manifest["static"]
     if static["length"]:
         return [(static["batch"] or 1, static["length"])]
     limit = manifest["model"]["max_length"] or 512
-    lengths = {(static["batch"] or batch, min(length, limit)) for batch, length in CASES}
-    return sorted(lengths | {(static["batch"] or 1, min(limit, 512))})
+    lengths = {(static["batch"] or batch, min(length, limit)) for batch, length in wanted}
+    longest = {(static["batch"] or 1, min(limit, 512))} if wanted is CASES else set()
+    return sorted(lengths | longest)
 
 
 def _padding_id(directory: Path) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -38,8 +40,14 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Commands in tests keep their stage results apart from the user's."""
+    """Commands in tests keep their stage results apart from the user's.
+
+    Not ziglang its C libraries, which take it half a minute to build for the first time.
+    """
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     with pytest.MonkeyPatch.context() as patch:
+        if "ZIG_GLOBAL_CACHE_DIR" not in os.environ:
+            patch.setenv("ZIG_GLOBAL_CACHE_DIR", str(user / "zig"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
@@ -51,3 +59,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
     from bertile.exporter import export
 
     return export("synthetic:bert-tiny", tmp_path_factory.mktemp("bert-tiny"), Config())
+
+
+@pytest.fixture(scope="session")
+def llvm_mca():
+    """Skips where llvm-mca is missing or too old; `make test` installs it where it may."""
+    from bertile import mca
+    from bertile.errors import PlatformError
+
+    try:
+        return mca.tool(mca.MODELS["arm-a76"])
+    except PlatformError as error:
+        pytest.skip(str(error))

@@ -222,20 +222,48 @@ def test_write_names_the_path_when_it_is_not_writable(parts, tmp_path):
 
 def test_include_runtime_copies_libraries_licence_and_loader(parts, tmp_path):
     library, _ = parts
-    output = bundle.write(MANIFEST, library, PARAMS, [], tmp_path / "out", runtime="include")
+    output = bundle.write(
+        MANIFEST, library, PARAMS, [], tmp_path / "out", add=bundle.include_runtime
+    )
     names = {"runtime/libtvm_ffi.so", "runtime/libtvm_runtime.so", "runtime/LICENSE", "loader.py"}
     assert names <= set(bundle.read_manifest(output)["files"])
     for name, path in zip(loader.RUNTIME, loader.find_runtime()):
         assert (output / "runtime" / name).stat().st_size == os.stat(path).st_size
 
 
-def test_include_runtime_takes_the_libraries_of_another_machine(tmp_path):
-    paths = [tmp_path / name for name in ("ffi", "runtime-of-aarch64")]
-    for path in paths:
-        path.write_text(path.name)
-    (tmp_path / "out").mkdir()
-    bundle.include_runtime(tmp_path / "out", paths)
-    assert (tmp_path / "out" / "runtime" / "libtvm_runtime.so").read_text() == "runtime-of-aarch64"
+def test_include_runtime_takes_the_parts_of_another_machine(tmp_path):
+    libraries, native, output = (tmp_path / name for name in ("libraries", "native", "out"))
+    for path in (*(libraries / name for name in loader.RUNTIME), libraries / "NOTICE"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{path.name} of aarch64")
+    native.mkdir()
+    (native / "libbertile.so").write_text("the library")
+    (native / "bertile-run").write_text("the command")
+    (native / "bertile-run").chmod(0o755)
+    output.mkdir()
+    bundle.include_runtime(output, libraries, native)
+    assert (output / "runtime" / "libtvm_runtime.so").read_text() == "libtvm_runtime.so of aarch64"
+    assert (output / "runtime" / "libbertile.so").read_text() == "the library"
+    assert (output / "runtime" / "NOTICE").is_file()
+    assert os.access(output / "bertile-run", os.X_OK)
+    assert not os.access(output / "runtime" / "libbertile.so", os.X_OK)
+    copied = bundle.copy(output, tmp_path / "copy")
+    assert os.access(copied / "bertile-run", os.X_OK)
+
+
+def test_include_runtime_brings_sources_and_a_pkg_config_file_that_finds_them(tmp_path):
+    native, output = tmp_path / "native", tmp_path / "out"
+    for path in (native / "libbertile.so", native / "bertile-run"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    output.mkdir()
+    bundle.include_runtime(output, native=native)
+    wanted = {"bertile.h", "bertile.hpp", "CMakeLists.txt", "example.c", "model.c", "command/run.c"}
+    names = {path.relative_to(output / "native").as_posix() for path in output.rglob("native/**/*")}
+    assert wanted <= names
+    text = (output / "native" / "bertile.pc").read_text()
+    assert "libdir=${prefix}/runtime\nincludedir=${prefix}/native\n" in text
+    assert "@" not in text
 
 
 # -- read_manifest

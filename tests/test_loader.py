@@ -705,7 +705,7 @@ def test_memory_stays_small_when_every_shape_is_new(damaged):
 def portable(library, tmp_path_factory):
     """A bundle with the runtime libraries and the loader."""
     output = tmp_path_factory.mktemp("portable") / "tiny"
-    return bundle.write(MANIFEST, library, PARAMS, [], output, runtime="include")
+    return bundle.write(MANIFEST, library, PARAMS, [], output, add=bundle.include_runtime)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ LONG = {
     "tests/test_loader.py": "tests of that one file, which share a bundle",
     "tests/test_bad_input.py": "one list of mistakes, which share a bundle",
     "tests/test_normalizer.py": "one list of foreign forms, which share their builders",
+    "tests/test_native_loader.py": "tests of that one program, which share a bundle",
     "tests/test_bundle.py": "every way in which writing can fail, which share a writer",
 }
 
@@ -62,7 +63,8 @@ def test_no_file_imports_a_package_by_its_directory() -> None:
 
 
 def test_files_are_at_most_300_lines() -> None:
-    lines = {name: len((ROOT / name).read_bytes().splitlines()) for name in names(sources())}
+    written = [*sources(), *(ROOT / MAP["bertile"] / "native").rglob("*.[ch]")]
+    lines = {name: len((ROOT / name).read_bytes().splitlines()) for name in names(written)}
     assert {name: count for name, count in lines.items() if count > 300 and name not in LONG} == {}
     assert [name for name in LONG if lines[name] <= 300] == [], "no longer long: strike it out"
 
@@ -105,6 +107,13 @@ def test_extras_agree_on_versions() -> None:
     assert {name: found for name, found in versions.items() if len(found) > 1} == {}
 
 
+def test_wheels_of_other_machines_are_of_the_pinned_versions() -> None:
+    runtime = set(PROJECT["project"]["optional-dependencies"]["runtime"])
+    for path in (ROOT / MAP["bertile"]).glob("wheels-*.txt"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert {line.split()[0] for line in lines if "==" in line} == runtime
+
+
 def test_makefile_installs_the_torch_that_the_extra_pins() -> None:
     torch = next(
         one for one in PROJECT["project"]["optional-dependencies"]["export"] if "torch" in one
@@ -118,7 +127,7 @@ def test_importing_bertile_imports_nothing_heavy() -> None:
     assert run.stdout.strip() == "set()"
 
 
-def test_wheel_holds_every_module_and_the_tuning_logs(tmp_path: Path) -> None:
+def test_wheel_holds_every_module_the_c_loader_and_the_tuning_logs(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
     copy = tmp_path / "source"
     for name in ("pyproject.toml", "README.md", "LICENSE", *MAP.values()):
@@ -129,15 +138,17 @@ def test_wheel_holds_every_module_and_the_tuning_logs(tmp_path: Path) -> None:
         packed = set(file.namelist())
     wanted = set()
     for package in PROJECT["tool"]["setuptools"]["packages"]:
-        for file in (*directory(package).glob("*.py"), *_logs(package)):
+        for file in (*directory(package).glob("*.py"), *_data(package)):
             inside = file.relative_to(directory(package)).as_posix()
             wanted.add(f"{package.replace('.', '/')}/{inside}")
     assert wanted <= packed
     assert not [name for name in packed if name.split("/")[0] in ("pipeline", "schedules", "tests")]
 
 
-def _logs(package: str) -> list[Path]:
-    return list(directory(package).rglob("*.json*")) if package == "bertile.tuning_logs" else []
+def _data(package: str) -> list[Path]:
+    found = {"bertile.tuning_logs": "*.json*", "bertile": "native/**/*.*"}.get(package)
+    files = directory(package).rglob(found) if found else ()
+    return [path for path in files if path.is_file()]
 
 
 def _copy(source: Path, target: Path) -> None:

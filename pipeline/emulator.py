@@ -1,0 +1,95 @@
+"""Bundles for another processor, run here under QEMU's user mode by their own bertile-run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertile import loader
+from bertile.errors import BertileError, InputError, PlatformError
+from bertile.native_loader import COMMAND
+from bertile.targets import Target
+
+# QEMU's processors by architecture, the least first, with their features that rows ask for.
+PROCESSORS: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
+    "aarch64": (
+        ("cortex-a72", frozenset({"asimd"})),
+        ("cortex-a76", frozenset({"asimd", "asimdhp", "asimddp"})),
+        (
+            "max",
+            frozenset({"asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"}),
+        ),
+    )
+}
+_SECONDS = 1800  # the longest emulated run
+
+
+def missing(row: Target) -> str | None:
+    """Why a bundle for `row` cannot be emulated here, or None where it can."""
+    if row.arch not in PROCESSORS:
+        return f"this machine cannot emulate {row.arch}"
+    if _qemu(row.arch) is None:
+        return f"qemu-{row.arch} is not installed"
+    if not (_sysroot(row.arch) / "lib").is_dir():
+        return f"{_sysroot(row.arch)} has no libraries of {row.arch}"
+    if processor(row) is None:
+        return f"qemu-{row.arch} has no processor with {' '.join(row.features)}"
+    return None
+
+
+def processor(row: Target) -> str | None:
+    """The least of QEMU's processors that has the row's features."""
+    known = PROCESSORS.get(row.arch, ())
+    return next((name for name, has in known if has.issuperset(row.features)), None)
+
+
+def command(arch: str, cpu: str) -> list[str]:
+    """What stands before the name of a program to run it as on `cpu`."""
+    qemu = _qemu(arch)
+    if qemu is None:
+        raise PlatformError(f"qemu-{arch} is not installed", "install it with: make test-arm")
+    return [qemu, "-L", str(_sysroot(arch)), "-cpu", cpu]
+
+
+class Model:
+    """A bundle for another processor, called as `loader.Model` is; each call is a new process."""
+
+    def __init__(self, directory: Path, native: Path, libraries: Path, row: Target) -> None:
+        self.manifest = loader.read_manifest(directory)
+        self.cpu = processor(row) or "max"
+        self._command = command(row.arch, self.cpu)
+        self._command += [str(native / COMMAND), str(directory), "--runtime", str(libraries)]
+        self._command += ["--skip-hashes"]
+
+    def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
+        with tempfile.TemporaryDirectory() as folder:
+            given, made = Path(folder, "in.npz"), Path(folder, "out.npz")
+            np.savez(given, **{name: np.asarray(value) for name, value in inputs.items()})
+            self.run("--input", str(given), "--output", str(made))
+            with np.load(made) as found:
+                return {name: found[name] for name in found.files}
+
+    def run(self, *arguments: str) -> str:
+        """What bertile-run prints; its error is raised as the kind that its exit code says."""
+        line = [*self._command, *arguments]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        if done.returncode == 0:
+            return done.stdout
+        kinds = {2: InputError, 3: PlatformError}
+        reason = done.stderr.strip() or f"it ended with code {done.returncode}"
+        raise kinds.get(done.returncode, BertileError)(reason.removeprefix(f"{COMMAND}: "))
+
+
+def _qemu(arch: str) -> str | None:
+    return shutil.which(f"qemu-{arch}") or shutil.which(f"qemu-{arch}-static")
+
+
+def _sysroot(arch: str) -> Path:
+    """Where the libraries of that machine lie: QEMU's own variable, else Debian's place."""
+    return Path(os.environ.get("QEMU_LD_PREFIX") or f"/usr/{arch}-linux-gnu")

@@ -1,0 +1,181 @@
+#include "internal.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char again[] = "compile the bundle again";
+
+/* The reason why a manifest is damaged, or NULL. */
+static const char *check_kinds(const json *tree) {
+    static const struct {
+        const char *key;
+        json_kind kind;
+        const char *wrong;
+    } kinds[] = {
+        {"entry", JSON_STRING, "'entry' is no string"},
+        {"model", JSON_OBJECT, "'model' is no object"},
+        {"target", JSON_OBJECT, "'target' is no object"},
+        {"lanes", JSON_INTEGER, "'lanes' is no whole number"},
+        {"inputs", JSON_ARRAY, "'inputs' is no list"},
+        {"outputs", JSON_ARRAY, "'outputs' is no list"},
+        {"static", JSON_OBJECT, "'static' is no object"},
+        {"params", JSON_ARRAY, "'params' is no list"},
+        {"files", JSON_OBJECT, "'files' is no object"},
+    };
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (!json_get_kind(tree, kinds[i].key, kinds[i].kind)) return kinds[i].wrong;
+    return NULL;
+}
+
+static const char *read_input(const json *spec, bt_input *input) {
+    static const char wrong[] = "an input is not described as it should be";
+    const json *name = json_get_kind(spec, "name", JSON_STRING);
+    const json *dtype = json_get_kind(spec, "dtype", JSON_STRING);
+    const json *below = json_get(spec, "below"), *fill = json_get(spec, "default");
+    if (!name || !dtype || !below || !fill) return wrong;
+    input->name = name->text;
+    input->bits = !strcmp(dtype->text, "int64") ? 64 : !strcmp(dtype->text, "int32") ? 32 : 0;
+    if (!input->bits || (below->kind != JSON_INTEGER && below->kind != JSON_NULL)) return wrong;
+    int64_t most = input->bits == 64 ? INT64_MAX : INT32_MAX;
+    input->limit = below->kind == JSON_NULL || below->integer > most ? most : below->integer - 1;
+    input->fill = BT_FILL_NONE;
+    if (fill->kind == JSON_STRING && !strcmp(fill->text, "ones")) input->fill = 1;
+    if (fill->kind == JSON_STRING && !strcmp(fill->text, "zeros")) input->fill = 0;
+    return NULL;
+}
+
+static const char *read_output(const json *spec, bt_output *output) {
+    static const char wrong[] = "an output is not described as it should be";
+    const json *name = json_get_kind(spec, "name", JSON_STRING);
+    const json *axes = json_get_kind(spec, "axes", JSON_ARRAY);
+    if (!name || !axes || !json_get_kind(spec, "dtype", JSON_STRING) || axes->count > BT_RANK)
+        return wrong;
+    output->name = name->text;
+    output->rank = (int)axes->count;
+    int index = 0;
+    for (const json *axis = axes->first; axis; axis = axis->next, index++) {
+        const char *text = axis->kind == JSON_STRING ? axis->text : "";
+        output->axes[index] = !strcmp(text, "batch")    ? BT_AXIS_BATCH
+                              : !strcmp(text, "length") ? BT_AXIS_LENGTH
+                                                        : BT_AXIS_FIXED;
+    }
+    return NULL;
+}
+
+static const char *read_specs(const json *tree, bt_manifest *manifest) {
+    const json *inputs = json_get(tree, "inputs"), *outputs = json_get(tree, "outputs");
+    const char *wrong = NULL;
+    if (!inputs->count || !outputs->count) return "'inputs' or 'outputs' is empty";
+    if (inputs->count > BT_INPUTS) return "'inputs' is too long";
+    manifest->inputs = calloc(inputs->count, sizeof *manifest->inputs);
+    manifest->outputs = calloc(outputs->count, sizeof *manifest->outputs);
+    if (!manifest->inputs || !manifest->outputs) return "out of memory";
+    for (const json *spec = inputs->first; spec && !wrong; spec = spec->next)
+        wrong = read_input(spec, &manifest->inputs[manifest->input_count++]);
+    for (const json *spec = outputs->first; spec && !wrong; spec = spec->next)
+        wrong = read_output(spec, &manifest->outputs[manifest->output_count++]);
+    return wrong;
+}
+
+static const char *read_limit(const json *object, const char *key, int needed, int64_t *limit) {
+    const json *found = json_get(object, key);
+    *limit = 0;
+    if (!found && needed) return "'max_length' is missing";
+    if (!found || found->kind == JSON_NULL) return NULL;
+    if (found->kind != JSON_INTEGER || found->integer <= 0)
+        return "'max_length' or 'static' is no positive number";
+    *limit = found->integer;
+    return NULL;
+}
+
+static const char *check_target(const json *target) {
+    static const char wrong[] = "'target' is not described as it should be";
+    const json *features = json_get_kind(target, "features", JSON_ARRAY);
+    if (!json_get_kind(target, "arch", JSON_STRING) || !features) return wrong;
+    for (const json *word = features->first; word; word = word->next)
+        if (word->kind != JSON_STRING) return wrong;
+    return NULL;
+}
+
+static const char *check_files(const json *files) {
+    if (!json_get(files, "lib.so")) return "'lib.so' is missing";
+    if (!json_get(files, "params.safetensors")) return "'params.safetensors' is missing";
+    for (const json *file = files->first; file; file = file->next)
+        if (!json_get_kind(file, "bytes", JSON_INTEGER) ||
+            !json_get_kind(file, "sha256", JSON_STRING))
+            return "'files' lacks sizes or hashes";
+    return NULL;
+}
+
+static const char *read_tree(const json *tree, bt_manifest *manifest) {
+    const char *wrong = check_kinds(tree);
+    if (wrong) return wrong;
+    const json *model = json_get(tree, "model"), *fixed = json_get(tree, "static");
+    manifest->entry = json_get(tree, "entry")->text;
+    manifest->lanes = json_get(tree, "lanes")->integer;
+    manifest->target = json_get(tree, "target");
+    manifest->files = json_get(tree, "files");
+    manifest->params = json_get(tree, "params");
+    manifest->param_count = manifest->params->count;
+    if (manifest->lanes < 1 || manifest->lanes > 1 << 16) return "'lanes' is no number of tokens";
+    for (const json *name = manifest->params->first; name; name = name->next)
+        if (name->kind != JSON_STRING) return "'params' is no list of names";
+    if (!wrong) wrong = read_specs(tree, manifest);
+    if (!wrong) wrong = read_limit(model, "max_length", 1, &manifest->max_length);
+    if (!wrong) wrong = read_limit(fixed, "batch", 0, &manifest->static_batch);
+    if (!wrong) wrong = read_limit(fixed, "length", 0, &manifest->static_length);
+    if (!wrong) wrong = check_target(manifest->target);
+    return wrong ? wrong : check_files(manifest->files);
+}
+
+/* The text of a file with a zero behind it, or NULL with errno set. */
+static char *read_file(const char *path, size_t *size) {
+    bt_mapping mapping;
+    if (bt_map(path, &mapping)) return NULL;
+    char *text = malloc(mapping.size + 1);
+    if (text) {
+        if (mapping.size) memcpy(text, mapping.data, mapping.size);
+        text[mapping.size] = 0;
+    }
+    *size = mapping.size;
+    bt_unmap(&mapping);
+    return text;
+}
+
+bertile_status bt_read_manifest(const char *root, bt_manifest *manifest) {
+    char path[PATH_MAX], why[100];
+    size_t size = 0;
+    if ((size_t)snprintf(path, sizeof path, "%s/manifest.json", root) >= sizeof path)
+        return bt_fail(BERTILE_FAILED, "the path of the bundle is too long");
+    manifest->text = read_file(path, &size);
+    if (!manifest->text && (errno == ENOENT || errno == ENOTDIR))
+        return bt_fail(BERTILE_FAILED, "%s is not a bundle: it has no manifest.json", root);
+    if (!manifest->text)
+        return bt_fail(BERTILE_FAILED, "cannot read %s: %s", path, strerror(errno));
+    manifest->tree = json_parse(manifest->text, size, why);
+    if (!manifest->tree)
+        return bt_fail(BERTILE_FAILED, "%s is damaged: %s; %s", path, why, again);
+    const json *schema = json_get_kind(manifest->tree, "schema", JSON_INTEGER);
+    if (!schema)
+        return bt_fail(BERTILE_FAILED,
+                       "%s is not the manifest of a bundle: it has no schema version", path);
+    if (schema->integer > BT_SCHEMA)
+        return bt_fail(BERTILE_FAILED,
+                       "%s has schema %lld, this loader reads up to %d; take the loader of a newer "
+                       "Bertile",
+                       root, (long long)schema->integer, BT_SCHEMA);
+    const char *wrong = read_tree(manifest->tree, manifest);
+    if (wrong) return bt_fail(BERTILE_FAILED, "%s is damaged: %s; %s", path, wrong, again);
+    return BERTILE_OK;
+}
+
+void bt_free_manifest(bt_manifest *manifest) {
+    free(manifest->text);
+    json_free(manifest->tree);
+    free(manifest->inputs);
+    free(manifest->outputs);
+    *manifest = (bt_manifest){0};
+}

@@ -1,0 +1,30 @@
+"""What runs a bundle without Bertile: TVM's libraries and our C loader, for one target row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bertile import cache, native_loader, runtime_libraries
+from bertile.fingerprint import hash_path
+from bertile.targets import Target, link_command
+
+
+@dataclass(frozen=True)
+class RuntimeParts:
+    """Two directories: that of `runtime_libraries.find`, that of `native_loader.build`."""
+
+    libraries: Path
+    native: Path
+
+
+def find(row: Target, source: str | None = None, cache_dir: str | None = None) -> RuntimeParts:
+    """Both for `row`, from the cache where they were made before; see `runtime_libraries.find`."""
+    libraries = runtime_libraries.find(row, source, cache_dir)
+    key = cache.key(
+        "native_loader", row.triple, link_command(row), hash_path(native_loader.SOURCES)
+    )
+    native, _ = cache.Cache(cache_dir).get_or_make(
+        key, lambda directory: native_loader.build(row, directory)
+    )
+    return RuntimeParts(libraries, native)

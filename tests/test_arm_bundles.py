@@ -1,0 +1,182 @@
+"""Bundles for the ARM rows, run as ARM code by their own bertile-run, against this machine's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import arm_code
+import numpy as np
+import pytest
+
+from bertile import driver, emulator, loader, runtime_libraries, targets, verifier
+from bertile.config import Config
+from bertile.errors import PlatformError, UsageError
+from bertile.exported import InputSpec
+from bertile.samples import sample
+
+TINY, MINILM = "synthetic:bert-tiny", "minilm"
+SPARSE = "synthetic:bert-tiny@0.9:4x1"
+SIZE_LIMIT = 8e6  # bytes of a bundle with its runtime, without its weights
+# Of float32, the largest difference between two orders of its sums.
+TOLERANCE = 1e-4
+
+QUICK = [(TINY, "arm-a72", "fp32"), (TINY, "arm-v1", "fp32")]
+slow = pytest.mark.slow
+CASES = [
+    *(pytest.param(*case, id="-".join(case)) for case in QUICK),
+    *(
+        pytest.param(model, row, "fp32", marks=slow, id=f"{model}-{row}-fp32")
+        for model in (TINY, SPARSE, MINILM)
+        for row in ("arm-a72", "arm-a76", "arm-v1", "arm-v2", "aarch64")
+        if (model, row, "fp32") not in QUICK
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory, cache):
+    """A function that gives the bundle of a model for a row, compiled once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def compile_for(*case: str) -> Path:
+        if case not in made:
+            output = tmp_path_factory.mktemp("arm") / "bundle"
+            model, row, precision = case
+            made[case] = arm_code.compile(model, output, cache, row, precision)
+        return made[case]
+
+    arm_code.need_emulator()
+    return compile_for
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory, cache):
+    """A function that gives this machine's answer of a model."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def answer(model: str, precision: str, arrays: dict) -> dict[str, np.ndarray]:
+        if (model, precision) not in made:
+            output = tmp_path_factory.mktemp("here") / "bundle"
+            driver.compile(model, output, Config(precision=precision, cache_dir=cache))
+            made[model, precision] = output
+        with loader.load(made[model, precision], verify=False) as opened:
+            return opened(**arrays)
+
+    return answer
+
+
+@pytest.mark.parametrize(("model", "row", "precision"), CASES)
+def test_bundle_run_as_arm_code_gives_this_machines_numbers(
+    compiled, here, tmp_path, model, row, precision
+):
+    bundle = compiled(model, row, precision)
+    manifest = loader.read_manifest(bundle)
+    specs = [InputSpec(**spec) for spec in manifest["inputs"]]
+    arrays = sample(specs, 2, 18, 0, seed=1)
+    np.savez(tmp_path / "in.npz", **arrays)
+    cpu = emulator.processor(targets.resolve(row))
+    files = ("--input", tmp_path / "in.npz", "--output", tmp_path / "out.npz")
+    done = arm_code.run(bundle, cpu, *files)
+    assert (done.returncode, done.stderr) == (0, "")
+    wanted = here(model, precision, arrays)
+    with np.load(tmp_path / "out.npz") as found:
+        assert sorted(found.files) == sorted(wanted)
+        for name, array in wanted.items():
+            limit = TOLERANCE * max(1.0, float(np.abs(array).max()))
+            np.testing.assert_allclose(found[name], array, rtol=0, atol=limit)
+
+
+def test_bundle_with_its_runtime_is_small(compiled):
+    bundle = compiled(*QUICK[0])
+    sizes = {path.name: path.stat().st_size for path in bundle.rglob("*") if path.is_file()}
+    assert {"libtvm_ffi.so", "libtvm_runtime.so", "bertile-run", "libbertile.so"} <= set(sizes)
+    assert sum(sizes.values()) - sizes["params.safetensors"] <= SIZE_LIMIT
+
+
+def test_bundle_is_refused_by_name_where_the_processor_lacks_a_feature(compiled):
+    done = arm_code.run(compiled(*QUICK[1]), "cortex-a76", "--ids", "1 2 3")
+    assert done.returncode == 3 and done.stdout == ""
+    assert done.stderr.startswith("bertile-run: this CPU lacks i8mm, bf16, sve, which the bundle")
+    assert "(target arm-v1); compile the model with a --target that fits" in done.stderr
+
+
+def test_bundle_without_sve_in_the_processor_is_refused(compiled):
+    done = arm_code.run(compiled(*QUICK[1]), "max,sve=off", "--ids", "1 2 3")
+    assert done.returncode == 3 and "this CPU lacks sve, which" in done.stderr
+
+
+def test_bundle_for_arm_is_refused_by_this_machines_loader(compiled):
+    with pytest.raises(PlatformError, match="the bundle is for aarch64, this machine is"):
+        loader.load(compiled(*QUICK[0]))
+
+
+# -- without an emulator, without a network
+
+
+@pytest.mark.parametrize("libc", ["glibc", "musl"])
+def test_bundle_that_cannot_be_run_here_says_so(tmp_path, cache, monkeypatch, libc):
+    monkeypatch.setattr(emulator, "_qemu", lambda arch: None)
+    config = Config(target="arm-a76", libc=libc, cache_dir=cache)
+    summary = driver.compile(TINY, tmp_path / "out", config)
+    reason = "qemu-aarch64 is not installed" if libc == "glibc" else "it is linked for musl"
+    assert summary["check"] == f"not executed here: {reason}"
+    assert summary["milliseconds"] is None and summary["max_abs_difference"] is None
+    check = json.loads((tmp_path / "out" / "manifest.json").read_text())["check"]
+    assert (check["executed"], check["reason"]) == (False, reason)
+    library = (tmp_path / "out" / "lib.so").read_bytes()
+    assert library[18:20] == (183).to_bytes(2, "little")  # EM_AARCH64
+    assert (b"libc.so.6" in library) == (libc == "glibc")
+
+
+def test_runtime_of_another_machine_needs_a_network_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(PlatformError) as caught:
+        runtime_libraries.find(targets.resolve("arm-a76"), None, str(tmp_path))
+    assert str(caught.value).startswith("cannot fetch the TVM runtime for aarch64: ERROR: ")
+    assert "connect to a package index once, or give the wheels with --runtime-from" in str(
+        caught.value
+    )
+
+
+def test_runtime_from_refuses_what_it_cannot_use(tmp_path):
+    row, cache = targets.resolve("arm-a76"), str(tmp_path / "cache")
+    with pytest.raises(UsageError, match="--runtime-from /nothing does not exist"):
+        runtime_libraries.find(row, "/nothing", cache)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PlatformError, match=r"names has no libtvm_ffi\.so; give a directory with"):
+        runtime_libraries.find(row, str(tmp_path / "empty"), cache)
+    own = runtime_libraries.find(targets.native(), None, cache)
+    assert {path.name for path in own.iterdir()} >= {*loader.RUNTIME, "LICENSE"}
+    with pytest.raises(PlatformError, match=r"libtvm_ffi\.so is for x86_64, not for aarch64"):
+        runtime_libraries.find(row, str(own), cache)
+
+
+def test_musl_needs_a_runtime_of_its_own(tmp_path):
+    row = targets.with_libc(targets.resolve("arm-a76"), "musl")
+    with pytest.raises(PlatformError, match="no TVM runtime libraries for musl; build them"):
+        runtime_libraries.find(row, None, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["armv7", "armv7l", "armhf"])
+def test_32_bit_arm_is_refused_with_the_reason(name):
+    with pytest.raises(UsageError, match="no release of TVM has a runtime for 32-bit ARM"):
+        Config(target=name)
+
+
+def test_emulated_processors_have_what_the_rows_ask_for():
+    rows = [row for row in targets.TABLE if row.arch == "aarch64"]
+    assert rows and all(emulator.processor(row) for row in rows)
+    assert emulator.missing(targets.native()) == "this machine cannot emulate x86_64"
+
+
+def test_check_in_words():
+    done = {"max_abs_difference": 2e-6, "emulator": "qemu-aarch64 -cpu max"}
+    assert (
+        verifier.as_text(done) == "at most 2.0e-06 from ONNX Runtime, run by qemu-aarch64 -cpu max"
+    )
