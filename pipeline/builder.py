@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,12 @@ from tvm import relax
 
 from bertile import codegen
 from bertile.chooser import Choice, Chooser
-from bertile.errors import BertileError
 from bertile.graph import Graph
 from bertile.lowering import Lowered, lower
 from bertile.schedules.cpu.generic import is_kernel, schedule_generic
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
-from bertile.targets import Target, link_command, tvm_target
+from bertile.targets import Target, tvm_target
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,8 @@ def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
     mod = fuse_and_schedule(lowered.mod, target)
     executable = compile_module(mod, target)
     library.parent.mkdir(parents=True, exist_ok=True)
-    linker = link_command(row)
     executable.export_library(
-        str(library), fcompile=lambda out, objects, options=None: _link(linker, out, objects)
+        str(library), fcompile=lambda out, objects, options=None: codegen.link(row, out, objects)
     )
     kernels = [
         _kernel_entry(task, count, *choices[task]) | _nonzeros(task, lowered)
@@ -97,15 +94,6 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     ]
     with codegen.context():
         return relax.build(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
-
-
-def _link(linker: list[str], output: str, objects: Any) -> None:
-    # not cc.create_shared, whose linker is a single word
-    line = [*linker, "-shared", "-fPIC", "-o", output, *map(str, objects)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = " ".join(done.stderr.split())[-500:]
-        raise BertileError(f"{' '.join(linker)} cannot link {output}: {reason}")
 
 
 def _kernel_entry(task: Task, calls: int, source: str, knobs: Knobs) -> dict[str, Any]:

@@ -21,7 +21,9 @@ OTHER_FLAG = 0.5  # how far apart two tasks are that differ in their epilogue
 
 
 class Choice(NamedTuple):
-    """``source`` is "tuned", "nearest" (the record of another shape) or "default"."""
+    """``source`` is "tuned", "estimated" (tuned by a model of the machine), "nearest" (the record
+    of another shape) or "default".
+    """
 
     source: str
     knobs: Knobs
@@ -50,15 +52,17 @@ class Chooser:
         valid = SCHEDULES[task.operation].valid
         exact = self.log.best(task, self.row)
         if exact is not None and valid(task, self.row, exact.knobs):
-            yield "tuned", exact
+            yield "estimated" if exact.estimated else "tuned", exact
         near = [
-            (distance(task, other), other.key, other)
+            (record.estimated, far, other.key, record)
             for other in self.log.tasks(self.row)
             if other.operation == task.operation and other != task
+            if (far := distance(task, other)) <= FARTHEST
+            if (record := self.log.best(other, self.row)) is not None
         ]
-        for far, _, other in sorted(near, key=lambda one: one[:2]):
-            record = self.log.best(other, self.row)
-            if far <= FARTHEST and record is not None and valid(task, self.row, record.knobs):
+        # measured ones first, however near an estimated one may be
+        for _, _, _, record in sorted(near, key=lambda one: one[:3]):
+            if valid(task, self.row, record.knobs):
                 yield "nearest", record
 
     def _trusted(self, task: Task, record: Record) -> bool:

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from bertile import bench_command, prune_command
+from bertile import bench_command, device_command, prune_command, tune_command
 from bertile.precision import PRECISIONS, SPARSE
 from bertile.quantization_flags import QUANTIZATION_FLAGS
+from bertile.tune_command import TUNING_FLAGS
 
 # Nothing else of Bertile is imported up here: `bertile --help` must not pay for numpy or TVM.
 
@@ -19,9 +20,7 @@ CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--target", "NAME", str, "native, or a name that `bertile targets` lists"),
     ("--precision", "|".join(PRECISIONS), str, "number format of weights and activations"),
     ("--sparse", "|".join(SPARSE), str, "skip zeros in weights where faster, never, or always"),
-    ("--tune", "none|quick|full", str, "how long to search for faster kernels"),
-    ("--trials", "N", int, "kernels to try while tuning, instead of what --tune says"),
-    ("--timeout", "SECONDS", float, "stop tuning after this time"),
+    *TUNING_FLAGS,
     ("--threads", "N", int, "cores to plan, tune and measure for"),
     ("--runtime", "none|include", str, "put the TVM runtime and the loaders into the bundle"),
     ("--runtime-from", "FILE", str, "wheel or directory of the TVM runtime for the target"),
@@ -217,11 +216,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
 
 def _tune(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, nargs="?")
-    group = parser.add_argument_group("the log, in place of tuning")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--list", action="store_true", help="what has been tuned: a line per task")
-    add("--best", action="store_true", help="the best knobs of each task")
-    add("--merge", metavar="FILE|DIR", nargs="+", help="add the records of other logs to yours")
+    tune_command.add_arguments(parser)
     _add_config(parser)
 
 
@@ -265,6 +260,10 @@ def _report(parser: argparse.ArgumentParser) -> None:
     _add_some_config(parser, "threads", "log-dir")
 
 
+def _device(parser: argparse.ArgumentParser) -> None:
+    device_command.add_arguments(parser)
+
+
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", default="out/minilm", help="the bundle")
     _add_config(parser)
@@ -292,6 +291,7 @@ COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...]
     ("run", "text in, result out", _run_text),
     ("report", "one HTML page: tuning curves, kernels, before and after", _report),
     ("inspect", "the kernels of a bundle: origin, time, share of peak", _inspect),
+    ("device", "boards to tune on: serve one, list them, share them out", _device),
     ("targets", "the machines that can be compiled for", lambda parser: None),
     ("doctor", "check this machine; each problem with its remedy", _doctor),
     ("demo", "compile minilm and compare sentences with it", _demo),

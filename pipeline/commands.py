@@ -9,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bertile import bench_command, prune_command
+from bertile import bench_command, device_command, prune_command, tune_command
 from bertile.config import Config
 from bertile.errors import UsageError
 from bertile.progress import Progress
@@ -56,12 +56,18 @@ def tune(options: Namespace, progress: Progress) -> Outcome:
     config = read_config(options)
     if options.list or options.best or options.merge:
         return _tuning_log(options, config, progress)
+    if options.ingest:
+        found = tune_command.ingest(options, config, progress)
+        return Outcome(found, "\n\n".join(map(lines, found)))
     if options.model is None:
         raise UsageError("there is no MODEL to tune", "name one, or give --list, --best or --merge")
     if config.tune == "none":
         config = dataclasses.replace(config, tune="quick")
     if options.dry_run:
         return _plan(options, config)
+    if options.pack:
+        summary = tune_command.pack(options, config, progress)
+        return Outcome(summary, lines(summary))
     from bertile import tuner
 
     summary = tuner.tune_model(options.model, config, progress)
@@ -174,6 +180,11 @@ def targets(options: Namespace, progress: Progress) -> Outcome:
     runs = [row.name for row in TABLE if fits(row, found)]
     data = [dataclasses.asdict(row) | {"here": row.name in runs} for row in TABLE]
     return Outcome(data, as_text(runs, native().name if runs else None))
+
+
+def device(options: Namespace, progress: Progress) -> Outcome:
+    """Serve this machine as a device, list a tracker's devices, or be the tracker."""
+    return Outcome(*device_command.run(options, progress))
 
 
 def doctor(options: Namespace, progress: Progress) -> Outcome:

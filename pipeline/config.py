@@ -17,6 +17,7 @@ from bertile.targets import names as target_names
 
 TUNE_EFFORTS = ("none", "quick", "full")
 RUNTIMES = ("none", "include")
+RUNNERS = ("local", "mca")
 LIBCS = ("glibc", "musl")
 RANGES = ("dynamic", "minmax", "percentile", "mse")
 HEADS = (
@@ -47,6 +48,9 @@ class Config:
     tune: str = "none"
     trials: int | None = None
     timeout: float | None = None
+    runner: str = "local"
+    rpc_tracker: str | None = None
+    rpc_key: str | None = None
     threads: int | None = None
     runtime: str = "none"
     runtime_from: str | None = None
@@ -67,6 +71,10 @@ class Config:
             # object.__setattr__ is the one way to normalise a field of a frozen dataclass
             object.__setattr__(self, name, check(name, getattr(self, name)))
         _check_quantization(self)
+        if (self.rpc_tracker is None) != (self.rpc_key is None):
+            raise UsageError("of --rpc-tracker and --rpc-key one is missing", "give both")
+        if self.rpc_tracker and self.runner == "mca":
+            raise UsageError("--runner mca runs nothing on devices", "leave out --rpc-tracker")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -149,6 +157,15 @@ def _share(name: str, value: Any) -> Any:
     raise UsageError(f"{name} is {value!r}", "give a number from 0 to 1, or leave it out")
 
 
+def _name_of(what: str) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        if value is None or (isinstance(value, str) and value.strip()):
+            return value
+        raise UsageError(f"{name} is {value!r}", f"give {what}, or leave it out")
+
+    return check
+
+
 def _path_of(what: str) -> Callable[[str, Any], Any]:
     def check(name: str, value: Any) -> Any:
         if value is None:
@@ -184,10 +201,13 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "tune": _one_of(TUNE_EFFORTS),
     "trials": _positive((int,), "a whole number"),
     "timeout": _positive((int, float), "a number of seconds"),
+    "runner": _one_of(RUNNERS),
+    "rpc_tracker": _name_of("the address HOST:PORT of a tracker"),
+    "rpc_key": _name_of("the key of devices"),
     "threads": _positive((int,), "a whole number"),
     "runtime": _one_of(RUNTIMES),
-    "libc": _one_of(LIBCS),
     "runtime_from": _path_of("a wheel or a directory"),
+    "libc": _one_of(LIBCS),
     "head": _one_of(HEADS, optional=True),
     "log_dir": _path_of("a directory"),
     "shipped_log": _flag,

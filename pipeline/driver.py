@@ -58,6 +58,13 @@ def tune(model: Any, log: Any, row: Target, config: Config, progress: Progress) 
     return _Run(export_cached(model, config, progress), row, config, progress, log).tune()
 
 
+def tasks(
+    model: Any, log: Any, row: Target, config: Config, progress: Progress
+) -> tuple[Any, list[Any]]:
+    """The kernels that a model calls, counted; those that layers could have in place of theirs."""
+    return _Run(export_cached(model, config, progress), row, config, progress, log).tasks()
+
+
 def export_cached(model: Any, config: Config, progress: Progress | None = None) -> ExportedModel:
     """The exported model, from the cache where the same model was exported before."""
     progress = progress or Progress(verbosity=-1)
@@ -85,7 +92,8 @@ def _compile_cached(
     files = {
         name: _content(getattr(config, name)) for name in ("calibrate", "eval", "runtime_from")
     }
-    decides = dataclasses.replace(config, cache_dir=None, dump_ir=None, log_dir=None, **files)
+    places = dict.fromkeys(("cache_dir", "dump_ir", "log_dir", "rpc_tracker", "rpc_key"))
+    decides = dataclasses.replace(config, runner="local", **places, **files)
     surroundings = (hash_path(SOURCES), verifier.cannot_run(row))
     given = (exported.to_json(), dataclasses.asdict(row), decides, log.digest(row), surroundings)
     key = cache.key("driver", *given)
@@ -165,11 +173,16 @@ class _Run:
             made = self._bundle(graph, self._build(graph, Path(directory)), Path(directory))
             return datasets.answers(made, dataset, self.row.threads)
 
-    def tune(self) -> dict[str, Any]:
-        from bertile import lowering, sparse_choice, tuner
+    def tasks(self) -> tuple[Any, list[Any]]:
+        from bertile import lowering, sparse_choice
 
         graph = self.optimized()
-        tasks, others = lowering.tasks(graph), sparse_choice.alternatives(graph)
+        return lowering.tasks(graph), sparse_choice.alternatives(graph)
+
+    def tune(self) -> dict[str, Any]:
+        from bertile import tuner
+
+        tasks, others = self.tasks()
         with self.progress.stage("tune") as stage:
             result = tuner.tune(tasks, self.log, self.row, self.config, self.progress, others)
             stage.cached, stage.detail = result["trials"] == 0, result["text"]
@@ -235,7 +248,8 @@ class _Run:
 def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
     """How many kernels have which provenance."""
     kinds = [kernel["provenance"] for kernel in kernels]
-    return {kind: kinds.count(kind) for kind in ("tuned", "nearest", "default", "generic")}
+    known = ("tuned", "estimated", "nearest", "default", "generic")
+    return {kind: kinds.count(kind) for kind in known if kind != "estimated" or kind in kinds}
 
 
 def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def tasks(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
             "threads": threads,
             "trials": len(records),
             "failed": sum(not one.microseconds for one in records),
+            "estimated": sum(one.estimated for one in records),
             "best_us": _finite(min(one.median for one in records)),
             "when": max(one.time for one in records),
             "tvm": ", ".join(sorted({one.versions.get("apache-tvm", "?") for one in records})),
@@ -44,7 +45,7 @@ def best(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
     """One row per task and number of threads that any candidate worked for, with its knobs."""
     rows = []
     for name, threads, task, records in groups(log, target):
-        found = min(records, key=lambda one: one.median)
+        found = min(records, key=lambda one: (one.estimated, one.median))
         if found.microseconds:
             rows.append(
                 {
@@ -53,6 +54,7 @@ def best(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
                     "target": name,
                     "threads": threads,
                     "best_us": found.median,
+                    "estimated": found.estimated,
                     "knobs": dict(found.knobs),
                 }
             )

@@ -32,7 +32,9 @@ from bertile.schedules.task import Task
 
 PREFIX = "bertile."
 
-Measure = Callable[[Task, Knobs], Any]  # → list of microseconds, empty for a failed trial
+Candidates = Sequence[tuple[Task, Knobs]]
+# → for each a list of microseconds, empty for a failed trial
+Measure = Callable[[Candidates], Sequence[Sequence[float]]]
 
 
 def search(
@@ -47,8 +49,8 @@ def search(
     """Spend trials on tasks (given with their spaces and weights) until they or the spaces are used
     up.
 
-    ``batch`` trials lie between two trainings of the cost model. ``measure`` is called for every
-    candidate; an exception that it raises ends the search.
+    ``batch`` trials lie between two trainings of the cost model, and are measured in one call; an
+    exception that ``measure`` raises ends the search.
     """
     ms = _meta_schedule()
     tasks, weights = [], []
@@ -58,9 +60,9 @@ def search(
     by_key = {task.key: task for task, _, _ in spaces}
     raised: list[BaseException] = []
 
-    def run(key: str, knobs: Knobs) -> Sequence[float]:
+    def run(candidates: Sequence[tuple[str, Knobs]]) -> Sequence[Sequence[float]]:
         try:
-            return measure(by_key[key], knobs)
+            return measure([(by_key[key], knobs) for key, knobs in candidates])
         except BaseException as error:
             raised.append(error)  # TVM would hand on a RuntimeError in its place
             raise
@@ -162,7 +164,9 @@ def _builder(ms: Any) -> type:
     return PassOn
 
 
-def _runner(ms: Any, measure: Callable[[str, Knobs], Sequence[float]]) -> type:
+def _runner(
+    ms: Any, measure: Callable[[Sequence[tuple[str, Knobs]]], Sequence[Sequence[float]]]
+) -> type:
     @derived_object
     class Done(ms.runner.PyRunnerFuture):
         """A trial is over when it is asked for."""
@@ -179,13 +183,13 @@ def _runner(ms: Any, measure: Callable[[str, Knobs], Sequence[float]]) -> type:
 
     @derived_object
     class Run(ms.runner.PyRunner):
-        """Times one candidate after the other."""
+        """Has the candidates of one batch timed."""
 
         def run(self, runner_inputs: Any) -> Any:
-            return [Done(self._one(*json.loads(str(one.artifact_path)))) for one in runner_inputs]
+            candidates = [tuple(json.loads(str(one.artifact_path))) for one in runner_inputs]
+            return [Done(self._result(times)) for times in measure(candidates)]
 
-        def _one(self, key: str, knobs: Knobs) -> Any:
-            microseconds = measure(key, knobs)
+        def _result(self, microseconds: Sequence[float]) -> Any:
             if not microseconds:
                 return ms.runner.RunnerResult(None, "the trial failed")
             return ms.runner.RunnerResult([us * 1e-6 for us in microseconds], None)

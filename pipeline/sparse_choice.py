@@ -104,7 +104,9 @@ class SparseChoice:
             return Time(record.median, record.threads)
         if dense is None or chosen is None:
             return None
-        return Time(dense.median * relative_time(sparse_task(task, chosen)), dense.threads)
+        return Time(
+            dense.median * relative_time(sparse_task(task, chosen), self.row), dense.threads
+        )
 
     def _compared(self, tasks: Sequence[Task], percent: int) -> tuple[float, str]:
         """The sparse kernel's time as a share of the dense one's, of the requests that were
@@ -112,14 +114,15 @@ class SparseChoice:
         """
         skipping = [sparse_task(task, percent) for task in tasks]
         records = [self._record(task) for task in (*skipping, *tasks)]
-        if all(records) and len({record.threads for record in records}) == 1:
+        if all(records) and len({(r.threads, r.estimated) for r in records}) == 1:
             ours, theirs = _total(records[: len(tasks)]), _total(records[len(tasks) :])
             shares = {tokens: ours[tokens] / theirs[tokens] for tokens in ours if tokens in theirs}
             if shares:
                 worst = max(shares, key=lambda tokens: shares[tokens])
                 why = f"{_brief(ours[worst])} us, dense {_brief(theirs[worst])} ({worst} tokens)"
-                return shares[worst], f"measured: sparse {why}"
-        share = max(map(relative_time, skipping))
+                how = "by llvm-mca" if records[0].estimated else "measured"
+                return shares[worst], f"{how}: sparse {why}"
+        share = max(relative_time(task, self.row) for task in skipping)
         return share * DOUBT, f"estimated: sparse takes {share:.2f} of the dense kernel's time"
 
     def _record(self, task: Task) -> Record | None:

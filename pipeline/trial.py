@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -36,8 +36,8 @@ COLD_BYTES = 64 << 20
 ALIGNMENT = 64  # of every tensor that a kernel reads
 
 
-def main() -> None:
-    """Serve requests until the input ends."""
+def serve(measure: Callable[..., dict[str, Any]]) -> None:
+    """Answer requests for what ``measure`` says, until the input ends."""
     set_thread_defaults()
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
     for line in sys.stdin:
@@ -147,4 +147,4 @@ def _repeat(run: Any, arguments: list[list[Any]], results: list[Any]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    serve(measure)

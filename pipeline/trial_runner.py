@@ -23,8 +23,16 @@ _ALONE = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 class TrialRunner:
     """Runs trials one at a time in another process. A context manager; the process ends with it."""
 
-    def __init__(self, row: Target, timeout: float = TRIAL_SECONDS) -> None:
-        self._row, self._timeout = row, timeout
+    parallel = 1
+
+    def __init__(
+        self,
+        row: Target,
+        timeout: float = TRIAL_SECONDS,
+        module: Sequence[str] = ("bertile.trial",),
+    ) -> None:
+        """``module`` is what runs in the other process, and its arguments."""
+        self._row, self._timeout, self._module = row, timeout, module
         self._process: subprocess.Popen[bytes] | None = None
         self._fresh = True
 
@@ -68,7 +76,7 @@ class TrialRunner:
             if self._fresh:
                 raise BertileError(
                     f"the trial process ended with code {code} before its first trial",
-                    "run `bertile doctor`, or `python -m bertile.trial` to see why",
+                    f"run `bertile doctor`, or `python -m {' '.join(self._module)}` to see why",
                 )
             return self._failed(f"the candidate crashed with code {code}")
         return json.loads(line)
@@ -76,7 +84,7 @@ class TrialRunner:
     def _start(self) -> subprocess.Popen[bytes]:
         # a session of its own: Ctrl-C must reach the tuner, which then ends this process in order
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bertile.trial"],
+            [sys.executable, "-m", *self._module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -16,11 +16,11 @@ from bertile import loader
 from bertile.config import Config
 from bertile.machine import cpu_name
 from bertile.progress import Progress
+from bertile.runners import Runner, answers, open_runner
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets import Target, tvm_target
-from bertile.trial_runner import TrialRunner
 from bertile.tuning_log import Record, TuningLog
 
 LANES = 16
@@ -66,12 +66,13 @@ def tune(
     """
     effort = EFFORTS[config.tune]
     wanted = config.trials or effort.trials
-    open_tasks = [task for task in tasks if _open(task, log, row, wanted)]
-    others = [task for task in others if not _measured(task, log, row)]
+    estimates = config.runner == "mca"
+    open_tasks = [task for task in tasks if _missing(task, log, row, wanted, estimates)]
+    others = [task for task in others if not _done(task, log, row, estimates)]
     began = time.monotonic()
-    with TrialRunner(row) as trials:
+    with open_runner(row, config) as trials:
         deadline = began + (config.timeout or effort.seconds)
-        session = _Session(log, row, trials, progress, deadline, effort.patience)
+        session = _Session(log, row, trials, progress, deadline, effort.patience, estimates)
         stopped = _search(session, open_tasks, tasks, wanted, others)
     best = _gains(tasks, log, row)
     seconds = time.monotonic() - began
@@ -104,11 +105,12 @@ def _search(
     from bertile.search import search
 
     row = session.row
-    missing = sum(_missing(task, session.log, row, wanted) for task in open_tasks)
+    estimates = session.estimates
+    missing = sum(_missing(task, session.log, row, wanted, estimates) for task in open_tasks)
     session.total = missing + len(others)
     try:
-        for task in (*open_tasks, *others):
-            session.measure(task, SCHEDULES[task.operation].default(task, row))
+        all_tasks = (*open_tasks, *others)
+        session.measure([(one, SCHEDULES[one.operation].default(one, row)) for one in all_tasks])
         if not open_tasks:
             return ""
         spaces = [
@@ -129,33 +131,47 @@ class _Session:
 
     log: TuningLog
     row: Target
-    trials: TrialRunner
+    trials: Runner
     progress: Progress
     deadline: float
     patience: int | None
+    estimates: bool = False  # by a model of the machine: what was measured need not be
     idle: int = 0  # trials since a task last improved by 1%
     count: int = 0
     total: int = 0
 
-    def measure(self, task: Task, knobs: Knobs) -> list[float]:
-        """The record's median microseconds; empty for a candidate that failed."""
+    def measure(self, candidates: Sequence[tuple[Task, Knobs]]) -> list[list[float]]:
+        """Each record's median microseconds; empty for a candidate that failed."""
+        known = [self._known(*one) for one in candidates]
+        fresh = [one for one, record in zip(candidates, known) if record is None]
+        found = answers(self.trials, fresh, BLOCKS, ALSO)
+        try:
+            records = [record or self._tried(*one, found) for one, record in zip(candidates, known)]
+        finally:
+            found.close()
+        return [[record.median] if record.microseconds else [] for record in records]
+
+    def _known(self, task: Task, knobs: Knobs) -> Record | None:
+        """What the log says of this candidate on as many threads; an estimate is no measurement."""
         known = [r for r in self.log.records(task, self.row) if dict(r.knobs) == dict(knobs)]
         known = [r for r in known if r.threads == self.row.threads]
-        if known:
-            return [known[-1].median] if known[-1].microseconds else []
+        return next((r for r in reversed(known) if self.estimates or not r.estimated), None)
+
+    def _tried(self, task: Task, knobs: Knobs, found: Iterator[dict[str, Any]]) -> Record:
+        """The record of the candidate whose answer comes next."""
         began = time.monotonic()
         if began > self.deadline:
             raise _Enough("out of time")
         if self.patience and self.idle >= self.patience * ROUND:
             raise _Enough(f"no task improved by 1% in {self.patience} rounds")
         before = self.log.best(task, self.row)
-        record = self._record(task, knobs, self.trials.run(task, knobs, BLOCKS, ALSO))
+        record = self._record(task, knobs, next(found))
         self.count += 1
         better = record.median < IMPROVEMENT * (before.median if before else float("inf"))
         self.idle = 0 if better else self.idle + 1
         self.log.append(record)
         self._show(task, time.monotonic() - began)
-        return [record.median] if record.microseconds else []
+        return record
 
     def _record(self, task: Task, knobs: Knobs, found: dict[str, Any]) -> Record:
         return Record(
@@ -168,10 +184,11 @@ class _Session:
             knobs=dict(knobs),
             microseconds=_rounded(found.get("microseconds", ())),
             also={tokens: _rounded(times) for tokens, times in found.get("also", {}).items()},
-            machine=machine_facts(self.row),
+            machine=found.get("machine") or machine_facts(self.row),
             versions={name: version(name) for name in ("bertile", "apache-tvm", "apache-tvm-ffi")},
             time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             error=found.get("error"),
+            estimated=self.estimates,
         )
 
     def _show(self, task: Task, seconds: float) -> None:
@@ -194,20 +211,18 @@ def machine_facts(row: Target) -> dict[str, Any]:
     return {"cpu": cpu_name(), "cores": loader.available_cores(), "row": row.name}
 
 
-def _open(task: Task, log: TuningLog, row: Target, wanted: int) -> bool:
-    return _missing(task, log, row, wanted) > 0
+def _done(task: Task, log: TuningLog, row: Target, estimates: bool) -> int:
+    """How many trials the log has of a task; estimates count only where more of them are made."""
+    records = [r for r in log.records(task, row) if r.threads == row.threads]
+    return sum(estimates or not record.estimated for record in records)
 
 
-def _measured(task: Task, log: TuningLog, row: Target) -> bool:
-    return any(record.threads == row.threads for record in log.records(task, row))
-
-
-def _missing(task: Task, log: TuningLog, row: Target, wanted: int) -> int:
+def _missing(task: Task, log: TuningLog, row: Target, wanted: int, estimates: bool) -> int:
     """How many trials a task still wants: as many as asked for, or as its whole space has."""
     points = 1
     for choices in SCHEDULES[task.operation].space(task, row).values():
         points *= len(choices)
-    done = sum(record.threads == row.threads for record in log.records(task, row))
+    done = _done(task, log, row, estimates)
     return max(0, min(wanted, points) - done) if points > 1 else 0
 
 
@@ -219,6 +234,7 @@ def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
         records = [r for r in log.records(task, row) if dict(r.knobs) == default and r.microseconds]
         records = [r for r in records if r.threads == row.threads]
         best = log.best(task, row)
+        records = [r for r in records if best and r.estimated == best.estimated]
         if best and records:
             before += calls * min(record.median for record in records)
             after += calls * best.median

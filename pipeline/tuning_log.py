@@ -36,7 +36,7 @@ USER_LOG = Path("~/.local/share/bertile/tuning_logs")
 @dataclass(frozen=True)
 class Record:
     """One measured choice of knobs. ``microseconds`` holds every repeat; a candidate that failed
-    has none.
+    has none. ``estimated`` are those that a model of the machine gave, where nothing was run.
     """
 
     operation: str
@@ -54,6 +54,7 @@ class Record:
         default_factory=dict
     )  # at other numbers of tokens
     error: str | None = None
+    estimated: bool = False
 
     @property
     def task(self) -> Task:
@@ -131,10 +132,17 @@ class TuningLog:
         return [records[0].task for records in self._of(row.log).values()]
 
     def best(self, task: Task, row: Target) -> Record | None:
-        """The fastest record, of the same number of threads where there is one."""
-        found = [r for r in self.records(task, row) if r.microseconds]
-        same = [r for r in found if r.threads == row.threads]
-        return min(same or found, key=lambda record: record.median, default=None)
+        """The fastest record: a measured one before an estimated one, then one of the same number
+        of threads, where there is one. Knobs that failed on a machine are not chosen by estimate.
+        """
+        records = self.records(task, row)
+        failed = [dict(r.knobs) for r in records if not r.microseconds and not r.estimated]
+        found = [
+            r for r in records if r.microseconds and not (r.estimated and dict(r.knobs) in failed)
+        ]
+        return min(
+            found, key=lambda r: (r.estimated, r.threads != row.threads, r.median), default=None
+        )
 
     def append(self, record: Record) -> None:
         """Write a record to the user's log, now and for good."""
@@ -163,7 +171,10 @@ class TuningLog:
         """A hash of what the log would choose for this row, for the stage cache."""
         best = {task.key: self.best(task, row) for task in self.tasks(row)}
         # times too: they decide which of two kernels a layer gets
-        choices = {key: (dict(one.knobs), one.median) if one else None for key, one in best.items()}
+        choices = {
+            key: (dict(one.knobs), one.median, one.estimated) if one else None
+            for key, one in best.items()
+        }
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
 
     def _of(self, target: str) -> dict[str, list[Record]]:

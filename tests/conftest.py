@@ -59,3 +59,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
     from bertile.exporter import export
 
     return export("synthetic:bert-tiny", tmp_path_factory.mktemp("bert-tiny"), Config())
+
+
+@pytest.fixture(scope="session")
+def llvm_mca():
+    """Skips where llvm-mca is missing or too old; `make test` installs it where it may."""
+    from bertile import mca
+    from bertile.errors import PlatformError
+
+    try:
+        return mca.tool(mca.MODELS["arm-a76"])
+    except PlatformError as error:
+        pytest.skip(str(error))

@@ -1,5 +1,5 @@
 #!/bin/sh
-# install_arm.sh DIRECTORY PYTHON: what the tests run ARM code with. QEMU and arm64's C and
+# install_arm.sh DIRECTORY PYTHON: what the tests run ARM code with, and llvm-mca. QEMU and arm64's C and
 # C++ libraries come from Debian's packages, installed by root and else unpacked into DIRECTORY;
 # TVM's libraries for arm64 go to DIRECTORY/runtime.
 set -e
@@ -14,6 +14,10 @@ elif [ ! -x "$1/usr/bin/qemu-aarch64-static" ]; then
   (cd "$1/packages" && apt-get download -qq qemu-user-static $packages)
   for package in "$1"/packages/*.deb; do dpkg-deb --extract "$package" "$1"; done
   rm -r "$1/packages"
+fi
+if ! command -v llvm-mca-19 >/dev/null && [ "$(id -u)" = 0 ]; then
+  apt-get update -qq && apt-get install -y -qq --no-install-recommends llvm-19 ||
+    echo "llvm-19 cannot be installed: tests of --runner mca are skipped" >&2
 fi
 mkdir -p "$1"
 exec "$2" - "$1/runtime" <<'END'

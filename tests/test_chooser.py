@@ -56,6 +56,14 @@ def test_empty_log_gives_the_default(chosen):
     assert chosen(task()) == ("default", SCHEDULES["dense"].default(task(), ROW))
 
 
+def test_estimated_record_is_named_so_and_comes_behind_measured_ones(chosen):
+    guess = replace(record(task(), chunk=8), estimated=True, microseconds=(1.0,))
+    assert chosen(task(), guess) == ("estimated", guess.knobs)
+    far, near = record(task(768, 3072), chunk=4), record(task(768, 1536), chunk=32)
+    found = chosen(task(768, 1024), far, replace(near, estimated=True))
+    assert found.source == "nearest" and found.knobs["chunk"] == 4
+
+
 def test_own_record_comes_first(chosen):
     found = chosen(task(), record(task(), chunk=8), record(task(768, 3072), chunk=32))
     assert found.source == "tuned" and found.knobs["chunk"] == 8

@@ -1,5 +1,6 @@
 /* bertile-run: run a bundle on ids or on a file of arrays, print what comes out and how long. */
 #include "arrays.h"
+#include "measure.h"
 #include "show.h"
 
 #include <errno.h>
@@ -14,6 +15,7 @@ static const char usage[] =
     "usage: bertile-run [BUNDLE] [--ids \"101 7592 102\" | --input FILE.npz|FILE.npy]\n"
     "                   [--output FILE.npz|FILE.npy] [--repeat N] [--threads N]\n"
     "                   [--runtime DIR] [--skip-hashes]\n"
+    "       bertile-run --measure FILE|DIR [--output RESULT] [--runtime DIR]\n"
     "\n"
     "BUNDLE is a directory that bertile compile has written (default: the one of this command).\n"
     "  --ids      token ids of one text, with spaces or commas between\n"
@@ -22,10 +24,11 @@ static const char usage[] =
     "  --repeat   time so many runs more and print their median and minimum\n"
     "  --threads  cores to use (default: all)\n"
     "  --runtime  the directory of libtvm_ffi.so and libtvm_runtime.so\n"
+    "  --measure  run the candidates that bertile tune --pack wrote, for bertile tune --ingest\n"
     "  --skip-hashes   do not compare the files with the hashes in the manifest\n";
 
 typedef struct arguments {
-    const char *bundle, *ids, *input, *output, *repeat, *threads, *runtime;
+    const char *bundle, *ids, *input, *output, *repeat, *threads, *runtime, *measure;
     int skip_hashes, help;
 } arguments;
 
@@ -50,7 +53,8 @@ static bertile_status parse(int count, char **words, arguments *found) {
         const char *name, **place;
     } options[] = {{"--ids", &found->ids},         {"--input", &found->input},
                    {"--output", &found->output},   {"--repeat", &found->repeat},
-                   {"--threads", &found->threads}, {"--runtime", &found->runtime}};
+                   {"--threads", &found->threads}, {"--runtime", &found->runtime},
+                   {"--measure", &found->measure}};
     for (int i = 1; i < count; i++) {
         size_t option = 0;
         while (option < sizeof options / sizeof *options && strcmp(options[option].name, words[i]))
@@ -97,6 +101,21 @@ static const char *own_directory(void) {
     if (!slash) return ".";
     *slash = 0;
     return path;
+}
+
+/* The directory of the TVM libraries for what is no bundle: the one given, or beside this command. */
+static const char *own_runtime(const arguments *chosen) {
+    static char path[PATH_MAX + 20];
+    static const char *const places[] = {"", "/runtime"};
+    const char *folder = own_directory();
+    for (size_t i = 0; i < 2 && !chosen->runtime; i++) {
+        snprintf(path, sizeof path, "%s%s/libtvm_ffi.so", folder, places[i]);
+        if (!access(path, R_OK)) {
+            *strrchr(path, '/') = 0;
+            return path;
+        }
+    }
+    return chosen->runtime;
 }
 
 /* -- inputs */
@@ -236,7 +255,9 @@ int main(int count, char **words) {
         fputs(usage, stdout);
         return 0;
     }
-    if (!status) status = run_bundle(&chosen);
+    if (!status)
+        status = chosen.measure ? bt_measure(chosen.measure, chosen.output, own_runtime(&chosen))
+                                : run_bundle(&chosen);
     if (status) fprintf(stderr, "bertile-run: %s\n", bertile_error());
     return (int)status;
 }

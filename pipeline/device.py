@@ -1,0 +1,136 @@
+"""A board's part of tuning: a server on it that runs candidates, the tracker that shares servers
+out, and the list of them. All three are TVM's own RPC.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+from bertile.errors import BertileError, UsageError, require
+from bertile.loader import available_cores, cpu_features, set_thread_defaults
+from bertile.machine import cpu_name
+from bertile.progress import Progress
+from bertile.tables import table
+from bertile.work import use_threads
+
+TRACKER_PORT, SERVER_PORT, PORTS = 9190, 9090, 100
+RESTART_SECONDS = 1.0
+COLD_BYTES = 64 << 20  # written before each timed run, so that weights come from memory
+
+
+def address(text: str) -> tuple[str, int]:
+    """HOST:PORT as its parts; UsageError for anything else."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"'{text}' is no address of a tracker", "give HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def serve(tracker: str, key: str, port: int, threads: int | None, progress: Progress) -> None:
+    """Run a server until Ctrl-C; one that a candidate takes down with it is started again."""
+    address(tracker)
+    cores = str(threads or available_cores())
+    command = [sys.executable, "-m", "bertile.device", tracker, key, str(port)]
+    progress.say(f"serving '{key}' for the tracker at {tracker}, {cores} threads; Ctrl-C ends it")
+    while True:
+        server = subprocess.Popen(command, env={**os.environ, "TVM_NUM_THREADS": cores})
+        try:
+            code = server.wait()
+        finally:
+            server.kill()
+            server.wait()
+        progress.say(f"a candidate ended the server (code {code}); it is started again")
+        time.sleep(RESTART_SECONDS)
+
+
+def run_tracker(host: str, port: int, progress: Progress) -> None:
+    """Run a tracker until Ctrl-C."""
+    require("tracker", "tornado")
+    from tvm.rpc.tracker import Tracker
+
+    tracker = Tracker(host=host, port=port, port_end=port + 1, silent=True)
+    progress.say(f"tracker on {host}:{tracker.port}; Ctrl-C ends it")
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        tracker.terminate()
+
+
+def fleet(tracker: str) -> list[dict[str, Any]]:
+    """One row per kind of device: its key, how many servers, how many of them free, who waits."""
+    found = _summary(tracker)
+    servers: Counter[str] = Counter()
+    for server in found["server_info"]:
+        servers[server["key"].partition(":")[2]] += 1
+    rows = []
+    for key in sorted({*servers, *found["queue_info"]}):
+        queue = found["queue_info"].get(key, {"free": 0, "pending": 0})
+        if servers[key] or queue["pending"]:
+            rows.append({"key": key, "devices": servers[key], **queue})
+    return rows
+
+
+def as_text(rows: list[dict[str, Any]]) -> str:
+    """The fleet as a table."""
+    if not rows:
+        return "the tracker knows no device; start one with: bertile device serve"
+    return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _summary(tracker: str) -> dict[str, Any]:
+    from tvm import rpc
+
+    host, port = address(tracker)
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+        return rpc.connect_tracker(host, port).summary()
+    except (OSError, RuntimeError) as error:
+        raise BertileError(
+            f"no tracker answers at {tracker}: {error}", "start one with: bertile device tracker"
+        ) from error
+
+
+def _register() -> None:
+    """What a session may ask of the board beside running a kernel."""
+    import numpy as np
+    import tvm
+
+    scratch = np.zeros(COLD_BYTES, "uint8")
+
+    @tvm.register_global_func("bertile.cold", override=True)
+    def cold(*_: Any) -> None:
+        scratch[:] = 1 - scratch[0]
+
+    @tvm.register_global_func("bertile.threads", override=True)
+    def threads(count: int) -> None:
+        use_threads(count)
+
+    @tvm.register_global_func("bertile.facts", override=True)
+    def facts() -> str:
+        found = {"cpu": cpu_name(), "cores": available_cores(), "features": sorted(cpu_features())}
+        return json.dumps({**found, "threads": int(os.environ["TVM_NUM_THREADS"])})
+
+
+def main(tracker: str, key: str, port: str) -> None:
+    """Serve in this process until a session takes it down."""
+    set_thread_defaults()
+    from tvm.rpc.server import PopenRPCServerState
+
+    _register()
+    first = int(port)
+    given = {"tracker_addr": address(tracker), "key": key, "silent": True}
+    state = PopenRPCServerState("0.0.0.0", first, first + PORTS, **given)
+    state.thread.join()
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,46 @@
+"""`bertile device`: its options, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from bertile.progress import Progress
+
+ACTIONS = {
+    "serve": "run candidates that a tuner sends, on this machine",
+    "list": "what devices a tracker has",
+    "tracker": "share devices out to tuners",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add = parser.add_argument
+    listing = "; ".join(f"{name}: {what}" for name, what in ACTIONS.items())
+    add("action", metavar="|".join(ACTIONS), choices=tuple(ACTIONS), help=listing)
+    add("--tracker", metavar="HOST:PORT", help="of serve and list: the tracker's address")
+    add("--key", metavar="KEY", help="of serve: the kind of device, the same for all of one kind")
+    add("--threads", metavar="N", type=int, help="of serve: cores to use")
+    add("--host", metavar="HOST", default="0.0.0.0", help="of tracker: the interface to listen on")
+    add("--port", metavar="N", type=int, help="of serve and tracker: the port to listen on")
+
+
+def run(options: argparse.Namespace, progress: Progress) -> tuple[Any, str]:
+    """Data and text of the answer; serve and tracker give none before Ctrl-C."""
+    from bertile import device
+    from bertile.errors import UsageError
+
+    wanted = {"serve": ("tracker", "key"), "list": ("tracker",), "tracker": ()}[options.action]
+    for name in wanted:
+        if not getattr(options, name):
+            raise UsageError(f"device {options.action} lacks --{name}", "give it")
+    if options.action == "list":
+        rows = device.fleet(options.tracker)
+        return rows, device.as_text(rows)
+    if options.action == "tracker":
+        device.run_tracker(options.host, options.port or device.TRACKER_PORT, progress)
+    else:
+        port = options.port or device.SERVER_PORT
+        device.serve(options.tracker, options.key, port, options.threads, progress)
+    return None, ""

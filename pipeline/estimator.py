@@ -1,0 +1,161 @@
+"""Candidates come in, times by llvm-mca's model of the target's pipelines go out: for machines that
+one does not have.
+
+A kernel is built to assembly and cut where control may branch; llvm-mca says how many cycles each
+stretch takes, ``loop_walk`` how often it is passed and what comes from farther caches. What is not
+known: latencies of memory, branches that are guessed wrong, threads in each other's way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import tvm
+
+from bertile import codegen, loop_marks, mca, targets
+from bertile.errors import PlatformError
+from bertile.loop_walk import Walk
+from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.schedule import Sample
+from bertile.schedules.task import Task
+from bertile.targets import Target
+
+_MARK = re.compile(rf"\s*\S+ {loop_marks.MARK} (\d+)")
+_LABEL = re.compile(r"[^\s#/]+:")
+# Behind these the code may go on elsewhere; a call comes back.
+_BRANCH = re.compile(r"\s*(j[a-z]+|retq?|b|b\.[a-z]+|cbn?z|tbn?z|br|ret)\b")
+_INSTRUCTION = re.compile(r"\s+[a-z]")
+OVERLAP = 7
+
+
+class Estimator:
+    """Says of a candidate what ``TrialRunner`` says, without running it. A context manager too."""
+
+    parallel = 1
+
+    def __init__(self, row: Target) -> None:
+        self._row, self._model = row, mca.model_of(row)
+        mca.tool(self._model)  # what is missing is said before anything is built
+        self._here = targets.resolve("native", 1)
+
+    def __enter__(self) -> Estimator:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def run(
+        self, task: Task, knobs: Mapping[str, int], blocks: int, also: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """Estimated microseconds on ``blocks`` blocks of tokens, and on other numbers of them."""
+        try:
+            cycles = self._cycles(task, dict(knobs), (blocks, *also))
+        except PlatformError:
+            raise
+        except Exception as error:  # a candidate that cannot be built is its own result
+            return {"error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
+        times = [[one / self._model.gigahertz / 1e3] for one in cycles]
+        rest = {str(count * LANES): time for count, time in zip(also, times[1:])}
+        machine = {"cpu": f"{self._model.processor} by llvm-mca", "row": self._row.name}
+        return {"microseconds": times[0], "also": rest, "machine": machine}
+
+    def _cycles(self, task: Task, knobs: dict[str, int], counts: Sequence[int]) -> list[float]:
+        """Of the whole kernel, on each of these numbers of blocks."""
+        caches = self._model.caches
+        code = Code.of(task, knobs, self._row)
+        each = code.cycles(self._model)
+        sizes = [cache.size for cache in caches]
+        walk = Walk(code.func, code.marks, sizes, self._row.threads, self._here)
+        found = []
+        for count in counts:
+            sample = _sample(task, count)
+            packed = SCHEDULES[task.operation].pack(task, knobs, sample.weights, self._row)
+            passes = walk.passes([*sample.activations, *packed, *sample.buffers()])
+            work = sum(one * times for one, times in zip(each, code.times(passes.marks)))
+            moved = [lines * cache.cycles for lines, cache in zip(passes.fetched, caches)]
+            found.append(together(work, *moved))
+        return found
+
+
+def together(*cycles: float) -> float:
+    """What several limits come to that hold at once: the largest, more where others are near it.
+
+    The exponent is from dense kernels whose first-level cache fetches for as long as they compute:
+    they take a tenth longer than either.
+    """
+    return sum(one**OVERLAP for one in cycles) ** (1 / OVERLAP)
+
+
+@lru_cache(maxsize=32)
+def _sample(task: Task, blocks: int) -> Sample:
+    return SCHEDULES[task.operation].sample(task, blocks, np.random.default_rng(0))
+
+
+@dataclass
+class Block:
+    """Instructions that follow each other, and the marks among them."""
+
+    instructions: list[str] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel as marked TIR, and as blocks of the target's instructions."""
+
+    func: tvm.tirx.PrimFunc
+    marks: int
+    blocks: list[Block]
+
+    @classmethod
+    def of(cls, task: Task, knobs: dict[str, int], row: Target) -> Code:
+        """Build a candidate's assembly for its row."""
+        comment = "//" if row.arch == "aarch64" else "#"
+        kernel = SCHEDULES[task.operation].kernel(task, knobs, row)
+        func, marks = loop_marks.marked(kernel, comment)
+        return cls(func, marks, blocks(assembly(func, row)))
+
+    def cycles(self, model: mca.Model) -> list[float]:
+        """What one pass of each block takes."""
+        return [one.cycles for one in mca.analyse([b.instructions for b in self.blocks], model)]
+
+    def times(self, passes: Sequence[int]) -> list[float]:
+        """How often each block is passed, where each mark is passed so often.
+
+        A mark that LLVM has copied counts once for all its copies; a block without one is passed
+        as often as the block before it.
+        """
+        copies = Counter(mark for block in self.blocks for mark in block.marks)
+        found, last = [], 0.0
+        for block in self.blocks:
+            if block.marks:
+                last = max(passes[mark] / copies[mark] for mark in block.marks)
+            found.append(last)
+        return found
+
+
+def assembly(func: tvm.tirx.PrimFunc, row: Target) -> str:
+    """The text that LLVM makes of a kernel."""
+    return codegen.compiled(func, row).inspect_source("asm")
+
+
+def blocks(text: str) -> list[Block]:
+    """The text cut at labels and behind branches; directives are left out."""
+    found = [Block()]
+    for line in text.splitlines():
+        if mark := _MARK.match(line):
+            found[-1].marks.append(int(mark[1]))
+        elif _LABEL.match(line):
+            found.append(Block())
+        elif _INSTRUCTION.match(line):
+            found[-1].instructions.append(line)
+            if _BRANCH.match(line):
+                found.append(Block())
+    return [block for block in found if block.instructions or block.marks]

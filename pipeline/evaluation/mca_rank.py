@@ -1,0 +1,145 @@
+"""This machine comes in; how well llvm-mca's estimate ranks what kernels really take here goes out.
+
+python -m bertile.evaluation.mca_rank --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bertile import loader, mca, targets, tuner
+from bertile.estimator import Estimator
+from bertile.progress import Progress
+from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.schedule import Knobs
+from bertile.schedules.task import Task
+from bertile.tables import table
+from bertile.trial_runner import TrialRunner
+
+SETTINGS = 30
+# (inputs, outputs, activation, residual): of BERT-base and of MiniLM.
+LAYERS = ((768, 768, "none", True), (768, 3072, "gelu", False), (1536, 384, "none", True))
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+class Point(NamedTuple):
+    """One choice of knobs: microseconds by numbers of tokens, as estimated and as measured."""
+
+    knobs: Knobs
+    estimated: dict[int, float]
+    measured: dict[int, float]
+
+
+class Ranking(NamedTuple):
+    """How well estimates order candidates.
+
+    ``correlation`` is Spearman's; ``regret`` is by how much the candidate that is estimated to be
+    best is slower than the best, ``of_five`` the same of the five estimated best, ``default`` the
+    same of the first candidate; ``error`` is the median of how far estimates are off.
+    """
+
+    correlation: float
+    regret: float
+    of_five: float
+    default: float
+    error: float
+
+
+def tasks(precisions: Sequence[str]) -> list[Task]:
+    """The layers in each precision."""
+    found = []
+    for precision in precisions:
+        for layer in LAYERS:
+            shape = dict(zip(("inputs", "outputs", "activation", "residual"), layer))
+            given = {} if precision == "fp32" else {"precision": precision}
+            found.append(Task("dense", {**shape, **given}))
+    return found
+
+
+def measure(task: Task, row: Any, settings: int, say: Any) -> list[Point]:
+    """The default and random choices of knobs, each estimated and measured."""
+    space, draw = SCHEDULES[task.operation].space(task, row), random.Random(0)
+    chosen = [SCHEDULES[task.operation].default(task, row)]
+    while len(chosen) < settings:
+        knobs = {name: draw.choice(choices) for name, choices in space.items()}
+        if knobs not in chosen:
+            chosen.append(knobs)
+    points = []
+    with Estimator(row) as estimator, TrialRunner(row) as trials:
+        for number, knobs in enumerate(chosen):
+            say(f"{task.name}  {number + 1} of {settings}")
+            found = [one.run(task, knobs, tuner.BLOCKS, tuner.ALSO) for one in (estimator, trials)]
+            if not any("error" in one for one in found):
+                points.append(Point(knobs, *map(_times, found)))
+    return points
+
+
+def rank(points: Sequence[Point], tokens: int | None) -> Ranking:
+    """Of the times on that many tokens; None: as the tuner ranks, by the mean over all of them."""
+    guess = np.array([_time(point.estimated, tokens) for point in points])
+    real = np.array([_time(point.measured, tokens) for point in points])
+    order = np.argsort(guess, kind="stable")
+    best = real.min()
+    return Ranking(
+        correlation=float(np.corrcoef(_ranks(guess), _ranks(real))[0, 1]),
+        regret=float(real[order[0]] / best - 1),
+        of_five=float(real[order[:5]].min() / best - 1),
+        default=float(real[0] / best - 1),
+        error=float(np.median(np.abs(guess / real - 1))),
+    )
+
+
+def as_text(found: dict[Task, list[Point]], markdown: bool = False) -> str:
+    """A row per task and number of tokens, and one for what the tuner goes by."""
+    header = ("task", "tokens", "settings", "rank correlation", "regret %", "of best five %")
+    header += ("default %", "median error %")
+    rows = []
+    for task, points in found.items():
+        for tokens in (*sorted(points[0].measured), None):
+            one = rank(points, tokens)
+            shares = (round(100 * value, 1) for value in one[1:])
+            rows.append((task.name, tokens or "all", len(points), round(one[0], 2), *shares))
+    return table(header, rows, markdown)
+
+
+def _times(found: dict[str, Any]) -> dict[int, float]:
+    """The fastest of the repeats: what else the machine does only adds to them."""
+    also = {int(tokens): min(repeats) for tokens, repeats in found["also"].items()}
+    return {tuner.BLOCKS * tuner.LANES: min(found["microseconds"]), **also}
+
+
+def _time(times: dict[int, float], tokens: int | None) -> float:
+    if tokens is not None:
+        return times[tokens]
+    return float(np.exp(np.mean(np.log(list(times.values())))))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    return np.argsort(np.argsort(values, kind="stable"), kind="stable").astype("float64")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Estimate, measure, compare, print."""
+    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.mca_rank")
+    add = parser.add_argument
+    add("--threads", metavar="N", type=int, default=1, help="cores to use (default: 1)")
+    add("--precision", metavar="NAME", nargs="+", default=PRECISIONS, help="of the layers")
+    add("--settings", metavar="N", type=int, default=SETTINGS, help="choices of knobs of each task")
+    add("--markdown", action="store_true", help="a table for the README")
+    options = parser.parse_args(arguments)
+    loader.set_thread_defaults()
+    row, progress = targets.resolve("native", options.threads), Progress()
+    mca.tool(mca.model_of(row))
+    able = [one for one in options.precision if one != "bf16" or row.bf16]
+    found = {task: measure(task, row, options.settings, progress.status) for task in tasks(able)}
+    progress.close()
+    print(as_text(found, options.markdown))
+
+
+if __name__ == "__main__":
+    main()

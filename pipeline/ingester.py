@@ -1,0 +1,131 @@
+"""What `bertile-run --measure` wrote on a device comes in; records of the tuning log go out."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertile.errors import UsageError
+from bertile.log_commands import usable
+from bertile.progress import Progress
+from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.task import Task
+from bertile.tuner import BLOCKS
+from bertile.tuning_log import Record, TuningLog
+
+SCHEMA = 1
+
+
+def ingest(path: Path, log: TuningLog, progress: Progress) -> dict[str, Any]:
+    """Append what the result says of its candidates to the user's log, each compared with the
+    reference first; what the log has already is left out, so that a file may be read twice.
+    """
+    lines = _lines(path, progress)
+    header = next(lines, {})
+    if header.get("schema") != SCHEMA or not isinstance(header.get("pack"), dict):
+        raise UsageError(f"'{path}' is no result of bertile-run --measure", "give its --output")
+    result = _Result(header, list(lines))
+    counts = {"added": 0, "known": 0, "failed": 0}
+    known = {one.to_line() for one in log.all_records(result.log)}
+    for record in result.records():
+        if record.to_line() in known:
+            counts["known"] += 1
+            continue
+        log.append(record)
+        counts["added"] += 1
+        counts["failed"] += not record.microseconds
+    return {"log": str(log.directories[-1]), "device": result.machine["cpu"], **counts}
+
+
+class _Result:
+    """A device's answers to one archive."""
+
+    def __init__(self, header: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
+        self._pack, self._time = header["pack"], header["time"]
+        self.log: str = self._pack["log"]
+        self.machine = {**header["machine"], "row": self._pack["target"]["name"]}
+        self._outputs = {one["output"]: one["base64"] for one in lines if "output" in one}
+        self._answers = {one["candidate"]: one for one in lines if "candidate" in one}
+        self._verdicts: dict[tuple[int, int, str], str | None] = {}
+
+    def records(self) -> Iterator[Record]:
+        """One of each candidate that was run."""
+        for candidate in self._pack["candidates"]:
+            answer = self._answers.get(candidate["id"])
+            if answer is not None:
+                yield usable(self._record(candidate, answer).to_line())
+
+    def _record(self, candidate: Mapping[str, Any], answer: Mapping[str, Any]) -> Record:
+        task = Task(**{name: self._task(candidate)[name] for name in ("operation", "shape")})
+        error, times = answer.get("error"), {}
+        for one in answer.get("sets", ()):
+            error = error or self._mistake(candidate, one)
+            times[one["tokens"]] = tuple(one["microseconds"])
+        tokens = BLOCKS * LANES
+        error = error or (None if tokens in times else "the device gave no time")
+        return Record(
+            operation=task.operation,
+            shape=dict(task.shape),
+            target=self.log,
+            threads=self._pack["threads"],
+            tokens=tokens,
+            dtype=str(task.shape.get("precision", "float32")),
+            knobs=candidate["knobs"],
+            microseconds=() if error else times.pop(tokens),
+            also={} if error else {str(count): found for count, found in times.items()},
+            machine=self.machine,
+            versions=self._pack["versions"],
+            time=self._time,
+            error=error,
+        )
+
+    def _task(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
+        return self._pack["tasks"][candidate["task"]]
+
+    def _mistake(self, candidate: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+        """What is wrong with a candidate's output, which most share with others of their task."""
+        digest = found["output"]
+        key = (candidate["task"], found["tokens"], digest)
+        if digest and key not in self._verdicts:
+            self._verdicts[key] = self._verdict(self._task(candidate), found["tokens"], digest)
+        return self._verdicts.get(key)
+
+    def _verdict(self, task: Mapping[str, Any], tokens: int, digest: str) -> str | None:
+        data = base64.b64decode(self._outputs.get(digest, ""))
+        if hashlib.sha256(data).hexdigest() != digest:
+            return "the output that the device wrote is damaged"
+        described = next(one["results"] for one in task["sets"] if one["tokens"] == tokens)
+        results, at = [], 0
+        for one in described:
+            kind = np.dtype(one["dtype"])
+            count = int(np.prod(one["shape"]))
+            results.append(np.frombuffer(data, kind, count, at).reshape(one["shape"]))
+            at += count * kind.itemsize
+        made = Task(task["operation"], task["shape"])
+        sample = SCHEDULES[made.operation].sample(made, tokens // LANES, np.random.default_rng(0))
+        mistake = sample.mistake(results)
+        return f"{mistake} on {tokens // LANES} blocks" if mistake else None
+
+
+def _lines(path: Path, progress: Progress) -> Iterator[dict[str, Any]]:
+    bad = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line)
+            except ValueError:
+                bad.append(number)  # a candidate was ended while it wrote
+                continue
+            if isinstance(found, dict):
+                yield found
+    if bad:
+        progress.say(f"{path}: line {', '.join(map(str, bad))} is cut off and is skipped")

@@ -1,0 +1,168 @@
+"""Tasks and a log come in; an archive of candidate kernels goes out, which `bertile-run --measure`
+runs on a device that the network does not reach.
+
+    manifest.json     target, tasks with their inputs, candidates with their knobs; one line
+    c12.so            a candidate, linked for its row
+    5f0c….bin         inputs of a task, or weights packed for a candidate: the same bytes once
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertile import tuner
+from bertile.codegen import export_kernel
+from bertile.config import Config
+from bertile.errors import BertileError
+from bertile.progress import Progress
+from bertile.proposer import propose
+from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.schedule import Knobs
+from bertile.schedules.task import Task
+from bertile.targets import Target
+from bertile.trial import ALIGNMENT, COLD_BYTES, REPEAT_SECONDS, REPEATS
+from bertile.tuning_log import TuningLog
+
+SCHEMA = 1
+CANDIDATES = 16  # of a task in one archive
+CHECKED = tuner.BLOCKS  # blocks of tokens up to which outputs come home too
+
+
+def pack(
+    tasks: Counter[Task],
+    others: Sequence[Task],
+    log: TuningLog,
+    row: Target,
+    config: Config,
+    path: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write the next round of candidates for ``bertile-run --measure``.
+
+    Of ``others``, which a layer could have instead of its own, the default alone.
+    """
+    wanted = config.trials or CANDIDATES
+    rounds = {task: _next(task, log, row, wanted) for task in tasks}
+    rounds |= {task: _next(task, log, row, 1) for task in others if not _known(task, log, row)}
+    rounds = {task: candidates for task, candidates in rounds.items() if candidates}
+    with tempfile.TemporaryDirectory(prefix="bertile-pack-") as directory:
+        written = _Pack(Path(directory), row, progress, sum(map(len, rounds.values())))
+        for task, candidates in rounds.items():
+            written.add(task, candidates)
+        if written.candidates:
+            _archive(Path(directory), written.manifest(), path)
+    return {
+        "archive": str(path) if written.candidates else None,
+        "tasks": len(written.tasks),
+        "candidates": len(written.candidates),
+        "size_bytes": path.stat().st_size if written.candidates else 0,
+    }
+
+
+def _known(task: Task, log: TuningLog, row: Target) -> list:
+    """What was measured of a task on as many threads."""
+    records = log.records(task, row)
+    return [one for one in records if one.threads == row.threads and not one.estimated]
+
+
+def _next(task: Task, log: TuningLog, row: Target, count: int) -> list[Knobs]:
+    return propose(task, row, _known(task, log, row), count)
+
+
+class _Pack:
+    """Fills a directory, and keeps what its manifest will say."""
+
+    def __init__(self, directory: Path, row: Target, progress: Progress, total: int) -> None:
+        self._directory, self._row = directory, row
+        self._progress, self._total = progress, total
+        self.tasks: list[dict[str, Any]] = []
+        self.candidates: list[dict[str, Any]] = []
+
+    def add(self, task: Task, candidates: Sequence[Knobs]) -> None:
+        """A task with its inputs, and these candidates; one that cannot be built is left out."""
+        schedule, number = SCHEDULES[task.operation], len(self.tasks)
+        counts = sorted({1, tuner.BLOCKS, *tuner.ALSO})
+        samples = {
+            blocks: schedule.sample(task, blocks, np.random.default_rng(0)) for blocks in counts
+        }
+        sets = []
+        for blocks, sample in samples.items():
+            file, inputs = self._write(sample.activations)
+            results = [_describe(array) for array in sample.buffers()]
+            tokens, check = blocks * LANES, int(blocks <= CHECKED)
+            sets.append({"tokens": tokens, "check": check, "file": file, "inputs": inputs})
+            sets[-1]["results"] = results
+        self.tasks.append({"operation": task.operation, "shape": dict(task.shape), "sets": sets})
+        for knobs in candidates:
+            name = f"c{len(self.candidates)}.so"
+            try:
+                kernel = schedule.kernel(task, knobs, self._row)
+                export_kernel(kernel, self._row, self._directory / name)
+            except BertileError:
+                raise  # no linker: no candidate will do better
+            except Exception as error:
+                self._progress.say(f"{task.name} {knobs} cannot be built: {error}")
+                continue
+            packed = schedule.pack(task, knobs, samples[counts[0]].weights, self._row)
+            file, arrays = self._write(packed)
+            entry = {"id": len(self.candidates), "task": number, "knobs": knobs, "library": name}
+            self.candidates.append({**entry, "weights": {"file": file, "arrays": arrays}})
+            self._progress.status(f"pack      {len(self.candidates)} of {self._total} candidates")
+
+    def manifest(self) -> dict[str, Any]:
+        """What the device and the way home need to know."""
+        row = self._row
+        return {
+            "schema": SCHEMA,
+            "target": {"name": row.name, "arch": row.arch, "features": list(row.features)},
+            "log": row.log,
+            "threads": row.threads,
+            "repeats": REPEATS,
+            "repeat_ms": round(REPEAT_SECONDS * 1000),
+            "cold_bytes": COLD_BYTES,
+            "versions": {one: version(one) for one in ("bertile", "apache-tvm", "apache-tvm-ffi")},
+            "tasks": self.tasks,
+            "candidates": self.candidates,
+        }
+
+    def _write(self, arrays: Sequence[np.ndarray]) -> tuple[str, list[dict[str, Any]]]:
+        """The name of a file with these arrays, and where they lie in it."""
+        described, parts, at = [], [], 0
+        for array in arrays:
+            data = np.ascontiguousarray(array).tobytes()
+            described.append({**_describe(array), "offset": at})
+            parts.append(data + bytes(-len(data) % ALIGNMENT))
+            at += len(parts[-1])
+        data = b"".join(parts)
+        name = f"{hashlib.sha256(data).hexdigest()[:32]}.bin"
+        if not (self._directory / name).exists():
+            (self._directory / name).write_bytes(data)
+        return name, described
+
+
+def _describe(array: np.ndarray) -> dict[str, Any]:
+    return {"dtype": str(array.dtype), "shape": list(array.shape)}
+
+
+def _archive(directory: Path, manifest: dict[str, Any], path: Path) -> None:
+    (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for file in sorted(directory.iterdir()):
+                archive.add(file, arcname=file.name)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,102 @@
+"""Builds candidates here and times them on a device of a tracker: ``bertile.trial`` over TVM's RPC.
+
+Run as ``python -m bertile.remote_trial HOST:PORT KEY`` in a process of its own, as many of them as
+there are devices.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import rpc
+
+from bertile import trial
+from bertile.codegen import export_kernel
+from bertile.device import address
+from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.schedule import Sample
+from bertile.schedules.task import Task
+from bertile.targets import Target, resolve
+
+REPEATS = 5
+SESSION_SECONDS = 60.0  # of one trial, after which the device ends it
+_NAME = "kernel.so"
+
+
+class Remote:
+    """Measures on whichever device of a key is free."""
+
+    def __init__(self, tracker: str, key: str) -> None:
+        self._tracker, self._key = address(tracker), key
+
+    def measure(
+        self,
+        operation: str,
+        shape: dict[str, Any],
+        knobs: dict[str, int],
+        target: str,
+        threads: int,
+        blocks: int,
+        also: Sequence[int] = (),
+    ) -> dict[str, Any]:
+        """What ``bertile.trial.measure`` says, of a device; and "machine", which it was."""
+        task, row = Task(operation, shape), resolve(target, threads)
+        with tempfile.TemporaryDirectory(prefix="bertile-rpc-") as directory:
+            library = Path(directory) / _NAME
+            export_kernel(SCHEDULES[operation].kernel(task, knobs, row), row, library)
+            session = rpc.connect_tracker(*self._tracker).request(
+                self._key, session_timeout=SESSION_SECONDS
+            )
+            facts = _checked(session, row)
+            session.upload(str(library))
+        kernel = session.load_module(_NAME)
+        times: dict[int, list[float]] = {}
+        for count in (blocks, *also):
+            sample = SCHEDULES[operation].sample(task, count, np.random.default_rng(0))
+            packed = SCHEDULES[operation].pack(task, knobs, sample.weights, row)
+            found = _times(session, kernel, sample, packed)
+            if isinstance(found, str):
+                return {"error": f"{found} on {count} blocks", "machine": facts}
+            times[count] = found
+        rest = {str(count * LANES): times[count] for count in also}
+        return {"microseconds": times[blocks], "also": rest, "machine": facts}
+
+
+def _checked(session: Any, row: Target) -> dict[str, Any]:
+    """What the device is; ValueError where it cannot run the row's code on so many threads."""
+    facts = json.loads(session.get_function("bertile.facts")())
+    features, threads = facts.pop("features"), facts.pop("threads")
+    lacks = [one for one in row.features if one not in features]
+    if lacks:
+        raise ValueError(f"the device lacks {' '.join(lacks)}, which {row.name} needs")
+    if threads < row.threads:
+        raise ValueError(f"the device serves {threads} threads: tune with --threads {threads}")
+    session.get_function("bertile.threads")(row.threads)
+    return {**facts, "row": row.name}
+
+
+def _times(session: Any, kernel: Any, sample: Sample, packed: Sequence[np.ndarray]) -> Any:
+    """Microseconds of each repeat, from cold caches; or what is wrong with the result."""
+    device = session.cpu(0)
+    results = [tvm.runtime.tensor(array, device) for array in sample.buffers()]
+    inputs = [np.ascontiguousarray(array) for array in (*sample.activations, *packed)]
+    arguments = [*(tvm.runtime.tensor(array, device) for array in inputs), *results]
+    kernel["kernel"](*arguments)
+    if mistake := sample.mistake([result.numpy() for result in results]):
+        return mistake
+    timer = kernel.time_evaluator(
+        "kernel", device, number=1, repeat=REPEATS, f_preproc="bertile.cold"
+    )
+    return [seconds * 1e6 for seconds in timer(*arguments).results]
+
+
+if __name__ == "__main__":
+    trial.serve(Remote(*sys.argv[1:]).measure)

@@ -1,0 +1,39 @@
+"""What the ranking by estimate is worth: correlation and regret of a known list, and a real run."""
+
+from __future__ import annotations
+
+import pytest
+
+from bertile.evaluation import mca_rank
+from bertile.evaluation.mca_rank import Point, rank
+
+
+def points(*pairs: tuple[float, float]) -> list[Point]:
+    return [Point({}, {128: guess, 16: guess}, {128: real, 16: real}) for guess, real in pairs]
+
+
+def test_equal_order_correlates_fully_whatever_the_values():
+    found = rank(points((3, 30), (1, 11), (2, 12), (9, 99)), 128)
+    assert found.correlation == pytest.approx(1) and found.regret == 0 == found.of_five
+    assert found.default == pytest.approx(30 / 11 - 1)
+
+
+def test_regret_is_of_the_candidate_that_looked_best():
+    found = rank(points((2, 10), (1, 15), (3, 20)), None)
+    assert found.regret == pytest.approx(0.5) and found.of_five == pytest.approx(0)
+    assert found.correlation == pytest.approx(0.5)
+    assert found.error == pytest.approx(1 - 3 / 20)
+
+
+@pytest.mark.usefixtures("llvm_mca")
+def test_command_prints_a_row_per_number_of_tokens(capsys, monkeypatch):
+    monkeypatch.setattr(mca_rank, "LAYERS", ((64, 48, "none", False),))
+    mca_rank.main(["--precision", "fp32", "--settings", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "rank correlation" in lines[0]
+    assert [line.split()[1] for line in lines[1:] if line.startswith("dense")] == [
+        "16",
+        "128",
+        "384",
+        "all",
+    ]
