@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUNDLE ?= out/minilm
+# Of the tests: files side by side, since what the tests of one file share takes long to make.
+WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
 # What `make bench` times; `make bench MODELS=minilm LENGTHS=128` is a short one.
 MODELS ?= minilm synthetic:distilbert-base synthetic:bert-base synthetic:bert-large
 BATCHES ?= 1,8
@@ -45,11 +47,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	@$(MAKE) -s $(VENV)/.arm || echo "ARM code cannot be run here: its tests are skipped" >&2
-	@$(ARM_ENV) $(BIN)/python -m pytest -q -m "not slow and not gpu"
+	@$(ARM_ENV) $(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed
 	@$(MAKE) -s $(VENV)/.arm || echo "ARM code cannot be run here: its tests are skipped" >&2
-	@$(ARM_ENV) $(BIN)/python -m pytest -q -m "not gpu"
+	@$(ARM_ENV) $(BIN)/python -m pytest -q $(WORKERS) -m "not gpu"
 
 # Bundles of a two-layer model and of MiniLM for every ARM row, run as ARM code.
 test-arm: $(VENV)/.arm

@@ -45,12 +45,12 @@ class PackedWeights:
         self, task: Task, knobs: Knobs, names: Sequence[str], values: Sequence[np.ndarray]
     ) -> list[relax.Var]:
         schedule = SCHEDULES[task.operation]
-        packed = schedule.pack(task, knobs, values, self.row)
+        packed, offset = schedule.pack(task, knobs, values, self.row), f"{names[0]}/offset"
         if schedule.parts:  # all of them, the vectors too, are in an order of this weight's own
             names = [f"{names[0]}/{name}" for name in (*schedule.parts, *names[1:])]
         elif all(a is b for a, b in zip(packed, values)):
             return [self.parameter(name, value) for name, value in zip(names, packed)]
-        names = [*names, f"{names[0]}/offset"][: len(packed)]  # of signed bytes
+        names = [*names, offset][: len(packed)]  # the offset is of signed bytes
         return [self.parameter(f"{n}@{task.name}", v) for n, v in zip(names, packed, strict=True)]
 
     def parameter(self, name: str, value: np.ndarray) -> relax.Var:

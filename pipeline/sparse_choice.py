@@ -104,7 +104,9 @@ class SparseChoice:
             return Time(record.median, record.threads)
         if dense is None or chosen is None:
             return None
-        return Time(dense.median * relative_time(sparse_task(task, chosen)), dense.threads)
+        return Time(
+            dense.median * relative_time(sparse_task(task, chosen), self.row), dense.threads
+        )
 
     def _compared(self, tasks: Sequence[Task], percent: int) -> tuple[float, str]:
         """The sparse kernel's time as a share of the dense one's, of the requests that were
@@ -120,7 +122,7 @@ class SparseChoice:
                 why = f"{_brief(ours[worst])} us, dense {_brief(theirs[worst])} ({worst} tokens)"
                 how = "by llvm-mca" if records[0].estimated else "measured"
                 return shares[worst], f"{how}: sparse {why}"
-        share = max(map(relative_time, skipping))
+        share = max(relative_time(task, self.row) for task in skipping)
         return share * DOUBT, f"estimated: sparse takes {share:.2f} of the dense kernel's time"
 
     def _record(self, task: Task) -> Record | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bertile.schedules.cpu.product import group
+from bertile.schedules.cpu.product import group, multiplies
+from bertile.schedules.schedule import Row
 from bertile.schedules.task import Task
 
 # Of a multiply-add in the sparse kernel, against one in the dense kernel: each loads its own vector
@@ -13,14 +14,17 @@ STEP = {"fp32": 1.7, "fp16": 1.7, "bf16": 1.7, "int8": 1.7}
 LIST = 24.0
 
 
-def relative_time(task: Task) -> float:
+def relative_time(task: Task, row: Row | None = None) -> float:
     """Time of a "sparse" task divided by that of the dense kernel of the same layer.
 
     Both kernels do their multiply-adds at a constant rate, the sparse one on `density` percent of
     them, and the sparse one pays for each output beside:
 
         density / 100 × STEP + LIST / (lanes of inputs)
+
+    Twice that on a machine whose dense kernel multiplies two tokens by two outputs at once.
     """
     depth = -(-task.shape["inputs"] // group(task))
     precision = str(task.shape.get("precision", "fp32")).removesuffix("_static")
-    return task.shape["density"] / 100 * STEP[precision] + LIST / depth
+    share = task.shape["density"] / 100 * STEP[precision] + LIST / depth
+    return 2 * share if row is not None and multiplies(task, row).matrix else share

@@ -103,7 +103,8 @@ class Emulated:
         table.write_text(f"{declared}int (*const kernels[])() = {{{listed}}};\n")
         sources = [Path(__file__).with_name("emulated_main.c"), table, built]
         line = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl", "-static"]
-        line += ["-O1", "-std=c11", f"-I{tvm_ffi.libinfo.find_include_path()}", "-o", str(program)]
+        line += ["-nostdlib", "-ffreestanding", "-O1", "-std=c11", "-o", str(program)]
+        line += [f"-I{tvm_ffi.libinfo.find_include_path()}"]
         done = subprocess.run([*line, *map(str, sources)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 

@@ -194,6 +194,14 @@ def test_the_cost_model_grows_with_density_and_falls_with_depth():
     assert cost(100, 768) > 1
 
 
+def test_the_cost_model_knows_of_dense_kernels_that_multiply_matrices():
+    shape = {"inputs": 768, "outputs": 768, "activation": "none", "residual": False}
+    for precision, shares in (("int8", {"arm-a76": 1, "arm-v1": 2}), ("fp32", {"arm-v1": 1})):
+        task = Task("sparse", {**shape, "precision": precision, "density": 10})
+        for name, times in shares.items():
+            assert relative_time(task, resolve(name)) == times * relative_time(task)
+
+
 def test_alternatives_are_the_kernels_that_were_not_chosen(graph):
     some = layers(graph)[:1]
     planned = planner.plan_layers(pruned(graph, names=some), "int8", ROW, Log(50.0), sparse="auto")

@@ -36,8 +36,9 @@ class Arithmetic:
     """Vectors of 16 lanes of ``group`` channels, multiplied and added up in ``total``.
 
     ``weight`` is the dtype in which a lane's weights are stored. ``signed`` bytes are multiplied
-    less 128 (see ``inputs``), and sums want 128 times the sum of the weights. ``matrix`` is the
-    text of a function that multiplies two tokens by two outputs, where the machine has one.
+    less 128 (see ``inputs``), and sums want 128 times the sum of the weights. Weights ``by_lane``
+    are loaded several at once (``spread_row``). ``matrix`` is the text of a function that
+    multiplies two tokens by two outputs, where the machine has one.
     """
 
     group: int
@@ -47,6 +48,7 @@ class Arithmetic:
     llvm: str = ""  # the function's text
     weight: str = ""
     signed: bool = False
+    by_lane: bool = False
     matrix: str = ""
 
     def __post_init__(self) -> None:
@@ -67,10 +69,14 @@ class Arithmetic:
             if some == 1:
                 yield T.Bind(self.spread(w[(*index, at)]))
             else:
-                several = T.Bind(w[(*index, tirx.Ramp(at, 1, some))])
+                several = w[(*index, tirx.Ramp(at, 1, some))]
+                if self.weight == "int16":
+                    several = tirx.call_extern(f"int32x{some}", f"bertile_halves{some}", several)
+                several = T.Bind(several)
                 for i in range(some):
                     name = f"bertile_lane{i}of{some}"
-                    yield T.Bind(tirx.call_extern(f"{self.lane}x{LANES}", name, several))
+                    value = tirx.call_extern(f"int32x{LANES}", name, several)
+                    yield T.Bind(tirx.reinterpret(f"{self.lane}x{LANES}", value))
             at += some
 
     def multiply_add(self, total: Any, x: Any, w: Any) -> Any:
@@ -100,7 +106,7 @@ BF16 = Arithmetic(2, "int32", "float32", "bertile_dot2", x86.DOT2_BF16)
 
 def arithmetic(precision: str, row: Row) -> Arithmetic:
     """The arithmetic of ``fp32``, ``fp16``, ``bf16`` or ``int8`` on a machine."""
-    if row.arch == "aarch64" and precision in ("bf16", "int8"):
+    if row.arch == "aarch64" and precision != "fp32":
         return _arm(precision, row)
     if precision == "int8":
         wide = x86.DOT4_AVX512 if row.vector_bits == 512 else x86.DOT4_AVX2
@@ -110,15 +116,17 @@ def arithmetic(precision: str, row: Row) -> Arithmetic:
 
 
 def _arm(precision: str, row: Row) -> Arithmetic:
+    if precision == "fp16":
+        return replace(FP16, llvm=llvm.HALF + arm.HALVES + arm.LANES, by_lane=True)
     if precision == "bf16":
         matrix = arm.MATRIX_BF16 + arm.SHUFFLES
         return replace(BF16, llvm=arm.DOT2_BF16, matrix=matrix)
     if row.dot_product == "usmmla":
         matrix = arm.MATRIX_INT8 + arm.SHUFFLES
         return Arithmetic(4, "int32", "int32", "bertile_dot4", arm.DOT4_USDOT, matrix=matrix)
-    text = arm.DOT4_SDOT if row.dot_product == "sdot" else arm.DOT4_NEON
-    text += arm.SIGNED + arm.LANES
-    return Arithmetic(4, "int32", "int32", "bertile_dot4", text, signed=True)
+    sdot, neon = arm.DOT4_SDOT + arm.SIGNED, arm.DOT4_NEON + arm.SIGNED_NEON
+    text = (sdot if row.dot_product == "sdot" else neon) + arm.LANES
+    return Arithmetic(4, "int32", "int32", "bertile_dot4", text, signed=True, by_lane=True)
 
 
 # On vectors of a kernel.

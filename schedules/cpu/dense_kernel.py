@@ -137,8 +137,8 @@ class _Tile:
         registers = iter(lanes.registers(panels * self.width * token_blocks, dtype=self.math.total))
         # (accumulator, panel, output within it, block)
         tile = [
-            (next(registers), panel + p, n, block + t)
-            for p in range(panels)
+            (next(registers), p, n, block + t)
+            for p in [panel + i for i in range(panels)]
             for n in range(self.width)
             for t in range(token_blocks)
         ]
@@ -174,11 +174,12 @@ class _Tile:
             self._activate(low, count, block, token_blocks)
 
     def _multiply(self, tile: list, k: Any) -> None:
-        if self.math.signed:  # a tile of one panel
-            row = list(self.math.spread_row(self.w, (tile[0][1], k), self.width))
+        rows: dict[int, list[Any]] = {}
         for total, p, n, t in tile:
+            if self.math.by_lane and id(p) not in rows:
+                rows[id(p)] = list(self.math.spread_row(self.w, (p, k), self.width))
             x = self.inputs.load(t, 0, k)
-            w = row[n] if self.math.signed else self.math.spread(self.w[p, k, n])
+            w = rows[id(p)][n] if rows else self.math.spread(self.w[p, k, n])
             lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
 
     def _multiply_matrix(self, tile: list, k: Any) -> None:

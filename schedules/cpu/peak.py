@@ -31,7 +31,8 @@ def peak_gflops(
     factors = tvm.runtime.tensor(np.full((2, lanes.LANES), 0.5, "float32").view(math.lane))
     out = tvm.runtime.tensor(np.zeros((threads, chains, lanes.LANES), math.total))
     seconds = _best(run, [factors, out])
-    return 2.0 * lanes.LANES * math.group * chains * STEPS * threads / seconds / 1e9
+    outputs = 2 if math.matrix else 1  # of one multiply-add
+    return 2.0 * lanes.LANES * math.group * outputs * chains * STEPS * threads / seconds / 1e9
 
 
 def read_gbs(
@@ -70,7 +71,7 @@ def _multiply_adds(math: Arithmetic, chains: int, threads: int) -> Any:
     with lanes.kernel("peak") as made:
         factors = made.tensor("factors", 2, lanes.LANES, dtype=math.lane)
         out = made.tensor("out", threads, chains, lanes.LANES, dtype=math.total)
-        made.link(math.llvm)
+        made.link(math.matrix or math.llvm)
         with T.parallel(threads) as thread:
             total = lanes.registers(chains, dtype=math.total)
             for chain in range(chains):
@@ -85,6 +86,8 @@ def _multiply_adds(math: Arithmetic, chains: int, threads: int) -> Any:
 
 def _step(math: Arithmetic, total: Any, factors: Any) -> Any:
     a, b = lanes.load(factors, 0), lanes.load(factors, 1)
+    if math.matrix:
+        return math.multiply_matrix(total, a, factors[1, tirx.Ramp(0, 1, 4)])
     # floats multiply what they have, so that LLVM finds nothing to take out of the loop
     return total * a + b if math.group == 1 else math.multiply_add(total, a, b)
 

@@ -43,7 +43,7 @@ def space(task: Task, row: Row) -> Space:
     return {
         "accumulators": tuple(n for n in (4, 8, 16) if n <= fits),
         "token_blocks": tuple(b for b in (1, 2, 4) if b <= fits),
-        "parts": tuple(p for p in (1, 2, 3, 4, 6) if p == 1 or depth // p >= 64),
+        "parts": tuple(p for p in (1, 2, 3, 4, 6, 8, 12, 16) if p == 1 or depth // p >= 64),
         "groups": tuple(g for g in (1, 2, 4, 8, 16, 32, 64) if g <= max(1, lanes_out // 4)),
     }
 

@@ -4,13 +4,14 @@ Operands are vectors of 16 lanes of 32 bits, in four registers, whatever the lan
 
     bertile_dot4(c, a, b)      c + Σ a[i] b[i], four bytes by four signed ones, exact
     bertile_dot2(c, a, b)      c + a[0] b[0] + a[1] b[1], two bfloat16 each, into float32
-    bertile_signed(a)          unsigned bytes less 128, which are signed
+    bertile_signed(a)          unsigned bytes less 128, which are signed, in the order of dot4's a
     bertile_matrix4(c, a, b)   c + a b for bytes, unsigned by signed, b of four lanes: a register of
                                a is two tokens of two lanes, b is two outputs of two lanes, one of c
                                is two tokens of two outputs
     bertile_matrix2(c, a, b)   the same for bfloat16
     bertile_zip0(a, b), zip1   lanes a[0] b[0] a[1] b[1] …, the first and the second half of them
     bertile_lane0of4(a) to 3   one of four lanes everywhere; lane0of2 and lane1of2 of two
+    bertile_halves4(a), 2      so many float16 as float32
     bertile_even(a, b), odd    every second lane of a, then of b: what takes zips apart again
 
 sdot and plain NEON multiply signed bytes by signed ones: their kernels take 128 from x and add 128
@@ -92,9 +93,24 @@ DOT2_BF16 = _instruction("bertile_dot2", "float", _HALVES, f"{_NEON}.bfdot.v4f32
 MATRIX_INT8 = _instruction("bertile_matrix4", "i32", _BYTES, f"{_NEON}.usmmla.v4i32.v16i8", FOUR)
 MATRIX_BF16 = _instruction("bertile_matrix2", "float", _HALVES, f"{_NEON}.bfmmla", FOUR)
 
+
+_HIGHEST_BITS = f"splat (i32 {0x80808080 - (1 << 32)})"
+
 SIGNED = f"""
 define linkonce_odr {WIDE} @bertile_signed({WIDE} %a) alwaysinline {{
-  %r = xor {WIDE} %a, splat (i32 {0x80808080 - (1 << 32)})
+  %r = xor {WIDE} %a, {_HIGHEST_BITS}
+  ret {WIDE} %r
+}}
+"""
+
+# In each register bytes 0 and 1 of its four tokens come first, then bytes 2 and 3.
+SIGNED_NEON = f"""
+define linkonce_odr {WIDE} @bertile_signed({WIDE} %a) alwaysinline {{
+  %s = xor {WIDE} %a, {_HIGHEST_BITS}
+  %h = bitcast {WIDE} %s to <32 x i16>
+  %o = shufflevector <32 x i16> %h, <32 x i16> poison,
+    {_mask(i // 8 * 8 + i % 4 * 2 + i % 8 // 4 for i in range(32))}
+  %r = bitcast <32 x i16> %o to {WIDE}
   ret {WIDE} %r
 }}
 """
@@ -113,29 +129,37 @@ define linkonce_odr {WIDE} @bertile_lane{place}of{count}(<{count} x i32> %a) alw
 # multiply-add too.
 LANES = "".join(_lane(place, count) for count in (2, 4) for place in range(count))
 
+HALVES = "".join(
+    f"""
+define linkonce_odr <{count} x i32> @bertile_halves{count}(<{count} x i16> %a) alwaysinline {{
+  %h = bitcast <{count} x i16> %a to <{count} x half>
+  %f = fpext <{count} x half> %h to <{count} x float>
+  %r = bitcast <{count} x float> %f to <{count} x i32>
+  ret <{count} x i32> %r
+}}
+"""
+    for count in (2, 4)
+)
+
 
 def _neon() -> str:
-    """Products of a register's halves. Two of -128 by -128 are past 16 bits: pairs are widened
-    before they are added.
-    """
-    lines = [f"%x# = bitcast {FOUR} %a# to {_BYTES}", f"%y# = bitcast {FOUR} %b# to {_BYTES}"]
-    for half in "01":
-        mask = _mask(range(8 * int(half), 8 * int(half) + 8))
+    """Products of a register's halves, each of two bytes of four tokens (``SIGNED_NEON``)."""
+    halves = "<8 x i16>"
+    lines = [f"%x# = bitcast {FOUR} %a# to {_BYTES}", f"%y# = bitcast {FOUR} %b# to {halves}"]
+    for half, total in enumerate(("%c#", "%t#")):
+        half_of_x = _mask(range(8 * half, 8 * half + 8))
         lines += [
-            f"%x{half}# = shufflevector {_BYTES} %x#, {_BYTES} poison, {mask}",
-            f"%y{half}# = shufflevector {_BYTES} %y#, {_BYTES} poison, {mask}",
-            f"%p{half}# = call <8 x i16> @{_NEON}.smull.v8i16("
+            f"%x{half}# = shufflevector {_BYTES} %x#, {_BYTES} poison, {half_of_x}",
+            f"%w{half}# = shufflevector {halves} %y#, {halves} poison, {_mask([half] * 4)}",
+            f"%y{half}# = bitcast <4 x i16> %w{half}# to <8 x i8>",
+            f"%p{half}# = call {halves} @{_NEON}.smull.v8i16("
             f"<8 x i8> %x{half}#, <8 x i8> %y{half}#)",
-            f"%s{half}# = call {FOUR} @{_NEON}.saddlp.v4i32.v8i16(<8 x i16> %p{half}#)",
+            f"%s{half}# = call {FOUR} @{_NEON}.saddlp.v4i32.v8i16({halves} %p{half}#)",
+            f"%{'tr'[half]}# = add {FOUR} {total}, %s{half}#",
         ]
-    lines += [
-        f"%d# = call {FOUR} @{_NEON}.addp.v4i32({FOUR} %s0#, {FOUR} %s1#)",
-        f"%r# = add {FOUR} %c#, %d#",
-    ]
     return f"""
-declare <8 x i16> @{_NEON}.smull.v8i16(<8 x i8>, <8 x i8>)
-declare {FOUR} @{_NEON}.saddlp.v4i32.v8i16(<8 x i16>)
-declare {FOUR} @{_NEON}.addp.v4i32({FOUR}, {FOUR})
+declare {halves} @{_NEON}.smull.v8i16(<8 x i8>, <8 x i8>)
+declare {FOUR} @{_NEON}.saddlp.v4i32.v8i16({halves})
 {_by_register("bertile_dot4", "i32", WIDE, lines)}"""
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 from emulated import Emulated, need_qemu
 
 from bertile import targets
-from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.cpu import SCHEDULES, arithmetic, lanes, peak
+from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.task import Task
 
 
@@ -32,6 +36,7 @@ FP32 = [
     (product(37, 19, "gelu", residual=True), 5),
     (product(256, 12, "gelu_tanh"), 2),
     (product(13, 7, "tanh", precision="fp16"), 1),
+    (product(13, 17, precision="fp16"), 2),
     (product(1, 5, "relu", residual=True), 2),
     (product(70, 38, "gelu", residual=True, density=20), 3),
     (attention(2, 24), 4),
@@ -82,6 +87,23 @@ CALLS = [
 ]
 
 
+# Weights of both signs at their limits, and x at its limits or anywhere.
+def integers(row, operation):
+    """A call whose sums are whole numbers below 2**24, and what it must give."""
+    shape = {"density": 100} if operation == "sparse" else {}
+    task = product(60, 8, precision="int8_static", **shape)
+    schedule, rng = SCHEDULES[operation], np.random.default_rng(0)
+    knobs = schedule.default(task, row)
+    w = rng.integers(-128, 128, (60, 8)).astype("int8")
+    w[:, :3] = -128, -127, 127
+    x = rng.integers(0, 256, (3 * LANES, 60)).astype("uint8")
+    x[0], x[1], x[2] = 0, 255, 128
+    vectors = [np.ones(8, "float32"), np.zeros(8, "float32")]
+    operands = [arithmetic.grouped(x, 4), *schedule.pack(task, knobs, [w, *vectors], row)]
+    expected = lanes.to_lanes((x.astype("int64") @ w.astype("int64")).astype("float32"))
+    return schedule.kernel(task, knobs, row), operands, expected
+
+
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
     """What is wrong with each call of a row, by the row's name; each row is run once."""
@@ -102,6 +124,51 @@ def mistakes(tmp_path_factory):
 @pytest.mark.parametrize(("name", "place"), CALLS)
 def test_a_kernel_equals_numpy(mistakes, name, place):
     assert mistakes(name)[place] is None
+
+
+@pytest.mark.parametrize("name", ["arm-a72", "arm-a76", "arm-v1"])
+def test_sums_of_bytes_are_exact(tmp_path, name):
+    need_qemu()
+    emulated = Emulated(targets.resolve(name, threads=1), tmp_path)
+    calls = [integers(emulated.row, operation) for operation in ("dense", "sparse")]
+    for func, operands, expected in calls:
+        emulated.add_func(func, operands, [np.zeros_like(expected)])
+    for (_, _, expected), (found,) in zip(calls, emulated.run()):
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "instruction"),
+    [
+        ("arm-a72", "fp32", "fmla"),
+        ("arm-a72", "int8", "smull"),
+        ("arm-a76", "int8", "sdot"),
+        ("arm-v1", "fp32", "fmla"),
+        ("arm-v1", "int8", "usmmla"),
+        ("arm-v1", "bf16", "bfmmla"),
+    ],
+)
+def test_inner_loop_multiplies_from_registers(kernels_of, name, precision, instruction):
+    text = kernels_of(name).build(product(768, 768, precision=precision)).inspect_source("asm")
+    blocks = re.split(r"\n\.L\w+:", text)
+    busiest = max(blocks, key=lambda block: len(re.findall(rf"\s{instruction}\s", block)))
+    lines = [line.split()[0] for line in busiest.splitlines() if line.startswith("\t")]
+    lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("b."))]
+    multiplied = lines.count(instruction)
+    assert multiplied >= 64
+    assert sum(line.startswith("st") for line in lines) <= multiplied // 24, "spilled"
+    assert sum(line.startswith("ld") for line in lines) <= multiplied // 3
+    assert lines.count("ld1r") <= multiplied // 24, "broadcast one by one"
+
+
+@pytest.mark.parametrize(
+    ("precision", "instruction"), [("fp32", "fmla"), ("int8", "usmmla"), ("bf16", "bfmmla")]
+)
+def test_peak_is_of_the_instruction_that_kernels_use(kernels_of, precision, instruction):
+    kernels = kernels_of("arm-v1")
+    func = peak._multiply_adds(arithmetic.arithmetic(precision, kernels.row), 6, 1)
+    asm = kernels.compile(func).inspect_source("asm")
+    assert len(re.findall(rf"\s{instruction}\s", asm)) >= 24
 
 
 def test_every_operation_is_tested_here():
