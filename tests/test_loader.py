@@ -626,7 +626,8 @@ print(sorted(name for name in sys.modules if name.startswith("bertile")))
 @pytest.mark.parametrize("first", ["tvm", "bundle"])
 @pytest.mark.parametrize("runtime", ["none", "include"])
 def test_load_shares_the_libraries_of_tvm(library, tmp_path, first, runtime):
-    path = bundle.write(MANIFEST, library, PARAMS, [], tmp_path / "out", runtime)
+    add = bundle.include_runtime if runtime == "include" else None
+    path = bundle.write(MANIFEST, library, PARAMS, [], tmp_path / "out", add)
     code = f"""
 if {first!r} == "tvm":
     import tvm
