@@ -12,18 +12,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import tvm
 
 from bertile import codegen, loop_marks, mca, targets
 from bertile.errors import PlatformError
 from bertile.loop_walk import Walk
-from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.cpu import SCHEDULES, trial_sample
 from bertile.schedules.cpu.lanes import LANES
-from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 from bertile.targets import Target
 
@@ -73,10 +70,11 @@ class Estimator:
         each = code.cycles(self._model)
         sizes = [cache.size for cache in caches]
         walk = Walk(code.func, code.marks, sizes, self._row.threads, self._here)
+        weights = trial_sample(task, counts[0]).weights
+        packed = SCHEDULES[task.operation].pack(task, knobs, weights, self._row)
         found = []
         for count in counts:
-            sample = _sample(task, count)
-            packed = SCHEDULES[task.operation].pack(task, knobs, sample.weights, self._row)
+            sample = trial_sample(task, count)
             passes = walk.passes([*sample.activations, *packed, *sample.buffers()])
             work = sum(one * times for one, times in zip(each, code.times(passes.marks)))
             moved = [lines * cache.cycles for lines, cache in zip(passes.fetched, caches)]
@@ -91,11 +89,6 @@ def together(*cycles: float) -> float:
     they take a tenth longer than either.
     """
     return sum(one**OVERLAP for one in cycles) ** (1 / OVERLAP)
-
-
-@lru_cache(maxsize=32)
-def _sample(task: Task, blocks: int) -> Sample:
-    return SCHEDULES[task.operation].sample(task, blocks, np.random.default_rng(0))
 
 
 @dataclass

@@ -20,8 +20,7 @@ from tvm import rpc
 from bertile import trial
 from bertile.codegen import export_kernel
 from bertile.device import address
-from bertile.schedules.cpu import SCHEDULES
-from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules.cpu import SCHEDULES, trial_sample
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 from bertile.targets import Target, resolve
@@ -58,16 +57,14 @@ class Remote:
             facts = _checked(session, row)
             session.upload(str(library))
         kernel = session.load_module(_NAME)
-        times: dict[int, list[float]] = {}
-        for count in (blocks, *also):
-            sample = SCHEDULES[operation].sample(task, count, np.random.default_rng(0))
-            packed = SCHEDULES[operation].pack(task, knobs, sample.weights, row)
-            found = _times(session, kernel, sample, packed)
-            if isinstance(found, str):
-                return {"error": f"{found} on {count} blocks", "machine": facts}
-            times[count] = found
-        rest = {str(count * LANES): times[count] for count in also}
-        return {"microseconds": times[blocks], "also": rest, "machine": facts}
+        weights = trial_sample(task, blocks).weights
+        packed = SCHEDULES[operation].pack(task, knobs, weights, row)
+        uploaded = _uploaded(packed, session.cpu(0))
+
+        def times(sample: Sample) -> list[float] | str:
+            return _times(session, kernel, sample, uploaded)
+
+        return {**trial.answer(task, (blocks, *also), times), "machine": facts}
 
 
 def _checked(session: Any, row: Target) -> dict[str, Any]:
@@ -83,12 +80,15 @@ def _checked(session: Any, row: Target) -> dict[str, Any]:
     return {**facts, "row": row.name}
 
 
-def _times(session: Any, kernel: Any, sample: Sample, packed: Sequence[np.ndarray]) -> Any:
+def _uploaded(arrays: Sequence[np.ndarray], device: Any) -> list[Any]:
+    return [tvm.runtime.tensor(np.ascontiguousarray(array), device) for array in arrays]
+
+
+def _times(session: Any, kernel: Any, sample: Sample, weights: Sequence[Any]) -> list[float] | str:
     """Microseconds of each repeat, from cold caches; or what is wrong with the result."""
     device = session.cpu(0)
     results = [tvm.runtime.tensor(array, device) for array in sample.buffers()]
-    inputs = [np.ascontiguousarray(array) for array in (*sample.activations, *packed)]
-    arguments = [*(tvm.runtime.tensor(array, device) for array in inputs), *results]
+    arguments = [*_uploaded(sample.activations, device), *weights, *results]
     kernel["kernel"](*arguments)
     if mistake := sample.mistake([result.numpy() for result in results]):
         return mistake

@@ -20,7 +20,7 @@ import tvm
 
 from bertile.codegen import build_kernel
 from bertile.loader import set_thread_defaults
-from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules.cpu import SCHEDULES, trial_sample
 from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.cpu.peak import peak_gflops
 from bertile.schedules.schedule import Sample
@@ -65,17 +65,26 @@ def measure(
     task, row = Task(operation, shape), resolve(target, threads)
     _warm_up(row)
     run = build(task, knobs, row)
-    times: dict[int, list[float]] = {}
-    copies: list[list[Any]] = []
-    for count in (blocks, *also):
-        sample = _sample(task, count)
-        copies = copies or _copies(SCHEDULES[operation].pack(task, knobs, sample.weights, row))
-        found = _checked_times(run, sample, copies)
-        if isinstance(found, str):
-            return {"error": f"{found} on {count} blocks"}
-        times[count] = found
-    rest = {str(count * LANES): times[count] for count in also}
-    return {"microseconds": times[blocks], "also": rest}
+    weights = trial_sample(task, blocks).weights
+    copies = _copies(SCHEDULES[operation].pack(task, knobs, weights, row))
+    return answer(task, (blocks, *also), lambda sample: _checked_times(run, sample, copies))
+
+
+def answer(
+    task: Task, counts: Sequence[int], times: Callable[[Sample], list[float] | str]
+) -> dict[str, Any]:
+    """A trial's result, of the first of these numbers of blocks and of the others.
+
+    ``times`` says the microseconds of each repeat on a sample, or what is wrong with the result.
+    """
+    found: dict[int, list[float]] = {}
+    for count in counts:
+        one = times(trial_sample(task, count))
+        if isinstance(one, str):
+            return {"error": f"{one} on {count} blocks"}
+        found[count] = one
+    also = {str(count * LANES): found[count] for count in counts[1:]}
+    return {"microseconds": found[counts[0]], "also": also}
 
 
 @lru_cache(maxsize=1)
@@ -128,11 +137,6 @@ def _checked_times(run: Any, sample: Sample, copies: list[list[Any]]) -> list[fl
     if mistake := sample.mistake([result.numpy() for result in results]):
         return mistake
     return [_repeat(run, arguments, results) for _ in range(REPEATS)]
-
-
-@lru_cache(maxsize=32)  # the search goes from task to task and comes back
-def _sample(task: Task, blocks: int) -> Sample:
-    return SCHEDULES[task.operation].sample(task, blocks, np.random.default_rng(0))
 
 
 def _repeat(run: Any, arguments: list[list[Any]], results: list[Any]) -> float:
