@@ -2,8 +2,8 @@
 PrimFunc.
 
 Extents are written as arithmetic over symbols, which the loader evaluates for each shape of a
-request: ``rows`` (what the kernel is run on: tokens in whole blocks of 16, or sequences), ``batch``,
-``length`` and ``blocks`` (of tokens).
+request: ``rows`` (what the kernel is run on: tokens in whole blocks of 16, or sequences),
+``batch``, ``length`` and ``blocks`` (of tokens).
 """
 
 from __future__ import annotations
