@@ -20,8 +20,8 @@ class Launch:
     """One launch of an entry of the source.
 
     ``arguments`` are names of the kernel's operands and scratch buffers (pointers), or symbols
-    (32-bit integers), in the order of the entry's parameters. Where ``when`` is not above 0 there is
-    no such launch: a kernel has one way for few rows, say, and another for many.
+    (32-bit integers), in the order of the entry's parameters. Where ``when`` is not above 0 there
+    is no such launch: a kernel has one way for few rows, say, and another for many.
     """
 
     entry: str
