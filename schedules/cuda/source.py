@@ -2,8 +2,9 @@
 PrimFunc.
 
 Extents are written as arithmetic over symbols, which the loader evaluates for each shape of a
-request: ``rows`` (what the kernel is run on: tokens in whole blocks of 16, or sequences), ``batch``,
-``length`` and ``blocks`` (of tokens). A comparison (``rows < 1024``, ``rows >= 1024``) is 1 or 0.
+request: ``rows`` (what the kernel is run on: tokens in whole blocks of 16, or sequences),
+``batch``, ``length`` and ``blocks`` (of tokens). A comparison (``rows < 1024``, ``rows >= 1024``)
+is 1 or 0.
 """
 
 from __future__ import annotations
