@@ -14,9 +14,10 @@ import numpy as np
 from bertile.errors import UsageError
 from bertile.log_commands import usable
 from bertile.progress import Progress
-from bertile.schedules.cpu import trial_sample
-from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules import trial_sample
 from bertile.schedules.task import Task
+from bertile.targets import resolve
+from bertile.trial_server import LANES
 from bertile.tuner import BLOCKS
 from bertile.tuning_log import Record, TuningLog
 
@@ -50,6 +51,7 @@ class _Result:
     def __init__(self, header: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
         self._pack, self._time = header["pack"], header["time"]
         self.log: str = self._pack["log"]
+        self._row = resolve(self._pack["target"]["name"], self._pack["threads"])
         self.machine = {**header["machine"], "row": self._pack["target"]["name"]}
         self._outputs = {one["output"]: one["base64"] for one in lines if "output" in one}
         self._answers = {one["candidate"]: one for one in lines if "candidate" in one}
@@ -109,7 +111,7 @@ class _Result:
             results.append(np.frombuffer(data, kind, count, at).reshape(one["shape"]))
             at += count * kind.itemsize
         made = Task(task["operation"], task["shape"])
-        mistake = trial_sample(made, tokens // LANES).mistake(results)
+        mistake = trial_sample(made, tokens // LANES, self._row).mistake(results)
         return f"{mistake} on {tokens // LANES} blocks" if mistake else None
 
 

@@ -26,7 +26,8 @@ from bertile.config import Config
 from bertile.errors import BertileError
 from bertile.progress import Progress
 from bertile.proposer import propose
-from bertile.schedules.cpu import SCHEDULES, trial_sample
+from bertile.schedules import trial_sample
+from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
@@ -93,7 +94,7 @@ class _Pack:
         """A task with its inputs, and these candidates; one that cannot be built is left out."""
         schedule, number = SCHEDULES[task.operation], len(self.tasks)
         counts = sorted({1, tuner.BLOCKS, *tuner.ALSO})
-        samples = {blocks: trial_sample(task, blocks) for blocks in counts}
+        samples = {blocks: trial_sample(task, blocks, self._row) for blocks in counts}
         sets = []
         for blocks, sample in samples.items():
             file, inputs = self._write(sample.activations)

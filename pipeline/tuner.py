@@ -17,7 +17,7 @@ from bertile.config import Config
 from bertile.machine import cpu_name
 from bertile.progress import Progress
 from bertile.runners import Runner, answers, open_runner
-from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets import Target, tvm_target
@@ -108,13 +108,14 @@ def _search(
     estimates = session.estimates
     missing = sum(_missing(task, session.log, row, wanted, estimates) for task in open_tasks)
     session.total = missing + len(others)
+    schedules = schedules_for(row)
     try:
         all_tasks = (*open_tasks, *others)
-        session.measure([(one, SCHEDULES[one.operation].default(one, row)) for one in all_tasks])
+        session.measure([(one, schedules[one.operation].default(one, row)) for one in all_tasks])
         if not open_tasks:
             return ""
         spaces = [
-            (task, SCHEDULES[task.operation].space(task, row), float(tasks[task]))
+            (task, schedules[task.operation].space(task, row), float(tasks[task]))
             for task in open_tasks
         ]
         search(spaces, session.measure, missing, wanted, ROUND, 0, tvm_target(row))
@@ -220,7 +221,7 @@ def _done(task: Task, log: TuningLog, row: Target, estimates: bool) -> int:
 def _missing(task: Task, log: TuningLog, row: Target, wanted: int, estimates: bool) -> int:
     """How many trials a task still wants: as many as asked for, or as its whole space has."""
     points = 1
-    for choices in SCHEDULES[task.operation].space(task, row).values():
+    for choices in schedules_for(row)[task.operation].space(task, row).values():
         points *= len(choices)
     done = _done(task, log, row, estimates)
     return max(0, min(wanted, points) - done) if points > 1 else 0
@@ -230,7 +231,7 @@ def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
     """How much faster the best knobs are than the defaults, over a whole request."""
     before = after = 0.0
     for task, calls in tasks.items():
-        default = SCHEDULES[task.operation].default(task, row)
+        default = schedules_for(row)[task.operation].default(task, row)
         records = [r for r in log.records(task, row) if dict(r.knobs) == default and r.microseconds]
         records = [r for r in records if r.threads == row.threads]
         best = log.best(task, row)

@@ -4,7 +4,8 @@ PrimFunc.
 Extents are written as arithmetic over symbols, which the loader evaluates for each shape of a
 request: ``rows`` (what the kernel is run on: tokens in whole blocks of 16, or sequences),
 ``batch``, ``length`` and ``blocks`` (of tokens). A comparison (``rows < 1024``, ``rows >= 1024``)
-is 1 or 0.
+is 1 or 0. An operand whose extent may be 1 or ``batch`` (or the number of heads) gives it as a
+symbol of its own, ``NAME_AXIS``: ``mask_0``, ``ids0_1``.
 """
 
 from __future__ import annotations
