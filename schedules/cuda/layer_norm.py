@@ -28,6 +28,7 @@ ASK = """\
   ask_for(gamma, gammas);
   ask_for(beta, betas);
   copy_commit();
+  warp_sync();  // else ptxas moves the copies down to where they are waited for
 """
 NORMALIZE = """
   row.normalize(x, gammas, betas);
