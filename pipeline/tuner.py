@@ -26,6 +26,7 @@ from bertile.tuning_log import Record, TuningLog
 LANES = 16
 BLOCKS = 8  # trials run on 128 tokens, the length that most requests are near to,
 ALSO = (1, 24)  # and on the shortest and a long one: one kernel serves them all
+ALSO_ON_GPU = (64, 256)  # of 128 tokens, 8 and 32 sequences: what a GPU is asked for at once
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class _Session:
         """Each record's median microseconds; empty for a candidate that failed."""
         known = [self._known(*one) for one in candidates]
         fresh = [one for one, record in zip(candidates, known) if record is None]
-        found = answers(self.trials, fresh, BLOCKS, ALSO)
+        found = answers(self.trials, fresh, BLOCKS, also(self.row))
         try:
             records = [record or self._tried(*one, found) for one, record in zip(candidates, known)]
         finally:
@@ -205,6 +206,11 @@ class _Session:
 
 def _rounded(times: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(us, 2) for us in times)
+
+
+def also(row: Target) -> tuple[int, ...]:
+    """On how many other blocks of tokens trials run too."""
+    return ALSO_ON_GPU if row.arch == "cuda" else ALSO
 
 
 def machine_facts(row: Target) -> dict[str, Any]:
