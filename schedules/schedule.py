@@ -24,6 +24,7 @@ class Row(Protocol):
     vector_bits: int  # width of one of them
     dot_product: str | None  # "vnni", "sdot", "usmmla": four bytes at once
     bf16: bool  # two bfloat16 at once
+    threads: int  # that a kernel is made for; any number may run it
 
 
 @dataclass(frozen=True)
