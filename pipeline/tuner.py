@@ -20,6 +20,7 @@ from bertile.runners import Runner, answers, open_runner
 from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
+from bertile.sparse_choice import DENSITIES
 from bertile.targets import Target, tvm_target
 from bertile.tuning_log import Record, TuningLog
 
@@ -225,7 +226,12 @@ def _done(task: Task, log: TuningLog, row: Target, estimates: bool) -> int:
 
 
 def _missing(task: Task, log: TuningLog, row: Target, wanted: int, estimates: bool) -> int:
-    """How many trials a task still wants: as many as asked for, or as its whole space has."""
+    """How many trials a task still wants: as many as asked for, or as its whole space has.
+
+    A sparse kernel without zeros to skip, which --sparse always makes, wants none.
+    """
+    if task.shape.get("density") == DENSITIES[-1]:
+        return 0
     points = 1
     for choices in schedules_for(row)[task.operation].space(task, row).values():
         points *= len(choices)
