@@ -20,12 +20,14 @@ from bertile.runners import Runner, answers, open_runner
 from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
+from bertile.sparse_choice import DENSITIES
 from bertile.targets import Target, tvm_target
 from bertile.tuning_log import Record, TuningLog
 
 LANES = 16
 BLOCKS = 8  # trials run on 128 tokens, the length that most requests are near to,
 ALSO = (1, 24)  # and on the shortest and a long one: one kernel serves them all
+ALSO_ON_GPU = (64, 256)  # of 128 tokens, 8 and 32 sequences: what a GPU is asked for at once
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class _Session:
         """Each record's median microseconds; empty for a candidate that failed."""
         known = [self._known(*one) for one in candidates]
         fresh = [one for one, record in zip(candidates, known) if record is None]
-        found = answers(self.trials, fresh, BLOCKS, ALSO)
+        found = answers(self.trials, fresh, BLOCKS, also(self.row))
         try:
             records = [record or self._tried(*one, found) for one, record in zip(candidates, known)]
         finally:
@@ -207,6 +209,11 @@ def _rounded(times: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(us, 2) for us in times)
 
 
+def also(row: Target) -> tuple[int, ...]:
+    """On how many other blocks of tokens trials run too."""
+    return ALSO_ON_GPU if row.arch == "cuda" else ALSO
+
+
 def machine_facts(row: Target) -> dict[str, Any]:
     """What a reader of a record wants to know of the machine it was measured on."""
     return {"cpu": cpu_name(), "cores": loader.available_cores(), "row": row.name}
@@ -219,7 +226,12 @@ def _done(task: Task, log: TuningLog, row: Target, estimates: bool) -> int:
 
 
 def _missing(task: Task, log: TuningLog, row: Target, wanted: int, estimates: bool) -> int:
-    """How many trials a task still wants: as many as asked for, or as its whole space has."""
+    """How many trials a task still wants: as many as asked for, or as its whole space has.
+
+    A sparse kernel without zeros to skip, which --sparse always makes, wants none.
+    """
+    if task.shape.get("density") == DENSITIES[-1]:
+        return 0
     points = 1
     for choices in schedules_for(row)[task.operation].space(task, row).values():
         points *= len(choices)

@@ -40,6 +40,7 @@ class Row(Protocol):
     dot_product: str | None  # "vnni", "sdot", "usmmla": four bytes at once
     bf16: bool  # two bfloat16 at once
     gpu: Gpu | None
+    threads: int  # that a kernel is made for; any number may run it
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,15 @@ from bertile.schedules.cuda.source import Kernel
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule
 from bertile.schedules.task import Task
 
-# gamma and beta are asked for before the sums wait for x
+# what the row is multiplied by is on its way while the sums wait for x
+ASK = """\
+  __shared__ alignas(16) float gammas[PITCH], betas[PITCH];
+  ask_for(gamma, gammas);
+  ask_for(beta, betas);
+  copy_commit();
+  warp_sync();  // else ptxas moves the copies down to where they are waited for
+"""
 NORMALIZE = """
-  float gammas[CHUNKS][8], betas[CHUNKS][8];
-  row.load<float>(gamma, gammas);
-  row.load<float>(beta, betas);
   row.normalize(x, gammas, betas);
   row.store<X>(y + static_cast<long long>(row.row) * PITCH, x);"""
 
@@ -55,7 +59,7 @@ def normalizing_kernel(
         ("X", "y"),
         *((kinds[name], name) for name in narrow.results),
     ]
-    body = f"{load}{NORMALIZE}\n  {narrow.call}"
+    body = f"{ASK}{load}{NORMALIZE}\n  {narrow.call}"
     return row_kernel.row_kernel(task, knobs, parameters, extents, helpers, body)
 
 

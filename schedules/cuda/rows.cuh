@@ -67,6 +67,15 @@ __device__ inline void store_chunk<u8>(u8* to, const float (&x)[8]) {
   *reinterpret_cast<Eight*>(to) = bytes;
 }
 
+// The thread block starts to copy a vector of PITCH floats to shared memory.
+__device__ inline void ask_for(const float* from, float* to) {
+#pragma unroll
+  for (int start = 0; start < PITCH; start += LANES * ROWS * 4) {
+    const int i = start + threadIdx.x * 4;
+    if (i < PITCH) copy_async_16(to + i, from + i, true);
+  }
+}
+
 struct Sum {
   static __device__ float of(float a, float b) { return a + b; }
 };
@@ -137,9 +146,9 @@ struct Row {
     return value;
   }
 
-  // LayerNorm in place; mean and variance one after the other, both from the registers.
-  __device__ void normalize(float (&x)[CHUNKS][8], const float (&gamma)[CHUNKS][8],
-                            const float (&beta)[CHUNKS][8]) const {
+  // LayerNorm in place; mean and variance one after the other, both from the registers. gamma and
+  // beta (shared, see ``ask_for``) are waited for behind the sums.
+  __device__ void normalize(float (&x)[CHUNKS][8], const float* gammas, const float* betas) const {
     float sum = 0.0f;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk)
@@ -155,11 +164,18 @@ struct Row {
         if (has(chunk) && real(chunk, i)) squares += away * away;
       }
     const float scale = reciprocal_sqrt(over_row<Sum>(squares, 1) * (1.0f / C) + EPSILON);
+    copy_wait<0>();
+    block_sync();
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk)
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      if (!has(chunk)) continue;
+      float gamma[8], beta[8];
+      load_chunk<float>(gammas + channel(chunk), gamma);
+      load_chunk<float>(betas + channel(chunk), beta);
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        x[chunk][i] = (x[chunk][i] - mean) * scale * gamma[chunk][i] + beta[chunk][i];
+        x[chunk][i] = (x[chunk][i] - mean) * scale * gamma[i] + beta[i];
+    }
   }
 
   // The row as bytes: (scale, low) of its own range, or low and steps per unit that are given.
