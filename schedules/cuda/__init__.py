@@ -2,6 +2,7 @@
 
 from bertile.schedules.cuda import layout
 from bertile.schedules.cuda.attention import attention
+from bertile.schedules.cuda.dense import dense
 from bertile.schedules.cuda.embedding import embedding
 from bertile.schedules.cuda.layer_norm import layer_norm
 from bertile.schedules.cuda.narrow import narrow
@@ -11,6 +12,7 @@ SCHEDULES: dict[str, Schedule] = {
     schedule.operation: schedule
     for schedule in (
         attention,
+        dense,
         layer_norm,
         embedding,
         narrow,
