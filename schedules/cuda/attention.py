@@ -23,8 +23,8 @@ from __future__ import annotations
 import math
 
 from bertile.schedules.cuda.attention_samples import flops, sample
-from bertile.schedules.cuda.forms import element, pitch
-from bertile.schedules.cuda.program import code, constants, program
+from bertile.schedules.cuda.forms import code, constants, element, pitch
+from bertile.schedules.cuda.program import program
 from bertile.schedules.cuda.source import Kernel
 from bertile.schedules.schedule import Gpu, Knobs, Row, Schedule, Space
 from bertile.schedules.task import Task

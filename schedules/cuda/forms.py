@@ -6,6 +6,8 @@ bytes write and read float16 beside them.
 
 from __future__ import annotations
 
+from importlib import resources
+
 import numpy as np
 
 from bertile.schedules.task import Task
@@ -78,3 +80,19 @@ def token_table(lengths: list[int]) -> np.ndarray:
 def symbols(rows: int, batch: int = 1, length: int = 1, **extents: int) -> dict[str, int]:
     """What a launch on a sample may ask for."""
     return {"rows": rows, "batch": batch, "length": length, "blocks": rows // BLOCK, **extents}
+
+
+def code(name: str) -> str:
+    """The text of a file beside this one."""
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def constants(**values: float) -> str:
+    """The lines that define a kernel's constants."""
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, float):
+            lines.append(f"constexpr float {name} = {value!r}f;")
+        else:
+            lines.append(f"constexpr int {name} = {int(value)};")
+    return "\n".join(lines)

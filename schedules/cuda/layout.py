@@ -17,6 +17,8 @@ from bertile.schedules.cuda.forms import (
     BLOCK,
     LOWEST,
     ROUNDING,
+    code,
+    constants,
     element,
     empty_rows,
     from_rows,
@@ -25,7 +27,7 @@ from bertile.schedules.cuda.forms import (
     to_rows,
     token_table,
 )
-from bertile.schedules.cuda.program import code, constants, program
+from bertile.schedules.cuda.program import program
 from bertile.schedules.cuda.source import Extent, Kernel
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule
 from bertile.schedules.task import Task

@@ -5,7 +5,6 @@ model are compiled as one program.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 
 from bertile.schedules.cuda.source import Extent, Kernel, Launch
 
@@ -42,19 +41,3 @@ extern "C" __global__ void __launch_bounds__({threads}) {name}({signature}) {{
 """
     launch = Launch(name, grid, threads, shared, (*operands, *extents))
     return Kernel(source, operands, (launch,))
-
-
-def code(name: str) -> str:
-    """The text of a file beside this one."""
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def constants(**values: float) -> str:
-    """The lines that define a kernel's constants."""
-    lines = []
-    for name, value in values.items():
-        if isinstance(value, float):
-            lines.append(f"constexpr float {name} = {value!r}f;")
-        else:
-            lines.append(f"constexpr int {name} = {int(value)};")
-    return "\n".join(lines)

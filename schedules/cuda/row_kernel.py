@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bertile.schedules.cuda.forms import element, pitch
-from bertile.schedules.cuda.program import code, constants, program
+from bertile.schedules.cuda.forms import code, constants, element, pitch
+from bertile.schedules.cuda.program import program
 from bertile.schedules.cuda.source import Kernel
 from bertile.schedules.schedule import Knobs, Row, Space
 from bertile.schedules.task import Task
