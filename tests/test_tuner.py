@@ -78,6 +78,13 @@ def test_what_a_layer_could_have_instead_is_measured_once(tmp_path):
     assert record.knobs == SCHEDULES["sparse"].default(sparse, ROW) and record.microseconds
 
 
+def test_sparse_kernel_without_zeros_to_skip_is_not_tuned(tmp_path):
+    full, tenth = (Task("sparse", {**SMALL.shape, "density": percent}) for percent in (100, 10))
+    run(Counter({full: 1, tenth: 1}), tmp_path, trials=2)
+    log = open_log(tmp_path)
+    assert not log.records(full, ROW) and log.records(tenth, ROW)
+
+
 def test_timeout_ends_the_search_with_what_was_measured(tmp_path):
     result = run(Counter({SMALL: 1}), tmp_path, trials=500, timeout=0.001)
     assert "out of time" in result["text"] and result["trials"] <= 1

@@ -200,11 +200,11 @@ class _Tile:
         In a model every panel comes from memory, and the processor's own prefetching starts anew
         with each: without this 16 and 32 tokens take a quarter longer, 48 a tenth, 128 2%.
         """
-        size = int(self.w.shape[2]) * np.dtype(self.math.weight).itemsize
-        per_line = lanes.CACHE_LINE // size
+        size, line = int(self.w.shape[2]), lanes.CACHE_LINE // np.dtype(self.math.weight).itemsize
         for p in range(panels):
-            for row in range(0, unroll, max(per_line, 1)):
-                lanes.prefetch(self.w, panel + p, start + row, 0)
+            for place in range(0, unroll * size, line):
+                row, number = divmod(place, size)
+                lanes.prefetch(self.w, panel + p, start + row, number)
 
     def _start(self, tile: list, part: int) -> None:
         """Floats: the first part begins at the bias, a later one at what the parts before it left

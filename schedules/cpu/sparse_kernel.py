@@ -44,32 +44,34 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             ]
 
         x, lists, epilogue = arguments(made, task, math, of.groups * of.places, weights)
-        with T.parallel(SHARES) as share:
+        shares = SHARES * -(-row.threads // SHARES)
+        with T.parallel(shares) as share:
             # the sums of a group's outputs; too long for registers, short enough for the caches
             room = of.places * knobs["token_blocks"]
             sums = T.alloc_buffer((room, lanes.LANES), math.total)
             inputs = Inputs(x, math, knobs["token_blocks"])
             tile = _Tile(task, of, math, inputs, lists, epilogue, sums)
-            for group, first, count in _work(share, made.blocks, of.groups):
+            for group, first, count in _work(share, shares, made.blocks, of.groups):
                 _tiles(tile, group, first, count, knobs["token_blocks"])
     return made.func
 
 
-# As many pieces of equal work as any number of threads, which take neighbouring ones, divides well.
+# As many pieces of equal work as any number of threads, which take neighbouring ones, divides well;
+# more only where a kernel is made for more threads, since a piece without work costs its start.
 SHARES = 48
 # Token blocks for which a group's lists stay in the cache. A thread has that many even where a
 # request is short: it reads in one kernel the tokens that it wrote in the one before.
 CHUNK = 4
 
 
-def _work(share: Any, blocks: Any, groups: int) -> Iterator[tuple[Any, Any, Any]]:
+def _work(share: Any, shares: int, blocks: Any, groups: int) -> Iterator[tuple[Any, Any, Any]]:
     """Loops over a share of all (token block, group of outputs): group, first block, how many.
 
     Chunks of blocks come one after the other; what a share has of a chunk is whole groups of it.
     """
     whole = CHUNK * groups
-    low = T.Bind(share * blocks * groups // SHARES)
-    high = T.Bind((share + 1) * blocks * groups // SHARES)
+    low = T.Bind(share * blocks * groups // shares)
+    high = T.Bind((share + 1) * blocks * groups // shares)
     begin = T.Bind(low // whole)
     with T.serial((high + (whole - 1)) // whole - begin) as step:
         first = T.Bind((begin + step) * CHUNK)

@@ -2,8 +2,10 @@
 PrimFunc.
 
 Extents are written as arithmetic over symbols, which the loader evaluates for each shape of a
-request: ``rows`` (what the kernel is run on: tokens in whole blocks of 16, or sequences), ``batch``,
-``length`` and ``blocks`` (of tokens).
+request: ``rows`` (what the kernel is run on: tokens in whole blocks of 16, or sequences),
+``batch``, ``length`` and ``blocks`` (of tokens). A comparison (``rows < 1024``, ``rows >= 1024``)
+is 1 or 0. An operand whose extent may be 1 or ``batch`` (or the number of heads) gives it as a
+symbol of its own, ``NAME_AXIS``: ``mask_0``, ``ids0_1``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Union
 
-Extent = Union[int, str]  # integers, symbols, + - * // and parentheses
+Extent = Union[int, str]  # integers, symbols, + - * // < >= and parentheses; < and >= bind least
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Launch:
     """One launch of an entry of the source.
 
     ``arguments`` are names of the kernel's operands and scratch buffers (pointers), or symbols
-    (32-bit integers), in the order of the entry's parameters.
+    (32-bit integers), in the order of the entry's parameters. Where ``when`` is not above 0 there
+    is no such launch: a kernel has one way for few rows, say, and another for many.
     """
 
     entry: str
@@ -28,6 +31,7 @@ class Launch:
     threads: int
     shared: int  # bytes of dynamic shared memory
     arguments: tuple[str, ...]
+    when: Extent = 1
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,15 @@ def test_dense_takes_any_number_of_blocks(kernels, blocks):
     assert kernels.difference(product(64, 40, "relu", residual=True), blocks) < TOLERANCE
 
 
+@pytest.mark.parametrize(("width", "unroll", "lines"), [(6, 4, 2), (13, 4, 4), (26, 4, 7)])
+def test_every_line_of_the_next_panel_is_asked_for(width, unroll, lines):
+    """A panel's rows lie one behind the other: 4 bytes an output, 64 a line."""
+    knobs = {"accumulators": width, "token_blocks": 1, "unroll": unroll, "passes": 1}
+    row = targets.resolve("x86-avx512", 1)
+    func = dense.kernel(product(96, 78), {**knobs, "panels": 1, "chunk": 4}, row)
+    assert len(re.findall(r'T.call_extern\("int32", "bertile_prefetch2"', func.script())) == lines
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("residual", [False, True])
 def test_dense_applies_activation_before_residual(kernels, activation, residual):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import tvm_ffi
+from tvm import tirx
 
 from bertile import targets
 from bertile.schedules.cpu.dense import dense
@@ -94,6 +97,22 @@ def outcome(kernels, task, x, weights, blocks):
     operands = [*x, *schedule.pack(task, knobs, weights, kernels.row)]
     shape = (blocks, task.shape["outputs"], 16)
     return kernels.call(kernels.build(task, knobs), operands, shape)
+
+
+@pytest.mark.parametrize(("threads", "shares"), [(1, 48), (48, 48), (49, 96), (192, 192)])
+def test_there_are_as_many_shares_as_threads_at_least(kernels, threads, shares):
+    """Of which most have no work: 2 blocks by 4 groups of outputs."""
+    task, row = product(96, 48, precision="int8"), replace(kernels.row, threads=threads)
+    func = sparse.kernel(task, {**sparse.default(task, row), "groups": 4}, row)
+    loops = []
+    tvm_ffi.structural_walk(func.body, (tirx.For, loops.append))
+    parallel = [one for one in loops if one.kind == tirx.ForKind.PARALLEL]
+    assert [int(one.extent) for one in parallel] == [shares]
+    sample = sparse.sample(task, 2, np.random.default_rng(0))
+    weights = sparse.pack(task, {**sparse.default(task, row), "groups": 4}, sample.weights, row)
+    operands = [*sample.activations, *weights]
+    found = kernels.call_all(kernels.compile(func), operands, sample.buffers())
+    assert sample.mistake(found) is None
 
 
 ZEROS = {
