@@ -1,6 +1,7 @@
 """Schedules for NVIDIA GPUs, by the operation they run. A new one: its file, and its line here."""
 
 from bertile.schedules.cuda import layout
+from bertile.schedules.cuda.dense import dense
 from bertile.schedules.cuda.embedding import embedding
 from bertile.schedules.cuda.layer_norm import layer_norm
 from bertile.schedules.cuda.narrow import narrow
@@ -9,6 +10,7 @@ from bertile.schedules.schedule import Schedule
 SCHEDULES: dict[str, Schedule] = {
     schedule.operation: schedule
     for schedule in (
+        dense,
         layer_norm,
         embedding,
         narrow,
