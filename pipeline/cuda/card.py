@@ -120,6 +120,8 @@ class Card:
         try:
             for kernel, addresses, symbols in calls:
                 for launch in kernel.launches:
+                    if evaluate(launch.when, symbols) <= 0:
+                        continue
                     grid = [evaluate(extent, symbols) for extent in launch.grid]
                     values = [
                         np.uint64(addresses[name]) if name in addresses else np.int32(symbols[name])
