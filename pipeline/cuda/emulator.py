@@ -138,6 +138,8 @@ def run_kernel(
     for name, value in symbols.items():
         named.setdefault(name, np.int32(value))
     for launch in kernel.launches:
+        if evaluate(launch.when, symbols) <= 0:
+            continue
         grid = [evaluate(extent, symbols) for extent in launch.grid]
         arguments = [named[name] for name in launch.arguments]
         emulated.launch(launch.entry, grid, launch.threads, launch.shared, arguments)
@@ -160,7 +162,7 @@ def aligned(
 
 def evaluate(extent: Extent, symbols: Mapping[str, int]) -> int:
     """The number that an extent (a number, or arithmetic over symbols) stands for."""
-    if not re.fullmatch(r"[\w\s+*/()-]*", str(extent)):
+    if not re.fullmatch(r"[\w\s+*/()<>=-]*", str(extent)):
         raise ValueError(f"not an extent: {extent}")
     return int(eval(str(extent), {"__builtins__": {}}, dict(symbols)))
 
