@@ -261,21 +261,7 @@ FILL = {"ones": 1, "zeros": 0}
 def check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dict:
     """Return the given inputs as integer arrays of one shape (batch, length), checked."""
     known = {spec["name"]: spec for spec in specs}
-    given: dict[str, np.ndarray] = {}
-    for name, value in inputs.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            question = f"did you mean '{near[0]}'? " if near else ""
-            raise InputError(
-                f"the model has no input '{name}'", f"{question}known: {', '.join(known)}"
-            )
-        if value is not None:
-            given[name] = _integers(name, value)
-    for name, spec in known.items():
-        if name not in given and spec["default"] not in FILL:
-            raise InputError(f"the input {name} is missing")
-    if not given:
-        raise InputError("no input was given", f"known: {', '.join(known)}")
+    given = {name: _integers(name, one) for name, one in check_names(inputs, specs).items()}
     first, shape = next((name, array.shape) for name, array in given.items())
     if 0 in shape:
         raise InputError(f"{first} has shape {shape}", "give at least one row and one token")
@@ -289,6 +275,25 @@ def check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dic
         )
     for name, array in given.items():
         _check_range(name, array, known[name])
+    return given
+
+
+def check_names(inputs: dict, specs: list[dict]) -> dict:
+    """Return the inputs that are not None; raises InputError for a wrong or missing name."""
+    known = [spec["name"] for spec in specs]
+    for name in inputs:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            question = f"did you mean '{near[0]}'? " if near else ""
+            raise InputError(
+                f"the model has no input '{name}'", f"{question}known: {', '.join(known)}"
+            )
+    given = {name: value for name, value in inputs.items() if value is not None}
+    for spec in specs:
+        if spec["name"] not in given and spec["default"] not in FILL:
+            raise InputError(f"the input {spec['name']} is missing")
+    if not given:
+        raise InputError("no input was given", f"known: {', '.join(known)}")
     return given
 
 
