@@ -28,16 +28,22 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     return sequences_sample(task, [count * BLOCK - 5 for count in counts], rng)
 
 
-def sequences_sample(task: Task, lengths: list[int], rng: np.random.Generator) -> Sample:
-    """Sequences of these lengths behind each other, some of their keys masked."""
+def sequences_sample(
+    task: Task,
+    lengths: list[int],
+    rng: np.random.Generator,
+    planes: tuple[bool, bool] = (False, True),
+) -> Sample:
+    """Sequences of these lengths behind each other, some of their keys masked. ``planes``: whether
+    each sequence, and each head, has a bias of its own.
+    """
     heads, size, kind = int(task.shape["heads"]), int(task.shape["head_size"]), element(task)
     table, length = token_table(lengths), max(lengths)
     rows = len(table) * BLOCK
     qkv = to_rows(rng.standard_normal((rows, 3 * heads * size)), kind)
     values = from_rows(qkv, 3 * heads * size).astype("float64")
     keys = np.where(rng.random(rows) < 0.1, -10000.0, 0.0).astype("float32")
-    planes = (int(rng.integers(1, 3)), int(rng.integers(1, 3)))  # of one row or head: for all
-    batch, of = (extent if one == 2 else 1 for one, extent in zip(planes, (len(lengths), heads)))
+    batch, of = (extent if own else 1 for own, extent in zip(planes, (len(lengths), heads)))
     bias = rng.standard_normal((batch, of, length, length)).astype("float32")
     expected = np.zeros((rows, heads * size))
     for row, own in enumerate(lengths):

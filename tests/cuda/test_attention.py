@@ -21,8 +21,8 @@ def task_of(heads=2, size=64, precision="fp16", bias=False, **more):
     return Task("attention", {**shape, "precision": precision, **more})
 
 
-def sample_of(task, lengths, seed=0):
-    return sequences_sample(task, lengths, np.random.default_rng(seed))
+def sample_of(task, lengths, **more):
+    return sequences_sample(task, lengths, np.random.default_rng(0), **more)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "tf32", "fp32"])
@@ -45,10 +45,12 @@ def test_attention_of_few_sequences_equals_numpy(lengths):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "tf32"])
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])  # draws whether rows and heads share a bias
-def test_attention_adds_a_bias(precision, seed):
+@pytest.mark.parametrize("planes", [(False, False), (False, True), (True, False), (True, True)])
+def test_attention_adds_a_bias(precision, planes):
     task = task_of(3, 24, precision, bias=True)
-    assert cuda_kernels.mistake(task, sample=sample_of(task, [40, 7, 19], seed)) is None
+    sample = sample_of(task, [40, 7, 19], planes=planes)
+    assert sample.activations[3].shape == (3 if planes[0] else 1, 3 if planes[1] else 1, 40, 40)
+    assert cuda_kernels.mistake(task, sample=sample) is None
 
 
 @pytest.mark.parametrize("row", ["cuda-sm75", "cuda-sm86"])
@@ -84,6 +86,8 @@ def test_attention_survives_the_least_float_as_a_bias():
     sample.activations[1][30:40] = 0.0
     bias[..., 30:] = np.finfo("float32").min
     np.testing.assert_array_equal(cuda_kernels.found(task, sample)[0][:40], by_keys[:40])
+    bias[...] = np.finfo("float32").min
+    assert np.isfinite(from_rows(cuda_kernels.found(task, sample)[0], 128)).all()
 
 
 def test_attention_subtracts_the_maximum():
