@@ -38,6 +38,11 @@ def test_attention_of_wide_heads_equals_numpy(size, precision):
     assert cuda_kernels.mistake(task, sample=sample_of(task, [50, 17])) is None
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 8, 19])
+def test_attention_equals_its_sample(blocks):
+    assert cuda_kernels.mistake(task_of(1, 32), blocks=blocks) is None
+
+
 @pytest.mark.parametrize("lengths", [[1], [16], [128], [129, 128]])
 def test_attention_of_few_sequences_equals_numpy(lengths):
     task = task_of()
