@@ -642,7 +642,7 @@ class _Code:
             function = self._gpu.handle("cuModuleGetFunction", self._module, entry.encode())
         except DriverError as error:
             raise BundleError(f"the kernels lack '{entry}': {error.what}", AGAIN) from error
-        if shared > 48 << 10:  # what every kernel may have without asking
+        if shared:  # beyond 48 KiB, with what the kernel has of its own, only for those who ask
             self._gpu.call("cuFuncSetAttribute", function, _DYNAMIC_SHARED, shared)
         return function
 
@@ -748,12 +748,15 @@ def _link(gpu: Gpu, path: Path) -> int:
 # -- the plan ----------------------------------------------------------------------------------
 
 
+_WRONG = (KeyError, TypeError, ValueError, IndexError, AttributeError, struct.error)
+
+
 def _read_plan(path: Path, manifest: dict) -> Plan:
     try:
         return Plan(json.loads(path.read_bytes().decode()), manifest)
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+    except (*_WRONG, RecursionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise BundleError(f"{path} is damaged: {what}", AGAIN) from error
 
@@ -985,8 +988,12 @@ class _Workspace:
         self.graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self.last: int | None = None  # the stream of the last launch
         self._pending = False  # whether that may still run
-        self._event = gpu.handle("cuEventCreate", _NO_TIMING)
         self.stream = gpu.handle("cuStreamCreate", _OWN_STREAM)
+        try:
+            self._event = gpu.handle("cuEventCreate", _NO_TIMING)
+        except BaseException:
+            gpu.drop("cuStreamDestroy_v2", self.stream)
+            raise
 
     def graph(self, key: tuple) -> _Graph:
         """The graph of a kind ("full", "bare" or "device"), (batch, length) and blocks."""

@@ -18,7 +18,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,14 +107,18 @@ def _cuda_loader():
     """The module that lies beside this one, and shares this one's functions and errors."""
     if __package__:
         return import_module(f"{__package__}.cuda_loader")
-    sys.modules.setdefault("loader", sys.modules[__name__])  # `python loader.py` is __main__
-    try:
-        return import_module("cuda_loader")
-    except ModuleNotFoundError as error:
-        raise PlatformError(
-            f"the bundle is for a GPU, and the module {error.name} is missing",
-            "copy cuda_loader.py beside loader.py",
-        ) from error
+    if "cuda_loader" not in sys.modules:
+        sys.modules.setdefault("loader", sys.modules[__name__])  # `python loader.py` is __main__
+        path = Path(__file__).with_name("cuda_loader.py")
+        if not path.is_file():
+            raise PlatformError(
+                f"the bundle is for a GPU, and {path} is missing", "copy it beside loader.py"
+            )
+        spec = spec_from_file_location("cuda_loader", path)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules["cuda_loader"] = module
+    return sys.modules["cuda_loader"]
 
 
 class Model:

@@ -64,7 +64,7 @@ class Driver:
         devices: int = 1,
         memory: int = 1 << 30,
     ):
-        self.kernels, self.capability, self.version = kernels, capability, version
+        self.kernels, self.capability, self.version = dict(kernels), capability, version
         self.devices, self.memory = devices, memory
         self.calls: collections.Counter[str] = collections.Counter()
         self.fail: dict[str, int] = {}
