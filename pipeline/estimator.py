@@ -29,8 +29,11 @@ _MARK = re.compile(rf"\s*\S+ {loop_marks.MARK} (\d+)")
 _LABEL = re.compile(r"[^\s#/]+:")
 # Behind these the code may go on elsewhere; a call comes back.
 _BRANCH = re.compile(r"\s*(j[a-z]+|retq?|b|b\.[a-z]+|cbn?z|tbn?z|br|ret)\b")
+_JUMP = re.compile(r"\s*(?:jmp|b)\s+(\S+)")  # always
+_RETURN = re.compile(r"\s*ret")
 _INSTRUCTION = re.compile(r"\s+[a-z]")
 OVERLAP = 7
+_NEVER = 1e-6  # passes: what divides nothing by nothing
 
 
 class Estimator:
@@ -94,10 +97,11 @@ def together(*cycles: float) -> float:
 
 @dataclass
 class Block:
-    """Instructions that follow each other, and the marks among them."""
+    """Instructions that follow each other, the marks among them, and what it is called."""
 
     instructions: list[str] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -123,16 +127,45 @@ class Code:
     def times(self, passes: Sequence[int]) -> list[float]:
         """How often each block is passed, where each mark is passed so often.
 
-        A mark that LLVM has copied counts once for all its copies; a block without one is passed
-        as often as the block before it.
+        A mark that LLVM has copied counts once for all its copies, each of which is passed as often
+        as what comes next to it with a mark of its own: the loop for the last, padded panel is a
+        copy of the loop for all others. A block without a mark is passed as often as the block
+        before it.
         """
         copies = Counter(mark for block in self.blocks for mark in block.marks)
+        at = {label: place for place, one in enumerate(self.blocks) for label in one.labels}
+        likely = [self._likely(n, at, passes, copies) for n in range(len(self.blocks))]
+        total: Counter[int] = Counter()
+        for block, weight in zip(self.blocks, likely):
+            for mark in block.marks:
+                total[mark] += weight
         found, last = [], 0.0
-        for block in self.blocks:
+        for block, weight in zip(self.blocks, likely):
             if block.marks:
-                last = max(passes[mark] / copies[mark] for mark in block.marks)
+                last = max(passes[mark] * weight / total[mark] for mark in block.marks)
             found.append(last)
         return found
+
+    def _likely(
+        self,
+        place: int | None,
+        at: Mapping[str, int],
+        passes: Sequence[int],
+        copies: Mapping[int, int],
+    ) -> float:
+        """How often the next block from a place on is passed that has a mark without a copy."""
+        seen: set[int] = set()
+        while place is not None and place < len(self.blocks) and place not in seen:
+            seen.add(place)
+            block = self.blocks[place]
+            if own := [passes[mark] for mark in block.marks if copies[mark] == 1]:
+                return max(*own, _NEVER)
+            end = block.instructions[-1] if block.instructions else ""
+            if _RETURN.match(end):
+                break
+            jump = _JUMP.match(end)
+            place = at.get(jump[1]) if jump else place + 1
+        return _NEVER
 
 
 def assembly(func: tvm.tirx.PrimFunc, row: Target) -> str:
@@ -147,7 +180,9 @@ def blocks(text: str) -> list[Block]:
         if mark := _MARK.match(line):
             found[-1].marks.append(int(mark[1]))
         elif _LABEL.match(line):
-            found.append(Block())
+            if found[-1].instructions or found[-1].marks:
+                found.append(Block())
+            found[-1].labels.append(line.split(":")[0])
         elif _INSTRUCTION.match(line):
             found[-1].instructions.append(line)
             if _BRANCH.match(line):

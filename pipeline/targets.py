@@ -197,7 +197,8 @@ def resolve(name: str = "native", threads: int | None = None) -> Target:
         row = _processor(name.removeprefix(f"{GENERIC}-"))
     else:
         row = native() if name == "native" else _row(name)
-    return dataclasses.replace(row, threads=threads or available_cores())
+    cores = 1 if row.gpu else threads or available_cores()  # no thread of the host computes there
+    return dataclasses.replace(row, threads=cores)
 
 
 def native(features: Collection[str] | None = None, arch: str | None = None) -> Target:

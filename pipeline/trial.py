@@ -48,8 +48,8 @@ def measure(
     _warm_up(row)
     run = build(task, knobs, row)
     weights = trial_sample(task, blocks, row).weights
-    copies = _copies(SCHEDULES[operation].pack(task, knobs, weights, row))
-    return answer(task, row, (blocks, *also), lambda sample: _checked_times(run, sample, copies))
+    cold = copies(SCHEDULES[operation].pack(task, knobs, weights, row))
+    return answer(task, row, (blocks, *also), lambda sample: _checked_times(run, sample, cold))
 
 
 @lru_cache(maxsize=1)
@@ -63,7 +63,7 @@ def build(task: Task, knobs: dict[str, int], row: Target) -> Any:
     return build_kernel(SCHEDULES[task.operation].kernel(task, knobs, row), row)
 
 
-def _copies(packed: Sequence[np.ndarray]) -> list[list[Any]]:
+def copies(packed: Sequence[np.ndarray]) -> list[list[Any]]:
     """The weights as often as no cache can hold them, in memory that trials share: to have the
     system clear it anew would take longer than the copying.
     """
@@ -93,18 +93,18 @@ def _memory(size: int) -> np.ndarray:
     return _shared[start : start + size]
 
 
-def _checked_times(run: Any, sample: Sample, copies: list[list[Any]]) -> list[float] | str:
+def _checked_times(run: Any, sample: Sample, cold: list[list[Any]]) -> list[float] | str:
     """Microseconds of each repeat, or what is wrong with the result."""
     activations = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in sample.activations]
-    arguments = [[*activations, *weights] for weights in copies]
+    arguments = [[*activations, *weights] for weights in cold]
     results = [tvm.runtime.tensor(array) for array in sample.buffers()]
     run(*arguments[0], *results)
     if mistake := sample.mistake([result.numpy() for result in results]):
         return mistake
-    return [_repeat(run, arguments, results) for _ in range(REPEATS)]
+    return [repeat(run, arguments, results) for _ in range(REPEATS)]
 
 
-def _repeat(run: Any, arguments: list[list[Any]], results: list[Any]) -> float:
+def repeat(run: Any, arguments: list[list[Any]], results: list[Any]) -> float:
     """Median microseconds of the calls of one repeat."""
     times: list[float] = []
     while sum(times) < REPEAT_SECONDS or len(times) < REPEAT_CALLS:

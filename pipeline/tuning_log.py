@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -30,6 +30,9 @@ except ImportError:  # not a POSIX system: one write per line is all that keeps 
     fcntl = None  # type: ignore[assignment]
 
 SCHEMA = 1
+# How many times as fast as the default knobs must be by estimate to be taken: nine in ten choices
+# are promised less than this too much, by python -m bertile.evaluation.mca_rank.
+SURE = 1.03
 USER_LOG = Path("~/.local/share/bertile/tuning_logs")
 
 
@@ -133,16 +136,18 @@ class TuningLog:
 
     def best(self, task: Task, row: Target) -> Record | None:
         """The fastest record: a measured one before an estimated one, then one of the same number
-        of threads, where there is one. Knobs that failed on a machine are not chosen by estimate.
+        of threads, where there is one. Knobs that failed on a machine are not chosen by estimate,
+        nor those that gain less than estimates are sure of: then it is the default's record.
         """
         records = self.records(task, row)
         failed = [dict(r.knobs) for r in records if not r.microseconds and not r.estimated]
         found = [
             r for r in records if r.microseconds and not (r.estimated and dict(r.knobs) in failed)
         ]
-        return min(
+        best = min(
             found, key=lambda r: (r.estimated, r.threads != row.threads, r.median), default=None
         )
+        return _surely(best, found, row) if best is not None and best.estimated else best
 
     def append(self, record: Record) -> None:
         """Write a record to the user's log, now and for good."""
@@ -197,6 +202,16 @@ class TuningLog:
                         bad.append(number)
             if bad:
                 self._warn(f"{path}: line {', '.join(map(str, bad))} is no record and is skipped")
+
+
+def _surely(best: Record, found: Sequence[Record], row: Target) -> Record:
+    """The best of these estimates, or the default's where that is hardly slower."""
+    from bertile.schedules.cpu import SCHEDULES
+
+    knobs = SCHEDULES[best.operation].default(best.task, row)
+    defaults = [r for r in found if r.threads == best.threads and dict(r.knobs) == knobs]
+    default = next(iter(defaults), None)
+    return default if default and default.median < SURE * best.median else best
 
 
 def _append(path: Path, line: str) -> None:

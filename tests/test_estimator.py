@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bertile import cli, loop_marks, tuner
+from bertile import cli, loop_marks, mca, tuner
 from bertile.config import Config
 from bertile.errors import PlatformError
 from bertile.estimator import Code, Estimator, blocks, together
@@ -69,6 +69,31 @@ def test_assembly_is_cut_at_labels_and_branches():
     assert [(len(one.instructions), one.marks) for one in found] == [(2, [0]), (1, []), (1, [])]
     code = Code(None, 1, found)
     assert code.times([5]) == [5, 5, 5]
+
+
+def test_copied_loop_is_passed_as_often_as_what_comes_behind_it():
+    """The loop (mark 0) of 6 full panels (mark 1), and LLVM's copy of it for a padded one (2)."""
+    loop = "\t# bertile-mark 0\n\tadd %eax, %ebx\n\tjne .L{0}\n"
+    found = blocks(
+        ".La:\n" + loop.format("a") + "\tjmp .Lc\n.Lb:\n" + loop.format("b") + ".Ld:\n"
+        "\t# bertile-mark 2\n\tnop\n\tretq\n.Lc:\n\t# bertile-mark 1\n\tnop\n\tjmp .Lb\n"
+    )
+    names = [(one.labels, one.marks) for one in found if one.marks]
+    assert names == [([".La"], [0]), ([".Lb"], [0]), ([".Ld"], [2]), ([".Lc"], [1])]
+    times = Code(None, 3, found).times([70, 6, 1])
+    passes = {one.labels[0]: count for one, count in zip(found, times) if one.labels}
+    assert passes == pytest.approx({".La": 60, ".Lb": 10, ".Ld": 1, ".Lc": 6})
+
+
+@pytest.mark.usefixtures("llvm_mca")
+def test_padded_panels_are_not_thought_to_be_faster():
+    """64 / 5 outputs: of 13 panels the last one has but 4, in a loop of its own."""
+    row = resolve("arm-a76", 1)
+    task = Task("dense", {**DENSE.shape, "inputs": 256, "outputs": 64})
+    knobs = {**SCHEDULES["dense"].default(task, row), "accumulators": 5}
+    with Estimator(row) as estimator:
+        found = estimator.run(task, knobs, 8)["microseconds"][0]
+    assert found > 128 * 256 * 64 / 8 / mca.MODELS["arm-a76"].gigahertz / 1e3
 
 
 def test_two_limits_at_once_cost_more_than_one():

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from bertile.errors import BertileError
+from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets import resolve
-from bertile.tuning_log import Record, TuningLog
+from bertile.tuning_log import SURE, Record, TuningLog
 
 ROW = resolve("x86-avx512", threads=2)
 TASK = Task("dense", {"inputs": 64, "outputs": 32, "activation": "none", "residual": False})
@@ -49,6 +50,18 @@ def test_append_is_found_by_a_new_log(tmp_path):
     open_log(tmp_path).append(record(unroll=2))
     found = open_log(tmp_path).best(TASK, ROW)
     assert dict(found.knobs) == {"unroll": 2} and found.median == 6.0
+
+
+@pytest.mark.parametrize(("times", "sure"), [(SURE + 0.01, True), (SURE - 0.01, False)])
+def test_estimated_gain_must_be_larger_than_the_estimate_s_error(tmp_path, times, sure):
+    """Else it is the default's record; a measured one is believed."""
+    log, default = open_log(tmp_path), SCHEDULES["dense"].default(TASK, ROW)
+    guess = replace(record(chunk=4), estimated=True, microseconds=(100.0,))
+    log.append(guess)
+    log.append(replace(guess, knobs=default, microseconds=(100 * times,)))
+    assert dict(log.best(TASK, ROW).knobs) == ({"chunk": 4} if sure else default)
+    log.append(replace(guess, estimated=False, microseconds=(100 * times,)))
+    assert not log.best(TASK, ROW).estimated
 
 
 def test_best_is_the_fastest_of_the_same_threads(tmp_path):

@@ -1,4 +1,4 @@
-"""An NVIDIA GPU through its driver, for those who measure kernels: memory, launches, times.
+"""An NVIDIA GPU for those who measure kernels: memory, graphs of launches, and their times.
 
 A launch that fails leaves the context of its process unusable: whoever tries candidates does so in
 a process of its own.
@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
-from bertile.cuda_loader import KernelNode, evaluate, open_driver
-from bertile.errors import PlatformError
-from bertile.schedules.cuda.source import Kernel
+from bertile.cuda_loader import DRIVER, Gpu, KernelNode, evaluate, open_driver
+from bertile.schedules.cuda.source import Kernel, Launch
 
-Value = Union[int, np.int32, np.float32]  # an address, or a number
 POISON = 0xFF  # of every byte of a fresh buffer: a NaN in each floating-point type
+Call = tuple[Kernel, Mapping[str, int], Mapping[str, int]]  # addresses by name, symbols
 
 _POINTER, _SIZE, _ADDRESS = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
 # Beside those that a loader calls.
@@ -28,64 +27,31 @@ _MORE = {
     "cuMemsetD8_v2": (_ADDRESS, ctypes.c_ubyte, _SIZE),
 }
 # CUdevice_attribute and CUfunction_attribute
-_MULTIPROCESSORS, _L2_BYTES, _MAJOR, _MINOR = 16, 38, 75, 76
-_DYNAMIC_SHARED, _NOT_FOUND = 8, 500
+_MULTIPROCESSORS, _L2_BYTES, _DYNAMIC_SHARED = 16, 38, 8
 _PLAIN_SHARED = 48 << 10  # that a kernel has without asking
 
 
-class Card:
-    """One device in its primary context. A context manager."""
+class Card(Gpu):
+    """One device. Its context is the current one of a thread inside `with card`."""
 
-    def __init__(self, ordinal: int = 0, driver: str | None = None) -> None:
+    def __init__(self, ordinal: int = 0, driver: str = DRIVER) -> None:
         """Raises PlatformError where there is no driver or no such device."""
-        self._driver = open_driver(driver)
+        library = open_driver(driver)
+        super().__init__(library, ordinal)
         for name, types in _MORE.items():
-            function = getattr(self._driver, name)
+            function = getattr(library, name)
             function.argtypes, function.restype = types, ctypes.c_int
-        count, device, context = ctypes.c_int(), ctypes.c_int(), _POINTER()
-        try:
-            self.call("cuInit", 0)
-            self.call("cuDeviceGetCount", ctypes.byref(count))
-        except RuntimeError as error:
-            raise PlatformError(f"the NVIDIA driver does not start: {error}") from error
-        if ordinal >= count.value:
-            raise PlatformError(f"this machine has {count.value} CUDA devices")
-        self.call("cuDeviceGet", ctypes.byref(device), ordinal)
-        self._device = device.value
-        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
-        self.call("cuCtxPushCurrent_v2", context)
-        self.capability = 10 * self._attribute(_MAJOR) + self._attribute(_MINOR)
-        self.multiprocessors = self._attribute(_MULTIPROCESSORS)
-        self.l2_bytes = self._attribute(_L2_BYTES)
-        self._stream = self._made("cuStreamCreate", 1)
-
-    def __enter__(self) -> Card:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.call("cuStreamDestroy_v2", self._stream)
-        self.call("cuCtxPopCurrent_v2", ctypes.byref(_POINTER()))
-        self.call("cuDevicePrimaryCtxRelease_v2", self._device)
-
-    def call(self, name: str, *arguments: Any) -> None:
-        """Call a function of the driver; RuntimeError with the driver's own words."""
-        code = getattr(self._driver, name)(*arguments)
-        if code:
-            text = ctypes.c_char_p()
-            self._driver.cuGetErrorString(code, ctypes.byref(text))
-            raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
+            self._functions[name] = function
+        self.l2_bytes = self.attribute(_L2_BYTES)
 
     def facts(self) -> dict[str, Any]:
         """What a reader of a measurement wants to know of the device."""
-        name, version = ctypes.create_string_buffer(256), ctypes.c_int()
-        self.call("cuDeviceGetName", ctypes.addressof(name), len(name), self._device)
-        self.call("cuDriverGetVersion", ctypes.byref(version))
         return {
-            "gpu": name.value.decode(),
-            "capability": self.capability,
-            "multiprocessors": self.multiprocessors,
+            "gpu": self.name,
+            "capability": 10 * self.capability[0] + self.capability[1],
+            "multiprocessors": self.attribute(_MULTIPROCESSORS),
             "l2_bytes": self.l2_bytes,
-            "cuda": f"{version.value // 1000}.{version.value % 1000 // 10}",
+            "cuda": f"{self.driver // 1000}.{self.driver % 1000 // 10}",
         }
 
     @contextlib.contextmanager
@@ -98,107 +64,80 @@ class Card:
             memory.free()
 
     @contextlib.contextmanager
-    def module(self, image: bytes) -> Iterator[_POINTER]:
+    def module(self, image: bytes) -> Iterator[int]:
         """A loaded cubin, or PTX."""
         text = ctypes.create_string_buffer(image, len(image) + 1)  # PTX ends with a zero
-        module = _POINTER()
-        self.call("cuModuleLoadDataEx", ctypes.byref(module), ctypes.addressof(text), 0, None, None)
+        module = self.handle("cuModuleLoadDataEx", ctypes.addressof(text), 0, None, None)
         try:
             yield module
         finally:
-            self.call("cuModuleUnload", module)
+            self.drop("cuModuleUnload", module)
 
     @contextlib.contextmanager
-    def graph(
-        self, module: _POINTER, calls: Sequence[tuple[Kernel, Mapping[str, int], Mapping[str, int]]]
-    ) -> Iterator[_POINTER]:
-        """A CUDA graph of calls one after the other; a call is a kernel, the addresses of its
-        operands and of its scratch by name, and its symbols.
-        """
-        graph = self._made("cuGraphCreate", 0)
-        execution, held, last = _POINTER(), [], None
+    def graph(self, module: int, calls: Sequence[Call]) -> Iterator[int]:
+        """A CUDA graph of calls of kernels, one after the other."""
+        graph = self.handle("cuGraphCreate", 0)
         try:
+            last = None
             for kernel, addresses, symbols in calls:
                 for launch in kernel.launches:
-                    grid = [evaluate(extent, symbols) for extent in launch.grid]
-                    values = [
-                        np.uint64(addresses[name]) if name in addresses else np.int32(symbols[name])
-                        for name in launch.arguments
-                    ]
-                    function = self._function(module, launch.entry, launch.shared)
-                    last = self._node(
-                        graph, last, function, grid, (launch.threads, launch.shared), values, held
-                    )
-            self.call("cuGraphInstantiateWithFlags", ctypes.byref(execution), graph, 0)
-            yield execution
+                    if evaluate(launch.when, symbols) > 0:
+                        last = self._add(graph, last, module, launch, addresses, symbols)
+            executable = self.handle("cuGraphInstantiateWithFlags", graph, 0)
+            try:
+                yield executable
+            finally:
+                self.drop("cuGraphExecDestroy", executable)
         finally:
-            if execution:
-                self.call("cuGraphExecDestroy", execution)
-            self.call("cuGraphDestroy", graph)
+            self.drop("cuGraphDestroy", graph)
 
-    def milliseconds(self, execution: _POINTER, replays: int = 1) -> float:
+    def milliseconds(self, executable: int, replays: int = 1) -> float:
         """Run a graph so often and wait for it; the time by events before and behind."""
-        begin, end = self._made("cuEventCreate", 0), self._made("cuEventCreate", 0)
+        begin, end = self.handle("cuEventCreate", 0), self.handle("cuEventCreate", 0)
         elapsed = ctypes.c_float()
         try:
-            self.call("cuEventRecord", begin, self._stream)
+            self.call("cuEventRecord", begin, None)
             for _ in range(replays):
-                self.call("cuGraphLaunch", execution, self._stream)
-            self.call("cuEventRecord", end, self._stream)
+                self.call("cuGraphLaunch", executable, None)
+            self.call("cuEventRecord", end, None)
             self.call("cuEventSynchronize", end)
             self.call("cuEventElapsedTime", ctypes.byref(elapsed), begin, end)
         finally:
-            self.call("cuEventDestroy_v2", begin)
-            self.call("cuEventDestroy_v2", end)
+            self.drop("cuEventDestroy_v2", begin)
+            self.drop("cuEventDestroy_v2", end)
         return elapsed.value
 
-    def _node(
+    def _add(
         self,
-        graph: _POINTER,
-        last: _POINTER | None,
-        function: _POINTER,
-        grid: Sequence[int],
-        shape: tuple[int, int],
-        values: Sequence[Any],
-        held: list[Any],
-    ) -> _POINTER:
-        """A launch behind the last one; the driver copies its arguments when the node is made."""
-        places = (_POINTER * max(1, len(values)))()
-        arrays = [np.array([value]) for value in values]
-        for place, array in enumerate(arrays):
-            places[place] = array.ctypes.data
-        node, threads, shared = _POINTER(), *shape
-        parameters = KernelNode(
-            function, (*grid,), (threads, 1, 1), shared, ctypes.addressof(places), None
+        graph: int,
+        last: int | None,
+        module: int,
+        launch: Launch,
+        addresses: Mapping[str, int],
+        symbols: Mapping[str, int],
+    ) -> int:
+        """A launch behind the last one; the driver copies the arguments."""
+        function = self.handle("cuModuleGetFunction", module, launch.entry.encode())
+        if launch.shared > _PLAIN_SHARED:
+            self.call("cuFuncSetAttribute", function, _DYNAMIC_SHARED, launch.shared)
+        values = {**symbols, **addresses}
+        # of an integer of 32 bits the first four of these bytes are read
+        cells = (ctypes.c_uint64 * len(launch.arguments))(*map(values.get, launch.arguments))
+        size = ctypes.sizeof(ctypes.c_uint64)
+        places = [ctypes.addressof(cells) + size * place for place in range(len(cells))]
+        arguments = (_POINTER * len(cells))(*places)
+        grid = [evaluate(extent, symbols) for extent in launch.grid]
+        node = KernelNode(
+            function,
+            (*grid,),
+            (launch.threads, 1, 1),
+            launch.shared,
+            ctypes.addressof(arguments),
+            None,
         )
-        before = (_POINTER * 1)(last)
-        self.call(
-            "cuGraphAddKernelNode",
-            ctypes.byref(node),
-            graph,
-            ctypes.addressof(before) if last else None,
-            int(last is not None),
-            ctypes.byref(parameters),
-        )
-        held += [places, arrays]
-        return node
-
-    def _function(self, module: _POINTER, entry: str, shared: int) -> _POINTER:
-        function = _POINTER()
-        self.call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
-        if shared > _PLAIN_SHARED:
-            self.call("cuFuncSetAttribute", function, _DYNAMIC_SHARED, shared)
-        return function
-
-    def _attribute(self, which: int) -> int:
-        value = ctypes.c_int()
-        self.call("cuDeviceGetAttribute", ctypes.byref(value), which, self._device)
-        return value.value
-
-    def _made(self, name: str, flags: int) -> _POINTER:
-        handle = _POINTER()
-        self.call(name, ctypes.byref(handle), flags)
-        return handle
+        before = (_POINTER * 1)(last) if last else None
+        wait = (ctypes.addressof(before), 1) if last else (None, 0)
+        return self.handle("cuGraphAddKernelNode", graph, *wait, ctypes.byref(node))
 
 
 class Memory:
@@ -208,17 +147,12 @@ class Memory:
         self._card, self._addresses = card, []
 
     def empty(self, size: int) -> int:
-        """The address of so many poisoned bytes."""
-        address = _ADDRESS()
-        self._card.call("cuMemAlloc_v2", ctypes.byref(address), max(1, size))
-        self._addresses.append(address.value)
-        self.poison(address.value, size)
-        return address.value
-
-    def poison(self, address: int, size: int) -> None:
-        """Fill a buffer with what no kernel may leave in its result."""
+        """The address of so many bytes that are what no kernel may leave in its result."""
+        address = self._card.allocate(size, "the operands of a trial")
+        self._addresses.append(address)
         if size:
             self._card.call("cuMemsetD8_v2", address, POISON, size)
+        return address
 
     def upload(self, array: np.ndarray) -> int:
         """The address of an array's copy."""
@@ -238,4 +172,4 @@ class Memory:
     def free(self) -> None:
         """Give everything back."""
         while self._addresses:
-            self._card.call("cuMemFree_v2", self._addresses.pop())
+            self._card.drop("cuMemFree_v2", self._addresses.pop())

@@ -242,9 +242,17 @@ EMULATED_UNCHECKED void emulated_call(void (*entry)(P...), void** a, EmulatedInd
 template <class... P> EMULATED_UNCHECKED void emulated_call(void (*entry)(P...), void** a) {
   emulated_call(entry, a, typename EmulatedCount<sizeof...(P)>::Indices());
 }
+template <class> struct EmulatedParameters;
+template <class... P> struct EmulatedParameters<void (*)(P...)> {
+  unsigned bytes[1 + sizeof...(P)] = {sizeof...(P), sizeof(P)...};  // how many, and of each
+};
+#define EMULATED_EXPORT extern "C" __attribute__((visibility("default")))
 #define EMULATED_ENTRY(NAME, LIMIT)                                                                \
-  static EMULATED_UNCHECKED void emulated_call_##NAME(void** arguments) { emulated_call(NAME, arguments); }           \
-  extern "C" __attribute__((visibility("default"))) void emulated_##NAME(                          \
-      const unsigned grid[3], unsigned threads, unsigned shared, void** arguments) {               \
+  EMULATED_EXPORT constexpr EmulatedParameters<decltype(&NAME)> emulated_parameters_##NAME = {};   \
+  static EMULATED_UNCHECKED void emulated_call_##NAME(void** arguments) {                          \
+    emulated_call(NAME, arguments);                                                                \
+  }                                                                                                \
+  EMULATED_EXPORT void emulated_##NAME(const unsigned grid[3], unsigned threads, unsigned shared,  \
+                                       void** arguments) {                                         \
     emulated_launch(emulated_call_##NAME, #NAME, grid, threads, LIMIT, shared, arguments);         \
   }

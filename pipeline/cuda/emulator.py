@@ -19,14 +19,16 @@ from typing import Union
 
 import numpy as np
 
+from bertile.cuda_loader import evaluate
 from bertile.errors import BertileError, PlatformError
-from bertile.schedules.cuda.source import Extent, Kernel
+from bertile.schedules.cuda.source import Kernel
 
 Argument = Union[np.ndarray, np.generic]
 
 _APART = 1 << 16
 _HERE = Path(__file__).parent
 _PARTS = ("emulation.cpp", "emulation.h", "emulation_memory.h", "emulation_tensor.h")
+_DRIVER = ("fake_driver.c", "fake_image.h")
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-strict-aliasing")
 # Every access to memory becomes a call of the emulator, which takes the sanitizer's place.
 _CHECKED = ("-O2", "-w", "-fsanitize=thread")
@@ -59,6 +61,23 @@ def build(source: str, directory: Path) -> Path:
         _compile(*_CHECKED, *_no_calls(), f"-I{_HERE}", "-c", str(unit), "-o", str(unlinked))
         _compile("-shared", "-Wl,-Bsymbolic", str(unlinked), str(runtime), "-o", str(linked), "-lm")
         linked.replace(made)
+    return made
+
+
+def driver(directory: Path) -> Path:
+    """A library in the place of the NVIDIA driver's (fake_driver.c), kept in `directory`.
+
+    It runs the kernels of the library that the variable BERTILE_EMULATED_KERNELS names, which
+    `build` made of the same source as the code that is loaded.
+    """
+    parts = [(_HERE / name).read_bytes() for name in _DRIVER]
+    made = directory / f"libcuda-{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.so"
+    if not made.exists():
+        with tempfile.TemporaryDirectory(dir=directory) as folder:
+            linked = Path(folder, "libcuda.so")
+            flags = ("-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared", "-pthread")
+            _run("-x", "c", *flags, str(_HERE / _DRIVER[0]), "-o", str(linked), "-ldl")
+            linked.replace(made)
     return made
 
 
@@ -158,13 +177,6 @@ def aligned(
     return memory[first : first + count].view(dtype).reshape(shape)
 
 
-def evaluate(extent: Extent, symbols: Mapping[str, int]) -> int:
-    """The number that an extent (a number, or arithmetic over symbols) stands for."""
-    if not re.fullmatch(r"[\w\s+*/()-]*", str(extent)):
-        raise ValueError(f"not an extent: {extent}")
-    return int(eval(str(extent), {"__builtins__": {}}, dict(symbols)))
-
-
 def _apart(array: np.ndarray) -> np.ndarray:
     copy = aligned(array.shape, array.dtype)
     copy[...] = array
@@ -242,9 +254,12 @@ def _no_calls() -> tuple[str, ...]:
 
 
 def _compile(*arguments: str) -> None:
-    done = subprocess.run(
-        [_required_compiler(), *_COMMON, *arguments], capture_output=True, text=True, check=False
-    )
+    _run(*_COMMON, *arguments)
+
+
+def _run(*arguments: str) -> None:
+    line = [_required_compiler(), *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EmulationError(f"the C++ compiler refuses the kernel:\n{done.stderr.strip()}")
 

@@ -51,9 +51,9 @@ def measure(archive: Path, output: Path, seconds: float | None = None) -> str:
             file.extractall(place, names)
             manifest = json.loads(file.read("manifest.json"))
         row = resolve(manifest["target"]["name"], manifest["threads"])
-        with Card() as card:
-            check(card, row)
-            machine = {**card.facts(), "cores": os.cpu_count()}
+        card = Card()
+        check(card, row)
+        machine = {**card.facts(), "cores": os.cpu_count()}
         done = failed = 0
         with open(output, "w", encoding="utf-8") as lines:
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())

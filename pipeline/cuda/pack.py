@@ -108,5 +108,5 @@ def sources() -> Iterator[tuple[str, bytes]]:
     """The modules that measuring takes, none of which needs TVM, by their names in an archive."""
     for package in PACKAGES:
         place = Path(import_module(package).__path__[0])
-        for file in sorted(place.glob("*.py")):
+        for file in sorted([*place.glob("*.py"), *place.glob("*.cuh")]):
             yield f"{package.replace('.', '/')}/{file.name}", file.read_bytes()

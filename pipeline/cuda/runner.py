@@ -28,8 +28,7 @@ class CudaRunner:
     def __init__(self, row: Target) -> None:
         """Raises PlatformError where there is no such GPU."""
         try:
-            with Card() as card:
-                check(card, row)
+            check(Card(), row)
         except PlatformError as error:
             raise PlatformError(
                 f"kernels for {row.name} cannot be measured on this machine: {error.what}",

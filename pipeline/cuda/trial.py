@@ -9,14 +9,14 @@ has left them, and so does a trial.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bertile.cuda.card import Card, Memory
+from bertile.cuda.card import Call, Card, Memory
 from bertile.cuda_loader import evaluate
 from bertile.errors import PlatformError
 from bertile.schedules import schedules_for, trial_sample
@@ -52,7 +52,8 @@ def measure(
     schedule = schedules_for(row)[operation]
     kernel = schedule.kernel(task, knobs, row)
     packed = schedule.pack(task, knobs, trial_sample(task, blocks, row).weights, row)
-    with card.memory() as memory, card.module(Path(image).read_bytes()) as module:
+    code = Path(image).read_bytes()
+    with card, card.memory() as memory, card.module(code) as module:
         copies = [[memory.upload(array) for array in packed] for _ in range(_copies(packed, card))]
 
         def times(sample: Sample) -> list[float] | str:
@@ -70,10 +71,11 @@ def open_card() -> Card:
 
 def check(card: Card, row: Target) -> None:
     """PlatformError where a device cannot run a row's code."""
-    if card.capability != row.gpu.capability:
+    found = card.facts()["capability"]
+    if found != row.gpu.capability:
         raise PlatformError(
-            f"this device is sm_{card.capability}, the kernels are for {row.name}",
-            f"give --target cuda-sm{card.capability}",
+            f"{card.name} is sm_{found}, the kernels are for {row.name}",
+            f"give --target cuda-sm{found}",
         )
 
 
@@ -96,7 +98,7 @@ def _times(
             name: memory.empty(evaluate(size, symbols)) for name, size in kernel.scratch.items()
         }
 
-        def call(weights: Sequence[int]) -> tuple[Kernel, Mapping[str, int], Mapping[str, int]]:
+        def call(weights: Sequence[int]) -> Call:
             operands = zip(kernel.operands, (*activations, *weights, *places), strict=True)
             return kernel, {**scratch, **dict(operands)}, symbols
 

@@ -1,6 +1,7 @@
 """Schedules for NVIDIA GPUs, by the operation they run. A new one: its file, and its line here."""
 
 from bertile.schedules.cuda import layout
+from bertile.schedules.cuda.attention import attention
 from bertile.schedules.cuda.dense import dense
 from bertile.schedules.cuda.embedding import embedding
 from bertile.schedules.cuda.layer_norm import layer_norm
@@ -10,6 +11,7 @@ from bertile.schedules.schedule import Schedule
 SCHEDULES: dict[str, Schedule] = {
     schedule.operation: schedule
     for schedule in (
+        attention,
         dense,
         layer_norm,
         embedding,

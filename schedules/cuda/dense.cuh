@@ -100,7 +100,7 @@ template <class C> WORD void dense(const Operands& of) {
       if (step == STEPS - 1) {  // the next slot is there, and this one has been read by all
         copy_wait<C::STAGES - 2>();
         block_sync();
-        slot = slot == C::STAGES - 1 ? 0 : slot + 1;
+        if (iteration < C::ITERATIONS - 1) slot = slot == C::STAGES - 1 ? 0 : slot + 1;
       }
       const u8* const now = shared + slot * C::SLOT;
       load<C>(fragments[(step + 1) % 2], now + x_at, now + w_at, names, (step + 1) % STEPS);

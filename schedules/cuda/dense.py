@@ -20,17 +20,20 @@ and for others.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
+from bertile.schedules.cuda.dense_cost import cycles
 from bertile.schedules.cuda.dense_kernel import kernel
 from bertile.schedules.cuda.dense_samples import sample
-from bertile.schedules.cuda.dense_tile import PANEL, SIZE, Operands
+from bertile.schedules.cuda.dense_tile import PANEL, Operands, Tile, rounded_tf32
 from bertile.schedules.cuda.forms import pitch, to_device
-from bertile.schedules.schedule import Knobs, Row, Schedule, Space
+from bertile.schedules.schedule import Gpu, Knobs, Row, Schedule, Space
 from bertile.schedules.task import Task
 
+SPLITS = (192, 384, 768, 1536)
 TILES: Space = {
     "rows": (32, 64, 128, 256),
     "columns": (32, 64, 96, 128, 192, 256),
@@ -55,13 +58,29 @@ def space(task: Task, row: Row) -> Space:
     """Two tiles, and below how many rows the first is taken. A tile that a GPU cannot run stands
     for the nearest one that it can.
     """
-    return {"few": (0, 192, 384, 768, 1536), **FEW, **TILES}
+    return {"few": (0, *SPLITS), **FEW, **TILES}
 
 
 def default(task: Task, row: Row) -> Knobs:
-    many = {"rows": 128, "columns": 128, "tall": 4, "wide": 8, "slices": 1, "stages": 3, "band": 4}
-    few = {"rows": 32, "columns": 32, "tall": 2, "wide": 4, "slices": 4, "stages": 4, "band": 8}
-    return {"few": 384, **{f"few_{key}": value for key, value in few.items()}, **many}
+    """What ``dense_cost`` thinks fastest for 128 and for 4096 rows, and where they meet."""
+    few, few_tile = _fastest(task, row.gpu, 128, "few_", FEW)
+    many, many_tile = _fastest(task, row.gpu, 4096, "", TILES)
+    meet = [n for n in SPLITS if cycles(many_tile, n, row.gpu) < cycles(few_tile, n, row.gpu)]
+    return {"few": min(meet, default=SPLITS[-1]), **few, **many}
+
+
+def _fastest(task: Task, gpu: Gpu, rows: int, prefix: str, choices: Space) -> tuple[Knobs, Tile]:
+    """The knobs of a tile, of those that are what they say."""
+    best: tuple[float, Knobs, Tile] | None = None
+    for values in itertools.product(*choices.values()):
+        knobs = dict(zip(choices, values))
+        tile = Tile.of(task, knobs, gpu, prefix)
+        if any(getattr(tile, key.removeprefix(prefix)) != value for key, value in knobs.items()):
+            continue
+        found = cycles(tile, rows, gpu)
+        if best is None or found < best[0]:
+            best = found, knobs, tile
+    return best[1], best[2]
 
 
 def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> list[np.ndarray]:
@@ -70,12 +89,11 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
     """
     of = Operands.of(task)
     w, *vectors = weights
-    each = PANEL // SIZE[of.read]
+    each = PANEL // of.size
     columns = pitch(of.outputs)
     w = np.pad(w.T, ((0, columns - of.outputs), (0, of.panels * each - of.inputs)))
-    if of.precision == "tf32":  # to the nearest, ties away from zero, as to_tf32 does
-        w = np.ascontiguousarray(w, "float32")
-        w = ((w.view("uint32") + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view("float32")
+    if of.precision == "tf32":
+        w = rounded_tf32(w)
     stored = w if of.read == "u8" else to_device(w, of.read)
     chunks = stored.reshape(columns, of.panels, 8, each // 8).transpose(1, 0, 2, 3)
     order = np.arange(8) ^ (np.arange(columns) % 8)[:, None]  # its own inverse

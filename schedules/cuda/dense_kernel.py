@@ -25,7 +25,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
     """
     of, few = Operands.of(task), knobs["few"]
     parameters = _parameters(of)
-    launches, entries = [], []
+    launches, tiles, entries = [], [], []
     for name, prefix, when in (
         ("few", "few_", f"rows < {few}" if few else 0),
         ("many", "", f"rows >= {few}" if few else 1),
@@ -34,13 +34,22 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
             continue
         tile = Tile.of(task, knobs, row.gpu, prefix)
         entry = f"{task.name}_{name}"
-        entries += [tile.constants(name.title()), _entry(of, tile, entry, name.title())]
+        tiles.append(tile.constants(name.title()))
+        entries.append(_entry(of, tile, entry, task.name, name.title()))
         columns = -(-pitch(of.outputs) // tile.columns)
         grid = (f"(rows + {tile.rows - 1}) // {tile.rows} * {columns}", 1, 1)
         names = (*(name for _, name in parameters), "rows")
         launches.append(Launch(entry, grid, tile.threads, tile.shared, names, when))
     source = "\n".join(
-        [f"namespace {task.name} {{", _types(task, of), *_templates(of), *entries, "}\n"]
+        [
+            f"namespace {task.name} {{",
+            _types(task, of),
+            *_templates(of),
+            *tiles,
+            "}",
+            *entries,
+            "",
+        ]
     )
     return Kernel(source, tuple(name for _, name in parameters), tuple(launches))
 
@@ -103,7 +112,7 @@ WORD unsigned as_multiplied(unsigned x) {{ return {as_multiplied}; }}
     return [multiply, code("dense_finish.cuh"), code("dense.cuh")]
 
 
-def _entry(of: Operands, tile: Tile, entry: str, name: str) -> str:
+def _entry(of: Operands, tile: Tile, entry: str, space: str, name: str) -> str:
     parameters = _parameters(of)
     signature = ", ".join(f"{kind}* __restrict__ {name}" for kind, name in parameters)
     sets = [
@@ -114,10 +123,10 @@ def _entry(of: Operands, tile: Tile, entry: str, name: str) -> str:
         [
             f'extern "C" __global__ void __launch_bounds__({tile.threads})',
             f"{entry}({signature}, int rows) {{",
-            "  Operands of = {};",
+            f"  {space}::Operands of = {{}};",
             *sets,
             "  of.rows = rows;",
-            f"  dense<{name}>(of);",
+            f"  {space}::dense<{space}::{name}>(of);",
             "}",
         ]
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from bertile.schedules.cuda.forms import element, pitch
 from bertile.schedules.schedule import Gpu
 from bertile.schedules.task import Task
@@ -14,6 +16,12 @@ SIZE = {"f16": 2, "bf16": 2, "float": 4, "u8": 1}
 REGISTERS = 255  # of a thread
 GRANULE = 8  # registers are given to a thread by so many
 PRIVATE = 1024  # bytes of shared memory that the system takes of each block
+
+
+def rounded_tf32(values: np.ndarray) -> np.ndarray:
+    """float32 as ``to_tf32`` makes it: to the nearest of 10 bits, ties away from zero."""
+    bits = np.ascontiguousarray(values, "float32").view("uint32")
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view("float32")
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,11 @@ class Operands:
             "u8" if shape.get("writes") == "to_int8" else wide,
             bool(shape["residual"]),
         )
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element of x and W."""
+        return SIZE[self.read]
 
     @property
     def input_bytes(self) -> int:

@@ -54,7 +54,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
     dtypes, counts = _ids(task), _counts(task)
     first = [(f"const {INTEGERS[dtype]}", f"ids{i}") for i, dtype in enumerate(dtypes)]
     first.append(("const int", "place"))
-    first += [("const X", f"table{i}") for i in range(len(counts))]
+    first += [(f"const {element(task)}", f"table{i}") for i in range(len(counts))]
     extents = [f"ids{i}_{axis}" for i in range(len(dtypes)) for axis in range(2)]
     lines = []
     for i, count in enumerate(counts):

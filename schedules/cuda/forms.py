@@ -84,7 +84,7 @@ def symbols(rows: int, batch: int = 1, length: int = 1, **extents: int) -> dict[
 
 def code(name: str) -> str:
     """The text of a file beside this one."""
-    return resources.files(__package__).joinpath(name).read_text()
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def constants(**values: float) -> str:

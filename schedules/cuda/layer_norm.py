@@ -24,7 +24,7 @@ from bertile.schedules.task import Task
 
 # what the row is multiplied by is on its way while the sums wait for x
 ASK = """\
-  __shared__ alignas(16) float gammas[PITCH], betas[PITCH];
+  alignas(16) __shared__ float gammas[PITCH], betas[PITCH];
   ask_for(gamma, gammas);
   ask_for(beta, betas);
   copy_commit();
@@ -38,7 +38,7 @@ NORMALIZE = """
 def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
     """(x, gamma, beta, [smooth], [limits], y, [q, [range]])."""
     load = "  row.load<X>(source + static_cast<long long>(row.row) * PITCH, x);"
-    first = [("const X", "source")]
+    first = [(f"const {element(task)}", "source")]
     return normalizing_kernel(task, knobs, first, [], "", load)
 
 
@@ -56,7 +56,7 @@ def normalizing_kernel(
     parameters = [
         *first,
         *(("const float", name) for name in ("gamma", "beta", *narrow.inputs)),
-        ("X", "y"),
+        (element(task), "y"),
         *((kinds[name], name) for name in narrow.results),
     ]
     body = f"{ASK}{load}{NORMALIZE}\n  {narrow.call}"

@@ -27,7 +27,8 @@ from bertile.schedules.cuda.forms import (
     to_rows,
     token_table,
 )
-from bertile.schedules.cuda.source import Extent, Kernel, Launch
+from bertile.schedules.cuda.program import program
+from bertile.schedules.cuda.source import Extent, Kernel
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule
 from bertile.schedules.task import Task
 
@@ -130,18 +131,9 @@ def _kernel(words: Words) -> Callable[[Task, Knobs, Row], Kernel]:
             threads = min(MOST_THREADS, -(-wide // vector // 32) * 32)
             values = constants(C=int(channels), PITCH=wide, VECTOR=vector)
             helpers = f"using X = {element(task)};\n{values}\n{code('layout.cuh')}"
-        pointers = [f"{kind}* __restrict__ {name}" for kind, name in words.pointers]
-        signature = ", ".join([*pointers, *(f"int {name}" for name in words.extents)])
-        source = f"""
-namespace {task.name} {{
-{helpers}
-extern "C" __global__ void __launch_bounds__({threads}) {task.name}({signature}) {{{words.body}
-}}
-}}
-"""
-        operands = tuple(name for _, name in words.pointers)
-        launch = Launch(task.name, words.grid, threads, 0, (*operands, *words.extents))
-        return Kernel(source, operands, (launch,))
+        kinds = {"const X": f"const {element(task)}", "X": element(task)} if channels else {}
+        pointers = [(kinds.get(kind, kind), name) for kind, name in words.pointers]
+        return program(task.name, threads, words.grid, pointers, words.extents, helpers, words.body)
 
     return kernel
 

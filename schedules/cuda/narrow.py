@@ -37,7 +37,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
     made_for = Narrow.of(task)
     kinds = {"q": "u8", "range": "float"}
     parameters = [
-        ("const X", "source"),
+        (f"const {element(task)}", "source"),
         *(("const float", name) for name in made_for.inputs),
         *((kinds[name], name) for name in made_for.results),
     ]

@@ -91,11 +91,9 @@ template <class V> WORD V shuffle(V v, int lane) { return __shfl_sync(0xffffffff
 
 // ---- shared memory -------------------------------------------------------------------------------
 
+// Not by asm: the compiler adds constant offsets to the address of what it can see into.
 WORD unsigned shared_address(const void* pointer) {
-  unsigned address;
-  asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }"
-      : "=r"(address) : "l"(pointer));
-  return address;
+  return (unsigned)__cvta_generic_to_shared(pointer);
 }
 
 // 8 × 8 matrices of 16-bit numbers: lane 8*i + r gives the address of row r of matrix i (16 bytes,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bertile.schedules.cuda.forms import code, constants, element, pitch
-from bertile.schedules.cuda.source import Kernel, Launch
+from bertile.schedules.cuda.program import program
+from bertile.schedules.cuda.source import Kernel
 from bertile.schedules.schedule import Knobs, Row, Space
 from bertile.schedules.task import Task
 
@@ -92,27 +93,14 @@ def row_kernel(
         SMOOTH=narrow.smooth,
         EPSILON=float(task.shape.get("epsilon", 0.0)),
     )
-    # none of them ``__restrict__``: nvcc moves loads of such behind the barrier that others need
-    pointers = [f"{kind}* {name}" for kind, name in parameters]
-    signature = ", ".join([*pointers, *(f"int {name}" for name in ("rows", *extents))])
-    source = f"""
-namespace {task.name} {{
-using X = {element(task)};
-{values}
-{code("rows.cuh")}
-{helpers}
-extern "C" __global__ void __launch_bounds__({threads}) {task.name}({signature}) {{
+    helpers = f"using X = {element(task)};\n{values}\n{code('rows.cuh')}\n{helpers}"
+    body = f"""
   __shared__ float partial[4 * ROWS * WARPS];
   const Row row(rows, partial);
   float x[CHUNKS][8];
-{body}
-}}
-}}
-"""
-    operands = tuple(name for _, name in parameters)
+{body}"""
     grid = (f"(rows + {knobs['rows'] - 1}) // {knobs['rows']}", 1, 1)
-    launch = Launch(task.name, grid, threads, 0, (*operands, "rows", *extents))
-    return Kernel(source, operands, (launch,))
+    return program(task.name, threads, grid, parameters, ["rows", *extents], helpers, body)
 
 
 def padded(weights: Sequence[np.ndarray], channels: int) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ import pytest
 
 from bertile.evaluation import mca_rank
 from bertile.evaluation.mca_rank import Point, rank
+from bertile.tuning_log import SURE
 
 
 def points(*pairs: tuple[float, float]) -> list[Point]:
@@ -23,6 +24,14 @@ def test_regret_is_of_the_candidate_that_looked_best():
     assert found.regret == pytest.approx(0.5) and found.of_five == pytest.approx(0)
     assert found.correlation == pytest.approx(0.5)
     assert found.error == pytest.approx(1 - 3 / 20)
+
+
+def test_small_promise_is_not_taken_and_a_large_one_is():
+    """The default is estimated at 100 and takes 10; the other takes 20 whatever is promised."""
+    for guess, taken in ((100 / SURE + 1, 0.0), (100 / SURE - 1, 1.0)):
+        found = rank(points((100, 10), (guess, 20)), 128)
+        assert found.taken == pytest.approx(taken) and found.regret == pytest.approx(1.0)
+        assert found.promised == pytest.approx(1 + 0.9 * (100 / guess * 2 - 1) - 1)
 
 
 @pytest.mark.usefixtures("llvm_mca")
