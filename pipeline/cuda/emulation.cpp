@@ -3,7 +3,6 @@
 // A warp's lanes meet at every operation of a whole warp; the last to come computes it for all.
 // Between barriers warps run in an order drawn from a seed. A launch ends at the first mistake:
 // emulated_error() says what it was.
-#include <math.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>

@@ -246,8 +246,8 @@ WORD void wgmma_fence() { emulated_wgmma_fence(); }
 WORD void wgmma_commit() { emulated_wgmma_commit(); }
 template <int N> WORD void wgmma_wait() { emulated_wgmma_wait(N); }
 template <class T, int R> WORD void wgmma_keep(T (&)[R]) {}
-template <class T> constexpr int emulated_kind = 0;  // of 16-bit numbers: f16
-template <> constexpr int emulated_kind<bf16> = 1;
+template <class T> inline constexpr int emulated_kind = 0;  // of 16-bit numbers: f16
+template <> inline constexpr int emulated_kind<bf16> = 1;
 constexpr int emulated_bytes = 2;
 template <class T, int N>
 WORD void wgmma(float (&d)[N / 2], unsigned long long a, unsigned long long b, bool accumulate) {

@@ -210,6 +210,20 @@ EMULATED_ACCESS(8)
 EMULATED_ACCESS(16)
 HIDDEN void __tsan_read_range(void* p, unsigned long size) { on_access(p, size, false); }
 HIDDEN void __tsan_write_range(void* p, unsigned long size) { on_access(p, size, true); }
+HIDDEN void* __tsan_memset(void* to, int value, size_t size) {
+  on_access(to, size, true);
+  return memset(to, value, size);
+}
+HIDDEN void* __tsan_memcpy(void* to, const void* from, size_t size) {
+  on_access(from, size, false);
+  on_access(to, size, true);
+  return memcpy(to, from, size);
+}
+HIDDEN void* __tsan_memmove(void* to, const void* from, size_t size) {
+  on_access(from, size, false);
+  on_access(to, size, true);
+  return memmove(to, from, size);
+}
 HIDDEN void __tsan_init() {}
 HIDDEN void __tsan_func_entry(void*) {}
 HIDDEN void __tsan_func_exit() {}
