@@ -144,6 +144,61 @@ EmulatedFloats emulated_mma_16816(EmulatedFloats d, EmulatedFour a, EmulatedTwo 
   return __builtin_bit_cast(EmulatedFloats, one.d);
 }
 
+namespace {
+
+struct SparseProduct {
+  EmulatedFour a, b, d;
+  unsigned kept;
+};
+
+// a, of which `kept` says where the numbers lie, becomes a matrix with zeros.
+template <class F> void multiply_sparse(Lane* lanes, F read) {
+  float a[16][32] = {}, b[32][8], d[16][8];
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    const SparseProduct& one = *(SparseProduct*)lanes[lane].request;
+    const unsigned g = lane / 4, t = lane % 4;
+    for (unsigned i = 0; i < 4; ++i) {
+      memcpy(&d[g + i / 2 * 8][2 * t + i % 2], &one.d.v[i], 4);
+      for (unsigned k = 0; k < 2; ++k) b[8 * i + 2 * t + k][g] = read(one.b.v[i], k);
+      // Register i holds the two that are kept of four: row g or g+8, of k in one half.
+      const unsigned half = i / 2;
+      const unsigned kept = ((SparseProduct*)lanes[lane - t + half].request)->kept;
+      const unsigned where = kept >> (16 * (i % 2) + 4 * t) & 15;
+      if ((where & 3) >= where >> 2)
+        return fail("mma_sp_16832: lane %u says that columns %u and %u of a four are kept",
+                    lane - t + half, where & 3, where >> 2);
+      for (unsigned k = 0; k < 2; ++k)
+        a[g + i % 2 * 8][16 * half + 4 * t + (where >> 2 * k & 3)] = read(one.a.v[i], k);
+    }
+  }
+  multiply<32>(d, a, b);
+  for (unsigned lane = 0; lane < kLanes; ++lane)
+    for (unsigned i = 0; i < 4; ++i)
+      memcpy(&((SparseProduct*)lanes[lane].request)->d.v[i],
+             &d[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2], 4);
+}
+
+}  // namespace
+
+EmulatedFloats emulated_mma_sp_16832(EmulatedFloats d, EmulatedFour a, EmulatedFour b,
+                                     unsigned kept, int bf16) {
+  SparseProduct one = {a, b, __builtin_bit_cast(EmulatedFour, d), kept};
+  whole_warp("mma_sp_16832");
+  if (bf16)
+    together("mma_sp_16832<bf16>", &one, [](Lane* lanes, unsigned) {
+      multiply_sparse(lanes, [](unsigned x, unsigned k) {
+        return __uint_as_float(x >> 16 * k << 16);
+      });
+    });
+  else
+    together("mma_sp_16832<f16>", &one, [](Lane* lanes, unsigned) {
+      multiply_sparse(lanes, [](unsigned x, unsigned k) {
+        return emulated_half_to_float((unsigned short)(x >> 16 * k));
+      });
+    });
+  return __builtin_bit_cast(EmulatedFloats, one.d);
+}
+
 EmulatedFloats emulated_mma_1688_tf32(EmulatedFloats d, EmulatedFour a, EmulatedTwo b) {
   Product one = pack_product(&d, a, b);
   whole_warp("mma_1688_tf32");
