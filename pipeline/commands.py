@@ -174,7 +174,8 @@ def _sparsity(options: Namespace) -> Outcome:
 def targets(options: Namespace, progress: Progress) -> Outcome:
     """Every row, and which of them this machine can run."""
     from bertile.loader import cpu_features
-    from bertile.targets import TABLE, as_text, fits, native
+    from bertile.targets import TABLE, fits, native
+    from bertile.targets_table import as_text
 
     found = cpu_features()
     runs = [row.name for row in TABLE if fits(row, found)]

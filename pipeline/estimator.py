@@ -19,7 +19,8 @@ import tvm
 from bertile import codegen, loop_marks, mca, targets
 from bertile.errors import PlatformError
 from bertile.loop_walk import Walk
-from bertile.schedules.cpu import SCHEDULES, trial_sample
+from bertile.schedules import trial_sample
+from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.task import Task
 from bertile.targets import Target
@@ -73,11 +74,11 @@ class Estimator:
         each = code.cycles(self._model)
         sizes = [cache.size for cache in caches]
         walk = Walk(code.func, code.marks, sizes, self._row.threads, self._here)
-        weights = trial_sample(task, counts[0]).weights
+        weights = trial_sample(task, counts[0], self._row).weights
         packed = SCHEDULES[task.operation].pack(task, knobs, weights, self._row)
         found = []
         for count in counts:
-            sample = trial_sample(task, count)
+            sample = trial_sample(task, count, self._row)
             passes = walk.passes([*sample.activations, *packed, *sample.buffers()])
             work = sum(one * times for one, times in zip(each, code.times(passes.marks)))
             moved = [lines * cache.cycles for lines, cache in zip(passes.fetched, caches)]

@@ -1,4 +1,6 @@
-"""What `bertile-run --measure` wrote on a device comes in; records of the tuning log go out."""
+"""What a device wrote of an archive (`bertile-run --measure`, or a GPU's archive itself) comes in;
+records of the tuning log go out.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,10 @@ import numpy as np
 from bertile.errors import UsageError
 from bertile.log_commands import usable
 from bertile.progress import Progress
-from bertile.schedules.cpu import trial_sample
-from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules import trial_sample
 from bertile.schedules.task import Task
+from bertile.targets import resolve
+from bertile.trial_server import LANES
 from bertile.tuner import BLOCKS
 from bertile.tuning_log import Record, TuningLog
 
@@ -25,12 +28,15 @@ SCHEMA = 1
 
 def ingest(path: Path, log: TuningLog, progress: Progress) -> dict[str, Any]:
     """Append what the result says of its candidates to the user's log, each compared with the
-    reference first; what the log has already is left out, so that a file may be read twice.
+    reference first (a GPU's were, where they ran); what the log has already is left out, so that a
+    file may be read twice.
     """
     lines = _lines(path, progress)
     header = next(lines, {})
     if header.get("schema") != SCHEMA or not isinstance(header.get("pack"), dict):
-        raise UsageError(f"'{path}' is no result of bertile-run --measure", "give its --output")
+        raise UsageError(
+            f"'{path}' is no result of bertile-run --measure", "give the --output of it"
+        )
     result = _Result(header, list(lines))
     counts = {"added": 0, "known": 0, "failed": 0}
     known = {one.to_line() for one in log.all_records(result.log)}
@@ -41,7 +47,7 @@ def ingest(path: Path, log: TuningLog, progress: Progress) -> dict[str, Any]:
         log.append(record)
         counts["added"] += 1
         counts["failed"] += not record.microseconds
-    return {"log": str(log.directories[-1]), "device": result.machine["cpu"], **counts}
+    return {"log": str(log.directories[-1]), "device": result.device, **counts}
 
 
 class _Result:
@@ -50,7 +56,9 @@ class _Result:
     def __init__(self, header: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
         self._pack, self._time = header["pack"], header["time"]
         self.log: str = self._pack["log"]
+        self._row = resolve(self._pack["target"]["name"], self._pack["threads"])
         self.machine = {**header["machine"], "row": self._pack["target"]["name"]}
+        self.device = self.machine.get("gpu") or self.machine["cpu"]
         self._outputs = {one["output"]: one["base64"] for one in lines if "output" in one}
         self._answers = {one["candidate"]: one for one in lines if "candidate" in one}
         self._verdicts: dict[tuple[int, int, str], str | None] = {}
@@ -91,7 +99,7 @@ class _Result:
 
     def _mistake(self, candidate: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
         """What is wrong with a candidate's output, which most share with others of their task."""
-        digest = found["output"]
+        digest = found.get("output")
         key = (candidate["task"], found["tokens"], digest)
         if digest and key not in self._verdicts:
             self._verdicts[key] = self._verdict(self._task(candidate), found["tokens"], digest)
@@ -109,7 +117,7 @@ class _Result:
             results.append(np.frombuffer(data, kind, count, at).reshape(one["shape"]))
             at += count * kind.itemsize
         made = Task(task["operation"], task["shape"])
-        mistake = trial_sample(made, tokens // LANES).mistake(results)
+        mistake = trial_sample(made, tokens // LANES, self._row).mistake(results)
         return f"{mistake} on {tokens // LANES} blocks" if mistake else None
 
 

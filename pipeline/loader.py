@@ -17,8 +17,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import numpy as np
@@ -31,6 +33,9 @@ except ImportError:  # `python loader.py` on a bare machine gets a sentence, not
 SCHEMA = 1  # the newest manifest schema that this loader reads
 ALIGNMENT = 64  # bytes; kernels load whole cache lines, so every tensor must start on one
 LIBRARY, WEIGHTS, MANIFEST = "lib.so", "params.safetensors", "manifest.json"
+CUDA = "cuda"  # the architecture of bundles for NVIDIA GPUs
+# What a bundle cannot be without, beside the manifest.
+PARTS = {CUDA: ("plan.json", "kernels.cubin", WEIGHTS)}
 # Of a pass through the model, for each thread; a longer batch takes several. More activations fall
 # out of the caches between two kernels: 8 texts of 128 tokens take up to a fifth longer at once.
 PASS_BLOCKS = 8
@@ -72,21 +77,48 @@ class PlatformError(BertileError):
 # -- public ------------------------------------------------------------------------------------
 
 
-def load(directory: str | os.PathLike, threads: int | None = None, *, verify: bool = True) -> Model:
-    """Load the bundle in `directory`.
+def load(
+    directory: str | os.PathLike,
+    threads: int | None = None,
+    *,
+    verify: bool = True,
+    device: int = 0,
+) -> Model:
+    """Load the bundle in `directory`; one for a GPU gives a `cuda_loader.Model`.
 
-    `threads` is how many cores one call may use (default: every core this process may run on);
-    `verify` compares the hash of every file with the manifest. Raises BundleError for a damaged
-    bundle, PlatformError for one that this machine cannot run, InputError for a wrong `threads`.
+    `threads` is how many cores one call may use (default: every core this process may run on), or
+    `device` the number of the GPU; `verify` compares the hash of every file with the manifest.
+    Raises BundleError for a damaged bundle, PlatformError for one that this machine cannot run,
+    InputError for a wrong `threads` or `device`.
     """
     root = Path(directory)
     manifest = read_manifest(root)
+    if manifest["target"]["arch"] == CUDA:
+        return _cuda_loader().load(root, device, verify=verify)
     check_platform(manifest["target"])
     count = thread_count(threads)
-    files = _check_files(root, manifest["files"], verify)
+    files = check_files(root, manifest["files"], verify)
     runtime = _open_runtime(root, manifest["files"])
     params = _read_tensors(runtime, files[WEIGHTS], manifest["params"])
     return Model(runtime, manifest, files[LIBRARY], params, count)
+
+
+def _cuda_loader():
+    """The module that lies beside this one, and shares this one's functions and errors."""
+    if __package__:
+        return import_module(f"{__package__}.cuda_loader")
+    if "cuda_loader" not in sys.modules:
+        sys.modules.setdefault("loader", sys.modules[__name__])  # `python loader.py` is __main__
+        path = Path(__file__).with_name("cuda_loader.py")
+        if not path.is_file():
+            raise PlatformError(
+                f"the bundle is for a GPU, and {path} is missing", "copy it beside loader.py"
+            )
+        spec = spec_from_file_location("cuda_loader", path)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules["cuda_loader"] = module
+    return sys.modules["cuda_loader"]
 
 
 class Model:
@@ -125,10 +157,10 @@ class Model:
             raise InputError(f"the input has {length} tokens, this bundle takes {exactly} {width}")
         mask = given.get("attention_mask")
         ends = np.full(batch, length) if mask is None else sequence_ends(mask)
-        values = [given.get(spec["name"], _FILL.get(spec["default"])) for spec in specs]
+        values = [given.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
         lanes = self.manifest["lanes"]
         pieces = []
-        for first, count in _passes(ends, lanes, PASS_BLOCKS * self.threads, step):
+        for first, count in passes(ends, lanes, PASS_BLOCKS * self.threads, step):
             room = (step or count, width)
             arrays = [
                 _fit(value, first, (count, length), room, spec["dtype"])
@@ -136,9 +168,9 @@ class Model:
             ]
             last = np.ones(room[0], np.int64)
             last[:count] = ends[first : first + count]
-            pieces.append(self._run(arrays, _blocks(last, lanes)))
+            pieces.append(self._run(arrays, blocks_of(last, lanes)))
         return {
-            spec["name"]: _cut(spec["axes"], [piece[index] for piece in pieces], length, ends)
+            spec["name"]: cut(spec["axes"], [piece[index] for piece in pieces], length, ends)
             for index, spec in enumerate(self.manifest["outputs"])
         }
 
@@ -184,7 +216,7 @@ class Model:
             self._shapes.add(key)
 
 
-def _passes(ends: np.ndarray, lanes: int, limit: int, step: int | None) -> list[tuple[int, int]]:
+def passes(ends: np.ndarray, lanes: int, limit: int, step: int | None) -> list[tuple[int, int]]:
     """Cut a batch into (first row, rows): `step` rows each, or at most `limit` blocks."""
     if step:
         return [(first, min(step, len(ends) - first)) for first in range(0, len(ends), step)]
@@ -210,10 +242,11 @@ def token_blocks(attention_mask: np.ndarray, lanes: int) -> np.ndarray:
     A line is [row of the batch, position of the block's first token, index of the first block of
     its sequence, number of blocks of its sequence]. What is behind the last token needs no block.
     """
-    return _blocks(sequence_ends(attention_mask), lanes)
+    return blocks_of(sequence_ends(attention_mask), lanes)
 
 
-def _blocks(ends: np.ndarray, lanes: int) -> np.ndarray:
+def blocks_of(ends: np.ndarray, lanes: int) -> np.ndarray:
+    """Return the table of `token_blocks` for sequences that end before the positions `ends`."""
     counts = (ends + (lanes - 1)) // lanes
     sequences = np.empty((len(ends), 4), np.int32)
     sequences[:, 0] = np.arange(len(ends))
@@ -226,27 +259,13 @@ def _blocks(ends: np.ndarray, lanes: int) -> np.ndarray:
 
 # -- inputs and outputs ------------------------------------------------------------------------
 
-_FILL = {"ones": 1, "zeros": 0}
+FILL = {"ones": 1, "zeros": 0}
 
 
 def check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dict:
     """Return the given inputs as integer arrays of one shape (batch, length), checked."""
     known = {spec["name"]: spec for spec in specs}
-    given: dict[str, np.ndarray] = {}
-    for name, value in inputs.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            question = f"did you mean '{near[0]}'? " if near else ""
-            raise InputError(
-                f"the model has no input '{name}'", f"{question}known: {', '.join(known)}"
-            )
-        if value is not None:
-            given[name] = _integers(name, value)
-    for name, spec in known.items():
-        if name not in given and spec["default"] not in _FILL:
-            raise InputError(f"the input {name} is missing")
-    if not given:
-        raise InputError("no input was given", f"known: {', '.join(known)}")
+    given = {name: _integers(name, one) for name, one in check_names(inputs, specs).items()}
     first, shape = next((name, array.shape) for name, array in given.items())
     if 0 in shape:
         raise InputError(f"{first} has shape {shape}", "give at least one row and one token")
@@ -260,6 +279,25 @@ def check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dic
         )
     for name, array in given.items():
         _check_range(name, array, known[name])
+    return given
+
+
+def check_names(inputs: dict, specs: list[dict]) -> dict:
+    """Return the inputs that are not None; raises InputError for a wrong or missing name."""
+    known = [spec["name"] for spec in specs]
+    for name in inputs:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            question = f"did you mean '{near[0]}'? " if near else ""
+            raise InputError(
+                f"the model has no input '{name}'", f"{question}known: {', '.join(known)}"
+            )
+    given = {name: value for name, value in inputs.items() if value is not None}
+    for spec in specs:
+        if spec["name"] not in given and spec["default"] not in FILL:
+            raise InputError(f"the input {spec['name']} is missing")
+    if not given:
+        raise InputError("no input was given", f"known: {', '.join(known)}")
     return given
 
 
@@ -295,7 +333,7 @@ def _check_range(name: str, array: np.ndarray, spec: dict) -> None:
     raise InputError(f"{name}[{row}, {column}] is {wrong}, the model takes 0 to {limit}")
 
 
-def _cut(axes: list, pieces: list[np.ndarray], length: int, ends: np.ndarray) -> np.ndarray:
+def cut(axes: list, pieces: list[np.ndarray], length: int, ends: np.ndarray) -> np.ndarray:
     """Join the chunks of one output, cut the padding off and zero what no block has computed."""
     sizes = {"batch": len(ends), "length": length}
     array = pieces[0]
@@ -404,7 +442,7 @@ def _check_manifest(manifest: dict) -> None:
     limits = (manifest["model"]["max_length"], *map(manifest["static"].get, ("batch", "length")))
     if not all(limit is None or (isinstance(limit, int) and limit > 0) for limit in limits):
         raise TypeError("'max_length' or 'static' is no positive number")
-    for name in (LIBRARY, WEIGHTS):
+    for name in PARTS.get(target["arch"], (LIBRARY, WEIGHTS)):
         manifest["files"][name]
     for spec in manifest["files"].values():
         if not isinstance(spec["bytes"], int) or not isinstance(spec["sha256"], str):
@@ -445,7 +483,7 @@ def cpu_features() -> set[str]:
     return next((set(rest.split()) for key, _, rest in found if key.strip() in _FLAGS), set())
 
 
-def _check_files(root: Path, files: dict, verify: bool) -> dict[str, Path]:
+def check_files(root: Path, files: dict, verify: bool) -> dict[str, Path]:
     """Return the path of every file of the manifest: all inside the bundle, all unchanged."""
     paths = {name: _inside(root, name) for name in files}
     for name, path in paths.items():
@@ -494,8 +532,27 @@ _DTYPES = {  # safetensors' name → DLPack's type code, bits
 }  # fmt: skip
 
 
+class Place(NamedTuple):
+    """Where a tensor lies in the bytes of a safetensors file; its type as DLPack has it."""
+
+    begin: int
+    end: int
+    shape: list[int]
+    code: int
+    bits: int
+
+
 def _read_tensors(runtime: _Runtime, path: Path, names: list[str]) -> list[_Object]:
     """Return the named tensors of a safetensors file, in place: mapped, shared, never copied."""
+    data, places = map_tensors(path, names)
+    return [
+        runtime.tensor_at(data[place.begin : place.end], place.shape, place.code, place.bits)
+        for place in places
+    ]
+
+
+def map_tensors(path: Path, names: list[str]) -> tuple[np.ndarray, list[Place]]:
+    """Return the bytes of a safetensors file, mapped, and where the named tensors lie in them."""
     try:
         data = np.memmap(path, np.uint8, "r")
         size = int.from_bytes(data[:8].tobytes(), "little")
@@ -504,23 +561,23 @@ def _read_tensors(runtime: _Runtime, path: Path, names: list[str]) -> list[_Obje
         header, start = json.loads(data[8 : 8 + size].tobytes()), 8 + size
         if not isinstance(header, dict):
             raise ValueError("its header is no object")
-        return [_read_tensor(runtime, data[start:], start, header[name]) for name in names]
+        return data, [_place(len(data), start, header[name]) for name in names]
     except KeyError as error:
         raise BundleError(f"{path} is damaged: it lacks {error}") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}", "compile the bundle again") from error
 
 
-def _read_tensor(runtime: _Runtime, data: np.ndarray, start: int, entry: dict) -> _Object:
+def _place(size: int, start: int, entry: dict) -> Place:
     (code, bits), shape = _DTYPES[entry["dtype"]], [int(size) for size in entry["shape"]]
-    begin, end = entry["data_offsets"]
+    begin, end = (start + offset for offset in entry["data_offsets"])
     if min(shape, default=0) < 0:
         raise ValueError("a tensor has a negative size")
-    if not 0 <= begin <= end <= len(data) or (end - begin) * 8 != math.prod(shape) * bits:
+    if not start <= begin <= end <= size or (end - begin) * 8 != math.prod(shape) * bits:
         raise ValueError("a tensor reaches beyond its bytes")
-    if (start + begin) % ALIGNMENT:
+    if begin % ALIGNMENT:
         raise ValueError(f"a tensor does not start on a multiple of {ALIGNMENT} bytes")
-    return runtime.tensor_at(data[begin:end], shape, code, bits)
+    return Place(begin, end, shape, code, bits)
 
 
 # -- threads -----------------------------------------------------------------------------------
@@ -617,7 +674,7 @@ class _Any(ctypes.Structure):
     _fields_ = (("kind", ctypes.c_int32), ("zero", ctypes.c_uint32), ("value", _Value))
 
 
-class _Tensor(ctypes.Structure):  # DLTensor
+class DLTensor(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
         ("device_type", ctypes.c_int32),
@@ -632,8 +689,8 @@ class _Tensor(ctypes.Structure):  # DLTensor
     )
 
 
-class _ManagedTensor(ctypes.Structure):  # DLManagedTensor
-    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
+class DLManagedTensor(ctypes.Structure):
+    _fields_ = (("tensor", DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
 
 
 class _Object:
@@ -707,8 +764,8 @@ class _Runtime:
         """Return a tensor on `memory`, which is kept as long as the tensor."""
         sizes = (ctypes.c_int64 * len(shape))(*shape)
         cpu, device, lanes = 1, 0, 1
-        inner = _Tensor(_address(memory), cpu, device, len(shape), code, bits, lanes, sizes)
-        managed, handle = _ManagedTensor(inner), ctypes.c_void_p()
+        inner = DLTensor(_address(memory), cpu, device, len(shape), code, bits, lanes, sizes)
+        managed, handle = DLManagedTensor(inner), ctypes.c_void_p()
         made = self._from_dlpack(ctypes.byref(managed), ALIGNMENT, 1, ctypes.byref(handle))
         self._check(made)
         return _Object(_TENSOR, handle.value, self._release, (memory, sizes, managed))
@@ -758,7 +815,7 @@ def _prototype(function, *types):
 
 
 def _copy(tensor: _Object) -> np.ndarray:
-    source = _Tensor.from_address(tensor.handle + _HEADER)
+    source = DLTensor.from_address(tensor.handle + _HEADER)
     kind = {0: "i", 1: "u", 2: "f"}[source.code]
     out = np.empty(tuple(source.shape[: source.rank]), f"{kind}{source.bits // 8}")
     ctypes.memmove(_address(out), source.data + source.offset, out.nbytes)
@@ -851,10 +908,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("bundle", nargs="?", default=os.path.dirname(os.path.abspath(__file__)))
     parser.add_argument("--ids", help="token ids to run, with commas between: 101,7592,102")
     parser.add_argument("--threads", type=int, help="cores to use (default: all)")
+    parser.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
     options = parser.parse_args(arguments)
     try:
         began = time.perf_counter()
-        with load(options.bundle, options.threads) as model:
+        with load(options.bundle, options.threads, device=options.device) as model:
             _print_model(model, time.perf_counter() - began)
             _print_run(model, _example(model) if options.ids is None else _parse(options.ids))
     except BertileError as error:
@@ -869,7 +927,8 @@ def _print_model(model: Model, seconds: float) -> None:
     limit = f", at most {model.max_length} tokens" if model.max_length else ""
     print(f"model    {source.get('source')} ({source.get('family')}, {source.get('head')}{limit})")
     print(f"target   {target.get('name')} ({target['arch']} {features})")
-    print(f"loaded   in {seconds * 1e3:.0f} ms, {model.threads} threads")
+    place = model.gpu.name if target["arch"] == CUDA else f"{model.threads} threads"
+    print(f"loaded   in {seconds * 1e3:.0f} ms, {place}")
 
 
 def _print_run(model: Model, ids: list[list[int]]) -> None:
@@ -886,6 +945,9 @@ def _print_run(model: Model, ids: list[list[int]]) -> None:
         if not np.isfinite(array).all():
             raise BertileError(f"the output {name} is not finite")
     print(f"ran      in {seconds * 1e3:.2f} ms")
+    if model.manifest["target"]["arch"] == CUDA:
+        alone, copied = (np.median(model.time(copies=copies, **inputs)) for copies in (False, True))
+        print(f"on GPU   in {alone:.3f} ms, with copies in {copied:.3f} ms (medians of 100)")
 
 
 def _parse(text: str) -> list[list[int]]:

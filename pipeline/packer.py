@@ -1,5 +1,5 @@
-"""Tasks and a log come in; an archive of candidate kernels goes out, which `bertile-run --measure`
-runs on a device that the network does not reach.
+"""Tasks and a log come in; an archive of candidate kernels goes out, for a device that the network
+does not reach. For CPUs, `bertile-run --measure` runs it there (for GPUs, see `cuda.pack`):
 
     manifest.json     target, tasks with their inputs, candidates with their knobs; one line
     c12.so            a candidate, linked for its row
@@ -26,7 +26,8 @@ from bertile.config import Config
 from bertile.errors import BertileError
 from bertile.progress import Progress
 from bertile.proposer import propose
-from bertile.schedules.cpu import SCHEDULES, trial_sample
+from bertile.schedules import trial_sample
+from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
@@ -48,7 +49,7 @@ def pack(
     path: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write the next round of candidates for ``bertile-run --measure``.
+    """Write the next round of candidates for a device.
 
     Of ``others``, which a layer could have instead of its own, the default alone.
     """
@@ -57,16 +58,43 @@ def pack(
     rounds |= {task: _next(task, log, row, 1) for task in others if not _known(task, log, row)}
     rounds = {task: candidates for task, candidates in rounds.items() if candidates}
     with tempfile.TemporaryDirectory(prefix="bertile-pack-") as directory:
-        written = _Pack(Path(directory), row, progress, sum(map(len, rounds.values())))
+        total = sum(map(len, rounds.values()))
+        written = _kind(row)(Path(directory), row, progress, total)
         for task, candidates in rounds.items():
             written.add(task, candidates)
         if written.candidates:
-            _archive(Path(directory), written.manifest(), path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.part")
+            try:
+                written.write(partial, _header(row))
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
     return {
         "archive": str(path) if written.candidates else None,
         "tasks": len(written.tasks),
         "candidates": len(written.candidates),
         "size_bytes": path.stat().st_size if written.candidates else 0,
+    }
+
+
+def _kind(row: Target) -> Any:
+    """What fills an archive for this kind of machine."""
+    if row.arch != "cuda":
+        return _Pack
+    from bertile.cuda.pack import CudaPack
+
+    return CudaPack
+
+
+def _header(row: Target) -> dict[str, Any]:
+    """What a manifest says of any archive."""
+    return {
+        "schema": SCHEMA,
+        "target": {"name": row.name, "arch": row.arch, "features": list(row.features)},
+        "log": row.log,
+        "threads": row.threads,
+        "versions": {one: version(one) for one in ("bertile", "apache-tvm", "apache-tvm-ffi")},
     }
 
 
@@ -92,8 +120,8 @@ class _Pack:
     def add(self, task: Task, candidates: Sequence[Knobs]) -> None:
         """A task with its inputs, and these candidates; one that cannot be built is left out."""
         schedule, number = SCHEDULES[task.operation], len(self.tasks)
-        counts = sorted({1, tuner.BLOCKS, *tuner.ALSO})
-        samples = {blocks: trial_sample(task, blocks) for blocks in counts}
+        counts = sorted({1, tuner.BLOCKS, *tuner.also(self._row)})
+        samples = {blocks: trial_sample(task, blocks, self._row) for blocks in counts}
         sets = []
         for blocks, sample in samples.items():
             file, inputs = self._write(sample.activations)
@@ -118,21 +146,21 @@ class _Pack:
             self.candidates.append({**entry, "weights": {"file": file, "arrays": arrays}})
             self._progress.status(f"pack      {len(self.candidates)} of {self._total} candidates")
 
-    def manifest(self) -> dict[str, Any]:
-        """What the device and the way home need to know."""
-        row = self._row
-        return {
-            "schema": SCHEMA,
-            "target": {"name": row.name, "arch": row.arch, "features": list(row.features)},
-            "log": row.log,
-            "threads": row.threads,
+    def write(self, path: Path, header: dict[str, Any]) -> None:
+        """The archive, with a manifest of what the device and the way home need to know."""
+        manifest = {
+            **header,
             "repeats": REPEATS,
             "repeat_ms": round(REPEAT_SECONDS * 1000),
             "cold_bytes": COLD_BYTES,
-            "versions": {one: version(one) for one in ("bertile", "apache-tvm", "apache-tvm-ffi")},
             "tasks": self.tasks,
             "candidates": self.candidates,
         }
+        text = json.dumps(manifest)
+        (self._directory / "manifest.json").write_text(text, encoding="utf-8")
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for file in sorted(self._directory.iterdir()):
+                archive.add(file, arcname=file.name)
 
     def _write(self, arrays: Sequence[np.ndarray]) -> tuple[str, list[dict[str, Any]]]:
         """The name of a file with these arrays, and where they lie in it."""
@@ -151,16 +179,3 @@ class _Pack:
 
 def _describe(array: np.ndarray) -> dict[str, Any]:
     return {"dtype": str(array.dtype), "shape": list(array.shape)}
-
-
-def _archive(directory: Path, manifest: dict[str, Any], path: Path) -> None:
-    (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
-            for file in sorted(directory.iterdir()):
-                archive.add(file, arcname=file.name)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

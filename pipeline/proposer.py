@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs, Space
 from bertile.schedules.task import Task
 from bertile.targets import Target
@@ -29,7 +29,7 @@ def propose(task: Task, row: Target, records: Sequence[Record], count: int) -> l
 
     The default is the first of all. ``records`` are of this task on this row and number of threads.
     """
-    schedule = SCHEDULES[task.operation]
+    schedule = schedules_for(row)[task.operation]
     space, default = schedule.space(task, row), schedule.default(task, row)
     tried = {_key(record.knobs) for record in records}
     pool = [knobs for knobs in _points(space, len(tried)) if _key(knobs) not in tried]

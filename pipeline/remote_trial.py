@@ -17,13 +17,14 @@ import numpy as np
 import tvm
 from tvm import rpc
 
-from bertile import trial
 from bertile.codegen import export_kernel
 from bertile.device import address
-from bertile.schedules.cpu import SCHEDULES, trial_sample
+from bertile.schedules import trial_sample
+from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 from bertile.targets import Target, resolve
+from bertile.trial_server import answer, serve
 
 REPEATS = 5
 SESSION_SECONDS = 60.0  # of one trial, after which the device ends it
@@ -57,14 +58,14 @@ class Remote:
             facts = _checked(session, row)
             session.upload(str(library))
         kernel = session.load_module(_NAME)
-        weights = trial_sample(task, blocks).weights
+        weights = trial_sample(task, blocks, row).weights
         packed = SCHEDULES[operation].pack(task, knobs, weights, row)
         uploaded = _uploaded(packed, session.cpu(0))
 
         def times(sample: Sample) -> list[float] | str:
             return _times(session, kernel, sample, uploaded)
 
-        return {**trial.answer(task, (blocks, *also), times), "machine": facts}
+        return {**answer(task, row, (blocks, *also), times), "machine": facts}
 
 
 def _checked(session: Any, row: Target) -> dict[str, Any]:
@@ -99,4 +100,4 @@ def _times(session: Any, kernel: Any, sample: Sample, weights: Sequence[Any]) ->
 
 
 if __name__ == "__main__":
-    trial.serve(Remote(*sys.argv[1:]).measure)
+    serve(Remote(*sys.argv[1:]).measure)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from bertile.config import Config
-from bertile.errors import PlatformError
+from bertile.errors import PlatformError, UsageError
 from bertile.loader import cpu_features
 from bertile.schedules.task import Task
 from bertile.targets import Target, fits
@@ -35,6 +35,8 @@ class Runner(Protocol):
 
 def open_runner(row: Target, config: Config) -> Runner:
     """The runner that the configuration asks for; PlatformError where it cannot do its work."""
+    if row.arch == "cuda":
+        return _gpu_runner(row, config)
     if config.runner == "mca":
         from bertile.estimator import Estimator
 
@@ -49,6 +51,19 @@ def open_runner(row: Target, config: Config) -> Runner:
             "measure on a device (--rpc-tracker, or --pack), or estimate (--runner mca)",
         )
     return TrialRunner(row)
+
+
+def _gpu_runner(row: Target, config: Config) -> Runner:
+    from bertile.cuda.runner import CudaRunner
+
+    if config.runner == "mca":
+        raise UsageError(f"llvm-mca has no model of {row.name}", "tune on a GPU, or with --pack")
+    if config.rpc_tracker:
+        raise UsageError(
+            f"kernels for {row.name} are not sent to devices of a tracker",
+            f"carry them there: bertile tune MODEL --target {row.name} --pack FILE",
+        )
+    return CudaRunner(row)
 
 
 def answers(

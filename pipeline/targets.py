@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bertile.errors import PlatformError, UsageError, nearest
 from bertile.loader import available_cores, cpu_features
-from bertile.tables import table
+from bertile.schedules.schedule import Gpu
 
 if TYPE_CHECKING:
     import tvm
@@ -26,10 +26,11 @@ class Target:
     `tvm` is the TVM target without "num-cores"; `features` are the CPU features that its code may
     use, as /proc/cpuinfo spells them; `log` names the row whose tuning log this one reads and
     writes; `triple` is the target of a cross linker; `threads` is what `resolve` found or was told.
+    A row with a `gpu` has no code for a processor: its bundles are the same for every one.
     """
 
     name: str
-    arch: str  # as platform.machine() says it
+    arch: str  # as platform.machine() says it, or "cuda"
     tvm: dict[str, Any] = field(hash=False)
     vector_bits: int
     registers: int
@@ -40,6 +41,7 @@ class Target:
     lanes: int = 16
     triple: str = "x86_64-linux-gnu.2.28"
     threads: int = 1
+    gpu: Gpu | None = None
 
 
 # x86-64-v3 and -v4 are LLVM's names for exactly these features; a named processor (znver4,
@@ -92,6 +94,38 @@ def _arm(name: str, processor: str, *features: str) -> Target:
     )
 
 
+def _cuda(capability: int, shared_per_block: int, multiprocessors: int, **facts: Any) -> Target:
+    """The row of the NVIDIA GPUs of a compute capability; `multiprocessors` of a typical card.
+
+    CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". A multiprocessor
+    has a KiB of shared memory more than one block may take, from 8.0 on.
+    """
+    name = f"cuda-sm{capability}"
+    gpu = Gpu(
+        capability=capability,
+        shared_per_block=shared_per_block,
+        shared_per_sm=shared_per_block + (1024 if capability >= 80 else 0),
+        multiprocessors=multiprocessors,
+        bf16=capability >= 80,
+        async_copy=capability >= 80,
+        wgmma=capability == 90,
+        **facts,
+    )
+    return Target(
+        name=name,
+        arch="cuda",
+        tvm={"kind": "cuda", "arch": f"sm_{capability}"},
+        vector_bits=128,  # what a thread reads at once
+        registers=255,  # of a thread
+        features=(f"sm_{capability}",),
+        log=name,
+        dot_product="mma",
+        bf16=gpu.bf16,
+        triple="",
+        gpu=gpu,
+    )
+
+
 # fp32 code is the same on every AVX-512 row, hence one log for all of them.
 # Order: `native` takes the first row whose features this processor has.
 TABLE: tuple[Target, ...] = (
@@ -139,6 +173,11 @@ TABLE: tuple[Target, ...] = (
     _arm("arm-a76", "cortex-a76", "asimd", "asimddp"),
     _arm("arm-a72", "cortex-a72", "asimd"),
     _arm(GENERIC, "generic", "asimd"),
+    _cuda(90, 232448, 132),  # H100, H200
+    _cuda(89, 101376, 58, threads_per_sm=1536),  # L4
+    _cuda(86, 101376, 72, threads_per_sm=1536),  # A10
+    _cuda(80, 166912, 108),  # A100
+    _cuda(75, 65536, 40, threads_per_sm=1024),  # T4
 )
 
 
@@ -158,7 +197,8 @@ def resolve(name: str = "native", threads: int | None = None) -> Target:
         row = _processor(name.removeprefix(f"{GENERIC}-"))
     else:
         row = native() if name == "native" else _row(name)
-    return dataclasses.replace(row, threads=threads or available_cores())
+    cores = 1 if row.gpu else threads or available_cores()  # no thread of the host computes there
+    return dataclasses.replace(row, threads=cores)
 
 
 def native(features: Collection[str] | None = None, arch: str | None = None) -> Target:
@@ -200,24 +240,6 @@ def is_foreign(row: Target) -> bool:
     return row.arch != platform.machine()
 
 
-def as_text(runs: Collection[str], best: str | None) -> str:
-    """A table of all rows; `runs` are the names of those for this machine, `best` its native."""
-    header = ("target", "arch", "vector bits", "registers", "dot product", "bf16", "runs here")
-    rows = [
-        (
-            row.name,
-            row.arch,
-            row.vector_bits,
-            row.registers,
-            row.dot_product,
-            "yes" if row.bf16 else None,
-            "native" if row.name == best else "yes" if row.name in runs else "no",
-        )
-        for row in TABLE
-    ]
-    return table(header, rows)
-
-
 def _row(name: str) -> Target:
     for row in TABLE:
         if row.name == name:
@@ -252,7 +274,8 @@ def tvm_target(row: Target, threads: int | None = None) -> tvm.target.Target:
     """TVM's own form of the row; "num-cores" is what its tuner plans parallel loops for."""
     import tvm
 
-    return tvm.target.Target({**row.tvm, "num-cores": threads or row.threads})
+    cores = {} if row.gpu else {"num-cores": threads or row.threads}
+    return tvm.target.Target({**row.tvm, **cores})
 
 
 def link_command(row: Target) -> list[str]:

@@ -1,17 +1,12 @@
-"""Builds and times one choice of knobs after another: requests as JSON lines in, results as JSON
-lines out.
+"""Builds and times one choice of knobs after another on this machine's processor.
 
-Run as ``python -m bertile.trial`` in a process of its own, so that a candidate that crashes or
-hangs costs only
-its own trial. A result is either {"microseconds": [one per repeat]} or {"error": "what happened"}.
+Run as ``python -m bertile.trial`` in a process of its own; ``trial_server`` says how.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,13 +14,13 @@ import numpy as np
 import tvm
 
 from bertile.codegen import build_kernel
-from bertile.loader import set_thread_defaults
-from bertile.schedules.cpu import SCHEDULES, trial_sample
-from bertile.schedules.cpu.lanes import LANES
+from bertile.schedules import trial_sample
+from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.peak import peak_gflops
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 from bertile.targets import Target, resolve, tvm_target
+from bertile.trial_server import answer, serve
 
 REPEATS = 3
 REPEAT_SECONDS = 0.01
@@ -34,19 +29,6 @@ REPEAT_CALLS = 1  # at least
 # filled: every call takes the next of so many copies that no cache holds them all.
 COLD_BYTES = 64 << 20
 ALIGNMENT = 64  # of every tensor that a kernel reads
-
-
-def serve(measure: Callable[..., dict[str, Any]]) -> None:
-    """Answer requests for what ``measure`` says, until the input ends."""
-    set_thread_defaults()
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
-    for line in sys.stdin:
-        try:
-            answer = measure(**json.loads(line))
-        except Exception as error:  # every failure of a candidate is its result
-            answer = {"error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
 
 
 def measure(
@@ -65,26 +47,9 @@ def measure(
     task, row = Task(operation, shape), resolve(target, threads)
     _warm_up(row)
     run = build(task, knobs, row)
-    weights = trial_sample(task, blocks).weights
+    weights = trial_sample(task, blocks, row).weights
     cold = copies(SCHEDULES[operation].pack(task, knobs, weights, row))
-    return answer(task, (blocks, *also), lambda sample: _checked_times(run, sample, cold))
-
-
-def answer(
-    task: Task, counts: Sequence[int], times: Callable[[Sample], list[float] | str]
-) -> dict[str, Any]:
-    """A trial's result, of the first of these numbers of blocks and of the others.
-
-    ``times`` says the microseconds of each repeat on a sample, or what is wrong with the result.
-    """
-    found: dict[int, list[float]] = {}
-    for count in counts:
-        one = times(trial_sample(task, count))
-        if isinstance(one, str):
-            return {"error": f"{one} on {count} blocks"}
-        found[count] = one
-    also = {str(count * LANES): found[count] for count in counts[1:]}
-    return {"microseconds": found[counts[0]], "also": also}
+    return answer(task, row, (blocks, *also), lambda sample: _checked_times(run, sample, cold))
 
 
 @lru_cache(maxsize=1)

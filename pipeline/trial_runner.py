@@ -1,4 +1,6 @@
-"""The tuner's end of ``bertile.trial``: keeps one process of it alive, and outlives its crashes."""
+"""The tuner's end of ``bertile.trial`` and its like: keeps one process of it alive, and outlives
+its crashes.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,14 @@ class TrialRunner:
         self._stop()
 
     def run(
-        self, task: Task, knobs: Mapping[str, int], blocks: int, also: Sequence[int] = ()
+        self,
+        task: Task,
+        knobs: Mapping[str, int],
+        blocks: int,
+        also: Sequence[int] = (),
+        **more: Any,
     ) -> dict[str, Any]:
-        """What ``bertile.trial.measure`` says of these knobs, or {"error": …} for a crash."""
+        """What the module's ``measure`` says of these knobs, or {"error": …} for a crash."""
         request = {
             "operation": task.operation,
             "shape": dict(task.shape),
@@ -54,6 +61,7 @@ class TrialRunner:
             "threads": self._row.threads,
             "blocks": blocks,
             "also": list(also),
+            **more,
         }
         process = self._process or self._start()
         line = json.dumps(request) + "\n"

@@ -17,7 +17,7 @@ from bertile.config import Config
 from bertile.machine import cpu_name
 from bertile.progress import Progress
 from bertile.runners import Runner, answers, open_runner
-from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.sparse_choice import DENSITIES
@@ -27,6 +27,7 @@ from bertile.tuning_log import Record, TuningLog
 LANES = 16
 BLOCKS = 8  # trials run on 128 tokens, the length that most requests are near to,
 ALSO = (1, 24)  # and on the shortest and a long one: one kernel serves them all
+ALSO_ON_GPU = (64, 256)  # of 128 tokens, 8 and 32 sequences: what a GPU is asked for at once
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,14 @@ def _search(
     estimates = session.estimates
     missing = sum(_missing(task, session.log, row, wanted, estimates) for task in open_tasks)
     session.total = missing + len(others)
+    schedules = schedules_for(row)
     try:
         all_tasks = (*open_tasks, *others)
-        session.measure([(one, SCHEDULES[one.operation].default(one, row)) for one in all_tasks])
+        session.measure([(one, schedules[one.operation].default(one, row)) for one in all_tasks])
         if not open_tasks:
             return ""
         spaces = [
-            (task, SCHEDULES[task.operation].space(task, row), float(tasks[task]))
+            (task, schedules[task.operation].space(task, row), float(tasks[task]))
             for task in open_tasks
         ]
         search(spaces, session.measure, missing, wanted, ROUND, 0, tvm_target(row))
@@ -145,7 +147,7 @@ class _Session:
         """Each record's median microseconds; empty for a candidate that failed."""
         known = [self._known(*one) for one in candidates]
         fresh = [one for one, record in zip(candidates, known) if record is None]
-        found = answers(self.trials, fresh, BLOCKS, ALSO)
+        found = answers(self.trials, fresh, BLOCKS, also(self.row))
         try:
             records = [record or self._tried(*one, found) for one, record in zip(candidates, known)]
         finally:
@@ -207,6 +209,11 @@ def _rounded(times: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(us, 2) for us in times)
 
 
+def also(row: Target) -> tuple[int, ...]:
+    """On how many other blocks of tokens trials run too."""
+    return ALSO_ON_GPU if row.arch == "cuda" else ALSO
+
+
 def machine_facts(row: Target) -> dict[str, Any]:
     """What a reader of a record wants to know of the machine it was measured on."""
     return {"cpu": cpu_name(), "cores": loader.available_cores(), "row": row.name}
@@ -226,7 +233,7 @@ def _missing(task: Task, log: TuningLog, row: Target, wanted: int, estimates: bo
     if task.shape.get("density") == DENSITIES[-1]:
         return 0
     points = 1
-    for choices in SCHEDULES[task.operation].space(task, row).values():
+    for choices in schedules_for(row)[task.operation].space(task, row).values():
         points *= len(choices)
     done = _done(task, log, row, estimates)
     return max(0, min(wanted, points) - done) if points > 1 else 0
@@ -236,7 +243,7 @@ def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
     """How much faster the best knobs are than the defaults, over a whole request."""
     before = after = 0.0
     for task, calls in tasks.items():
-        default = SCHEDULES[task.operation].default(task, row)
+        default = schedules_for(row)[task.operation].default(task, row)
         records = [r for r in log.records(task, row) if dict(r.knobs) == default and r.microseconds]
         records = [r for r in records if r.threads == row.threads]
         best = log.best(task, row)

@@ -5,7 +5,7 @@ a choice of knobs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,21 @@ Knobs = dict[str, int]
 Space = dict[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """The facts of a GPU; sizes of memory in bytes, ``multiprocessors`` of a typical card."""
+
+    capability: int  # 75, 80, 86, 89, 90
+    shared_per_block: int  # the most dynamic shared memory that a block may ask for
+    shared_per_sm: int
+    multiprocessors: int
+    bf16: bool  # in tensor cores
+    async_copy: bool  # cp.async
+    wgmma: bool
+    registers_per_sm: int = 65536
+    threads_per_sm: int = 2048
+
+
 class Row(Protocol):
     """The facts of a machine that schedules ask for (a row of ``bertile.targets``)."""
 
@@ -24,6 +39,7 @@ class Row(Protocol):
     vector_bits: int  # width of one of them
     dot_product: str | None  # "vnni", "sdot", "usmmla": four bytes at once
     bf16: bool  # two bfloat16 at once
+    gpu: Gpu | None
     threads: int  # that a kernel is made for; any number may run it
 
 
@@ -34,7 +50,8 @@ class Sample:
     Weights are drawn before activations: they are the same for every number of blocks.
 
     ``activations`` come before the weights in the kernel's signature, the results come last.
-    ``expected`` is what ``decode`` makes of them.
+    ``expected`` is what ``decode`` makes of them. ``symbols`` are the extents of a request (rows,
+    batch, length, blocks) that a launch on a GPU is made for.
     """
 
     activations: Sequence[np.ndarray]
@@ -43,6 +60,7 @@ class Sample:
     results: Sequence[np.ndarray] = ()  # zeros of each result's form; () is one like ``expected``
     decode: Callable[[list[np.ndarray]], np.ndarray] = lambda results: results[0]
     tolerance: float = 1e-4  # relative to the largest magnitude expected (at least 1)
+    symbols: Mapping[str, int] = field(default_factory=dict)
 
     def buffers(self) -> list[np.ndarray]:
         """Arrays for the results, in the kernel's order."""
@@ -69,7 +87,7 @@ class Schedule:
     operation: str
     space: Callable[[Task, Row], Space]
     default: Callable[[Task, Row], Knobs]
-    kernel: Callable[[Task, Knobs, Row], Any]  # -> tvm.tirx.PrimFunc
+    kernel: Callable[[Task, Knobs, Row], Any]  # -> tvm.tirx.PrimFunc or, on a GPU, Kernel
     sample: Callable[[Task, int, np.random.Generator], Sample]  # (task, blocks of tokens, rng)
     flops: Callable[[Task, int], float]  # (task, tokens), of a sequence of that many tokens
     pack: Callable[[Task, Knobs, Sequence[np.ndarray], Row], list[np.ndarray]] = (

@@ -327,7 +327,7 @@ def test_token_blocks_equal_a_plain_loop(seed):
     ],
 )
 def test_passes_have_at_most_so_many_blocks_or_one_row(ends, limit, wanted):
-    assert loader._passes(np.array(ends), 16, limit, None) == wanted
+    assert loader.passes(np.array(ends), 16, limit, None) == wanted
 
 
 @pytest.mark.parametrize("batch, length", [(3, 16), (5, 20), (9, 7)])

@@ -13,6 +13,8 @@ from bertile.targets import TABLE, Target, fits, link_command, native, resolve, 
 
 X86 = [row for row in TABLE if row.arch == "x86_64"]
 ARM = [row for row in TABLE if row.arch == "aarch64"]
+CPUS = [row for row in TABLE if row.gpu is None]
+CUDA = [row for row in TABLE if row.gpu is not None]
 AVX512 = [row for row in TABLE if row.vector_bits == 512]
 # LLVM's name where it is not the name in /proc/cpuinfo
 LLVM_NAMES = {
@@ -133,7 +135,7 @@ def test_a_processor_is_refused_for_a_row_that_has_its_own() -> None:
         targets.with_processor("arm-a76", "cortex-a55")
 
 
-@pytest.mark.parametrize("row", TABLE, ids=by_name)
+@pytest.mark.parametrize("row", CPUS, ids=by_name)
 def test_tvm_target_has_the_features_of_the_row_and_no_others(row: Target) -> None:
     tvm = pytest.importorskip("tvm")
     has = tvm.get_global_func("target.target_has_feature")
@@ -145,7 +147,7 @@ def test_tvm_target_has_the_features_of_the_row_and_no_others(row: Target) -> No
     assert [name for name in (*FOREIGN, *others) if has(name, target)] == []
 
 
-@pytest.mark.parametrize("row", TABLE, ids=by_name)
+@pytest.mark.parametrize("row", CPUS, ids=by_name)
 def test_a_vectorized_loop_uses_the_widest_registers_of_the_row(row: Target) -> None:
     tvm = pytest.importorskip("tvm")
     widest = {512: "zmm", 256: "ymm", 128: ".4s"}[row.vector_bits]
@@ -164,6 +166,27 @@ def test_llvm_prefers_512_bits_where_it_vectorizes_by_itself(row: Target) -> Non
         asm = tvm.tirx.build(loop, target=target).inspect_source("asm")
         counts.append(len(re.findall("zmm", asm)))
     assert counts[0] > counts[1]
+
+
+@pytest.mark.parametrize("row", CUDA, ids=by_name)
+def test_a_row_of_gpus_has_their_facts(row: Target) -> None:
+    gpu = row.gpu
+    assert row.name == f"cuda-sm{gpu.capability}"
+    assert row.features == (f"sm_{gpu.capability}",)
+    assert gpu.bf16 == gpu.async_copy == row.bf16 == (gpu.capability >= 80)
+    assert gpu.wgmma == (gpu.capability == 90)
+    assert gpu.shared_per_block <= gpu.shared_per_sm
+    assert gpu.threads_per_sm % 512 == 0
+
+
+def test_tvm_knows_the_rows_of_gpus() -> None:
+    pytest.importorskip("tvm")
+    assert [str(tvm_target(row).attrs["arch"]) for row in CUDA] == [r.features[0] for r in CUDA]
+
+
+def test_no_processor_fits_a_row_of_gpus() -> None:
+    features = {feature for row in TABLE for feature in row.features}
+    assert not any(fits(row, features, arch) for row in CUDA for arch in ("x86_64", "aarch64"))
 
 
 def test_link_command_is_the_compiler_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from bertile.errors import BertileError
 from bertile.estimator import Code
 from bertile.loop_walk import Walk
 from bertile.progress import Progress
-from bertile.schedules.cpu import SCHEDULES, trial_sample
+from bertile.schedules import trial_sample
+from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.tables import table
 from bertile.tuning_log import TuningLog
@@ -66,7 +67,7 @@ def inner_loop(task: Task, row: targets.Target, knobs: dict[str, int]) -> Loop:
     """The innermost loop of a kernel, as its row's model runs it."""
     model, schedule = mca.model_of(row), SCHEDULES[task.operation]
     code = Code.of(task, knobs, row)
-    sample = trial_sample(task, BLOCKS)
+    sample = trial_sample(task, BLOCKS, row)
     arguments = [*sample.activations, *schedule.pack(task, knobs, sample.weights, row)]
     sizes = [cache.size for cache in model.caches]
     walk = Walk(code.func, code.marks, sizes, 1, targets.resolve("native", 1))

@@ -16,7 +16,8 @@ import tvm
 from bertile import loader, mca, targets, trial, tuner
 from bertile.estimator import Estimator
 from bertile.progress import Progress
-from bertile.schedules.cpu import SCHEDULES, trial_sample
+from bertile.schedules import trial_sample
+from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.tables import table
@@ -94,7 +95,7 @@ def measured(task: Task, row: Any, chosen: Sequence[Knobs]) -> list[dict[int, fl
     """
     use_threads(row.threads)
     built = [trial.build(task, knobs, row) for knobs in chosen]
-    samples = [trial_sample(task, count) for count in (tuner.BLOCKS, *tuner.ALSO)]
+    samples = [trial_sample(task, count, row) for count in (tuner.BLOCKS, *tuner.ALSO)]
     pack = SCHEDULES[task.operation].pack
     packed = [pack(task, knobs, samples[0].weights, row) for knobs in chosen]
     given = [[tvm.runtime.tensor(array) for array in one.activations] for one in samples]

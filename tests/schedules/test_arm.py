@@ -126,7 +126,7 @@ def test_a_kernel_equals_numpy(mistakes, name, place):
     assert mistakes(name)[place] is None
 
 
-@pytest.mark.parametrize("name", ["arm-a72", "arm-a76", "arm-v1"])
+@pytest.mark.parametrize("name", ["arm-a72", "arm-a76", "arm-v1", "arm-v2"])
 def test_sums_of_bytes_are_exact(tmp_path, name):
     need_qemu()
     emulated = Emulated(targets.resolve(name, threads=1), tmp_path)

@@ -1,0 +1,268 @@
+// What emulation.cpp checks of memory: the compiler calls __tsan_… for every access that may leave a
+// thread's own variables.
+//
+// Each byte of shared memory has the stamp of its last write and of two reads: thread and epoch of
+// its warp. An access is a race unless what it conflicts with lies behind a barrier that both have
+// met. No stamp: not written yet.
+
+namespace {
+
+constexpr unsigned kEpochBits = 22, kUnderWay = (1u << kEpochBits) - 1;
+
+struct Shadow {
+  unsigned char* memory;
+  size_t size;
+  unsigned *written, *read, *read_too;
+  size_t reserved;
+};
+Shadow shared_now, static_now;
+
+extern "C" {  // the linker's names for the section of static __shared__ arrays, if there is one
+extern unsigned char __start_emulated_shared[] __attribute__((weak, visibility("hidden")));
+extern unsigned char __stop_emulated_shared[] __attribute__((weak, visibility("hidden")));
+extern unsigned char __ehdr_start[] __attribute__((visibility("hidden")));
+extern unsigned char _end[] __attribute__((visibility("hidden")));
+}
+
+size_t static_shared() { return (size_t)(__stop_emulated_shared - __start_emulated_shared); }
+
+bool reserve(Shadow& shadow) {
+  if (shadow.size <= shadow.reserved && shadow.written) return true;
+  free(shadow.written);
+  shadow.reserved = shadow.size + 4096;
+  shadow.written = (unsigned*)malloc(3 * shadow.reserved * sizeof(unsigned));
+  shadow.read = shadow.written + shadow.reserved;
+  shadow.read_too = shadow.read + shadow.reserved;
+  return shadow.written != nullptr;
+}
+
+bool reserve_shared(unsigned size) {
+  if (!emulated_shared_memory)
+    emulated_shared_memory = (unsigned char*)aligned_alloc(1024, kSharedLimit / 1024 * 1024 + 1024);
+  shared_now.memory = emulated_shared_memory;
+  shared_now.size = size;
+  static_now.memory = __start_emulated_shared;
+  static_now.size = static_shared();
+  return emulated_shared_memory && reserve(shared_now) && reserve(static_now);
+}
+
+void begin_shared() {
+  Shadow* const both[] = {&shared_now, &static_now};
+  for (Shadow* one : both) {
+    memset(one->memory, 0xff, one->size);  // NaN as f16, bf16 and float
+    memset(one->written, 0, one->size * sizeof(unsigned));
+    memset(one->read, 0, one->size * sizeof(unsigned));
+    memset(one->read_too, 0, one->size * sizeof(unsigned));
+  }
+}
+
+unsigned stamp(unsigned thread) { return thread << kEpochBits | machine.epoch[thread / kLanes]; }
+
+bool ordered(unsigned stamp, unsigned thread) {
+  const unsigned other = stamp >> kEpochBits, epoch = stamp & kUnderWay;
+  return !stamp || epoch <= machine.known[thread / kLanes][other / kLanes] ||
+         (other == thread && epoch != kUnderWay);
+}
+
+size_t distance(const Shadow& shadow, const void* p) {
+  return (size_t)((const unsigned char*)p - shadow.memory);
+}
+
+void race(const char* what, const Shadow& shadow, size_t byte, unsigned stamp) {
+  const char* name = &shadow == &static_now ? "static " : "";
+  if ((stamp & kUnderWay) == kUnderWay)
+    fail("%s byte %zu of %sshared memory before copy_wait or wgmma_wait: thread %u has an operation "
+         "on it under way", what, byte, name, stamp >> kEpochBits);
+  else
+    fail("race: %s byte %zu of %sshared memory, which thread %u has used since the last barrier "
+         "that both met", what, byte, name, stamp >> kEpochBits);
+}
+
+void shared_read(Shadow& shadow, size_t at, size_t size, unsigned thread, unsigned mine) {
+  for (size_t i = at; i < at + size; ++i) {
+    const unsigned written = shadow.written[i];
+    if (!written) return fail("reads byte %zu of shared memory, which nothing was written to", i);
+    if (!ordered(written, thread)) return race("reads", shadow, i, written);
+    unsigned &a = shadow.read[i], &b = shadow.read_too[i];
+    if (a == mine || b == mine) continue;
+    // Two readers are kept, of different warps where there are such: a write by any thread is
+    // concurrent with one of them unless it is ordered behind both.
+    if (ordered(a, thread))
+      a = mine;
+    else if (ordered(b, thread) || (a ^ b) >> kEpochBits < kLanes)
+      b = mine;
+  }
+}
+
+void shared_write(Shadow& shadow, size_t at, size_t size, unsigned thread, bool under_way) {
+  const unsigned mine = under_way ? thread << kEpochBits | kUnderWay : stamp(thread);
+  for (size_t i = at; i < at + size; ++i) {
+    const unsigned uses[] = {shadow.written[i], shadow.read[i], shadow.read_too[i]};
+    for (unsigned before : uses)
+      if (!ordered(before, thread)) return race("writes", shadow, i, before);
+    shadow.written[i] = mine;
+    shadow.read[i] = shadow.read_too[i] = 0;
+  }
+}
+
+// ---- global memory -------------------------------------------------------------------------------
+
+struct Range {
+  uintptr_t start, end;
+};
+Range* ranges;
+size_t ranges_count, ranges_size;
+Range last_range;
+
+bool known_range(uintptr_t at, size_t size) {
+  if (at >= last_range.start && at + size <= last_range.end) return true;
+  for (size_t i = 0; i < ranges_count; ++i)
+    if (at >= ranges[i].start && at + size <= ranges[i].end) {
+      last_range = ranges[i];
+      return true;
+    }
+  return false;
+}
+
+void outside(const char* what, uintptr_t at, size_t size) {
+  const Range* nearest = nullptr;
+  uintptr_t least = UINTPTR_MAX;
+  for (size_t i = 0; i < ranges_count; ++i) {
+    const uintptr_t off = at < ranges[i].start ? ranges[i].start - at
+                          : at < ranges[i].end ? 0 : at - ranges[i].end;
+    if (off < least) {
+      least = off;
+      nearest = &ranges[i];
+    }
+  }
+  if (nearest)
+    fail("%s %zu bytes at byte %td of an array of %zu bytes", what, size,
+         (ptrdiff_t)(at - nearest->start), (size_t)(nearest->end - nearest->start));
+  else
+    fail("%s %zu bytes of memory that belongs to nothing", what, size);
+}
+
+// Whether the access is to global memory that was given (or to what is the program's own).
+void global_access(const char* what, uintptr_t at, size_t size) {
+  if (at - (uintptr_t)stacks < stacks_count * kStack || known_range(at, size)) return;
+  if (at >= (uintptr_t)__ehdr_start && at + size <= (uintptr_t)_end) return;
+  const size_t behind = at - (uintptr_t)shared_now.memory;
+  if (behind < kSharedLimit + 4096)
+    return fail("%s %zu bytes at byte %zu of shared memory of %zu bytes", what, size, behind,
+                shared_now.size);
+  outside(what, at, size);
+}
+
+// Which shared memory the bytes lie in wholly, or null.
+Shadow* shared_of(const void* p, size_t size) {
+  Shadow* const both[] = {&shared_now, &static_now};
+  for (Shadow* one : both)
+    if (distance(*one, p) < one->size && distance(*one, p) + size <= one->size) return one;
+  return nullptr;
+}
+
+void on_access(const void* p, size_t size, bool write) {
+  if (!current) return;
+  const char* what = write ? "writes" : "reads";
+  Shadow* shadow = shared_of(p, size);
+  if (!shadow) return global_access(what, (uintptr_t)p, size);
+  if (write)
+    shared_write(*shadow, distance(*shadow, p), size, current_index, false);
+  else
+    shared_read(*shadow, distance(*shadow, p), size, current_index, stamp(current_index));
+}
+
+}  // namespace
+
+// Global memory that kernels may use from now on; all of it is taken back by emulated_forget.
+EXPORT void emulated_memory(const void* start, size_t bytes) {
+  if (ranges_count == ranges_size) {
+    ranges_size = 2 * ranges_size + 16;
+    ranges = (Range*)realloc(ranges, ranges_size * sizeof *ranges);
+  }
+  ranges[ranges_count++] = {(uintptr_t)start, (uintptr_t)start + bytes};
+}
+EXPORT void emulated_forget() {
+  ranges_count = 0;
+  last_range = {};
+}
+
+// ---- what the compiler calls -----------------------------------------------------------------------
+
+extern "C" {
+#define EMULATED_ACCESS(SIZE)                                                                      \
+  HIDDEN void __tsan_read##SIZE(void* p) {                                                         \
+    if ((uintptr_t)p % SIZE) fail("reads %d bytes from an address that they are not aligned to", SIZE); \
+    on_access(p, SIZE, false);                                                                     \
+  }                                                                                                \
+  HIDDEN void __tsan_write##SIZE(void* p) {                                                        \
+    if ((uintptr_t)p % SIZE) fail("writes %d bytes to an address that they are not aligned to", SIZE);  \
+    on_access(p, SIZE, true);                                                                      \
+  }                                                                                                \
+  HIDDEN void __tsan_volatile_read##SIZE(void* p) { __tsan_read##SIZE(p); }                        \
+  HIDDEN void __tsan_volatile_write##SIZE(void* p) { __tsan_write##SIZE(p); }                      \
+  HIDDEN void __tsan_unaligned_read##SIZE(void* p) { on_access(p, SIZE, false); }                  \
+  HIDDEN void __tsan_unaligned_write##SIZE(void* p) { on_access(p, SIZE, true); }
+EMULATED_ACCESS(1)
+EMULATED_ACCESS(2)
+EMULATED_ACCESS(4)
+EMULATED_ACCESS(8)
+EMULATED_ACCESS(16)
+HIDDEN void __tsan_read_range(void* p, unsigned long size) { on_access(p, size, false); }
+HIDDEN void __tsan_write_range(void* p, unsigned long size) { on_access(p, size, true); }
+HIDDEN void __tsan_init() {}
+HIDDEN void __tsan_func_entry(void*) {}
+HIDDEN void __tsan_func_exit() {}
+}
+
+// ---- asynchronous copies -------------------------------------------------------------------------
+
+void emulated_copy_async(void* shared, const void* global, bool valid) {
+  if ((uintptr_t)shared % 16 || (valid && (uintptr_t)global % 16))
+    fail("copy_async_16: the %s address is not a multiple of 16",
+         (uintptr_t)shared % 16 ? "shared" : "global");
+  Shadow* shadow = shared_of(shared, 16);
+  if (!shadow) {
+    fail("copy_async_16 to byte %td of shared memory of %zu bytes",
+         (const unsigned char*)shared - shared_now.memory, shared_now.size);
+    return;
+  }
+  if (valid) global_access("copy_async_16 reads", (uintptr_t)global, 16);
+  shared_write(*shadow, distance(*shadow, shared), 16, current_index, true);
+  Lane& lane = *current;
+  if (lane.copied == lane.copies_size) {
+    lane.copies_size = 2 * lane.copies_size + 16;
+    lane.copies = (Copy*)realloc(lane.copies, lane.copies_size * sizeof *lane.copies);
+  }
+  Copy& copy = lane.copies[lane.copied++];
+  copy.to = (unsigned char*)shared;
+  memset(copy.data, 0, 16);
+  if (valid) memcpy(copy.data, global, 16);
+}
+
+void emulated_copy_commit() {
+  Lane& lane = *current;
+  if (lane.committed == lane.groups_size) {
+    lane.groups_size = 2 * lane.groups_size + 8;
+    lane.groups = (unsigned*)realloc(lane.groups, lane.groups_size * sizeof *lane.groups);
+  }
+  lane.groups[lane.committed++] = lane.copied;
+}
+
+void emulated_copy_wait(int under_way) {
+  Lane& lane = *current;
+  if ((int)lane.committed <= under_way) return;
+  const unsigned groups = lane.committed - (unsigned)under_way, count = lane.groups[groups - 1];
+  for (unsigned i = 0; i < count; ++i) {
+    const Copy& copy = lane.copies[i];
+    memcpy(copy.to, copy.data, 16);
+    Shadow& shadow = *shared_of(copy.to, 16);
+    for (unsigned byte = 0; byte < 16; ++byte)
+      shadow.written[distance(shadow, copy.to) + byte] = stamp(current_index);
+  }
+  lane.copied -= count;
+  memmove(lane.copies, lane.copies + count, lane.copied * sizeof *lane.copies);
+  lane.committed -= groups;
+  memmove(lane.groups, lane.groups + groups, lane.committed * sizeof *lane.groups);
+  for (unsigned i = 0; i < lane.committed; ++i) lane.groups[i] -= count;
+}

@@ -1,0 +1,88 @@
+"""What an archive of candidates does on the machine that it was carried to (see ``cuda.pack``)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bertile.cuda.card import Card
+from bertile.cuda.trial import check
+from bertile.errors import BertileError
+from bertile.schedules.task import Task
+from bertile.targets import resolve
+from bertile.trial_runner import TrialRunner
+from bertile.trial_server import LANES
+
+SCHEMA = 1
+TRIAL_SECONDS = 60.0  # the first trial of a task computes its reference
+
+
+def main(archive: str, arguments: Sequence[str]) -> int:
+    """Measure the candidates of an archive; the exit code is 3 where no GPU can run them."""
+    parser = argparse.ArgumentParser(
+        prog=f"python3 {archive}", description="Time candidate kernels on this machine's GPU."
+    )
+    parser.add_argument("--output", metavar="RESULT", required=True, help="file to write")
+    parser.add_argument("--seconds", type=float, help="begin no candidate after this time")
+    options = parser.parse_args(arguments)
+    try:
+        count = measure(Path(archive), Path(options.output), options.seconds)
+    except BertileError as error:
+        print(f"{archive}: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{count}; at home: bertile tune --ingest {options.output}", file=sys.stderr)
+    return 0
+
+
+def measure(archive: Path, output: Path, seconds: float | None = None) -> str:
+    """Write a line of times for each candidate; says how many there are."""
+    end = time.monotonic() + seconds if seconds else float("inf")
+    with tempfile.TemporaryDirectory(prefix="bertile-measure-") as place:
+        with zipfile.ZipFile(archive) as file:
+            names = [one for one in file.namelist() if one.endswith(".cubin")]
+            file.extractall(place, names)
+            manifest = json.loads(file.read("manifest.json"))
+        row = resolve(manifest["target"]["name"], manifest["threads"])
+        card = Card()
+        check(card, row)
+        machine = {**card.facts(), "cores": os.cpu_count()}
+        done = failed = 0
+        with open(output, "w", encoding="utf-8") as lines:
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+            header = {"schema": SCHEMA, "machine": machine, "time": stamp, "pack": manifest}
+            lines.write(json.dumps(header) + "\n")
+            for answer in _answers(manifest, row, Path(place), end):
+                lines.write(json.dumps(answer) + "\n")
+                lines.flush()
+                done, failed = done + 1, failed + ("error" in answer)
+                of = len(manifest["candidates"])
+                print(f"\rmeasured {done} of {of}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    return f"{done} candidates measured, {failed} of them failed"
+
+
+def _answers(
+    manifest: dict[str, Any], row: Any, place: Path, end: float
+) -> Iterator[dict[str, Any]]:
+    blocks, *also = manifest["blocks"]
+    with TrialRunner(row, TRIAL_SECONDS, ("bertile.cuda.trial",)) as trials:
+        for candidate in manifest["candidates"]:
+            if time.monotonic() > end:
+                return
+            task = Task(**manifest["tasks"][candidate["task"]])
+            image = str(place / candidate["image"])
+            found = trials.run(task, candidate["knobs"], blocks, also, image=image)
+            if "error" in found:
+                yield {"candidate": candidate["id"], "error": found["error"]}
+                continue
+            times = {blocks * LANES: found["microseconds"], **found["also"]}
+            sets = [{"tokens": int(one), "microseconds": us} for one, us in times.items()]
+            yield {"candidate": candidate["id"], "sets": sets}

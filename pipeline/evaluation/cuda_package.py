@@ -1,0 +1,138 @@
+"""What a machine with a GPU needs for ``cuda_bench``, in one small archive; and its result as a
+table.
+
+    python -m bertile.evaluation.cuda_package -o bench.tar.xz --target cuda-sm90
+    python -m bertile.evaluation.cuda_package --table RESULT.json --update-readme README.md
+
+All layers of the model hold the values of one, and its vocabulary those of some thousand words:
+stored once each by a compressor that remembers that far back, 220 MB of weights travel as 14. In
+memory they lie as often as in any model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import shutil
+import statistics
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import bertile
+from bertile import bench_tables, synthetic
+from bertile.errors import UsageError, require
+from bertile.evaluation import cuda_bench
+from bertile.progress import Progress
+from bertile.tables import table
+
+WORDS = 1009  # rows of the vocabulary that differ; a prime, so that no two tables stay in step
+MEMORY = 256 << 20  # how far back the compressor looks
+COLUMNS = (
+    *("case", "engine", "ms", "p90 ms", "call ms", "of best PyTorch", "at most"),
+    *("TFLOP/s", "% of peak", "cosine"),
+)
+
+
+def write(
+    path: Path, target: str, name: str = "bert-base", config: dict[str, Any] | None = None
+) -> int:
+    """Write the archive; its size in bytes. ``config`` holds further fields of Config."""
+    with tempfile.TemporaryDirectory(prefix="bertile-bench-") as place:
+        root = Path(place)
+        model(name, root / "model")
+        for precision in ("fp16", "int8"):
+            given = {"target": target, "precision": precision, "runtime": "include"}
+            bertile.compile(
+                str(root / "model"),
+                root / precision,
+                bertile.Config(**given, **(config or {})),
+                Progress(),
+            )
+        shutil.copyfile(cuda_bench.__file__, root / "cuda_bench.py")
+        filters = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": MEMORY}]
+        with lzma.open(path, "wb", filters=filters) as packed:
+            with tarfile.open(fileobj=packed, mode="w") as archive:
+                for file in sorted(root.iterdir()):
+                    archive.add(file, file.name)
+    return path.stat().st_size
+
+
+def model(name: str, directory: Path) -> None:
+    """A Hugging Face directory of a synthetic model in 16 bits, made of few distinct values."""
+    torch, transformers = require("export", "torch", "transformers")
+    made = synthetic.build(transformers.AutoModel, synthetic.config(name)).to(torch.float16)
+    layers = made.encoder.layer
+    with torch.no_grad():
+        for layer in layers[1:]:
+            layer.load_state_dict(layers[0].state_dict())
+        words = made.embeddings.word_embeddings.weight
+        words.copy_(words[torch.arange(len(words)) % WORDS])
+    made.save_pretrained(directory)
+
+
+def flops(config: dict[str, Any], lengths: Sequence[int]) -> float:
+    """Of the matrix products of sequences of these lengths."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    weights = 4 * hidden * hidden + 2 * hidden * inner
+    each = sum(2.0 * weights * one + 4.0 * hidden * one**2 for one in lengths)
+    return config["num_hidden_layers"] * each
+
+
+def as_text(result: dict[str, Any], markdown: bool = False) -> str:
+    """The table of a result, and a sentence on where it was measured."""
+    peak, rows = result["peaks"], []
+    for row in result["rows"]:
+        rate = flops(result["config"], row["lengths"]) / row["median_ms"] / 1e9
+        times = (row["case"], row["engine"], row["median_ms"], row["p90_ms"], row["call_ms"])
+        share = round(100 * rate / peak["tflops"]) if peak else None
+        rest = (row["of_best_peer"], row["limit"], round(rate, 1), share, round(row["cosine"], 4))
+        rows.append((*times, *rest))
+    text = ", ".join(f"{name} {value}" for name, value in result["machine"].items()) + "."
+    if peak:
+        text += (
+            f" Peaks measured beside it: {peak['tflops']:.0f} TFLOP/s (product of fp16 matrices),"
+            f" {peak['copy_tbs']:.1f} TB/s (copy)."
+        )
+    if seconds := result["first_result_s"]:
+        text += (
+            f" First result {statistics.median(seconds):.2f} s after the start of a process"
+            f" ({max(seconds):.2f} s at most)."
+        )
+    return f"{table(COLUMNS, rows, markdown)}\n\n{text}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the archive, or show a result."""
+    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.cuda_package")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the archive (.tar.xz)")
+    parser.add_argument("--target", default="cuda-sm90")
+    parser.add_argument("--model", default="bert-base", choices=sorted(synthetic.SYNTHETIC))
+    parser.add_argument("--table", metavar="RESULT", nargs="+", help="show what cuda_bench wrote")
+    parser.add_argument("--update-readme", metavar="FILE", help="put it at <!-- bench-cuda -->")
+    options = parser.parse_args(arguments)
+    if options.output:
+        count = write(Path(options.output), options.target, options.model)
+        print(f"{options.output}: {count / 1e6:.1f} MB")
+    elif options.table:
+        text = as_text(merged(options.table), markdown=bool(options.update_readme))
+        print(text)
+        if options.update_readme:
+            bench_tables.write_block(Path(options.update_readme), "bench-cuda", text)
+    else:
+        raise UsageError("there is nothing to do", "give -o FILE or --table RESULT")
+
+
+def merged(paths: Sequence[str]) -> dict[str, Any]:
+    """Results of one machine, whose cases were measured by several runs."""
+    first, *rest = (json.loads(Path(one).read_text(encoding="utf-8")) for one in paths)
+    for one in rest:
+        first["rows"] += one["rows"]
+    return first
+
+
+if __name__ == "__main__":
+    main()

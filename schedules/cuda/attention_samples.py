@@ -1,0 +1,108 @@
+"""Trial operands of attention in each precision, and its result by numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bertile.schedules.cuda.forms import (
+    BLOCK,
+    LOWEST,
+    ROUNDING,
+    element,
+    empty_rows,
+    from_rows,
+    symbols,
+    to_rows,
+    token_table,
+)
+from bertile.schedules.reference import LEVELS, byte_limits, softmax
+from bertile.schedules.schedule import Sample
+from bertile.schedules.task import Task
+
+USUAL = 8  # blocks of a sequence
+BYTES = (-2.0, 2.0)  # the range of a result in bytes
+
+
+def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
+    """Sequences of 128 tokens, as requests have them; of few blocks two unequal ones. The last few
+    keys of each are masked.
+    """
+    if 3 <= blocks < USUAL:
+        counts = [blocks - blocks // 3, blocks // 3]
+    else:
+        counts = [USUAL] * (blocks // USUAL) + ([blocks % USUAL] if blocks % USUAL else [])
+    return sequences_sample(task, [count * BLOCK - 5 for count in counts], rng)
+
+
+def sequences_sample(
+    task: Task,
+    lengths: list[int],
+    rng: np.random.Generator,
+    planes: tuple[bool, bool] = (False, True),
+) -> Sample:
+    """Sequences of these lengths behind each other, some of their keys masked. ``planes``: whether
+    each sequence, and each head, has a bias of its own.
+    """
+    heads, size, kind = int(task.shape["heads"]), int(task.shape["head_size"]), element(task)
+    table, length = token_table(lengths), max(lengths)
+    rows = len(table) * BLOCK
+    qkv = to_rows(rng.standard_normal((rows, 3 * heads * size)), kind)
+    values = from_rows(qkv, 3 * heads * size).astype("float64")
+    keys = np.where(rng.random(rows) < 0.1, -10000.0, 0.0).astype("float32")
+    batch, of = (extent if own else 1 for own, extent in zip(planes, (len(lengths), heads)))
+    bias = rng.standard_normal((batch, of, length, length)).astype("float32")
+    expected = np.zeros((rows, heads * size))
+    for row, own in enumerate(lengths):
+        mine = np.flatnonzero(table[:, 0] == row)
+        part = slice(mine[0] * BLOCK, (mine[-1] + 1) * BLOCK)
+        keys[part][own:] = LOWEST
+        keys[part][0] = 0.0
+        added = np.broadcast_to(keys[part], (heads, len(keys[part]), len(keys[part]))).copy()
+        if task.shape["bias"]:
+            added[:, :own, :own] += bias[min(row, batch - 1), :, :own, :own]
+        expected[part] = _attention(values[part], added, heads, float(task.shape["scale"]))
+        expected[part][own:] = 0.0  # of padding nothing is asked but a finite number
+    inside = np.concatenate([np.arange(16 * (-(-n // 16))) < n for n in lengths])
+    given = symbols(rows, len(lengths), length, bias_0=batch, bias_1=of)
+    activations = [qkv, keys, table] + ([bias] if task.shape["bias"] else [])
+    return _result(task, activations, expected.astype("float32"), inside, given)
+
+
+def _attention(qkv: np.ndarray, added: np.ndarray, heads: int, scale: float) -> np.ndarray:
+    q, k, v = (a.reshape(len(qkv), heads, -1).transpose(1, 0, 2) for a in np.split(qkv, 3, 1))
+    weights = softmax(q @ k.transpose(0, 2, 1) * scale + added)
+    return (weights @ v).transpose(1, 0, 2).reshape(len(qkv), -1)
+
+
+def _result(
+    task: Task,
+    activations: list[np.ndarray],
+    expected: np.ndarray,
+    inside: np.ndarray,
+    given: dict[str, int],
+) -> Sample:
+    channels, weights, kind = expected.shape[1], [], element(task)
+    # the softmax's weights and the result are rounded; tf32 has the fraction of float16
+    rounding = {"tf32": 4 * ROUNDING["f16"], "fp32": 2e-5}.get(
+        str(task.shape["precision"]), 4 * ROUNDING[kind]
+    )
+    low, high = BYTES
+    to_bytes = task.shape.get("writes") == "to_int8"
+    if to_bytes:
+        weights.append(byte_limits(low, high))
+        expected, kind = np.clip(expected, low, high), "u8"
+        rounding += 0.51 * (high - low) / LEVELS / max(1.0, float(np.abs(expected).max()))
+
+    def decode(found: list[np.ndarray]) -> np.ndarray:
+        values = from_rows(found[0], channels)
+        if to_bytes:
+            values = np.float32(low) + np.float32((high - low) / LEVELS) * values
+        return np.where(inside[:, None] | ~np.isfinite(values), values, np.float32(0))
+
+    results = [empty_rows(len(expected), channels, kind)]
+    return Sample(activations, weights, expected, results, decode, rounding, given)
+
+
+def flops(task: Task, tokens: int) -> float:
+    """The two products of one sequence of that many tokens; the softmax is not counted."""
+    return 4.0 * tokens * tokens * task.shape["heads"] * task.shape["head_size"]

@@ -1,0 +1,64 @@
+"""How long a dense kernel takes by its bytes and multiply-adds, for choosing a default: cycles of a
+multiprocessor. The rates are vendors' and others' published ones; nothing here was measured.
+"""
+
+from __future__ import annotations
+
+from bertile.schedules.cuda.dense_tile import PANEL, Tile
+from bertile.schedules.cuda.forms import pitch
+from bertile.schedules.schedule import Gpu
+
+# Multiply-adds of a multiprocessor in a cycle: 16-bit by mma.sync, float32 without tensor cores.
+TENSOR = {75: 512, 80: 1024, 86: 512, 89: 512, 90: 1280}
+PLAIN = {75: 64, 80: 64, 86: 128, 89: 128, 90: 128}
+RELATIVE = {"fp16": 1.0, "bf16": 1.0, "tf32": 0.5, "int8": 2.0, "int8_static": 2.0}
+SHARED = 128  # bytes of shared memory in a cycle
+PORT = 64  # bytes that a multiprocessor can take from the second-level cache in a cycle
+CACHE = 24  # bytes of the second-level cache in a cycle, for each multiprocessor when all ask
+LATENCY = 800  # of a read that misses the second-level cache
+START = 1500  # from the launch to the first read, and from the last write to the end
+BARRIER = 40  # of an iteration: waiting, and the first reads of the next slot
+FINISH = 12  # instructions of a value in the epilogue, per lane
+
+
+def cycles(tile: Tile, rows: int, gpu: Gpu) -> float:
+    """About how long one launch for so many rows takes."""
+    of = tile.operands
+    across, down = -(-pitch(of.outputs) // tile.columns), -(-rows // tile.rows)
+    blocks = across * down
+    resident = tile.resident(gpu)
+    waves = -(-blocks // gpu.multiprocessors)  # blocks of the busiest multiprocessor
+    together = min(resident, waves)
+    panels = tile.iterations * tile.slices
+    read = (tile.rows + tile.columns) * PANEL * panels
+    fragments = tile.warps * (16 * tile.tall + 8 * tile.wide) * PANEL * panels
+    multiplies = tile.rows * tile.columns * panels * (PANEL // of.size)
+    in_flight = (tile.stages - 1) * tile.slot * together
+    value = tile.rows * tile.columns
+    ends = value * FINISH / 128 + (value * tile.slices * 8 / SHARED if tile.slices > 1 else 0)
+    each = _together(
+        multiplies / rate(tile, gpu, together),
+        (fragments + read) / SHARED,
+        read / min(PORT, in_flight / LATENCY),
+        tile.iterations * LATENCY / (tile.stages - 1) / together,
+    )
+    each += tile.iterations * BARRIER * (1 / together + 1 / (tile.stages - 1))
+    alone = ends if together == 1 else ends / 2  # others multiply meanwhile
+    busy = waves * (each + alone) + LATENCY * -(-waves // resident)
+    return START + max(busy, blocks * read / (CACHE * gpu.multiprocessors))
+
+
+def _together(*parts: float) -> float:
+    """Of units that work side by side: hardly more than the slowest, if the others are fast."""
+    return sum(part**3 for part in parts) ** (1 / 3)
+
+
+def rate(tile: Tile, gpu: Gpu, together: int) -> float:
+    """Multiply-adds in a cycle, of so many blocks that a multiprocessor has together: four warps
+    keep its tensor cores busy, eight hide each other's waits.
+    """
+    precision, warps = tile.operands.precision, together * tile.threads / 32
+    busy = min(1.0, warps / 4) * (0.85 if warps < 8 else 1.0)
+    if precision == "fp32":
+        return PLAIN[gpu.capability] * busy
+    return TENSOR[gpu.capability] * RELATIVE[precision] * busy

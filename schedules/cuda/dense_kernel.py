@@ -1,0 +1,132 @@
+"""The text of a dense kernel: the constants of a task and of its tiles around ``dense.cuh``."""
+
+from __future__ import annotations
+
+from bertile.schedules.cuda.dense_tile import Operands, Tile
+from bertile.schedules.cuda.forms import code, constants, pitch
+from bertile.schedules.cuda.source import Kernel, Launch
+from bertile.schedules.schedule import Knobs, Row
+from bertile.schedules.task import Task
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "tanh")  # the enum of dense_finish.cuh
+
+MULTIPLY = {
+    "fp16": "mma_16816<f16>",
+    "bf16": "mma_16816<bf16>",
+    "tf32": "mma_1688_tf32",
+    "int8": "mma_16832_u8s8",
+    "int8_static": "mma_16832_u8s8",
+}
+
+
+def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
+    """(x, [range], [residual], w, [scale, [shift]], b, [limits], y): one entry for fewer than
+    ``few`` rows, one for others.
+    """
+    of, few = Operands.of(task), knobs["few"]
+    parameters = _parameters(of)
+    launches, tiles, entries = [], [], []
+    for name, prefix, when in (
+        ("few", "few_", f"rows < {few}" if few else 0),
+        ("many", "", f"rows >= {few}" if few else 1),
+    ):
+        if when == 0:
+            continue
+        tile = Tile.of(task, knobs, row.gpu, prefix)
+        entry = f"{task.name}_{name}"
+        tiles.append(tile.constants(name.title()))
+        entries.append(_entry(of, tile, entry, task.name, name.title()))
+        columns = -(-pitch(of.outputs) // tile.columns)
+        grid = (f"(rows + {tile.rows - 1}) // {tile.rows} * {columns}", 1, 1)
+        names = (*(name for _, name in parameters), "rows")
+        launches.append(Launch(entry, grid, tile.threads, tile.shared, names, when))
+    source = "\n".join(
+        [
+            f"namespace {task.name} {{",
+            _types(task, of),
+            *_templates(of),
+            *tiles,
+            "}",
+            *entries,
+            "",
+        ]
+    )
+    return Kernel(source, tuple(name for _, name in parameters), tuple(launches))
+
+
+def _parameters(of: Operands) -> list[tuple[str, str]]:
+    """Types and names of the pointers, in order."""
+    read = {"x": of.read, "residual": of.wide, "w": "u8", "y": of.result}
+    names = ["x", *(["range"] if of.ranges else []), *(["residual"] if of.residual else []), "w"]
+    names += [*("scale", "shift")[: of.vectors - 1], "b"]
+    names += [*(["limits"] if of.result == "u8" else []), "y"]
+    return [
+        (f"{read.get(name, 'float')}" if name == "y" else f"const {read.get(name, 'float')}", name)
+        for name in names
+    ]
+
+
+def _types(task: Task, of: Operands) -> str:
+    sums = "int" if of.precision.startswith("int8") else "float"
+    values = constants(
+        PANEL=128,
+        INPUT_BYTES=of.input_bytes,
+        PANELS=of.panels,
+        OUTPUTS=of.outputs,
+        OUTPUTS_PITCH=pitch(of.outputs),
+        VECTORS=of.vectors,
+        RANGES=of.ranges,
+        RESIDUAL=of.residual,
+        NARROW=of.result == "u8",
+        WIDE_RESULT=of.result == "float",
+        ACTIVATION=ACTIVATIONS.index(str(task.shape["activation"])),
+    )
+    return f"""
+using Wide = {of.wide};
+using Result = {of.result};
+using Sum = {sums};
+using Sums = {sums}4;
+{values}
+struct Operands {{
+  const u8 *x, *w;
+  const Wide* residual;
+  const float *range, *scale, *shift, *b, *limits;
+  Result* y;
+  int rows;
+}};
+"""
+
+
+def _templates(of: Operands) -> list[str]:
+    """The text that is the same for all tiles."""
+    if of.precision == "fp32":
+        multiply = code("dense_simt.cuh")
+    else:
+        as_multiplied = "to_tf32(__uint_as_float(x))" if of.precision == "tf32" else "x"
+        multiply = f"""
+WORD void multiply_add(Sum (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {{
+  {MULTIPLY[of.precision]}(d, a, b);
+}}
+WORD unsigned as_multiplied(unsigned x) {{ return {as_multiplied}; }}
+{code("dense_mma.cuh")}"""
+    return [multiply, code("dense_finish.cuh"), code("dense.cuh")]
+
+
+def _entry(of: Operands, tile: Tile, entry: str, space: str, name: str) -> str:
+    parameters = _parameters(of)
+    signature = ", ".join(f"{kind}* __restrict__ {name}" for kind, name in parameters)
+    sets = [
+        f"  of.{name} = {'(const u8*)' if name in ('x', 'w') else ''}{name};"
+        for _, name in parameters
+    ]
+    return "\n".join(
+        [
+            f'extern "C" __global__ void __launch_bounds__({tile.threads})',
+            f"{entry}({signature}, int rows) {{",
+            f"  {space}::Operands of = {{}};",
+            *sets,
+            "  of.rows = rows;",
+            f"  {space}::dense<{space}::{name}>(of);",
+            "}",
+        ]
+    )

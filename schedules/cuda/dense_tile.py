@@ -1,0 +1,232 @@
+"""What a dense task is on a GPU in bytes, and the tile of its result that a block makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bertile.schedules.cuda.forms import element, pitch
+from bertile.schedules.schedule import Gpu
+from bertile.schedules.task import Task
+
+PANEL = 128  # bytes of K
+SIZE = {"f16": 2, "bf16": 2, "float": 4, "u8": 1}
+REGISTERS = 255  # of a thread
+GRANULE = 8  # registers are given to a thread by so many
+PRIVATE = 1024  # bytes of shared memory that the system takes of each block
+
+
+def rounded_tf32(values: np.ndarray) -> np.ndarray:
+    """float32 as ``to_tf32`` makes it: to the nearest of 10 bits, ties away from zero."""
+    bits = np.ascontiguousarray(values, "float32").view("uint32")
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view("float32")
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The element types and sizes of a task. ``vectors``: b, and scale and shift of bytes."""
+
+    inputs: int
+    outputs: int
+    precision: str
+    read: str  # type of x
+    wide: str  # type of the residual, and of y where it is not bytes
+    result: str  # type of y
+    residual: bool
+
+    @staticmethod
+    def of(task: Task) -> Operands:
+        """What the task's shape says."""
+        shape = task.shape
+        precision, wide = str(shape["precision"]), element(task)
+        return Operands(
+            int(shape["inputs"]),
+            int(shape["outputs"]),
+            precision,
+            "u8" if precision.startswith("int8") else wide,
+            wide,
+            "u8" if shape.get("writes") == "to_int8" else wide,
+            bool(shape["residual"]),
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element of x and W."""
+        return SIZE[self.read]
+
+    @property
+    def input_bytes(self) -> int:
+        """From one row of x to the next."""
+        return pitch(self.inputs) * SIZE[self.read]
+
+    @property
+    def panels(self) -> int:
+        """Of K, the last may be in part."""
+        return -(-self.inputs * SIZE[self.read] // PANEL)
+
+    @property
+    def vectors(self) -> int:
+        """Numbers that each channel has."""
+        return {"int8": 3, "int8_static": 2}.get(self.precision, 1)
+
+    @property
+    def ranges(self) -> bool:
+        """Whether each row of x has a range."""
+        return self.precision == "int8"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of the result; a warp's share in pieces of 16 rows (``tall``) by 8 columns
+    (``wide``); groups of warps that take parts of K (``slices``); slots of shared memory that are
+    filled ahead (``stages``); rows of tiles that are made together (``band``).
+    """
+
+    operands: Operands
+    rows: int
+    columns: int
+    tall: int
+    wide: int
+    slices: int
+    stages: int
+    band: int
+
+    @staticmethod
+    def of(task: Task, knobs: Mapping[str, int], gpu: Gpu, prefix: str = "") -> Tile:
+        """The nearest tile to what the knobs ask for that this GPU can run."""
+        operands = Operands.of(task)
+        names = ("rows", "columns", "tall", "wide", "slices", "stages", "band")
+        tile = Tile(operands, *(knobs[prefix + name] for name in names))
+        return tile._shaped()._fitted(gpu)
+
+    def _shaped(self) -> Tile:
+        """Warps that divide the tile, slices that divide K and the pieces."""
+        columns = min(self.columns, pitch(self.operands.outputs))
+        tall = min(self.tall, self.rows // 16)
+        wide = next(w for w in range(self.wide, 0, -1) if w % 2 == 0 and columns // 8 % w == 0)
+        most = min(self.slices, self.operands.panels)
+        slices = next(s for s in range(most, 0, -1) if tall * wide % s == 0)
+        made = replace(self, columns=columns, tall=tall, wide=wide, slices=slices)
+        return replace(made, stages=max(2, min(self.stages, made.iterations + 1)))
+
+    def _fitted(self, gpu: Gpu) -> Tile:
+        """Fewer stages, then fewer slices, then a smaller tile, until a block fits the GPU."""
+        if self.registers > REGISTERS:
+            return replace(self, wide=self.wide // 2)._shaped()._fitted(gpu)
+        fits = self.threads <= 1024 and self.registers * self.threads <= gpu.registers_per_sm
+        if fits and self.shared <= gpu.shared_per_block:
+            return self
+        if fits and self.stages > 2:
+            return replace(self, stages=self.stages - 1)._fitted(gpu)
+        if self.slices > 1:
+            return replace(self, slices=self.slices // 2)._shaped()._fitted(gpu)
+        if self.rows > self.columns:
+            return replace(self, rows=self.rows // 2)._shaped()._fitted(gpu)
+        return replace(self, columns=self.columns // 32 * 16)._shaped()._fitted(gpu)
+
+    @property
+    def warps(self) -> int:
+        """Of a slice."""
+        return self.rows // (16 * self.tall) * (self.columns // (8 * self.wide))
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.warps * self.slices
+
+    @property
+    def iterations(self) -> int:
+        """Steps of K, a panel for every slice."""
+        return -(-self.operands.panels // self.slices)
+
+    @property
+    def registers(self) -> int:
+        """About what a thread needs: sums, two sets of fragments, addresses."""
+        a, b = (8, 8) if self.operands.precision == "fp32" else (4, 2)
+        fragments = 2 * (a * self.tall + b * self.wide)
+        return -(-(4 * self.tall * self.wide + fragments + 46) // GRANULE) * GRANULE
+
+    @property
+    def slot(self) -> int:
+        """Bytes of a stage."""
+        return (self.rows + self.columns) * PANEL * self.slices
+
+    @property
+    def _front(self) -> int:
+        """Bytes of the slots, or of the sums that are exchanged there."""
+        sums = self.rows * self.columns * 4 * self.slices if self.slices > 1 else 0
+        return max(self.stages * self.slot, sums, self._tile if self.late else 0)
+
+    @property
+    def _vectors(self) -> int:
+        ranges = 8 * self.rows if self.operands.ranges else 0
+        return 4 * self.operands.vectors * self.columns + ranges
+
+    def pitch(self, kind: str) -> int:
+        """Bytes from a row of a tile in shared memory to the next: pairs that eight rows write at
+        once lie in different banks.
+        """
+        return self.columns * SIZE[kind] + (32 if kind == "float" else 16)
+
+    @property
+    def _apart(self) -> bool:
+        return self.operands.residual and self.operands.result != self.operands.wide
+
+    @property
+    def _tile(self) -> int:
+        """Bytes of the residual and the result, in one place where they are of one type."""
+        kinds = {self.operands.result, *([self.operands.wide] if self.operands.residual else [])}
+        return sum(self.rows * self.pitch(kind) for kind in kinds)
+
+    @property
+    def late(self) -> bool:
+        """Whether the tile takes the place of the slots: a place of its own, where the residual is
+        ready in time, is for small ones.
+        """
+        return self._tile > 20480
+
+    @property
+    def at(self) -> dict[str, int]:
+        """Where things lie in shared memory."""
+        vectors = self._front
+        residual = 0 if self.late else vectors + self._vectors
+        apart = self.rows * self.pitch(self.operands.wide) if self._apart else 0
+        return {"VECTORS": vectors, "RESIDUAL": residual, "RESULT": residual + apart}
+
+    @property
+    def shared(self) -> int:
+        """Bytes of a block."""
+        return self._front + self._vectors + (0 if self.late else self._tile)
+
+    def resident(self, gpu: Gpu) -> int:
+        """Blocks that a multiprocessor has at once."""
+        by_registers = gpu.registers_per_sm // (self.registers * self.threads)
+        by_shared = gpu.shared_per_sm // (self.shared + PRIVATE)
+        return max(1, min(by_registers, by_shared, gpu.threads_per_sm // self.threads))
+
+    def constants(self, name: str) -> str:
+        """The struct that the templates of ``dense.cuh`` take."""
+        values = {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "TALL": self.tall,
+            "WIDE": self.wide,
+            "WARPS": self.warps,
+            "WARPS_ACROSS": self.columns // (8 * self.wide),
+            "APART": 16,
+            "SLICES": self.slices,
+            "THREADS": self.threads,
+            "STAGES": self.stages,
+            "ITERATIONS": self.iterations,
+            "PORTION": self.tall * self.wide // self.slices,
+            "SLOT": self.slot,
+            "BAND": self.band,
+            "LATE": int(self.late),
+            "RESIDUAL_PITCH": self.pitch(self.operands.wide),
+            "RESULT_PITCH": self.pitch(self.operands.result),
+            **{f"AT_{key}": value for key, value in self.at.items()},
+        }
+        lines = [f"  static constexpr int {key} = {value};" for key, value in values.items()]
+        return "\n".join([f"struct {name} {{", *lines, "};"])

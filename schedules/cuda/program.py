@@ -1,0 +1,43 @@
+"""The text of a kernel's one entry from its parts, each in a namespace of its own: all kernels of a
+model are compiled as one program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bertile.schedules.cuda.source import Extent, Kernel, Launch
+
+
+def program(
+    name: str,
+    threads: int,
+    grid: tuple[Extent, Extent, Extent],
+    pointers: Sequence[tuple[str, str]],
+    extents: Sequence[str],
+    helpers: str,
+    body: str,
+    shared: int = 0,
+) -> Kernel:
+    """The kernel whose operands are ``pointers`` (type, name); it also reads the symbols
+    ``extents``.
+
+    None of the pointers is ``__restrict__``: nvcc moves loads through such behind barriers, and
+    with them the time in which other copies would be on their way.
+    """
+    operands = tuple(operand for _, operand in pointers)
+    signature = ", ".join(
+        [*(f"{kind}* {one}" for kind, one in pointers), *(f"int {one}" for one in extents)]
+    )
+    source = f"""
+namespace parts_of_{name} {{
+{helpers}
+__device__ inline void run({signature}) {{{body}
+}}
+}}
+extern "C" __global__ void __launch_bounds__({threads}) {name}({signature}) {{
+  parts_of_{name}::run({", ".join([*operands, *extents])});
+}}
+"""
+    launch = Launch(name, grid, threads, shared, (*operands, *extents))
+    return Kernel(source, operands, (launch,))

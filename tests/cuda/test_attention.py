@@ -1,0 +1,163 @@
+"""Attention for GPUs, in the emulator, against numpy in float64; what its code takes of a GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import cuda_kernels
+import numpy as np
+import pytest
+
+from bertile.schedules.cuda.attention import attention
+from bertile.schedules.cuda.attention_samples import sequences_sample
+from bertile.schedules.cuda.forms import LOWEST, from_rows
+from bertile.schedules.task import Task
+
+MIXED = [100, 1, 33, 16, 70]  # groups of four blocks that span up to four sequences
+
+
+def task_of(heads=2, size=64, precision="fp16", bias=False, **more):
+    shape = {"heads": heads, "head_size": size, "scale": size**-0.5, "bias": bias}
+    return Task("attention", {**shape, "precision": precision, **more})
+
+
+def sample_of(task, lengths, **more):
+    return sequences_sample(task, lengths, np.random.default_rng(0), **more)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "tf32", "fp32"])
+@pytest.mark.parametrize("heads, size", [(2, 64), (3, 32), (1, 40), (3, 13)])
+def test_attention_of_unequal_sequences_equals_numpy(heads, size, precision):
+    task = task_of(heads, size, precision)
+    assert cuda_kernels.mistake(task, sample=sample_of(task, MIXED)) is None
+
+
+@pytest.mark.parametrize("size, precision", [(128, "fp16"), (256, "bf16"), (128, "fp32")])
+def test_attention_of_wide_heads_equals_numpy(size, precision):
+    task = task_of(1, size, precision)
+    assert cuda_kernels.mistake(task, sample=sample_of(task, [50, 17])) is None
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8, 19])
+def test_attention_equals_its_sample(blocks):
+    assert cuda_kernels.mistake(task_of(1, 32), blocks=blocks) is None
+
+
+@pytest.mark.parametrize("lengths", [[1], [16], [128], [129, 128]])
+def test_attention_of_few_sequences_equals_numpy(lengths):
+    task = task_of()
+    assert cuda_kernels.mistake(task, sample=sample_of(task, lengths)) is None
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "tf32"])
+@pytest.mark.parametrize("planes", [(False, False), (False, True), (True, False), (True, True)])
+def test_attention_adds_a_bias(precision, planes):
+    task = task_of(3, 24, precision, bias=True)
+    sample = sample_of(task, [40, 7, 19], planes=planes)
+    assert sample.activations[3].shape == (3 if planes[0] else 1, 3 if planes[1] else 1, 40, 40)
+    assert cuda_kernels.mistake(task, sample=sample) is None
+
+
+@pytest.mark.parametrize("row", ["cuda-sm75", "cuda-sm86"])
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_attention_for_other_rows_equals_numpy(precision, row):
+    task = task_of(precision=precision)
+    assert cuda_kernels.mistake(task, row, sample=sample_of(task, MIXED)) is None
+
+
+@pytest.mark.parametrize("heads, size", [(2, 64), (3, 13)])
+def test_attention_writes_bytes(heads, size):
+    task = task_of(heads, size, "int8_static", writes="to_int8")
+    assert cuda_kernels.mistake(task, sample=sample_of(task, [33, 16, 70])) is None
+
+
+def test_attention_of_a_row_that_is_masked_whole_is_finite():
+    task = task_of()
+    for added in (-10000.0, LOWEST):
+        sample = sample_of(task, [20, 40])
+        sample.activations[1][:32] = added
+        result = from_rows(cuda_kernels.found(task, sample)[0], 128)
+        assert np.isfinite(result).all()
+        assert np.abs(result[32:72] - sample.expected[32:72]).max() < 1e-2
+
+
+def test_attention_survives_the_least_float_as_a_bias():
+    task = task_of(bias=True)
+    sample = sample_of(task, [40])
+    bias = sample.activations[3]
+    bias[..., 30:] = 0.0
+    sample.activations[1][30:40] = LOWEST
+    by_keys = cuda_kernels.found(task, sample)[0]
+    sample.activations[1][30:40] = 0.0
+    bias[..., 30:] = np.finfo("float32").min
+    np.testing.assert_array_equal(cuda_kernels.found(task, sample)[0][:40], by_keys[:40])
+    sample = sample_of(task, [48])
+    sample.activations[3][...] = np.finfo("float32").min
+    assert np.isfinite(from_rows(cuda_kernels.found(task, sample)[0], 128)).all()
+
+
+def test_attention_subtracts_the_maximum():
+    task = task_of()
+    sample = sample_of(task, [48])
+    qkv = sample.activations[0]
+    qkv[:, :256] *= 30  # scores of thousands
+    values = from_rows(qkv, 384)[:48].astype("float64")
+    q, k, v = (values[:, 128 * i :][:, :64] for i in range(3))
+    scores = q @ k.T / 8 + sample.activations[1][:48]
+    expected = v[scores.argmax(1)]
+    assert np.abs(scores).max() > 3000
+    result = from_rows(cuda_kernels.found(task, sample)[0], 128)[:48, :64]
+    clear = np.diff(np.sort(scores, 1)[:, -2:], axis=1)[:, 0] > 15
+    assert clear.sum() > 20
+    assert np.abs(result - expected)[clear].max() < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "fp32", "tf32"])
+@pytest.mark.parametrize("row", cuda_kernels.ROWS)
+def test_attention_equals_numpy_at_points_of_its_space(precision, row):
+    task = task_of(2, 40, precision)
+    for knobs in cuda_kernels.points(task, row, 6):
+        assert cuda_kernels.mistake(task, row, knobs, sample=sample_of(task, MIXED)) is None
+
+
+@pytest.mark.parametrize("knobs", [(1, 16, 3), (2, 128, 2), (8, 32, 3)])
+def test_attention_equals_numpy_at_other_knobs(knobs):
+    task = task_of()
+    knobs = dict(zip(("warps", "keys", "stages"), knobs))
+    assert cuda_kernels.mistake(task, "cuda-sm90", knobs, sample=sample_of(task, MIXED)) is None
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("row", cuda_kernels.ROWS)
+def test_default_lies_in_its_own_space(size, row):
+    for precision in ("fp16", "tf32", "fp32"):
+        task, target = task_of(12, size, precision), cuda_kernels.row_of(row)
+        assert attention.valid(task, target, attention.default(task, target))
+
+
+def test_attention_uses_tensor_cores_and_spills_nothing():
+    taken = cuda_kernels.assert_fits(task_of(12), "cuda-sm90")
+    assert taken.tensor >= 128 and taken.instructions["LDGSTS"]
+    taken = cuda_kernels.assert_fits(task_of(12), "cuda-sm75")
+    assert taken.tensor >= 128 and not taken.instructions["LDGSTS"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("row", cuda_kernels.ROWS)
+def test_attention_of_every_row_spills_nothing(size, row):
+    precisions = ["fp16", "fp32", "tf32"] + ["bf16"] * cuda_kernels.row_of(row).gpu.bf16
+    for precision, bias in itertools.product(precisions, (False, True)):
+        taken = cuda_kernels.assert_fits(task_of(12, size, precision, bias), row)
+        floats = precision == "fp32" or (precision == "tf32" and row == "cuda-sm75")
+        assert (taken.tensor == 0) == floats
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_attention_at_the_largest_knobs_spills_nothing(precision, size):
+    task, row = task_of(12, size, precision), cuda_kernels.row_of("cuda-sm90")
+    largest = {knob: max(values) for knob, values in attention.space(task, row).items()}
+    cuda_kernels.assert_fits(task, "cuda-sm90", largest)

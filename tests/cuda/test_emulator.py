@@ -1,0 +1,103 @@
+"""The emulator against numpy, and the mistakes that it must find."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bertile.cuda import emulator
+from bertile.schedules.cuda.source import Kernel, Launch
+
+# y (rows, n) = x (rows, k) · w (n, k), 64 × 64 per block, k in steps of 32, three stages.
+PRODUCT = """
+constexpr int PITCH = 40, STAGES = 3;
+extern "C" __global__ void __launch_bounds__(128)
+product(const f16* x, const f16* w, float* y, int rows, int n, int k) {
+  SHARED_MEMORY(memory);
+  f16* xs = (f16*)memory;
+  f16* ws = xs + STAGES * 64 * PITCH;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int row0 = blockIdx.x * 64, column0 = blockIdx.y * 64;
+  float d[8][4] = {};
+  auto load = [&](int step) {
+    for (int i = threadIdx.x; step * 32 < k && i < 256; i += 128) {
+      const int r = i / 4, c = i % 4 * 8, to = (step % STAGES * 64 + r) * PITCH + c;
+      copy_async_16(xs + to, x + (row0 + r) * k + step * 32 + c, row0 + r < rows);
+      copy_async_16(ws + to, w + (column0 + r) * k + step * 32 + c, column0 + r < n);
+    }
+    copy_commit();
+  };
+  load(0);
+  load(1);
+  for (int step = 0; step * 32 < k; ++step) {
+    copy_wait<1>();
+    block_sync();
+    load(step + 2);
+    const int first = step % STAGES * 64;
+    for (int at = 0; at < 32; at += 16) {
+      unsigned a[4], b[2];
+      load_matrix_x4(a, xs + (first + warp * 16 + lane % 16) * PITCH + at + lane / 16 * 8);
+      for (int j = 0; j < 8; ++j) {
+        load_matrix_x2(b, ws + (first + j * 8 + lane % 8) * PITCH + at + lane / 8 % 2 * 8);
+        mma_16816<f16>(d[j], a, b);
+      }
+    }
+  }
+  for (int j = 0; j < 8; ++j)
+    for (int i = 0; i < 4; ++i) {
+      const int r = row0 + warp * 16 + lane / 4 + i / 2 * 8;
+      const int c = column0 + j * 8 + lane % 4 * 2 + i % 2;
+      if (r < rows && c < n) y[r * n + c] = d[j][i];
+    }
+}
+"""
+
+
+def product(source: str = PRODUCT, **changes: int) -> Kernel:
+    shared = changes.get("shared", 2 * 3 * 64 * 40 * 2)
+    arguments = ("x", "w", "y", "rows", "n", "k")
+    grid = ("(rows + 63) // 64", "(n + 63) // 64", 1)
+    launch = Launch("product", grid, changes.get("threads", 128), shared, arguments)
+    return Kernel(source, ("x", "w", "y"), (launch,))
+
+
+def run_product(kernel: Kernel, rows: int = 100, n: int = 72, k: int = 160, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    x, w = (rng.standard_normal((count, k)).astype(np.float16) for count in (rows, n))
+    y = np.full((rows, n), np.nan, np.float32)
+    emulator.run_kernel(kernel, [x, w, y], {"rows": rows, "n": n, "k": k}, seed=seed)
+    return y, x.astype(np.float32) @ w.astype(np.float32).T
+
+
+def test_product_of_matrices_equals_numpy() -> None:
+    made, expected = run_product(product())
+    np.testing.assert_allclose(made, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "mistake"),
+    [
+        ("copy_wait<1>();", "", "before copy_wait"),
+        ("block_sync();", "", "race|before copy_wait|nothing was written to"),
+        ("xs + to,", "xs + to + 1,", "shared address is not a multiple of 16"),
+        ("+ at + lane / 16 * 8", "+ at + lane / 16 * 7", "load_matrix: lane 16 gives an address"),
+        ("row0 + r < rows)", "true)", "at byte 3.... of an array of 32000 bytes"),
+        ("y[r * n + c] =", "y[r * n + c + 1] =", "at byte 28800 of an array of 28800 bytes"),
+        ("block_sync();", "if (threadIdx.x) block_sync();", "reached by 1 of the 32 lanes"),
+        ("mma_16816<f16>", "if (lane) mma_16816<f16>", "in mma_16816<f16> and in load_matrix at"),
+    ],
+)
+def test_mistake_is_found(right: str, wrong: str, mistake: str) -> None:
+    assert right in PRODUCT
+    with pytest.raises(emulator.EmulationError, match=mistake):
+        run_product(product(PRODUCT.replace(right, wrong)))
+
+
+def test_shared_memory_that_is_too_small_is_found() -> None:
+    with pytest.raises(emulator.EmulationError, match="of shared memory of 20480 bytes"):
+        run_product(product(shared=20480))
+
+
+def test_more_threads_than_the_launch_bounds_are_refused() -> None:
+    with pytest.raises(emulator.EmulationError, match="made for at most 128"):
+        run_product(product(threads=160))

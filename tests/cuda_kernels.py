@@ -1,0 +1,65 @@
+"""CUDA kernels in the emulator, held to their samples; what their machine code takes of a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bertile import targets
+from bertile.cuda import compiler, cubin, emulator
+from bertile.schedules.cuda import SCHEDULES
+
+ROWS = ("cuda-sm75", "cuda-sm80", "cuda-sm86", "cuda-sm89", "cuda-sm90")
+
+
+def row_of(name):
+    return targets.resolve(name, threads=1)
+
+
+def found(task, sample, row="cuda-sm90", knobs=None, seed=0):
+    """What a kernel makes of a sample; it must write all of its results."""
+    schedule, row = SCHEDULES[task.operation], row_of(row)
+    knobs = schedule.default(task, row) if knobs is None else knobs
+    assert schedule.valid(task, row, knobs)
+    packed = schedule.pack(task, knobs, sample.weights, row)
+    results = sample.buffers()
+    for result in results:
+        result.reshape(-1).view("uint8")[...] = 0xFF  # NaN, or a byte that is not padding
+    kernel = schedule.kernel(task, knobs, row)
+    arrays = [*map(np.ascontiguousarray, sample.activations), *packed, *results]
+    emulator.run_kernel(kernel, arrays, sample.symbols, seed=seed)
+    return results
+
+
+def mistake(task, row="cuda-sm90", knobs=None, blocks=3, sample=None):
+    """What is wrong with a kernel's result, None if nothing is."""
+    schedule = SCHEDULES[task.operation]
+    sample = sample or schedule.sample(task, blocks, np.random.default_rng(0))
+    return sample.mistake(found(task, sample, row, knobs))
+
+
+def points(task, row, count, seed=0):
+    """Random points of a task's space."""
+    rng = np.random.default_rng(seed)
+    space = SCHEDULES[task.operation].space(task, row_of(row))
+    for _ in range(count):
+        yield {knob: int(rng.choice(values)) for knob, values in space.items()}
+
+
+def resources(task, row, knobs=None):
+    """What a kernel's machine code takes, and bytes of dynamic shared memory and threads."""
+    schedule, target = SCHEDULES[task.operation], row_of(row)
+    kernel = schedule.kernel(task, knobs or schedule.default(task, target), target)
+    program = compiler.prelude() + kernel.source
+    code = compiler.find().run(program, compiler.machine(target))
+    (launch,) = kernel.launches
+    return cubin.read(code)[launch.entry], launch
+
+
+def assert_fits(task, row, knobs=None):
+    """Nothing is spilled, and registers and shared memory are there for one thread block."""
+    taken, launch = resources(task, row, knobs)
+    gpu = row_of(row).gpu
+    assert taken.local == 0
+    assert taken.registers * launch.threads <= gpu.registers_per_sm
+    assert taken.shared + launch.shared <= gpu.shared_per_block
+    return taken
