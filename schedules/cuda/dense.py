@@ -29,7 +29,7 @@ import numpy as np
 from bertile.schedules.cuda.dense_cost import cycles
 from bertile.schedules.cuda.dense_kernel import kernel
 from bertile.schedules.cuda.dense_samples import sample
-from bertile.schedules.cuda.dense_tile import PANEL, Operands, Tile, rounded_tf32
+from bertile.schedules.cuda.dense_tile import GROUPED, PANEL, Operands, Tile, rounded_tf32
 from bertile.schedules.cuda.forms import pitch, to_device
 from bertile.schedules.schedule import Gpu, Knobs, Row, Schedule, Space
 from bertile.schedules.task import Task
@@ -59,7 +59,7 @@ def space(task: Task, row: Row) -> Space:
     """Two tiles, and below how many rows the first is taken. A tile that a GPU cannot run stands
     for the nearest one that it can.
     """
-    return {"few": (0, *SPLITS), **FEW, **TILES}
+    return {"few": (0, *SPLITS), **FEW, **TILES, "tensor": _tensor(task, row.gpu)}
 
 
 def default(task: Task, row: Row) -> Knobs:
@@ -70,26 +70,40 @@ def default(task: Task, row: Row) -> Knobs:
     return {"few": min(meet, default=SPLITS[-1]), **few, **many}
 
 
+def _tensor(task: Task, gpu: Gpu) -> tuple[int, ...]:
+    """1: wgmma where there are many rows."""
+    return (0, 1) if gpu.wgmma and task.shape["precision"] in GROUPED else (0,)
+
+
 @lru_cache(maxsize=256)
 def _fastest(task: Task, gpu: Gpu, rows: int, prefix: str) -> tuple[Knobs, Tile]:
     """The knobs of a tile, of those that are what they say."""
-    choices = FEW if prefix else TILES
+    choices = FEW if prefix else {**TILES, "tensor": _tensor(task, gpu)}
     band = f"{prefix}band"  # the cost does not tell bands apart
     searched = {**choices, band: choices[band][1:2]}
     best: tuple[float, Knobs, Tile] | None = None
     for values in itertools.product(*searched.values()):
         knobs = dict(zip(choices, values))
-        plain = {key.removeprefix(prefix): value for key, value in knobs.items()}
-        if plain["tall"] * 16 > plain["rows"] or plain["tall"] * plain["wide"] % plain["slices"]:
+        asked = {key.removeprefix(prefix): value for key, value in knobs.items()}
+        if asked["tall"] * 16 > asked["rows"] or asked["tall"] * asked["wide"] % asked["slices"]:
             continue
         tile = Tile.of(task, knobs, gpu, prefix)
-        plain["columns"] = min(plain["columns"], pitch(tile.operands.outputs))
-        if any(getattr(tile, key) != value for key, value in plain.items()):
+        if not _is_asked(tile, asked):
             continue
         found = cycles(tile, rows, gpu)
         if best is None or found < best[0]:
             best = found, knobs, tile
     return best[1], best[2]
+
+
+def _is_asked(tile: Tile, asked: Knobs) -> bool:
+    """Whether a tile needed no change to run; of knobs that make no difference one choice does."""
+    asked = {**asked, "columns": min(asked["columns"], pitch(tile.operands.outputs))}
+    if asked.pop("tensor", 0):
+        if (asked["tall"], asked["wide"]) != (4, 8):
+            return False
+        asked |= {"tall": tile.tall, "wide": tile.wide}
+    return all(getattr(tile, key) == value for key, value in asked.items())
 
 
 def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> list[np.ndarray]:

@@ -10,6 +10,9 @@ from bertile.schedules.task import Task
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "tanh")  # the enum of dense_finish.cuh
 
+# Code that newer GPUs compile for themselves has no wgmma.
+_WITHOUT = "#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)"
+
 MULTIPLY = {
     "fp16": "mma_16816<f16>",
     "bf16": "mma_16816<bf16>",
@@ -25,7 +28,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
     """
     of, few = Operands.of(task), knobs["few"]
     parameters = _parameters(of)
-    launches, tiles, entries = [], [], []
+    launches, made, tiles, entries = [], [], [], []
     for name, prefix, when in (
         ("few", "few_", f"rows < {few}" if few else 0),
         ("many", "", f"rows >= {few}" if few else 1),
@@ -33,8 +36,11 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
         if when == 0:
             continue
         tile = Tile.of(task, knobs, row.gpu, prefix)
+        made.append(tile)
         entry = f"{task.name}_{name}"
         tiles.append(tile.constants(name.title()))
+        if tile.grouped:
+            tiles.append(tile.plain().constants("Plain"))
         entries.append(_entry(of, tile, entry, task.name, name.title()))
         columns = -(-pitch(of.outputs) // tile.columns)
         grid = (f"(rows + {tile.rows - 1}) // {tile.rows} * {columns}", 1, 1)
@@ -44,7 +50,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
         [
             f"namespace {task.name} {{",
             _types(task, of),
-            *_templates(of),
+            *_templates(of, any(tile.grouped for tile in made)),
             *tiles,
             "}",
             *entries,
@@ -97,7 +103,7 @@ struct Operands {{
 """
 
 
-def _templates(of: Operands) -> list[str]:
+def _templates(of: Operands, grouped: bool) -> list[str]:
     """The text that is the same for all tiles."""
     if of.precision == "fp32":
         multiply = code("dense_simt.cuh")
@@ -109,7 +115,16 @@ WORD void multiply_add(Sum (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
 }}
 WORD unsigned as_multiplied(unsigned x) {{ return {as_multiplied}; }}
 {code("dense_mma.cuh")}"""
-    return [multiply, code("dense_finish.cuh"), code("dense.cuh")]
+    made = [multiply, code("dense_finish.cuh"), code("dense.cuh")]
+    if grouped:
+        wgmma = "wgmma_u8s8<N>" if of.read == "u8" else f"wgmma<{of.read}, N>"
+        group = f"""
+template <int N>
+WORD void multiply_group(Sum (&d)[N / 2], unsigned long long a, unsigned long long b) {{
+  {wgmma}(d, a, b, true);
+}}"""
+        made += [_WITHOUT, "#else", group, code("dense_wgmma.cuh"), "#endif"]
+    return made
 
 
 def _entry(of: Operands, tile: Tile, entry: str, space: str, name: str) -> str:
@@ -119,6 +134,13 @@ def _entry(of: Operands, tile: Tile, entry: str, space: str, name: str) -> str:
         f"  of.{name} = {'(const u8*)' if name in ('x', 'w') else ''}{name};"
         for _, name in parameters
     ]
+    call = [f"  {space}::dense<{space}::{name}>(of);"]
+    if tile.grouped:
+        plain, grouped = (
+            f"{space}::dense<{space}::Plain>",
+            f"{space}::dense_by_groups<{space}::{name}>",
+        )
+        call = [_WITHOUT, f"  {plain}(of);", "#else", f"  {grouped}(of);", "#endif"]
     return "\n".join(
         [
             f'extern "C" __global__ void __launch_bounds__({tile.threads})',
@@ -126,7 +148,7 @@ def _entry(of: Operands, tile: Tile, entry: str, space: str, name: str) -> str:
             f"  {space}::Operands of = {{}};",
             *sets,
             "  of.rows = rows;",
-            f"  {space}::dense<{space}::{name}>(of);",
+            *call,
             "}",
         ]
     )
