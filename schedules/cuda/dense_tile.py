@@ -98,13 +98,11 @@ class Tile:
     grouped: bool = False
 
     @staticmethod
-    def of(task: Task, knobs: Mapping[str, int], gpu: Gpu, prefix: str = "") -> Tile:
+    def of(task: Task, knobs: Mapping[str, int], gpu: Gpu) -> Tile:
         """The nearest tile to what the knobs ask for that this GPU can run."""
         operands = Operands.of(task)
         names = ("rows", "columns", "tall", "wide", "slices", "stages", "band")
-        tile = Tile(operands, *(knobs[prefix + name] for name in names))
-        if not prefix and knobs["tensor"] and gpu.wgmma and operands.precision in GROUPED:
-            tile = replace(tile, grouped=True)
+        tile = Tile(operands, *(knobs[name] for name in names), bool(knobs.get("tensor")))
         return tile._shaped()._fitted(gpu)
 
     def _shaped(self) -> Tile:
