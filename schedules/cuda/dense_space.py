@@ -5,6 +5,7 @@ from the other. The default is what ``dense_cost`` thinks fastest for 128, 1024 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from functools import lru_cache
 
 from bertile.schedules.cuda.dense_cost import cycles
@@ -74,15 +75,11 @@ def _choices(task: Task, gpu: Gpu, name: str) -> Space:
 
 @lru_cache(maxsize=256)
 def _fastest(task: Task, gpu: Gpu, name: str) -> tuple[Knobs, Tile]:
-    choices = _choices(task, gpu, name)
-    choices["band"] = choices["band"][1:2]  # the cost does not tell bands apart
     best: tuple[float, Knobs, Tile] | None = None
-    for values in itertools.product(*choices.values()):
-        knobs = dict(zip(choices, values))
-        if knobs["tall"] * 16 > knobs["rows"] or knobs["tall"] * knobs["wide"] % knobs["slices"]:
-            continue
+    for knobs in _candidates(task, gpu, name):
         tile = Tile.of(task, knobs, gpu)
-        if not _is_asked(tile, knobs):
+        same = ("rows", "columns", "slices", "stages")
+        if any(getattr(tile, key) != knobs[key] for key in same):
             continue
         found = cycles(tile, ENTRIES[name], gpu)
         if best is None or found < best[0]:
@@ -90,11 +87,21 @@ def _fastest(task: Task, gpu: Gpu, name: str) -> tuple[Knobs, Tile]:
     return best[1], best[2]
 
 
-def _is_asked(tile: Tile, knobs: Knobs) -> bool:
-    """Whether a tile needed no change to run; of knobs that make no difference one choice does."""
-    asked = {**knobs, "columns": min(knobs["columns"], pitch(tile.operands.outputs))}
-    if asked.pop("tensor", 0):
-        if (asked["tall"], asked["wide"]) != (4, 8):
-            return False
-        asked |= {"tall": tile.tall, "wide": tile.wide}
-    return all(getattr(tile, key) == value for key, value in asked.items())
+def _candidates(task: Task, gpu: Gpu, name: str) -> Iterator[Knobs]:
+    """Tiles of 4 to 16 warps that their knobs divide; wgmma makes no difference of some knobs."""
+    choices = _choices(task, gpu, name)
+    choices["band"] = choices["band"][1:2]  # the cost does not tell bands apart
+    most = pitch(int(task.shape["outputs"]))
+    columns = {min(columns, most) for columns in choices["columns"]}
+    choices["columns"] = tuple(sorted(columns & {*choices["columns"], most}))
+    for values in itertools.product(*choices.values()):
+        knobs = dict(zip(choices, values))
+        tall, wide, slices = knobs["tall"], knobs["wide"], knobs["slices"]
+        if knobs.get("tensor"):
+            if (tall, wide, slices) == (4, 8, 1):
+                yield knobs
+            continue
+        down, across = knobs["rows"] // (16 * tall), knobs["columns"] // (8 * wide)
+        divides = knobs["columns"] % (8 * wide) == 0 and tall * wide % slices == 0
+        if divides and 4 <= down * across * slices <= 16:
+            yield knobs
