@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -63,19 +64,27 @@ def space(task: Task, row: Row) -> Space:
 
 def default(task: Task, row: Row) -> Knobs:
     """What ``dense_cost`` thinks fastest for 128 and for 4096 rows, and where they meet."""
-    few, few_tile = _fastest(task, row.gpu, 128, "few_", FEW)
-    many, many_tile = _fastest(task, row.gpu, 4096, "", TILES)
+    few, few_tile = _fastest(task, row.gpu, 128, "few_")
+    many, many_tile = _fastest(task, row.gpu, 4096, "")
     meet = [n for n in SPLITS if cycles(many_tile, n, row.gpu) < cycles(few_tile, n, row.gpu)]
     return {"few": min(meet, default=SPLITS[-1]), **few, **many}
 
 
-def _fastest(task: Task, gpu: Gpu, rows: int, prefix: str, choices: Space) -> tuple[Knobs, Tile]:
+@lru_cache(maxsize=256)
+def _fastest(task: Task, gpu: Gpu, rows: int, prefix: str) -> tuple[Knobs, Tile]:
     """The knobs of a tile, of those that are what they say."""
+    choices = FEW if prefix else TILES
+    band = f"{prefix}band"  # the cost does not tell bands apart
+    searched = {**choices, band: choices[band][1:2]}
     best: tuple[float, Knobs, Tile] | None = None
-    for values in itertools.product(*choices.values()):
+    for values in itertools.product(*searched.values()):
         knobs = dict(zip(choices, values))
+        plain = {key.removeprefix(prefix): value for key, value in knobs.items()}
+        if plain["tall"] * 16 > plain["rows"] or plain["tall"] * plain["wide"] % plain["slices"]:
+            continue
         tile = Tile.of(task, knobs, gpu, prefix)
-        if any(getattr(tile, key.removeprefix(prefix)) != value for key, value in knobs.items()):
+        plain["columns"] = min(plain["columns"], pitch(tile.operands.outputs))
+        if any(getattr(tile, key) != value for key, value in plain.items()):
             continue
         found = cycles(tile, rows, gpu)
         if best is None or found < best[0]:

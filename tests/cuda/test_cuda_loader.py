@@ -600,12 +600,12 @@ def test_arrays_on_the_device_wait_for_nothing(model, driver):
 
     call()
     assert calls_of(driver, call) == {
-        "cuCtxPushCurrent_v2": 2,
+        "cuCtxPushCurrent_v2": 1,
         "cuMemAlloc_v2": 2,  # the first results are still in use
         "cuGraphExecKernelNodeSetParams": 2,
         "cuGraphLaunch": 1,
         "cuEventRecord": 1,
-        "cuCtxPopCurrent_v2": 2,
+        "cuCtxPopCurrent_v2": 1,
     }
     held.clear()
     call()
@@ -665,21 +665,25 @@ def test_results_that_were_given_back_are_kept_up_to_a_limit(model, driver, monk
     assert driver.held()["device"] < before
 
 
-def test_streams_wait_for_each_other(model, driver):
-    """Three streams whose work is done as late as may be, through one workspace."""
+@pytest.mark.parametrize("workspaces", [1, 2, 4])
+def test_streams_wait_for_each_other(driver, directory, workspaces):
+    """Three streams whose work is done as late as may be; more or fewer than there are arenas."""
     streams = [driver.stream() for _ in range(3)]
     taken = []
-    for turn in range(12):
-        given, tensors = device_request(2, 5, turn)
-        results = model(stream=streams[turn % 3], **tensors)
-        reader = streams[(turn + 1) % 3]
-        taken.append((given, tensors, {k: Consumer(v, reader) for k, v in results.items()}, reader))
-    for given, _, consumers, reader in reversed(taken):
-        driver._cuStreamSynchronize(reader)
-        same({name: one.array for name, one in consumers.items()}, on_device(given))
-    for _, _, consumers, _ in taken:
-        for one in consumers.values():
-            one.close()
+    with cuda_loader.load(directory, streams=workspaces) as model:
+        for turn in range(12):
+            given, tensors = device_request(2, 5, turn)
+            results = model(stream=streams[turn % 3], **tensors)
+            reader = streams[(turn + 1) % 3]
+            consumers = {name: Consumer(one, reader) for name, one in results.items()}
+            taken.append((given, tensors, consumers, reader))
+        assert driver.held()["stream"] - 3 == min(workspaces, 3)
+        for given, _, consumers, reader in reversed(taken):
+            driver._cuStreamSynchronize(reader)
+            same({name: one.array for name, one in consumers.items()}, on_device(given))
+        for _, _, consumers, _ in taken:
+            for one in consumers.values():
+                one.close()
 
 
 def test_results_lent_to_another_stream_are_not_written_before_it_has_read(model, driver):
