@@ -9,6 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #include "emulation.h"
 
