@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tvm import relax
 from bertile import codegen
 from bertile.chooser import Choice, Chooser
 from bertile.graph import Graph
+from bertile.loader import LIBRARY
 from bertile.lowering import Lowered, lower
 from bertile.schedules.cpu.generic import is_kernel, schedule_generic
 from bertile.schedules.schedule import Knobs
@@ -23,12 +24,20 @@ from bertile.targets import Target, tvm_target
 
 @dataclass(frozen=True)
 class Built:
-    """A linked library, the weights it wants, and where each kernel came from."""
+    """The code of a bundle by the names of its files, the weights it wants, and where each kernel
+    came from; `versions` of what has compiled it beside TVM.
+    """
 
-    library: Path
+    files: dict[str, Path]
     params: dict[str, np.ndarray]
     kernels: list[dict[str, Any]]
     fallthrough: list[str]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def library(self) -> Path:
+        """The linked library of a bundle for a CPU."""
+        return self.files[LIBRARY]
 
 
 def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
@@ -52,11 +61,11 @@ def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
         str(library), fcompile=lambda out, objects, options=None: codegen.link(row, out, objects)
     )
     kernels = [
-        _kernel_entry(task, count, *choices[task]) | _nonzeros(task, lowered)
+        kernel_entry(task, count, *choices[task]) | _nonzeros(task, lowered)
         for task, count in lowered.tasks.items()
     ]
     kernels += _generic_entries(mod)
-    return Built(library, lowered.params, kernels, lowered.fallthrough)
+    return Built({LIBRARY: library}, lowered.params, kernels, lowered.fallthrough)
 
 
 def fuse_and_schedule(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
@@ -96,7 +105,8 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
         return relax.build(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
 
 
-def _kernel_entry(task: Task, calls: int, source: str, knobs: Knobs) -> dict[str, Any]:
+def kernel_entry(task: Task, calls: int, source: str, knobs: Knobs) -> dict[str, Any]:
+    """What a manifest says of a kernel of ours."""
     return {
         "name": task.name,
         "operation": task.operation,

@@ -23,7 +23,7 @@ __all__ = ["copy", "include_runtime", "making", "read_manifest", "write"]
 
 def write(
     manifest: Mapping[str, object],
-    library: Path,
+    library: Path | Mapping[str, Path],
     params: Mapping[str, np.ndarray],
     extra_files: Sequence[Path],
     output: str | os.PathLike,
@@ -32,6 +32,7 @@ def write(
 ) -> Path:
     """Write a bundle to `output` and return its path.
 
+    `library` is the code: one library, or the files of a bundle for a GPU by their names.
     `manifest` gets its keys "schema", "params" and "files" here; `extra_files` (tokenizer,
     config.json) go to the top of the bundle under their own names; `add` puts further files into
     it, as `include_runtime` does. Everything is written beside `output` and renamed at the end. An
@@ -40,7 +41,9 @@ def write(
     manifest's "check", and when it raises, nothing is written.
     """
     with making(output) as directory:
-        shutil.copyfile(library, directory / LIBRARY)
+        parts = library if isinstance(library, Mapping) else {LIBRARY: library}
+        for name, path in parts.items():
+            shutil.copyfile(path, directory / name)
         weights.write(directory / WEIGHTS, params)
         for path in extra_files:
             shutil.copyfile(path, directory / path.name)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from bertile.loader import cpu_features
-from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets import Target, fits
@@ -46,10 +46,10 @@ class Chooser:
         for source, record in self._candidates(task):
             if self._trusted(task, record):
                 return Choice(source, dict(record.knobs))
-        return Choice("default", SCHEDULES[task.operation].default(task, self.row))
+        return Choice("default", schedules_for(self.row)[task.operation].default(task, self.row))
 
     def _candidates(self, task: Task) -> Iterator[tuple[str, Record]]:
-        valid = SCHEDULES[task.operation].valid
+        valid = schedules_for(self.row)[task.operation].valid
         exact = self.log.best(task, self.row)
         if exact is not None and valid(task, self.row, exact.knobs):
             yield "estimated" if exact.estimated else "tuned", exact
@@ -66,8 +66,8 @@ class Chooser:
                 yield "nearest", record
 
     def _trusted(self, task: Task, record: Record) -> bool:
-        if record.versions.get("apache-tvm") == version("apache-tvm"):
-            return True
+        if self.row.gpu or record.versions.get("apache-tvm") == version("apache-tvm"):
+            return True  # kernels for GPUs are text, which TVM has no part in
         if not fits(self.row, cpu_features()):
             self.warn(f"{task.name}: the record of another TVM cannot be checked on this machine")
             return False

@@ -177,7 +177,7 @@ class _Run:
         from bertile import lowering, sparse_choice
 
         graph = self.optimized()
-        return lowering.tasks(graph), sparse_choice.alternatives(graph)
+        return lowering.tasks(graph, self.row), sparse_choice.alternatives(graph)
 
     def tune(self) -> dict[str, Any]:
         from bertile import tuner
@@ -207,7 +207,8 @@ class _Run:
 
             quantization = self._quantizer.report(graph.plan)
             self._bundle(graph, built, directory, check, quantization, add)
-        built.library.unlink()
+        for path in built.files.values():
+            path.unlink()
 
     def _parts(self) -> runtime_parts.RuntimeParts:
         return runtime_parts.find(self.row, self.config.runtime_from, self.config.cache_dir)
@@ -221,6 +222,10 @@ class _Run:
         from bertile import builder, chooser
 
         choose = chooser.Chooser(self.log, self.row, self.progress.say)
+        if self.row.gpu:
+            from bertile.cuda import builder as gpu
+
+            return gpu.build(graph, choose, self.row, directory, self.config.cache_dir)
         return builder.build(graph, choose, self.row, directory / "lib.so")
 
     def _bundle(
@@ -236,7 +241,7 @@ class _Run:
 
         return bundle.write(
             manifest.describe(graph, built, self.row, self.config, quantization or {}),
-            built.library,
+            built.files,
             built.params,
             self.exported.files(),
             directory / "bundle",

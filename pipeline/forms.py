@@ -95,6 +95,15 @@ class Forms:
         operation = "sparse" if skips else call.op.name.removeprefix("bertile.")
         return Task(operation, self._shape(call, self.output(var)))
 
+    def layout(self, operation: str, value: Any) -> Task:
+        """The kernel between a row-major tensor and the same in the form of kernels."""
+        return Task(operation, {"channels": shape(value)[-1]})
+
+    def narrow(self, value: Any, form: Form) -> Task:
+        """The kernel that writes a value in a narrow form."""
+        smooth = {"smooth": True} if self.smooth(form) else {}
+        return Task("narrow", {"channels": shape(value)[-1], "kind": form.kind, **smooth})
+
     def smooth(self, form: Form) -> bool:
         """Whether a form's values are smoothed before they are quantized."""
         return bool(form.owner) and self.plan[form.owner].smooth is not None

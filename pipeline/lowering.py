@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,14 @@ import tvm
 from tvm import relax
 
 from bertile import ops
+from bertile.cuda.forms import GpuForms
 from bertile.dense_weights import Arrays, dense_weights, narrowing
 from bertile.forms import FP32, GROUPS, Form, Forms
 from bertile.graph import Graph
 from bertile.importer import TABLE
 from bertile.packed_weights import PackedWeights
 from bertile.passes.rewriting import shape
-from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules import schedules_for
 from bertile.schedules.cpu.generic import KERNEL
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
@@ -39,6 +40,7 @@ class Lowered:
     """A module of kernel calls; ``params`` are its packed weights, in the order of main's
     parameters.
 
+    ``kernels`` are those of a GPU, by their names; those of a CPU are functions of ``mod``.
     ``nonzeros`` counts the lanes of the weights that all calls of a sparse task read together,
     ``fallthrough`` are operators that no schedule of ours covers, as Relax names them.
     """
@@ -48,29 +50,34 @@ class Lowered:
     tasks: Counter[Task]
     nonzeros: Counter[Task]
     fallthrough: list[str]
+    kernels: Mapping[str, Any] = field(default_factory=dict)
 
 
-def tasks(graph: Graph) -> Counter[Task]:
+def tasks(graph: Graph, row: Target | None = None) -> Counter[Task]:
     """The tasks of a graph's fused operators, with how often each is called."""
-    forms = Forms(graph)
+    forms = forms_of(graph, row)
     return Counter(forms.task(b.var) for b in forms.flow.bindings if ops.is_ours(b.value))
+
+
+def forms_of(graph: Graph, row: Target | None) -> Forms:
+    """In which forms the graph's values lie on that kind of machine."""
+    return GpuForms(graph) if row is not None and row.gpu else Forms(graph)
 
 
 def lower(graph: Graph, row: Target, choose: Choice) -> Lowered:
     """Replace every fused operator by its kernel, with the knobs that ``choose`` gives for its
     task.
     """
-    return _Lowering(graph, row, choose).run()
+    return Lowering(graph, row, choose).run()
 
 
-def _shape(**values: Any) -> dict[str, Any]:
-    return values
+class Lowering:
+    """One graph's way into kernels; on a GPU some of its steps are others."""
 
-
-class _Lowering:
     def __init__(self, graph: Graph, row: Target, choose: Choice) -> None:
         self.graph, self.row, self.choose = graph, row, choose
-        self.forms = Forms(graph)
+        self.schedules = schedules_for(row)
+        self.forms = forms_of(graph, row)
         self.flow = self.forms.flow
         self.builder = relax.BlockBuilder()
         self.inputs = list(graph.main.params[: int(graph.main.attrs["num_input"])])
@@ -80,7 +87,7 @@ class _Lowering:
         self.rows: dict[relax.Var, Any] = {p: p for p in self.inputs}  # old variable → row-major
         self.lanes: dict[tuple[relax.Var, Form], list[Any]] = {}  # old variable, form → in lanes
         self.shared: dict[Any, Any] = {}  # masks, biases and weights that several layers share
-        self.kernels: dict[Task, tvm.ir.GlobalVar] = {}
+        self.kernels: dict[Task, Any] = {}  # what calls them, or on a GPU the kernel itself
         self.tasks: Counter[Task] = Counter()
         self.fallthrough: list[str] = []
 
@@ -106,8 +113,10 @@ class _Lowering:
         mod["main"] = relax.Function(params, main.body, main.ret_ty, True).with_attr(
             {"global_symbol": "main", "num_input": len(self.inputs)}
         )
-        nonzeros = self.weights.nonzeros
-        return Lowered(mod, self.weights.values, self.tasks, nonzeros, self.fallthrough)
+        weights = self.weights
+        kernels = {task.name: kernel for task, kernel in self.kernels.items()}
+        found = (self.tasks, weights.nonzeros, self.fallthrough, kernels)
+        return Lowered(mod, weights.values, *found)
 
     def _binding(self, var: relax.Var, value: Any) -> None:
         if ops.is_ours(value):
@@ -172,7 +181,7 @@ class _Lowering:
 
     # Layouts.
 
-    def _lanes_types(self, old: Any, form: Form) -> list[relax.TensorType]:
+    def types(self, old: Any, form: Form) -> list[relax.TensorType]:
         """The types in lanes of a (B, S, C) or (N, C) tensor in a form."""
         *outer, channels = shape(old)
         lanes = self.row.lanes
@@ -194,12 +203,10 @@ class _Lowering:
             return self.lanes[old, form]
         if form == FP32:
             tokens = len(shape(old)) == 3
-            task = Task("tokens_in" if tokens else "rows_in", _shape(channels=shape(old)[-1]))
+            task = self.forms.layout("tokens_in" if tokens else "rows_in", old)
             operands, weights = [self._row_major(old)] + ([self.table] if tokens else []), []
         else:
-            task = Task("narrow", _shape(channels=shape(old)[-1], kind=form.kind))
-            if self.forms.smooth(form):
-                task = Task(task.operation, {**task.shape, "smooth": True})
+            task = self.forms.narrow(old, form)
             operands, weights = [self._in_lanes(old)], narrowing(form, self.graph.plan)
         self.lanes[old, form] = self._kernel(task, operands, weights, [(old, form)])
         return self.lanes[old, form]
@@ -225,7 +232,7 @@ class _Lowering:
 
     def _out_of_lanes(self, old: relax.Var) -> Any:
         tokens = len(shape(old)) == 3
-        task = Task("tokens_out" if tokens else "rows_out", _shape(channels=shape(old)[-1]))
+        task = self.forms.layout("tokens_out" if tokens else "rows_out", old)
         operands = [*self.lanes[old, FP32]] + ([self.table] if tokens else [])
         self.rows[old] = self._single(task, operands, old.ty)
         return self.rows[old]
@@ -263,7 +270,7 @@ class _Lowering:
         results: Sequence[tuple[Any, Form]],
     ) -> list[Any]:
         """Call a task's kernel; ``results`` are old variables and the forms to give them in."""
-        types = [one for var, form in results for one in self._lanes_types(var, form)]
+        types = [one for var, form in results for one in self.types(var, form)]
         call = self._call(task, activations, weights, types if len(types) > 1 else types[0])
         if len(types) == 1:
             return [call]
@@ -274,9 +281,9 @@ class _Lowering:
         return self._call(task, activations, [], out)
 
     def _call(self, task: Task, activations: Sequence[Any], weights: Arrays, out: Any) -> Any:
-        schedule, knobs = SCHEDULES[task.operation], self.choose(task)
+        knobs = self.choose(task)
         if task not in self.kernels:
-            func = schedule.kernel(task, knobs, self.row).with_attrs(KERNEL)
+            func = self.schedules[task.operation].kernel(task, knobs, self.row).with_attrs(KERNEL)
             self.kernels[task] = self.builder.add_func(func, task.name)
         self.tasks[task] += 1
         args = [*activations, *self.weights.packed(task, knobs, weights)]

@@ -36,7 +36,7 @@ def describe(
         "target": {"name": row.name, "arch": row.arch, "features": list(row.features)},
         "lanes": row.lanes,
         "config": {**chosen, "target": row.name, "log_dir": None, **_file_names(config)},
-        "versions": _versions(),
+        "versions": {**_versions(), **built.versions},
         "inputs": [dataclasses.asdict(spec) for spec in exported.inputs],
         "outputs": _outputs(graph),
         "static": {"batch": exported.batch, "length": exported.length},

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from tvm import relax
 
-from bertile.schedules.cpu import SCHEDULES
+from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets import Target
@@ -21,7 +21,7 @@ class PackedWeights:
     """
 
     def __init__(self, row: Target) -> None:
-        self.row = row
+        self.row, self.schedules = row, schedules_for(row)
         self.variables: dict[str, relax.Var] = {}
         self.values: dict[str, np.ndarray] = {}
         self.nonzeros: Counter[Task] = Counter()
@@ -37,14 +37,14 @@ class PackedWeights:
         if (task, names) not in self._made:
             self._made[task, names] = self._pack(task, knobs, names, values)
         made = self._made[task, names]
-        if SCHEDULES[task.operation].parts:
+        if self.schedules[task.operation].parts:
             self.nonzeros[task] += len(self.values[made[0].name])
         return made
 
     def _pack(
         self, task: Task, knobs: Knobs, names: Sequence[str], values: Sequence[np.ndarray]
     ) -> list[relax.Var]:
-        schedule = SCHEDULES[task.operation]
+        schedule = self.schedules[task.operation]
         packed, offset = schedule.pack(task, knobs, values, self.row), f"{names[0]}/offset"
         if schedule.parts:  # all of them, the vectors too, are in an order of this weight's own
             names = [f"{names[0]}/{name}" for name in (*schedule.parts, *names[1:])]

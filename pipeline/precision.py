@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# What is asked for. fp16 is a way to store weights: products are those of float32.
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+# What is asked for. On a CPU fp16 is a way to store weights: products are those of float32. tf32 is
+# for GPUs alone.
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 # Whether zeros in weights are skipped: where that is faster, nowhere, or everywhere.
 SPARSE = ("auto", "off", "always")
 

@@ -77,7 +77,7 @@ class Quantizer:
             lambda one: score(answers(self._planned(one, "int8"), dataset)),
             baseline=score(reference),
             max_drop=float(self.config.max_drop or 0),
-            higher=("bf16", "fp32") if self.row.bf16 else ("fp32",),
+            higher=planner.higher(self.row),
         )
         self._search = {
             "metric": dataset.metric,

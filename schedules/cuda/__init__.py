@@ -6,6 +6,7 @@ from bertile.schedules.cuda.dense import dense
 from bertile.schedules.cuda.embedding import embedding
 from bertile.schedules.cuda.layer_norm import layer_norm
 from bertile.schedules.cuda.narrow import narrow
+from bertile.schedules.cuda.running_sum import cumsum
 from bertile.schedules.schedule import Schedule
 
 SCHEDULES: dict[str, Schedule] = {
@@ -22,5 +23,6 @@ SCHEDULES: dict[str, Schedule] = {
         layout.rows_out,
         layout.first_token,
         layout.key_mask,
+        cumsum,
     )
 }

@@ -1,0 +1,86 @@
+"""From an optimized graph and chosen knobs to a plan, the kernels' machine code and their packed
+weights: ``bertile.builder`` for a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bertile.builder import Built, kernel_entry
+from bertile.chooser import Choice, Chooser
+from bertile.cuda import compiler, cubin, plan
+from bertile.cuda.cubin import Resources
+from bertile.cuda.lowering import lower
+from bertile.cuda_loader import CUBIN, PLAN, PTX
+from bertile.errors import BertileError
+from bertile.graph import Graph
+from bertile.schedules.schedule import Knobs
+from bertile.schedules.task import Task
+from bertile.targets import Target
+
+SOURCE = "kernels.cu"  # beside the parts of the bundle, for the emulator; no part of it
+
+
+def build(
+    graph: Graph, chooser: Chooser, row: Target, directory: Path, cache_dir: str | None = None
+) -> Built:
+    """Choose knobs, lower, write the plan and compile, into files of ``directory``."""
+    choices: dict[Task, Choice] = {}
+
+    def choose(task: Task) -> Knobs:
+        if task not in choices:
+            choices[task] = chooser.choose(task)
+        return choices[task].knobs
+
+    lowered = lower(graph, row, choose)
+    made = plan.write(graph, lowered, row)
+    program = compiler.compile(made.source, row, cache_dir)
+    resources = cubin.read(program.cubin)
+    _check(resources.items(), row)
+    directory.mkdir(parents=True, exist_ok=True)
+    contents = {PLAN: json.dumps(made.content, indent=1).encode() + b"\n"}
+    contents |= {CUBIN: program.cubin, PTX: program.ptx}
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)
+    (directory / SOURCE).write_text(made.source, encoding="utf-8")
+    ours = [kernel_entry(task, calls, *choices[task]) for task, calls in lowered.tasks.items()]
+    generic = [
+        {"name": name, "operation": name, "shape": {}, "provenance": "generic", "calls": calls}
+        for name, calls in made.generic.items()
+    ]
+    kernels = [
+        {**one, "entries": _described(made.entries[one["name"]], resources)}
+        for one in (*ours, *generic)
+    ]
+    files = {name: directory / name for name in contents}
+    versions = {"cuda_compiler": program.compiler}
+    return Built(files, made.params, kernels, lowered.fallthrough, versions)
+
+
+def _described(entries: Iterable[str], resources: dict[str, Resources]) -> dict[str, Any]:
+    """What the entries of a kernel take: registers and bytes of local memory (spilled ones are
+    there) of a thread, static shared memory of a block; instructions of tensor cores.
+    """
+    return {
+        entry: {
+            "registers": resources[entry].registers,
+            "shared": resources[entry].shared,
+            "local": resources[entry].local,
+            "tensor": resources[entry].tensor,
+        }
+        for entry in entries
+    }
+
+
+def _check(found: Iterable[tuple[str, Resources]], row: Target) -> None:
+    """A kernel that asks for more than the GPU has would fail at its first launch."""
+    for name, one in found:
+        if one.registers > row.registers or one.shared > 48 << 10:
+            raise BertileError(
+                f"the kernel {name} takes {one.registers} registers and {one.shared} bytes of"
+                f" shared memory, more than {row.name} has",
+                "report the model with `bertile doctor`'s output",
+            )

@@ -1,0 +1,151 @@
+"""Operators that no schedule of ours covers: loops of TVM come in, the text and the launches of
+their CUDA kernels go out. TVM's code generator needs no GPU for that.
+
+    for i, j: y[i, j] = f(x[i, j])   →   one thread for each i, j, blocks of 1024 threads
+
+Good enough for the few small operators around an encoder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.ir.instrument import pass_instrument
+from tvm.s_tir import dlight
+
+from bertile.cuda.extents import extent, product
+from bertile.errors import ModelError
+from bertile.schedules.cuda.source import Extent
+from bertile.targets import Target, tvm_target
+
+_BYTES = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "bool": 1, "int8": 1, "uint8": 1}
+_TYPES = {"int64_t": "long long", "int32_t": "int", "int8_t": "signed char"}
+_TYPES |= {"uchar": "unsigned char", "uint8_t": "unsigned char", "uint": "unsigned int"}
+_ENTRY = 'extern "C" __global__'
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch. An argument is ("operand", number), ("scratch", number) or (dtype, extent)."""
+
+    entry: str
+    grid: tuple[Extent, Extent, Extent]
+    threads: int
+    arguments: tuple[tuple[str, Extent], ...]
+
+
+@dataclass(frozen=True)
+class Loops:
+    """The kernels of one function: their text, what they are launched as, and the bytes of buffers
+    between them. Extents are over the function's own variables.
+    """
+
+    source: str
+    func: tirx.PrimFunc
+    body: list[Any]
+
+    def steps(self, values: Mapping[Any, Extent]) -> tuple[list[Step], list[Extent]]:
+        """The launches and the sizes of scratch buffers, given the values of variables."""
+        known = dict(values)
+        places = {param: ("operand", i) for i, param in enumerate(self.func.params)}
+        steps: list[Step] = []
+        scratch: list[Extent] = []
+        for statement in self.body:
+            kind = type(statement).__name__
+            if kind == "Bind":
+                known[statement.var] = extent(statement.value, known)
+            elif kind == "DeclBuffer":
+                places[statement.buffer] = places[_behind(statement.data)]
+            elif kind == "AllocBuffer":
+                places[statement.buffer] = ("scratch", len(scratch))
+                sizes = [extent(one, known) for one in statement.buffer.ty.shape]
+                scratch.append(product([*sizes, _BYTES[str(statement.buffer.ty.dtype)]]))
+            elif kind == "Evaluate" and isinstance(statement.value, tvm.ir.Call):
+                steps.append(_step(statement.value, places, known))
+        return steps, scratch
+
+
+def scheduled(mod: tvm.IRModule, row: Target) -> tvm.IRModule:
+    """Legalize and fuse what is left of Relax operators, and give their loops threads."""
+    passes = [
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(["main"]),
+        dlight.ApplyDefaultSchedule(dlight.gpu.Fallback()),
+    ]
+    with tvm_target(row):
+        return tvm.transform.Sequential(passes)(mod)
+
+
+def loops(name: str, func: tirx.PrimFunc, row: Target) -> Loops:
+    """Compile a scheduled function to CUDA text; its entries begin with ``name``."""
+    target = tvm_target(row)
+    mod = tvm.IRModule({name: func.with_attr("global_symbol", name)})
+    mod = tirx.transform.BindTarget(target.with_host(tvm.target.Target("llvm")))(mod)
+    pipeline, _, finish = tirx.get_default_tir_pipeline(target)
+    captured = _Captured()
+    with tvm.transform.PassContext(instruments=[captured]):
+        mod = pipeline(mod)
+    on_device = tvm.IRModule({v: f for v, f in mod.functions.items() if _is_cuda(f)})
+    built = tvm.get_global_func("target.build.cuda")(finish()(on_device), target)
+    hosts = [f for f in captured.mod.functions.values() if "calling_conv" not in f.attrs]
+    body = hosts[0].body
+    return Loops(
+        _plain(built.inspect_source("cuda")), hosts[0], list(getattr(body, "seq", None) or [body])
+    )
+
+
+@pass_instrument
+class _Captured:
+    """Keeps the module in which host and device are apart, but launches are still readable."""
+
+    def run_after_pass(self, mod: tvm.IRModule, info: Any) -> None:
+        if info.name.endswith("SplitHostDevice"):
+            self.mod = mod
+
+
+def _is_cuda(func: Any) -> bool:
+    return func.attrs["target"].kind.name == "cuda"
+
+
+def _behind(data: Any) -> Any:
+    """The buffer whose ``.data`` an expression is."""
+    return data.args[0] if isinstance(data, tvm.ir.Call) else data
+
+
+def _step(call: Any, places: Mapping[Any, Any], known: Mapping[Any, Extent]) -> Step:
+    words = [str(word) for word in call.attrs.launch_params]
+    name, *rest = call.args
+    operands, extents = rest[: len(rest) - len(words)], rest[len(rest) - len(words) :]
+    launch = {word: extent(one, known) for word, one in zip(words, extents)}
+    threads = launch.pop("threadIdx.x", 1)
+    grid = tuple(launch.pop(f"blockIdx.{axis}", 1) for axis in "xyz")
+    if launch or not isinstance(threads, int):
+        raise ModelError(
+            f"TVM launches {name.value} with {', '.join(launch) or 'unknown threads'}, which no"
+            " plan for a GPU can say",
+            "compile the model for a CPU",
+        )
+    arguments = tuple(
+        places[_behind(one)]
+        if isinstance(one, tvm.ir.Call) and _behind(one) in places
+        else (str(one.ty.dtype), extent(one, known))
+        for one in operands
+    )
+    return Step(str(name.value), grid, threads, arguments)
+
+
+def _plain(source: str) -> str:
+    """The kernels alone, in types that need no headers."""
+    text = source[source.index(_ENTRY) :]
+    lines = [one for one in text.splitlines() if not (one.startswith(_ENTRY) and one[-1] == ";")]
+    known = "|".join(_TYPES)
+    return re.sub(rf"\b(?:{known})\b", lambda word: _TYPES[word[0]], "\n".join(lines)) + "\n"

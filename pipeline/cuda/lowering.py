@@ -1,0 +1,95 @@
+"""From fused operators to kernels for a GPU: as ``bertile.lowering``, on row-major activations.
+
+    bertile.dense(x (B, S, K), w, b)  →  call_dps_packed("dense_…", x (16 m, K), w packed, b)
+
+A kernel is text here, which Relax sees as a function from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import relax
+
+from bertile import ops
+from bertile.cuda.forms import DTYPES
+from bertile.dense_weights import Arrays
+from bertile.errors import ModelError
+from bertile.forms import FP32, Form
+from bertile.lowering import Lowered, Lowering
+from bertile.passes.rewriting import shape
+from bertile.schedules.cuda.forms import BLOCK, pitch
+from bertile.schedules.task import Task
+
+
+def lower(graph: Any, row: Any, choose: Any) -> Lowered:
+    """As :func:`bertile.lowering.lower`; ``kernels`` of what it gives are those by their names."""
+    return _GpuLowering(graph, row, choose).run()
+
+
+class _GpuLowering(Lowering):
+    def types(self, old: Any, form: Form) -> list[relax.TensorType]:
+        *outer, channels = shape(old)
+        rows = self._rows() if len(outer) == 2 else outer[0]
+        dtype = DTYPES[self.forms.element(old)] if form == FP32 else "uint8"
+        types = [relax.TensorType([rows, pitch(channels)], dtype)]
+        if form.kind == "int8":  # scale and low of each token
+            types.append(relax.TensorType([rows, 2], "float32"))
+        return types
+
+    def _rows(self) -> Any:
+        return self.table.ty.shape[0] * BLOCK
+
+    def _in_form(self, old: Any, form: Form) -> list[Any]:
+        if form == FP32 and (old, form) not in self.lanes and _as_it_is(old):
+            self.lanes[old, form] = [self._row_major(old)]
+        return super()._in_form(old, form)
+
+    def _out_of_lanes(self, old: relax.Var) -> Any:
+        if _as_it_is(old):
+            (self.rows[old],) = self.lanes[old, FP32]
+            return self.rows[old]
+        return super()._out_of_lanes(old)
+
+    def _keys(self, mask: Any) -> Any:
+        out = relax.TensorType([self._rows()], "float32")
+        return self._once(
+            ("key_mask", mask),
+            lambda: self._single(Task("key_mask"), [self._row_major(mask), self.table], out),
+        )
+
+    def _biases(self, bias: Any) -> Any:
+        return self._row_major(bias)
+
+    def _generic(self, var: relax.Var, value: Any) -> None:
+        if ops.is_call(value, "relax.cumsum"):
+            self.rows[var] = self._running_sum(value)
+        else:
+            super()._generic(var, value)
+
+    def _running_sum(self, call: relax.Call) -> Any:
+        """TVM has running sums on a GPU only with CUDA's own library for them."""
+        x, axis = call.args[0], call.attrs.axis
+        dtype, last = str(call.ty.dtype), len(shape(x)) - 1
+        along_rows = axis is not None and last == 1 and int(axis) in (last, -1)
+        if not along_rows or call.attrs.exclusive or str(x.ty.dtype) != dtype or dtype != "int64":
+            raise ModelError(
+                "cumsum runs on a GPU along the rows of a matrix of int64, which this is not",
+                "compile the model for a CPU",
+            )
+        return self._single(Task("cumsum"), [self._row_major(x)], call.ty)
+
+    def _call(self, task: Task, activations: Sequence[Any], weights: Arrays, out: Any) -> Any:
+        knobs = self.choose(task)
+        if task not in self.kernels:
+            self.kernels[task] = self.schedules[task.operation].kernel(task, knobs, self.row)
+        self.tasks[task] += 1
+        args = [*activations, *self.weights.packed(task, knobs, weights)]
+        return self.builder.emit(relax.call_dps_packed(task.name, args, out))
+
+
+def _as_it_is(old: Any) -> bool:
+    """Whether a tensor is the same row-major and as an activation."""
+    extents = shape(old)
+    return len(extents) == 2 and extents[-1] % BLOCK == 0
