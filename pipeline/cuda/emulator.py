@@ -144,7 +144,7 @@ def run_kernel(
 
     Scratch starts as NaN. Libraries are kept in `directory`, by default one of this process's user.
     """
-    folder = directory or _kept()
+    folder = directory or kept()
     folder.mkdir(parents=True, exist_ok=True)
     emulated = Emulated(build(kernel.source, folder), seed)
     if len(arrays) != len(kernel.operands):
@@ -275,5 +275,5 @@ def _required_compiler() -> str:
     return found
 
 
-def _kept() -> Path:
+def kept() -> Path:
     return Path(tempfile.gettempdir(), f"bertile-emulated-{os.getuid()}")
