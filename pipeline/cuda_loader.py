@@ -39,7 +39,7 @@ TOKENS = 16  # of a block: the form of activations on a GPU
 # Of one pass through the model; a longer batch takes several. 65536 tokens fill every card, and
 # twice as many would only double the memory that activations take.
 PASS_BLOCKS = 4096
-GRAPHS = 64  # that each workspace keeps, one for each shape of a request
+GRAPHS = 128  # that each workspace keeps, one for each shape of a request
 STREAMS = 4  # requests at once; more wait for their turn
 CACHED = 64  # results on the device that were given back and are kept for the next request
 AGAIN = "compile the bundle again"
@@ -70,16 +70,22 @@ def load(
         raise PlatformError(
             f"the bundle is for {target['arch']}, not for a GPU", "load it with bertile.load"
         )
-    with ThreadPoolExecutor(1) as pool:  # hashes are compared while the driver starts
-        checked = pool.submit(loader.check_files, root, manifest["files"], verify)
+    weights = {loader.WEIGHTS: manifest["files"][loader.WEIGHTS]}
+    others = {name: spec for name, spec in manifest["files"].items() if name not in weights}
+    with ThreadPoolExecutor(1) as pool:  # the hash of the weights while the device gets ready
+        checked = pool.submit(loader.check_files, root, weights, verify)
         gpu = Gpu(open_driver(driver), device)
-        files = checked.result()
-    model = Model(gpu, manifest, _read_plan(files[PLAN], manifest), streams)
-    try:
-        model._start(files)
-    except BaseException:
-        model.close()
-        raise
+        files = loader.check_files(root, others, verify)
+        files.update(loader.check_files(root, weights, verify=False))
+        model = Model(gpu, manifest, _read_plan(files[PLAN], manifest), streams)
+        try:
+            try:
+                model._start(files)
+            finally:  # changed weights explain more than what came of them
+                checked.result()
+        except BaseException:
+            model.close()
+            raise
     return model
 
 
@@ -200,8 +206,7 @@ class Model:
 
     def _call_on_device(self, inputs: dict, stream: int) -> dict:
         specs, static = self.manifest["inputs"], self.manifest["static"]
-        with self.gpu:
-            given = _borrow_all(inputs, specs, self.gpu, stream)
+        given = _borrow_all(inputs, specs, self.gpu, stream)
         names = tuple(spec["name"] for spec in specs if spec["name"] in given)
         batch, length = given[names[0]].shape
         wanted = (static.get("batch") or batch, static.get("length") or length)
@@ -223,19 +228,20 @@ class Model:
 
     @contextlib.contextmanager
     def _workspace(self, stream: int | None, key: tuple):
-        """Lend a workspace: one that has the graph, then one that was last used on the stream."""
+        """Lend a workspace: one where nothing runs on another stream, and that has the graph."""
         with self._turn:
             self.gpu.check()
             self._turn.wait_for(lambda: self._closed or self._idle or self._made < self._streams)
             if self._closed:
                 raise BertileError("the model is closed", "load the bundle again")
             self._busy += 1
+            order = [(one.is_free(stream), key in one.graphs) for one in self._idle]
+            best = max(range(len(order)), key=order.__getitem__, default=None)
             workspace = None
-            if self._idle:
-                order = [(key in one.graphs, one.last == stream) for one in self._idle]
-                workspace = self._idle.pop(max(range(len(order)), key=order.__getitem__))
-            else:
+            if self._made < self._streams and (best is None or not order[best][0]):
                 self._made += 1
+            else:
+                workspace = self._idle.pop(best)
         try:
             with self.gpu:
                 if workspace is None:
@@ -428,7 +434,6 @@ FUNCTIONS = {
     "cuEventCreate": (_POINTER, _UNSIGNED),
     "cuEventDestroy_v2": (_POINTER,),
     "cuEventRecord": (_POINTER, _POINTER),
-    "cuEventQuery": (_POINTER,),
     "cuEventSynchronize": (_POINTER,),
     "cuEventElapsedTime": (_POINTER, _POINTER, _POINTER),
     "cuGraphCreate": (_POINTER, _UNSIGNED),
@@ -783,6 +788,8 @@ class Plan:
         if plan["schema"] != SCHEMA:
             raise ValueError(f"it has schema {plan['schema']}, this loader reads {SCHEMA}")
         self._extents: dict[Extent, int] = {}
+        self._full: dict[tuple[int, int], Layout] = {}
+        self._lock = threading.RLock()
         self._inputs = [self._array(spec) for spec in plan["inputs"]]
         self._outputs = [(*self._array(spec), spec["buffer"]) for spec in plan["outputs"]]
         self._buffers = [self._extent(spec["bytes"]) for spec in plan["buffers"]]
@@ -836,12 +843,25 @@ class Plan:
         return _Step(entry, grid, threads, shared, when, tuple(arguments))
 
     def layout(self, batch: int, length: int, blocks: int) -> Layout:
-        """What a request of this shape needs."""
+        """What a request of this shape needs.
+
+        Requests of unequal lengths share the places of buffers with the request of whole lengths:
+        they are of many sizes, and finding places takes longer than all else.
+        """
         try:
             values = _compiled(tuple(self._extents), _SYMBOLS)(batch, length, blocks)
         except ZeroDivisionError as error:
             raise BundleError("the plan divides by zero", AGAIN) from error
-        return Layout(self, tuple(map(int, values)))
+        values = tuple(map(int, values))
+        most = batch * -(-length // TOKENS)
+        if blocks == most:
+            return Layout(self, values)
+        with self._lock:
+            if (batch, length) not in self._full:
+                self._full[batch, length] = self.layout(batch, length, most)
+                while len(self._full) > GRAPHS:
+                    del self._full[next(iter(self._full))]
+            return Layout(self, values, self._full[batch, length])
 
 
 _SYMBOLS = ("batch", "length", "blocks")
@@ -866,7 +886,7 @@ class Layout:
     one the inputs up. `after` has for each step the earlier steps that it waits for.
     """
 
-    def __init__(self, plan: Plan, values: tuple[int, ...]):
+    def __init__(self, plan: Plan, values: tuple[int, ...], larger: Layout | None = None):
         self.values = values
         self.steps = [step for step in plan.steps if step.when is None or values[step.when]]
         for step in self.steps:
@@ -874,28 +894,46 @@ class Layout:
             if not all(0 < size <= limit for size, limit in zip(grid, _GRID)):
                 raise BundleError(f"the plan launches {step.entry} on a grid of {grid}", AGAIN)
         arrays = [self._array(*one[:2]) for one in (*plan._outputs, *plan._inputs)]
-        at = 0
+        end = 0
         for index, array in enumerate(arrays):
-            arrays[index] = array._replace(offset=at)
-            at += _aligned(array.bytes)
+            arrays[index] = array._replace(offset=end)
+            end += _aligned(array.bytes)
         count = len(plan._outputs)
         self.outputs, self.inputs = arrays[:count], arrays[count:]
         self.output_bytes = self.inputs[0].offset
-        self.input_bytes = at - self.output_bytes
-        sizes = [values[extent] for extent in plan._buffers]
-        if min(sizes, default=0) < 0:
+        self.input_bytes = end - self.output_bytes
+        self.sizes = [values[extent] for extent in plan._buffers]
+        if min(self.sizes, default=0) < 0:
             raise BundleError("the plan has a buffer of negative size", AGAIN)
         fixed = {}
         for array, (_, _, buffer) in zip(self.outputs, plan._outputs):
-            if sizes[buffer] > _aligned(array.bytes):
+            if self.sizes[buffer] > _aligned(array.bytes):
                 raise BundleError(f"the plan's buffer {buffer} is larger than its output", AGAIN)
             fixed[buffer] = array.offset
         self.output_buffers = {buffer: index for index, buffer in enumerate(fixed)}
+        if larger is not None and self._fits(larger, end):
+            self.buffers, self.bytes, self.after = larger.buffers, larger.bytes, larger.after
+        else:
+            self._arrange(fixed, end)
+
+    def _fits(self, larger: Layout, end: int) -> bool:
+        """Whether everything has room where it is in another layout of the same steps."""
+        return (
+            self.steps == larger.steps
+            and self.output_bytes == larger.output_bytes
+            and end <= larger.output_bytes + larger.input_bytes
+            and all(size <= room for size, room in zip(self.sizes, larger.sizes))
+        )
+
+    def _arrange(self, fixed: dict[int, int], end: int) -> None:
+        """Find places for all buffers beside the outputs, behind `end`."""
         lives = self._lives(fixed)
-        offsets, size = place_buffers([sizes[one] for one in lives], list(lives.values()))
-        self.buffers = {**fixed, **{one: at + offset for one, offset in zip(lives, offsets)}}
-        self.bytes = at + size
-        spans = {one: (begin, begin + max(1, sizes[one])) for one, begin in self.buffers.items()}
+        offsets, size = place_buffers([self.sizes[one] for one in lives], list(lives.values()))
+        self.buffers = {**fixed, **{one: end + offset for one, offset in zip(lives, offsets)}}
+        self.bytes = end + size
+        spans = {
+            one: (begin, begin + max(1, self.sizes[one])) for one, begin in self.buffers.items()
+        }
         self.after = order([step.numbers("buffer") for step in self.steps], spans)
 
     def _array(self, dtype: np.dtype, shape: tuple[int, ...]) -> _Array:
@@ -952,9 +990,8 @@ def order(uses: Sequence[Sequence[int]], spans: Mapping[int, tuple[int, int]]) -
     begins, ends = (np.array([spans[one][side] for one in names]) for side in (0, 1))
     meets = (begins[:, None] < ends[None]) & (begins[None] < ends[:, None])
     touch = {one: 1 << bit for bit, one in enumerate(names)}
-    meet = {
-        one: sum(1 << int(bit) for bit in np.flatnonzero(row)) for one, row in zip(names, meets)
-    }
+    bits = np.packbits(meets, axis=1, bitorder="little")
+    meet = {one: int.from_bytes(row.tobytes(), "little") for one, row in zip(names, bits)}
     touched: list[int] = []
     before: list[int] = []  # for each step a bit for every step that is sure to have ended
     after: list[list[int]] = []
@@ -994,6 +1031,10 @@ class _Workspace:
         except BaseException:
             gpu.drop("cuStreamDestroy_v2", self.stream)
             raise
+
+    def is_free(self, stream: int | None) -> bool:
+        """Whether a launch on the stream (None: on its own) has to wait for no other stream."""
+        return not self._pending or self.last == (self.stream if stream is None else stream)
 
     def graph(self, key: tuple) -> _Graph:
         """The graph of a kind ("full", "bare" or "device"), (batch, length) and blocks."""

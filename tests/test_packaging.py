@@ -20,6 +20,8 @@ MAP = PROJECT["tool"]["setuptools"]["package-dir"]
 LONG = {
     "pipeline/loader.py": "one file, since it is copied into bundles",
     "pipeline/cuda_loader.py": "one file, since it is copied into bundles",
+    "tests/cuda/test_cuda_loader.py": "tests of that one file, which share a bundle",
+    "tests/lazy_driver.py": "one library's functions",
     "tests/test_loader.py": "tests of that one file, which share a bundle",
     "tests/test_bad_input.py": "one list of mistakes, which share a bundle",
     "tests/test_normalizer.py": "one list of foreign forms, which share their builders",

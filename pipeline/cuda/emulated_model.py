@@ -1,5 +1,5 @@
-"""A bundle for a GPU and a source of its kernels come in; a callable as ``loader.load`` gives it
-goes out, which runs every launch of the plan on the CPU, with every access to memory checked.
+"""A bundle for a GPU comes in; a callable as ``loader.load`` gives it goes out, which runs every
+launch of the plan on the CPU, with every access to memory checked.
 
 It is for small models: a kernel takes thousands of times as long as on a GPU.
 """
@@ -17,19 +17,21 @@ from bertile import loader, weights
 from bertile.cuda import emulator
 from bertile.cuda_loader import PLAN, TOKENS, evaluate
 
+SOURCE = "kernels.cu"  # the kernels of a bundle as text, in the words of prelude.cuh
 _SCALARS = {"int32": np.int32, "int64": np.int64, "float32": np.float32}
 
 
 class Model:
     """As ``cuda_loader.Model``, for one request at a time."""
 
-    def __init__(self, directory: Path, source: str) -> None:
+    def __init__(self, directory: Path) -> None:
         self.manifest = loader.read_manifest(directory)
         self.plan = json.loads((directory / PLAN).read_text(encoding="utf-8"))
         stored = weights.read(directory / loader.WEIGHTS)
         self.weights = [_copied(stored[name]) for name in self.plan["weights"]]
         folder = emulator.kept()
         folder.mkdir(parents=True, exist_ok=True)
+        source = (directory / SOURCE).read_text(encoding="utf-8")
         self.kernels = emulator.Emulated(emulator.build(source, folder))
 
     def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:

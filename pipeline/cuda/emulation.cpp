@@ -126,6 +126,7 @@ struct Machine {
   unsigned order[kWarps], threads, warp_count, done, place;
   // A warp's epoch ends at each of its barriers; known[a][b] is the last epoch of b that a has met.
   unsigned epoch[kWarps], known[kWarps][kWarps];
+  unsigned fenced[kThreads];  // the epoch of each thread's last shared_fence
   void (*entry)(void**);
   void** arguments;
   void* main_stack;
@@ -261,6 +262,7 @@ void whole_warp(const char* operation) {
 
 #include "emulation_memory.h"
 #include "emulation_tensor.h"
+#include "emulation_wgmma.h"
 
 // ---- threads -------------------------------------------------------------------------------------
 
@@ -375,6 +377,7 @@ void run_block(dim3 block, const EmulatedThread& shape) {
   machine.done = machine.place = 0;
   memset(machine.barriers, 0, sizeof machine.barriers);
   memset(machine.known, 0, sizeof machine.known);
+  memset(machine.fenced, 0, sizeof machine.fenced);
   for (unsigned w = 0; w < machine.warp_count; ++w) {
     const unsigned size = machine.threads - w * kLanes;
     machine.warps[w] = {};
@@ -384,9 +387,11 @@ void run_block(dim3 block, const EmulatedThread& shape) {
   }
   for (unsigned i = 0; i < machine.threads; ++i) begin_lane(i, block, shape);
   begin_shared();
+  begin_wgmma();
   machine.place = draw(machine.warp_count);
   resume(draw(machine.threads));
   current = nullptr;
+  end_wgmma();
 }
 
 // The blocks in an order drawn: another start and another step each time.

@@ -70,6 +70,11 @@ void emulated_copy_wait(int under_way);
 EmulatedFloats emulated_mma_16816(EmulatedFloats d, EmulatedFour a, EmulatedTwo b, int bf16);
 EmulatedFloats emulated_mma_1688_tf32(EmulatedFloats d, EmulatedFour a, EmulatedTwo b);
 EmulatedFour emulated_mma_16832_u8s8(EmulatedFour d, EmulatedFour a, EmulatedTwo b);
+void emulated_shared_fence();
+void emulated_wgmma_fence();
+void emulated_wgmma_commit();
+void emulated_wgmma_wait(int under_way);
+void emulated_wgmma(void* d, int columns, int kind, uint64_t a, uint64_t b, int accumulate);
 void emulated_launch(void (*entry)(void**), const char* name, const unsigned grid[3],
                      unsigned threads, unsigned limit, unsigned shared, void** arguments);
 float emulated_half_to_float(unsigned short bits);
@@ -226,6 +231,33 @@ WORD void mma_16832_u8s8(int (&d)[4], const unsigned (&a)[4], const unsigned (&b
       {{(unsigned)d[0], (unsigned)d[1], (unsigned)d[2], (unsigned)d[3]}},
       {{a[0], a[1], a[2], a[3]}}, {{b[0], b[1]}});
   for (int i = 0; i < 4; ++i) d[i] = (int)made.v[i];
+}
+
+WORD unsigned shared_address(const void* pointer) {
+  return (unsigned)((const unsigned char*)pointer - emulated_shared_memory);
+}
+WORD int swizzled(int row, int byte) { return row * 128 + (byte ^ row % 8 * 16); }
+WORD unsigned long long wgmma_matrix(const void* rows) {
+  return (unsigned long long)(shared_address(rows) >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 |
+         1ull << 62;
+}
+WORD void shared_fence() { emulated_shared_fence(); }
+WORD void wgmma_fence() { emulated_wgmma_fence(); }
+WORD void wgmma_commit() { emulated_wgmma_commit(); }
+template <int N> WORD void wgmma_wait() { emulated_wgmma_wait(N); }
+template <class T, int R> WORD void wgmma_keep(T (&)[R]) {}
+template <class T> constexpr int emulated_kind = 0;  // of 16-bit numbers: f16
+template <> constexpr int emulated_kind<bf16> = 1;
+constexpr int emulated_bytes = 2;
+template <class T, int N>
+WORD void wgmma(float (&d)[N / 2], unsigned long long a, unsigned long long b, bool accumulate) {
+  static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "of these widths");
+  emulated_wgmma(d, N, emulated_kind<T>, a, b, accumulate);
+}
+template <int N>
+WORD void wgmma_u8s8(int (&d)[N / 2], unsigned long long a, unsigned long long b, bool accumulate) {
+  static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "of these widths");
+  emulated_wgmma(d, N, emulated_bytes, a, b, accumulate);
 }
 
 // ---- entries ---------------------------------------------------------------------------------------

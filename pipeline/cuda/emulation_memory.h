@@ -71,15 +71,14 @@ size_t distance(const Shadow& shadow, const void* p) {
 void race(const char* what, const Shadow& shadow, size_t byte, unsigned stamp) {
   const char* name = &shadow == &static_now ? "static " : "";
   if ((stamp & kUnderWay) == kUnderWay)
-    fail("%s byte %zu of %sshared memory before copy_wait: thread %u copies into it", what, byte,
-         name, stamp >> kEpochBits);
+    fail("%s byte %zu of %sshared memory before copy_wait or wgmma_wait: thread %u has an operation "
+         "on it under way", what, byte, name, stamp >> kEpochBits);
   else
     fail("race: %s byte %zu of %sshared memory, which thread %u has used since the last barrier "
          "that both met", what, byte, name, stamp >> kEpochBits);
 }
 
-void shared_read(Shadow& shadow, size_t at, size_t size, unsigned thread) {
-  const unsigned mine = stamp(thread);
+void shared_read(Shadow& shadow, size_t at, size_t size, unsigned thread, unsigned mine) {
   for (size_t i = at; i < at + size; ++i) {
     const unsigned written = shadow.written[i];
     if (!written) return fail("reads byte %zu of shared memory, which nothing was written to", i);
@@ -170,7 +169,7 @@ void on_access(const void* p, size_t size, bool write) {
   if (write)
     shared_write(*shadow, distance(*shadow, p), size, current_index, false);
   else
-    shared_read(*shadow, distance(*shadow, p), size, current_index);
+    shared_read(*shadow, distance(*shadow, p), size, current_index, stamp(current_index));
 }
 
 }  // namespace

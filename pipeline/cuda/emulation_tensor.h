@@ -56,7 +56,7 @@ void load_matrices(Lane* lanes, unsigned warp) {
       return fail("load_matrix: lane %u gives byte %td of shared memory of %zu bytes", lane,
                   load.row - shared_now.memory, shared_now.size);
     if ((int)lane >= 8 * first.matrices) continue;
-    shared_read(*shadow, distance(*shadow, load.row), 16, thread);
+    shared_read(*shadow, distance(*shadow, load.row), 16, thread, stamp(thread));
     memcpy(rows[lane / 8][lane % 8], load.row, 16);
   }
   for (unsigned lane = 0; lane < kLanes; ++lane) {

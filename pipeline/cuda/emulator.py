@@ -27,7 +27,13 @@ Argument = Union[np.ndarray, np.generic]
 
 _APART = 1 << 16
 _HERE = Path(__file__).parent
-_PARTS = ("emulation.cpp", "emulation.h", "emulation_memory.h", "emulation_tensor.h")
+_PARTS = (
+    "emulation.cpp",
+    "emulation.h",
+    "emulation_memory.h",
+    "emulation_tensor.h",
+    "emulation_wgmma.h",
+)
 _DRIVER = ("fake_driver.c", "fake_image.h")
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-strict-aliasing")
 # Every access to memory becomes a call of the emulator, which takes the sanitizer's place.
@@ -276,4 +282,5 @@ def _required_compiler() -> str:
 
 
 def kept() -> Path:
+    """Where libraries are kept by default: a directory of this user."""
     return Path(tempfile.gettempdir(), f"bertile-emulated-{os.getuid()}")

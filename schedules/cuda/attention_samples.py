@@ -19,12 +19,18 @@ from bertile.schedules.reference import LEVELS, byte_limits, softmax
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 
+USUAL = 8  # blocks of a sequence
 BYTES = (-2.0, 2.0)  # the range of a result in bytes
 
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
-    """Two sequences where the blocks allow it, the last few keys of each masked."""
-    counts = [blocks] if blocks < 3 else [blocks - blocks // 3, blocks // 3]
+    """Sequences of 128 tokens, as requests have them; of few blocks two unequal ones. The last few
+    keys of each are masked.
+    """
+    if 3 <= blocks < USUAL:
+        counts = [blocks - blocks // 3, blocks // 3]
+    else:
+        counts = [USUAL] * (blocks // USUAL) + ([blocks % USUAL] if blocks % USUAL else [])
     return sequences_sample(task, [count * BLOCK - 5 for count in counts], rng)
 
 

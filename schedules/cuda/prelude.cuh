@@ -196,3 +196,95 @@ WORD void mma_16832_u8s8(int (&d)[4], const unsigned (&a)[4], const unsigned (&b
                  : "+r"(d[i % 2 * 2]), "+r"(d[i % 2 * 2 + 1]) : "r"(a[i]), "r"(b[i / 2]));
 }
 #endif
+
+// ---- wgmma, in code for sm_90a: d += a * b by the 128 threads of a warpgroup, from shared memory -----
+// Matrices are rows of 128 bytes along k, from multiples of 1024, swizzled: what lies at byte x of row
+// r is at swizzled(r, x). Warp w of the four has rows 16w..16w+15 of d (64 × N), in every 8 columns the
+// four numbers of an mma. In order: writes to shared memory and shared_fence by the threads that wrote;
+// a barrier; wgmma_keep(d), wgmma_fence, wgmma..., wgmma_commit, wgmma_wait, wgmma_keep(d). Until the
+// wait nothing may touch d or write to the matrices.
+
+// Where byte x (0..127) of row r lies behind a matrix's start.
+WORD int swizzled(int row, int byte) { return row * 128 + (byte ^ row % 8 * 16); }
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// The matrix at `rows`; for its columns from byte 32*i on, rows + 32*i.
+WORD unsigned long long wgmma_matrix(const void* rows) {
+  return (unsigned long long)(shared_address(rows) >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 |
+         1ull << 62;
+}
+WORD void shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+WORD void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+WORD void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> WORD void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+template <int R> WORD void wgmma_keep(float (&d)[R]) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int R> WORD void wgmma_keep(int (&d)[R]) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
+// 64 × N × 16 (32 bytes of k), and of bytes 64 × N × 32; N: 64, 96, 128, 192 or 256. Without
+// `accumulate` what d had is forgotten.
+template <class T, int N>
+WORD void wgmma(float (&d)[N / 2], unsigned long long a, unsigned long long b, bool accumulate);
+template <int N>
+WORD void wgmma_u8s8(int (&d)[N / 2], unsigned long long a, unsigned long long b, bool accumulate);
+#define WGMMA_P0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define WGMMA_P1 "%8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_P2 "%16, %17, %18, %19, %20, %21, %22, %23"
+#define WGMMA_P3 "%24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_P4 "%32, %33, %34, %35, %36, %37, %38, %39"
+#define WGMMA_P5 "%40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_P6 "%48, %49, %50, %51, %52, %53, %54, %55"
+#define WGMMA_P7 "%56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_P8 "%64, %65, %66, %67, %68, %69, %70, %71"
+#define WGMMA_P9 "%72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_P10 "%80, %81, %82, %83, %84, %85, %86, %87"
+#define WGMMA_P11 "%88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_P12 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define WGMMA_P13 "%104, %105, %106, %107, %108, %109, %110, %111"
+#define WGMMA_P14 "%112, %113, %114, %115, %116, %117, %118, %119"
+#define WGMMA_P15 "%120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_R8(C, i)                                                                             \
+  C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3]), C(d[i + 4]), C(d[i + 5]), C(d[i + 6]), C(d[i + 7])
+#define WGMMA_R32(C, i)                                                                            \
+  WGMMA_R8(C, i), WGMMA_R8(C, i + 8), WGMMA_R8(C, i + 16), WGMMA_R8(C, i + 24)
+#define WGMMA_R48(C) WGMMA_R32(C, 0), WGMMA_R8(C, 32), WGMMA_R8(C, 40)
+#define WGMMA_R96(C) WGMMA_R32(C, 0), WGMMA_R32(C, 32), WGMMA_R32(C, 64)
+#define WGMMA_P32 WGMMA_P0 ", " WGMMA_P1 ", " WGMMA_P2 ", " WGMMA_P3
+#define WGMMA_P48 WGMMA_P32 ", " WGMMA_P4 ", " WGMMA_P5
+#define WGMMA_P64 WGMMA_P48 ", " WGMMA_P6 ", " WGMMA_P7
+#define WGMMA_P96 WGMMA_P64 ", " WGMMA_P8 ", " WGMMA_P9 ", " WGMMA_P10 ", " WGMMA_P11
+#define WGMMA_P128 WGMMA_P96 ", " WGMMA_P12 ", " WGMMA_P13 ", " WGMMA_P14 ", " WGMMA_P15
+#define WGMMA_RUN(SHAPE, P, A, B, S, REST, ...)                                                    \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " S ", 0; wgmma.mma_async.sync.aligned." SHAPE      \
+               " {" P "}, " A ", " B ", p" REST "; }"                                              \
+               : __VA_ARGS__ : "l"(a), "l"(b), "r"((int)accumulate))
+#define WGMMA(N, P, A, B, S, R)                                                                    \
+  template <> WORD void wgmma<f16, N>(float (&d)[N / 2], unsigned long long a,                     \
+                                      unsigned long long b, bool accumulate) {                     \
+    WGMMA_RUN("m64n" #N "k16.f32.f16.f16", P, A, B, S, ", 1, 1, 0, 0", R("+f"));                   \
+  }                                                                                                \
+  template <> WORD void wgmma<bf16, N>(float (&d)[N / 2], unsigned long long a,                    \
+                                       unsigned long long b, bool accumulate) {                    \
+    WGMMA_RUN("m64n" #N "k16.f32.bf16.bf16", P, A, B, S, ", 1, 1, 0, 0", R("+f"));                 \
+  }                                                                                                \
+  template <> WORD void wgmma_u8s8<N>(int (&d)[N / 2], unsigned long long a,                       \
+                                      unsigned long long b, bool accumulate) {                     \
+    WGMMA_RUN("m64n" #N "k32.s32.u8.s8", P, A, B, S, "", R("+r"));                                 \
+  }
+#define WGMMA_N64(C) WGMMA_R32(C, 0)
+#define WGMMA_N96(C) WGMMA_R48(C)
+#define WGMMA_N128(C) WGMMA_R32(C, 0), WGMMA_R32(C, 32)
+#define WGMMA_N192(C) WGMMA_R96(C)
+#define WGMMA_N256(C) WGMMA_R96(C), WGMMA_R32(C, 96)
+WGMMA(64, WGMMA_P32, "%32", "%33", "%34", WGMMA_N64)
+WGMMA(96, WGMMA_P48, "%48", "%49", "%50", WGMMA_N96)
+WGMMA(128, WGMMA_P64, "%64", "%65", "%66", WGMMA_N128)
+WGMMA(192, WGMMA_P96, "%96", "%97", "%98", WGMMA_N192)
+WGMMA(256, WGMMA_P128, "%128", "%129", "%130", WGMMA_N256)
+#endif

@@ -38,6 +38,11 @@ def test_attention_of_wide_heads_equals_numpy(size, precision):
     assert cuda_kernels.mistake(task, sample=sample_of(task, [50, 17])) is None
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 8, 19])
+def test_attention_equals_its_sample(blocks):
+    assert cuda_kernels.mistake(task_of(1, 32), blocks=blocks) is None
+
+
 @pytest.mark.parametrize("lengths", [[1], [16], [128], [129, 128]])
 def test_attention_of_few_sequences_equals_numpy(lengths):
     task = task_of()
@@ -86,7 +91,8 @@ def test_attention_survives_the_least_float_as_a_bias():
     sample.activations[1][30:40] = 0.0
     bias[..., 30:] = np.finfo("float32").min
     np.testing.assert_array_equal(cuda_kernels.found(task, sample)[0][:40], by_keys[:40])
-    bias[...] = np.finfo("float32").min
+    sample = sample_of(task, [48])
+    sample.activations[3][...] = np.finfo("float32").min
     assert np.isfinite(from_rows(cuda_kernels.found(task, sample)[0], 128)).all()
 
 
