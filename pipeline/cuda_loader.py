@@ -553,7 +553,8 @@ class Gpu:
         self._functions["cuCtxPopCurrent_v2"](ctypes.byref(_POINTER()))
 
     def __del__(self):
-        if getattr(self, "context", None) and os.getpid() == self._process:
+        ended = sys.is_finalizing() or os.getpid() != self._process
+        if getattr(self, "context", None) and not ended:
             self._functions["cuDevicePrimaryCtxRelease_v2"](self._device)
 
     def attribute(self, number: int) -> int:
