@@ -53,9 +53,16 @@ test-slow: $(VENV)/.installed
 	@$(MAKE) -s $(VENV)/.arm || echo "ARM code cannot be run here: its tests are skipped" >&2
 	@$(ARM_ENV) $(BIN)/python -m pytest -q $(WORKERS) -m "not gpu"
 
-# Bundles of a two-layer model and of MiniLM for every ARM row, run as ARM code.
+# Bundles of a two-layer model and of MiniLM for every ARM row, run as ARM code; tuning on an ARM server.
 test-arm: $(VENV)/.arm
-	@$(ARM_ENV) $(BIN)/python -m pytest -q tests/test_arm_bundles.py tests/schedules/test_arm.py
+	@$(MAKE) -s $(VENV)/.arm-python || echo "no ARM server: the test of tuning on one is skipped" >&2
+	@$(ARM_ENV) $(BIN)/python -m pytest -q tests/test_arm_bundles.py tests/schedules/test_arm.py \
+	  tests/test_device_arm.py
+
+$(VENV)/.arm-python: tests/install_arm_python.sh pipeline/wheels-aarch64.txt | $(VENV)/.installed
+	@echo "install what an ARM server runs: Debian's Python, TVM for arm64"
+	@sh tests/install_arm_python.sh $(ARM)/python $(BIN)/python
+	@touch $@
 
 $(VENV)/.arm: tests/install_arm.sh pipeline/wheels-aarch64.txt | $(VENV)/.installed
 	@echo "install what runs ARM code: QEMU, arm64 libraries, TVM's runtime for arm64"

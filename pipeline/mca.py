@@ -72,10 +72,12 @@ _A72 = Model(
 )
 
 
-def _neoverse(core: str, gigahertz: float, second: int, cycles: tuple[float, float]) -> Model:
-    """Of an L2 cache of so many KB; cycles of a line from there, and from memory."""
-    near, memory = cycles
-    caches = (Cache(64 * KB, near), Cache(second * KB, 3 * near), Cache(2 * second * KB, memory))
+def _neoverse(
+    core: str, gigahertz: float, sizes: tuple[int, int], cycles: tuple[float, float]
+) -> Model:
+    """KB of the L2 cache and of what four cores share; cycles of a line from L2 and from memory."""
+    (second, third), (near, memory) = sizes, cycles
+    caches = (Cache(64 * KB, near), Cache(second * KB, 3 * near), Cache(third * KB, memory))
     return Model("aarch64-linux-gnu", f"neoverse-{core}", gigahertz, caches)
 
 
@@ -87,9 +89,9 @@ MODELS = {
     "x86-avx512": _ZEN4,
     "x86-avx2": _ZEN3,
     "arm-a72": _A72,
-    "arm-a76": _neoverse("n1", 2.4, 512, (2, 19)),
-    "arm-v1": _neoverse("v1", 2.6, 1024, (1, 14)),
-    "arm-v2": _neoverse("v2", 2.8, 2048, (1, 11)),
+    "arm-a76": _neoverse("n1", 2.4, (512, 2048), (2, 19)),
+    "arm-v1": _neoverse("v1", 2.6, (1024, 2048), (1, 14)),
+    "arm-v2": _neoverse("v2", 2.8, (2048, 4096), (1, 11)),
 }
 
 

@@ -150,7 +150,7 @@ def run_kernel(
 
     Scratch starts as NaN. Libraries are kept in `directory`, by default one of this process's user.
     """
-    folder = directory or _kept()
+    folder = directory or kept()
     folder.mkdir(parents=True, exist_ok=True)
     emulated = Emulated(build(kernel.source, folder), seed)
     if len(arrays) != len(kernel.operands):
@@ -281,5 +281,6 @@ def _required_compiler() -> str:
     return found
 
 
-def _kept() -> Path:
+def kept() -> Path:
+    """Where libraries are kept by default: a directory of this user."""
     return Path(tempfile.gettempdir(), f"bertile-emulated-{os.getuid()}")

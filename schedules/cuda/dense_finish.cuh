@@ -78,7 +78,7 @@ template <class T> WORD void write_pair(u8* at, float lo, float hi, T) {
   *(unsigned*)at = pack2<T>(lo, hi);
 }
 
-// Sums of all slices, of the pieces slice * C::PORTION …: piece f is i = f % TALL, j = f / TALL.
+// Sums of all slices, of the pieces slice * C::PORTION …: piece f is i = f / WIDE, j = f % WIDE.
 template <class C>
 WORD void exchange(u8* shared, Sum (&sums)[C::TALL * C::WIDE][4], Sum (&own)[C::PORTION][4],
                    int slice, int inside, int lane) {
@@ -168,8 +168,8 @@ WORD void finish(const Operands& of, u8* shared, Sum (&sums)[C::TALL * C::WIDE][
 #pragma unroll
   for (int p = 0; p < C::PORTION; ++p) {
     const int f = C::SLICES > 1 ? slice * C::PORTION + p : p;
-    const int i = warp_row + f % C::TALL * C::APART + lane / 4;
-    const int j = warp_column + f / C::TALL * 8 + lane % 4 * 2;
+    const int i = warp_row + f / C::WIDE * C::APART + lane / 4;
+    const int j = warp_column + f % C::WIDE * 8 + lane % 4 * 2;
     const Sum(&of_piece)[4] = C::SLICES > 1 ? own[p] : sums[p];
     end_pair<C>(of, shared, of_piece[0], of_piece[1], i, j, column, low, inverse);
     end_pair<C>(of, shared, of_piece[2], of_piece[3], i + 8, j, column, low, inverse);

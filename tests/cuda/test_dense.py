@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bertile.cuda import compiler, cubin
+from bertile.cuda_loader import evaluate
 from bertile.schedules.cuda.dense import dense
 from bertile.schedules.cuda.dense_samples import row_sample
 from bertile.schedules.cuda.dense_tile import Tile
@@ -14,7 +15,7 @@ from bertile.schedules.task import Task
 
 PRECISIONS = ("fp16", "bf16", "tf32", "fp32", "int8", "int8_static")
 SHAPES = [(100, 72), (64, 48), (17, 5), (256, 200), (384, 96), (40, 130)]
-MANY = {"few": 0}
+MANY = {"few": 0, "some": 0}  # the entry for many rows, for any number of them
 
 
 def task_of(inputs=100, outputs=72, activation="none", residual=False, precision="fp16", **more):
@@ -48,9 +49,26 @@ def test_dense_writes_bytes_and_pads_with_zeros(precision):
     assert mistake(task, 18) is None
 
 
-@pytest.mark.parametrize("rows", [1, 191, 192])
+@pytest.mark.parametrize("rows", [191, 192, 768])
 def test_dense_chooses_its_entry_by_the_number_of_rows(rows):
-    assert mistake(task_of(64, 48), rows, knobs={"few": 192}) is None
+    assert mistake(task_of(64, 48), rows, knobs={"few": 192, "some": 768}) is None
+
+
+@pytest.mark.parametrize("rows, columns", [(64, 192), (128, 256), (256, 128)])
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_dense_by_wgmma_equals_numpy(precision, rows, columns):
+    task = task_of(200, 264, "gelu", True, precision)
+    knobs = {**MANY, "many_tensor": 1, "many_rows": rows, "many_columns": columns}
+    assert mistake(task, 150, knobs=knobs) is None
+
+
+def test_entries_share_the_rows_between_them():
+    task, row = task_of(), cuda_kernels.row_of("cuda-sm90")
+    for few, some in ((192, 768), (768, 768), (0, 768), (384, 0), (0, 0)):
+        knobs = {**dense.default(task, row), "few": few, "some": some}
+        launches = dense.kernel(task, knobs, row).launches
+        for rows in (1, 191, 192, 383, 384, 767, 768, 4096):
+            assert [evaluate(one.when, {"rows": rows}) for one in launches].count(1) == 1
 
 
 @pytest.mark.parametrize("row", ["cuda-sm75", "cuda-sm80", "cuda-sm86"])
@@ -81,7 +99,6 @@ def check_a_point(seed):
     narrow = {"writes": "to_int8"} if rng.random() < 0.25 else {}
     task = task_of(inputs, outputs, activation, bool(rng.random() < 0.5), precision, **narrow)
     (knobs,) = cuda_kernels.points(task, row, 1, seed)
-    knobs["few"] = int(rng.choice(dense.space(task, cuda_kernels.row_of(row))["few"]))
     rows = int(rng.choice([1, 16, 37, 130, 300]))
     assert mistake(task, rows, row, knobs, seed) is None, (task.name, row, knobs, rows)
 
@@ -93,8 +110,9 @@ def test_every_point_fits_the_gpu(precision, row):
     for sizes in ((768, 3072), (3072, 768), (312, 1200), (33, 7)):
         task = task_of(*sizes, precision=precision, residual=True)
         for knobs in cuda_kernels.points(task, row, 40):
-            for prefix in ("", "few_"):
-                tile = Tile.of(task, knobs, gpu, prefix)
+            for prefix in ("few_", "some_", "many_"):
+                own = {key.removeprefix(prefix): value for key, value in knobs.items()}
+                tile = Tile.of(task, own, gpu)
                 assert tile.shared <= gpu.shared_per_block
                 assert tile.threads <= 1024
                 assert tile.registers * tile.threads <= gpu.registers_per_sm
