@@ -21,6 +21,7 @@ from statistics import geometric_mean, median
 from typing import Any
 
 from bertile.errors import BertileError
+from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
 from bertile.targets import Target
 
@@ -32,7 +33,7 @@ except ImportError:  # not a POSIX system: one write per line is all that keeps 
 SCHEMA = 1
 # How many times as fast as the default knobs must be by estimate to be taken: nine in ten choices
 # are promised less than this too much, by python -m bertile.evaluation.mca_rank.
-SURE = 1.03
+SURE = 1.04
 USER_LOG = Path("~/.local/share/bertile/tuning_logs")
 
 
@@ -206,9 +207,7 @@ class TuningLog:
 
 def _surely(best: Record, found: Sequence[Record], row: Target) -> Record:
     """The best of these estimates, or the default's where that is hardly slower."""
-    from bertile.schedules.cpu import SCHEDULES
-
-    knobs = SCHEDULES[best.operation].default(best.task, row)
+    knobs = schedules_for(row)[best.operation].default(best.task, row)
     defaults = [r for r in found if r.threads == best.threads and dict(r.knobs) == knobs]
     default = next(iter(defaults), None)
     return default if default and default.median < SURE * best.median else best
