@@ -148,7 +148,7 @@ class TuningLog:
         best = min(
             found, key=lambda r: (r.estimated, r.threads != row.threads, r.median), default=None
         )
-        return _surely(best, found, row) if best is not None and best.estimated else best
+        return surely(best, found, row) if best is not None and best.estimated else best
 
     def append(self, record: Record) -> None:
         """Write a record to the user's log, now and for good."""
@@ -205,11 +205,17 @@ class TuningLog:
                 self._warn(f"{path}: line {', '.join(map(str, bad))} is no record and is skipped")
 
 
-def _surely(best: Record, found: Sequence[Record], row: Target) -> Record:
-    """The best of these estimates, or the default's where that is hardly slower."""
-    knobs = schedules_for(row)[best.operation].default(best.task, row)
-    defaults = [r for r in found if r.threads == best.threads and dict(r.knobs) == knobs]
-    default = next(iter(defaults), None)
+def surely(best: Record, records: Sequence[Record], row: Target) -> Record:
+    """An estimate of a task, or the default's estimate among its records where that is hardly
+    slower.
+    """
+    schedule = schedules_for(row).get(best.operation)
+    try:
+        knobs = schedule and schedule.default(best.task, row)
+    except (KeyError, TypeError, ValueError):  # a shape of another version's schedule
+        return best
+    same = [r for r in records if r.estimated and r.threads == best.threads]
+    default = next((r for r in same if r.microseconds and dict(r.knobs) == knobs), None)
     return default if default and default.median < SURE * best.median else best
 
 
