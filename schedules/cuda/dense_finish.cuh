@@ -2,7 +2,8 @@
 // of the pieces; then scale, shift, bias, activation and residual; and rows leave by 16 bytes.
 //
 // Shared memory: slots, later the sums that are exchanged; AT_VECTORS: b, scale, shift, ranges of
-// the tile; AT_TILE: the tile of the residual, then of y, over the slots where C::LATE.
+// the tile; AT_RESIDUAL, AT_RESULT: tiles, over the slots where C::LATE. A residual with a place of
+// its own is asked for in the first iteration, behind what the products wait for.
 
 enum { NONE, RELU, GELU, GELU_TANH, TANH };
 
@@ -44,7 +45,7 @@ WORD void fill_residual(const Operands& of, u8* tile, int row, int column) {
   }
 }
 
-// Under way with the first slot: the vectors, and the residual where it has a place of its own.
+// Under way with the first slot: the vectors.
 template <class C> WORD void begin(const Operands& of, u8* shared, int row, int column) {
   constexpr int CHUNKS = C::COLUMNS / 4;
   float* const vectors = (float*)(shared + C::AT_VECTORS);
@@ -59,7 +60,6 @@ template <class C> WORD void begin(const Operands& of, u8* shared, int row, int 
       if (row + i < of.rows) range = ((const float2*)of.range)[row + i];
       ((float2*)(vectors + VECTORS * C::COLUMNS))[i] = range;
     }
-  if (RESIDUAL && !C::LATE) fill_residual<C>(of, shared + C::AT_RESIDUAL, row, column);
 }
 
 WORD void read_pair(const u8* at, float& lo, float& hi, float) {
