@@ -146,6 +146,14 @@ def test_code_of_the_default_spills_nothing(row):
     assert_fits(task_of(768, 3072, "gelu"), row)
 
 
+def test_code_for_newer_gpus_has_no_wgmma():
+    task, row = task_of(768, 768, residual=True), cuda_kernels.row_of("cuda-sm90")
+    kernel = dense.kernel(task, dense.default(task, row), row)
+    ptx = compiler.find().run(compiler.prelude() + kernel.source, compiler.virtual(row)).decode()
+    assert "wgmma" in kernel.source and "wgmma" not in ptx
+    assert all(f".entry {launch.entry}" in ptx for launch in kernel.launches)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(768, 2304), (768, 768), (3072, 768), (384, 1536)])
 @pytest.mark.parametrize(
