@@ -132,6 +132,14 @@ void wide_bf16(const unsigned short* bits, float* numbers, int count) {
   for (int i = 0; i < count; ++i) numbers[i] = __uint_as_float((unsigned)bits[i] << 16);
 }
 
+void wide_u8(const u8* bytes, int* numbers, int count) {
+  for (int i = 0; i < count; ++i) numbers[i] = bytes[i];
+}
+
+void wide_s8(const u8* bytes, int* numbers, int count) {
+  for (int i = 0; i < count; ++i) numbers[i] = (signed char)bytes[i];
+}
+
 Product pack_product(const void* d, EmulatedFour a, EmulatedTwo b) {
   Product made = {a, {}, b};
   memcpy(made.d.v, d, 16);
@@ -232,13 +240,7 @@ EmulatedFour emulated_mma_16832_u8s8(EmulatedFour d, EmulatedFour a, EmulatedTwo
   Product one = pack_product(&d, a, b);
   whole_warp("mma_16832_u8s8");
   together("mma_16832_u8s8", &one, [](Lane* lanes, unsigned) {
-    const auto wide = [](const u8* bytes, int* numbers, int count) {
-      for (int i = 0; i < count; ++i) numbers[i] = bytes[i];
-    };
-    const auto wide_signed = [](const u8* bytes, int* numbers, int count) {
-      for (int i = 0; i < count; ++i) numbers[i] = (signed char)bytes[i];
-    };
-    product<32, 4, u8, int>(lanes, wide, wide_signed);
+    product<32, 4, u8, int>(lanes, wide_u8, wide_s8);
   });
   return one.d;
 }
