@@ -174,6 +174,7 @@ void multiply_warp(Lane* lanes, unsigned warp) {
   if (!read_matrix(own, "b", one.b, 0, (unsigned)one.columns, thread, b)) return;
   Sum& sum = sum_of(own, lanes, one);
   sum.group = kGroupOpen;
+  multiplications += 16u * (unsigned)one.columns * (one.kind == emulated_bytes ? 32 : 16);
   if (!one.accumulate) memset(sum.numbers, 0, sizeof sum.numbers);
   if (one.kind == emulated_bytes)
     return accumulate_rows<32, u8>(sum.integers, one.columns, a, b, wide_u8, wide_s8);
