@@ -6,7 +6,7 @@ import cuda_kernels
 import numpy as np
 import pytest
 
-from bertile.cuda import compiler, cubin
+from bertile.cuda import compiler, cubin, emulator
 from bertile.cuda_loader import evaluate
 from bertile.schedules.cuda.dense import dense
 from bertile.schedules.cuda.dense_samples import row_sample
@@ -60,6 +60,22 @@ def test_dense_by_wgmma_equals_numpy(precision, rows, columns):
     task = task_of(200, 264, "gelu", True, precision)
     knobs = {**MANY, "many_tensor": 1, "many_rows": rows, "many_columns": columns}
     assert mistake(task, 150, knobs=knobs) is None
+
+
+@pytest.mark.parametrize("tensor", [0, 1])
+def test_dense_reads_no_bank_twice_and_no_sector_in_part(tensor):
+    task, row = task_of(256, 256, "gelu", True), cuda_kernels.row_of("cuda-sm90")
+    knobs = {**dense.default(task, row), **MANY, "many_tensor": tensor, "many_slices": 1}
+    knobs |= {"many_rows": 128, "many_columns": 128}
+    sample = row_sample(task, 256, np.random.default_rng(0))
+    arrays = [*sample.activations, *dense.pack(task, knobs, sample.weights, row)]
+    kernel = dense.kernel(task, knobs, row)
+    moved, multiplied = emulator.count_traffic(kernel, [*arrays, *sample.buffers()], sample.symbols)
+    assert all(one.parts == one.least for one in moved.values()), moved
+    assert multiplied == 256**3
+    panels = 4 * (128 + 128) * 256 * 2  # of four tiles
+    assert moved["copy_async read"].bytes == panels + 256 * 256 * 2 + 4 * 128 * 4
+    assert moved["global write"].bytes == 256 * 256 * 2
 
 
 def test_entries_share_the_rows_between_them():
