@@ -15,15 +15,16 @@ constexpr int ROW = 16 * STRIDE;  // elements of 16 rows in shared memory
 // ROWS rows of a head into shared memory; zeros behind the first ``there``.
 template <int ROWS, int THREADS>
 __device__ inline void ask_for(X* to, const X* from, int there, int thread) {
-  if (ALIGNED) {
-    constexpr int EACH = 16 / sizeof(X), PER_ROW = DP / EACH;
+  constexpr int EACH = 16 / sizeof(X), PER_ROW = DP / EACH;
+  constexpr int AT_ONCE = THREADS < PER_ROW ? 1 : THREADS / PER_ROW;
+  if (ALIGNED && THREADS >= PER_ROW) {
+    const int mine = thread / PER_ROW, c = thread % PER_ROW * EACH;
+    to += mine * STRIDE + c;
+    from += static_cast<long long>(mine) * PITCH + c;
 #pragma unroll
-    for (int start = 0; start < ROWS * PER_ROW; start += THREADS) {
-      const int row = (start + thread) / PER_ROW, c = (start + thread) % PER_ROW * EACH;
-      if (ROWS * PER_ROW % THREADS == 0 || row < ROWS)
-        copy_async_16(to + row * STRIDE + c, from + static_cast<long long>(row) * PITCH + c,
-                      row < there && c < D);
-    }
+    for (int row = 0; row < ROWS; row += AT_ONCE)
+      if ((ROWS % AT_ONCE == 0 || row + mine < ROWS) && (THREADS % PER_ROW == 0 || mine < AT_ONCE))
+        copy_async_16(to + row * STRIDE, from + row * PITCH, row + mine < there && c < D);
   } else {
     for (int i = thread; i < ROWS * DP; i += THREADS) {
       const int row = i / DP, c = i % DP;
