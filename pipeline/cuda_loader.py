@@ -512,7 +512,7 @@ class Gpu:
         self.driver = self._number("cuDriverGetVersion")  # 12040 is CUDA 12.4
         count = self._number("cuDeviceGetCount")
         if type(ordinal) is not int or not 0 <= ordinal < count:
-            known = "0" if count == 1 else f"0 to {count - 1}"
+            known = "GPU 0" if count == 1 else f"GPUs 0 to {count - 1}"
             raise InputError(f"device is {ordinal!r}", f"this machine has {known}")
         self._device = self._number("cuDeviceGet", ordinal)
         text = ctypes.create_string_buffer(256)
@@ -553,7 +553,8 @@ class Gpu:
         self._functions["cuCtxPopCurrent_v2"](ctypes.byref(_POINTER()))
 
     def __del__(self):
-        if getattr(self, "context", None) and os.getpid() == self._process:
+        ended = sys.is_finalizing() or os.getpid() != self._process
+        if getattr(self, "context", None) and not ended:
             self._functions["cuDevicePrimaryCtxRelease_v2"](self._device)
 
     def attribute(self, number: int) -> int:
@@ -732,7 +733,7 @@ def _ptx_level(path: Path) -> tuple[int, int] | None:
 
 
 def _link(gpu: Gpu, path: Path) -> int:
-    """Load cubin, or PTX; BundleError or PlatformError with what the driver's compiler says."""
+    """Load cubin, or PTX; raises PlatformError with what the driver's compiler says."""
     image, log = path.read_bytes() + b"\0", ctypes.create_string_buffer(4096)
     options = (_INT * 2)(5, 6)  # CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES
     values = (_POINTER * 2)(ctypes.addressof(log), len(log))
@@ -751,7 +752,6 @@ def _link(gpu: Gpu, path: Path) -> int:
 
 
 # -- the plan ----------------------------------------------------------------------------------
-
 
 _WRONG = (KeyError, TypeError, ValueError, IndexError, AttributeError, struct.error)
 

@@ -839,7 +839,7 @@ def test_load_names_a_machine_without_a_gpu(install, directory):
 
 @pytest.mark.parametrize("device", [1, -1, "0", True])
 def test_load_refuses_a_device_that_is_not_there(driver, directory, device):
-    with pytest.raises(InputError, match=f"device is {device!r}; this machine has 0"):
+    with pytest.raises(InputError, match=f"device is {device!r}; this machine has GPU 0"):
         loader.load(directory, device=device)
 
 
@@ -1210,4 +1210,4 @@ def test_loader_runs_a_bundle_with_numpy_alone_on_a_gpu(emulated):
     assert lines[-1].startswith("on GPU   in ")
     done = run("-I", "loader.py", "--device", "1", cwd=bundled, env=environment)
     assert done.returncode == 2
-    assert done.stderr == "loader.py: device is 1; this machine has 0\n"
+    assert done.stderr == "loader.py: device is 1; this machine has GPU 0\n"
