@@ -98,7 +98,7 @@ def _compile_cached(
     }
     places = dict.fromkeys(("cache_dir", "dump_ir", "log_dir", "rpc_tracker", "rpc_key"))
     decides = dataclasses.replace(config, runner="local", **places, **files)
-    surroundings = (hash_path(SOURCES), verifier.cannot_run(row))
+    surroundings = (hash_path(SOURCES), verifier.surroundings(row))
     given = (exported.to_json(), dataclasses.asdict(row), decides, log.digest(row), surroundings)
     key = cache.key("driver", *given)
     if config.dump_ir:
