@@ -13,8 +13,10 @@ from bertile import loader
 from bertile.bench import random_inputs
 from bertile.errors import PlatformError
 
+_NOT_ASKED = {"total_ms": None, "gpu": None, "reason": "nobody asked for them"}
 
-def inspect(directory: Path, batch: int, length: int) -> dict[str, Any]:
+
+def inspect(directory: Path, batch: int, length: int, measure: bool = True) -> dict[str, Any]:
     """A row for each entry of each kernel: "kernel", "origin", "calls", "registers" and "local"
     (bytes; spilled registers are among them) of a thread, static "shared" bytes of a block,
     "tensor" (instructions of tensor cores in its code). "total_ms" is None without a GPU.
@@ -25,14 +27,18 @@ def inspect(directory: Path, batch: int, length: int) -> dict[str, Any]:
         for one in manifest["kernels"]
         for entry, takes in one["entries"].items()
     ]
-    try:
-        with loader.load(directory) as model:
-            times = model.time(**random_inputs(manifest, batch, length))
-            found = {"total_ms": float(np.median(times)), "gpu": model.gpu.name}
-    except PlatformError as error:
-        found = {"total_ms": None, "gpu": None, "reason": error.what}
+    found = _timed(directory, random_inputs(manifest, batch, length)) if measure else _NOT_ASKED
     fallen = manifest["fallthrough"]
     return {"kernels": kernels, "fallthrough": fallen, "batch": batch, "length": length, **found}
+
+
+def _timed(directory: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    try:
+        with loader.load(directory) as model:
+            times = model.time(**inputs)
+            return {"total_ms": float(np.median(times)), "gpu": model.gpu.name}
+    except PlatformError as error:
+        return {"total_ms": None, "gpu": None, "reason": error.what}
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import pytest
 from bertile import chooser, cli, cuda_loader, driver, loader, manifest, optimizer, planner
 from bertile.config import Config
 from bertile.cuda import builder, emulator, here, plan
+from bertile.cuda import check as gpu_check
 from bertile.cuda.lowering import lower
 from bertile.errors import ModelError, PlatformError, UsageError
 from bertile.exported import read
@@ -156,7 +157,7 @@ def test_static_ranges_and_smoothing_answer_as_onnx_runtime(
     kernels = loader.read_manifest(tmp_path / "bundle")["kernels"]
     assert any(one["shape"].get("precision") == "int8_static" for one in kernels)
     check = loader.read_manifest(tmp_path / "bundle")["check"]
-    assert check["executed"] is False and "too large for the emulator" in check["reason"]
+    assert check["max_abs_difference"] <= check["tolerance"]
 
 
 # -- the plan alone ------------------------------------------------------------------------------
@@ -251,6 +252,19 @@ def test_max_drop_wants_a_gpu(tmp_path, monkeypatch):
     text = "--max-drop runs the model on many texts, and there is no GPU; compile on a machine"
     with pytest.raises(PlatformError, match=text):
         driver.compile("no such model", tmp_path / "out", Config(target="cuda-sm90", **options))
+
+
+def test_a_large_model_is_not_emulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LIMIT", 1000)
+    described = {"kernels": [{"shape": {"inputs": 128, "outputs": 8}, "calls": 1}]}
+    monkeypatch.setattr(loader, "read_manifest", lambda directory: described)
+
+    def no_gpu(directory, **options):
+        raise PlatformError("there is no GPU")
+
+    monkeypatch.setattr(loader, "load", no_gpu)
+    found = gpu_check.open_model(tmp_path)
+    assert found == "there is no GPU, and the model is too large for the emulator"
 
 
 def test_a_bundle_with_its_runtime_has_the_loaders_two_files(cache, tmp_path, capsys):
