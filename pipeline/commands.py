@@ -243,7 +243,7 @@ def compile_text(summary: dict[str, Any]) -> str:
     rows = {
         "bundle": summary["output"],
         "size": size(summary["size_bytes"]),
-        "speed": "not measured: the bundle is for another processor"
+        "speed": "not measured: the bundle is for another machine"
         if summary["milliseconds"] is None
         else f"{summary['milliseconds']:.2f} ms for {summary['length']} tokens,"
         f" {summary['threads']} threads",

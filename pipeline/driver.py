@@ -15,6 +15,7 @@ import numpy as np
 
 from bertile import bundle, cache, exporter, loader, runtime_parts, targets
 from bertile.config import Config
+from bertile.cuda import flags as gpu_flags
 from bertile.exported import ExportedModel, read
 from bertile.fingerprint import hash_path
 from bertile.native_loader import SOURCES
@@ -35,6 +36,8 @@ def compile(
     config, progress = config or Config(), progress or Progress(verbosity=-1)
     loader.set_thread_defaults()  # before TVM is imported and starts its thread pool
     row = targets.with_libc(targets.resolve(config.target, config.threads), config.libc)
+    if row.gpu:
+        gpu_flags.check(config, row)
     exported = export_cached(model, config, progress)
     compiled = _compile_cached(exported, row, config, progress)
     with progress.stage("bundle") as stage:
@@ -215,6 +218,8 @@ class _Run:
 
     def _runtime(self) -> Callable[[Path], None]:
         """What puts the runtime into a bundle; found before a long build, which would be lost."""
+        if self.row.gpu:
+            return bundle.include_loaders
         parts = self._parts()
         return lambda directory: bundle.include_runtime(directory, parts.libraries, parts.native)
 
@@ -266,7 +271,8 @@ def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
         manifest["model"]["max_length"] or SPEED_LENGTH,
     )
     executed = manifest["check"].get("executed", True)
-    runs_here = executed and targets.fits(row, loader.cpu_features())
+    fits = "gpu" in manifest["check"] if row.gpu else targets.fits(row, loader.cpu_features())
+    runs_here = executed and fits
     return {
         "output": str(path),
         "size_bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),

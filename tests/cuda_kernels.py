@@ -46,20 +46,21 @@ def points(task, row, count, seed=0):
 
 
 def resources(task, row, knobs=None):
-    """What a kernel's machine code takes, and bytes of dynamic shared memory and threads."""
+    """What the machine code of each of a kernel's launches takes, and the launch."""
     schedule, target = SCHEDULES[task.operation], row_of(row)
     kernel = schedule.kernel(task, knobs or schedule.default(task, target), target)
     program = compiler.prelude() + kernel.source
-    code = compiler.find().run(program, compiler.machine(target))
-    (launch,) = kernel.launches
-    return cubin.read(code)[launch.entry], launch
+    taken = cubin.read(compiler.find().run(program, compiler.machine(target)))
+    return [(taken[launch.entry], launch) for launch in kernel.launches]
 
 
 def assert_fits(task, row, knobs=None):
-    """Nothing is spilled, and registers and shared memory are there for one thread block."""
-    taken, launch = resources(task, row, knobs)
-    gpu = row_of(row).gpu
-    assert taken.local == 0
-    assert taken.registers * launch.threads <= gpu.registers_per_sm
-    assert taken.shared + launch.shared <= gpu.shared_per_block
-    return taken
+    """Nothing is spilled, and registers and shared memory are there for one thread block; gives
+    what each launch takes.
+    """
+    found, gpu = resources(task, row, knobs), row_of(row).gpu
+    for taken, launch in found:
+        assert taken.local == 0, launch.entry
+        assert taken.registers * launch.threads <= gpu.registers_per_sm, launch.entry
+        assert taken.shared + launch.shared <= gpu.shared_per_block, launch.entry
+    return [taken for taken, _ in found]

@@ -3,13 +3,15 @@
 // A warp's lanes meet at every operation of a whole warp; the last to come computes it for all.
 // Between barriers warps run in an order drawn from a seed. A launch ends at the first mistake:
 // emulated_error() says what it was.
-#include <math.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #include "emulation.h"
 

@@ -146,7 +146,8 @@ def run_kernel(
     directory: Path | None = None,
     seed: int = 0,
 ) -> None:
-    """Run all launches of `kernel` on `arrays`, its operands in order; results are in place.
+    """Run the launches of `kernel` that there are for these symbols on `arrays`, its operands in
+    order; results are in place.
 
     Scratch starts as NaN. Libraries are kept in `directory`, by default one of this process's user.
     """
@@ -163,6 +164,8 @@ def run_kernel(
     for name, value in symbols.items():
         named.setdefault(name, np.int32(value))
     for launch in kernel.launches:
+        if evaluate(launch.when, symbols) <= 0:
+            continue
         grid = [evaluate(extent, symbols) for extent in launch.grid]
         arguments = [named[name] for name in launch.arguments]
         emulated.launch(launch.entry, grid, launch.threads, launch.shared, arguments)

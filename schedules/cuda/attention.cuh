@@ -69,7 +69,7 @@ struct Bias {
   __device__ float of(int row, int key) const {
     const int at = query + 8 * row;
     if (at >= length || key >= length) return 0.0f;
-    return fmaxf(plane[static_cast<long long>(at) * length + key], LOWEST) * LOG2E;
+    return fmaxf(plane[at * length + key], LOWEST) * LOG2E;
   }
 };
 

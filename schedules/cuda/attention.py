@@ -45,27 +45,28 @@ using Context = float[DP / 8][4];
 def space(task: Task, row: Row) -> Space:
     """Warps (blocks of queries) of a thread block, keys of a tile, and tiles in shared memory."""
     gpu = _gpu(row)
-    warps = (1, 2, 4) if _padded(task) > 64 or element(task) == "float" else (1, 2, 4, 8)
+    wide = _padded(task) > 64 or element(task) == "float"
     stages = (2, 3) if gpu.async_copy else (2,)
-    widest = 64 if element(task) == "float" or _padded(task) > 64 else 128
-    keys = tuple(
-        k
-        for k in (16, 32, 64, 128)
-        if k <= widest and _shared(task, max(warps), k, max(stages)) <= gpu.shared_per_block
-    )
-    return {"warps": warps, "keys": keys or (16,), "stages": stages}
+
+    def fits(warps: int, keys: int) -> bool:
+        return _shared(task, warps, keys, max(stages)) <= gpu.shared_per_block
+
+    warps = tuple(w for w in (1, 2, 4, 8) if w <= (4 if wide else 8) and fits(w, 16))
+    keys = tuple(k for k in (16, 32, 64, 128) if k <= (64 if wide else 128) and fits(warps[-1], k))
+    return {"warps": warps, "keys": keys, "stages": stages}
 
 
 def default(task: Task, row: Row) -> Knobs:
     """Four warps; 64 keys a tile, as far as two thread blocks have room on a multiprocessor."""
-    gpu = _gpu(row)
-    wanted = 32 if element(task) == "float" else 64
-    fits = [
+    choices = space(task, row)
+    warps = min(4, max(choices["warps"]))
+    room = [
         k
-        for k in space(task, row)["keys"]
-        if k <= wanted and 2 * _shared(task, 4, k, 2) <= gpu.shared_per_sm
+        for k in choices["keys"]
+        if k <= (32 if element(task) == "float" else 64)
+        and 2 * _shared(task, warps, k, 2) <= _gpu(row).shared_per_sm
     ]
-    return {"warps": 4, "keys": max(fits, default=16), "stages": 2}
+    return {"warps": warps, "keys": max(room, default=16), "stages": 2}
 
 
 def _gpu(row: Row) -> Gpu:

@@ -168,7 +168,7 @@ WORD void finish(const Operands& of, u8* shared, Sum (&sums)[C::TALL * C::WIDE][
 #pragma unroll
   for (int p = 0; p < C::PORTION; ++p) {
     const int f = C::SLICES > 1 ? slice * C::PORTION + p : p;
-    const int i = warp_row + f / C::WIDE * C::APART + lane / 4;
+    const int i = warp_row + f / C::WIDE * 16 + lane / 4;
     const int j = warp_column + f % C::WIDE * 8 + lane % 4 * 2;
     const Sum(&of_piece)[4] = C::SLICES > 1 ? own[p] : sums[p];
     end_pair<C>(of, shared, of_piece[0], of_piece[1], i, j, column, low, inverse);

@@ -150,7 +150,7 @@ def _entry(
         call.append("#endif")
     return "\n".join(
         [
-            f'extern "C" __global__ void __launch_bounds__({tile.threads})',
+            f'extern "C" __global__ void __launch_bounds__({tile.threads}, 1)',
             f"{entry}({signature}, int rows) {{",
             f"  {space}::Operands of = {{}};",
             *sets,

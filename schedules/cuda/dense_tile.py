@@ -84,7 +84,7 @@ class Tile:
     """Rows and columns of the result; a warp's share in pieces of 16 rows (``tall``) by 8 columns
     (``wide``); groups of warps that take parts of K (``slices``); slots of shared memory that are
     filled ahead (``stages``); rows of tiles that are made together (``band``). ``grouped``: by
-    wgmma, four warps have all columns of 64 rows ``tall`` times.
+    wgmma, four warps have all columns of 64 rows.
     """
 
     operands: Operands
@@ -110,8 +110,8 @@ class Tile:
         if self.grouped:
             most = min(self.columns, pitch(self.operands.outputs))
             columns = next(n for n in GROUP_COLUMNS if n >= most)
-            rows = max(64, min(self.rows, 256 if columns <= 128 else 128))
-            made = replace(self, rows=rows, columns=columns, tall=-(-rows // 128), slices=1)
+            rows = max(64, min(self.rows, 256 if columns <= 192 else 128))
+            made = replace(self, rows=rows, columns=columns, tall=1, slices=1)
             return replace(made, wide=columns // 8, stages=max(3, self.stages))
         columns = min(self.columns, pitch(self.operands.outputs))
         tall = min(self.tall, self.rows // 16)
@@ -141,14 +141,13 @@ class Tile:
 
     def plain(self) -> Tile:
         """The same tile by as many threads without wgmma, for code of other GPUs."""
-        wide = self.columns // 8 * self.tall // 2
-        return replace(self, grouped=False, tall=2, wide=wide)
+        return replace(self, grouped=False, tall=2, wide=self.columns // 16)
 
     @property
     def warps(self) -> int:
         """Of a slice."""
         if self.grouped:
-            return self.rows // (64 * self.tall) * 4
+            return self.rows // 16
         return self.rows // (16 * self.tall) * (self.columns // (8 * self.wide))
 
     @property
@@ -165,7 +164,7 @@ class Tile:
     def registers(self) -> int:
         """About what a thread needs: sums, two sets of fragments, addresses."""
         if self.grouped:
-            return 4 * self.tall * self.wide + 64
+            return 4 * self.wide + 32
         a, b = (8, 8) if self.operands.precision == "fp32" else (4, 2)
         fragments = 2 * (a * self.tall + b * self.wide)
         return -(-(4 * self.tall * self.wide + fragments + 46) // GRANULE) * GRANULE
@@ -187,10 +186,18 @@ class Tile:
         return 4 * self.operands.vectors * self.columns + ranges
 
     def pitch(self, kind: str) -> int:
-        """Bytes from a row of a tile in shared memory to the next: pairs that eight rows write at
-        once lie in different banks.
+        """Bytes from a row of a tile in shared memory to the next: pairs of channels that a warp
+        writes at once, four of each of eight rows, lie in different banks.
         """
-        return self.columns * SIZE[kind] + (32 if kind == "float" else 16)
+        pair = 2 * SIZE[kind]
+        rows = 8 * 4 // pair if pair > 4 else 8  # eight bytes go by half warps
+
+        def apart(pitch: int) -> bool:
+            banks = {(row * pitch + i * 4) // 4 % 32 for row in range(rows) for i in range(pair)}
+            return len(banks) == rows * pair
+
+        first = self.columns * SIZE[kind] + 16
+        return next(pitch for pitch in range(first, first + 128, 16) if apart(pitch))
 
     @property
     def _apart(self) -> bool:
@@ -237,7 +244,6 @@ class Tile:
             "WIDE": self.wide,
             "WARPS": self.warps,
             "WARPS_ACROSS": self.columns // (8 * self.wide),
-            "APART": 64 if self.grouped else 16,
             "SLICES": self.slices,
             "THREADS": self.threads,
             "STAGES": self.stages,

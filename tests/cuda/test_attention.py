@@ -137,9 +137,9 @@ def test_default_lies_in_its_own_space(size, row):
 
 
 def test_attention_uses_tensor_cores_and_spills_nothing():
-    taken = cuda_kernels.assert_fits(task_of(12), "cuda-sm90")
+    (taken,) = cuda_kernels.assert_fits(task_of(12), "cuda-sm90")
     assert taken.tensor >= 128 and taken.instructions["LDGSTS"]
-    taken = cuda_kernels.assert_fits(task_of(12), "cuda-sm75")
+    (taken,) = cuda_kernels.assert_fits(task_of(12), "cuda-sm75")
     assert taken.tensor >= 128 and not taken.instructions["LDGSTS"]
 
 
@@ -149,7 +149,7 @@ def test_attention_uses_tensor_cores_and_spills_nothing():
 def test_attention_of_every_row_spills_nothing(size, row):
     precisions = ["fp16", "fp32", "tf32"] + ["bf16"] * cuda_kernels.row_of(row).gpu.bf16
     for precision, bias in itertools.product(precisions, (False, True)):
-        taken = cuda_kernels.assert_fits(task_of(12, size, precision, bias), row)
+        (taken,) = cuda_kernels.assert_fits(task_of(12, size, precision, bias), row)
         floats = precision == "fp32" or (precision == "tf32" and row == "cuda-sm75")
         assert (taken.tensor == 0) == floats
 
