@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import math
 import os
 import re
 import struct
@@ -881,7 +882,7 @@ class _Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class Layout:
@@ -1537,9 +1538,7 @@ def _borrow(name: str, value, dtype: np.dtype, gpu: Gpu, stream: int) -> _Given:
     if number != gpu.ordinal:
         raise InputError(f"{name} is on GPU {number}, the model is on GPU {gpu.ordinal}")
     capsule = value.__dlpack__(stream=stream or _LEGACY)
-    pointer = ctypes.pythonapi["PyCapsule_GetPointer"]
-    pointer.argtypes, pointer.restype = (ctypes.py_object, ctypes.c_char_p), _POINTER
-    tensor = loader.DLManagedTensor.from_address(pointer(capsule, _NAME)).tensor
+    tensor = loader.DLManagedTensor.from_address(_capsule_pointer()(capsule, _NAME)).tensor
     shape = tuple(tensor.shape[: tensor.rank])
     if (tensor.code, tensor.bits, tensor.lanes) != ("iu".index(dtype.kind), dtype.itemsize * 8, 1):
         raise InputError(f"{name} is not {dtype}", f"convert it, as with .to(torch.{dtype})")
@@ -1550,3 +1549,10 @@ def _borrow(name: str, value, dtype: np.dtype, gpu: Gpu, stream: int) -> _Given:
                 raise InputError(f"{name} is not contiguous", "give it with .contiguous()")
             step *= size
     return _Given(tensor.data + tensor.offset, shape)
+
+
+@functools.cache
+def _capsule_pointer():
+    function = ctypes.pythonapi["PyCapsule_GetPointer"]
+    function.argtypes, function.restype = (ctypes.py_object, ctypes.c_char_p), _POINTER
+    return function
