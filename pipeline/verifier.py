@@ -18,7 +18,7 @@ from bertile.targets import Target, is_foreign
 # Largest difference at a real token, relative to the largest magnitude of the reference output (at
 # least 1).
 # float32 sums of a thousand products in another order differ by about 1e-6 a layer.
-TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 0.05, "int8": 0.25}
+TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 0.05, "int8": 0.25}
 
 # (batch, length): one token, a whole block, tails, unequal lengths with padding; the longest is
 # added.
@@ -47,6 +47,11 @@ def verify(
         manifest = loader.read_manifest(directory)
         config = Config.from_dict(manifest["config"])
         path = driver.export_cached(manifest["model"]["source"], config, progress).onnx_path
+    if loader.read_manifest(directory)["target"]["arch"] == loader.CUDA:
+        check = _on_gpu(directory, path)
+        if not check.get("executed", True):
+            raise PlatformError(check["reason"], "verify the bundle on a machine with the GPU")
+        return check
     with loader.load(directory, threads) as model:
         return _compare(model, path, _cases(model.manifest, CASES))
 
@@ -58,10 +63,13 @@ def checked(
 
     A bundle for another architecture is run by its own bertile-run under an emulator; where that
     cannot be, the check's "executed" is False, with the "reason". `parts` are the row's.
+    One for a GPU is run on that GPU where it is here, else emulated where it is small.
     """
     if reason := cannot_run(row):
         return _not_executed(reason)
-    if is_foreign(row):
+    if row.gpu:
+        check = _on_gpu(directory, model.onnx_path)
+    elif is_foreign(row):
         check = _emulated(directory, model, row, parts)
     else:
         check = verify(directory, model.onnx_path, row.threads)
@@ -83,7 +91,19 @@ def cannot_run(row: Target) -> str | None:
     """Why a bundle for `row` cannot be run here, or None where it can, or should."""
     if "musl" in row.triple:
         return "it is linked for musl"
+    if row.gpu:
+        return None  # what is here is seen when it is loaded
     return emulator.missing(row) if is_foreign(row) else None
+
+
+def surroundings(row: Target) -> str | None:
+    """What of this machine decides how a bundle for `row` is checked."""
+    if row.gpu is None:
+        return cannot_run(row)
+    from bertile.cuda import here
+
+    card = here.gpu()
+    return card if isinstance(card, str) else card.name
 
 
 def as_text(check: dict[str, Any]) -> str:
@@ -91,6 +111,7 @@ def as_text(check: dict[str, Any]) -> str:
     if not check.get("executed", True):
         return f"not executed here: {check['reason']}"
     by = f", run by {check['emulator']}" if "emulator" in check else ""
+    by = f", on {check['gpu']}" if "gpu" in check else by
     return f"at most {check['max_abs_difference']:.1e} from ONNX Runtime{by}"
 
 
@@ -105,6 +126,19 @@ def _emulated(
     cases = _cases(emulated.manifest, EMULATED_CASES)
     check = _compare(emulated, model.onnx_path, cases)
     return {**check, "emulator": f"qemu-{row.arch} -cpu {emulated.cpu}"}
+
+
+def _on_gpu(directory: Path, onnx: Path) -> dict[str, Any]:
+    from bertile.cuda import check
+
+    opened = check.open_model(directory)
+    if isinstance(opened, str):
+        return _not_executed(opened)
+    if check.emulates(opened):
+        cases = _cases(opened.manifest, EMULATED_CASES)
+        return {**_compare(opened, onnx, cases), "emulator": "the emulator of CUDA kernels"}
+    with opened as model:
+        return {**_compare(model, onnx, _cases(model.manifest, CASES)), "gpu": model.gpu.name}
 
 
 def _not_executed(reason: str) -> dict[str, Any]:

@@ -78,31 +78,49 @@ void race(const char* what, const Shadow& shadow, size_t byte, unsigned stamp) {
          "that both met", what, byte, name, stamp >> kEpochBits);
 }
 
+// How many bytes from `at` on were used alike, and may be looked at as one: all, or 1.
+size_t used_alike(const Shadow& shadow, size_t at, size_t size) {
+  const unsigned *a = shadow.written + at, *b = shadow.read + at, *c = shadow.read_too + at;
+  unsigned differs = 0;
+  if (size == 16)  // most accesses; a fixed count becomes a few vector instructions
+    for (size_t i = 0; i < 16; ++i) differs |= (a[i] ^ a[0]) | (b[i] ^ b[0]) | (c[i] ^ c[0]);
+  else
+    for (size_t i = 1; i < size; ++i) differs |= (a[i] ^ a[0]) | (b[i] ^ b[0]) | (c[i] ^ c[0]);
+  return differs ? 1 : size;
+}
+
+void fill(unsigned* stamps, size_t count, unsigned stamp) {
+  for (size_t i = 0; i < count; ++i) stamps[i] = stamp;
+}
+
+// `mine`: the stamp that the read leaves.
 void shared_read(Shadow& shadow, size_t at, size_t size, unsigned thread, unsigned mine) {
-  for (size_t i = at; i < at + size; ++i) {
-    const unsigned written = shadow.written[i];
+  const size_t step = used_alike(shadow, at, size);
+  for (size_t i = at; i < at + size; i += step) {
+    const unsigned written = shadow.written[i], a = shadow.read[i], b = shadow.read_too[i];
     if (!written) return fail("reads byte %zu of shared memory, which nothing was written to", i);
     if (!ordered(written, thread)) return race("reads", shadow, i, written);
-    unsigned &a = shadow.read[i], &b = shadow.read_too[i];
     if (a == mine || b == mine) continue;
     // Two readers are kept, of different warps where there are such: a write by any thread is
     // concurrent with one of them unless it is ordered behind both.
     if (ordered(a, thread))
-      a = mine;
+      fill(shadow.read + i, step, mine);
     else if (ordered(b, thread) || (a ^ b) >> kEpochBits < kLanes)
-      b = mine;
+      fill(shadow.read_too + i, step, mine);
   }
 }
 
 void shared_write(Shadow& shadow, size_t at, size_t size, unsigned thread, bool under_way) {
   const unsigned mine = under_way ? thread << kEpochBits | kUnderWay : stamp(thread);
-  for (size_t i = at; i < at + size; ++i) {
+  const size_t step = used_alike(shadow, at, size);
+  for (size_t i = at; i < at + size; i += step) {
     const unsigned uses[] = {shadow.written[i], shadow.read[i], shadow.read_too[i]};
     for (unsigned before : uses)
       if (!ordered(before, thread)) return race("writes", shadow, i, before);
-    shadow.written[i] = mine;
-    shadow.read[i] = shadow.read_too[i] = 0;
   }
+  fill(shadow.written + at, size, mine);
+  fill(shadow.read + at, size, 0);
+  fill(shadow.read_too + at, size, 0);
 }
 
 // ---- global memory -------------------------------------------------------------------------------
@@ -143,8 +161,12 @@ void outside(const char* what, uintptr_t at, size_t size) {
 }
 
 // Whether the access is to global memory that was given (or to what is the program's own).
-void global_access(const char* what, uintptr_t at, size_t size) {
-  if (at - (uintptr_t)stacks < stacks_count * kStack || known_range(at, size)) return;
+void global_access(const char* what, Way way, uintptr_t at, size_t size) {
+  if (at - (uintptr_t)stacks < stacks_count * kStack) return;
+  if (known_range(at, size)) {
+    if (counting) note(way, at, size);
+    return;
+  }
   if (at >= (uintptr_t)__ehdr_start && at + size <= (uintptr_t)_end) return;
   const size_t behind = at - (uintptr_t)shared_now.memory;
   if (behind < kSharedLimit + 4096)
@@ -165,7 +187,8 @@ void on_access(const void* p, size_t size, bool write) {
   if (!current) return;
   const char* what = write ? "writes" : "reads";
   Shadow* shadow = shared_of(p, size);
-  if (!shadow) return global_access(what, (uintptr_t)p, size);
+  if (!shadow) return global_access(what, write ? kGlobalWrite : kGlobalRead, (uintptr_t)p, size);
+  if (counting) note(write ? kSharedWrite : kSharedRead, (uintptr_t)p, size);
   if (write)
     shared_write(*shadow, distance(*shadow, p), size, current_index, false);
   else
@@ -210,6 +233,20 @@ EMULATED_ACCESS(8)
 EMULATED_ACCESS(16)
 HIDDEN void __tsan_read_range(void* p, unsigned long size) { on_access(p, size, false); }
 HIDDEN void __tsan_write_range(void* p, unsigned long size) { on_access(p, size, true); }
+HIDDEN void* __tsan_memset(void* to, int value, size_t size) {
+  on_access(to, size, true);
+  return memset(to, value, size);
+}
+HIDDEN void* __tsan_memcpy(void* to, const void* from, size_t size) {
+  on_access(from, size, false);
+  on_access(to, size, true);
+  return memcpy(to, from, size);
+}
+HIDDEN void* __tsan_memmove(void* to, const void* from, size_t size) {
+  on_access(from, size, false);
+  on_access(to, size, true);
+  return memmove(to, from, size);
+}
 HIDDEN void __tsan_init() {}
 HIDDEN void __tsan_func_entry(void*) {}
 HIDDEN void __tsan_func_exit() {}
@@ -227,7 +264,8 @@ void emulated_copy_async(void* shared, const void* global, bool valid) {
          (const unsigned char*)shared - shared_now.memory, shared_now.size);
     return;
   }
-  if (valid) global_access("copy_async_16 reads", (uintptr_t)global, 16);
+  if (valid) global_access("copy_async_16 reads", kCopyIn, (uintptr_t)global, 16);
+  if (counting) note(kSharedWrite, (uintptr_t)shared, 16);
   shared_write(*shadow, distance(*shadow, shared), 16, current_index, true);
   Lane& lane = *current;
   if (lane.copied == lane.copies_size) {
@@ -257,8 +295,7 @@ void emulated_copy_wait(int under_way) {
     const Copy& copy = lane.copies[i];
     memcpy(copy.to, copy.data, 16);
     Shadow& shadow = *shared_of(copy.to, 16);
-    for (unsigned byte = 0; byte < 16; ++byte)
-      shadow.written[distance(shadow, copy.to) + byte] = stamp(current_index);
+    fill(shadow.written + distance(shadow, copy.to), 16, stamp(current_index));
   }
   lane.copied -= count;
   memmove(lane.copies, lane.copies + count, lane.copied * sizeof *lane.copies);

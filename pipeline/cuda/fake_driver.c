@@ -787,6 +787,13 @@ static void find_function(struct module* module, unsigned index) {
   if (!one->sizes) one->run = NULL;
 }
 
+// The library that a line "// emulated: PATH" in PTX names, for processes that load one after another.
+static const char* named_library(const char* text) {
+  static char path[1024];
+  const char* at = strstr(text, "// emulated: ");
+  return at && sscanf(at, "// emulated: %1023[^\n]", path) == 1 ? path : NULL;
+}
+
 EXPORT Result cuModuleLoadDataEx(void** module, const void* image, unsigned options, int* names,
                                  void** values) {
   (void)options, (void)names, (void)values;
@@ -800,7 +807,8 @@ EXPORT Result cuModuleLoadDataEx(void** module, const void* image, unsigned opti
   const int wanted = found.capability;
   if (!fits) image_free(&found);
   if (!fits) REFUSE(NO_BINARY_FOR_GPU, "code for sm_%d on sm_%d", wanted, fake.capability);
-  const char* path = getenv("BERTILE_EMULATED_KERNELS");
+  const char* path = found.is_ptx ? named_library(image) : NULL;
+  if (!path) path = getenv("BERTILE_EMULATED_KERNELS");
   struct module* made = make(MODULE, sizeof *made);
   made->image = found;
   made->library = path ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : NULL;

@@ -12,10 +12,8 @@ any lengths.
         context: values broadcast
 
 The score matrix is never written: a tile of 16 × key_tile × 16 floats stays in the first-level
-cache. The table
-says where each block's sequence lies (see ``bertile.loader.token_blocks``), so that packed
-sequences of unequal
-lengths need no padding and no other kernel.
+cache. The table says where each block's sequence lies (see ``bertile.loader.token_blocks``), so
+that packed sequences of unequal lengths need no padding and no other kernel.
 
 With ``precision`` "bf16" both products are of bfloat16, and qkv (m, 3 H D / 2, 16) holds Q and K in
 pairs of channels, V in pairs of tokens (a dense layer writes it so: ``values_from``); the softmax
@@ -80,20 +78,24 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         y = made.activation("y", heads * size // packed, dtype)
         made.link(math.llvm)
         kind = _HalfQuery if halves else _Query
+        # registers of four: LLVM makes one load and products by its lanes of four broadcasts
+        unroll = 4 if row.vector_bits == 128 else 1
         with T.parallel(heads * made.blocks) as job:
             head = T.Bind(job // made.blocks)
             query = T.Bind(job % made.blocks)
-            kind(task, knobs, math, qkv, keys, table, bias, limits, y, head, query).emit()
+            kind(task, knobs, math, unroll, qkv, keys, table, bias, limits, y, head, query).emit()
     return made.func
 
 
 class _Query:
     """Emits the attention of one head for one block of 16 queries."""
 
-    def __init__(self, task: Task, knobs: Knobs, math: Arithmetic, *operands: Any) -> None:
+    def __init__(
+        self, task: Task, knobs: Knobs, math: Arithmetic, unroll: int, *operands: Any
+    ) -> None:
         self.qkv, self.keys, self.table, self.bias, self.limits, self.y = operands[:6]
         self.head, self.query = operands[6:]
-        self.math = math
+        self.math, self.unroll = math, unroll
         self.size, self.scale = task.shape["head_size"], task.shape["scale"]
         self.width = task.shape["heads"] * self.size
         self.knobs = knobs
@@ -153,7 +155,7 @@ class _Query:
             where = T.Bind(self.first + start + block)
             for j in range(per_tile):
                 lanes.write(total[j], lanes.splat(0.0))
-            with T.serial(self.size // self.math.group) as d:
+            with lanes.loop(self.size // self.math.group, self.unroll) as d:
                 q = lanes.load(self.qkv, self.query, self._channel(0, d))
                 for j in range(per_tile):
                     k = lanes.splat(self.qkv[where, self._channel(1, d), low + j])
@@ -204,7 +206,7 @@ class _Query:
                 lanes.write(total[d], lanes.load(context, low + d))
             with T.serial(blocks) as block:
                 steps = LANES // self.math.group
-                with T.serial(steps) as j:
+                with lanes.loop(steps, self.unroll) as j:
                     weight = lanes.load(weights, block * steps + j)
                     for d in range(width):
                         v = lanes.splat(self._value(self.first + start + block, low + d, j))

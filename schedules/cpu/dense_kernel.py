@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -143,15 +145,19 @@ class _Tile:
             for t in range(token_blocks)
         ]
         self._start(tile, part)
-        step = self._multiply
+        step, together = self._multiply, 1
+        if self.math.by_lane:
+            wanted = 4 // gcd(self.width, 4)  # lanes whose weights fill whole registers
+            together = wanted if unroll % wanted == 0 else 1
+            step = partial(self._multiply_rows, count=together)
         if self.math.matrix:
             step = self._multiply_matrix
             _exchange(tile, zipped, self.math.total)
         with T.serial(depth // unroll) as outer:
             start = T.Bind(part * depth + outer * unroll)
             self._prefetch(panel + panels, panels, start, unroll)
-            with T.unroll(unroll) as inner:
-                step(tile, start + inner)
+            with T.unroll(unroll // together) as inner:
+                step(tile, start + inner * together)
         if self.math.matrix:
             _exchange(tile, unzipped, self.math.total)
         last = part == self.knobs["passes"] - 1
@@ -174,13 +180,20 @@ class _Tile:
             self._activate(low, count, block, token_blocks)
 
     def _multiply(self, tile: list, k: Any) -> None:
-        rows: dict[int, list[Any]] = {}
         for total, p, n, t in tile:
-            if self.math.by_lane and id(p) not in rows:
-                rows[id(p)] = list(self.math.spread_row(self.w, (p, k), self.width))
-            x = self.inputs.load(t, 0, k)
-            w = rows[id(p)][n] if rows else self.math.spread(self.w[p, k, n])
+            x, w = self.inputs.load(t, 0, k), self.math.spread(self.w[p, k, n])
             lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
+
+    def _multiply_rows(self, tile: list, k: Any, count: int) -> None:
+        """As ``_multiply``, ``count`` lanes from k, whose weights lie one behind the other."""
+        rows: dict[int, list[Any]] = {}
+        for _, p, _, _ in tile:
+            if id(p) not in rows:
+                rows[id(p)] = list(self.math.spread_row(self.w, (p, k), count * self.width))
+        for i in range(count):
+            for total, p, n, t in tile:
+                x, w = self.inputs.load(t, 0, k + i), rows[id(p)][i * self.width + n]
+                lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
 
     def _multiply_matrix(self, tile: list, k: Any) -> None:
         """Lanes 2 k and 2 k + 1, by half of the tokens: beside the sums, the weights of all outputs

@@ -97,6 +97,17 @@ def registers(vectors: int, dtype: str = "float32") -> list[Any]:
     return [(buffers[i // per_buffer], i % per_buffer) for i in range(vectors)]
 
 
+@contextmanager
+def loop(count: int, unroll: int = 1) -> Iterator[Any]:
+    """A loop over ``count`` steps, so many in a row where that divides it."""
+    if unroll == 1 or count % unroll:
+        with T.serial(count) as step:
+            yield step
+    else:
+        with T.serial(count // unroll) as outer, T.unroll(unroll) as inner:
+            yield outer * unroll + inner
+
+
 def read(register: tuple[Any, int]) -> Any:
     """The value of an accumulator."""
     return load(*register)

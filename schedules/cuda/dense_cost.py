@@ -10,11 +10,12 @@ from bertile.schedules.schedule import Gpu
 
 # Multiply-adds of a multiprocessor in a cycle: 16-bit by mma.sync, float32 without tensor cores.
 TENSOR = {75: 512, 80: 1024, 86: 512, 89: 512, 90: 1280}
+GROUPED = 1800  # 16-bit by wgmma
 PLAIN = {75: 64, 80: 64, 86: 128, 89: 128, 90: 128}
 RELATIVE = {"fp16": 1.0, "bf16": 1.0, "tf32": 0.5, "int8": 2.0, "int8_static": 2.0}
 SHARED = 128  # bytes of shared memory in a cycle
 PORT = 64  # bytes that a multiprocessor can take from the second-level cache in a cycle
-CACHE = 24  # bytes of the second-level cache in a cycle, for each multiprocessor when all ask
+CACHE = 32  # bytes of the second-level cache in a cycle, for each multiprocessor when all ask
 LATENCY = 800  # of a read that misses the second-level cache
 START = 1500  # from the launch to the first read, and from the last write to the end
 BARRIER = 40  # of an iteration: waiting, and the first reads of the next slot
@@ -31,7 +32,7 @@ def cycles(tile: Tile, rows: int, gpu: Gpu) -> float:
     together = min(resident, waves)
     panels = tile.iterations * tile.slices
     read = (tile.rows + tile.columns) * PANEL * panels
-    fragments = tile.warps * (16 * tile.tall + 8 * tile.wide) * PANEL * panels
+    fragments = _lines(tile) * PANEL * panels
     multiplies = tile.rows * tile.columns * panels * (PANEL // of.size)
     in_flight = (tile.stages - 1) * tile.slot * together
     value = tile.rows * tile.columns
@@ -48,6 +49,17 @@ def cycles(tile: Tile, rows: int, gpu: Gpu) -> float:
     return START + max(busy, blocks * read / (CACHE * gpu.multiprocessors))
 
 
+def _lines(tile: Tile) -> int:
+    """Lines of 128 bytes that are read of a panel in shared memory; a lane without tensor cores
+    reads its 16 bytes in two turns, of columns half as many at once.
+    """
+    if tile.grouped:
+        return tile.rows // 64 * (64 + tile.columns)
+    if tile.operands.precision == "fp32":
+        return tile.warps * 32 * (tile.tall + tile.wide)
+    return tile.warps * (16 * tile.tall + 8 * tile.wide)
+
+
 def _together(*parts: float) -> float:
     """Of units that work side by side: hardly more than the slowest, if the others are fast."""
     return sum(part**3 for part in parts) ** (1 / 3)
@@ -58,6 +70,8 @@ def rate(tile: Tile, gpu: Gpu, together: int) -> float:
     keep its tensor cores busy, eight hide each other's waits.
     """
     precision, warps = tile.operands.precision, together * tile.threads / 32
+    if tile.grouped:
+        return GROUPED * RELATIVE[precision]
     busy = min(1.0, warps / 4) * (0.85 if warps < 8 else 1.0)
     if precision == "fp32":
         return PLAIN[gpu.capability] * busy

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from bertile.schedules.cuda.dense_tile import Operands, Tile
 from bertile.schedules.cuda.forms import code, constants, pitch
-from bertile.schedules.cuda.source import Kernel, Launch
+from bertile.schedules.cuda.source import Extent, Kernel, Launch
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "tanh")  # the enum of dense_finish.cuh
+
+# Code that newer GPUs compile for themselves has no wgmma.
+_WITHOUT = "#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)"
 
 MULTIPLY = {
     "fp16": "mma_16816<f16>",
@@ -20,38 +23,49 @@ MULTIPLY = {
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
-    """(x, [range], [residual], w, [scale, [shift]], b, [limits], y): one entry for fewer than
-    ``few`` rows, one for others.
+    """(x, [range], [residual], w, [scale, [shift]], b, [limits], y): an entry for few rows, one for
+    some and one for many.
     """
-    of, few = Operands.of(task), knobs["few"]
+    of = Operands.of(task)
     parameters = _parameters(of)
-    launches, tiles, entries = [], [], []
-    for name, prefix, when in (
-        ("few", "few_", f"rows < {few}" if few else 0),
-        ("many", "", f"rows >= {few}" if few else 1),
-    ):
-        if when == 0:
-            continue
-        tile = Tile.of(task, knobs, row.gpu, prefix)
+    names = tuple(name for _, name in parameters)
+    launches, made, tiles, entries = [], [], [], []
+    for name, when in _ranges(knobs).items():
+        of_entry = {key.removeprefix(f"{name}_"): value for key, value in knobs.items()}
+        tile = Tile.of(task, of_entry, row.gpu)
+        made.append(tile)
+        struct = name.title()
+        tiles.append(tile.constants(struct))
+        if tile.grouped:
+            tiles.append(tile.plain().constants(f"{struct}Plain"))
         entry = f"{task.name}_{name}"
-        tiles.append(tile.constants(name.title()))
-        entries.append(_entry(of, tile, entry, task.name, name.title()))
+        entries.append(_entry(parameters, tile, entry, task.name, struct))
         columns = -(-pitch(of.outputs) // tile.columns)
         grid = (f"(rows + {tile.rows - 1}) // {tile.rows} * {columns}", 1, 1)
-        names = (*(name for _, name in parameters), "rows")
-        launches.append(Launch(entry, grid, tile.threads, tile.shared, names, when))
+        launches.append(Launch(entry, grid, tile.threads, tile.shared, (*names, "rows"), when))
     source = "\n".join(
         [
             f"namespace {task.name} {{",
             _types(task, of),
-            *_templates(of),
+            *_templates(of, any(tile.grouped for tile in made)),
             *tiles,
             "}",
             *entries,
             "",
         ]
     )
-    return Kernel(source, tuple(name for _, name in parameters), tuple(launches))
+    return Kernel(source, names, tuple(launches))
+
+
+def _ranges(knobs: Knobs) -> dict[str, Extent]:
+    """When each entry is launched: those that never are, are left out."""
+    few, some = knobs["few"], max(knobs["few"], knobs["some"])
+    found: dict[str, Extent] = {}
+    if few:
+        found["few"] = f"rows < {few}"
+    if some > few:
+        found["some"] = f"(rows >= {few}) * (rows < {some})" if few else f"rows < {some}"
+    return {**found, "many": f"rows >= {some}" if some else 1}
 
 
 def _parameters(of: Operands) -> list[tuple[str, str]]:
@@ -97,7 +111,7 @@ struct Operands {{
 """
 
 
-def _templates(of: Operands) -> list[str]:
+def _templates(of: Operands, grouped: bool) -> list[str]:
     """The text that is the same for all tiles."""
     if of.precision == "fp32":
         multiply = code("dense_simt.cuh")
@@ -109,24 +123,39 @@ WORD void multiply_add(Sum (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
 }}
 WORD unsigned as_multiplied(unsigned x) {{ return {as_multiplied}; }}
 {code("dense_mma.cuh")}"""
-    return [multiply, code("dense_finish.cuh"), code("dense.cuh")]
+    found = [multiply, code("dense_finish.cuh"), code("dense.cuh")]
+    if grouped:
+        wgmma = "wgmma_u8s8<N>" if of.read == "u8" else f"wgmma<{of.read}, N>"
+        group = f"""
+template <int N>
+WORD void multiply_group(Sum (&d)[N / 2], unsigned long long a, unsigned long long b) {{
+  {wgmma}(d, a, b, true);
+}}"""
+        found += [_WITHOUT, "#else", group, code("dense_wgmma.cuh"), "#endif"]
+    return found
 
 
-def _entry(of: Operands, tile: Tile, entry: str, space: str, name: str) -> str:
-    parameters = _parameters(of)
+def _entry(
+    parameters: list[tuple[str, str]], tile: Tile, entry: str, space: str, struct: str
+) -> str:
     signature = ", ".join(f"{kind}* __restrict__ {name}" for kind, name in parameters)
     sets = [
         f"  of.{name} = {'(const u8*)' if name in ('x', 'w') else ''}{name};"
         for _, name in parameters
     ]
+    call = [f"  {space}::dense<{space}::{struct}>(of);"]
+    if tile.grouped:
+        plain = f"  {space}::dense<{space}::{struct}Plain>(of);"
+        call = [_WITHOUT, plain, "#else", f"  {space}::dense_by_groups<{space}::{struct}>(of);"]
+        call.append("#endif")
     return "\n".join(
         [
-            f'extern "C" __global__ void __launch_bounds__({tile.threads})',
+            f'extern "C" __global__ void __launch_bounds__({tile.threads}, 1)',
             f"{entry}({signature}, int rows) {{",
             f"  {space}::Operands of = {{}};",
             *sets,
             "  of.rows = rows;",
-            f"  {space}::dense<{space}::{name}>(of);",
+            *call,
             "}",
         ]
     )

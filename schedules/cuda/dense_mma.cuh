@@ -36,5 +36,5 @@ WORD void multiply(Sum (&sums)[C::TALL * C::WIDE][4], const Fragments<C>& of) {
 #pragma unroll
   for (int i = 0; i < C::TALL; ++i)
 #pragma unroll
-    for (int j = 0; j < C::WIDE; ++j) multiply_add(sums[j * C::TALL + i], of.a[i], of.b[j]);
+    for (int j = 0; j < C::WIDE; ++j) multiply_add(sums[i * C::WIDE + j], of.a[i], of.b[j]);
 }

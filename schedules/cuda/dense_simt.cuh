@@ -36,7 +36,7 @@ WORD void multiply(Sum (&sums)[C::TALL * C::WIDE][4], const Fragments<C>& of) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float4 a = of.a[i][k / 2], b = of.b[j][k % 2];
-        Sum& sum = sums[j * C::TALL + i][k];
+        Sum& sum = sums[i * C::WIDE + j][k];
         sum += a.x * b.x;
         sum += a.y * b.y;
         sum += a.z * b.z;

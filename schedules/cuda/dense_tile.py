@@ -15,6 +15,9 @@ PANEL = 128  # bytes of K
 SIZE = {"f16": 2, "bf16": 2, "float": 4, "u8": 1}
 REGISTERS = 255  # of a thread
 GRANULE = 8  # registers are given to a thread by so many
+GROUPED = ("fp16", "bf16", "int8", "int8_static")  # what wgmma multiplies here
+GROUP_COLUMNS = (64, 96, 128, 192, 256)
+SMALL = 20480
 PRIVATE = 1024  # bytes of shared memory that the system takes of each block
 
 
@@ -81,7 +84,9 @@ class Operands:
 class Tile:
     """Rows and columns of the result; a warp's share in pieces of 16 rows (``tall``) by 8 columns
     (``wide``); groups of warps that take parts of K (``slices``); slots of shared memory that are
-    filled ahead (``stages``); rows of tiles that are made together (``band``).
+    filled ahead (``stages``); rows of tiles that are made together (``band``). ``grouped``: by
+    wgmma, four warps have all columns of 64 rows. ``late``: residual and result take the place of
+    the slots.
     """
 
     operands: Operands
@@ -92,17 +97,34 @@ class Tile:
     slices: int
     stages: int
     band: int
+    grouped: bool = False
+    late: bool = True
 
     @staticmethod
-    def of(task: Task, knobs: Mapping[str, int], gpu: Gpu, prefix: str = "") -> Tile:
+    def of(task: Task, knobs: Mapping[str, int], gpu: Gpu) -> Tile:
         """The nearest tile to what the knobs ask for that this GPU can run."""
         operands = Operands.of(task)
         names = ("rows", "columns", "tall", "wide", "slices", "stages", "band")
-        tile = Tile(operands, *(knobs[prefix + name] for name in names))
-        return tile._shaped()._fitted(gpu)
+        tile = Tile(operands, *(knobs[name] for name in names), bool(knobs.get("tensor")))
+        return tile._shaped()._fitted(gpu)._placed(gpu)
+
+    def _placed(self, gpu: Gpu) -> Tile:
+        """With a place of its own for the residual, which is there in time then, and for a small
+        result, if that leaves room for as many blocks.
+        """
+        apart = replace(self, late=False)
+        useful = self.operands.residual or self._tile <= SMALL
+        fits = apart.shared <= gpu.shared_per_block
+        return apart if useful and fits and apart.resident(gpu) == self.resident(gpu) else self
 
     def _shaped(self) -> Tile:
         """Warps that divide the tile, slices that divide K and the pieces."""
+        if self.grouped:
+            most = min(self.columns, pitch(self.operands.outputs))
+            columns = next(n for n in GROUP_COLUMNS if n >= most)
+            rows = max(64, min(self.rows, 256 if columns <= 192 else 128))
+            made = replace(self, rows=rows, columns=columns, tall=1, slices=1)
+            return replace(made, wide=columns // 8, stages=max(3, self.stages))
         columns = min(self.columns, pitch(self.operands.outputs))
         tall = min(self.tall, self.rows // 16)
         wide = next(w for w in range(self.wide, 0, -1) if w % 2 == 0 and columns // 8 % w == 0)
@@ -118,17 +140,26 @@ class Tile:
         fits = self.threads <= 1024 and self.registers * self.threads <= gpu.registers_per_sm
         if fits and self.shared <= gpu.shared_per_block:
             return self
-        if fits and self.stages > 2:
+        if fits and self.stages > (3 if self.grouped else 2):
             return replace(self, stages=self.stages - 1)._fitted(gpu)
         if self.slices > 1:
             return replace(self, slices=self.slices // 2)._shaped()._fitted(gpu)
         if self.rows > self.columns:
             return replace(self, rows=self.rows // 2)._shaped()._fitted(gpu)
-        return replace(self, columns=self.columns // 32 * 16)._shaped()._fitted(gpu)
+        columns = self.columns // 32 * 16
+        if self.grouped:
+            columns = max(n for n in GROUP_COLUMNS if n < self.columns)
+        return replace(self, columns=columns)._shaped()._fitted(gpu)
+
+    def plain(self) -> Tile:
+        """The same tile by as many threads without wgmma, for code of other GPUs."""
+        return replace(self, grouped=False, tall=2, wide=self.columns // 16)
 
     @property
     def warps(self) -> int:
         """Of a slice."""
+        if self.grouped:
+            return self.rows // 16
         return self.rows // (16 * self.tall) * (self.columns // (8 * self.wide))
 
     @property
@@ -144,6 +175,8 @@ class Tile:
     @property
     def registers(self) -> int:
         """About what a thread needs: sums, two sets of fragments, addresses."""
+        if self.grouped:
+            return 4 * self.wide + 32
         a, b = (8, 8) if self.operands.precision == "fp32" else (4, 2)
         fragments = 2 * (a * self.tall + b * self.wide)
         return -(-(4 * self.tall * self.wide + fragments + 46) // GRANULE) * GRANULE
@@ -165,10 +198,18 @@ class Tile:
         return 4 * self.operands.vectors * self.columns + ranges
 
     def pitch(self, kind: str) -> int:
-        """Bytes from a row of a tile in shared memory to the next: pairs that eight rows write at
-        once lie in different banks.
+        """Bytes from a row of a tile in shared memory to the next: pairs of channels that a warp
+        writes at once, four of each of eight rows, lie in different banks.
         """
-        return self.columns * SIZE[kind] + (32 if kind == "float" else 16)
+        pair = 2 * SIZE[kind]
+        rows = 8 * 4 // pair if pair > 4 else 8  # eight bytes go by half warps
+
+        def apart(pitch: int) -> bool:
+            banks = {(row * pitch + i * 4) // 4 % 32 for row in range(rows) for i in range(pair)}
+            return len(banks) == rows * pair
+
+        first = self.columns * SIZE[kind] + 16
+        return next(pitch for pitch in range(first, first + 128, 16) if apart(pitch))
 
     @property
     def _apart(self) -> bool:
@@ -179,13 +220,6 @@ class Tile:
         """Bytes of the residual and the result, in one place where they are of one type."""
         kinds = {self.operands.result, *([self.operands.wide] if self.operands.residual else [])}
         return sum(self.rows * self.pitch(kind) for kind in kinds)
-
-    @property
-    def late(self) -> bool:
-        """Whether the tile takes the place of the slots: a place of its own, where the residual is
-        ready in time, is for small ones.
-        """
-        return self._tile > 20480
 
     @property
     def at(self) -> dict[str, int]:
@@ -215,7 +249,6 @@ class Tile:
             "WIDE": self.wide,
             "WARPS": self.warps,
             "WARPS_ACROSS": self.columns // (8 * self.wide),
-            "APART": 16,
             "SLICES": self.slices,
             "THREADS": self.threads,
             "STAGES": self.stages,

@@ -839,7 +839,7 @@ def test_load_names_a_machine_without_a_gpu(install, directory):
 
 @pytest.mark.parametrize("device", [1, -1, "0", True])
 def test_load_refuses_a_device_that_is_not_there(driver, directory, device):
-    with pytest.raises(InputError, match=f"device is {device!r}; this machine has 0"):
+    with pytest.raises(InputError, match=f"device is {device!r}; this machine has GPU 0"):
         loader.load(directory, device=device)
 
 
@@ -1109,3 +1109,105 @@ def test_import_brings_nothing_but_numpy_and_takes_little_time():
     assert set(ast.literal_eval(found)) <= {"bertile", "numpy", "sitecustomize", "cython_runtime"}
     assert second == "['bertile.loader', 'bertile.cuda_loader']"
     assert float(spent) < 0.5  # some 30 ms; a machine under load takes longer
+
+
+# -- kernels in CUDA, on the emulator's driver -------------------------------------------------
+
+SOURCE = """
+extern "C" __global__ void __launch_bounds__(128) embed(
+    const long long* ids, const long long* types, const int* table, const float* words,
+    const float* kinds, float* out, int batch, int length, int blocks) {
+  const int* place = table + 4 * blockIdx.x;
+  const int token = threadIdx.x / 8, channel = threadIdx.x % 8;
+  const int position = place[1] + token < length ? place[1] + token : length - 1;
+  const int at = place[0] * length + position;
+  out[blockIdx.x * 128 + threadIdx.x] =
+      words[ids[at] * 8 + channel] + kinds[types[at] * 8 + channel];
+}
+extern "C" __global__ void __launch_bounds__(32) keys(
+    const long long* mask, const int* table, float* out, int batch, int length, int blocks) {
+  const int* place = table + 4 * blockIdx.x;
+  const int position = place[1] + threadIdx.x;
+  if (threadIdx.x < 16)
+    out[blockIdx.x * 16 + threadIdx.x] = position < length && mask[place[0] * length + position];
+}
+extern "C" __global__ void __launch_bounds__(128) scaled(
+    const float* x, const float* scale, float* out, int rows, float by) {
+  const int at = blockIdx.x * 128 + threadIdx.x;
+  out[at] = x[at] * scale[at % 8] * by;
+}
+extern "C" __global__ void __launch_bounds__(128) hidden(
+    const float* x, const int* table, float* out, int batch, int length, int blocks) {
+  int found = -1;
+  for (int i = 0; i < blocks; ++i)
+    if (table[4 * i] == blockIdx.x && table[4 * i + 1] == blockIdx.y * 16) found = i;
+  const int position = blockIdx.y * 16 + threadIdx.x / 8, channel = threadIdx.x % 8;
+  if (position < length)
+    out[(blockIdx.x * length + position) * 8 + channel] =
+        found < 0 ? 0.0f : x[found * 128 + threadIdx.x];
+}
+extern "C" __global__ void __launch_bounds__(32) pooled(
+    const float* x, const float* used, const int* table, float* out, int batch, int length,
+    int blocks) {
+  float sum = 0;
+  if (threadIdx.x < 8) {
+    for (int i = 0; i < 16 * blocks; ++i)
+      if (table[4 * (i / 16)] == blockIdx.x) sum += used[i] * x[i * 8 + threadIdx.x];
+    out[blockIdx.x * 8 + threadIdx.x] = sum;
+  }
+}
+"""
+ENTRIES = PTX + "".join(f".visible .entry {entry}() {{ ret; }}\n" for entry in KERNELS)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """(bundle, directory with a libcuda.so.1, kernels) of a machine with an emulated GPU."""
+    from bertile.cuda import emulator
+
+    reason = emulator.missing()
+    if reason:
+        pytest.skip(reason)
+    directory = tmp_path_factory.mktemp("emulated")
+    emulator.driver(directory).rename(directory / "libcuda.so.1")
+    older = {"target": {"name": "cuda-sm80", "arch": "cuda", "features": ["sm_80"]}}
+    bundled = write(directory / "bundle", manifest={**MANIFEST, **older}, ptx=ENTRIES)
+    return bundled, directory, emulator.build(SOURCE, directory)
+
+
+@pytest.mark.parametrize("lazy", [0, 1])
+def test_emulated_kernels_give_the_same_numbers(emulated, monkeypatch, lazy):
+    bundled, directory, kernels = emulated
+    monkeypatch.setenv("BERTILE_EMULATED_KERNELS", str(kernels))
+    path = directory / "libcuda.so.1"
+    fake = ctypes.CDLL(str(path))
+    fake.fake_lazy(lazy)
+    with cuda_loader.load(bundled, driver=str(path)) as model:
+        for number, shape in enumerate([(1, 1), (3, 17), (2, 64), (3, 17)]):
+            given = request(*shape, number)
+            same(model(**given), expected(**given))
+        launches = fake.fake_calls(b"cuGraphLaunch")
+        model(**given)
+        assert fake.fake_calls(b"cuGraphLaunch") == launches + 1
+        assert fake.fake_calls(b"cuLaunchKernel") == 0
+        assert model.time(repeats=3, **given).shape == (3,)
+    for kind in (b"memory", b"host", b"stream", b"event", b"graph", b"executable", b"module"):
+        assert fake.fake_live(kind) == 0, kind
+
+
+def test_loader_runs_a_bundle_with_numpy_alone_on_a_gpu(emulated):
+    bundled, directory, kernels = emulated
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(directory),
+        "BERTILE_EMULATED_KERNELS": str(kernels),
+    }
+    done = run("-I", "loader.py", "--ids", "1,2,3", cwd=bundled, env=environment)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[2].endswith(" ms, emulated sm_90"), done.stderr
+    first = ", ".join(f"{value:.4f}" for value in expected([[1, 2, 3]])["pooled"][0, :4])
+    assert f"output   pooled (1, 8): {first}, …" in lines
+    assert lines[-1].startswith("on GPU   in ")
+    done = run("-I", "loader.py", "--device", "1", cwd=bundled, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == "loader.py: device is 1; this machine has GPU 0\n"
