@@ -430,6 +430,7 @@ void emulated_launch(void (*entry)(void**), const char* name, const unsigned gri
                      unsigned threads, unsigned limit, unsigned shared, void** arguments) {
   pthread_mutex_lock(&one_launch);
   message[0] = 0;
+  forget_writes();
   running = name;
   machine.failed = false;
   machine.entry = entry;

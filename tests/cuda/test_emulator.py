@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -148,6 +150,18 @@ def test_mistakes_of_shared_memory_are_found() -> None:
     for body, mistake in wrong.items():
         with pytest.raises(emulator.EmulationError, match=mistake):
             run_small(body)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["y[i] = 1;", "y[64 * blockIdx.x + i] = y[(64 * blockIdx.x + i + 64) % 128];"]
+)
+def test_blocks_that_depend_on_each_other_are_found(wrong: str) -> None:
+    kernel = small("y[64 * blockIdx.x + i] = x[i];")
+    launches = (dataclasses.replace(kernel.launches[0], grid=(2, 1, 1)),)
+    emulator.run_kernel(dataclasses.replace(kernel, launches=launches), arrays(), {})
+    kernel = dataclasses.replace(small(wrong), launches=launches)
+    with pytest.raises(emulator.EmulationError, match=r"which block \(\d, 0, 0\) has written"):
+        emulator.run_kernel(kernel, arrays(), {})
 
 
 def test_what_is_no_mistake_runs() -> None:
