@@ -13,7 +13,6 @@ struct Shadow {
   unsigned char* memory;
   size_t size;
   unsigned *written, *read, *read_too;
-  size_t reserved;
 };
 Shadow shared_now, static_now;
 
@@ -27,23 +26,29 @@ extern unsigned char _end[] __attribute__((visibility("hidden")));
 size_t static_shared() { return (size_t)(__stop_emulated_shared - __start_emulated_shared); }
 
 bool reserve(Shadow& shadow) {
-  if (shadow.size <= shadow.reserved && shadow.written) return true;
-  free(shadow.written);
-  shadow.reserved = shadow.size + 4096;
-  shadow.written = (unsigned*)malloc(3 * shadow.reserved * sizeof(unsigned));
-  shadow.read = shadow.written + shadow.reserved;
-  shadow.read_too = shadow.read + shadow.reserved;
+  shadow.written = (unsigned*)malloc((3 * shadow.size + 1) * sizeof(unsigned));
+  shadow.read = shadow.written + shadow.size;
+  shadow.read_too = shadow.read + shadow.size;
   return shadow.written != nullptr;
 }
 
 bool reserve_shared(unsigned size) {
-  if (!emulated_shared_memory)
-    emulated_shared_memory = (unsigned char*)aligned_alloc(1024, kSharedLimit / 1024 * 1024 + 1024);
+  emulated_shared_memory = (unsigned char*)aligned_alloc(1024, kSharedLimit / 1024 * 1024 + 1024);
   shared_now.memory = emulated_shared_memory;
   shared_now.size = size;
   static_now.memory = __start_emulated_shared;
   static_now.size = static_shared();
   return emulated_shared_memory && reserve(shared_now) && reserve(static_now);
+}
+
+void release_shared() {
+  Shadow* const both[] = {&shared_now, &static_now};
+  for (Shadow* one : both) {
+    free(one->written);
+    *one = {};
+  }
+  free(emulated_shared_memory);
+  emulated_shared_memory = nullptr;
 }
 
 void begin_shared() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,3 +228,17 @@ def test_multiplications_of_tensor_cores_are_counted() -> None:
     given = [x, w, np.zeros((100, 72), np.float32)]
     _, done = emulator.count_traffic(product(), given, {"rows": 100, "n": 72, "k": 160})
     assert done == 128 * 128 * 160, "whole tiles of 64 × 64"
+
+
+def test_launches_leave_no_mappings_behind() -> None:
+    """A process may have 65530 of them, and hundreds of libraries."""
+    run_small("if (i < 256) y[i] = x[i];", 1024)
+    before = len(Path("/proc/self/maps").read_text().splitlines())
+    for seed in range(3):
+        run_small("if (i < 256) y[i] = x[i];", 1024, seed)
+    assert len(Path("/proc/self/maps").read_text().splitlines()) < before + 20
+
+
+def test_stack_that_is_used_up_is_found() -> None:
+    with pytest.raises(emulator.EmulationError, match="bytes of stack"):
+        run_small("volatile float many[32760]; for (int k = 0; k < 32760; ++k) many[k] = k;", 1)
