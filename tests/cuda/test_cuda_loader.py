@@ -868,6 +868,18 @@ def test_memory_that_does_not_suffice_is_named(install, directory):
         same(model(**request(2, 5)), expected(**request(2, 5)))
 
 
+def test_memory_that_other_requests_have_left_is_taken_back(install, directory):
+    driver = install(lazy_driver.Driver(KERNELS, memory=10 << 20))
+    half, whole = ({"input_ids": np.ones((batch, 64), int)} for batch in (500, 990))
+    with loader.load(directory) as model:
+        same(model(**half), expected(**half))
+        with model._workspace(None, ()):  # as a request that runs at the same time
+            same(model(**half), expected(**half))
+        assert driver.held()["stream"] == 2 and driver.held()["device"] > 8 << 20
+        same(model(**whole), expected(**whole))
+        assert driver.held()["stream"] == 1
+
+
 def changed(change):
     plan = json.loads(json.dumps(PLAN))
     change(plan)
