@@ -464,7 +464,7 @@ FUNCTIONS = {
 def open_driver(path: str | None = None) -> ctypes.CDLL:
     """Return the driver's library with the prototypes of FUNCTIONS; raises PlatformError."""
     try:
-        library = ctypes.CDLL(path or "libcuda.so.1")
+        library = ctypes.CDLL(path or DRIVER)
     except OSError as error:
         raise PlatformError(
             f"the NVIDIA driver's library cannot be loaded: {error}",
@@ -483,12 +483,12 @@ def open_driver(path: str | None = None) -> ctypes.CDLL:
 
 # -- the GPU -----------------------------------------------------------------------------------
 
-_OUT_OF_MEMORY, _NO_DEVICE, _NOT_READY = 2, 100, 600
+_OUT_OF_MEMORY, _NO_DEVICE = 2, 100
 # After one of these the driver answers every later call of the process with the same error.
 _FAULTS = {214, 220, 700, 702, 710, *range(714, 720)}
 _LOST = "start the process again: it has lost the GPU"
 _UNUSABLE_CODE = {200, 209, 218, 221, 222, 223, 300}  # images of code that this driver cannot take
-_MAJOR, _MINOR, _SHARED = 75, 76, 97  # CUdevice_attribute
+_MAJOR, _MINOR = 75, 76  # CUdevice_attribute
 _DYNAMIC_SHARED = 8  # CUfunction_attribute: the most dynamic shared memory of a launch
 _OWN_STREAM, _NO_TIMING = 1, 2  # CU_STREAM_NON_BLOCKING, CU_EVENT_DISABLE_TIMING
 _LEGACY = 1  # DLPack's name, and the driver's, of the legacy default stream
