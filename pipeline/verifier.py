@@ -96,6 +96,16 @@ def cannot_run(row: Target) -> str | None:
     return emulator.missing(row) if is_foreign(row) else None
 
 
+def surroundings(row: Target) -> str | None:
+    """What of this machine decides how a bundle for `row` is checked."""
+    if row.gpu is None:
+        return cannot_run(row)
+    from bertile.cuda import here
+
+    card = here.gpu()
+    return card if isinstance(card, str) else card.name
+
+
 def as_text(check: dict[str, Any]) -> str:
     """The check of a manifest in some words."""
     if not check.get("executed", True):

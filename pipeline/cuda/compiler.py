@@ -121,6 +121,8 @@ def nvrtc() -> Compiler | None:
     library = next(iter(_libraries()), None)
     if library is None:
         return None
+    for part in library.parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(part))  # NVRTC asks for it by name, and finds it where it is loaded
     calls = ctypes.CDLL(str(library))
     major, minor = ctypes.c_int(), ctypes.c_int()
     calls.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
@@ -175,7 +177,7 @@ class _Nvrtc:
 
 
 def _refused(compiler: str, architecture: str, text: str) -> BertileError:
-    said: Sequence[str] = [line for line in text.strip().splitlines() if line.strip()]
+    said: Sequence[str] = [line for line in text.strip("\0\n ").splitlines() if line.strip()]
     shown = "\n".join(said[:LINES])
     return BertileError(
         f"{compiler} does not compile the kernels for {architecture}:\n{shown}",

@@ -235,6 +235,9 @@ void wake(unsigned index) {
   ++machine.warps[index / kLanes].ready;
 }
 
+bool counting;  // whether emulation_traffic.h counts accesses to memory
+void count_warp(unsigned warp);
+
 // Meets the other lanes; `work` (the requests of the lanes, null where there is no thread) is done
 // once, by the last.
 template <class F> void together(const char* operation, void* request, F work) {
@@ -250,6 +253,7 @@ template <class F> void together(const char* operation, void* request, F work) {
   }
   Lane* lanes = machine.lanes + index * kLanes;
   work(lanes, index);
+  if (counting) count_warp(index);
   warp.arrived = 0;
   for (unsigned lane = 0; lane < kLanes; ++lane)
     if (lanes[lane].state == kCollective) wake(index * kLanes + lane);
@@ -262,6 +266,7 @@ void whole_warp(const char* operation) {
 
 }  // namespace
 
+#include "emulation_traffic.h"
 #include "emulation_memory.h"
 #include "emulation_tensor.h"
 #include "emulation_wgmma.h"
@@ -303,6 +308,7 @@ void emulated_group_sync(int id, int threads) {
     }
   for (unsigned w = 0; w < machine.warp_count; ++w)
     if (here[w]) {
+      if (counting) count_warp(w);
       memcpy(machine.known[w], met, sizeof met);
       ++machine.epoch[w];
     }
@@ -394,6 +400,7 @@ void run_block(dim3 block, const EmulatedThread& shape) {
   resume(draw(machine.threads));
   current = nullptr;
   end_wgmma();
+  for (unsigned w = 0; counting && w < machine.warp_count; ++w) count_warp(w);
 }
 
 // The blocks in an order drawn: another start and another step each time.

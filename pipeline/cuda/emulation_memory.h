@@ -161,8 +161,12 @@ void outside(const char* what, uintptr_t at, size_t size) {
 }
 
 // Whether the access is to global memory that was given (or to what is the program's own).
-void global_access(const char* what, uintptr_t at, size_t size) {
-  if (at - (uintptr_t)stacks < stacks_count * kStack || known_range(at, size)) return;
+void global_access(const char* what, Way way, uintptr_t at, size_t size) {
+  if (at - (uintptr_t)stacks < stacks_count * kStack) return;
+  if (known_range(at, size)) {
+    if (counting) note(way, at, size);
+    return;
+  }
   if (at >= (uintptr_t)__ehdr_start && at + size <= (uintptr_t)_end) return;
   const size_t behind = at - (uintptr_t)shared_now.memory;
   if (behind < kSharedLimit + 4096)
@@ -183,7 +187,8 @@ void on_access(const void* p, size_t size, bool write) {
   if (!current) return;
   const char* what = write ? "writes" : "reads";
   Shadow* shadow = shared_of(p, size);
-  if (!shadow) return global_access(what, (uintptr_t)p, size);
+  if (!shadow) return global_access(what, write ? kGlobalWrite : kGlobalRead, (uintptr_t)p, size);
+  if (counting) note(write ? kSharedWrite : kSharedRead, (uintptr_t)p, size);
   if (write)
     shared_write(*shadow, distance(*shadow, p), size, current_index, false);
   else
@@ -259,7 +264,8 @@ void emulated_copy_async(void* shared, const void* global, bool valid) {
          (const unsigned char*)shared - shared_now.memory, shared_now.size);
     return;
   }
-  if (valid) global_access("copy_async_16 reads", (uintptr_t)global, 16);
+  if (valid) global_access("copy_async_16 reads", kCopyIn, (uintptr_t)global, 16);
+  if (counting) note(kSharedWrite, (uintptr_t)shared, 16);
   shared_write(*shadow, distance(*shadow, shared), 16, current_index, true);
   Lane& lane = *current;
   if (lane.copied == lane.copies_size) {
