@@ -1009,6 +1009,20 @@ def test_the_arena_never_holds_two_live_buffers_in_one_place(seed):
     assert most <= end <= sum(need)
 
 
+def test_requests_of_unequal_lengths_share_places_where_everything_fits():
+    plan = cuda_loader.Plan(PLAN, MANIFEST)
+    whole, parts = plan.layout(4, 32, 8), [plan.layout(4, 32, blocks) for blocks in (4, 5, 7)]
+    assert all(part.buffers == whole.buffers and part.after == whole.after for part in parts)
+    assert [part.inputs[-1].shape for part in parts] == [(4, 4), (5, 4), (7, 4)]
+    # a buffer that grows as there are fewer blocks, as partial sums of few rows do
+    size = "100000 - blocks*10000"
+    plan = cuda_loader.Plan(changed(lambda p: p["buffers"][0].update(bytes=size)), MANIFEST)
+    whole, part = plan.layout(4, 32, 8), plan.layout(4, 32, 4)
+    assert part.bytes - whole.bytes > 30_000
+    spans = sorted((part.buffers[one], part.sizes[one]) for one in (0, 1, 2))
+    assert all(begin + size <= after for (begin, size), (after, _) in zip(spans, spans[1:]))
+
+
 def test_the_arena_of_a_chain_holds_two_buffers():
     sizes = [4096] * 20
     offsets, end = cuda_loader.place_buffers(sizes, [(step, step + 1) for step in range(20)])
