@@ -368,6 +368,11 @@ bool reserve_stacks(unsigned threads) {
   return stacks != nullptr;
 }
 
+// Where the library is closed: a process may have only so many mappings, and guards are two each.
+__attribute__((destructor)) void release_stacks() {
+  if (stacks) munmap(stacks, stacks_count * kStack);
+}
+
 void begin_lane(unsigned index, dim3 block, const EmulatedThread& shape) {
   Lane& lane = machine.lanes[index];
   lane.self = shape;
