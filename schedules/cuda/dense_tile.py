@@ -38,6 +38,7 @@ class Operands:
     wide: str  # type of the residual, and of y where it is not bytes
     result: str  # type of y
     residual: bool
+    activation: str
 
     @staticmethod
     def of(task: Task) -> Operands:
@@ -52,6 +53,7 @@ class Operands:
             wide,
             "u8" if shape.get("writes") == "to_int8" else wide,
             bool(shape["residual"]),
+            str(shape["activation"]),
         )
 
     @property
