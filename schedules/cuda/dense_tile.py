@@ -17,7 +17,7 @@ REGISTERS = 255  # of a thread
 GRANULE = 8  # registers are given to a thread by so many
 GROUPED = ("fp16", "bf16", "int8", "int8_static")  # what wgmma multiplies here
 GROUP_COLUMNS = (64, 96, 128, 192, 256)
-SMALL = 20480
+SMALL = 20480  # bytes of a result that may have a place of its own in shared memory
 PRIVATE = 1024  # bytes of shared memory that the system takes of each block
 
 
