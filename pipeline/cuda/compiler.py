@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources, util
 from pathlib import Path
@@ -55,8 +56,11 @@ def compile(
     began = time.perf_counter()
 
     def make(directory: Path) -> None:
-        (directory / "cubin").write_bytes(compiler.run(text, machine(row)))
-        (directory / "ptx").write_bytes(compiler.run(text, virtual(row)))
+        with ThreadPoolExecutor(2) as pool:
+            wanted = {"cubin": machine(row), "ptx": virtual(row)}
+            runs = {name: pool.submit(compiler.run, text, one) for name, one in wanted.items()}
+        for name, run in runs.items():
+            (directory / name).write_bytes(run.result())
 
     path, _ = made.get_or_make(key, make)
     seconds = time.perf_counter() - began
