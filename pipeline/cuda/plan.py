@@ -16,6 +16,7 @@ from tvm import relax, tirx
 from bertile import ops
 from bertile.cuda import generic
 from bertile.cuda.extents import extent, product, with_names
+from bertile.cuda.lowering import PREFIX
 from bertile.errors import ModelError
 from bertile.graph import Graph
 from bertile.importer import TABLE
@@ -141,6 +142,8 @@ class _Writer:
     def _kernel(self, call: relax.Call) -> Any:
         """A kernel of a schedule of ours."""
         name = str(call.args[0].global_symbol)
+        if name == PREFIX:
+            return self._value(call.args[1].fields[0])
         kernel: Kernel = self.kernels[name]
         operands = list(call.args[1].fields)
         types, results = self._results(call)

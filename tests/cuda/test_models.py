@@ -10,10 +10,10 @@ import shutil
 import numpy as np
 import pytest
 
-from bertile import chooser, cli, cuda_loader, driver, loader, manifest, optimizer, planner
+from bertile import chooser, cli, cuda_loader, driver, loader, optimizer, planner
 from bertile.config import Config
-from bertile.cuda import builder, emulator, here, plan
 from bertile.cuda import check as gpu_check
+from bertile.cuda import emulator, here, plan
 from bertile.cuda.lowering import lower
 from bertile.errors import ModelError, PlatformError, UsageError
 from bertile.exported import read
@@ -85,6 +85,7 @@ def check_manifest(path, precision, row):
     }
     parts = {"plan.json", "kernels.cubin", "kernels.ptx", "kernels.cu", "params.safetensors"}
     assert set(found["files"]) >= parts and "lib.so" not in found["files"]
+    assert found["versions"]["cuda_compiler"].split()[0] in ("nvcc", "nvrtc")
     on_tokens = precision if precision != "fp32" else None
     for kernel in found["kernels"]:
         assert kernel["calls"] >= 1 and kernel["entries"]
@@ -205,6 +206,16 @@ def test_a_layer_takes_five_kernels(graph):
         assert sum(n for task, n in lowered.tasks.items() if task.operation == operation) == calls
 
 
+def test_positions_are_read_where_they_lie(graph):
+    """The slice of a constant row is that row: no kernel copies it."""
+    _, found = planned(graph, "fp16")
+    embedding = next(s for s in found.content["steps"] if s["entry"].startswith("embedding"))
+    kinds = [kind for kind, _ in embedding["arguments"][:3]]
+    assert kinds == ["input", "input", "weight"]
+    positions = found.params[found.content["weights"][embedding["arguments"][2][1]]]
+    assert np.array_equal(positions, np.arange(512)[None])
+
+
 def test_a_pooler_is_not_converted(graph):
     lowered, _ = planned(graph, "fp16")
     assert not {"rows_in", "rows_out"} & {task.operation for task in lowered.tasks}
@@ -216,16 +227,6 @@ def test_a_result_that_stands_twice_is_refused(graph):
     lowered, _ = planned(graph, "fp32")
     with pytest.raises(ModelError, match="stands there twice"):
         plan._Writer(graph, lowered, resolve("cuda-sm80"))._outputs([("buffer", 1)] * 2)
-
-
-def test_a_manifest_says_which_compiler_made_the_kernels(graph, tmp_path):
-    row = resolve("cuda-sm80")
-    made = planner.plan_layers(graph, "fp32", row)
-    choose = chooser.Chooser(TuningLog([], print), row, print)
-    built = builder.build(made, choose, row, tmp_path / "parts", str(tmp_path / "cache"))
-    described = manifest.describe(made, built, row, Config(target=row.name), {})
-    assert described["versions"]["cuda_compiler"].split()[0] in ("nvcc", "nvrtc")
-    assert set(built.files) == {"plan.json", "kernels.cubin", "kernels.ptx", "kernels.cu"}
 
 
 # -- what means nothing on a GPU -----------------------------------------------------------------
