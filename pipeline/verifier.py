@@ -99,14 +99,14 @@ def cannot_run(row: Target) -> str | None:
     return emulator.missing(row) if is_foreign(row) else None
 
 
-def surroundings(row: Target) -> str | None:
-    """What of this machine decides how a bundle for `row` is checked."""
+def surroundings(row: Target) -> Any:
+    """What beside Python modules decides how a bundle for `row` is made and checked here."""
     if row.gpu is None:
         return cannot_run(row)
-    from bertile.cuda import here
+    from bertile.cuda import compiler, here
 
     card = here.gpu()
-    return card if isinstance(card, str) else card.name
+    return [card if isinstance(card, str) else card.name, compiler.words()]
 
 
 def as_text(check: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from bertile.targets import Target
 RELEASES = ((12, 0), (13, 0))
 OPTIONS = ("-std=c++17",)
 LINES = 20  # of a compiler's complaint that are shown
+_SCHEDULES = "bertile.schedules.cuda"
 _NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc")
 
 
@@ -81,7 +82,13 @@ def virtual(row: Target) -> str:
 
 def prelude() -> str:
     """The words that kernels are written in, as CUDA C++."""
-    return resources.files("bertile.schedules.cuda").joinpath("prelude.cuh").read_text("utf-8")
+    return resources.files(_SCHEDULES).joinpath("prelude.cuh").read_text("utf-8")
+
+
+def words() -> bytes:
+    """All that schedules have of CUDA C++ in files."""
+    files = sorted(resources.files(_SCHEDULES).iterdir(), key=lambda file: file.name)
+    return b"".join(file.read_bytes() for file in files if file.name.endswith(".cuh"))
 
 
 def find() -> Compiler:

@@ -9,6 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
+from tvm import relax
 
 from bertile import chooser, cli, cuda_loader, driver, loader, optimizer, planner
 from bertile.config import Config
@@ -221,6 +222,25 @@ def test_a_pooler_is_not_converted(graph):
     assert not {"rows_in", "rows_out"} & {task.operation for task in lowered.tasks}
     precisions = {t.shape["precision"] for t in lowered.tasks if "tanh" in t.shape.values()}
     assert precisions == {"fp32"}
+
+
+@pytest.mark.parametrize(
+    ("operator", "text"),
+    [
+        (lambda x: relax.op.sort(x, axis=1), "the operator sort has no kernel for a GPU"),
+        (lambda x: relax.op.cumsum(x, axis=0), "cumsum runs on a GPU along the rows of a matrix"),
+    ],
+)
+def test_an_operator_without_a_kernel_is_refused_by_name(graph, operator, text):
+    ids, mask, types, table, *weights = graph.main.params
+    builder = relax.BlockBuilder()
+    with builder.function("main", [ids, mask, types, table, *weights]):
+        with builder.dataflow():
+            out = builder.emit_output(operator(mask))
+        builder.emit_func_output(out)
+    attrs = {"num_input": 4, "global_symbol": "main"}
+    with pytest.raises(ModelError, match=text):
+        planned(graph.with_main(builder.finalize()["main"].with_attr(attrs)), "fp32")
 
 
 def test_a_result_that_stands_twice_is_refused(graph):
