@@ -32,7 +32,7 @@ export PATH := $(abspath $(ARM))/usr/bin:$(PATH)
 ARM_ENV = $(if $(wildcard $(ARM)/usr/aarch64-linux-gnu),QEMU_LD_PREFIX=$(abspath $(ARM))/usr/aarch64-linux-gnu)
 
 .PHONY: help demo test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
-.PHONY: pack-cuda bench-cuda ingest-cuda clean
+.PHONY: logs-arm pack-cuda bench-cuda ingest-cuda clean
 .DEFAULT_GOAL := help
 
 help:
@@ -47,6 +47,7 @@ help:
 	@echo "make pack-cuda    all that a machine with a GPU measures, to be carried there (10 min)"
 	@echo "make bench-cuda   measure it, on that machine; make ingest-cuda, its results at home"
 	@echo "make logs       tune the kernels whose logs ship in tuning_logs (three hours)"
+	@echo "make logs-arm   the same for ARM, by estimate (half an hour)"
 	@echo "make clean      remove .venv, out and what Python and the tests left"
 
 demo: $(VENV)/.installed
@@ -143,6 +144,15 @@ logs: $(VENV)/.installed
 	    $(BIN)/bertile tune synthetic:bert-base@$${model#*@} --precision $${model%@*} --tune full \
 	      --timeout $(LOG_SECONDS) --threads $$threads --log-dir tuning_logs || exit; \
 	done; done
+
+# What ships for ARM, by llvm-mca's estimate: half an hour, whatever else the machine does.
+logs-arm: $(VENV)/.arm
+	@for target in arm-a72 arm-a76 arm-v1 arm-v2; do \
+	  case $$target in arm-v*) more=bf16;; *) more=;; esac; \
+	  for model in bert-base minilm; do for precision in fp32 int8 $$more; do \
+	    $(BIN)/bertile tune synthetic:$$model --tune full --trials 10 --precision $$precision \
+	      --target $$target --threads 4 --runner mca --log-dir tuning_logs || exit; \
+	done; done; done
 
 # To be carried with tests/gpu_session.sh, which lies beside them, to a machine that has python3,
 # numpy, torch and transformers: sh gpu_session.sh . RESULTS

@@ -15,7 +15,6 @@ import numpy as np
 
 from bertile import bundle, cache, exporter, loader, runtime_parts, targets
 from bertile.config import Config
-from bertile.cuda import flags as gpu_flags
 from bertile.exported import ExportedModel, read
 from bertile.fingerprint import hash_path
 from bertile.native_loader import SOURCES
@@ -37,7 +36,9 @@ def compile(
     loader.set_thread_defaults()  # before TVM is imported and starts its thread pool
     row = targets.with_libc(targets.resolve(config.target, config.threads), config.libc)
     if row.gpu:
-        gpu_flags.check(config, row)
+        from bertile.cuda import flags
+
+        flags.check(config, row)
     exported = export_cached(model, config, progress)
     compiled = _compile_cached(exported, row, config, progress)
     with progress.stage("bundle") as stage:
@@ -97,7 +98,7 @@ def _compile_cached(
     }
     places = dict.fromkeys(("cache_dir", "dump_ir", "log_dir", "rpc_tracker", "rpc_key"))
     decides = dataclasses.replace(config, runner="local", **places, **files)
-    surroundings = (hash_path(SOURCES), verifier.cannot_run(row))
+    surroundings = (hash_path(SOURCES), verifier.surroundings(row))
     given = (exported.to_json(), dataclasses.asdict(row), decides, log.digest(row), surroundings)
     key = cache.key("driver", *given)
     if config.dump_ir:
@@ -279,6 +280,7 @@ def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
         "milliseconds": _milliseconds(path, length, row.threads) if runs_here else None,
         "length": length,
         "threads": row.threads,
+        "gpu": manifest["check"].get("gpu"),
         "max_abs_difference": manifest["check"]["max_abs_difference"],
         "check": verifier.as_text(manifest["check"]),
         "kernels": count(manifest["kernels"]),

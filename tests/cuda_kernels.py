@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from bertile import targets
@@ -15,8 +17,10 @@ def row_of(name):
     return targets.resolve(name, threads=1)
 
 
-def found(task, sample, row="cuda-sm90", knobs=None, seed=0):
-    """What a kernel makes of a sample; it must write all of its results."""
+def found(task, sample, row="cuda-sm90", knobs=None, seed=0, entry=None):
+    """What a kernel makes of a sample, by the entry that is for it or by that of a number; it must
+    write all of its results.
+    """
     schedule, row = SCHEDULES[task.operation], row_of(row)
     knobs = schedule.default(task, row) if knobs is None else knobs
     assert schedule.valid(task, row, knobs)
@@ -25,6 +29,8 @@ def found(task, sample, row="cuda-sm90", knobs=None, seed=0):
     for result in results:
         result.reshape(-1).view("uint8")[...] = 0xFF  # NaN, or a byte that is not padding
     kernel = schedule.kernel(task, knobs, row)
+    if entry is not None:
+        kernel = replace(kernel, launches=(replace(kernel.launches[entry], when=1),))
     arrays = [*map(np.ascontiguousarray, sample.activations), *packed, *results]
     emulator.run_kernel(kernel, arrays, sample.symbols, seed=seed)
     return results

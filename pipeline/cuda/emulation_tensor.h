@@ -44,6 +44,7 @@ struct Product {
 void load_matrices(Lane* lanes, unsigned warp) {
   const Load& first = *(Load*)lanes[0].request;
   u8 rows[4][8][16];
+  const unsigned char* given[kLanes];
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     const Load& load = *(Load*)lanes[lane].request;
     const unsigned thread = warp * kLanes + lane;
@@ -55,10 +56,12 @@ void load_matrices(Lane* lanes, unsigned warp) {
     if (!shadow)
       return fail("load_matrix: lane %u gives byte %td of shared memory of %zu bytes", lane,
                   load.row - shared_now.memory, shared_now.size);
+    given[lane] = load.row;
     if ((int)lane >= 8 * first.matrices) continue;
     shared_read(*shadow, distance(*shadow, load.row), 16, thread, stamp(thread));
     memcpy(rows[lane / 8][lane % 8], load.row, 16);
   }
+  if (counting) count_matrices(given, first.matrices);
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     Load& load = *(Load*)lanes[lane].request;
     const unsigned g = lane / 4, t = lane % 4;
@@ -116,6 +119,7 @@ void product(Lane* lanes, A wide_a, B wide_b) {
   for (int k = 0; k < K; ++k)
     for (int column = 0; column < 8; ++column) turned[k][column] = y[column][k];
   multiply<K>(d, x, turned);
+  multiplications += 16 * 8 * K;
   scatter(lanes, d);
 }
 
@@ -130,6 +134,14 @@ void wide_f16(const unsigned short* bits, float* numbers, int count) {
 
 void wide_bf16(const unsigned short* bits, float* numbers, int count) {
   for (int i = 0; i < count; ++i) numbers[i] = __uint_as_float((unsigned)bits[i] << 16);
+}
+
+void wide_u8(const u8* bytes, int* numbers, int count) {
+  for (int i = 0; i < count; ++i) numbers[i] = bytes[i];
+}
+
+void wide_s8(const u8* bytes, int* numbers, int count) {
+  for (int i = 0; i < count; ++i) numbers[i] = (signed char)bytes[i];
 }
 
 Product pack_product(const void* d, EmulatedFour a, EmulatedTwo b) {
@@ -189,6 +201,7 @@ template <class F> void multiply_sparse(Lane* lanes, F read) {
     }
   }
   multiply<32>(d, a, b);
+  multiplications += 16 * 8 * 32;
   for (unsigned lane = 0; lane < kLanes; ++lane)
     for (unsigned i = 0; i < 4; ++i)
       memcpy(&((SparseProduct*)lanes[lane].request)->d.v[i],
@@ -232,13 +245,7 @@ EmulatedFour emulated_mma_16832_u8s8(EmulatedFour d, EmulatedFour a, EmulatedTwo
   Product one = pack_product(&d, a, b);
   whole_warp("mma_16832_u8s8");
   together("mma_16832_u8s8", &one, [](Lane* lanes, unsigned) {
-    const auto wide = [](const u8* bytes, int* numbers, int count) {
-      for (int i = 0; i < count; ++i) numbers[i] = bytes[i];
-    };
-    const auto wide_signed = [](const u8* bytes, int* numbers, int count) {
-      for (int i = 0; i < count; ++i) numbers[i] = (signed char)bytes[i];
-    };
-    product<32, 4, u8, int>(lanes, wide, wide_signed);
+    product<32, 4, u8, int>(lanes, wide_u8, wide_s8);
   });
   return one.d;
 }

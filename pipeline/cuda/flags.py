@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bertile import planner
 from bertile.config import Config
-from bertile.cuda_loader import open_driver
+from bertile.cuda import here
 from bertile.errors import PlatformError, UsageError
 from bertile.targets import Target
 
@@ -27,10 +27,9 @@ def check(config: Config, row: Target) -> None:
         )
     planner.check(config.precision, row)
     if config.max_drop is not None:
-        try:
-            open_driver()
-        except PlatformError as error:
+        card = here.gpu()
+        if isinstance(card, str):
             raise PlatformError(
-                f"--max-drop runs the model many times, and {error.what}",
+                f"--max-drop runs the model on many texts, and {card}",
                 "compile on a machine with the GPU, or leave it out",
-            ) from error
+            )

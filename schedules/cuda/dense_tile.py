@@ -17,6 +17,7 @@ REGISTERS = 255  # of a thread
 GRANULE = 8  # registers are given to a thread by so many
 GROUPED = ("fp16", "bf16", "int8", "int8_static")  # what wgmma multiplies here
 GROUP_COLUMNS = (64, 96, 128, 192, 256)
+SMALL = 20480  # bytes of a result that may have a place of its own in shared memory
 PRIVATE = 1024  # bytes of shared memory that the system takes of each block
 
 
@@ -37,6 +38,7 @@ class Operands:
     wide: str  # type of the residual, and of y where it is not bytes
     result: str  # type of y
     residual: bool
+    activation: str
 
     @staticmethod
     def of(task: Task) -> Operands:
@@ -51,6 +53,7 @@ class Operands:
             wide,
             "u8" if shape.get("writes") == "to_int8" else wide,
             bool(shape["residual"]),
+            str(shape["activation"]),
         )
 
     @property
@@ -84,7 +87,8 @@ class Tile:
     """Rows and columns of the result; a warp's share in pieces of 16 rows (``tall``) by 8 columns
     (``wide``); groups of warps that take parts of K (``slices``); slots of shared memory that are
     filled ahead (``stages``); rows of tiles that are made together (``band``). ``grouped``: by
-    wgmma, four warps have all columns of 64 rows.
+    wgmma, four warps have all columns of 64 rows. ``late``: residual and result take the place of
+    the slots.
     """
 
     operands: Operands
@@ -96,6 +100,7 @@ class Tile:
     stages: int
     band: int
     grouped: bool = False
+    late: bool = True
 
     @staticmethod
     def of(task: Task, knobs: Mapping[str, int], gpu: Gpu) -> Tile:
@@ -103,7 +108,16 @@ class Tile:
         operands = Operands.of(task)
         names = ("rows", "columns", "tall", "wide", "slices", "stages", "band")
         tile = Tile(operands, *(knobs[name] for name in names), bool(knobs.get("tensor")))
-        return tile._shaped()._fitted(gpu)
+        return tile._shaped()._fitted(gpu)._placed(gpu)
+
+    def _placed(self, gpu: Gpu) -> Tile:
+        """With a place of its own for the residual, which is there in time then, and for a small
+        result, if that leaves room for as many blocks.
+        """
+        apart = replace(self, late=False)
+        useful = self.operands.residual or self._tile <= SMALL
+        fits = apart.shared <= gpu.shared_per_block
+        return apart if useful and fits and apart.resident(gpu) == self.resident(gpu) else self
 
     def _shaped(self) -> Tile:
         """Warps that divide the tile, slices that divide K and the pieces."""
@@ -208,13 +222,6 @@ class Tile:
         """Bytes of the residual and the result, in one place where they are of one type."""
         kinds = {self.operands.result, *([self.operands.wide] if self.operands.residual else [])}
         return sum(self.rows * self.pitch(kind) for kind in kinds)
-
-    @property
-    def late(self) -> bool:
-        """Whether the tile takes the place of the slots: a place of its own, where the residual is
-        ready in time, is for small ones.
-        """
-        return self._tile > 20480
 
     @property
     def at(self) -> dict[str, int]:

@@ -33,6 +33,8 @@ template <class C> WORD void dense_by_groups(const Operands& of) {
     wgmma_commit();
     const int ahead = iteration + C::STAGES - 2;
     if (ahead < C::ITERATIONS) fill<C>(of, shared + next * C::SLOT, ahead, row, column);
+    if (RESIDUAL && !C::LATE && iteration == 0)
+      fill_residual<C>(of, shared + C::AT_RESIDUAL, row, column);
     copy_commit();
     slot = slot == C::STAGES - 1 ? 0 : slot + 1;
     next = next == C::STAGES - 1 ? 0 : next + 1;
