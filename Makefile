@@ -44,7 +44,7 @@ help:
 	@echo "make bench-precisions   the same in int8 and bf16, with DeepSparse"
 	@echo "make bench-sparse   pruned models beside peers, and time against sparsity, into README.md"
 	@echo "make bench-tuning   tune a model from an empty log, compare with the shipped one (10 min)"
-	@echo "make pack-cuda    all that a machine with a GPU measures, to be carried there (10 min)"
+	@echo "make pack-cuda    all that a machine with a GPU measures, to be carried there (20 min)"
 	@echo "make bench-cuda   measure it, on that machine; make ingest-cuda, its results at home"
 	@echo "make logs       tune the kernels whose logs ship in tuning_logs (three hours)"
 	@echo "make logs-arm   the same for ARM, by estimate (half an hour)"

@@ -133,6 +133,17 @@ def test_candidate_that_is_not_compiled_costs_itself_alone(device, monkeypatch):
         assert "does not compile" in trials.run(NORM, knobs, 1)["error"]
 
 
+def test_kernel_that_fails_costs_itself_and_its_process_alone(device, monkeypatch):
+    """A GPU's context is lost with it: the next candidate gets a new process."""
+    knobs = schedules_for(ROW)["layer_norm"].default(NORM, ROW)
+    with runner.CudaRunner(ROW) as trials:
+        good = pretended.image(NORM, knobs, ROW)
+        images = iter([pretended.image(NORM, knobs, ROW, broken=True), good])
+        monkeypatch.setattr(runner, "build", lambda *given: next(images))
+        assert "a kernel failed on emulated sm_90" in trials.run(NORM, knobs, 1)["error"]
+        assert "microseconds" in trials.run(NORM, knobs, 1)
+
+
 def test_machine_without_a_gpu_is_told_the_ways_out(tmp_path):
     if Path("/proc/driver/nvidia/version").exists():
         pytest.skip("this machine has a GPU")
