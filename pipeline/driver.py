@@ -82,7 +82,7 @@ def _compile_cached(
     exported: ExportedModel, row: Target, config: Config, progress: Progress
 ) -> Path:
     """A checked bundle of the exported model, from the cache where nothing has changed."""
-    from bertile import verifier
+    from bertile import opener
     from bertile.tuning_log import TuningLog
 
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
@@ -94,7 +94,7 @@ def _compile_cached(
     }
     places = dict.fromkeys(("cache_dir", "dump_ir", "log_dir", "rpc_tracker", "rpc_key"))
     decides = dataclasses.replace(config, runner="local", **places, **files)
-    surroundings = (hash_path(SOURCES), verifier.cannot_run(row))
+    surroundings = (hash_path(SOURCES), opener.cannot_run(row))
     given = (exported.to_json(), dataclasses.asdict(row), decides, log.digest(row), surroundings)
     key = cache.key("driver", *given)
     if config.dump_ir:
@@ -166,12 +166,14 @@ class _Run:
 
     def _answers(self, graph: Any, dataset: Any) -> np.ndarray:
         """What the model in the graph's precisions answers to the texts of a dataset."""
+        from bertile import opener
         from bertile.evaluation import datasets
 
+        opener.must_run(self.row)
         self.progress.status(f"compile, and evaluate on {len(dataset.texts)} texts")
         with tempfile.TemporaryDirectory() as directory:
             made = self._bundle(graph, self._build(graph, Path(directory)), Path(directory))
-            return datasets.answers(made, dataset, self.row.threads)
+            return datasets.answers(made, dataset, self.row.threads, self._parts)
 
     def tasks(self) -> tuple[Any, list[Any]]:
         from bertile import lowering, sparse_choice
