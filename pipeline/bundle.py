@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bertile import loader, native_loader, runtime_libraries, weights
+from bertile import cuda_loader, loader, native_loader, runtime_libraries, weights
 from bertile.errors import BertileError, UsageError
 from bertile.loader import LIBRARY, MANIFEST, SCHEMA, WEIGHTS, read_manifest
 
@@ -119,6 +119,12 @@ def include_runtime(
         shutil.copyfile(native / native_loader.LIBRARY, folder / native_loader.LIBRARY)
         _copy_file(native / native_loader.COMMAND, directory / native_loader.COMMAND)
         native_loader.copy_sources(directory / "native")
+
+
+def include_loaders(directory: Path) -> None:
+    """Copy what loads a bundle for a GPU, which needs Python, numpy and the driver, into it."""
+    for module in (loader, cuda_loader):
+        shutil.copyfile(module.__file__, directory / Path(module.__file__).name)
 
 
 def _check_target(target: Path, marker: str = MANIFEST) -> None:

@@ -147,7 +147,11 @@ def inspect(options: Namespace, progress: Progress) -> Outcome:
     rows = [[kernel.get(name) for name in columns] for kernel in kernels]
     fallen = report.get("fallthrough", [])
     text = table([name.replace("_", " ") for name in columns], rows) if rows else "no kernels"
-    if rows:
+    if "gpu" in report:
+        from bertile.cuda import inspection
+
+        text += f"\n\n{inspection.summary(report)}"
+    elif rows:
         text += (
             f"\n\n{report['batch']} x {report['length']} tokens, {report['threads']} threads:"
             f" {report['total_ms']:.2f} ms, of it {report['between_kernels_ms']:.2f} ms between"
@@ -175,12 +179,14 @@ def _sparsity(options: Namespace) -> Outcome:
 
 def targets(options: Namespace, progress: Progress) -> Outcome:
     """Every row, and which of them this machine can run."""
+    from bertile.cuda import here
     from bertile.loader import cpu_features
     from bertile.targets import TABLE, fits, native
     from bertile.targets_table import as_text
 
-    found = cpu_features()
+    found, card = cpu_features(), here.gpu()
     runs = [row.name for row in TABLE if fits(row, found)]
+    runs += [] if isinstance(card, str) else [row.name for row in here.rows(card)]
     data = [dataclasses.asdict(row) | {"here": row.name in runs} for row in TABLE]
     return Outcome(data, as_text(runs, native().name if runs else None))
 
@@ -245,10 +251,10 @@ def compile_text(summary: dict[str, Any]) -> str:
     rows = {
         "bundle": summary["output"],
         "size": size(summary["size_bytes"]),
-        "speed": "not measured: the bundle is for another processor"
+        "speed": "not measured: the bundle is for another machine"
         if summary["milliseconds"] is None
         else f"{summary['milliseconds']:.2f} ms for {summary['length']} tokens,"
-        f" {summary['threads']} threads",
+        f" {summary.get('gpu') or str(summary['threads']) + ' threads'}",
         "difference": summary["check"],
         "kernels": kernels,
     }

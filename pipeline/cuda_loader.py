@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import math
 import os
 import re
 import struct
@@ -158,7 +159,7 @@ class Model:
             raise InputError("repeats or warm is no count", "give repeats from 1 and warm from 0")
         room, table = request.room(0, len(request.ends))
         with self._workspace(None, key := ("full" if copies else "bare", *room, len(table))) as at:
-            graph = at.graph(key)
+            graph = self._graph(at, key)
             request.fill(graph.up, 0, len(request.ends), table)
             if not copies:
                 at.bring_up(graph.layout)
@@ -198,7 +199,7 @@ class Model:
         room, table = request.room(first, count)
         key = ("full", *room, len(table))
         with self._workspace(stream, key) as at:
-            graph = at.graph(key)
+            graph = self._graph(at, key)
             request.fill(graph.up, first, count, table)
             at.launch(graph, at.stream if stream is None else stream)
             at.wait()
@@ -217,7 +218,7 @@ class Model:
         blocks = batch * -(-length // TOKENS)
         key = ("device", batch, length, blocks, names)
         with self._workspace(stream, key) as at:
-            graph = at.graph(key)
+            graph = self._graph(at, key)
             outputs = [self._results.take(array, stream) for array in graph.layout.outputs]
             graph.point(
                 [given[name].pointer if name in given else None for name in self.inputs],
@@ -225,6 +226,19 @@ class Model:
             )
             at.launch(graph, stream)
         return dict(zip(self.outputs, outputs))
+
+    def _graph(self, workspace: _Workspace, key: tuple) -> _Graph:
+        """The workspace's graph; where memory is short, after the others gave theirs back."""
+        try:
+            return workspace.graph(key)
+        except OutOfMemory:
+            with self._turn:
+                idle, self._idle = self._idle, []
+                self._made -= len(idle)
+            for one in idle:
+                one.close()
+            self._results.clear()
+            return workspace.graph(key)
 
     @contextlib.contextmanager
     def _workspace(self, stream: int | None, key: tuple):
@@ -450,7 +464,7 @@ FUNCTIONS = {
 def open_driver(path: str | None = None) -> ctypes.CDLL:
     """Return the driver's library with the prototypes of FUNCTIONS; raises PlatformError."""
     try:
-        library = ctypes.CDLL(path or "libcuda.so.1")
+        library = ctypes.CDLL(path or DRIVER)
     except OSError as error:
         raise PlatformError(
             f"the NVIDIA driver's library cannot be loaded: {error}",
@@ -469,12 +483,12 @@ def open_driver(path: str | None = None) -> ctypes.CDLL:
 
 # -- the GPU -----------------------------------------------------------------------------------
 
-_OUT_OF_MEMORY, _NO_DEVICE, _NOT_READY = 2, 100, 600
+_OUT_OF_MEMORY, _NO_DEVICE = 2, 100
 # After one of these the driver answers every later call of the process with the same error.
 _FAULTS = {214, 220, 700, 702, 710, *range(714, 720)}
 _LOST = "start the process again: it has lost the GPU"
 _UNUSABLE_CODE = {200, 209, 218, 221, 222, 223, 300}  # images of code that this driver cannot take
-_MAJOR, _MINOR, _SHARED = 75, 76, 97  # CUdevice_attribute
+_MAJOR, _MINOR = 75, 76  # CUdevice_attribute
 _DYNAMIC_SHARED = 8  # CUfunction_attribute: the most dynamic shared memory of a launch
 _OWN_STREAM, _NO_TIMING = 1, 2  # CU_STREAM_NON_BLOCKING, CU_EVENT_DISABLE_TIMING
 _LEGACY = 1  # DLPack's name, and the driver's, of the legacy default stream
@@ -486,6 +500,10 @@ class DriverError(BertileError):
     def __init__(self, what: str, code: int, remedy: str = ""):
         super().__init__(what, remedy)
         self.code = code
+
+
+class OutOfMemory(BertileError):
+    """The GPU's memory does not hold what is asked for."""
 
 
 class Gpu:
@@ -512,7 +530,7 @@ class Gpu:
         self.driver = self._number("cuDriverGetVersion")  # 12040 is CUDA 12.4
         count = self._number("cuDeviceGetCount")
         if type(ordinal) is not int or not 0 <= ordinal < count:
-            known = "0" if count == 1 else f"0 to {count - 1}"
+            known = "GPU 0" if count == 1 else f"GPUs 0 to {count - 1}"
             raise InputError(f"device is {ordinal!r}", f"this machine has {known}")
         self._device = self._number("cuDeviceGet", ordinal)
         text = ctypes.create_string_buffer(256)
@@ -553,7 +571,8 @@ class Gpu:
         self._functions["cuCtxPopCurrent_v2"](ctypes.byref(_POINTER()))
 
     def __del__(self):
-        if getattr(self, "context", None) and os.getpid() == self._process:
+        ended = sys.is_finalizing() or os.getpid() != self._process
+        if getattr(self, "context", None) and not ended:
             self._functions["cuDevicePrimaryCtxRelease_v2"](self._device)
 
     def attribute(self, number: int) -> int:
@@ -573,7 +592,7 @@ class Gpu:
         if code == _OUT_OF_MEMORY:
             free, total = _SIZE(), _SIZE()
             self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-            raise BertileError(
+            raise OutOfMemory(
                 f"{self.name} has too little memory: {what} need {_mib(size)} MiB, "
                 f"{_mib(free.value)} of {_mib(total.value)} MiB are free",
                 "take smaller batches, or end what else uses the GPU",
@@ -732,7 +751,7 @@ def _ptx_level(path: Path) -> tuple[int, int] | None:
 
 
 def _link(gpu: Gpu, path: Path) -> int:
-    """Load cubin, or PTX; BundleError or PlatformError with what the driver's compiler says."""
+    """Load cubin, or PTX; raises PlatformError with what the driver's compiler says."""
     image, log = path.read_bytes() + b"\0", ctypes.create_string_buffer(4096)
     options = (_INT * 2)(5, 6)  # CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES
     values = (_POINTER * 2)(ctypes.addressof(log), len(log))
@@ -751,7 +770,6 @@ def _link(gpu: Gpu, path: Path) -> int:
 
 
 # -- the plan ----------------------------------------------------------------------------------
-
 
 _WRONG = (KeyError, TypeError, ValueError, IndexError, AttributeError, struct.error)
 
@@ -788,7 +806,7 @@ class Plan:
         if plan["schema"] != SCHEMA:
             raise ValueError(f"it has schema {plan['schema']}, this loader reads {SCHEMA}")
         self._extents: dict[Extent, int] = {}
-        self._full: dict[tuple[int, int], Layout] = {}
+        self._rooms: dict[tuple, Layout] = {}
         self._lock = threading.RLock()
         self._inputs = [self._array(spec) for spec in plan["inputs"]]
         self._outputs = [(*self._array(spec), spec["buffer"]) for spec in plan["outputs"]]
@@ -845,23 +863,28 @@ class Plan:
     def layout(self, batch: int, length: int, blocks: int) -> Layout:
         """What a request of this shape needs.
 
-        Requests of unequal lengths share the places of buffers with the request of whole lengths:
-        they are of many sizes, and finding places takes longer than all else.
+        Requests of unequal lengths have the places of buffers that as many whole lengths would
+        have: they are of many sizes, and finding places takes longer than all else.
         """
+        values = self._values(batch, length, blocks)
+        chosen = [step.when is None or values[step.when] != 0 for step in self.steps]
+        steps = [step for step, used in zip(self.steps, chosen) if used]
+        key = (batch, length, *chosen)
+        with self._lock:
+            if key not in self._rooms:
+                most = self._values(batch, length, batch * -(-length // TOKENS))
+                self._rooms[key] = Layout(self, most, steps)
+                while len(self._rooms) > GRAPHS:
+                    del self._rooms[next(iter(self._rooms))]
+            return Layout(self, values, steps, self._rooms[key])
+
+    def _values(self, batch: int, length: int, blocks: int) -> tuple[int, ...]:
+        """The values of all extents."""
         try:
             values = _compiled(tuple(self._extents), _SYMBOLS)(batch, length, blocks)
         except ZeroDivisionError as error:
             raise BundleError("the plan divides by zero", AGAIN) from error
-        values = tuple(map(int, values))
-        most = batch * -(-length // TOKENS)
-        if blocks == most:
-            return Layout(self, values)
-        with self._lock:
-            if (batch, length) not in self._full:
-                self._full[batch, length] = self.layout(batch, length, most)
-                while len(self._full) > GRAPHS:
-                    del self._full[next(iter(self._full))]
-            return Layout(self, values, self._full[batch, length])
+        return tuple(map(int, values))
 
 
 _SYMBOLS = ("batch", "length", "blocks")
@@ -876,23 +899,25 @@ class _Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class Layout:
     """Where everything lies in an arena for one shape, and its launches with what they wait for.
 
     The arena is [outputs | inputs | other buffers], so that one copy brings the outputs down and
-    one the inputs up. `after` has for each step the earlier steps that it waits for.
+    one the inputs up. `after` has for each step the earlier steps that it waits for. Places are
+    those of a larger layout of the same steps where everything fits there.
     """
 
-    def __init__(self, plan: Plan, values: tuple[int, ...], larger: Layout | None = None):
-        self.values = values
-        self.steps = [step for step in plan.steps if step.when is None or values[step.when]]
-        for step in self.steps:
-            grid = [values[extent] for extent in step.grid]
-            if not all(0 < size <= limit for size, limit in zip(grid, _GRID)):
-                raise BundleError(f"the plan launches {step.entry} on a grid of {grid}", AGAIN)
+    def __init__(
+        self,
+        plan: Plan,
+        values: tuple[int, ...],
+        steps: list[_Step],
+        larger: Layout | None = None,
+    ):
+        self.values, self.steps = values, steps
         arrays = [self._array(*one[:2]) for one in (*plan._outputs, *plan._inputs)]
         end = 0
         for index, array in enumerate(arrays):
@@ -917,10 +942,8 @@ class Layout:
             self._arrange(fixed, end)
 
     def _fits(self, larger: Layout, end: int) -> bool:
-        """Whether everything has room where it is in another layout of the same steps."""
         return (
-            self.steps == larger.steps
-            and self.output_bytes == larger.output_bytes
+            self.output_bytes == larger.output_bytes
             and end <= larger.output_bytes + larger.input_bytes
             and all(size <= room for size, room in zip(self.sizes, larger.sizes))
         )
@@ -1254,7 +1277,9 @@ class _Graph:
         )
         at = ctypes.addressof(cells)
         places = (_POINTER * len(cells))(*range(at, at + 8 * len(cells), 8))
-        grid = (values[extent] for extent in step.grid)
+        grid = [values[extent] for extent in step.grid]
+        if not all(0 < size <= limit for size, limit in zip(grid, _GRID)):
+            raise BundleError(f"the plan launches {step.entry} on a grid of {grid}", AGAIN)
         params = KernelNode(
             code.functions[step.entry],
             (_UNSIGNED * 3)(*grid),
@@ -1468,12 +1493,17 @@ class _Results:
                 del self._free[key]
         return found
 
-    def close(self) -> None:
+    def clear(self) -> None:
+        """Give the device what no result holds."""
         with self._lock:
-            self._closed = True
             surplus = self._surplus(0)
         for address in surplus:
             self.gpu.drop("cuMemFree_v2", address)
+
+    def close(self) -> None:
+        """Keep nothing any more."""
+        self._closed = True
+        self.clear()
 
 
 def _follow(gpu: Gpu, stream: int, other: int) -> None:
@@ -1530,9 +1560,7 @@ def _borrow(name: str, value, dtype: np.dtype, gpu: Gpu, stream: int) -> _Given:
     if number != gpu.ordinal:
         raise InputError(f"{name} is on GPU {number}, the model is on GPU {gpu.ordinal}")
     capsule = value.__dlpack__(stream=stream or _LEGACY)
-    pointer = ctypes.pythonapi["PyCapsule_GetPointer"]
-    pointer.argtypes, pointer.restype = (ctypes.py_object, ctypes.c_char_p), _POINTER
-    tensor = loader.DLManagedTensor.from_address(pointer(capsule, _NAME)).tensor
+    tensor = loader.DLManagedTensor.from_address(_capsule_pointer()(capsule, _NAME)).tensor
     shape = tuple(tensor.shape[: tensor.rank])
     if (tensor.code, tensor.bits, tensor.lanes) != ("iu".index(dtype.kind), dtype.itemsize * 8, 1):
         raise InputError(f"{name} is not {dtype}", f"convert it, as with .to(torch.{dtype})")
@@ -1543,3 +1571,10 @@ def _borrow(name: str, value, dtype: np.dtype, gpu: Gpu, stream: int) -> _Given:
                 raise InputError(f"{name} is not contiguous", "give it with .contiguous()")
             step *= size
     return _Given(tensor.data + tensor.offset, shape)
+
+
+@functools.cache
+def _capsule_pointer():
+    function = ctypes.pythonapi["PyCapsule_GetPointer"]
+    function.argtypes, function.restype = (ctypes.py_object, ctypes.c_char_p), _POINTER
+    return function

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bertile.errors import BertileError
+from bertile.errors import BertileError, PlatformError
 from bertile.loader import available_cores, cpu_features, find_runtime
 from bertile.tables import size, table
 from bertile.targets import TABLE, Target, link_command, native
@@ -53,6 +53,7 @@ def examine(cache_dir: str | None = None) -> list[Check]:
         ("llvm", _llvm),
         ("runtime", _runtime),
         ("linker", _linker),
+        ("cuda", _cuda),
         *((extra, lambda extra=extra: _extra(extra)) for extra in EXTRAS),
         ("cache", lambda: _cache(Path(cache_dir or "~/.cache/bertile").expanduser())),
     ):
@@ -155,6 +156,17 @@ def _linker() -> Check:
     command = link_command(row)
     _link_something(command, row)
     return Check("linker", "ok", " ".join(command))
+
+
+def _cuda() -> Check:
+    from bertile.cuda import compiler, here
+
+    card = here.gpu()
+    runs = card if isinstance(card, str) else card.name
+    try:
+        return Check("cuda", "ok", f"{compiler.find().name}; {runs}")
+    except PlatformError as error:  # nobody needs it who compiles for processors
+        return Check("cuda", "note", f"no compiler; {runs}", f"for GPUs: {error.remedy}")
 
 
 def _link_something(command: list[str], row: Target) -> None:

@@ -35,6 +35,10 @@ def compile(
     config, progress = config or Config(), progress or Progress(verbosity=-1)
     loader.set_thread_defaults()  # before TVM is imported and starts its thread pool
     row = targets.with_libc(targets.resolve(config.target, config.threads), config.libc)
+    if row.gpu:
+        from bertile.cuda import flags
+
+        flags.check(config, row)
     exported = export_cached(model, config, progress)
     compiled = _compile_cached(exported, row, config, progress)
     with progress.stage("bundle") as stage:
@@ -82,7 +86,7 @@ def _compile_cached(
     exported: ExportedModel, row: Target, config: Config, progress: Progress
 ) -> Path:
     """A checked bundle of the exported model, from the cache where nothing has changed."""
-    from bertile import opener
+    from bertile import verifier
     from bertile.tuning_log import TuningLog
 
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
@@ -94,7 +98,7 @@ def _compile_cached(
     }
     places = dict.fromkeys(("cache_dir", "dump_ir", "log_dir", "rpc_tracker", "rpc_key"))
     decides = dataclasses.replace(config, runner="local", **places, **files)
-    surroundings = (hash_path(SOURCES), opener.cannot_run(row))
+    surroundings = (hash_path(SOURCES), verifier.surroundings(row))
     given = (exported.to_json(), dataclasses.asdict(row), decides, log.digest(row), surroundings)
     key = cache.key("driver", *given)
     if config.dump_ir:
@@ -217,6 +221,8 @@ class _Run:
 
     def _runtime(self) -> Callable[[Path], None]:
         """What puts the runtime into a bundle; found before a long build, which would be lost."""
+        if self.row.gpu:
+            return bundle.include_loaders
         parts = self._parts()
         return lambda directory: bundle.include_runtime(directory, parts.libraries, parts.native)
 
@@ -268,13 +274,15 @@ def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
         manifest["model"]["max_length"] or SPEED_LENGTH,
     )
     executed = manifest["check"].get("executed", True)
-    runs_here = executed and targets.fits(row, loader.cpu_features())
+    fits = "gpu" in manifest["check"] if row.gpu else targets.fits(row, loader.cpu_features())
+    runs_here = executed and fits
     return {
         "output": str(path),
         "size_bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
         "milliseconds": _milliseconds(path, length, row.threads) if runs_here else None,
         "length": length,
         "threads": row.threads,
+        "gpu": manifest["check"].get("gpu"),
         "max_abs_difference": manifest["check"]["max_abs_difference"],
         "check": verifier.as_text(manifest["check"]),
         "kernels": count(manifest["kernels"]),

@@ -36,11 +36,15 @@ def inspect(
     kernel's precision on registers alone reach in the same run). "bound" is what the kernel cannot
     be faster than, "arithmetic" or "bandwidth" (each byte once, activations as fast as the cache
     that holds them is read, weights as fast as memory), and "bound %" how near it comes.
-    "fallthrough" names the operators that no schedule covers.
+    "fallthrough" names the operators that no schedule covers. For a GPU, see ``cuda.inspection``.
     """
+    manifest = loader.read_manifest(directory)
+    if manifest["target"]["arch"] == loader.CUDA:
+        from bertile.cuda import inspection
+
+        return inspection.inspect(Path(directory), batch, length)
     require("compile", "tvm")
     progress = progress or Progress(verbosity=-1)
-    manifest = loader.read_manifest(directory)
     loader.check_platform(manifest["target"])
     loader.set_thread_defaults()
     threads = loader.thread_count(threads)

@@ -52,15 +52,14 @@ def cannot_run(row: Target) -> str | None:
     """Why a bundle for `row` cannot be run here, or None where it can, or should."""
     if "musl" in row.triple:
         return "it is linked for musl"
+    if row.gpu:
+        return None  # what is here is seen when it is loaded
     return emulator.missing(row) if is_foreign(row) else None
 
 
 def must_run(row: Target) -> None:
-    """Raises PlatformError with the reason where a bundle for `row` cannot be run here.
-
-    Of a GPU the loader says that, when it looks for one.
-    """
-    reason = None if row.gpu else cannot_run(row)
+    """Raises PlatformError with the reason where a bundle for `row` cannot be run here."""
+    reason = cannot_run(row)
     if reason is None:
         return
     remedy = "run it on such a machine: bertile-run comes with --runtime include"

@@ -140,7 +140,11 @@ def _of_bundle(
     }
     kernels: Sequence[dict[str, Any]] = ()
     notes = []
-    if measure:
+    if manifest["target"]["arch"] == loader.CUDA:
+        from bertile.cuda import inspection
+
+        notes.append(inspection.summary(inspection.inspect(directory, batch, length, measure)))
+    elif measure:
         from bertile import inspector
 
         found = inspector.inspect(directory, batch, length, threads, progress)
@@ -200,14 +204,15 @@ def _log_facts(records: Sequence[Record]) -> dict[str, str]:
 def _default(task: Task, target: str, threads: int, works: Sequence[Record]) -> float | None:
     """Microseconds of the schedule's default, where it is known and was measured."""
     from bertile import targets
-    from bertile.schedules.cpu import SCHEDULES
+    from bertile.schedules import schedules_for
 
     rows = [row for row in targets.TABLE if row.log == target]
-    if task.operation not in SCHEDULES or not rows:
+    schedules = schedules_for(rows[0]) if rows else {}
+    if task.operation not in schedules:
         return None
     try:
         row = dataclasses.replace(rows[0], threads=threads)
-        knobs = json.dumps(SCHEDULES[task.operation].default(task, row), sort_keys=True)
+        knobs = json.dumps(schedules[task.operation].default(task, row), sort_keys=True)
     except (KeyError, TypeError, ValueError):  # a shape of another version's schedule
         return None
     same = [one.median for one in works if json.dumps(dict(one.knobs), sort_keys=True) == knobs]

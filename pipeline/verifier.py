@@ -19,6 +19,9 @@ from bertile.targets import Target, is_foreign
 # float32 sums of a thousand products in another order differ by about 1e-6 a layer.
 TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 0.05, "int8": 0.25}
 
+# On a GPU what crosses memory has so many digits too, in each of up to 24 layers.
+ON_GPU = {**TOLERANCES, "tf32": 0.02, "fp16": 0.02}
+
 # (batch, length): one token, a whole block, tails, unequal lengths with padding; the longest is
 # added.
 CASES = ((1, 1), (1, 16), (3, 37), (2, 64), (1, 128))
@@ -40,11 +43,15 @@ def verify(
     says how such a one is run, and with which `parts`). It does not raise for a difference;
     :func:`checked` does.
     """
+    if loader.read_manifest(directory)["target"]["arch"] == loader.CUDA:
+        check = _on_gpu(directory, _onnx(directory, onnx, progress))
+        if not check.get("executed", True):
+            raise PlatformError(check["reason"], "verify the bundle on a machine with the GPU")
+        return check
     with opener.opened(directory, threads, parts) as model:
         emulated = isinstance(model, emulator.Model)
         cases = _cases(model.manifest, EMULATED_CASES if emulated else CASES)
-        path = Path(onnx) if onnx is not None else _source(model.manifest, progress)
-        check = _compare(model, path, cases)
+        check = _compare(model, _onnx(directory, onnx, progress), cases)
         return {**check, "emulator": model.name} if emulated else check
 
 
@@ -54,15 +61,21 @@ def checked(
     """As :func:`verify`; raises NumericMismatchError where the difference is past the tolerance.
 
     Where the bundle cannot be run, the check's "executed" is False, with the "reason".
+    One for a GPU is run on that GPU where it is here, else emulated where it is small.
     """
     if reason := opener.cannot_run(row):
         return _not_executed(reason)
-    if is_foreign(row):
-        try:
-            parts()
-        except PlatformError as error:  # offline, and nothing but this check needs them
-            return _not_executed(error.what)
-    check = verify(directory, model.onnx_path, row.threads, parts=parts)
+    if row.gpu:
+        check = _on_gpu(directory, model.onnx_path)
+        if not check.get("executed", True):
+            return check
+    else:
+        if is_foreign(row):
+            try:
+                parts()
+            except PlatformError as error:  # offline, and nothing but this check needs them
+                return _not_executed(error.what)
+        check = verify(directory, model.onnx_path, row.threads, parts=parts)
     fixed = loader.read_manifest(directory)["config"].get("ranges", "dynamic") != "dynamic"
     if not check["max_abs_difference"] <= check["tolerance"]:
         raise NumericMismatchError(
@@ -75,21 +88,48 @@ def checked(
     return check
 
 
+def surroundings(row: Target) -> Any:
+    """What beside Python modules decides how a bundle for `row` is made and checked here."""
+    if row.gpu is None:
+        return opener.cannot_run(row)
+    from bertile.cuda import compiler, here
+
+    card = here.gpu()
+    return [card if isinstance(card, str) else card.name, compiler.words()]
+
+
 def as_text(check: dict[str, Any]) -> str:
     """The check of a manifest in some words."""
     if not check.get("executed", True):
         return f"not executed here: {check['reason']}"
     by = f", run by {check['emulator']}" if "emulator" in check else ""
+    by = f", on {check['gpu']}" if "gpu" in check else by
     return f"at most {check['max_abs_difference']:.1e} from ONNX Runtime{by}"
 
 
-def _source(manifest: dict[str, Any], progress: Progress | None) -> Path:
-    """The model that a bundle was made of, exported again."""
+def _onnx(directory: Path, given: str | Path | None, progress: Progress | None) -> Path:
+    """The model to compare a bundle with: what was given, else what it was made of."""
+    if given is not None:
+        return Path(given)
     from bertile import driver
     from bertile.config import Config
 
+    manifest = loader.read_manifest(directory)
     config = Config.from_dict(manifest["config"])
     return driver.export_cached(manifest["model"]["source"], config, progress).onnx_path
+
+
+def _on_gpu(directory: Path, onnx: Path) -> dict[str, Any]:
+    from bertile.cuda import check
+
+    opened = check.open_model(directory)
+    if isinstance(opened, str):
+        return _not_executed(opened)
+    if check.emulates(opened):
+        cases = _cases(opened.manifest, EMULATED_CASES)
+        return {**_compare(opened, onnx, cases), "emulator": "the emulator of CUDA kernels"}
+    with opened as model:
+        return {**_compare(model, onnx, _cases(model.manifest, CASES)), "gpu": model.gpu.name}
 
 
 def _not_executed(reason: str) -> dict[str, Any]:
@@ -101,7 +141,8 @@ def _compare(
 ) -> dict[str, Any]:
     (runtime,) = require("compile", "onnxruntime")
     manifest = model.manifest
-    relative = max(TOLERANCES[precision] for precision in _precisions(manifest))
+    known = ON_GPU if manifest["target"]["arch"] == loader.CUDA else TOLERANCES
+    relative = max(known[precision] for precision in _precisions(manifest))
     specs = [exported.InputSpec(**spec) for spec in manifest["inputs"]]
     peer = session(onnx)
     names = [output.name for output in peer.get_outputs()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from bertile import targets
@@ -15,8 +17,10 @@ def row_of(name):
     return targets.resolve(name, threads=1)
 
 
-def found(task, sample, row="cuda-sm90", knobs=None, seed=0):
-    """What a kernel makes of a sample; it must write all of its results."""
+def found(task, sample, row="cuda-sm90", knobs=None, seed=0, entry=None):
+    """What a kernel makes of a sample, by the entry that is for it or by that of a number; it must
+    write all of its results.
+    """
     schedule, row = SCHEDULES[task.operation], row_of(row)
     knobs = schedule.default(task, row) if knobs is None else knobs
     assert schedule.valid(task, row, knobs)
@@ -25,6 +29,8 @@ def found(task, sample, row="cuda-sm90", knobs=None, seed=0):
     for result in results:
         result.reshape(-1).view("uint8")[...] = 0xFF  # NaN, or a byte that is not padding
     kernel = schedule.kernel(task, knobs, row)
+    if entry is not None:
+        kernel = replace(kernel, launches=(replace(kernel.launches[entry], when=1),))
     arrays = [*map(np.ascontiguousarray, sample.activations), *packed, *results]
     emulator.run_kernel(kernel, arrays, sample.symbols, seed=seed)
     return results
@@ -46,20 +52,21 @@ def points(task, row, count, seed=0):
 
 
 def resources(task, row, knobs=None):
-    """What a kernel's machine code takes, and bytes of dynamic shared memory and threads."""
+    """What the machine code of each of a kernel's launches takes, and the launch."""
     schedule, target = SCHEDULES[task.operation], row_of(row)
     kernel = schedule.kernel(task, knobs or schedule.default(task, target), target)
     program = compiler.prelude() + kernel.source
-    code = compiler.find().run(program, compiler.machine(target))
-    (launch,) = kernel.launches
-    return cubin.read(code)[launch.entry], launch
+    taken = cubin.read(compiler.find().run(program, compiler.machine(target)))
+    return [(taken[launch.entry], launch) for launch in kernel.launches]
 
 
 def assert_fits(task, row, knobs=None):
-    """Nothing is spilled, and registers and shared memory are there for one thread block."""
-    taken, launch = resources(task, row, knobs)
-    gpu = row_of(row).gpu
-    assert taken.local == 0
-    assert taken.registers * launch.threads <= gpu.registers_per_sm
-    assert taken.shared + launch.shared <= gpu.shared_per_block
-    return taken
+    """Nothing is spilled, and registers and shared memory are there for one thread block; gives
+    what each launch takes.
+    """
+    found, gpu = resources(task, row, knobs), row_of(row).gpu
+    for taken, launch in found:
+        assert taken.local == 0, launch.entry
+        assert taken.registers * launch.threads <= gpu.registers_per_sm, launch.entry
+        assert taken.shared + launch.shared <= gpu.shared_per_block, launch.entry
+    return [taken for taken, _ in found]

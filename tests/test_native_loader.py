@@ -285,6 +285,19 @@ def test_damaged_weights_are_refused(built, damaged, case):
     assert code == 1 and text.startswith(f"{path} is damaged: ")
 
 
+def test_a_bundle_for_a_gpu_is_refused_by_name(built, damaged):
+    def change(manifest: dict) -> None:
+        manifest["target"] = {"name": "cuda-sm90", "arch": "cuda", "features": ["sm_90"]}
+        del manifest["files"]["lib.so"]
+
+    python_loader.change_manifest(damaged, change)
+    code, text = refusal(built, damaged)
+    assert code == 3
+    assert text == (
+        "the bundle is for a GPU, which only the Python loader uses; run it with loader.py"
+    )
+
+
 def test_a_bundle_without_runtime_says_what_is_missing(built, damaged):
     shutil.rmtree(damaged / "runtime")
 

@@ -13,6 +13,7 @@ from bertile.builder import Built, kernel_entry
 from bertile.chooser import Choice, Chooser
 from bertile.cuda import compiler, cubin, plan
 from bertile.cuda.cubin import Resources
+from bertile.cuda.emulated_model import SOURCE
 from bertile.cuda.lowering import lower
 from bertile.cuda_loader import CUBIN, PLAN, PTX
 from bertile.errors import BertileError
@@ -20,8 +21,6 @@ from bertile.graph import Graph
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets import Target
-
-SOURCE = "kernels.cu"  # beside the parts of the bundle, for the emulator; no part of it
 
 
 def build(
@@ -42,10 +41,9 @@ def build(
     _check(resources.items(), row)
     directory.mkdir(parents=True, exist_ok=True)
     contents = {PLAN: json.dumps(made.content, indent=1).encode() + b"\n"}
-    contents |= {CUBIN: program.cubin, PTX: program.ptx}
+    contents |= {CUBIN: program.cubin, PTX: program.ptx, SOURCE: made.source.encode()}
     for name, content in contents.items():
         (directory / name).write_bytes(content)
-    (directory / SOURCE).write_text(made.source, encoding="utf-8")
     ours = [kernel_entry(task, calls, *choices[task]) for task, calls in lowered.tasks.items()]
     generic = [
         {"name": name, "operation": name, "shape": {}, "provenance": "generic", "calls": calls}

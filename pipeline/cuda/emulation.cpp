@@ -3,13 +3,15 @@
 // A warp's lanes meet at every operation of a whole warp; the last to come computes it for all.
 // Between barriers warps run in an order drawn from a seed. A launch ends at the first mistake:
 // emulated_error() says what it was.
-#include <math.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #include "emulation.h"
 
@@ -19,7 +21,8 @@
 namespace {
 
 constexpr unsigned kLanes = 32, kThreads = 1024, kWarps = kThreads / kLanes, kBarriers = 16;
-constexpr size_t kStack = 128 << 10, kGuard = 4096;
+constexpr size_t kStack = 128 << 10;
+constexpr uint64_t kEnd = 0x656e64206f662073;  // lies at a stack's end, which nothing may reach
 constexpr unsigned kSharedLimit = 232448;  // of one block, of the largest card (sm_90)
 
 // ---- switching between fibers --------------------------------------------------------------------
@@ -233,6 +236,9 @@ void wake(unsigned index) {
   ++machine.warps[index / kLanes].ready;
 }
 
+bool counting;  // whether emulation_traffic.h counts accesses to memory
+void count_warp(unsigned warp);
+
 // Meets the other lanes; `work` (the requests of the lanes, null where there is no thread) is done
 // once, by the last.
 template <class F> void together(const char* operation, void* request, F work) {
@@ -248,6 +254,7 @@ template <class F> void together(const char* operation, void* request, F work) {
   }
   Lane* lanes = machine.lanes + index * kLanes;
   work(lanes, index);
+  if (counting) count_warp(index);
   warp.arrived = 0;
   for (unsigned lane = 0; lane < kLanes; ++lane)
     if (lanes[lane].state == kCollective) wake(index * kLanes + lane);
@@ -260,6 +267,7 @@ void whole_warp(const char* operation) {
 
 }  // namespace
 
+#include "emulation_traffic.h"
 #include "emulation_memory.h"
 #include "emulation_tensor.h"
 #include "emulation_wgmma.h"
@@ -301,6 +309,7 @@ void emulated_group_sync(int id, int threads) {
     }
   for (unsigned w = 0; w < machine.warp_count; ++w)
     if (here[w]) {
+      if (counting) count_warp(w);
       memcpy(machine.known[w], met, sizeof met);
       ++machine.epoch[w];
     }
@@ -343,21 +352,29 @@ namespace {
 
 extern "C" HIDDEN void emulated_start() {
   machine.entry(machine.arguments);
+  if (memcmp(stacks + (current_index + 1) * kStack, &kEnd, sizeof kEnd))
+    fail("needs more than %zu bytes of stack", kStack);
   ++machine.done;
   sleep(kDone);
   next();
   __builtin_unreachable();
 }
 
+// Mappings are few (the system has a limit) and live for one launch only: a process may have
+// hundreds of libraries of kernels.
 bool reserve_stacks(unsigned threads) {
-  if (threads <= stacks_count) return true;
-  if (stacks) munmap(stacks, stacks_count * kStack);
+  ++threads;  // the first is spare: what the second one needs too much is still memory
   void* got = mmap(nullptr, threads * kStack, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   stacks = got == MAP_FAILED ? nullptr : (unsigned char*)got;
   stacks_count = stacks ? threads : 0;
-  for (unsigned i = 0; i < stacks_count; ++i) mprotect(stacks + i * kStack, kGuard, PROT_NONE);
   return stacks != nullptr;
+}
+
+void release_stacks() {
+  if (stacks) munmap(stacks, stacks_count * kStack);
+  stacks = nullptr;
+  stacks_count = 0;
 }
 
 void begin_lane(unsigned index, dim3 block, const EmulatedThread& shape) {
@@ -367,10 +384,11 @@ void begin_lane(unsigned index, dim3 block, const EmulatedThread& shape) {
   lane.self.block = block;
   lane.state = kReady;
   lane.copied = lane.committed = 0;
-  void** top = (void**)(stacks + (index + 1) * kStack) - kFrame;
+  void** top = (void**)(stacks + (index + 2) * kStack) - kFrame;
   memset(top, 0, kFrame * sizeof *top);
   top[kReturn] = (void*)emulated_start;
   lane.stack_pointer = top;
+  memcpy(stacks + (index + 1) * kStack, &kEnd, sizeof kEnd);
 }
 
 void run_block(dim3 block, const EmulatedThread& shape) {
@@ -392,6 +410,7 @@ void run_block(dim3 block, const EmulatedThread& shape) {
   resume(draw(machine.threads));
   current = nullptr;
   end_wgmma();
+  for (unsigned w = 0; counting && w < machine.warp_count; ++w) count_warp(w);
 }
 
 // The blocks in an order drawn: another start and another step each time.
@@ -421,6 +440,7 @@ void emulated_launch(void (*entry)(void**), const char* name, const unsigned gri
                      unsigned threads, unsigned limit, unsigned shared, void** arguments) {
   pthread_mutex_lock(&one_launch);
   message[0] = 0;
+  forget_writes();
   running = name;
   machine.failed = false;
   machine.entry = entry;
@@ -438,6 +458,9 @@ void emulated_launch(void (*entry)(void**), const char* name, const unsigned gri
     fail("no memory for the fibers");
   else
     run_grid(grid, {{}, {}, {threads, 1, 1}, {grid[0], grid[1], grid[2]}});
+  release_stacks();
+  release_shared();
+  forget_writes();
   pthread_mutex_unlock(&one_launch);
 }
 

@@ -68,6 +68,8 @@ void emulated_copy_async(void* shared, const void* global, bool valid);
 void emulated_copy_commit();
 void emulated_copy_wait(int under_way);
 EmulatedFloats emulated_mma_16816(EmulatedFloats d, EmulatedFour a, EmulatedTwo b, int bf16);
+EmulatedFloats emulated_mma_sp_16832(EmulatedFloats d, EmulatedFour a, EmulatedFour b,
+                                     unsigned kept, int bf16);
 EmulatedFloats emulated_mma_1688_tf32(EmulatedFloats d, EmulatedFour a, EmulatedTwo b);
 EmulatedFour emulated_mma_16832_u8s8(EmulatedFour d, EmulatedFour a, EmulatedTwo b);
 void emulated_shared_fence();
@@ -206,18 +208,23 @@ template <int N> WORD void copy_wait() { emulated_copy_wait(N); }
 
 // ---- tensor cores ----------------------------------------------------------------------------------
 
+template <class T> inline constexpr int emulated_kind = 0;  // of 16-bit numbers: f16
+template <> inline constexpr int emulated_kind<bf16> = 1;
 template <class T>
-inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
-#define EMULATED_MMA(T, BF16)                                                                      \
-  template <>                                                                                      \
-  inline void mma_16816<T>(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {        \
-    const EmulatedFloats made = emulated_mma_16816(                                                \
-        {{d[0], d[1], d[2], d[3]}}, {{a[0], a[1], a[2], a[3]}}, {{b[0], b[1]}}, BF16);             \
-    for (int i = 0; i < 4; ++i) d[i] = made.v[i];                                                  \
-  }
-EMULATED_MMA(f16, 0)
-EMULATED_MMA(bf16, 1)
-#undef EMULATED_MMA
+WORD void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  const EmulatedFloats made =
+      emulated_mma_16816({{d[0], d[1], d[2], d[3]}}, {{a[0], a[1], a[2], a[3]}}, {{b[0], b[1]}},
+                         emulated_kind<T>);
+  for (int i = 0; i < 4; ++i) d[i] = made.v[i];
+}
+template <class T>
+WORD void mma_sp_16832(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4],
+                       unsigned kept) {
+  const EmulatedFloats made = emulated_mma_sp_16832(
+      {{d[0], d[1], d[2], d[3]}}, {{a[0], a[1], a[2], a[3]}}, {{b[0], b[1], b[2], b[3]}}, kept,
+      emulated_kind<T>);
+  for (int i = 0; i < 4; ++i) d[i] = made.v[i];
+}
 WORD void mma_1688_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   const EmulatedFloats made = emulated_mma_1688_tf32(
       {{d[0], d[1], d[2], d[3]}}, {{a[0], a[1], a[2], a[3]}}, {{b[0], b[1]}});
@@ -246,8 +253,6 @@ WORD void wgmma_fence() { emulated_wgmma_fence(); }
 WORD void wgmma_commit() { emulated_wgmma_commit(); }
 template <int N> WORD void wgmma_wait() { emulated_wgmma_wait(N); }
 template <class T, int R> WORD void wgmma_keep(T (&)[R]) {}
-template <class T> constexpr int emulated_kind = 0;  // of 16-bit numbers: f16
-template <> constexpr int emulated_kind<bf16> = 1;
 constexpr int emulated_bytes = 2;
 template <class T, int N>
 WORD void wgmma(float (&d)[N / 2], unsigned long long a, unsigned long long b, bool accumulate) {

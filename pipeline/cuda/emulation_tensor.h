@@ -44,6 +44,7 @@ struct Product {
 void load_matrices(Lane* lanes, unsigned warp) {
   const Load& first = *(Load*)lanes[0].request;
   u8 rows[4][8][16];
+  const unsigned char* given[kLanes];
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     const Load& load = *(Load*)lanes[lane].request;
     const unsigned thread = warp * kLanes + lane;
@@ -55,10 +56,12 @@ void load_matrices(Lane* lanes, unsigned warp) {
     if (!shadow)
       return fail("load_matrix: lane %u gives byte %td of shared memory of %zu bytes", lane,
                   load.row - shared_now.memory, shared_now.size);
+    given[lane] = load.row;
     if ((int)lane >= 8 * first.matrices) continue;
     shared_read(*shadow, distance(*shadow, load.row), 16, thread, stamp(thread));
     memcpy(rows[lane / 8][lane % 8], load.row, 16);
   }
+  if (counting) count_matrices(given, first.matrices);
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     Load& load = *(Load*)lanes[lane].request;
     const unsigned g = lane / 4, t = lane % 4;
@@ -76,39 +79,69 @@ void load_matrices(Lane* lanes, unsigned warp) {
 
 // d (16 × 8) += a (16 × K) * b (K × 8), in the order of k.
 template <int K, class T> void multiply(T (&d)[16][8], const T (&a)[16][K], const T (&b)[K][8]) {
-  for (int row = 0; row < 16; ++row)
-    for (int k = 0; k < K; ++k)
-      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+  typedef T Row __attribute__((vector_size(8 * sizeof(T))));
+  Row columns[K];
+  memcpy(columns, b, sizeof columns);
+  for (int row = 0; row < 16; ++row) {
+    Row sum;
+    memcpy(&sum, d[row], sizeof sum);
+    for (int k = 0; k < K; ++k) sum += a[row][k] * columns[k];
+    memcpy(d[row], &sum, sizeof sum);
+  }
 }
 
-// Fills a and b: `read(register, index)` gives number `index` of a register of a lane.
-template <int K, int N, class T, class F>
-void gather(Lane* lanes, T (&a)[16][K], T (&b)[K][8], T (&d)[16][8], F read) {
+// The bits of a and b as they lie in registers, N numbers C in each, and d.
+template <int K, int N, class C, class T>
+void gather(Lane* lanes, C (&a)[16][K], C (&b)[8][K], T (&d)[16][8]) {
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     const Product& one = *(Product*)lanes[lane].request;
     const unsigned g = lane / 4, t = lane % 4;
-    for (unsigned i = 0; i < N; ++i) {
-      for (unsigned r = 0; r < 4; ++r)
-        a[g + r % 2 * 8][r / 2 * 4 * N + t * N + i] = read(one.a.v[r], i, false);
-      for (unsigned r = 0; r < 2; ++r) b[r * 4 * N + t * N + i][g] = read(one.b.v[r], i, true);
-    }
-    for (unsigned i = 0; i < 4; ++i) memcpy(&d[g + i / 2 * 8][2 * t + i % 2], &one.d.v[i], 4);
+    for (unsigned r = 0; r < 4; ++r) memcpy(&a[g + r % 2 * 8][r / 2 * 4 * N + t * N], &one.a.v[r], 4);
+    for (unsigned r = 0; r < 2; ++r) memcpy(&b[g][r * 4 * N + t * N], &one.b.v[r], 4);
+    for (unsigned i = 0; i < 4; i += 2) memcpy(&d[g + i / 2 * 8][2 * t], &one.d.v[i], 8);
   }
 }
 
 template <class T> void scatter(Lane* lanes, const T (&d)[16][8]) {
   for (unsigned lane = 0; lane < kLanes; ++lane)
-    for (unsigned i = 0; i < 4; ++i)
-      memcpy(&((Product*)lanes[lane].request)->d.v[i],
-             &d[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2], 4);
+    for (unsigned i = 0; i < 4; i += 2)
+      memcpy(&((Product*)lanes[lane].request)->d.v[i], &d[lane / 4 + i / 2 * 8][2 * (lane % 4)], 8);
 }
 
-// K numbers in four lanes' two registers: N of them in each register.
-template <int K, int N, class T, class F> void product(Lane* lanes, F read) {
-  T a[16][K], b[K][8], d[16][8];
-  gather<K, N>(lanes, a, b, d, read);
-  multiply<K>(d, a, b);
+// Of matrices of K numbers C, N in each register; `wide(bits, number, count)` makes numbers of them.
+template <int K, int N, class C, class T, class A, class B>
+void product(Lane* lanes, A wide_a, B wide_b) {
+  C a[16][K], b[8][K];
+  T x[16][K], y[8][K], turned[K][8], d[16][8];
+  gather<K, N>(lanes, a, b, d);
+  wide_a(a[0], x[0], 16 * K);
+  wide_b(b[0], y[0], 8 * K);
+  for (int k = 0; k < K; ++k)
+    for (int column = 0; column < 8; ++column) turned[k][column] = y[column][k];
+  multiply<K>(d, x, turned);
+  multiplications += 16 * 8 * K;
   scatter(lanes, d);
+}
+
+void wide_f16(const unsigned short* bits, float* numbers, int count) {
+#if defined(__F16C__)
+  for (int i = 0; i < count; i += 8)
+    _mm256_storeu_ps(numbers + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(bits + i))));
+#else
+  for (int i = 0; i < count; ++i) numbers[i] = emulated_half_to_float(bits[i]);
+#endif
+}
+
+void wide_bf16(const unsigned short* bits, float* numbers, int count) {
+  for (int i = 0; i < count; ++i) numbers[i] = __uint_as_float((unsigned)bits[i] << 16);
+}
+
+void wide_u8(const u8* bytes, int* numbers, int count) {
+  for (int i = 0; i < count; ++i) numbers[i] = bytes[i];
+}
+
+void wide_s8(const u8* bytes, int* numbers, int count) {
+  for (int i = 0; i < count; ++i) numbers[i] = (signed char)bytes[i];
 }
 
 Product pack_product(const void* d, EmulatedFour a, EmulatedTwo b) {
@@ -131,14 +164,66 @@ EmulatedFloats emulated_mma_16816(EmulatedFloats d, EmulatedFour a, EmulatedTwo 
   whole_warp("mma_16816");
   if (bf16)
     together("mma_16816<bf16>", &one, [](Lane* lanes, unsigned) {
-      product<16, 2, float>(lanes, [](unsigned x, unsigned i, bool) {
-        return __uint_as_float(x >> 16 * i << 16);
-      });
+      product<16, 2, unsigned short, float>(lanes, wide_bf16, wide_bf16);
     });
   else
     together("mma_16816<f16>", &one, [](Lane* lanes, unsigned) {
-      product<16, 2, float>(lanes, [](unsigned x, unsigned i, bool) {
-        return emulated_half_to_float((unsigned short)(x >> 16 * i));
+      product<16, 2, unsigned short, float>(lanes, wide_f16, wide_f16);
+    });
+  return __builtin_bit_cast(EmulatedFloats, one.d);
+}
+
+namespace {
+
+struct SparseProduct {
+  EmulatedFour a, b, d;
+  unsigned kept;
+};
+
+// a, of which `kept` says where the numbers lie, becomes a matrix with zeros.
+template <class F> void multiply_sparse(Lane* lanes, F read) {
+  float a[16][32] = {}, b[32][8], d[16][8];
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    const SparseProduct& one = *(SparseProduct*)lanes[lane].request;
+    const unsigned g = lane / 4, t = lane % 4;
+    for (unsigned i = 0; i < 4; ++i) {
+      memcpy(&d[g + i / 2 * 8][2 * t + i % 2], &one.d.v[i], 4);
+      for (unsigned k = 0; k < 2; ++k) b[8 * i + 2 * t + k][g] = read(one.b.v[i], k);
+      // Register i holds the two that are kept of four: row g or g+8, of k in one half.
+      const unsigned half = i / 2;
+      const unsigned kept = ((SparseProduct*)lanes[lane - t + half].request)->kept;
+      const unsigned where = kept >> (16 * (i % 2) + 4 * t) & 15;
+      if ((where & 3) >= where >> 2)
+        return fail("mma_sp_16832: lane %u says that columns %u and %u of a four are kept",
+                    lane - t + half, where & 3, where >> 2);
+      for (unsigned k = 0; k < 2; ++k)
+        a[g + i % 2 * 8][16 * half + 4 * t + (where >> 2 * k & 3)] = read(one.a.v[i], k);
+    }
+  }
+  multiply<32>(d, a, b);
+  multiplications += 16 * 8 * 32;
+  for (unsigned lane = 0; lane < kLanes; ++lane)
+    for (unsigned i = 0; i < 4; ++i)
+      memcpy(&((SparseProduct*)lanes[lane].request)->d.v[i],
+             &d[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2], 4);
+}
+
+}  // namespace
+
+EmulatedFloats emulated_mma_sp_16832(EmulatedFloats d, EmulatedFour a, EmulatedFour b,
+                                     unsigned kept, int bf16) {
+  SparseProduct one = {a, b, __builtin_bit_cast(EmulatedFour, d), kept};
+  whole_warp("mma_sp_16832");
+  if (bf16)
+    together("mma_sp_16832<bf16>", &one, [](Lane* lanes, unsigned) {
+      multiply_sparse(lanes, [](unsigned x, unsigned k) {
+        return __uint_as_float(x >> 16 * k << 16);
+      });
+    });
+  else
+    together("mma_sp_16832<f16>", &one, [](Lane* lanes, unsigned) {
+      multiply_sparse(lanes, [](unsigned x, unsigned k) {
+        return emulated_half_to_float((unsigned short)(x >> 16 * k));
       });
     });
   return __builtin_bit_cast(EmulatedFloats, one.d);
@@ -148,9 +233,10 @@ EmulatedFloats emulated_mma_1688_tf32(EmulatedFloats d, EmulatedFour a, Emulated
   Product one = pack_product(&d, a, b);
   whole_warp("mma_1688_tf32");
   together("mma_1688_tf32", &one, [](Lane* lanes, unsigned) {
-    product<8, 1, float>(lanes, [](unsigned x, unsigned, bool) {
-      return __uint_as_float(x & 0xffffe000);
-    });
+    const auto wide = [](const unsigned* bits, float* numbers, int count) {
+      for (int i = 0; i < count; ++i) numbers[i] = __uint_as_float(bits[i] & 0xffffe000);
+    };
+    product<8, 1, unsigned, float>(lanes, wide, wide);
   });
   return __builtin_bit_cast(EmulatedFloats, one.d);
 }
@@ -159,10 +245,7 @@ EmulatedFour emulated_mma_16832_u8s8(EmulatedFour d, EmulatedFour a, EmulatedTwo
   Product one = pack_product(&d, a, b);
   whole_warp("mma_16832_u8s8");
   together("mma_16832_u8s8", &one, [](Lane* lanes, unsigned) {
-    product<32, 4, int>(lanes, [](unsigned x, unsigned i, bool is_signed) {
-      const unsigned byte = x >> 8 * i & 255;
-      return is_signed ? (int)(signed char)byte : (int)byte;
-    });
+    product<32, 4, u8, int>(lanes, wide_u8, wide_s8);
   });
   return one.d;
 }

@@ -84,7 +84,8 @@ bool read_matrix(Warpgroup& own, const char* name, uint64_t descriptor, unsigned
              name, at, shared_now.size);
         return false;
       }
-      for (size_t byte = at; byte < at + 16; ++byte) {
+      const size_t step = used_alike(shared_now, at, 16);
+      for (size_t byte = at; byte < at + 16; byte += step) {
         const unsigned stamp = shared_now.written[byte], writer = stamp >> kEpochBits;
         if (stamp && (stamp & kUnderWay) != kUnderWay &&
             machine.fenced[writer] < (stamp & kUnderWay)) {
@@ -131,15 +132,25 @@ Sum& sum_of(Warpgroup& own, Lane* lanes, const Multiply& one) {
   return made;
 }
 
-template <int K, class T, class F>
-void accumulate_rows(T (&sum)[16][kColumns], int columns, const u8* a, const u8* b, F read) {
-  static T wide[K][kColumns];
+// sum += a (16 × K) * b (columns × K), whose numbers lie as C in rows of 32 bytes.
+template <int K, class C, class T, class A, class B>
+void accumulate_rows(T (&sum)[16][kColumns], int columns, const u8* a, const u8* b, A wide_a,
+                     B wide_b) {
+  static T x[16 * K], y[kColumns * K], turned[K][kColumns];
+  wide_a((const C*)a, x, 16 * K);
+  wide_b((const C*)b, y, columns * K);
   for (int n = 0; n < columns; ++n)
-    for (int k = 0; k < K; ++k) wide[k][n] = read(b + 32 * n, k, true);
-  for (int row = 0; row < 16; ++row)
-    for (int k = 0; k < K; ++k) {
-      const T x = read(a + 32 * row, k, false);
-      for (int n = 0; n < columns; ++n) sum[row][n] += x * wide[k][n];
+    for (int k = 0; k < K; ++k) turned[k][n] = y[n * K + k];
+  for (int first = 0; first < columns; first += 32)  // all widths are multiples of 32
+    for (int row = 0; row < 16; ++row) {
+      typedef T Part __attribute__((vector_size(32 * sizeof(T))));
+      Part total, part;
+      memcpy(&total, &sum[row][first], sizeof total);
+      for (int k = 0; k < K; ++k) {
+        memcpy(&part, &turned[k][first], sizeof part);
+        total += x[row * K + k] * part;
+      }
+      memcpy(&sum[row][first], &total, sizeof total);
     }
 }
 
@@ -157,23 +168,18 @@ void multiply_warp(Lane* lanes, unsigned warp) {
   check_matrix("a", one.a);
   check_matrix("b", one.b);
   ++own.issued;
-  static u8 a[16 * 32], b[kColumns * 32];
+  alignas(64) static u8 a[16 * 32], b[kColumns * 32];
   const unsigned thread = warp * kLanes;
   if (!read_matrix(own, "a", one.a, warp % 4 * 16, 16, thread, a)) return;
   if (!read_matrix(own, "b", one.b, 0, (unsigned)one.columns, thread, b)) return;
   Sum& sum = sum_of(own, lanes, one);
   sum.group = kGroupOpen;
+  multiplications += 16u * (unsigned)one.columns * (one.kind == emulated_bytes ? 32 : 16);
   if (!one.accumulate) memset(sum.numbers, 0, sizeof sum.numbers);
   if (one.kind == emulated_bytes)
-    return accumulate_rows<32>(sum.integers, one.columns, a, b, [](const u8* row, int k, bool is_b) {
-      return is_b ? (int)(signed char)row[k] : (int)row[k];
-    });
-  const bool wide = one.kind == emulated_kind<bf16>;
-  accumulate_rows<16>(sum.numbers, one.columns, a, b, [wide](const u8* row, int k, bool) {
-    unsigned short bits;
-    memcpy(&bits, row + 2 * k, 2);
-    return wide ? __uint_as_float((unsigned)bits << 16) : emulated_half_to_float(bits);
-  });
+    return accumulate_rows<32, u8>(sum.integers, one.columns, a, b, wide_u8, wide_s8);
+  const auto wide = one.kind == emulated_kind<bf16> ? wide_bf16 : wide_f16;
+  accumulate_rows<16, unsigned short>(sum.numbers, one.columns, a, b, wide, wide);
 }
 
 }  // namespace

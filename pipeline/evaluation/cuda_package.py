@@ -1,7 +1,8 @@
-"""What a machine with a GPU needs for ``cuda_bench``, in one small archive; and its result as a
-table.
+"""What a machine with a GPU needs for ``cuda_bench``, or for ``cuda_checks``, in one small archive;
+and the result of the bench as a table.
 
     python -m bertile.evaluation.cuda_package -o bench.tar.xz --target cuda-sm90
+    python -m bertile.evaluation.cuda_package --checks checks.tar.xz --target cuda-sm90
     python -m bertile.evaluation.cuda_package --table RESULT.json --update-readme README.md
 
 All layers of the model hold the values of one, and its vocabulary those of some thousand words:
@@ -22,15 +23,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import bertile
-from bertile import bench_tables, synthetic
+from bertile import bench_tables, driver, samples, synthetic
 from bertile.errors import UsageError, require
-from bertile.evaluation import cuda_bench
+from bertile.evaluation import cuda_bench, cuda_checks
+from bertile.exported import ExportedModel
 from bertile.progress import Progress
 from bertile.tables import table
+from bertile.verifier import TOLERANCES
 
 WORDS = 1009  # rows of the vocabulary that differ; a prime, so that no two tables stay in step
 MEMORY = 256 << 20  # how far back the compressor looks
+FAMILIES = ("distilbert", "roberta", "electra", "albert", "mpnet")
+CHECKED = (
+    *(("bert-tiny", precision) for precision in ("fp16", "bf16", "fp32", "tf32", "int8")),
+    *((f"{family}-tiny", "fp16") for family in FAMILIES),
+    *(("bert-odd", precision) for precision in ("fp16", "int8")),
+)
 COLUMNS = (
     *("case", "engine", "ms", "p90 ms", "call ms", "of best PyTorch", "at most"),
     *("TFLOP/s", "% of peak", "cosine"),
@@ -53,11 +64,49 @@ def write(
                 Progress(),
             )
         shutil.copyfile(cuda_bench.__file__, root / "cuda_bench.py")
-        filters = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": MEMORY}]
-        with lzma.open(path, "wb", filters=filters) as packed:
-            with tarfile.open(fileobj=packed, mode="w") as archive:
-                for file in sorted(root.iterdir()):
-                    archive.add(file, file.name)
+        return _archive(root, path)
+
+
+def write_checks(path: Path, target: str, cases: Sequence[tuple[str, str]] = CHECKED) -> int:
+    """Write bundles of small models in some precisions, with what ONNX Runtime gives for them."""
+    with tempfile.TemporaryDirectory(prefix="bertile-checks-") as place:
+        root = Path(place)
+        for name, precision in cases:
+            directory = root / f"{name}-{precision}"
+            given = {"target": target, "precision": precision, "runtime": "include"}
+            config = bertile.Config(**given)
+            bertile.compile(f"synthetic:{name}", directory, config, Progress())
+            exported = driver.export_cached(f"synthetic:{name}", config)
+            answer(exported, precision, directory / cuda_checks.ANSWERS)
+        shutil.copyfile(cuda_checks.__file__, root / "cuda_checks.py")
+        return _archive(root, path)
+
+
+def answer(
+    exported: ExportedModel,
+    precision: str,
+    path: Path,
+    shapes: Sequence[tuple[int, int]] = cuda_checks.SHAPES,
+) -> None:
+    """Requests of these shapes and ONNX Runtime's answers, for ``cuda_checks.numbers``."""
+    arrays: dict[str, Any] = {"tolerance": TOLERANCES[precision], "requests": len(shapes)}
+    padding = json.loads((exported.onnx_path.parent / "config.json").read_text())["pad_token_id"]
+    for number, (batch, length) in enumerate(shapes):
+        given = samples.sample(exported.inputs, batch, length, padding or 0, number)
+        found = samples.run_onnx(exported.onnx_path, given)
+        arrays |= {f"{number}.in.{name}": one for name, one in given.items()}
+        arrays |= {f"{number}.out.{name}": one for name, one in found.items()}
+    np.savez(path, **arrays)
+
+
+def _archive(root: Path, path: Path) -> int:
+    """Pack a directory; the archive's size."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": MEMORY}]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lzma.open(path, "wb", filters=filters) as packed:
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            for file in sorted(root.iterdir()):
+                archive.add(file, file.name)
     return path.stat().st_size
 
 
@@ -109,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the archive, or show a result."""
     parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.cuda_package")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the archive (.tar.xz)")
+    parser.add_argument("--checks", metavar="FILE", help="write small bundles to be checked")
     parser.add_argument("--target", default="cuda-sm90")
     parser.add_argument("--model", default="bert-base", choices=sorted(synthetic.SYNTHETIC))
     parser.add_argument("--table", metavar="RESULT", nargs="+", help="show what cuda_bench wrote")
@@ -117,13 +167,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output:
         count = write(Path(options.output), options.target, options.model)
         print(f"{options.output}: {count / 1e6:.1f} MB")
+    elif options.checks:
+        count = write_checks(Path(options.checks), options.target)
+        print(f"{options.checks}: {count / 1e6:.1f} MB")
     elif options.table:
         text = as_text(merged(options.table), markdown=bool(options.update_readme))
         print(text)
         if options.update_readme:
             bench_tables.write_block(Path(options.update_readme), "bench-cuda", text)
     else:
-        raise UsageError("there is nothing to do", "give -o FILE or --table RESULT")
+        raise UsageError("there is nothing to do", "give -o FILE, --checks FILE or --table RESULT")
 
 
 def merged(paths: Sequence[str]) -> dict[str, Any]:

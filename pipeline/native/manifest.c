@@ -100,8 +100,9 @@ static const char *check_target(const json *target) {
     return NULL;
 }
 
-static const char *check_files(const json *files) {
-    if (!json_get(files, "lib.so")) return "'lib.so' is missing";
+static const char *check_files(const json *files, const json *target) {
+    const int gpu = !strcmp(json_get(target, "arch")->text, "cuda"); /* refused later, by name */
+    if (!gpu && !json_get(files, "lib.so")) return "'lib.so' is missing";
     if (!json_get(files, "params.safetensors")) return "'params.safetensors' is missing";
     for (const json *file = files->first; file; file = file->next)
         if (!json_get_kind(file, "bytes", JSON_INTEGER) ||
@@ -128,7 +129,7 @@ static const char *read_tree(const json *tree, bt_manifest *manifest) {
     if (!wrong) wrong = read_limit(fixed, "batch", 0, &manifest->static_batch);
     if (!wrong) wrong = read_limit(fixed, "length", 0, &manifest->static_length);
     if (!wrong) wrong = check_target(manifest->target);
-    return wrong ? wrong : check_files(manifest->files);
+    return wrong ? wrong : check_files(manifest->files, manifest->target);
 }
 
 /* The text of a file with a zero behind it, or NULL with errno set. */

@@ -80,6 +80,9 @@ static const char *architecture(void) {
 bertile_status bt_check_platform(const json *target) {
     char missing[400] = "";
     const char *arch = json_get(target, "arch")->text, *here = architecture();
+    if (!strcmp(arch, "cuda"))
+        return bt_fail(BERTILE_PLATFORM, "the bundle is for a GPU, which only the Python loader "
+                                         "uses; run it with loader.py");
     if (strcmp(arch, here))
         return bt_fail(BERTILE_PLATFORM,
                        "the bundle is for %s, this machine is %s; compile the model for this "

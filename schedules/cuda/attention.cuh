@@ -3,7 +3,7 @@
 // own sequence. Scores, weights and context stay in registers, as accumulators of 16 × 8 tiles:
 // with g = lane / 4 and t = lane % 4, columns 2 t and 2 t + 1 of row g, then of row g + 8.
 // Before it: H, D, DP (D rounded up to 16), STRIDE (of rows in shared memory), PITCH, PITCH_Y, WARPS,
-// KEYS, STAGES, BIAS, ALIGNED (a head's rows start on a multiple of 16 bytes), FACTOR (of scores, in
+// SPLIT, TILE, KEYS, STAGES, BIAS, ALIGNED (a head's rows start on a multiple of 16 bytes), FACTOR (of scores, in
 // powers of two), X, Y (of qkv and y), Piece (1 to 16 bytes, of which a head's rows of y are made),
 // Scores, Context, and an arithmetic: Query, scores, context.
 
@@ -11,19 +11,21 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOWEST = -1e30f;  // the least that is added to a score
 constexpr float NEVER = -1e38f;   // its weight is zero beside any score
 constexpr int ROW = 16 * STRIDE;  // elements of 16 rows in shared memory
+constexpr int BLOCKS = WARPS / SPLIT;
 
 // ROWS rows of a head into shared memory; zeros behind the first ``there``.
 template <int ROWS, int THREADS>
 __device__ inline void ask_for(X* to, const X* from, int there, int thread) {
-  if (ALIGNED) {
-    constexpr int EACH = 16 / sizeof(X), PER_ROW = DP / EACH;
+  constexpr int EACH = 16 / sizeof(X), PER_ROW = DP / EACH;
+  constexpr int AT_ONCE = THREADS < PER_ROW ? 1 : THREADS / PER_ROW;
+  if (ALIGNED && THREADS >= PER_ROW) {
+    const int mine = thread / PER_ROW, c = thread % PER_ROW * EACH;
+    to += mine * STRIDE + c;
+    from += static_cast<long long>(mine) * PITCH + c;
 #pragma unroll
-    for (int start = 0; start < ROWS * PER_ROW; start += THREADS) {
-      const int row = (start + thread) / PER_ROW, c = (start + thread) % PER_ROW * EACH;
-      if (ROWS * PER_ROW % THREADS == 0 || row < ROWS)
-        copy_async_16(to + row * STRIDE + c, from + static_cast<long long>(row) * PITCH + c,
-                      row < there && c < D);
-    }
+    for (int row = 0; row < ROWS; row += AT_ONCE)
+      if ((ROWS % AT_ONCE == 0 || row + mine < ROWS) && (THREADS % PER_ROW == 0 || mine < AT_ONCE))
+        copy_async_16(to + row * STRIDE, from + row * PITCH, row + mine < there && c < D);
   } else {
     for (int i = thread; i < ROWS * DP; i += THREADS) {
       const int row = i / DP, c = i % DP;
@@ -34,29 +36,30 @@ __device__ inline void ask_for(X* to, const X* from, int there, int thread) {
   }
 }
 
-// Shared memory: each warp's queries (and its context at the end), then the tiles of keys.
+// Shared memory: the queries of each block (and their context at the end), then the tiles of keys
+// (and what warps of a block have found, at the end).
 struct Shared {
   X* queries;
-  X* keys;      // STAGES tiles
+  X* keys;  // STAGES tiles
   X* values;
   float* masks;
 
   __device__ explicit Shared(unsigned char* memory) {
     queries = reinterpret_cast<X*>(memory);
-    keys = queries + WARPS * ROW;
-    values = keys + STAGES * KEYS * STRIDE;
-    masks = reinterpret_cast<float*>(values + STAGES * KEYS * STRIDE);
+    keys = queries + BLOCKS * ROW;
+    values = keys + STAGES * TILE * STRIDE;
+    masks = reinterpret_cast<float*>(values + STAGES * TILE * STRIDE);
   }
 
   // The tile that starts at row ``start`` of the keys, of which ``there`` are wanted.
   __device__ void ask_tile(int stage, const X* qkv, const float* added, int start, int there) const {
     constexpr int THREADS = 32 * WARPS;
-    const int head = blockIdx.y * D, tile = stage * KEYS * STRIDE, thread = threadIdx.x;
+    const int head = blockIdx.y * D, tile = stage * TILE * STRIDE, thread = threadIdx.x;
     const X* from = qkv + static_cast<long long>(start) * PITCH + head;
-    ask_for<KEYS, THREADS>(keys + tile, from + H * D, there, thread);
-    ask_for<KEYS, THREADS>(values + tile, from + 2 * H * D, there, thread);
-    if (thread < KEYS / 4)
-      copy_async_16(masks + stage * KEYS + 4 * thread, added + start + 4 * thread,
+    ask_for<TILE, THREADS>(keys + tile, from + H * D, there, thread);
+    ask_for<TILE, THREADS>(values + tile, from + 2 * H * D, there, thread);
+    if (thread < TILE / 4)
+      copy_async_16(masks + stage * TILE + 4 * thread, added + start + 4 * thread,
                     4 * thread < there);
   }
 };
@@ -69,7 +72,7 @@ struct Bias {
   __device__ float of(int row, int key) const {
     const int at = query + 8 * row;
     if (at >= length || key >= length) return 0.0f;
-    return fmaxf(plane[static_cast<long long>(at) * length + key], LOWEST) * LOG2E;
+    return fmaxf(plane[at * length + key], LOWEST) * LOG2E;
   }
 };
 
@@ -123,6 +126,34 @@ struct Softmax {
       }
   }
 
+  // Adds what another warp has found for the same queries; ``found``: see ``leave``.
+  __device__ void join(Context& o, const float* found) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float other = found[32 * r], all = fmaxf(most[r], other);
+      const float mine = fast_exp2(most[r] - all), theirs = fast_exp2(other - all);
+      most[r] = all;
+      sum[r] = sum[r] * mine + found[32 * (2 + r)] * theirs;
+#pragma unroll
+      for (int j = 0; j < DP / 8; ++j)
+#pragma unroll
+        for (int i = 2 * r; i < 2 * r + 2; ++i)
+          o[j][i] = o[j][i] * mine + found[32 * (4 + 4 * j + i)] * theirs;
+    }
+  }
+
+  __device__ void leave(const Context& o, float* found) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      found[32 * r] = most[r];
+      found[32 * (2 + r)] = sum[r];
+    }
+#pragma unroll
+    for (int j = 0; j < DP / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) found[32 * (4 + 4 * j + i)] = o[j][i];
+  }
+
   __device__ float inverse(int row) const {
     float total = sum[row] + shuffle_xor(sum[row], 1);
     total += shuffle_xor(total, 2);
@@ -166,14 +197,15 @@ __device__ inline void put(const Context& o, const Softmax& softmax, Y* shared, 
         y[static_cast<long long>(i / 16) * PITCH_Y + c] = Y{};
 }
 
+// A warp's part of a tile: ``q`` its queries, k, v and masks those of its first key.
 template <bool WHOLE>
-__device__ inline void tile(Context& o, Softmax& softmax, const Query& query, const Shared& shared,
-                            int warp, int stage, const Bias& bias, int position, int low, int high) {
-  const int at = stage * KEYS * STRIDE;
+__device__ inline void step(Context& o, Softmax& softmax, const Query& query, const X* q,
+                            const X* k, const X* v, const float* mask, const Bias& bias,
+                            int position, int low, int high) {
   Scores s;
-  scores<WHOLE>(s, query, shared.queries + warp * ROW, shared.keys + at, low, high);
-  softmax.take<WHOLE>(s, o, shared.masks + stage * KEYS, bias, position, low, high);
-  context<WHOLE>(o, s, shared.values + at, low, high);
+  scores<WHOLE>(s, query, q, k, low, high);
+  softmax.take<WHOLE>(s, o, mask, bias, position, low, high);
+  context<WHOLE>(o, s, v, low, high);
 }
 
 __device__ inline void attend(const X* qkv, const float* added, const int* table, const float* bias,
@@ -181,14 +213,14 @@ __device__ inline void attend(const X* qkv, const float* added, const int* table
                               int bias_heads) {
   SHARED_MEMORY(memory);
   const Shared shared(memory);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first = blockIdx.x * WARPS;
-  const int last = first + WARPS < blocks ? first + WARPS - 1 : blocks - 1;
-  const bool inside = first + warp <= last;  // warps behind the last block repeat it
-  const int mine = inside ? first + warp : last;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp % SPLIT;
+  const int first = blockIdx.x * BLOCKS;
+  const int last = first + BLOCKS < blocks ? first + BLOCKS - 1 : blocks - 1;
+  const bool inside = first + warp / SPLIT <= last;  // warps behind the last block repeat it
+  const int mine = inside ? first + warp / SPLIT : last;
   const int start = table[4 * first + 2], end = table[4 * last + 2] + table[4 * last + 3];
   const int own = table[4 * mine + 2], own_end = own + table[4 * mine + 3];
-  const int tiles = ((end - start) * 16 + KEYS - 1) / KEYS;
+  const int tiles = ((end - start) * 16 + TILE - 1) / TILE;
   Bias of{bias, length, 0};
   if (BIAS) {
     const int row = table[4 * mine], batch = row < bias_batch ? row : bias_batch - 1;
@@ -196,11 +228,12 @@ __device__ inline void attend(const X* qkv, const float* added, const int* table
     of.plane += (static_cast<long long>(batch) * bias_heads + head) * length * length;
     of.query = table[4 * mine + 1] + lane / 4;
   }
-  ask_for<16, 32>(shared.queries + warp * ROW,
-                  qkv + static_cast<long long>(mine) * 16 * PITCH + blockIdx.y * D, 16, lane);
+  X* const q = shared.queries + warp / SPLIT * ROW;
+  ask_for<16, 32 * SPLIT>(q, qkv + static_cast<long long>(mine) * 16 * PITCH + blockIdx.y * D, 16,
+                          threadIdx.x % (32 * SPLIT));
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {
-    const int at = start * 16 + stage * KEYS;
+    const int at = start * 16 + stage * TILE;
     if (stage < tiles) shared.ask_tile(stage, qkv, added, at, end * 16 - at);
     copy_commit();
   }
@@ -214,19 +247,32 @@ __device__ inline void attend(const X* qkv, const float* added, const int* table
   for (int i = 0; i < tiles; ++i) {
     copy_wait<STAGES - 2>();
     block_sync();  // the tile is there for all, and the one before it is done with
-    const int next = i + STAGES - 1, at = start * 16 + next * KEYS;
+    const int next = i + STAGES - 1, at = start * 16 + next * TILE;
     if (next < tiles) shared.ask_tile(next % STAGES, qkv, added, at, end * 16 - at);
     copy_commit();
-    if (i == 0) query.read(shared.queries + warp * ROW);
-    const int here = start + i * (KEYS / 16), low = own - here, high = own_end - here;
-    const int position = -low * 16;
+    if (i == 0) query.read(q);
+    const int here = start + (i * TILE + part * KEYS) / 16, low = own - here, high = own_end - here;
+    const int position = -low * 16, key = i % STAGES * TILE + part * KEYS;
+    const X *k = shared.keys + key * STRIDE, *v = shared.values + key * STRIDE;
+    const float* mask = shared.masks + key;
     if (low <= 0 && high >= KEYS / 16)
-      tile<true>(o, softmax, query, shared, warp, i % STAGES, of, position, low, high);
+      step<true>(o, softmax, query, q, k, v, mask, of, position, low, high);
     else if (low < KEYS / 16 && high > 0)
-      tile<false>(o, softmax, query, shared, warp, i % STAGES, of, position, low, high);
+      step<false>(o, softmax, query, q, k, v, mask, of, position, low, high);
+  }
+  if (SPLIT > 1) {
+    float* const found = reinterpret_cast<float*>(shared.keys) + lane;
+    constexpr int EACH = 32 * (4 + DP / 2);
+    block_sync();  // all are done with the tiles
+    if (part) softmax.leave(o, found + (warp - warp / SPLIT - 1) * EACH);
+    block_sync();
+    if (part) return;
+#pragma unroll
+    for (int other = 0; other < SPLIT - 1; ++other)
+      softmax.join(o, found + (warp / SPLIT * (SPLIT - 1) + other) * EACH);
   }
   warp_sync();  // the queries are read
   if (inside)
-    put(o, softmax, reinterpret_cast<Y*>(shared.queries + warp * ROW),
-        y + static_cast<long long>(mine) * 16 * PITCH_Y, limits);
+    put(o, softmax, reinterpret_cast<Y*>(q), y + static_cast<long long>(mine) * 16 * PITCH_Y,
+        limits);
 }

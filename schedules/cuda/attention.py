@@ -14,6 +14,9 @@ Nothing but y is written. The table says where each block's sequence lies (see
 keys of what passes. That costs time only where sequences are shorter than the group is wide, and
 packed sequences need no padding and no other kernel.
 
+There are two entries. Where blocks are ``few``, there are more multiprocessors than groups of them:
+then several warps share the keys of a block, and add up what they have found at the end.
+
 float16 and bfloat16 (and layers in bytes) multiply in 16 bits, tf32 in tf32, float32 without tensor
 cores. ``writes`` "to_int8" gives y as bytes by ``limits``: low, and steps per unit.
 """
@@ -24,11 +27,12 @@ import math
 
 from bertile.schedules.cuda.attention_samples import flops, sample
 from bertile.schedules.cuda.forms import code, constants, element, pitch
-from bertile.schedules.cuda.program import program
-from bertile.schedules.cuda.source import Kernel
+from bertile.schedules.cuda.program import program, together
+from bertile.schedules.cuda.source import Extent, Kernel
 from bertile.schedules.schedule import Gpu, Knobs, Row, Schedule, Space
 from bertile.schedules.task import Task
 
+FEW = (0, 16, 32, 64)  # blocks from which they are many
 PIECES = {16: "Sixteen", 8: "Eight", 4: "unsigned", 2: "unsigned short", 1: "u8"}
 TYPES = """
 struct alignas(16) Sixteen {
@@ -43,29 +47,54 @@ using Context = float[DP / 8][4];
 
 
 def space(task: Task, row: Row) -> Space:
-    """Warps (blocks of queries) of a thread block, keys of a tile, and tiles in shared memory."""
+    """Warps of a thread block, keys of a tile, and tiles in shared memory; for fewer blocks than
+    ``few`` also by how many warps a tile is split.
+    """
     gpu = _gpu(row)
-    warps = (1, 2, 4) if _padded(task) > 64 or element(task) == "float" else (1, 2, 4, 8)
+    wide = _padded(task) > 64 or element(task) == "float"
     stages = (2, 3) if gpu.async_copy else (2,)
-    widest = 64 if element(task) == "float" or _padded(task) > 64 else 128
-    keys = tuple(
-        k
-        for k in (16, 32, 64, 128)
-        if k <= widest and _shared(task, max(warps), k, max(stages)) <= gpu.shared_per_block
-    )
-    return {"warps": warps, "keys": keys or (16,), "stages": stages}
+
+    def fits(warps: int, keys: int) -> bool:
+        return _shared(task, warps, 1, keys, max(stages)) <= gpu.shared_per_block
+
+    warps = tuple(w for w in (1, 2, 4, 8) if w <= (4 if wide else 8) and fits(w, 16))
+    keys = tuple(k for k in (16, 32, 64, 128) if k <= (64 if wide else 128) and fits(warps[-1], k))
+    split = tuple(s for s in (1, 2, 4) if s <= warps[-1] and 16 * s <= keys[-1])
+    few_keys = tuple(k for k in keys if k >= 16 * split[-1])
+    return {
+        "warps": warps,
+        "keys": keys,
+        "stages": stages,
+        "few": FEW,
+        "few_warps": tuple(w for w in warps if w >= split[-1]),
+        "few_keys": few_keys,
+        "split": split,
+    }
 
 
 def default(task: Task, row: Row) -> Knobs:
-    """Four warps; 64 keys a tile, as far as two thread blocks have room on a multiprocessor."""
-    gpu = _gpu(row)
-    wanted = 32 if element(task) == "float" else 64
-    fits = [
+    """Four warps; 64 keys a tile, as far as two thread blocks have room on a multiprocessor. Of few
+    blocks two warps to each, and tiles as large as there are, as long as groups of four are fewer
+    than multiprocessors.
+    """
+    choices, gpu = space(task, row), _gpu(row)
+    warps = min(4, choices["warps"][-1])
+    room = [
         k
-        for k in space(task, row)["keys"]
-        if k <= wanted and 2 * _shared(task, 4, k, 2) <= gpu.shared_per_sm
+        for k in choices["keys"]
+        if k <= (32 if element(task) == "float" else 64)
+        and 2 * _shared(task, warps, 1, k, 2) <= gpu.shared_per_sm
     ]
-    return {"warps": 4, "keys": max(fits, default=16), "stages": 2}
+    few = max(end for end in FEW if end * int(task.shape["heads"]) <= 4 * gpu.multiprocessors)
+    return {
+        "warps": warps,
+        "keys": max(room, default=16),
+        "stages": 2,
+        "few": few,
+        "few_warps": warps,
+        "few_keys": choices["few_keys"][-1],
+        "split": min(2, choices["split"][-1]),
+    }
 
 
 def _gpu(row: Row) -> Gpu:
@@ -90,17 +119,60 @@ def _stride(task: Task) -> int:
     return _padded(task) + 16 // _width(task)
 
 
-def _shared(task: Task, warps: int, keys: int, stages: int) -> int:
-    rows = 16 * warps + 2 * stages * keys
-    return rows * _stride(task) * _width(task) + 4 * stages * keys
+def _shared(task: Task, warps: int, split: int, keys: int, stages: int) -> int:
+    row = _stride(task) * _width(task)
+    tiles = stages * keys * (2 * row + 4)
+    found = (warps - warps // split) * 32 * 4 * (4 + _padded(task) // 2)
+    return 16 * (warps // split) * row + max(tiles, found)
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
     """(qkv, keys, table, [bias], [limits], y)."""
-    heads, size, kind = int(task.shape["heads"]), int(task.shape["head_size"]), element(task)
-    warps, bias = knobs["warps"], bool(task.shape["bias"])
-    to_bytes = task.shape.get("writes") == "to_int8"
-    values = constants(
+    few, name = knobs["few"], task.name
+    cut = knobs["warps"], 1, knobs["keys"], knobs["stages"]
+    many = _entry(task, row, name, cut, f"blocks >= {few}" if few else 1)
+    if not few:
+        return many
+    cut = knobs["few_warps"], knobs["split"], knobs["few_keys"], 2
+    return together(_entry(task, row, f"{name}_few", cut, f"blocks < {few}"), many)
+
+
+def _entry(task: Task, row: Row, name: str, cut: tuple[int, int, int, int], when: Extent) -> Kernel:
+    kind, (warps, split, keys, stages) = element(task), cut
+    bias, to_bytes = bool(task.shape["bias"]), task.shape.get("writes") == "to_int8"
+    y = "u8" if to_bytes else kind
+    pointers = [(f"const {kind}", "qkv"), ("const float", "keys"), ("const int", "table")]
+    pointers += [("const float", "bias")] if bias else []
+    pointers += [("const float", "limits")] if to_bytes else []
+    pointers.append((y, "y"))
+    size = int(task.shape["head_size"])
+    piece = math.gcd(size * (1 if to_bytes else _width(task)), 8 if to_bytes else 16)
+    parts = [
+        f"using X = {kind};\nusing Y = {y};",
+        _constants(task, *cut),
+        TYPES,
+        f"using Piece = {PIECES[piece]};",
+        code(_arithmetic(task, row)),
+        code("attention.cuh"),
+    ]
+    operands = "bias" if bias else "nullptr", "limits" if to_bytes else "nullptr"
+    rest = "length, bias_0, bias_1" if bias else "0, 0, 0"
+    return program(
+        name,
+        32 * warps,
+        (f"(blocks + {warps // split - 1}) // {warps // split}", int(task.shape["heads"]), 1),
+        pointers,
+        ["blocks", *(["length", "bias_0", "bias_1"] if bias else [])],
+        "\n".join(parts),
+        f"\n  attend(qkv, keys, table, {operands[0]}, {operands[1]}, y, blocks, {rest});",
+        _shared(task, warps, split, keys, stages),
+        when,
+    )
+
+
+def _constants(task: Task, warps: int, split: int, keys: int, stages: int) -> str:
+    heads, size = int(task.shape["heads"]), int(task.shape["head_size"])
+    return constants(
         H=heads,
         D=size,
         DP=_padded(task),
@@ -108,34 +180,13 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
         PITCH=pitch(3 * heads * size),
         PITCH_Y=pitch(heads * size),
         WARPS=warps,
-        KEYS=knobs["keys"],
-        STAGES=knobs["stages"],
-        BIAS=bias,
+        SPLIT=split,
+        TILE=keys,
+        KEYS=keys // split,
+        STAGES=stages,
+        BIAS=bool(task.shape["bias"]),
         ALIGNED=size * _width(task) % 16 == 0,
         FACTOR=float(task.shape["scale"]) * math.log2(math.e),
-    )
-    y = "u8" if to_bytes else kind
-    piece = math.gcd(size * (1 if to_bytes else _width(task)), 8 if to_bytes else 16)
-    pointers = [(f"const {kind}", "qkv"), ("const float", "keys"), ("const int", "table")]
-    pointers += [("const float", "bias")] if bias else []
-    pointers += [("const float", "limits")] if to_bytes else []
-    pointers.append((y, "y"))
-    extents = ["blocks", *(["length", "bias_0", "bias_1"] if bias else [])]
-    parts = [f"using X = {kind};\nusing Y = {y};", values, TYPES]
-    parts += [f"using Piece = {PIECES[piece]};", code(_arithmetic(task, row))]
-    rest = "length, bias_0, bias_1" if bias else "0, 0, 0"
-    operands = "bias" if bias else "nullptr", "limits" if to_bytes else "nullptr"
-    body = f"""
-  attend(qkv, keys, table, {operands[0]}, {operands[1]}, y, blocks, {rest});"""
-    return program(
-        task.name,
-        32 * warps,
-        (f"(blocks + {warps - 1}) // {warps}", heads, 1),
-        pointers,
-        extents,
-        "\n".join([*parts, code("attention.cuh")]),
-        body,
-        _shared(task, warps, knobs["keys"], knobs["stages"]),
     )
 
 

@@ -18,7 +18,7 @@ __device__ inline void scores(Scores& s, const Query&, const X* q, const X* k, i
   for (int j = 0; j < KEYS / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[j][i] = 0.0f;
-#pragma unroll 2
+#pragma unroll 1  // more of them at once do not fit into the registers
   for (int d = 0; d < DP; d += 4) {
     Four rows[2];
 #pragma unroll

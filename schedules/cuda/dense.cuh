@@ -107,6 +107,8 @@ template <class C> WORD void dense(const Operands& of) {
       if (step == 0) {
         const int ahead = iteration + C::STAGES - 1;
         if (ahead < C::ITERATIONS) fill<C>(of, shared + next * C::SLOT, ahead, row, column);
+        if (RESIDUAL && !C::LATE && iteration == 0)
+          fill_residual<C>(of, shared + C::AT_RESIDUAL, row, column);
         copy_commit();
         next = next == C::STAGES - 1 ? 0 : next + 1;
       }

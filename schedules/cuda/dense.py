@@ -16,6 +16,11 @@ tile, at the same number of reads of shared memory.
 
 One task is run on 16 rows and on many thousands: there are three entries, each with a tile of its
 own (``dense_space``). Where there are many, the product may go by wgmma (``dense_wgmma.cuh``).
+
+H200, the four products of a layer of BERT-base in float16, as counted and not measured. 128 rows:
+14 MB of W from memory (3.3 µs), 1.8 GFLOP (2.3 µs), 91 MB from the second-level cache by 96 to 128
+blocks, one to a multiprocessor: 18 µs. 4096 rows: 58 GFLOP (73 µs), 128 to 384 blocks, one to a
+multiprocessor: 114 µs, of which the cache's bytes and the epilogues, which nothing hides, are most.
 """
 
 from __future__ import annotations

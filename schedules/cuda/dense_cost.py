@@ -19,7 +19,8 @@ CACHE = 32  # bytes of the second-level cache in a cycle, for each multiprocesso
 LATENCY = 800  # of a read that misses the second-level cache
 START = 1500  # from the launch to the first read, and from the last write to the end
 BARRIER = 40  # of an iteration: waiting, and the first reads of the next slot
-FINISH = 12  # instructions of a value in the epilogue, per lane
+FINISH = 6  # instructions of a value in the epilogue, without its activation
+ACTIVATION = {"none": 0, "relu": 1, "gelu": 16, "gelu_tanh": 10, "tanh": 20}
 
 
 def cycles(tile: Tile, rows: int, gpu: Gpu) -> float:
@@ -32,13 +33,13 @@ def cycles(tile: Tile, rows: int, gpu: Gpu) -> float:
     together = min(resident, waves)
     panels = tile.iterations * tile.slices
     read = (tile.rows + tile.columns) * PANEL * panels
-    piece = 64 + 8 * tile.wide if tile.grouped else 16 * tile.tall + 8 * tile.wide
-    readers = tile.rows // 64 if tile.grouped else tile.warps
-    fragments = readers * piece * PANEL * panels
+    fragments = _lines(tile) * PANEL * panels
     multiplies = tile.rows * tile.columns * panels * (PANEL // of.size)
     in_flight = (tile.stages - 1) * tile.slot * together
     value = tile.rows * tile.columns
-    ends = value * FINISH / 128 + (value * tile.slices * 8 / SHARED if tile.slices > 1 else 0)
+    ends = value * (FINISH + ACTIVATION[of.activation]) / 128 + (
+        value * tile.slices * 8 / SHARED if tile.slices > 1 else 0
+    )
     each = _together(
         multiplies / rate(tile, gpu, together),
         (fragments + read) / SHARED,
@@ -49,6 +50,17 @@ def cycles(tile: Tile, rows: int, gpu: Gpu) -> float:
     alone = ends if together == 1 else ends / 2  # others multiply meanwhile
     busy = waves * (each + alone) + LATENCY * -(-waves // resident)
     return START + max(busy, blocks * read / (CACHE * gpu.multiprocessors))
+
+
+def _lines(tile: Tile) -> int:
+    """Lines of 128 bytes that are read of a panel in shared memory; a lane without tensor cores
+    reads its 16 bytes in two turns, of columns half as many at once.
+    """
+    if tile.grouped:
+        return tile.rows // 64 * (64 + tile.columns)
+    if tile.operands.precision == "fp32":
+        return tile.warps * 32 * (tile.tall + tile.wide)
+    return tile.warps * (16 * tile.tall + 8 * tile.wide)
 
 
 def _together(*parts: float) -> float:

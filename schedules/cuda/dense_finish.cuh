@@ -2,7 +2,8 @@
 // of the pieces; then scale, shift, bias, activation and residual; and rows leave by 16 bytes.
 //
 // Shared memory: slots, later the sums that are exchanged; AT_VECTORS: b, scale, shift, ranges of
-// the tile; AT_TILE: the tile of the residual, then of y, over the slots where C::LATE.
+// the tile; AT_RESIDUAL, AT_RESULT: tiles, over the slots where C::LATE. A residual with a place of
+// its own is asked for in the first iteration, behind what the products wait for.
 
 enum { NONE, RELU, GELU, GELU_TANH, TANH };
 
@@ -16,7 +17,7 @@ WORD float activated(float x) {
   if (ACTIVATION == GELU && WIDE_RESULT) return 0.5f * x * (1 + erff(x * 0.70710678f));
   if (ACTIVATION == GELU) {
     // relu(x) - a erfc(a / sqrt(2)) / 2 with a = |x|, erfc as exp(-a² / 2) times a polynomial
-    // (least squares, reweighted): within 8e-7, and within 1e-4 of values near zero
+    // (least squares, reweighted): within 1e-6, near zero within 8e-5 of the value
     const float a = fabsf(x) < 16 ? fabsf(x) : 16;
     float q = 2.1241003e-5f;
     q = q * a - 3.9248871e-4f;
@@ -44,7 +45,7 @@ WORD void fill_residual(const Operands& of, u8* tile, int row, int column) {
   }
 }
 
-// Under way with the first slot: the vectors, and the residual where it has a place of its own.
+// Under way with the first slot: the vectors.
 template <class C> WORD void begin(const Operands& of, u8* shared, int row, int column) {
   constexpr int CHUNKS = C::COLUMNS / 4;
   float* const vectors = (float*)(shared + C::AT_VECTORS);
@@ -59,7 +60,6 @@ template <class C> WORD void begin(const Operands& of, u8* shared, int row, int 
       if (row + i < of.rows) range = ((const float2*)of.range)[row + i];
       ((float2*)(vectors + VECTORS * C::COLUMNS))[i] = range;
     }
-  if (RESIDUAL && !C::LATE) fill_residual<C>(of, shared + C::AT_RESIDUAL, row, column);
 }
 
 WORD void read_pair(const u8* at, float& lo, float& hi, float) {
@@ -168,7 +168,7 @@ WORD void finish(const Operands& of, u8* shared, Sum (&sums)[C::TALL * C::WIDE][
 #pragma unroll
   for (int p = 0; p < C::PORTION; ++p) {
     const int f = C::SLICES > 1 ? slice * C::PORTION + p : p;
-    const int i = warp_row + f / C::WIDE * C::APART + lane / 4;
+    const int i = warp_row + f / C::WIDE * 16 + lane / 4;
     const int j = warp_column + f % C::WIDE * 8 + lane % 4 * 2;
     const Sum(&of_piece)[4] = C::SLICES > 1 ? own[p] : sums[p];
     end_pair<C>(of, shared, of_piece[0], of_piece[1], i, j, column, low, inverse);

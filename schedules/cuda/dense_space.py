@@ -64,6 +64,8 @@ def default(task: Task, row: Row) -> Knobs:
             if cycles(tiles[following], rows, row.gpu) < cycles(tiles[name], rows, row.gpu)
         ]
         found[name] = min(ends, default=ENDS[name][-1])
+    if tiles["some"] == tiles["many"]:
+        found["some"] = 0  # one entry less to compile
     return found
 
 
@@ -78,9 +80,8 @@ def _fastest(task: Task, gpu: Gpu, name: str) -> tuple[Knobs, Tile]:
     best: tuple[float, Knobs, Tile] | None = None
     for knobs in _candidates(task, gpu, name):
         tile = Tile.of(task, knobs, gpu)
-        same = ("rows", "columns", "slices", "stages")
-        if any(getattr(tile, key) != knobs[key] for key in same):
-            continue
+        if any(getattr(tile, key) != knobs[key] for key in ("rows", "slices", "stages")):
+            continue  # another point of the space is this tile
         found = cycles(tile, ENTRIES[name], gpu)
         if best is None or found < best[0]:
             best = found, knobs, tile
@@ -92,8 +93,8 @@ def _candidates(task: Task, gpu: Gpu, name: str) -> Iterator[Knobs]:
     choices = _choices(task, gpu, name)
     choices["band"] = choices["band"][1:2]  # the cost does not tell bands apart
     most = pitch(int(task.shape["outputs"]))
-    columns = {min(columns, most) for columns in choices["columns"]}
-    choices["columns"] = tuple(sorted(columns & {*choices["columns"], most}))
+    wider = [columns for columns in choices["columns"] if columns >= most]
+    choices["columns"] = tuple(c for c in choices["columns"] if c < most or c == wider[0])
     for values in itertools.product(*choices.values()):
         knobs = dict(zip(choices, values))
         tall, wide, slices = knobs["tall"], knobs["wide"], knobs["slices"]
@@ -101,7 +102,8 @@ def _candidates(task: Task, gpu: Gpu, name: str) -> Iterator[Knobs]:
             if (tall, wide, slices) == (4, 8, 1):
                 yield knobs
             continue
-        down, across = knobs["rows"] // (16 * tall), knobs["columns"] // (8 * wide)
-        divides = knobs["columns"] % (8 * wide) == 0 and tall * wide % slices == 0
+        columns = min(knobs["columns"], most)
+        down, across = knobs["rows"] // (16 * tall), columns // (8 * wide)
+        divides = columns % (8 * wide) == 0 and tall * wide % slices == 0
         if divides and 4 <= down * across * slices <= 16:
             yield knobs

@@ -17,6 +17,7 @@ REGISTERS = 255  # of a thread
 GRANULE = 8  # registers are given to a thread by so many
 GROUPED = ("fp16", "bf16", "int8", "int8_static")  # what wgmma multiplies here
 GROUP_COLUMNS = (64, 96, 128, 192, 256)
+SMALL = 20480  # bytes of a result that may have a place of its own in shared memory
 PRIVATE = 1024  # bytes of shared memory that the system takes of each block
 
 
@@ -37,6 +38,7 @@ class Operands:
     wide: str  # type of the residual, and of y where it is not bytes
     result: str  # type of y
     residual: bool
+    activation: str
 
     @staticmethod
     def of(task: Task) -> Operands:
@@ -51,6 +53,7 @@ class Operands:
             wide,
             "u8" if shape.get("writes") == "to_int8" else wide,
             bool(shape["residual"]),
+            str(shape["activation"]),
         )
 
     @property
@@ -84,7 +87,8 @@ class Tile:
     """Rows and columns of the result; a warp's share in pieces of 16 rows (``tall``) by 8 columns
     (``wide``); groups of warps that take parts of K (``slices``); slots of shared memory that are
     filled ahead (``stages``); rows of tiles that are made together (``band``). ``grouped``: by
-    wgmma, four warps have all columns of 64 rows ``tall`` times.
+    wgmma, four warps have all columns of 64 rows. ``late``: residual and result take the place of
+    the slots.
     """
 
     operands: Operands
@@ -96,6 +100,7 @@ class Tile:
     stages: int
     band: int
     grouped: bool = False
+    late: bool = True
 
     @staticmethod
     def of(task: Task, knobs: Mapping[str, int], gpu: Gpu) -> Tile:
@@ -103,15 +108,24 @@ class Tile:
         operands = Operands.of(task)
         names = ("rows", "columns", "tall", "wide", "slices", "stages", "band")
         tile = Tile(operands, *(knobs[name] for name in names), bool(knobs.get("tensor")))
-        return tile._shaped()._fitted(gpu)
+        return tile._shaped()._fitted(gpu)._placed(gpu)
+
+    def _placed(self, gpu: Gpu) -> Tile:
+        """With a place of its own for the residual, which is there in time then, and for a small
+        result, if that leaves room for as many blocks.
+        """
+        apart = replace(self, late=False)
+        useful = self.operands.residual or self._tile <= SMALL
+        fits = apart.shared <= gpu.shared_per_block
+        return apart if useful and fits and apart.resident(gpu) == self.resident(gpu) else self
 
     def _shaped(self) -> Tile:
         """Warps that divide the tile, slices that divide K and the pieces."""
         if self.grouped:
             most = min(self.columns, pitch(self.operands.outputs))
             columns = next(n for n in GROUP_COLUMNS if n >= most)
-            rows = max(64, min(self.rows, 256 if columns <= 128 else 128))
-            made = replace(self, rows=rows, columns=columns, tall=-(-rows // 128), slices=1)
+            rows = max(64, min(self.rows, 256 if columns <= 192 else 128))
+            made = replace(self, rows=rows, columns=columns, tall=1, slices=1)
             return replace(made, wide=columns // 8, stages=max(3, self.stages))
         columns = min(self.columns, pitch(self.operands.outputs))
         tall = min(self.tall, self.rows // 16)
@@ -141,14 +155,13 @@ class Tile:
 
     def plain(self) -> Tile:
         """The same tile by as many threads without wgmma, for code of other GPUs."""
-        wide = self.columns // 8 * self.tall // 2
-        return replace(self, grouped=False, tall=2, wide=wide)
+        return replace(self, grouped=False, tall=2, wide=self.columns // 16)
 
     @property
     def warps(self) -> int:
         """Of a slice."""
         if self.grouped:
-            return self.rows // (64 * self.tall) * 4
+            return self.rows // 16
         return self.rows // (16 * self.tall) * (self.columns // (8 * self.wide))
 
     @property
@@ -165,7 +178,7 @@ class Tile:
     def registers(self) -> int:
         """About what a thread needs: sums, two sets of fragments, addresses."""
         if self.grouped:
-            return 4 * self.tall * self.wide + 64
+            return 4 * self.wide + 32
         a, b = (8, 8) if self.operands.precision == "fp32" else (4, 2)
         fragments = 2 * (a * self.tall + b * self.wide)
         return -(-(4 * self.tall * self.wide + fragments + 46) // GRANULE) * GRANULE
@@ -187,10 +200,18 @@ class Tile:
         return 4 * self.operands.vectors * self.columns + ranges
 
     def pitch(self, kind: str) -> int:
-        """Bytes from a row of a tile in shared memory to the next: pairs that eight rows write at
-        once lie in different banks.
+        """Bytes from a row of a tile in shared memory to the next: pairs of channels that a warp
+        writes at once, four of each of eight rows, lie in different banks.
         """
-        return self.columns * SIZE[kind] + (32 if kind == "float" else 16)
+        pair = 2 * SIZE[kind]
+        rows = 8 * 4 // pair if pair > 4 else 8  # eight bytes go by half warps
+
+        def apart(pitch: int) -> bool:
+            banks = {(row * pitch + i * 4) // 4 % 32 for row in range(rows) for i in range(pair)}
+            return len(banks) == rows * pair
+
+        first = self.columns * SIZE[kind] + 16
+        return next(pitch for pitch in range(first, first + 128, 16) if apart(pitch))
 
     @property
     def _apart(self) -> bool:
@@ -201,13 +222,6 @@ class Tile:
         """Bytes of the residual and the result, in one place where they are of one type."""
         kinds = {self.operands.result, *([self.operands.wide] if self.operands.residual else [])}
         return sum(self.rows * self.pitch(kind) for kind in kinds)
-
-    @property
-    def late(self) -> bool:
-        """Whether the tile takes the place of the slots: a place of its own, where the residual is
-        ready in time, is for small ones.
-        """
-        return self._tile > 20480
 
     @property
     def at(self) -> dict[str, int]:
@@ -237,7 +251,6 @@ class Tile:
             "WIDE": self.wide,
             "WARPS": self.warps,
             "WARPS_ACROSS": self.columns // (8 * self.wide),
-            "APART": 64 if self.grouped else 16,
             "SLICES": self.slices,
             "THREADS": self.threads,
             "STAGES": self.stages,

@@ -157,6 +157,32 @@ MMA_16816(f16, "f16")
 MMA_16816(bf16, "bf16")
 #undef MMA_16816
 
+// 16 × 8 × 32 where of every four neighbours along k in a row of a two are kept: a as for 16 × 8 × 16
+// of what is kept. b[0]: column g, k 2t and 2t+1; b[1], b[2], b[3]: at k+8, k+16, k+24. `kept` is read
+// of lanes with t = 0 (k 0..15) and t = 1 (k 16..31): its lower half is of row g, its upper half of
+// row g+8; 4 bits for every four: where the first lies, and above that where the second does.
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1205
+#define MMA_SP "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32."
+#else
+#define MMA_SP "mma.sp.sync.aligned.m16n8k32.row.col.f32."
+#endif
+template <class T>
+WORD void mma_sp_16832(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4],
+                       unsigned kept);
+#define MMA_SP_16832(T, NAME)                                                                      \
+  template <>                                                                                      \
+  WORD void mma_sp_16832<T>(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4],         \
+                            unsigned kept) {                                                       \
+    asm volatile(MMA_SP NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "                  \
+                 "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"                                 \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),    \
+                   "r"(b[3]), "r"(kept));                                                          \
+  }
+MMA_SP_16832(f16, "f16")
+MMA_SP_16832(bf16, "bf16")
+#undef MMA_SP_16832
+
 // 16 × 8 × 8, numbers as to_tf32 makes them. a[0]: row g, k t; a[1]: row g+8; a[2], a[3]: at k+4.
 // b[0]: column g, k t; b[1]: at k+4.
 WORD void mma_1688_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {

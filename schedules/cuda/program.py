@@ -18,6 +18,7 @@ def program(
     helpers: str,
     body: str,
     shared: int = 0,
+    when: Extent = 1,
 ) -> Kernel:
     """The kernel whose operands are ``pointers`` (type, name); it also reads the symbols
     ``extents``.
@@ -39,5 +40,12 @@ extern "C" __global__ void __launch_bounds__({threads}) {name}({signature}) {{
   parts_of_{name}::run({", ".join([*operands, *extents])});
 }}
 """
-    launch = Launch(name, grid, threads, shared, (*operands, *extents))
+    launch = Launch(name, grid, threads, shared, (*operands, *extents), when)
     return Kernel(source, operands, (launch,))
+
+
+def together(*kernels: Kernel) -> Kernel:
+    """One kernel of several that have the same operands: their launches follow each other."""
+    source = "".join(kernel.source for kernel in kernels)
+    launches = tuple(launch for kernel in kernels for launch in kernel.launches)
+    return Kernel(source, kernels[0].operands, launches)

@@ -1,5 +1,8 @@
 """What the kernels share that hold one row of channels in the registers of a few warps
 (``rows.cuh``): how a row is cut, and the bytes that they may write beside it.
+
+There are two entries. Where rows are ``few``, all warps of a GPU have room, and more of them to a
+row make it faster; where there are many, a warp to a row waits for no barrier.
 """
 
 from __future__ import annotations
@@ -10,25 +13,35 @@ from dataclasses import dataclass
 import numpy as np
 
 from bertile.schedules.cuda.forms import code, constants, element, pitch
-from bertile.schedules.cuda.program import program
-from bertile.schedules.cuda.source import Kernel
+from bertile.schedules.cuda.program import program, together
+from bertile.schedules.cuda.source import Extent, Kernel
 from bertile.schedules.schedule import Knobs, Row, Space
 from bertile.schedules.task import Task
 
 HELD = 4  # chunks of 8 channels that a lane holds without effort: of x, gamma and beta
+FEW = (0, 512, 1024, 2048)  # rows from which they are many
 KINDS = {"": 0, "int8": 1, "int8_static": 2}
 
 
 def space(task: Task, row: Row) -> Space:
-    """Warps that share a row, and rows of a thread block."""
+    """Warps that share a row, and rows of a thread block, for many rows and for fewer than
+    ``few``.
+    """
     channels = int(task.shape["channels"])
-    warps = tuple(w for w in (1, 2, 4, 8) if _chunks(channels, w) <= HELD)
-    return {"warps": warps or (8,), "rows": (1, 2, 4)}
+    warps = tuple(w for w in (1, 2, 3, 4, 6, 8) if _chunks(channels, w) <= HELD) or (8,)
+    rows = (1, 2, 4)
+    return {"warps": warps, "rows": rows, "few_warps": warps, "few_rows": rows, "few": FEW}
 
 
 def default(task: Task, row: Row) -> Knobs:
-    """As few warps as hold a row: the fewer, the less waits for a barrier."""
-    return {"warps": min(space(task, row)["warps"]), "rows": 2}
+    """As few warps as hold a row; for few rows as many as it has chunks for, as long as eight rows
+    for each multiprocessor are not reached.
+    """
+    warps, channels = space(task, row)["warps"], int(task.shape["channels"])
+    enough = [w for w in warps if _chunks(channels, w) == 1]
+    few = max(end for end in FEW if end <= 8 * row.gpu.multiprocessors)
+    wide = min(enough, default=max(warps))
+    return {"warps": min(warps), "rows": 2, "few_warps": wide, "few_rows": 1, "few": few}
 
 
 def _chunks(channels: int, warps: int) -> int:
@@ -82,25 +95,38 @@ def row_kernel(
     """A kernel of (type, name) pointers and the symbols ``rows`` and ``extents``; ``body`` has
     ``row`` to ask where it is.
     """
-    channels, threads = int(task.shape["channels"]), 32 * knobs["warps"] * knobs["rows"]
-    narrow = Narrow.of(task)
-    values = constants(
-        C=channels,
-        PITCH=pitch(channels),
-        WARPS=knobs["warps"],
-        ROWS=knobs["rows"],
-        KIND=KINDS[narrow.kind],
-        SMOOTH=narrow.smooth,
-        EPSILON=float(task.shape.get("epsilon", 0.0)),
-    )
-    helpers = f"using X = {element(task)};\n{values}\n{code('rows.cuh')}\n{helpers}"
-    body = f"""
+
+    def entry(name: str, warps: int, rows: int, when: Extent) -> Kernel:
+        text = f"using X = {element(task)};\n{_constants(task, warps, rows)}"
+        text = f"{text}\n{code('rows.cuh')}\n{helpers}"
+        inside = f"""
   __shared__ float partial[4 * ROWS * WARPS];
   const Row row(rows, partial);
   float x[CHUNKS][8];
 {body}"""
-    grid = (f"(rows + {knobs['rows'] - 1}) // {knobs['rows']}", 1, 1)
-    return program(task.name, threads, grid, parameters, ["rows", *extents], helpers, body)
+        grid = (f"(rows + {rows - 1}) // {rows}", 1, 1)
+        symbols = ["rows", *extents]
+        return program(name, 32 * warps * rows, grid, parameters, symbols, text, inside, when=when)
+
+    few, name = knobs["few"], task.name
+    many = entry(name, knobs["warps"], knobs["rows"], f"rows >= {few}" if few else 1)
+    if not few:
+        return many
+    wide = entry(f"{name}_few", knobs["few_warps"], knobs["few_rows"], f"rows < {few}")
+    return together(wide, many)
+
+
+def _constants(task: Task, warps: int, rows: int) -> str:
+    channels, narrow = int(task.shape["channels"]), Narrow.of(task)
+    return constants(
+        C=channels,
+        PITCH=pitch(channels),
+        WARPS=warps,
+        ROWS=rows,
+        KIND=KINDS[narrow.kind],
+        SMOOTH=narrow.smooth,
+        EPSILON=float(task.shape.get("epsilon", 0.0)),
+    )
 
 
 def padded(weights: Sequence[np.ndarray], channels: int) -> list[np.ndarray]:

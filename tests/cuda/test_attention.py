@@ -8,6 +8,7 @@ import cuda_kernels
 import numpy as np
 import pytest
 
+from bertile.cuda_loader import evaluate
 from bertile.schedules.cuda.attention import attention
 from bertile.schedules.cuda.attention_samples import sequences_sample
 from bertile.schedules.cuda.forms import LOWEST, from_rows
@@ -25,17 +26,30 @@ def sample_of(task, lengths, **more):
     return sequences_sample(task, lengths, np.random.default_rng(0), **more)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "tf32", "fp32"])
-@pytest.mark.parametrize("heads, size", [(2, 64), (3, 32), (1, 40), (3, 13)])
+def mistakes(task, sample, row="cuda-sm90", knobs=None):
+    """What is wrong with the entry for few blocks, and with that for many."""
+    found = [cuda_kernels.found(task, sample, row, knobs, entry=i) for i in range(2)]
+    return [one for one in map(sample.mistake, found) if one]
+
+
+@pytest.mark.parametrize(
+    "heads, size, precision",
+    [
+        *itertools.product([2], [64], ["fp16", "bf16", "int8", "tf32", "fp32"]),
+        *itertools.product([3], [13], ["bf16", "tf32", "fp32"]),
+        (3, 32, "fp16"),
+        (1, 40, "bf16"),
+    ],
+)
 def test_attention_of_unequal_sequences_equals_numpy(heads, size, precision):
     task = task_of(heads, size, precision)
-    assert cuda_kernels.mistake(task, sample=sample_of(task, MIXED)) is None
+    assert not mistakes(task, sample_of(task, MIXED))
 
 
-@pytest.mark.parametrize("size, precision", [(128, "fp16"), (256, "bf16"), (128, "fp32")])
+@pytest.mark.parametrize("size, precision", [(128, "fp16"), (256, "bf16"), (256, "fp32")])
 def test_attention_of_wide_heads_equals_numpy(size, precision):
     task = task_of(1, size, precision)
-    assert cuda_kernels.mistake(task, sample=sample_of(task, [50, 17])) is None
+    assert not mistakes(task, sample_of(task, [50, 17]))
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 8, 19])
@@ -46,29 +60,28 @@ def test_attention_equals_its_sample(blocks):
 @pytest.mark.parametrize("lengths", [[1], [16], [128], [129, 128]])
 def test_attention_of_few_sequences_equals_numpy(lengths):
     task = task_of()
-    assert cuda_kernels.mistake(task, sample=sample_of(task, lengths)) is None
+    assert not mistakes(task, sample_of(task, lengths))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32", "tf32"])
 @pytest.mark.parametrize("planes", [(False, False), (False, True), (True, False), (True, True)])
-def test_attention_adds_a_bias(precision, planes):
-    task = task_of(3, 24, precision, bias=True)
+def test_attention_adds_a_bias(planes):
+    task = task_of(3, 24, "bf16", bias=True)
     sample = sample_of(task, [40, 7, 19], planes=planes)
     assert sample.activations[3].shape == (3 if planes[0] else 1, 3 if planes[1] else 1, 40, 40)
-    assert cuda_kernels.mistake(task, sample=sample) is None
+    assert not mistakes(task, sample)
 
 
 @pytest.mark.parametrize("row", ["cuda-sm75", "cuda-sm86"])
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])
 def test_attention_for_other_rows_equals_numpy(precision, row):
     task = task_of(precision=precision)
-    assert cuda_kernels.mistake(task, row, sample=sample_of(task, MIXED)) is None
+    assert not mistakes(task, sample_of(task, MIXED), row)
 
 
 @pytest.mark.parametrize("heads, size", [(2, 64), (3, 13)])
 def test_attention_writes_bytes(heads, size):
     task = task_of(heads, size, "int8_static", writes="to_int8")
-    assert cuda_kernels.mistake(task, sample=sample_of(task, [33, 16, 70])) is None
+    assert not mistakes(task, sample_of(task, [33, 16, 70]))
 
 
 def test_attention_of_a_row_that_is_masked_whole_is_finite():
@@ -118,14 +131,33 @@ def test_attention_subtracts_the_maximum():
 def test_attention_equals_numpy_at_points_of_its_space(precision, row):
     task = task_of(2, 40, precision)
     for knobs in cuda_kernels.points(task, row, 6):
-        assert cuda_kernels.mistake(task, row, knobs, sample=sample_of(task, MIXED)) is None
+        knobs["few"] = 32
+        assert not mistakes(task, sample_of(task, MIXED), row, knobs)
 
 
-@pytest.mark.parametrize("knobs", [(1, 16, 3), (2, 128, 2), (8, 32, 3)])
-def test_attention_equals_numpy_at_other_knobs(knobs):
+@pytest.mark.parametrize("warps, keys, stages", [(1, 16, 3), (2, 128, 2), (8, 32, 3)])
+def test_attention_of_many_blocks_equals_numpy_at_other_knobs(warps, keys, stages):
     task = task_of()
-    knobs = dict(zip(("warps", "keys", "stages"), knobs))
-    assert cuda_kernels.mistake(task, "cuda-sm90", knobs, sample=sample_of(task, MIXED)) is None
+    knobs = {"few": 0, "warps": warps, "keys": keys, "stages": stages}
+    knobs = {**attention.default(task, cuda_kernels.row_of("cuda-sm90")), **knobs}
+    assert cuda_kernels.mistake(task, knobs=knobs, sample=sample_of(task, MIXED)) is None
+
+
+@pytest.mark.parametrize("warps, keys, split", [(4, 64, 4), (8, 128, 4), (4, 128, 1)])
+def test_attention_of_few_blocks_equals_numpy_at_other_knobs(warps, keys, split):
+    task = task_of()
+    knobs = {"few": 32, "few_warps": warps, "few_keys": keys, "split": split}
+    knobs = {**attention.default(task, cuda_kernels.row_of("cuda-sm90")), **knobs}
+    assert cuda_kernels.mistake(task, knobs=knobs, sample=sample_of(task, MIXED)) is None
+
+
+@pytest.mark.parametrize("blocks", [1, 31, 32])
+def test_blocks_are_few_or_many(blocks):
+    row = cuda_kernels.row_of("cuda-sm90")
+    knobs = {**attention.default(task_of(), row), "few": 32}
+    launches = attention.kernel(task_of(), knobs, row).launches
+    found = [evaluate(one.when, {"blocks": blocks}) for one in launches]
+    assert found == ([0, 1] if blocks == 32 else [1, 0])
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -137,10 +169,10 @@ def test_default_lies_in_its_own_space(size, row):
 
 
 def test_attention_uses_tensor_cores_and_spills_nothing():
-    taken = cuda_kernels.assert_fits(task_of(12), "cuda-sm90")
-    assert taken.tensor >= 128 and taken.instructions["LDGSTS"]
-    taken = cuda_kernels.assert_fits(task_of(12), "cuda-sm75")
-    assert taken.tensor >= 128 and not taken.instructions["LDGSTS"]
+    for taken in cuda_kernels.assert_fits(task_of(12), "cuda-sm90"):
+        assert taken.tensor >= 128 and taken.instructions["LDGSTS"]
+    for taken in cuda_kernels.assert_fits(task_of(12), "cuda-sm75"):
+        assert taken.tensor >= 64 and not taken.instructions["LDGSTS"]
 
 
 @pytest.mark.slow
@@ -149,9 +181,9 @@ def test_attention_uses_tensor_cores_and_spills_nothing():
 def test_attention_of_every_row_spills_nothing(size, row):
     precisions = ["fp16", "fp32", "tf32"] + ["bf16"] * cuda_kernels.row_of(row).gpu.bf16
     for precision, bias in itertools.product(precisions, (False, True)):
-        taken = cuda_kernels.assert_fits(task_of(12, size, precision, bias), row)
         floats = precision == "fp32" or (precision == "tf32" and row == "cuda-sm75")
-        assert (taken.tensor == 0) == floats
+        for taken in cuda_kernels.assert_fits(task_of(12, size, precision, bias), row):
+            assert (taken.tensor == 0) == floats
 
 
 @pytest.mark.slow

@@ -98,6 +98,45 @@ def test_fragments_of_bytes_are_where_ptx_has_them() -> None:
     np.testing.assert_array_equal(made, accumulators(d + a.astype(np.int32) @ b))
 
 
+def sparse_product(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The registers of each lane, and the accumulators that must come of them."""
+    b, kept = rng.integers(-9, 10, (32, 8)), np.zeros((16, 8), np.uint32)
+    a, few = np.zeros((16, 32), int), np.zeros((16, 16), int)
+    for row in range(16):
+        for four in range(8):
+            where = np.sort(rng.choice(4, 2, replace=False))
+            few[row, 2 * four : 2 * four + 2] = rng.integers(1, 9, 2)
+            a[row, 4 * four + where] = few[row, 2 * four : 2 * four + 2]
+            kept[row, four] = where[0] | where[1] << 2
+    words = (kept.reshape(16, 2, 4) << np.arange(0, 16, 4, dtype=np.uint32)).sum(
+        2
+    )  # row, half of k
+    said = np.where(T % 2, words[G, 1] | words[G + 8, 1] << 16, words[G, 0] | words[G + 8, 0] << 16)
+    said[T > 1] = 0xFFFFFFFF  # nobody reads these
+    pairs = T[:, None] * 2 + np.arange(2)
+    halves = ((0, 0), (8, 0), (0, 8), (8, 8))
+    given = [packed(few.astype(np.float16)[(G + down)[:, None], pairs + at]) for down, at in halves]
+    given += [packed(b.astype(np.float16)[pairs + at, G[:, None]]) for at in (0, 8, 16, 24)]
+    return np.hstack([*given, said.astype(np.uint32)[:, None]]), accumulators(a @ b)
+
+
+SPARSE = """
+  float d[4] = {};
+  unsigned a[4] = {x[0], x[1], x[2], x[3]}, b[4] = {x[4], x[5], x[6], x[7]};
+  mma_sp_16832<f16>(d, a, b, x[8]);
+  for (int i = 0; i < 4; ++i) y[i] = __float_as_uint(d[i]);
+"""
+
+
+def test_two_of_four_are_where_ptx_has_them() -> None:
+    given, expected = sparse_product(np.random.default_rng(0))
+    made = run_warp(SPARSE, given, np.zeros((32, 4), np.uint32))
+    np.testing.assert_array_equal(made.view(np.float32), expected)
+    given[5, 8] = 0x44444441  # in one of the fours the second lies before the first
+    with pytest.raises(emulator.EmulationError, match="lane 5 says that columns 1 and 0"):
+        run_warp(SPARSE, given, np.zeros((32, 4), np.uint32))
+
+
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matrices_are_loaded_as_ptx_has_them(count: int, transposed: bool) -> None:
@@ -189,9 +228,11 @@ extern "C" __global__ void __launch_bounds__(128) words(const T* x, const u8* q,
   int e[4] = {};
   mma_16816<T>(d, a, b);
   mma_16832_u8s8(e, a, b);
+  MORE
   for (int i = 0; i < 4; ++i)
     y[i * 128 + threadIdx.x] = shuffle_xor(d[i], 1) + to_float(from_float<T>(e[i])) + to_u8(d[i]);
 }
 """
-    source = source.replace("T*", f"{cell}*").replace("<T>", f"<{cell}>")
+    more = "" if name == "cuda-sm75" else "mma_1688_tf32(d, a, b); mma_sp_16832<T>(d, a, a, b[0]);"
+    source = source.replace("MORE", more).replace("T*", f"{cell}*").replace("<T>", f"<{cell}>")
     compiler.compile(source, targets.resolve(name), tmp_path)

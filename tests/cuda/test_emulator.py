@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -103,8 +106,8 @@ def test_more_threads_than_the_launch_bounds_are_refused() -> None:
         run_product(product(threads=160))
 
 
-def run_small(body: str, threads: int = 64, shared: int = 1024, seed: int = 0) -> np.ndarray:
-    """Run `body` in one block; it may read x (256 floats, each its own index) and write y."""
+def small(body: str, threads: int = 64, shared: int = 1024) -> Kernel:
+    """`body` in one block; it may read x (256 floats, each its own index) and write y."""
     text = f"""
 extern "C" __global__ void small(const float* x, float* y) {{
   SHARED_MEMORY(memory);
@@ -113,9 +116,16 @@ extern "C" __global__ void small(const float* x, float* y) {{
   {body}
 }}
 """
-    x, y = np.arange(256, dtype=np.float32), np.zeros(256, np.float32)
-    launch = Launch("small", (1, 1, 1), threads, shared, ("x", "y"))
-    emulator.run_kernel(Kernel(text, ("x", "y"), (launch,)), [x, y], {}, seed=seed)
+    return Kernel(text, ("x", "y"), (Launch("small", (1, 1, 1), threads, shared, ("x", "y")),))
+
+
+def arrays() -> list[np.ndarray]:
+    return [np.arange(256, dtype=np.float32), np.zeros(256, np.float32)]
+
+
+def run_small(body: str, threads: int = 64, seed: int = 0) -> np.ndarray:
+    x, y = arrays()
+    emulator.run_kernel(small(body, threads), [x, y], {}, seed=seed)
     return y
 
 
@@ -143,6 +153,18 @@ def test_mistakes_of_shared_memory_are_found() -> None:
             run_small(body)
 
 
+@pytest.mark.parametrize(
+    "wrong", ["y[i] = 1;", "y[64 * blockIdx.x + i] = y[(64 * blockIdx.x + i + 64) % 128];"]
+)
+def test_blocks_that_depend_on_each_other_are_found(wrong: str) -> None:
+    kernel = small("y[64 * blockIdx.x + i] = x[i];")
+    launches = (dataclasses.replace(kernel.launches[0], grid=(2, 1, 1)),)
+    emulator.run_kernel(dataclasses.replace(kernel, launches=launches), arrays(), {})
+    kernel = dataclasses.replace(small(wrong), launches=launches)
+    with pytest.raises(emulator.EmulationError, match=r"which block \(\d, 0, 0\) has written"):
+        emulator.run_kernel(kernel, arrays(), {})
+
+
 def test_what_is_no_mistake_runs() -> None:
     bodies = {
         # warps of their own: a barrier of a warp is enough
@@ -165,3 +187,58 @@ def test_orders_of_warps_and_blocks_depend_on_the_seed() -> None:
     """Global memory has no stamps: what depends on the order shows by another result."""
     found = {float(run_small("if (i % 32 == 0) y[0] = i;", 1024, seed=s)[0]) for s in range(8)}
     assert len(found) > 1
+
+
+def test_passes_over_banks_and_sectors_are_counted() -> None:
+    count = emulator.Traffic
+    bodies = {
+        "cells[i] = 0;": {"shared write": count(1, 128, 1, 1)},
+        "cells[2 * i] = 0;": {"shared write": count(1, 128, 2, 1)},
+        "cells[i * 33 % 256] = 0;": {"shared write": count(1, 128, 1, 1)},
+        "if (i < 8) cells[i * 32] = 0;": {"shared write": count(1, 32, 8, 1)},
+        "((float4*)cells)[i] = {};": {"shared write": count(1, 512, 4, 4)},
+        "((float4*)cells)[i % 8 * 8 + i / 8] = {};": {"shared write": count(1, 512, 32, 4)},
+        "y[i] = 0;": {"global write": count(1, 128, 4, 4)},
+        "y[i + 1] = 0;": {"global write": count(1, 128, 5, 4)},
+        "y[i * 8] = 0;": {"global write": count(1, 128, 32, 4)},
+        "y[i] = x[0];": {"global write": count(1, 128, 4, 4), "global read": count(1, 128, 1, 1)},
+        "copy_async_16(memory + 16 * i, x + 4 * i, i < 16);": {
+            "shared write": count(1, 512, 4, 4),
+            "copy_async read": count(1, 256, 8, 8),
+        },
+        "((float4*)cells)[i] = {}; unsigned r[4]; warp_sync();"
+        "load_matrix_x4(r, memory + 16 * i);": {
+            "shared write": count(1, 512, 4, 4),
+            "load_matrix read": count(1, 512, 4, 4),
+        },
+        "((float4*)cells)[i] = {}; unsigned r[2]; warp_sync();"
+        "load_matrix_x2(r, memory + 64 * (i % 8));": {
+            "shared write": count(1, 512, 4, 4),
+            "load_matrix read": count(1, 256, 8, 2),
+        },
+    }
+    for body, expected in bodies.items():
+        found, _ = emulator.count_traffic(small(body, threads=32), arrays(), {})
+        assert {way: one for way, one in found.items() if one.instructions} == expected, body
+
+
+def test_multiplications_of_tensor_cores_are_counted() -> None:
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal((count, 160)).astype(np.float16) for count in (100, 72))
+    given = [x, w, np.zeros((100, 72), np.float32)]
+    _, done = emulator.count_traffic(product(), given, {"rows": 100, "n": 72, "k": 160})
+    assert done == 128 * 128 * 160, "whole tiles of 64 × 64"
+
+
+def test_launches_leave_no_mappings_behind() -> None:
+    """A process may have 65530 of them, and hundreds of libraries."""
+    run_small("if (i < 256) y[i] = x[i];", 1024)
+    before = len(Path("/proc/self/maps").read_text().splitlines())
+    for seed in range(3):
+        run_small("if (i < 256) y[i] = x[i];", 1024, seed)
+    assert len(Path("/proc/self/maps").read_text().splitlines()) < before + 20
+
+
+def test_stack_that_is_used_up_is_found() -> None:
+    with pytest.raises(emulator.EmulationError, match="bytes of stack"):
+        run_small("volatile float many[32760]; for (int k = 0; k < 32760; ++k) many[k] = k;", 1)

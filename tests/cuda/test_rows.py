@@ -8,9 +8,11 @@ import cuda_kernels
 import numpy as np
 import pytest
 
+from bertile.cuda_loader import evaluate
 from bertile.schedules import reference
 from bertile.schedules.cuda import SCHEDULES
 from bertile.schedules.cuda.forms import from_rows, symbols, to_rows, token_table
+from bertile.schedules.cuda.layer_norm import layer_norm
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 
@@ -35,10 +37,22 @@ def test_layer_norm_equals_numpy(channels, precision):
     assert cuda_kernels.mistake(layer_norm_of(channels, precision)) is None
 
 
-@pytest.mark.parametrize("knobs", [(1, 4), (2, 1), (4, 2), (8, 4)])
-def test_layer_norm_equals_numpy_at_every_cut_of_a_row(knobs):
+@pytest.mark.parametrize("cut", [(1, 4), (2, 1), (3, 2), (4, 2), (6, 1), (8, 4)])
+def test_layer_norm_equals_numpy_at_every_cut_of_a_row(cut):
     task = layer_norm_of(1000, kind="int8", smooth=True)
-    assert cuda_kernels.mistake(task, knobs=dict(zip(("warps", "rows"), knobs))) is None
+    knobs = dict(zip(("warps", "rows", "few_warps", "few_rows"), (*cut, 1, 1)))
+    assert cuda_kernels.mistake(task, knobs={**knobs, "few": 0}) is None
+    knobs = dict(zip(("few_warps", "few_rows", "warps", "rows"), (*cut, 1, 1)))
+    assert cuda_kernels.mistake(task, knobs={**knobs, "few": 512}) is None
+
+
+@pytest.mark.parametrize("rows", [1, 511, 512])
+def test_rows_are_few_or_many(rows):
+    row = cuda_kernels.row_of("cuda-sm90")
+    knobs = {**layer_norm.default(layer_norm_of(768), row), "few": 512}
+    first, second = layer_norm.kernel(layer_norm_of(768), knobs, row).launches
+    found = [evaluate(one.when, {"rows": rows}) for one in (first, second)]
+    assert found == ([0, 1] if rows == 512 else [1, 0])
 
 
 def test_layer_norm_of_a_very_wide_row_equals_numpy():

@@ -1,0 +1,42 @@
+"""A bundle for a GPU comes in, what can run it on this machine goes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+
+from bertile import cuda_loader, loader
+from bertile.cuda import emulated_model, emulator
+from bertile.errors import PlatformError
+
+LIMIT = 25_000_000  # weights of layers: with these, a request of 64 tokens takes the emulator 10 s
+Model = Union[cuda_loader.Model, emulated_model.Model]
+
+
+def open_model(directory: Path) -> Model | str:
+    """The bundle on the GPU that is here, else, where it is small, its kernels emulated; or why
+    neither can be.
+    """
+    try:
+        return loader.load(directory, verify=False)
+    except PlatformError as error:
+        reason = error.what
+    if lacks := emulator.missing():
+        return f"{reason}, and {lacks} to emulate one"
+    if multiplied(loader.read_manifest(directory)) > LIMIT:
+        return f"{reason}, and the model is too large for the emulator"
+    return emulated_model.Model(directory)
+
+
+def emulates(model: Any) -> bool:
+    """Whether a model is run without a GPU."""
+    return isinstance(model, emulated_model.Model)
+
+
+def multiplied(manifest: dict[str, Any]) -> int:
+    """The weights of all linear layers, as often as they are called."""
+    shapes = [(one["shape"], one["calls"]) for one in manifest["kernels"]]
+    sizes = [np.prod([s.get("inputs", 0), s.get("outputs", 0), n]) for s, n in shapes]
+    return int(sum(sizes))

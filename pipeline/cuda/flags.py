@@ -1,0 +1,35 @@
+"""What a compile for a GPU is asked for is refused here where it means nothing on one."""
+
+from __future__ import annotations
+
+from bertile import planner
+from bertile.config import Config
+from bertile.cuda import here
+from bertile.errors import PlatformError, UsageError
+from bertile.targets import Target
+
+_NO_HOST_CODE = "a bundle for a GPU has no code for a processor"
+
+
+def check(config: Config, row: Target) -> None:
+    """UsageError or PlatformError, before anything takes time."""
+    if config.libc != "glibc":
+        raise UsageError(f"--libc says nothing about {row.name}: {_NO_HOST_CODE}", "leave it out")
+    if config.runtime_from is not None:
+        raise UsageError(
+            f"--runtime-from says nothing about {row.name}: {_NO_HOST_CODE}",
+            "leave it out; --runtime include puts the loader's two files into the bundle",
+        )
+    if config.sparse == "always":
+        raise UsageError(
+            f"no kernel for {row.name} skips zeros: tensor cores are faster with them",
+            "leave --sparse out; heads and neurons that are zero are removed in any case",
+        )
+    planner.check(config.precision, row)
+    if config.max_drop is not None:
+        card = here.gpu()
+        if isinstance(card, str):
+            raise PlatformError(
+                f"--max-drop runs the model on many texts, and {card}",
+                "compile on a machine with the GPU, or leave it out",
+            )

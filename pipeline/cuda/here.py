@@ -1,0 +1,25 @@
+"""What of CUDA this machine has: a card, and a compiler for kernels."""
+
+from __future__ import annotations
+
+from bertile.cuda_loader import Gpu, open_driver
+from bertile.errors import PlatformError
+from bertile.targets import TABLE, Target
+
+
+def gpu() -> Gpu | str:
+    """The first GPU, or why there is none."""
+    try:
+        return Gpu(open_driver())
+    except PlatformError as error:
+        return error.what
+
+
+def rows(card: Gpu) -> list[Target]:
+    """The rows whose machine code a card runs: those of its generation, as old as it or older."""
+    major, minor = card.capability
+    return [
+        row
+        for row in TABLE
+        if row.gpu and row.gpu.capability // 10 == major and row.gpu.capability % 10 <= minor
+    ]

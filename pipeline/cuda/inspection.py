@@ -1,0 +1,49 @@
+"""A bundle for a GPU comes in; its kernels with what each takes of the GPU go out, and where the
+GPU is here, how long a request takes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertile import loader
+from bertile.bench import random_inputs
+from bertile.errors import PlatformError
+
+_NOT_ASKED = {"total_ms": None, "gpu": None, "reason": "nobody asked for them"}
+
+
+def inspect(directory: Path, batch: int, length: int, measure: bool = True) -> dict[str, Any]:
+    """A row for each entry of each kernel: "kernel", "origin", "calls", "registers" and "local"
+    (bytes; spilled registers are among them) of a thread, static "shared" bytes of a block,
+    "tensor" (instructions of tensor cores in its code). "total_ms" is None without a GPU.
+    """
+    manifest = loader.read_manifest(directory)
+    kernels = [
+        {"kernel": entry, "origin": one["provenance"], "calls": one["calls"], **takes}
+        for one in manifest["kernels"]
+        for entry, takes in one["entries"].items()
+    ]
+    found = _timed(directory, random_inputs(manifest, batch, length)) if measure else _NOT_ASKED
+    fallen = manifest["fallthrough"]
+    return {"kernels": kernels, "fallthrough": fallen, "batch": batch, "length": length, **found}
+
+
+def _timed(directory: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    try:
+        with loader.load(directory) as model:
+            times = model.time(**inputs)
+            return {"total_ms": float(np.median(times)), "gpu": model.gpu.name}
+    except PlatformError as error:
+        return {"total_ms": None, "gpu": None, "reason": error.what}
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The line below the table."""
+    if report["total_ms"] is None:
+        return f"times are not measured: {report['reason']}"
+    tokens = f"{report['batch']} x {report['length']} tokens"
+    return f"{tokens}: {report['total_ms']:.3f} ms on {report['gpu']}, without copies"

@@ -1,0 +1,300 @@
+"""Whole models for a GPU: compiled, loaded by the loader on a driver that emulates kernels, and
+compared with ONNX Runtime. Families and rows that need not be looked at every time are slow.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from tvm import relax
+
+from bertile import chooser, cli, cuda_loader, driver, loader, optimizer, planner
+from bertile.config import Config
+from bertile.cuda import check as gpu_check
+from bertile.cuda import emulator, here, plan
+from bertile.cuda.lowering import lower
+from bertile.errors import ModelError, PlatformError, UsageError
+from bertile.exported import read
+from bertile.importer import import_onnx
+from bertile.samples import largest_difference, run_onnx, sample
+from bertile.targets import TABLE, resolve
+from bertile.tuning_log import TuningLog
+from bertile.verifier import ON_GPU
+
+ROWS = [row.name for row in TABLE if row.gpu]
+SMALL = "synthetic:bert-tiny"
+FAMILIES = (
+    "roberta-tiny",
+    "distilbert-tiny:sequence-classification",
+    "electra-tiny:token-classification",
+    "albert-tiny",
+    "mpnet-tiny",
+    "bert-tiny:question-answering",
+    "bert-tiny:masked-lm",
+    "bert-odd",
+)
+
+
+@pytest.fixture(scope="module")
+def fake_driver(tmp_path_factory):
+    """A library in the place of the driver's, on which kernels are emulated."""
+    if lacks := emulator.missing():
+        pytest.skip(lacks)
+    return emulator.driver(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def compiled(name, precision, target, cache, tmp_path, **options):
+    config = Config(target=target, precision=precision, cache_dir=cache, **options)
+    return driver.compile(name, tmp_path / "bundle", config)
+
+
+def onnx_of(name, cache):
+    return read(driver.export_cached(name, Config(cache_dir=cache)).directory)
+
+
+def check_bundle(path, name, precision, cache, fake_driver, tmp_path, monkeypatch):
+    """The loader's answers for several shapes, unequal lengths among them."""
+    source = (path / "kernels.cu").read_text(encoding="utf-8")
+    monkeypatch.setenv("BERTILE_EMULATED_KERNELS", str(emulator.build(source, emulator.kept())))
+    own = shutil.copyfile(fake_driver, tmp_path / "libcuda.so.1")
+    exported = onnx_of(name, cache)
+    padding = 1 if exported.family in ("roberta", "mpnet") else 0
+    with cuda_loader.load(path, driver=str(own)) as model:
+        for batch, length in ((1, 1), (3, 37), (2, 16), (3, 37)):
+            given = sample(exported.inputs, batch, length, padding, seed=length)
+            wanted, found = run_onnx(exported.onnx_path, given), model(**given)
+            mask = given.get("attention_mask", np.ones((batch, length)))
+            for one, reference in wanted.items():
+                limit = ON_GPU[precision] * max(1.0, float(np.abs(reference).max()))
+                assert largest_difference(found[one], reference, mask) <= limit
+
+
+def check_manifest(path, precision, row):
+    found = loader.read_manifest(path)
+    assert found["target"] == {
+        "name": row.name,
+        "arch": "cuda",
+        "features": [f"sm_{row.gpu.capability}"],
+    }
+    parts = {"plan.json", "kernels.cubin", "kernels.ptx", "kernels.cu", "params.safetensors"}
+    assert set(found["files"]) >= parts and "lib.so" not in found["files"]
+    assert found["versions"]["cuda_compiler"].split()[0] in ("nvcc", "nvrtc")
+    on_tokens = precision if precision != "fp32" else None
+    for kernel in found["kernels"]:
+        assert kernel["calls"] >= 1 and kernel["entries"]
+        for takes in kernel["entries"].values():
+            assert 0 < takes["registers"] <= 255
+            assert takes["registers"] * 32 <= row.gpu.registers_per_sm
+            assert takes["shared"] <= 48 << 10
+        dense = kernel["operation"] in ("dense", "attention")
+        if dense and str(kernel["shape"]["precision"]).startswith(on_tokens or "no"):
+            assert all(takes["tensor"] for takes in kernel["entries"].values())
+    steps = json.loads((path / "plan.json").read_text())["steps"]
+    assert all(step["shared"] <= row.gpu.shared_per_block for step in steps)
+    assert all(step["threads"] % 32 == 0 for step in steps)
+
+
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("int8", marks=pytest.mark.slow)])
+def test_a_compiled_model_answers_as_onnx_runtime(
+    precision, cache, fake_driver, tmp_path, monkeypatch
+):
+    summary = compiled(SMALL, precision, "cuda-sm90", cache, tmp_path)
+    path = tmp_path / "bundle"
+    check = loader.read_manifest(path)["check"]
+    assert check["max_abs_difference"] <= check["tolerance"]
+    assert "emulator" in check or "gpu" in check
+    assert (summary["milliseconds"] is None) == ("gpu" not in check)
+    assert set(summary["kernels"]) == {"tuned", "nearest", "default", "generic"}
+    check_manifest(path, precision, resolve("cuda-sm90"))
+    check_bundle(path, SMALL, precision, cache, fake_driver, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "int8"])
+@pytest.mark.parametrize("target", ROWS)
+def test_every_row_builds_the_two_layer_model(
+    target, precision, cache, fake_driver, tmp_path, monkeypatch
+):
+    row = resolve(target)
+    if precision in ("tf32", "bf16") and not row.gpu.async_copy:
+        with pytest.raises(PlatformError, match=f"target {target} has no"):
+            compiled(SMALL, precision, target, cache, tmp_path)
+        return
+    compiled(SMALL, precision, target, cache, tmp_path)
+    check_manifest(tmp_path / "bundle", precision, row)
+    if target == "cuda-sm90":  # the driver in the place of NVIDIA's is of such a card
+        given = (SMALL, precision, cache, fake_driver, tmp_path, monkeypatch)
+        check_bundle(tmp_path / "bundle", *given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_answers_as_onnx_runtime(
+    name, precision, cache, fake_driver, tmp_path, monkeypatch
+):
+    model = f"synthetic:{name}"
+    compiled(model, precision, "cuda-sm90", cache, tmp_path)
+    check_manifest(tmp_path / "bundle", precision, resolve("cuda-sm90"))
+    given = (model, precision, cache, fake_driver, tmp_path, monkeypatch)
+    check_bundle(tmp_path / "bundle", *given)
+
+
+@pytest.mark.slow
+def test_static_ranges_and_smoothing_answer_as_onnx_runtime(
+    cache, fake_driver, tmp_path, monkeypatch
+):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(" ".join(str(7 * i % 90 + j) for j in range(9)) for i in range(9)))
+    options = {"calibrate": str(texts), "ranges": "minmax", "smooth": 0.5}
+    compiled("minilm", "int8", "cuda-sm90", cache, tmp_path, **options)
+    kernels = loader.read_manifest(tmp_path / "bundle")["kernels"]
+    assert any(one["shape"].get("precision") == "int8_static" for one in kernels)
+    check = loader.read_manifest(tmp_path / "bundle")["check"]
+    assert check["max_abs_difference"] <= check["tolerance"]
+
+
+# -- the plan alone ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def graph(exported):
+    return optimizer.optimize(import_onnx(exported))
+
+
+def planned(graph, precision):
+    row = resolve("cuda-sm80")
+    choose = chooser.Chooser(TuningLog([], print), row, print)
+    lowered = lower(
+        planner.plan_layers(graph, precision, row), row, lambda task: choose.choose(task).knobs
+    )
+    return lowered, plan.write(graph, lowered, row)
+
+
+def test_a_plan_names_what_is_there(graph):
+    lowered, found = planned(graph, "fp16")
+    content = found.content
+    limits = {
+        "input": len(content["inputs"]),
+        "weight": len(content["weights"]),
+        "buffer": len(content["buffers"]),
+    }
+    for step in content["steps"]:
+        for kind, value in step["arguments"]:
+            assert kind not in limits or 0 <= value < limits[kind]
+        assert step["entry"] in found.source
+    assert content["weights"] == list(found.params)
+    assert [one["name"] for one in content["outputs"]] == ["last_hidden_state", "pooler_output"]
+    assert content["inputs"][-1] == {"name": "blocks", "dtype": "int32", "shape": ["blocks", 4]}
+    names = [task.name for task in lowered.tasks]
+    assert len(set(names)) == len(names)
+
+
+def test_a_layer_takes_five_kernels(graph):
+    """QKV, attention, its output, LayerNorm, two feed-forward layers, LayerNorm."""
+    lowered, _ = planned(graph, "fp16")
+    layers = 2
+    of_layers = {"dense": 4 * layers + 1, "attention": layers, "layer_norm": 2 * layers}
+    for operation, calls in of_layers.items():
+        assert sum(n for task, n in lowered.tasks.items() if task.operation == operation) == calls
+
+
+def test_positions_are_read_where_they_lie(graph):
+    """The slice of a constant row is that row: no kernel copies it."""
+    _, found = planned(graph, "fp16")
+    embedding = next(s for s in found.content["steps"] if s["entry"].startswith("embedding"))
+    kinds = [kind for kind, _ in embedding["arguments"][:3]]
+    assert kinds == ["input", "input", "weight"]
+    positions = found.params[found.content["weights"][embedding["arguments"][2][1]]]
+    assert np.array_equal(positions, np.arange(512)[None])
+
+
+def test_a_pooler_is_not_converted(graph):
+    lowered, _ = planned(graph, "fp16")
+    assert not {"rows_in", "rows_out"} & {task.operation for task in lowered.tasks}
+    precisions = {t.shape["precision"] for t in lowered.tasks if "tanh" in t.shape.values()}
+    assert precisions == {"fp32"}
+
+
+@pytest.mark.parametrize(
+    ("operator", "text"),
+    [
+        (lambda x: relax.op.sort(x, axis=1), "the operator sort has no kernel for a GPU"),
+        (lambda x: relax.op.cumsum(x, axis=0), "cumsum runs on a GPU along the rows of a matrix"),
+    ],
+)
+def test_an_operator_without_a_kernel_is_refused_by_name(graph, operator, text):
+    ids, mask, types, table, *weights = graph.main.params
+    builder = relax.BlockBuilder()
+    with builder.function("main", [ids, mask, types, table, *weights]):
+        with builder.dataflow():
+            out = builder.emit_output(operator(mask))
+        builder.emit_func_output(out)
+    attrs = {"num_input": 4, "global_symbol": "main"}
+    with pytest.raises(ModelError, match=text):
+        planned(graph.with_main(builder.finalize()["main"].with_attr(attrs)), "fp32")
+
+
+def test_a_result_that_stands_twice_is_refused(graph):
+    lowered, _ = planned(graph, "fp32")
+    with pytest.raises(ModelError, match="stands there twice"):
+        plan._Writer(graph, lowered, resolve("cuda-sm80"))._outputs([("buffer", 1)] * 2)
+
+
+# -- what means nothing on a GPU -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"libc": "musl"}, UsageError, "--libc says nothing about cuda-sm75"),
+        ({"runtime_from": "x.whl"}, UsageError, "--runtime-from says nothing about cuda-sm75"),
+        ({"sparse": "always"}, UsageError, "no kernel for cuda-sm75 skips zeros"),
+        ({"precision": "bf16"}, PlatformError, "cuda-sm75 has no bfloat16: .* --precision fp16"),
+        ({"precision": "tf32"}, PlatformError, "cuda-sm75 has no tf32"),
+    ],
+)
+def test_what_means_nothing_on_a_gpu_is_refused_at_once(options, error, text, tmp_path):
+    with pytest.raises(error, match=text):
+        driver.compile("no such model", tmp_path / "out", Config(target="cuda-sm75", **options))
+
+
+def test_max_drop_wants_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(here, "gpu", lambda: "there is no GPU")
+    options = {"precision": "int8", "max_drop": 0.1, "eval": "eval.tsv"}
+    text = "--max-drop runs the model on many texts, and there is no GPU; compile on a machine"
+    with pytest.raises(PlatformError, match=text):
+        driver.compile("no such model", tmp_path / "out", Config(target="cuda-sm90", **options))
+
+
+def test_a_large_model_is_not_emulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LIMIT", 1000)
+    described = {"kernels": [{"shape": {"inputs": 128, "outputs": 8}, "calls": 1}]}
+    monkeypatch.setattr(loader, "read_manifest", lambda directory: described)
+
+    def no_gpu(directory, **options):
+        raise PlatformError("there is no GPU")
+
+    monkeypatch.setattr(loader, "load", no_gpu)
+    found = gpu_check.open_model(tmp_path)
+    assert found == "there is no GPU, and the model is too large for the emulator"
+
+
+def test_a_bundle_with_its_runtime_has_the_loaders_two_files(cache, tmp_path, capsys):
+    options = ["--target", "cuda-sm90", "--precision", "fp16", "--runtime", "include"]
+    output = str(tmp_path / "out")
+    assert cli.main(["compile", SMALL, "-o", output, "--cache-dir", cache, *options]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"loader.py", "cuda_loader.py"} <= names and "runtime" not in names
+    capsys.readouterr()
+    assert cli.main(["inspect", output]) == 0
+    text = capsys.readouterr().out
+    assert "registers" in text and "tensor" in text and "dense_128_384_fp16_many" in text
