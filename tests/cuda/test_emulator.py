@@ -198,6 +198,11 @@ def test_passes_over_banks_and_sectors_are_counted() -> None:
         "if (i < 8) cells[i * 32] = 0;": {"shared write": count(1, 32, 8, 1)},
         "((float4*)cells)[i] = {};": {"shared write": count(1, 512, 4, 4)},
         "((float4*)cells)[i % 8 * 8 + i / 8] = {};": {"shared write": count(1, 512, 32, 4)},
+        "float4 v = {x[i], 0, 0, x[i]}; ((float4*)cells)[i] = v;": {
+            "shared write": count(1, 512, 4, 4),
+            "global read": count(1, 128, 4, 4),
+        },
+        "cells[2 * i] = 0; cells[2 * i + 65] = 0;": {"shared write": count(2, 256, 4, 2)},
         "y[i] = 0;": {"global write": count(1, 128, 4, 4)},
         "y[i + 1] = 0;": {"global write": count(1, 128, 5, 4)},
         "y[i * 8] = 0;": {"global write": count(1, 128, 32, 4)},
