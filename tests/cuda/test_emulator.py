@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bertile.cuda import emulator
+from bertile.errors import PlatformError
 from bertile.schedules.cuda.source import Kernel, Launch
 
 # y (rows, n) = x (rows, k) · w (n, k), 64 × 64 per block, k in steps of 32, three stages.
@@ -247,3 +249,13 @@ def test_launches_leave_no_mappings_behind() -> None:
 def test_stack_that_is_used_up_is_found() -> None:
     with pytest.raises(emulator.EmulationError, match="bytes of stack"):
         run_small("volatile float many[32760]; for (int k = 0; k < 32760; ++k) many[k] = k;", 1)
+
+
+def test_libraries_are_not_taken_from_a_place_of_somebody_else(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    made = emulator.kept()
+    assert made.parent == tmp_path and made.stat().st_mode & 0o777 == 0o700
+    made.rename(tmp_path / "other")
+    made.symlink_to(tmp_path / "other")
+    with pytest.raises(PlatformError, match="belongs to another user"):
+        emulator.kept()
