@@ -178,5 +178,11 @@ def _required_compiler() -> tuple[str, ...]:
 
 
 def kept() -> Path:
-    """Where libraries are kept by default: a directory of this user."""
-    return Path(tempfile.gettempdir(), f"bertile-emulated-{os.getuid()}")
+    """Where libraries are kept by default: a directory of this user, made where it is not there."""
+    folder = Path(tempfile.gettempdir(), f"bertile-emulated-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise PlatformError(
+            f"{folder} belongs to another user", "set TMPDIR to a place of your own"
+        )
+    return folder
