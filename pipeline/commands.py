@@ -252,7 +252,7 @@ def compile_text(summary: dict[str, Any]) -> str:
         "speed": "not measured: the bundle is for another machine"
         if summary["milliseconds"] is None
         else f"{summary['milliseconds']:.2f} ms for {summary['length']} tokens,"
-        f" {summary['threads']} threads",
+        f" {summary.get('gpu') or str(summary['threads']) + ' threads'}",
         "difference": summary["check"],
         "kernels": kernels,
     }

@@ -280,6 +280,7 @@ def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
         "milliseconds": _milliseconds(path, length, row.threads) if runs_here else None,
         "length": length,
         "threads": row.threads,
+        "gpu": manifest["check"].get("gpu"),
         "max_abs_difference": manifest["check"]["max_abs_difference"],
         "check": verifier.as_text(manifest["check"]),
         "kernels": count(manifest["kernels"]),

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources, util
 from pathlib import Path
@@ -23,6 +24,7 @@ from bertile.targets import Target
 RELEASES = ((12, 0), (13, 0))
 OPTIONS = ("-std=c++17",)
 LINES = 20  # of a compiler's complaint that are shown
+_SCHEDULES = "bertile.schedules.cuda"
 _NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc")
 
 
@@ -55,8 +57,11 @@ def compile(
     began = time.perf_counter()
 
     def make(directory: Path) -> None:
-        (directory / "cubin").write_bytes(compiler.run(text, machine(row)))
-        (directory / "ptx").write_bytes(compiler.run(text, virtual(row)))
+        with ThreadPoolExecutor(2) as pool:
+            wanted = {"cubin": machine(row), "ptx": virtual(row)}
+            runs = {name: pool.submit(compiler.run, text, one) for name, one in wanted.items()}
+        for name, run in runs.items():
+            (directory / name).write_bytes(run.result())
 
     path, _ = made.get_or_make(key, make)
     seconds = time.perf_counter() - began
@@ -77,7 +82,13 @@ def virtual(row: Target) -> str:
 
 def prelude() -> str:
     """The words that kernels are written in, as CUDA C++."""
-    return resources.files("bertile.schedules.cuda").joinpath("prelude.cuh").read_text("utf-8")
+    return resources.files(_SCHEDULES).joinpath("prelude.cuh").read_text("utf-8")
+
+
+def words() -> bytes:
+    """All that schedules have of CUDA C++ in files."""
+    files = sorted(resources.files(_SCHEDULES).iterdir(), key=lambda file: file.name)
+    return b"".join(file.read_bytes() for file in files if file.name.endswith(".cuh"))
 
 
 def find() -> Compiler:

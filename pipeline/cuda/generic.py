@@ -92,8 +92,15 @@ def loops(name: str, func: tirx.PrimFunc, row: Target) -> Loops:
     mod = tirx.transform.BindTarget(target.with_host(tvm.target.Target("llvm")))(mod)
     pipeline, _, finish = tirx.get_default_tir_pipeline(target)
     captured = _Captured()
-    with tvm.transform.PassContext(instruments=[captured]):
-        mod = pipeline(mod)
+    try:
+        with tvm.transform.PassContext(instruments=[captured]):
+            mod = pipeline(mod)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ModelError(
+            f"TVM has no kernel of {name.removeprefix('loops_')} for a GPU: {reason}",
+            "compile the model for a CPU",
+        ) from error
     on_device = tvm.IRModule({v: f for v, f in mod.functions.items() if _is_cuda(f)})
     built = tvm.get_global_func("target.build.cuda")(finish()(on_device), target)
     hosts = [f for f in captured.mod.functions.values() if "calling_conv" not in f.attrs]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import tvm
 from tvm import relax
 
 from bertile import ops
@@ -21,6 +22,8 @@ from bertile.lowering import Lowered, Lowering
 from bertile.passes.rewriting import shape
 from bertile.schedules.cuda.forms import BLOCK, pitch
 from bertile.schedules.task import Task
+
+PREFIX = "prefix"  # what Relax sees as a function, and a plan as the same place
 
 
 def lower(graph: Any, row: Any, choose: Any) -> Lowered:
@@ -65,6 +68,9 @@ class _GpuLowering(Lowering):
     def _generic(self, var: relax.Var, value: Any) -> None:
         if ops.is_call(value, "relax.cumsum"):
             self.rows[var] = self._running_sum(value)
+        elif _is_prefix(value):
+            call = relax.call_dps_packed(PREFIX, [value.args[0]], var.ty)
+            self.rows[var] = self.builder.emit(call)
         else:
             super()._generic(var, value)
 
@@ -87,6 +93,16 @@ class _GpuLowering(Lowering):
         self.tasks[task] += 1
         args = [*activations, *self.weights.packed(task, knobs, weights)]
         return self.builder.emit(relax.call_dps_packed(task.name, args, out))
+
+
+def _is_prefix(value: Any) -> bool:
+    """Whether a value is the start of a constant row: its memory is that of the whole row."""
+    if not ops.is_call(value, "relax.strided_slice"):
+        return False
+    x, axes, begin, _, *strides = value.args
+    numbers = [[int(n) for n in one.fields] for one in (axes, begin, *strides)]
+    row = isinstance(x, tvm.ir.GenericConst) and len(shape(x)) == 2 and shape(x)[0] == 1
+    return row and numbers in ([[1], [0], [1]], [[1], [0]])
 
 
 def _as_it_is(old: Any) -> bool:

@@ -16,6 +16,7 @@ from tvm import relax, tirx
 from bertile import ops
 from bertile.cuda import generic
 from bertile.cuda.extents import extent, product, with_names
+from bertile.cuda.lowering import PREFIX
 from bertile.errors import ModelError
 from bertile.graph import Graph
 from bertile.importer import TABLE
@@ -141,6 +142,8 @@ class _Writer:
     def _kernel(self, call: relax.Call) -> Any:
         """A kernel of a schedule of ours."""
         name = str(call.args[0].global_symbol)
+        if name == PREFIX:
+            return self._value(call.args[1].fields[0])
         kernel: Kernel = self.kernels[name]
         operands = list(call.args[1].fields)
         types, results = self._results(call)
@@ -182,14 +185,20 @@ class _Writer:
             self.loops[name] = generic.loops(f"loops_{name}", self.mod[call.args[0]], self.row)
             self.sources[f"loops_{name}"] = self.loops[name].source
         self.calls[f"loops_{name}"] += 1
-        operands = list(call.args[1].fields)
-        types, results = self._results(call)
-        places = [*(self._value(one) for one in operands), *results]
         found = self.loops[name]
-        values = self._bound(found.func.params, [*(one.ty for one in operands), *types])
-        if len(call.args) > 2:
-            scalars = [one for one in found.func.params if not hasattr(one.ty, "shape")]
-            values |= {v: extent(one, self.names) for v, one in zip(scalars, call.args[2].values)}
+        types, results = self._results(call)
+        places: list[Any] = []
+        values: dict[Any, Extent] = {}
+        given = [*((one.ty, one) for one in call.args[1].fields), *zip(types, results)]
+        given += [(one.ty, one) for one in (call.args[2].values if len(call.args) > 2 else ())]
+        for param, (ty, one) in zip(found.func.params, given, strict=True):
+            if hasattr(param.ty, "shape"):
+                places.append(one if isinstance(one, tuple) else self._value(one))
+                pairs = zip(param.ty.shape, ty.shape)
+                values |= {a: extent(b, self.names) for a, b in pairs if isinstance(a, tirx.Var)}
+            else:  # a number
+                places.append(None)
+                values[param] = extent(one, self.names)
         steps, sizes = found.steps(values)
         scratch = [self._buffer(size) for size in sizes]
         for step in steps:
@@ -201,16 +210,6 @@ class _Writer:
             self._step(step.entry, step.grid, step.threads, arguments)
         self.entries[f"loops_{name}"] = [step.entry for step in steps]
         return results if len(results) > 1 else results[0]
-
-    def _bound(self, params: Sequence[Any], types: Sequence[Any]) -> dict[Any, Extent]:
-        """The extents that the variables in a function's shapes stand for."""
-        buffers = [one.ty for one in params if hasattr(one.ty, "shape")]
-        return {
-            theirs: extent(ours, self.names)
-            for mine, ty in zip(buffers, types)
-            for theirs, ours in zip(mine.shape, ty.shape)
-            if isinstance(theirs, tirx.Var)
-        }
 
     def _step(
         self,

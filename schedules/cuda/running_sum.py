@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from bertile.schedules.cuda.source import Kernel, Launch
+from bertile.schedules.cuda.program import program
+from bertile.schedules.cuda.source import Kernel
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule
 from bertile.schedules.task import Task
 
-SOURCE = """
-extern "C" __global__ void __launch_bounds__(32) cumsum(
-    const long long* x, long long* y, int x_1) {
+BODY = """
   __shared__ long long sums[32];
   const long long first = static_cast<long long>(blockIdx.x) * x_1;
   const int lane = threadIdx.x, each = (x_1 + 31) / 32;
@@ -26,15 +25,13 @@ extern "C" __global__ void __launch_bounds__(32) cumsum(
   block_sync();
   sum = 0;
   for (int i = 0; i < lane; i++) sum += sums[i];
-  for (int i = begin; i < end; i++) y[first + i] = sum += x[first + i];
-}
-"""
+  for (int i = begin; i < end; i++) y[first + i] = sum += x[first + i];"""
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
     """(x, y)"""
-    launch = Launch("cumsum", ("x_0", 1, 1), 32, 0, ("x", "y", "x_1"))
-    return Kernel(SOURCE, ("x", "y"), (launch,))
+    pointers = [("const long long", "x"), ("long long", "y")]
+    return program("cumsum", 32, ("x_0", 1, 1), pointers, ["x_1"], "", BODY)
 
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
