@@ -31,6 +31,7 @@ from bertile.schedules.schedule import Knobs, Space
 from bertile.schedules.task import Task
 
 PREFIX = "bertile."
+FEATURES = 64  # of a candidate, for the cost model: twice the knobs of the widest space
 
 Candidates = Sequence[tuple[Task, Knobs]]
 # → for each a list of microseconds, empty for a failed trial
@@ -209,7 +210,7 @@ def _features(ms: Any) -> type:
                 values = np.array([knobs[name] for name in sorted(knobs)], "float32")
                 row = np.concatenate([values, np.log2(1 + values)]).reshape(1, -1)
                 # tasks of one run share a model: rows of equal length, the rest zero
-                rows.append(np.pad(row, ((0, 0), (0, 32 - row.shape[1]))))
+                rows.append(np.pad(row, ((0, 0), (0, FEATURES - row.shape[1]))))
             return [tvm.runtime.tensor(row) for row in rows]
 
     return KnobFeatures
