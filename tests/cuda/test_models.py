@@ -277,13 +277,9 @@ def test_max_drop_wants_a_gpu(tmp_path, monkeypatch):
 
 def test_a_large_model_is_not_emulated(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "LIMIT", 1000)
+    monkeypatch.setattr(here, "gpu", lambda: "there is no GPU")
     described = {"kernels": [{"shape": {"inputs": 128, "outputs": 8}, "calls": 1}]}
     monkeypatch.setattr(loader, "read_manifest", lambda directory: described)
-
-    def no_gpu(directory, **options):
-        raise PlatformError("there is no GPU")
-
-    monkeypatch.setattr(loader, "load", no_gpu)
     found = gpu_check.open_model(tmp_path)
     assert found == "there is no GPU, and the model is too large for the emulator"
 
