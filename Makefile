@@ -27,7 +27,7 @@ export PATH := $(abspath $(ARM))/usr/bin:$(PATH)
 ARM_ENV = $(if $(wildcard $(ARM)/usr/aarch64-linux-gnu),QEMU_LD_PREFIX=$(abspath $(ARM))/usr/aarch64-linux-gnu)
 
 .PHONY: help demo test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
-.PHONY: clean
+.PHONY: logs-arm clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make bench-sparse   pruned models beside peers, and time against sparsity, into README.md"
 	@echo "make bench-tuning   tune a model from an empty log, compare with the shipped one (10 min)"
 	@echo "make logs       tune the kernels whose logs ship in tuning_logs (three hours)"
+	@echo "make logs-arm   the same for ARM, by estimate (half an hour)"
 	@echo "make clean      remove .venv, out and what Python and the tests left"
 
 demo: $(VENV)/.installed
@@ -136,6 +137,15 @@ logs: $(VENV)/.installed
 	    $(BIN)/bertile tune synthetic:bert-base@$${model#*@} --precision $${model%@*} --tune full \
 	      --timeout $(LOG_SECONDS) --threads $$threads --log-dir tuning_logs || exit; \
 	done; done
+
+# What ships for ARM, by llvm-mca's estimate: half an hour, whatever else the machine does.
+logs-arm: $(VENV)/.arm
+	@for target in arm-a72 arm-a76 arm-v1 arm-v2; do \
+	  case $$target in arm-v*) more=bf16;; *) more=;; esac; \
+	  for model in bert-base minilm; do for precision in fp32 int8 $$more; do \
+	    $(BIN)/bertile tune synthetic:$$model --tune full --trials 10 --precision $$precision \
+	      --target $$target --threads 4 --runner mca --log-dir tuning_logs || exit; \
+	done; done; done
 
 clean:
 	@rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache

@@ -159,7 +159,7 @@ class Model:
             raise InputError("repeats or warm is no count", "give repeats from 1 and warm from 0")
         room, table = request.room(0, len(request.ends))
         with self._workspace(None, key := ("full" if copies else "bare", *room, len(table))) as at:
-            graph = at.graph(key)
+            graph = self._graph(at, key)
             request.fill(graph.up, 0, len(request.ends), table)
             if not copies:
                 at.bring_up(graph.layout)
@@ -199,7 +199,7 @@ class Model:
         room, table = request.room(first, count)
         key = ("full", *room, len(table))
         with self._workspace(stream, key) as at:
-            graph = at.graph(key)
+            graph = self._graph(at, key)
             request.fill(graph.up, first, count, table)
             at.launch(graph, at.stream if stream is None else stream)
             at.wait()
@@ -218,7 +218,7 @@ class Model:
         blocks = batch * -(-length // TOKENS)
         key = ("device", batch, length, blocks, names)
         with self._workspace(stream, key) as at:
-            graph = at.graph(key)
+            graph = self._graph(at, key)
             outputs = [self._results.take(array, stream) for array in graph.layout.outputs]
             graph.point(
                 [given[name].pointer if name in given else None for name in self.inputs],
@@ -226,6 +226,19 @@ class Model:
             )
             at.launch(graph, stream)
         return dict(zip(self.outputs, outputs))
+
+    def _graph(self, workspace: _Workspace, key: tuple) -> _Graph:
+        """The workspace's graph; where memory is short, after the others gave theirs back."""
+        try:
+            return workspace.graph(key)
+        except OutOfMemory:
+            with self._turn:
+                idle, self._idle = self._idle, []
+                self._made -= len(idle)
+            for one in idle:
+                one.close()
+            self._results.clear()
+            return workspace.graph(key)
 
     @contextlib.contextmanager
     def _workspace(self, stream: int | None, key: tuple):
@@ -451,7 +464,7 @@ FUNCTIONS = {
 def open_driver(path: str | None = None) -> ctypes.CDLL:
     """Return the driver's library with the prototypes of FUNCTIONS; raises PlatformError."""
     try:
-        library = ctypes.CDLL(path or "libcuda.so.1")
+        library = ctypes.CDLL(path or DRIVER)
     except OSError as error:
         raise PlatformError(
             f"the NVIDIA driver's library cannot be loaded: {error}",
@@ -470,12 +483,12 @@ def open_driver(path: str | None = None) -> ctypes.CDLL:
 
 # -- the GPU -----------------------------------------------------------------------------------
 
-_OUT_OF_MEMORY, _NO_DEVICE, _NOT_READY = 2, 100, 600
+_OUT_OF_MEMORY, _NO_DEVICE = 2, 100
 # After one of these the driver answers every later call of the process with the same error.
 _FAULTS = {214, 220, 700, 702, 710, *range(714, 720)}
 _LOST = "start the process again: it has lost the GPU"
 _UNUSABLE_CODE = {200, 209, 218, 221, 222, 223, 300}  # images of code that this driver cannot take
-_MAJOR, _MINOR, _SHARED = 75, 76, 97  # CUdevice_attribute
+_MAJOR, _MINOR = 75, 76  # CUdevice_attribute
 _DYNAMIC_SHARED = 8  # CUfunction_attribute: the most dynamic shared memory of a launch
 _OWN_STREAM, _NO_TIMING = 1, 2  # CU_STREAM_NON_BLOCKING, CU_EVENT_DISABLE_TIMING
 _LEGACY = 1  # DLPack's name, and the driver's, of the legacy default stream
@@ -487,6 +500,10 @@ class DriverError(BertileError):
     def __init__(self, what: str, code: int, remedy: str = ""):
         super().__init__(what, remedy)
         self.code = code
+
+
+class OutOfMemory(BertileError):
+    """The GPU's memory does not hold what is asked for."""
 
 
 class Gpu:
@@ -575,7 +592,7 @@ class Gpu:
         if code == _OUT_OF_MEMORY:
             free, total = _SIZE(), _SIZE()
             self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-            raise BertileError(
+            raise OutOfMemory(
                 f"{self.name} has too little memory: {what} need {_mib(size)} MiB, "
                 f"{_mib(free.value)} of {_mib(total.value)} MiB are free",
                 "take smaller batches, or end what else uses the GPU",
@@ -1476,12 +1493,17 @@ class _Results:
                 del self._free[key]
         return found
 
-    def close(self) -> None:
+    def clear(self) -> None:
+        """Give the device what no result holds."""
         with self._lock:
-            self._closed = True
             surplus = self._surplus(0)
         for address in surplus:
             self.gpu.drop("cuMemFree_v2", address)
+
+    def close(self) -> None:
+        """Keep nothing any more."""
+        self._closed = True
+        self.clear()
 
 
 def _follow(gpu: Gpu, stream: int, other: int) -> None:

@@ -21,6 +21,7 @@ from statistics import geometric_mean, median
 from typing import Any
 
 from bertile.errors import BertileError
+from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
 from bertile.targets import Target
 
@@ -32,7 +33,7 @@ except ImportError:  # not a POSIX system: one write per line is all that keeps 
 SCHEMA = 1
 # How many times as fast as the default knobs must be by estimate to be taken: nine in ten choices
 # are promised less than this too much, by python -m bertile.evaluation.mca_rank.
-SURE = 1.03
+SURE = 1.04
 USER_LOG = Path("~/.local/share/bertile/tuning_logs")
 
 
@@ -147,7 +148,7 @@ class TuningLog:
         best = min(
             found, key=lambda r: (r.estimated, r.threads != row.threads, r.median), default=None
         )
-        return _surely(best, found, row) if best is not None and best.estimated else best
+        return surely(best, found, row) if best is not None and best.estimated else best
 
     def append(self, record: Record) -> None:
         """Write a record to the user's log, now and for good."""
@@ -204,13 +205,17 @@ class TuningLog:
                 self._warn(f"{path}: line {', '.join(map(str, bad))} is no record and is skipped")
 
 
-def _surely(best: Record, found: Sequence[Record], row: Target) -> Record:
-    """The best of these estimates, or the default's where that is hardly slower."""
-    from bertile.schedules.cpu import SCHEDULES
-
-    knobs = SCHEDULES[best.operation].default(best.task, row)
-    defaults = [r for r in found if r.threads == best.threads and dict(r.knobs) == knobs]
-    default = next(iter(defaults), None)
+def surely(best: Record, records: Sequence[Record], row: Target) -> Record:
+    """An estimate of a task, or the default's estimate among its records where that is hardly
+    slower.
+    """
+    schedule = schedules_for(row).get(best.operation)
+    try:
+        knobs = schedule and schedule.default(best.task, row)
+    except (KeyError, TypeError, ValueError):  # a shape of another version's schedule
+        return best
+    same = [r for r in records if r.estimated and r.threads == best.threads]
+    default = next((r for r in same if r.microseconds and dict(r.knobs) == knobs), None)
     return default if default and default.median < SURE * best.median else best
 
 

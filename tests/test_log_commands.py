@@ -11,7 +11,9 @@ import pytest
 from bertile import cli, log_commands
 from bertile.errors import UsageError
 from bertile.progress import Progress
+from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
+from bertile.targets import native
 from bertile.tuning_log import Record, TuningLog
 
 DENSE = Task("dense", {"inputs": 64, "outputs": 32, "activation": "gelu", "residual": False})
@@ -48,6 +50,16 @@ def filled(directory: Path) -> TuningLog:
     log.append(record(7.0, NORM))
     log.append(record(3.0, NORM, target="x86-avx2"))
     return open_log(directory)
+
+
+def test_best_of_estimates_is_what_a_build_takes(tmp_path: Path) -> None:
+    """The default, where another choice is estimated to be hardly faster."""
+    row, log = replace(native(), threads=2), open_log(tmp_path)
+    knobs = SCHEDULES["dense"].default(DENSE, row)
+    log.append(record(10.0, estimated=True, target=row.log))
+    log.append(record(10.1, estimated=True, target=row.log, knobs=knobs))
+    (found,) = log_commands.best(open_log(tmp_path))
+    assert found["knobs"] == knobs == log.best(DENSE, row).knobs and found["estimated"]
 
 
 def test_list_has_a_row_per_task_and_threads(tmp_path: Path) -> None:

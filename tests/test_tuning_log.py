@@ -64,6 +64,16 @@ def test_estimated_gain_must_be_larger_than_the_estimate_s_error(tmp_path, times
     assert not log.best(TASK, ROW).estimated
 
 
+def test_estimate_of_a_task_that_no_schedule_knows_is_kept(tmp_path):
+    """Of another version: it has no default, and does no harm."""
+    log = open_log(tmp_path)
+    for changes in ({"operation": "convolution"}, {"shape": {"inputs": 3}}):
+        one = replace(record(), estimated=True, **changes)
+        log.append(one)
+        assert log.best(one.task, ROW) == one
+    assert log.digest(ROW)
+
+
 def test_best_is_the_fastest_of_the_same_threads(tmp_path):
     log = open_log(tmp_path)
     for one in (record(9.0, unroll=1), record(3.0, unroll=2), record(1.0, threads=1, unroll=4)):

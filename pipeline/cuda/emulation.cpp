@@ -21,7 +21,8 @@
 namespace {
 
 constexpr unsigned kLanes = 32, kThreads = 1024, kWarps = kThreads / kLanes, kBarriers = 16;
-constexpr size_t kStack = 128 << 10, kGuard = 4096;
+constexpr size_t kStack = 128 << 10;
+constexpr uint64_t kEnd = 0x656e64206f662073;  // lies at a stack's end, which nothing may reach
 constexpr unsigned kSharedLimit = 232448;  // of one block, of the largest card (sm_90)
 
 // ---- switching between fibers --------------------------------------------------------------------
@@ -351,21 +352,29 @@ namespace {
 
 extern "C" HIDDEN void emulated_start() {
   machine.entry(machine.arguments);
+  if (memcmp(stacks + (current_index + 1) * kStack, &kEnd, sizeof kEnd))
+    fail("needs more than %zu bytes of stack", kStack);
   ++machine.done;
   sleep(kDone);
   next();
   __builtin_unreachable();
 }
 
+// Mappings are few (the system has a limit) and live for one launch only: a process may have
+// hundreds of libraries of kernels.
 bool reserve_stacks(unsigned threads) {
-  if (threads <= stacks_count) return true;
-  if (stacks) munmap(stacks, stacks_count * kStack);
+  ++threads;  // the first is spare: what the second one needs too much is still memory
   void* got = mmap(nullptr, threads * kStack, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   stacks = got == MAP_FAILED ? nullptr : (unsigned char*)got;
   stacks_count = stacks ? threads : 0;
-  for (unsigned i = 0; i < stacks_count; ++i) mprotect(stacks + i * kStack, kGuard, PROT_NONE);
   return stacks != nullptr;
+}
+
+void release_stacks() {
+  if (stacks) munmap(stacks, stacks_count * kStack);
+  stacks = nullptr;
+  stacks_count = 0;
 }
 
 void begin_lane(unsigned index, dim3 block, const EmulatedThread& shape) {
@@ -375,10 +384,11 @@ void begin_lane(unsigned index, dim3 block, const EmulatedThread& shape) {
   lane.self.block = block;
   lane.state = kReady;
   lane.copied = lane.committed = 0;
-  void** top = (void**)(stacks + (index + 1) * kStack) - kFrame;
+  void** top = (void**)(stacks + (index + 2) * kStack) - kFrame;
   memset(top, 0, kFrame * sizeof *top);
   top[kReturn] = (void*)emulated_start;
   lane.stack_pointer = top;
+  memcpy(stacks + (index + 1) * kStack, &kEnd, sizeof kEnd);
 }
 
 void run_block(dim3 block, const EmulatedThread& shape) {
@@ -430,6 +440,7 @@ void emulated_launch(void (*entry)(void**), const char* name, const unsigned gri
                      unsigned threads, unsigned limit, unsigned shared, void** arguments) {
   pthread_mutex_lock(&one_launch);
   message[0] = 0;
+  forget_writes();
   running = name;
   machine.failed = false;
   machine.entry = entry;
@@ -447,6 +458,9 @@ void emulated_launch(void (*entry)(void**), const char* name, const unsigned gri
     fail("no memory for the fibers");
   else
     run_grid(grid, {{}, {}, {threads, 1, 1}, {grid[0], grid[1], grid[2]}});
+  release_stacks();
+  release_shared();
+  forget_writes();
   pthread_mutex_unlock(&one_launch);
 }
 

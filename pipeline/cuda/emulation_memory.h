@@ -13,7 +13,6 @@ struct Shadow {
   unsigned char* memory;
   size_t size;
   unsigned *written, *read, *read_too;
-  size_t reserved;
 };
 Shadow shared_now, static_now;
 
@@ -27,23 +26,29 @@ extern unsigned char _end[] __attribute__((visibility("hidden")));
 size_t static_shared() { return (size_t)(__stop_emulated_shared - __start_emulated_shared); }
 
 bool reserve(Shadow& shadow) {
-  if (shadow.size <= shadow.reserved && shadow.written) return true;
-  free(shadow.written);
-  shadow.reserved = shadow.size + 4096;
-  shadow.written = (unsigned*)malloc(3 * shadow.reserved * sizeof(unsigned));
-  shadow.read = shadow.written + shadow.reserved;
-  shadow.read_too = shadow.read + shadow.reserved;
+  shadow.written = (unsigned*)malloc((3 * shadow.size + 1) * sizeof(unsigned));
+  shadow.read = shadow.written + shadow.size;
+  shadow.read_too = shadow.read + shadow.size;
   return shadow.written != nullptr;
 }
 
 bool reserve_shared(unsigned size) {
-  if (!emulated_shared_memory)
-    emulated_shared_memory = (unsigned char*)aligned_alloc(1024, kSharedLimit / 1024 * 1024 + 1024);
+  emulated_shared_memory = (unsigned char*)aligned_alloc(1024, kSharedLimit / 1024 * 1024 + 1024);
   shared_now.memory = emulated_shared_memory;
   shared_now.size = size;
   static_now.memory = __start_emulated_shared;
   static_now.size = static_shared();
   return emulated_shared_memory && reserve(shared_now) && reserve(static_now);
+}
+
+void release_shared() {
+  Shadow* const both[] = {&shared_now, &static_now};
+  for (Shadow* one : both) {
+    free(one->written);
+    *one = {};
+  }
+  free(emulated_shared_memory);
+  emulated_shared_memory = nullptr;
 }
 
 void begin_shared() {
@@ -127,19 +132,45 @@ void shared_write(Shadow& shadow, size_t at, size_t size, unsigned thread, bool 
 
 struct Range {
   uintptr_t start, end;
+  unsigned* written;  // for each byte the block that wrote it in this launch, from 1 on; or null
 };
 Range* ranges;
-size_t ranges_count, ranges_size;
-Range last_range;
+size_t ranges_count, ranges_size, last_range;
 
-bool known_range(uintptr_t at, size_t size) {
-  if (at >= last_range.start && at + size <= last_range.end) return true;
-  for (size_t i = 0; i < ranges_count; ++i)
-    if (at >= ranges[i].start && at + size <= ranges[i].end) {
-      last_range = ranges[i];
-      return true;
+Range* known_range(uintptr_t at, size_t size) {
+  for (size_t i = 0; i < ranges_count; ++i) {
+    const size_t place = (last_range + i) % ranges_count;
+    if (at < ranges[place].start || at + size > ranges[place].end) continue;
+    last_range = place;
+    return &ranges[place];
+  }
+  return nullptr;
+}
+
+// Blocks run in any order, so none may touch what another one writes.
+void between_blocks(Range& range, const char* what, uintptr_t at, size_t size, bool write) {
+  if (!write && !range.written) return;
+  if (!range.written)
+    range.written = (unsigned*)calloc(range.end - range.start, sizeof *range.written);
+  const dim3 block = current->self.block, grid = current->self.grid;
+  const unsigned mine = 1 + block.x + grid.x * (block.y + grid.y * block.z);
+  unsigned* written = range.written + (at - range.start);
+  for (size_t i = 0; i < size; ++i) {
+    if (written[i] && written[i] != mine) {
+      const unsigned other = written[i] - 1;
+      return fail("race: %s byte %zu of an array of %zu bytes, which block (%u, %u, %u) has written",
+                  what, (size_t)(at - range.start + i), (size_t)(range.end - range.start),
+                  other % grid.x, other / grid.x % grid.y, other / grid.x / grid.y);
     }
-  return false;
+    if (write) written[i] = mine;
+  }
+}
+
+void forget_writes() {
+  for (size_t i = 0; i < ranges_count; ++i) {
+    free(ranges[i].written);
+    ranges[i].written = nullptr;
+  }
 }
 
 void outside(const char* what, uintptr_t at, size_t size) {
@@ -163,9 +194,9 @@ void outside(const char* what, uintptr_t at, size_t size) {
 // Whether the access is to global memory that was given (or to what is the program's own).
 void global_access(const char* what, Way way, uintptr_t at, size_t size) {
   if (at - (uintptr_t)stacks < stacks_count * kStack) return;
-  if (known_range(at, size)) {
+  if (Range* range = known_range(at, size)) {
     if (counting) note(way, at, size);
-    return;
+    return between_blocks(*range, what, at, size, way == kGlobalWrite);
   }
   if (at >= (uintptr_t)__ehdr_start && at + size <= (uintptr_t)_end) return;
   const size_t behind = at - (uintptr_t)shared_now.memory;
@@ -203,11 +234,11 @@ EXPORT void emulated_memory(const void* start, size_t bytes) {
     ranges_size = 2 * ranges_size + 16;
     ranges = (Range*)realloc(ranges, ranges_size * sizeof *ranges);
   }
-  ranges[ranges_count++] = {(uintptr_t)start, (uintptr_t)start + bytes};
+  ranges[ranges_count++] = {(uintptr_t)start, (uintptr_t)start + bytes, nullptr};
 }
 EXPORT void emulated_forget() {
-  ranges_count = 0;
-  last_range = {};
+  forget_writes();
+  ranges_count = last_range = 0;
 }
 
 // ---- what the compiler calls -----------------------------------------------------------------------

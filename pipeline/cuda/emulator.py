@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ class Emulated:
 
     def __init__(self, path: Path, seed: int = 0) -> None:
         self._library = ctypes.CDLL(str(path))
+        weakref.finalize(self, _ctypes.dlclose, self._library._handle)
         self._library.emulated_error.restype = ctypes.c_char_p
         self._library.emulated_seed(ctypes.c_uint64(seed))
         self._lock = threading.Lock()

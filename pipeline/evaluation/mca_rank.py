@@ -102,11 +102,11 @@ def measured(task: Task, row: Any, chosen: Sequence[Knobs]) -> list[dict[int, fl
     results = [[tvm.runtime.tensor(array) for array in one.buffers()] for one in samples]
     best = np.full((len(chosen), len(samples)), np.inf)
     for _ in range(ROUNDS):
-        for row_, run, weights in zip(best, built, packed):
+        for times, run, weights in zip(best, built, packed):
             cold = trial.copies(weights)
             for n in range(len(samples)):
                 arguments = [[*given[n], *one] for one in cold]
-                row_[n] = min(row_[n], trial.repeat(run, arguments, results[n]))
+                times[n] = min(times[n], trial.repeat(run, arguments, results[n]))
     tokens = [count * tuner.LANES for count in (tuner.BLOCKS, *tuner.ALSO)]
     return [dict(zip(tokens, map(float, one))) for one in best]
 

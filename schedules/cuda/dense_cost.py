@@ -19,7 +19,8 @@ CACHE = 32  # bytes of the second-level cache in a cycle, for each multiprocesso
 LATENCY = 800  # of a read that misses the second-level cache
 START = 1500  # from the launch to the first read, and from the last write to the end
 BARRIER = 40  # of an iteration: waiting, and the first reads of the next slot
-FINISH = 12  # instructions of a value in the epilogue, per lane
+FINISH = 6  # instructions of a value in the epilogue, without its activation
+ACTIVATION = {"none": 0, "relu": 1, "gelu": 16, "gelu_tanh": 10, "tanh": 20}
 
 
 def cycles(tile: Tile, rows: int, gpu: Gpu) -> float:
@@ -36,7 +37,9 @@ def cycles(tile: Tile, rows: int, gpu: Gpu) -> float:
     multiplies = tile.rows * tile.columns * panels * (PANEL // of.size)
     in_flight = (tile.stages - 1) * tile.slot * together
     value = tile.rows * tile.columns
-    ends = value * FINISH / 128 + (value * tile.slices * 8 / SHARED if tile.slices > 1 else 0)
+    ends = value * (FINISH + ACTIVATION[of.activation]) / 128 + (
+        value * tile.slices * 8 / SHARED if tile.slices > 1 else 0
+    )
     each = _together(
         multiplies / rate(tile, gpu, together),
         (fragments + read) / SHARED,

@@ -46,7 +46,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
     source = "\n".join(
         [
             f"namespace {task.name} {{",
-            _types(task, of),
+            _types(of),
             *_templates(of, any(tile.grouped for tile in made)),
             *tiles,
             "}",
@@ -80,7 +80,7 @@ def _parameters(of: Operands) -> list[tuple[str, str]]:
     ]
 
 
-def _types(task: Task, of: Operands) -> str:
+def _types(of: Operands) -> str:
     sums = "int" if of.precision.startswith("int8") else "float"
     values = constants(
         PANEL=128,
@@ -93,7 +93,7 @@ def _types(task: Task, of: Operands) -> str:
         RESIDUAL=of.residual,
         NARROW=of.result == "u8",
         WIDE_RESULT=of.result == "float",
-        ACTIVATION=ACTIVATIONS.index(str(task.shape["activation"])),
+        ACTIVATION=ACTIVATIONS.index(of.activation),
     )
     return f"""
 using Wide = {of.wide};

@@ -17,7 +17,7 @@ REGISTERS = 255  # of a thread
 GRANULE = 8  # registers are given to a thread by so many
 GROUPED = ("fp16", "bf16", "int8", "int8_static")  # what wgmma multiplies here
 GROUP_COLUMNS = (64, 96, 128, 192, 256)
-SMALL = 20480
+SMALL = 20480  # bytes of a result that may have a place of its own in shared memory
 PRIVATE = 1024  # bytes of shared memory that the system takes of each block
 
 
@@ -38,6 +38,7 @@ class Operands:
     wide: str  # type of the residual, and of y where it is not bytes
     result: str  # type of y
     residual: bool
+    activation: str
 
     @staticmethod
     def of(task: Task) -> Operands:
@@ -52,6 +53,7 @@ class Operands:
             wide,
             "u8" if shape.get("writes") == "to_int8" else wide,
             bool(shape["residual"]),
+            str(shape["activation"]),
         )
 
     @property

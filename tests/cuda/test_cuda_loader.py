@@ -868,6 +868,18 @@ def test_memory_that_does_not_suffice_is_named(install, directory):
         same(model(**request(2, 5)), expected(**request(2, 5)))
 
 
+def test_memory_that_other_requests_have_left_is_taken_back(install, directory):
+    driver = install(lazy_driver.Driver(KERNELS, memory=10 << 20))
+    half, whole = ({"input_ids": np.ones((batch, 64), int)} for batch in (500, 990))
+    with loader.load(directory) as model:
+        same(model(**half), expected(**half))
+        with model._workspace(None, ()):  # as a request that runs at the same time
+            same(model(**half), expected(**half))
+        assert driver.held()["stream"] == 2 and driver.held()["device"] > 8 << 20
+        same(model(**whole), expected(**whole))
+        assert driver.held()["stream"] == 1
+
+
 def changed(change):
     plan = json.loads(json.dumps(PLAN))
     change(plan)
@@ -995,6 +1007,20 @@ def test_the_arena_never_holds_two_live_buffers_in_one_place(seed):
         for step in range(steps)
     )
     assert most <= end <= sum(need)
+
+
+def test_requests_of_unequal_lengths_share_places_where_everything_fits():
+    plan = cuda_loader.Plan(PLAN, MANIFEST)
+    whole, parts = plan.layout(4, 32, 8), [plan.layout(4, 32, blocks) for blocks in (4, 5, 7)]
+    assert all(part.buffers == whole.buffers and part.after == whole.after for part in parts)
+    assert [part.inputs[-1].shape for part in parts] == [(4, 4), (5, 4), (7, 4)]
+    # a buffer that grows as there are fewer blocks, as partial sums of few rows do
+    size = "100000 - blocks*10000"
+    plan = cuda_loader.Plan(changed(lambda p: p["buffers"][0].update(bytes=size)), MANIFEST)
+    whole, part = plan.layout(4, 32, 8), plan.layout(4, 32, 4)
+    assert part.bytes - whole.bytes > 30_000
+    spans = sorted((part.buffers[one], part.sizes[one]) for one in (0, 1, 2))
+    assert all(begin + size <= after for (begin, size), (after, _) in zip(spans, spans[1:]))
 
 
 def test_the_arena_of_a_chain_holds_two_buffers():

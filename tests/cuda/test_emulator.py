@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -150,6 +153,18 @@ def test_mistakes_of_shared_memory_are_found() -> None:
             run_small(body)
 
 
+@pytest.mark.parametrize(
+    "wrong", ["y[i] = 1;", "y[64 * blockIdx.x + i] = y[(64 * blockIdx.x + i + 64) % 128];"]
+)
+def test_blocks_that_depend_on_each_other_are_found(wrong: str) -> None:
+    kernel = small("y[64 * blockIdx.x + i] = x[i];")
+    launches = (dataclasses.replace(kernel.launches[0], grid=(2, 1, 1)),)
+    emulator.run_kernel(dataclasses.replace(kernel, launches=launches), arrays(), {})
+    kernel = dataclasses.replace(small(wrong), launches=launches)
+    with pytest.raises(emulator.EmulationError, match=r"which block \(\d, 0, 0\) has written"):
+        emulator.run_kernel(kernel, arrays(), {})
+
+
 def test_what_is_no_mistake_runs() -> None:
     bodies = {
         # warps of their own: a barrier of a warp is enough
@@ -213,3 +228,17 @@ def test_multiplications_of_tensor_cores_are_counted() -> None:
     given = [x, w, np.zeros((100, 72), np.float32)]
     _, done = emulator.count_traffic(product(), given, {"rows": 100, "n": 72, "k": 160})
     assert done == 128 * 128 * 160, "whole tiles of 64 × 64"
+
+
+def test_launches_leave_no_mappings_behind() -> None:
+    """A process may have 65530 of them, and hundreds of libraries."""
+    run_small("if (i < 256) y[i] = x[i];", 1024)
+    before = len(Path("/proc/self/maps").read_text().splitlines())
+    for seed in range(3):
+        run_small("if (i < 256) y[i] = x[i];", 1024, seed)
+    assert len(Path("/proc/self/maps").read_text().splitlines()) < before + 20
+
+
+def test_stack_that_is_used_up_is_found() -> None:
+    with pytest.raises(emulator.EmulationError, match="bytes of stack"):
+        run_small("volatile float many[32760]; for (int k = 0; k < 32760; ++k) many[k] = k;", 1)
