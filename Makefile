@@ -21,13 +21,18 @@ TUNING_MODEL ?= synthetic:bert-base
 TUNING_TRIALS ?=
 TUNING := out/tuning
 
+# What `make pack-cuda` prepares for a machine with a GPU, and of each kernel how many candidates.
+CUDA_TARGET ?= cuda-sm90
+CUDA_TRIALS ?= 48
+CUDA := out/cuda
+
 # QEMU, arm64 libraries and TVM's runtime for arm64, where no package of Debian's is installed.
 ARM := $(VENV)/arm
 export PATH := $(abspath $(ARM))/usr/bin:$(PATH)
 ARM_ENV = $(if $(wildcard $(ARM)/usr/aarch64-linux-gnu),QEMU_LD_PREFIX=$(abspath $(ARM))/usr/aarch64-linux-gnu)
 
 .PHONY: help demo test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
-.PHONY: logs-arm clean
+.PHONY: logs-arm pack-cuda bench-cuda ingest-cuda clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +44,8 @@ help:
 	@echo "make bench-precisions   the same in int8 and bf16, with DeepSparse"
 	@echo "make bench-sparse   pruned models beside peers, and time against sparsity, into README.md"
 	@echo "make bench-tuning   tune a model from an empty log, compare with the shipped one (10 min)"
+	@echo "make pack-cuda    all that a machine with a GPU measures, to be carried there (20 min)"
+	@echo "make bench-cuda   measure it, on that machine; make ingest-cuda, its results at home"
 	@echo "make logs       tune the kernels whose logs ship in tuning_logs (three hours)"
 	@echo "make logs-arm   the same for ARM, by estimate (half an hour)"
 	@echo "make clean      remove .venv, out and what Python and the tests left"
@@ -146,6 +153,28 @@ logs-arm: $(VENV)/.arm
 	    $(BIN)/bertile tune synthetic:$$model --tune full --trials 10 --precision $$precision \
 	      --target $$target --threads 4 --runner mca --log-dir tuning_logs || exit; \
 	done; done; done
+
+# To be carried with tests/gpu_session.sh, which lies beside them, to a machine that has python3,
+# numpy, torch and transformers: sh gpu_session.sh . RESULTS
+pack-cuda: $(VENV)/.installed
+	@mkdir -p $(CUDA)
+	@cp tests/gpu_session.sh $(CUDA)
+	@$(BIN)/python -m bertile.evaluation.cuda_package --checks $(CUDA)/checks.tar.xz \
+	  --target $(CUDA_TARGET)
+	@$(BIN)/python -m bertile.evaluation.cuda_package -o $(CUDA)/bench.tar.xz --target $(CUDA_TARGET)
+	@for precision in fp16 int8; do \
+	  $(BIN)/bertile tune synthetic:bert-base --target $(CUDA_TARGET) --precision $$precision \
+	    --trials $(CUDA_TRIALS) --pack $(CUDA)/round-$$precision.pyz || exit; done
+
+# Needs no .venv: it is what the session on the machine with the GPU runs.
+bench-cuda:
+	@sh $(CUDA)/gpu_session.sh $(CUDA) $(CUDA)/results
+
+# Times of candidates into the log (make pack-cuda then packs the next ones), the table into README.md.
+ingest-cuda: $(VENV)/.installed
+	@$(BIN)/bertile tune --ingest $(wildcard $(CUDA)/results/round-*.jsonl) --log-dir tuning_logs
+	@$(BIN)/python -m bertile.evaluation.cuda_package --table $(CUDA)/results/compiled.json \
+	  --update-readme README.md
 
 clean:
 	@rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache

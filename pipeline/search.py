@@ -31,7 +31,7 @@ from bertile.schedules.schedule import Knobs, Space
 from bertile.schedules.task import Task
 
 PREFIX = "bertile."
-FEATURES = 64  # of a candidate, for the cost model: twice the knobs of the widest space
+FEATURES = 96  # of a candidate: two for each knob, of which no schedule has more than 48
 
 Candidates = Sequence[tuple[Task, Knobs]]
 # → for each a list of microseconds, empty for a failed trial

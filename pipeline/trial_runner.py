@@ -87,7 +87,10 @@ class TrialRunner:
                     f"run `bertile doctor`, or `python -m {' '.join(self._module)}` to see why",
                 )
             return self._failed(f"the candidate crashed with code {code}")
-        return json.loads(line)
+        found = json.loads(line)
+        if found.pop("ended", False):  # it cannot try anything after this
+            self._stop()
+        return found
 
     def _start(self) -> subprocess.Popen[bytes]:
         # a session of its own: Ctrl-C must reach the tuner, which then ends this process in order

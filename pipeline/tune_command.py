@@ -23,12 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--list", action="store_true", help="what has been tuned: a line per task")
     add("--best", action="store_true", help="the best knobs of each task")
     add("--merge", metavar="FILE|DIR", nargs="+", help="add the records of other logs to yours")
-    add("--pack", metavar="FILE", help="write candidates for bertile-run --measure on a device")
-    add("--ingest", metavar="RESULT", nargs="+", help="add what bertile-run --measure wrote")
+    add("--pack", metavar="FILE", help="write candidates to be measured on a device")
+    add("--ingest", metavar="RESULT", nargs="+", help="add what a device measured")
 
 
 def pack(options: argparse.Namespace, config: Any, progress: Any) -> dict[str, Any]:
-    """Write the next round of candidates for MODEL."""
+    """Write the next round of candidates for MODEL, for bertile-run --measure or a GPU's Python."""
     from bertile import driver, loader, packer, targets
     from bertile.tuning_log import TuningLog
 

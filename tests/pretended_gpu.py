@@ -24,11 +24,18 @@ def driver() -> Path:
     return name
 
 
-def image(task, knobs, row) -> bytes:
-    """What the compiler would give: PTX, whose entries the emulated kernel stands in for."""
+def image(task, knobs, row, broken: bool = False) -> bytes:
+    """What the compiler would give: PTX, whose entries the emulated kernel stands in for. A broken
+    one reads what belongs to nobody.
+    """
     kernel = schedules_for(row)[task.operation].kernel(task, dict(knobs), row)
     entries = "".join(f".visible .entry {name}() {{ ret; }}\n" for name in _entries(kernel))
-    library = emulator.build(kernel.source, _folder())
+    source = kernel.source
+    if broken:
+        name = kernel.launches[0].entry
+        at = source.index("{", source.index(f"{name}(")) + 1
+        source = f"{source[:at]} *(volatile int*)4096 = 1; {source[at:]}"
+    library = emulator.build(source, _folder())
     return f".version 8.0\n.target sm_80\n{entries}// emulated: {library}\n".encode()
 
 

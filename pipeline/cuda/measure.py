@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bertile.cuda import rates
 from bertile.cuda.card import Card
 from bertile.cuda.trial import check
 from bertile.errors import BertileError
@@ -30,10 +31,16 @@ def main(archive: str, arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python3 {archive}", description="Time candidate kernels on this machine's GPU."
     )
-    parser.add_argument("--output", metavar="RESULT", required=True, help="file to write")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--output", metavar="RESULT", help="file to write")
+    what.add_argument("--rates", action="store_true", help="measure the tensor cores instead")
     parser.add_argument("--seconds", type=float, help="begin no candidate after this time")
     options = parser.parse_args(arguments)
     try:
+        if options.rates:
+            with zipfile.ZipFile(archive) as file:
+                print(json.dumps(rates.measure(Card(), file.read(rates.NAME))))
+            return 0
         count = measure(Path(archive), Path(options.output), options.seconds)
     except BertileError as error:
         print(f"{archive}: {error}", file=sys.stderr)

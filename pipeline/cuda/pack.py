@@ -5,6 +5,7 @@ that Python runs.
     bertile/…        what it takes of this package: the trial makes operands by seed, packs weights
                      and knows the reference, so that none of them has to travel
     manifest.json    target, tasks, candidates with their knobs
+    rates.cubin      what python3 ARCHIVE --rates measures: the tensor cores by themselves
     5f0c….cubin      the code of a candidate, of several where it is the same
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bertile import tuner
+from bertile.cuda import rates
 from bertile.cuda.candidates import build
 from bertile.errors import PlatformError
 from bertile.loader import available_cores
@@ -83,6 +85,8 @@ class CudaPack:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("__main__.py", MAIN)
             archive.writestr("manifest.json", json.dumps(manifest))
+            if self._row.gpu.async_copy:  # without it, nor has it sparse products
+                archive.writestr(rates.NAME, rates.build(self._row))
             for name, data in sources():
                 archive.writestr(name, data)
             for file in sorted(self._directory.iterdir()):

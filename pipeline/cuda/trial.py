@@ -18,7 +18,7 @@ import numpy as np
 
 from bertile.cuda.card import Call, Card, Memory
 from bertile.cuda_loader import evaluate
-from bertile.errors import PlatformError
+from bertile.errors import BertileError, PlatformError
 from bertile.schedules import schedules_for, trial_sample
 from bertile.schedules.cuda.source import Kernel
 from bertile.schedules.schedule import Sample
@@ -61,6 +61,20 @@ def measure(
 
         found = answer(task, row, (blocks, *also), times)
     return {**found, "machine": {**card.facts(), "row": row.name}}
+
+
+def answered(**request: Any) -> dict[str, Any]:
+    """As :func:`measure`; where a kernel has failed, its error, and that this process is of no use
+    any more.
+    """
+    try:
+        return measure(**request)
+    except BertileError as error:
+        try:
+            open_card().check()
+        except BertileError:
+            return {"error": error.what, "ended": True}
+        raise
 
 
 @lru_cache(maxsize=1)
@@ -125,4 +139,4 @@ def _read(memory: Memory, places: Sequence[int], results: Sequence[np.ndarray]) 
 
 
 if __name__ == "__main__":
-    serve(measure)
+    serve(answered)

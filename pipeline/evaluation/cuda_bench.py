@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -226,10 +227,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _machine(device: str) -> dict[str, str]:
-    facts = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if device != "cuda":
-        return facts
-    return {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda, **facts}
+    gpu = device == "cuda" and {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda}
+    return {**(gpu or {}), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _timed(device: str, call: Callable[[], Any], calls: int) -> list[float]:
@@ -274,16 +273,14 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def _loader(directory: Path) -> Any:
     """The loader of a bundle, or the installed one."""
-    if (directory / "loader.py").exists():
-        sys.path.insert(0, str(directory))
-        import loader
-    else:
-        from bertile import loader
-    return loader
+    if not (directory / "loader.py").exists():
+        return import_module("bertile.loader")
+    sys.path.insert(0, str(directory))
+    return import_module("loader")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, write the result, print what matters of it."""
+    """Measure, write the result, print a line for each row of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fp16", metavar="BUNDLE", required=True)
     parser.add_argument("--int8", metavar="BUNDLE")
@@ -295,9 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=CALLS)
     parser.add_argument("-o", "--output", metavar="RESULT", required=True)
     options = parser.parse_args(arguments)
-    result = measure(options)
-    Path(options.output).write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(json.dumps({**result, "rows": len(result["rows"])}))
+    Path(options.output).write_text(json.dumps(measure(options), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def device(monkeypatch):
     monkeypatch.setattr(runner, "Card", pretended.open_card)
     monkeypatch.setattr(runner, "build", pretended.image)
     monkeypatch.setattr(pack, "build", pretended.image)
+    monkeypatch.setattr(pack.rates, "build", lambda row: b"")
     monkeypatch.setattr(tuner, "ALSO_ON_GPU", (1,))  # 4096 tokens take long without a GPU
     return pretended.open_card()
 
@@ -92,8 +93,8 @@ def test_result_that_nobody_writes_is_found(device, tmp_path, monkeypatch):
 
     def half(task, knobs, row):
         kernel = schedule.kernel(task, knobs, row)
-        (launch,) = kernel.launches
-        return replace(kernel, launches=(replace(launch, grid=(1, 1, 1)),))
+        launches = [replace(launch, grid=(1, 1, 1)) for launch in kernel.launches]
+        return replace(kernel, launches=tuple(launches))
 
     monkeypatch.setitem(schedules_for(ROW), "layer_norm", replace(schedule, kernel=half))
     given = (NORM.operation, dict(NORM.shape), knobs, ROW.name, 1)
@@ -130,6 +131,17 @@ def test_candidate_that_is_not_compiled_costs_itself_alone(device, monkeypatch):
         monkeypatch.setattr(runner, "build", refused)
         knobs = schedules_for(ROW)["layer_norm"].default(NORM, ROW)
         assert "does not compile" in trials.run(NORM, knobs, 1)["error"]
+
+
+def test_kernel_that_fails_costs_itself_and_its_process_alone(device, monkeypatch):
+    """A GPU's context is lost with it: the next candidate gets a new process."""
+    knobs = schedules_for(ROW)["layer_norm"].default(NORM, ROW)
+    with runner.CudaRunner(ROW) as trials:
+        good = pretended.image(NORM, knobs, ROW)
+        images = iter([pretended.image(NORM, knobs, ROW, broken=True), good])
+        monkeypatch.setattr(runner, "build", lambda *given: next(images))
+        assert "a kernel failed on emulated sm_90" in trials.run(NORM, knobs, 1)["error"]
+        assert "microseconds" in trials.run(NORM, knobs, 1)
 
 
 def test_machine_without_a_gpu_is_told_the_ways_out(tmp_path):

@@ -1,0 +1,59 @@
+"""The tensor cores by themselves: the code has the products that are counted, sparse ones too."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from bertile.cuda import compiler, cubin, rates
+from bertile.errors import PlatformError
+from bertile.targets import resolve
+
+
+@pytest.mark.parametrize("name", ["cuda-sm80", "cuda-sm90"])
+def test_code_multiplies_as_often_as_it_is_counted(name):
+    """Eight chains and a loop that the compiler unrolls; sparse products are instructions too."""
+    try:
+        compiler.find()
+    except PlatformError as error:
+        pytest.skip(str(error))
+    found = cubin.read(rates.build(resolve(name)))
+    assert set(found) == {f"rate_{kind}" for kind in rates.INSTRUCTIONS}
+    for entry, used in found.items():
+        product = "IMMA" if "int8" in entry else "HMMA"
+        assert used.instructions[product] % rates.CHAINS == 0 < used.instructions[product]
+        assert used.local == 0
+
+
+class Clock:
+    """A card on which every graph takes two milliseconds."""
+
+    def facts(self):
+        return {"multiprocessors": 132}
+
+    @contextlib.contextmanager
+    def memory(self):
+        yield self
+
+    module = graph = lambda self, *given: contextlib.nullcontext(given)
+
+    def empty(self, size):
+        return 256
+
+    def milliseconds(self, graph, replays):
+        return 2.0 * replays
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+
+def test_sparse_products_count_what_they_stand_for():
+    found = rates.measure(Clock(), b"")
+    work = 2 * 16 * 8 * 16 * rates.CHAINS * rates.ROUNDS * rates.WARPS * rates.BLOCKS * 132
+    assert found["fp16"] == pytest.approx(work / 2e-3 / 1e12, abs=0.1)
+    assert found["fp16_2_4"] == pytest.approx(2 * found["fp16"], abs=0.2)
+    assert found["int8_2_4"] == pytest.approx(2 * found["int8"], abs=0.2)
