@@ -64,8 +64,8 @@ test-slow: $(VENV)/.installed
 # Bundles of a two-layer model and of MiniLM for every ARM row, run as ARM code; tuning on an ARM server.
 test-arm: $(VENV)/.arm
 	@$(MAKE) -s $(VENV)/.arm-python || echo "no ARM server: the test of tuning on one is skipped" >&2
-	@$(ARM_ENV) $(BIN)/python -m pytest -q tests/test_arm_bundles.py tests/schedules/test_arm.py \
-	  tests/test_device_arm.py
+	@$(ARM_ENV) $(BIN)/python -m pytest -q tests/test_arm_bundles.py tests/test_opener.py \
+	  tests/test_musl.py tests/schedules/test_arm.py tests/test_device_arm.py
 
 $(VENV)/.arm-python: tests/install_arm_python.sh pipeline/wheels-aarch64.txt | $(VENV)/.installed
 	@echo "install what an ARM server runs: Debian's Python, TVM for arm64"

@@ -224,6 +224,7 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     _add_bundle(parser)
     _add_peer(parser)
     parser.add_argument("--threads", metavar="N", type=int, help="cores to use")
+    _add_some_config(parser, "runtime-from")
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:

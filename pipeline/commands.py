@@ -76,16 +76,18 @@ def tune(options: Namespace, progress: Progress) -> Outcome:
 
 def verify(options: Namespace, progress: Progress) -> Outcome:
     """Compare with ONNX Runtime; exit code 4 where the difference is past the tolerance."""
-    from bertile import verifier
+    from bertile import opener, verifier
 
+    bundle, source = Path(options.bundle), read_config(options).runtime_from
     check = verifier.verify(
-        Path(options.bundle), onnx=options.onnx, threads=options.threads, progress=progress
+        bundle, options.onnx, options.threads, progress, opener.parts_of(bundle, source)
     )
     close = check["max_abs_difference"] <= check["tolerance"]
     verdict = "equal" if close else "DIFFERENT"
     text = (
         f"{verdict}: at most {check['max_abs_difference']:.2g} from {check['reference']}"
         f" (tolerance {check['tolerance']:.2g})"
+        + (f", run by {check['emulator']}" if "emulator" in check else "")
     )
     return Outcome(check, text, 0 if close else 4)
 

@@ -170,12 +170,14 @@ class _Run:
 
     def _answers(self, graph: Any, dataset: Any) -> np.ndarray:
         """What the model in the graph's precisions answers to the texts of a dataset."""
+        from bertile import opener
         from bertile.evaluation import datasets
 
+        opener.must_run(self.row)
         self.progress.status(f"compile, and evaluate on {len(dataset.texts)} texts")
         with tempfile.TemporaryDirectory() as directory:
             made = self._bundle(graph, self._build(graph, Path(directory)), Path(directory))
-            return datasets.answers(made, dataset, self.row.threads)
+            return datasets.answers(made, dataset, self.row.threads, self._parts)
 
     def tasks(self) -> tuple[Any, list[Any]]:
         from bertile import lowering, sparse_choice

@@ -36,8 +36,8 @@ def missing(row: Target) -> str | None:
         return f"this machine cannot emulate {row.arch}"
     if _qemu(row.arch) is None:
         return f"qemu-{row.arch} is not installed"
-    if not (_sysroot(row.arch) / "lib").is_dir():
-        return f"{_sysroot(row.arch)} has no libraries of {row.arch}"
+    if not (sysroot(row.arch) / "lib").is_dir():
+        return f"{sysroot(row.arch)} has no libraries of {row.arch}"
     if processor(row) is None:
         return f"qemu-{row.arch} has no processor with {' '.join(row.features)}"
     return None
@@ -54,18 +54,34 @@ def command(arch: str, cpu: str) -> list[str]:
     qemu = _qemu(arch)
     if qemu is None:
         raise PlatformError(f"qemu-{arch} is not installed", "install it with: make test-arm")
-    return [qemu, "-L", str(_sysroot(arch)), "-cpu", cpu]
+    return [qemu, "-L", str(sysroot(arch)), "-cpu", cpu]
 
 
 class Model:
     """A bundle for another processor, called as `loader.Model` is; each call is a new process."""
 
-    def __init__(self, directory: Path, native: Path, libraries: Path, row: Target) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        native: Path,
+        libraries: Path,
+        row: Target,
+        threads: int | None = None,
+    ) -> None:
         self.manifest = loader.read_manifest(directory)
-        self.cpu = processor(row) or "max"
-        self._command = command(row.arch, self.cpu)
+        self.inputs = tuple(spec["name"] for spec in self.manifest["inputs"])
+        cpu = processor(row) or "max"
+        self.name = f"qemu-{row.arch} -cpu {cpu}"
+        self._command = command(row.arch, cpu)
         self._command += [str(native / COMMAND), str(directory), "--runtime", str(libraries)]
         self._command += ["--skip-hashes"]
+        self._command += ["--threads", str(threads)] if threads else []
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass  # each call is a process that has ended
 
     def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
         with tempfile.TemporaryDirectory() as folder:
@@ -86,10 +102,10 @@ class Model:
         raise kinds.get(done.returncode, BertileError)(reason.removeprefix(f"{COMMAND}: "))
 
 
-def _qemu(arch: str) -> str | None:
-    return shutil.which(f"qemu-{arch}") or shutil.which(f"qemu-{arch}-static")
-
-
-def _sysroot(arch: str) -> Path:
+def sysroot(arch: str) -> Path:
     """Where the libraries of that machine lie: QEMU's own variable, else Debian's place."""
     return Path(os.environ.get("QEMU_LD_PREFIX") or f"/usr/{arch}-linux-gnu")
+
+
+def _qemu(arch: str) -> str | None:
+    return shutil.which(f"qemu-{arch}") or shutil.which(f"qemu-{arch}-static")

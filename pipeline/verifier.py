@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertile import emulator, exported, loader
+from bertile import emulator, exported, loader, opener
 from bertile.errors import NumericMismatchError, PlatformError, require
 from bertile.exported import ExportedModel
 from bertile.progress import Progress
-from bertile.runtime_parts import RuntimeParts
 from bertile.samples import largest_difference, sample, session
 from bertile.targets import Target, is_foreign
 
@@ -35,49 +34,48 @@ def verify(
     onnx: str | Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    parts: opener.Parts | None = None,
 ) -> dict[str, Any]:
     """Compare the bundle with ONNX Runtime on ``onnx`` (default: its source, exported again).
 
     Returns the check of the manifest: "max_abs_difference" and "tolerance" (of the same output,
-    the worst one), "cases". It does not raise for a difference; :func:`checked` does.
+    the worst one), "cases", and the "emulator" of a bundle for another processor (`opener.opened`
+    says how such a one is run, and with which `parts`). It does not raise for a difference;
+    :func:`checked` does.
     """
-    if onnx is not None:
-        path = Path(onnx)
-    else:
-        from bertile import driver
-        from bertile.config import Config
-
-        manifest = loader.read_manifest(directory)
-        config = Config.from_dict(manifest["config"])
-        path = driver.export_cached(manifest["model"]["source"], config, progress).onnx_path
     if loader.read_manifest(directory)["target"]["arch"] == loader.CUDA:
-        check = _on_gpu(directory, path)
+        check = _on_gpu(directory, _onnx(directory, onnx, progress))
         if not check.get("executed", True):
             raise PlatformError(check["reason"], "verify the bundle on a machine with the GPU")
         return check
-    with loader.load(directory, threads) as model:
-        return _compare(model, path, _cases(model.manifest, CASES))
+    with opener.opened(directory, threads, parts) as model:
+        emulated = isinstance(model, emulator.Model)
+        cases = _cases(model.manifest, EMULATED_CASES if emulated else CASES)
+        check = _compare(model, _onnx(directory, onnx, progress), cases)
+        return {**check, "emulator": model.name} if emulated else check
 
 
 def checked(
-    directory: Path, model: ExportedModel, row: Target, parts: Callable[[], RuntimeParts]
+    directory: Path, model: ExportedModel, row: Target, parts: opener.Parts
 ) -> dict[str, Any]:
     """As :func:`verify`; raises NumericMismatchError where the difference is past the tolerance.
 
-    A bundle for another architecture is run by its own bertile-run under an emulator; where that
-    cannot be, the check's "executed" is False, with the "reason". `parts` are the row's.
+    Where the bundle cannot be run, the check's "executed" is False, with the "reason".
     One for a GPU is run on that GPU where it is here, else emulated where it is small.
     """
-    if reason := cannot_run(row):
+    if reason := opener.cannot_run(row):
         return _not_executed(reason)
     if row.gpu:
         check = _on_gpu(directory, model.onnx_path)
-    elif is_foreign(row):
-        check = _emulated(directory, model, row, parts)
+        if not check.get("executed", True):
+            return check
     else:
-        check = verify(directory, model.onnx_path, row.threads)
-    if not check.get("executed", True):
-        return check
+        if is_foreign(row):
+            try:
+                parts()
+            except PlatformError as error:  # offline, and nothing but this check needs them
+                return _not_executed(error.what)
+        check = verify(directory, model.onnx_path, row.threads, parts=parts)
     fixed = loader.read_manifest(directory)["config"].get("ranges", "dynamic") != "dynamic"
     if not check["max_abs_difference"] <= check["tolerance"]:
         raise NumericMismatchError(
@@ -90,19 +88,10 @@ def checked(
     return check
 
 
-def cannot_run(row: Target) -> str | None:
-    """Why a bundle for `row` cannot be run here, or None where it can, or should."""
-    if "musl" in row.triple:
-        return "it is linked for musl"
-    if row.gpu:
-        return None  # what is here is seen when it is loaded
-    return emulator.missing(row) if is_foreign(row) else None
-
-
 def surroundings(row: Target) -> Any:
     """What beside Python modules decides how a bundle for `row` is made and checked here."""
     if row.gpu is None:
-        return cannot_run(row)
+        return opener.cannot_run(row)
     from bertile.cuda import compiler, here
 
     card = here.gpu()
@@ -118,17 +107,16 @@ def as_text(check: dict[str, Any]) -> str:
     return f"at most {check['max_abs_difference']:.1e} from ONNX Runtime{by}"
 
 
-def _emulated(
-    directory: Path, model: ExportedModel, row: Target, parts: Callable[[], RuntimeParts]
-) -> dict[str, Any]:
-    try:
-        found = parts()
-    except PlatformError as error:  # offline, and nothing but this check needs them
-        return _not_executed(error.what)
-    emulated = emulator.Model(directory, found.native, found.libraries, row)
-    cases = _cases(emulated.manifest, EMULATED_CASES)
-    check = _compare(emulated, model.onnx_path, cases)
-    return {**check, "emulator": f"qemu-{row.arch} -cpu {emulated.cpu}"}
+def _onnx(directory: Path, given: str | Path | None, progress: Progress | None) -> Path:
+    """The model to compare a bundle with: what was given, else what it was made of."""
+    if given is not None:
+        return Path(given)
+    from bertile import driver
+    from bertile.config import Config
+
+    manifest = loader.read_manifest(directory)
+    config = Config.from_dict(manifest["config"])
+    return driver.export_cached(manifest["model"]["source"], config, progress).onnx_path
 
 
 def _on_gpu(directory: Path, onnx: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from bertile import driver, emulator, loader, targets
 from bertile.config import Config
 
 RUNTIME = Path(sys.prefix) / "arm" / "runtime"
+MUSL = Path(sys.prefix) / "arm" / "musl"
 
 
 def need_emulator() -> None:
@@ -43,6 +45,28 @@ def run(bundle: Path, cpu: str, *arguments: object) -> subprocess.CompletedProce
     """The bundle's own bertile-run on one of QEMU's processors, with what lies in the bundle."""
     line = [*emulator.command("aarch64", cpu), str(bundle / "bertile-run"), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
+
+
+def musl_command(folder: Path, bundle: Path) -> list[str]:
+    """What stands before the arguments of a musl bundle's bertile-run, whose TVM libraries are
+    those for glibc: musl takes the place of glibc's libraries, with the functions that it lacks.
+    """
+    if not (MUSL / "lib" / "ld-musl-aarch64.so.1").exists():
+        pytest.skip(f"{MUSL} has no musl for arm64: make test-arm fetches it")
+    libraries = folder / "libraries"
+    libraries.mkdir()
+    for name in ("libstdc++.so.6", "libgcc_s.so.1"):
+        shutil.copy(emulator.sysroot("aarch64") / "lib" / name, libraries)
+    (libraries / "ld-linux-aarch64.so.1").symlink_to(MUSL / "lib" / "ld-musl-aarch64.so.1")
+    source = Path(__file__).with_name("native") / "musl_glibc.c"
+    row = targets.with_libc(targets.resolve("aarch64"), "musl")
+    lacking = libraries / "libmusl_glibc.so"
+    line = [*targets.link_command(row), "-shared", "-fPIC", "-O1", str(source), "-o", str(lacking)]
+    subprocess.run(line, check=True)
+    qemu = emulator.command("aarch64", "cortex-a76")[0]
+    given = (f"LD_PRELOAD={lacking}", f"LD_LIBRARY_PATH={libraries}")
+    where = [word for one in given for word in ("-E", one)]
+    return [qemu, "-L", str(MUSL), *where, "-cpu", "cortex-a76", str(bundle / "bertile-run")]
 
 
 def instructions(bundle: Path, cpu: str, plugin: Path, tokens: int) -> int:

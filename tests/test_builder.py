@@ -247,6 +247,11 @@ MATCHED = {
 
 def program_of(body: str, directory, batch=None, length=None) -> Program:
     """Compile the frame with these nodes in it."""
+    return Program(exported_of(body, directory, batch, length), directory / "lib.so")
+
+
+def exported_of(body: str, directory, batch=None, length=None) -> ExportedModel:
+    """The frame with these nodes in it."""
     text = FRAME.format(body=body)
     for name, extent in (("batch", batch), ("length", length)):
         text = text.replace(name, str(extent)) if extent else text
@@ -262,8 +267,7 @@ def program_of(body: str, directory, batch=None, length=None) -> Program:
     onnx.save(model, directory / "model.onnx")
     inputs = (InputSpec("input_ids", below=100), InputSpec("attention_mask"))
     fields = ("onnx text", "", "unknown", "unknown", None)
-    exported = ExportedModel(directory, *fields, inputs, ("y",), batch=batch, length=length)
-    return Program(exported, directory / "lib.so")
+    return ExportedModel(directory, *fields, inputs, ("y",), batch=batch, length=length)
 
 
 @pytest.mark.parametrize("body,names", UNMATCHED.values(), ids=UNMATCHED)

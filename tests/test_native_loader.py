@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from bertile.errors import BertileError
 from bertile.targets import native
 
 SANITIZED = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+RACES = ("-g", "-O1", "-fsanitize=thread")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror")
 CHECKS = Path(__file__).with_name("native")
 
@@ -83,10 +85,12 @@ def refusal(built: Path, *arguments: object) -> tuple[int, str]:
     return done.returncode, done.stderr.removeprefix("bertile-run: ").strip()
 
 
-def compile_check(source: str, built: Path, compiler: str = "cc") -> Path:
+def compile_check(
+    source: str, built: Path, compiler: str = "cc", flags: Sequence[str] = SANITIZED
+) -> Path:
     program = built / Path(source).stem
     headers = f"-I{native_loader.SOURCES}"
-    line = [compiler, *SANITIZED, headers, str(CHECKS / source), "-o", str(program)]
+    line = [compiler, *flags, headers, str(CHECKS / source), "-o", str(program)]
     if source == "check_json.c":
         line.append(str(native_loader.SOURCES / "json.c"))
     else:
@@ -343,6 +347,24 @@ def _is_json(text: str) -> bool:
 
 def test_threads_and_forks_get_the_same_numbers(built, directory):
     done = start(compile_check("check_threads.c", built), directory)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 wrong\n", "")
+
+
+@pytest.mark.slow
+def test_threads_do_not_race_in_the_loader(directory, tmp_path):
+    """By ThreadSanitizer, which sees the loader and not the TVM runtime behind it."""
+    try:
+        native_loader.build(native(), tmp_path, ("cc",), *RACES)
+    except BertileError as error:
+        if "tsan" not in str(error):
+            raise
+        pytest.skip("this cc has no thread sanitizer")
+    program = compile_check("check_threads.c", tmp_path, flags=RACES)
+    # the check forks, and the child has a thread of its own
+    environment = {**os.environ, "TSAN_OPTIONS": "die_after_fork=0"}
+    done = subprocess.run(
+        [program, directory], capture_output=True, text=True, timeout=60, env=environment
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "0 wrong\n", "")
 
 

@@ -175,7 +175,7 @@ def test_report_of_a_bundle_takes_the_records_of_its_kernels(
     kernel = {"operation": NORM.operation, "calls": 12, "shape": dict(NORM.shape)}
     manifest = {
         "model": {"source": "minilm", "family": "bert", "head": "embedding"},
-        "target": {"name": "x86-avx512-bf16"},
+        "target": {"name": "x86-avx512-bf16", "arch": "x86_64"},
         "versions": {"tvm": "0.27", "llvm": "22", "python": "3.11"},
         "kernels": [kernel, {"operation": "generic", "calls": 1, "shape": {}}],
         "fallthrough": [],

@@ -38,7 +38,7 @@ def build(
     made = plan.write(graph, lowered, row)
     program = compiler.compile(made.source, row, cache_dir)
     resources = cubin.read(program.cubin)
-    _check(resources.items(), row)
+    _check(made.content["steps"], resources, row)
     directory.mkdir(parents=True, exist_ok=True)
     contents = {PLAN: json.dumps(made.content, indent=1).encode() + b"\n"}
     contents |= {CUBIN: program.cubin, PTX: program.ptx, SOURCE: made.source.encode()}
@@ -73,12 +73,18 @@ def _described(entries: Iterable[str], resources: dict[str, Resources]) -> dict[
     }
 
 
-def _check(found: Iterable[tuple[str, Resources]], row: Target) -> None:
+def _check(steps: Iterable[dict[str, Any]], found: dict[str, Resources], row: Target) -> None:
     """A kernel that asks for more than the GPU has would fail at its first launch."""
-    for name, one in found:
-        if one.registers > row.registers or one.shared > 48 << 10:
-            raise BertileError(
-                f"the kernel {name} takes {one.registers} registers and {one.shared} bytes of"
-                f" shared memory, more than {row.name} has",
-                "report the model with `bertile doctor`'s output",
-            )
+    for step in steps:
+        one = found[step["entry"]]
+        shared = one.shared + step["shared"]
+        if one.registers * step["threads"] > row.gpu.registers_per_sm:
+            what = f"{one.registers} registers for each of {step['threads']} threads"
+        elif shared > row.gpu.shared_per_block:
+            what = f"{shared} bytes of shared memory"
+        else:
+            continue
+        raise BertileError(
+            f"the kernel {step['entry']} takes {what}, more than {row.name} has",
+            "report the model with `bertile doctor`'s output",
+        )

@@ -8,7 +8,7 @@ from typing import Any, Union
 import numpy as np
 
 from bertile import cuda_loader, loader
-from bertile.cuda import emulated_model, emulator
+from bertile.cuda import emulated_model, emulator, here
 from bertile.errors import PlatformError
 
 LIMIT = 25_000_000  # weights of layers: with these, a request of 64 tokens takes the emulator 10 s
@@ -19,10 +19,13 @@ def open_model(directory: Path) -> Model | str:
     """The bundle on the GPU that is here, else, where it is small, its kernels emulated; or why
     neither can be.
     """
-    try:
-        return loader.load(directory, verify=False)
-    except PlatformError as error:
-        reason = error.what
+    card = here.gpu()
+    reason = card if isinstance(card, str) else ""
+    if not reason:
+        try:
+            return loader.load(directory, verify=False)
+        except PlatformError as error:  # the card is of another kind than the bundle's
+            reason = error.what
     if lacks := emulator.missing():
         return f"{reason}, and {lacks} to emulate one"
     if multiplied(loader.read_manifest(directory)) > LIMIT:

@@ -10,7 +10,11 @@ from bertile.targets import TABLE, Target
 def gpu() -> Gpu | str:
     """The first GPU, or why there is none."""
     try:
-        return Gpu(open_driver())
+        driver = open_driver()
+    except PlatformError:
+        return "this machine has no NVIDIA driver"
+    try:
+        return Gpu(driver)
     except PlatformError as error:
         return error.what
 

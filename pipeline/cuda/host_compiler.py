@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
+from importlib import util
 from pathlib import Path
 
 from bertile.errors import BertileError, PlatformError
@@ -40,7 +42,7 @@ class EmulationError(BertileError):
 
 def missing() -> str | None:
     """Why nothing can be emulated here, or None."""
-    return None if _compiler() else "there is no C++ compiler (g++ or clang++)"
+    return None if _compiler() else "there is no C++ compiler (g++, clang++ or pip's ziglang)"
 
 
 def build(source: str, directory: Path) -> Path:
@@ -131,7 +133,7 @@ def _runtime(directory: Path) -> Path:
 @cache
 def _runtime_key() -> str:
     """Stands for the emulator's sources, the compiler, and the processor that it compiles for."""
-    line = [_required_compiler(), "-march=native", "-###", "-E", "-x", "c++", os.devnull]
+    line = [*_required_compiler(), "-march=native", "-###", "-E", "-x", "c++", os.devnull]
     facts = subprocess.run(line, capture_output=True, check=False).stderr
     facts = b"\n".join(one for one in facts.splitlines() if b"/tmp/" not in one)
     parts = [(_HERE / name).read_bytes() for name in _PARTS]
@@ -141,7 +143,7 @@ def _runtime_key() -> str:
 @cache
 def _no_calls() -> tuple[str, ...]:
     """How the compiler is told not to report the entry of each function."""
-    facts = subprocess.run([_required_compiler(), "--version"], capture_output=True, check=False)
+    facts = subprocess.run([*_required_compiler(), "--version"], capture_output=True, check=False)
     if b"clang" in facts.stdout:
         return ("-mllvm", "-tsan-instrument-func-entry-exit=0")
     return ("--param", "tsan-instrument-func-entry-exit=0")
@@ -152,23 +154,35 @@ def _compile(*arguments: str) -> None:
 
 
 def _run(*arguments: str) -> None:
-    line = [_required_compiler(), *arguments]
+    line = [*_required_compiler(), *arguments]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EmulationError(f"the C++ compiler refuses the kernel:\n{done.stderr.strip()}")
 
 
-def _compiler() -> str | None:
-    return next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
+def _compiler() -> tuple[str, ...] | None:
+    """The command of the host's compiler, else of pip's."""
+    if found := next(filter(None, map(shutil.which, ("g++", "clang++"))), None):
+        return (found,)
+    return (sys.executable, "-m", "ziglang", "c++") if util.find_spec("ziglang") else None
 
 
-def _required_compiler() -> str:
+def _required_compiler() -> tuple[str, ...]:
     found = _compiler()
     if found is None:
-        raise PlatformError("CUDA kernels cannot be emulated: there is no g++ or clang++")
+        raise PlatformError(
+            "CUDA kernels cannot be emulated: there is no g++ or clang++",
+            "install one, or: pip install ziglang",
+        )
     return found
 
 
 def kept() -> Path:
-    """Where libraries are kept by default: a directory of this user."""
-    return Path(tempfile.gettempdir(), f"bertile-emulated-{os.getuid()}")
+    """Where libraries are kept by default: a directory of this user, made where it is not there."""
+    folder = Path(tempfile.gettempdir(), f"bertile-emulated-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise PlatformError(
+            f"{folder} belongs to another user", "set TMPDIR to a place of your own"
+        )
+    return folder

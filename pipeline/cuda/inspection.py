@@ -11,6 +11,7 @@ import numpy as np
 
 from bertile import loader
 from bertile.bench import random_inputs
+from bertile.cuda import here
 from bertile.errors import PlatformError
 
 _NOT_ASKED = {"total_ms": None, "gpu": None, "reason": "nobody asked for them"}
@@ -33,6 +34,8 @@ def inspect(directory: Path, batch: int, length: int, measure: bool = True) -> d
 
 
 def _timed(directory: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    if isinstance(card := here.gpu(), str):
+        return {"total_ms": None, "gpu": None, "reason": card}
     try:
         with loader.load(directory) as model:
             times = model.time(**inputs)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bertile import loader, runner
+from bertile import opener, runner
 from bertile.errors import InputError, UsageError
 from bertile.evaluation.metrics import accuracy, mean_cosine, similarity_spearman
 
@@ -89,12 +89,18 @@ def read(path: Path) -> Dataset:
     return Dataset(path, texts, None if path.suffix == ".txt" else labels)
 
 
-def answers(directory: Path, dataset: Dataset, threads: int | None = None) -> np.ndarray:
+def answers(
+    directory: Path,
+    dataset: Dataset,
+    threads: int | None = None,
+    parts: opener.Parts | None = None,
+) -> np.ndarray:
     """What the bundle in `directory` answers to each text: logits or vectors, (N, C).
 
+    It is run as `opener.opened` says.
     Raises InputError where the bundle's head does not fit the file.
     """
-    with loader.load(directory, threads, verify=False) as model:
+    with opener.opened(directory, threads, parts, verify=False) as model:
         head = model.manifest["model"]["head"]
         output = output_of(head, dataset)
         limit = runner.max_tokens(model.manifest)

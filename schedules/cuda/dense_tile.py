@@ -14,6 +14,7 @@ from bertile.schedules.task import Task
 PANEL = 128  # bytes of K
 SIZE = {"f16": 2, "bf16": 2, "float": 4, "u8": 1}
 REGISTERS = 255  # of a thread
+RESIDUAL = 16  # registers that asking for it beside products takes
 GRANULE = 8  # registers are given to a thread by so many
 GROUPED = ("fp16", "bf16", "int8", "int8_static")  # what wgmma multiplies here
 GROUP_COLUMNS = (64, 96, 128, 192, 256)
@@ -116,6 +117,8 @@ class Tile:
         """
         apart = replace(self, late=False)
         useful = self.operands.residual or self._tile <= SMALL
+        if self.operands.residual and self.registers + RESIDUAL > REGISTERS:
+            return self
         fits = apart.shared <= gpu.shared_per_block
         return apart if useful and fits and apart.resident(gpu) == self.resident(gpu) else self
 
@@ -181,7 +184,8 @@ class Tile:
             return 4 * self.wide + 32
         a, b = (8, 8) if self.operands.precision == "fp32" else (4, 2)
         fragments = 2 * (a * self.tall + b * self.wide)
-        return -(-(4 * self.tall * self.wide + fragments + 46) // GRANULE) * GRANULE
+        others = 62 if self.operands.precision == "tf32" else 46
+        return -(-(4 * self.tall * self.wide + fragments + others) // GRANULE) * GRANULE
 
     @property
     def slot(self) -> int:

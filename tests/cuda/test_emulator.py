@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bertile.cuda import emulator
+from bertile.errors import PlatformError
 from bertile.schedules.cuda.source import Kernel, Launch
 
 # y (rows, n) = x (rows, k) · w (n, k), 64 × 64 per block, k in steps of 32, three stages.
@@ -198,6 +200,11 @@ def test_passes_over_banks_and_sectors_are_counted() -> None:
         "if (i < 8) cells[i * 32] = 0;": {"shared write": count(1, 32, 8, 1)},
         "((float4*)cells)[i] = {};": {"shared write": count(1, 512, 4, 4)},
         "((float4*)cells)[i % 8 * 8 + i / 8] = {};": {"shared write": count(1, 512, 32, 4)},
+        "float4 v = {x[i], 0, 0, x[i]}; ((float4*)cells)[i] = v;": {
+            "shared write": count(1, 512, 4, 4),
+            "global read": count(1, 128, 4, 4),
+        },
+        "cells[2 * i] = 0; cells[2 * i + 65] = 0;": {"shared write": count(2, 256, 4, 2)},
         "y[i] = 0;": {"global write": count(1, 128, 4, 4)},
         "y[i + 1] = 0;": {"global write": count(1, 128, 5, 4)},
         "y[i * 8] = 0;": {"global write": count(1, 128, 32, 4)},
@@ -242,3 +249,13 @@ def test_launches_leave_no_mappings_behind() -> None:
 def test_stack_that_is_used_up_is_found() -> None:
     with pytest.raises(emulator.EmulationError, match="bytes of stack"):
         run_small("volatile float many[32760]; for (int k = 0; k < 32760; ++k) many[k] = k;", 1)
+
+
+def test_libraries_are_not_taken_from_a_place_of_somebody_else(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    made = emulator.kept()
+    assert made.parent == tmp_path and made.stat().st_mode & 0o777 == 0o700
+    made.rename(tmp_path / "other")
+    made.symlink_to(tmp_path / "other")
+    with pytest.raises(PlatformError, match="belongs to another user"):
+        emulator.kept()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from tvm import relax
 
 from bertile import chooser, cli, cuda_loader, driver, loader, optimizer, planner
 from bertile.config import Config
+from bertile.cuda import builder, cubin, emulator, here, plan
 from bertile.cuda import check as gpu_check
-from bertile.cuda import emulator, here, plan
 from bertile.cuda.lowering import lower
-from bertile.errors import ModelError, PlatformError, UsageError
+from bertile.errors import BertileError, ModelError, PlatformError, UsageError
 from bertile.exported import read
 from bertile.importer import import_onnx
 from bertile.samples import largest_difference, run_onnx, sample
@@ -225,6 +226,19 @@ def test_a_pooler_is_not_converted(graph):
 
 
 @pytest.mark.parametrize(
+    ("threads", "shared", "text"),
+    [(1024, 0, "80 registers for each of 1024 threads"), (64, 166000, "167000 bytes of shared")],
+)
+def test_a_kernel_that_asks_for_more_than_the_gpu_has_is_refused(threads, shared, text):
+    found = {"f": cubin.Resources(registers=80, shared=1000, local=0, instructions=Counter())}
+    fits = {"entry": "f", "threads": 512, "shared": 165912}
+    builder._check([fits], found, resolve("cuda-sm80"))
+    with pytest.raises(BertileError, match=f"the kernel f takes {text}"):
+        asks = {"entry": "f", "threads": threads, "shared": shared}
+        builder._check([fits, asks], found, resolve("cuda-sm80"))
+
+
+@pytest.mark.parametrize(
     ("operator", "text"),
     [
         (lambda x: relax.op.sort(x, axis=1), "the operator sort has no kernel for a GPU"),
@@ -277,13 +291,9 @@ def test_max_drop_wants_a_gpu(tmp_path, monkeypatch):
 
 def test_a_large_model_is_not_emulated(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "LIMIT", 1000)
+    monkeypatch.setattr(here, "gpu", lambda: "there is no GPU")
     described = {"kernels": [{"shape": {"inputs": 128, "outputs": 8}, "calls": 1}]}
     monkeypatch.setattr(loader, "read_manifest", lambda directory: described)
-
-    def no_gpu(directory, **options):
-        raise PlatformError("there is no GPU")
-
-    monkeypatch.setattr(loader, "load", no_gpu)
     found = gpu_check.open_model(tmp_path)
     assert found == "there is no GPU, and the model is too large for the emulator"
 

@@ -1,0 +1,41 @@
+"""What kernels of the defaults move: no bank conflicts in their loops, no sector read in vain."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bertile import targets
+from bertile.cuda import emulator
+from bertile.schedules import schedules_for
+from bertile.schedules.task import Task
+
+DENSE = {"inputs": 384, "outputs": 384, "activation": "gelu", "residual": True}
+ATTENTION = {"heads": 4, "head_size": 64, "scale": 0.125, "bias": False}
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "blocks"),
+    [
+        ("cuda-sm80", Task("dense", {**DENSE, "precision": "fp16"}), 8),
+        ("cuda-sm90", Task("dense", {**DENSE, "precision": "fp16"}), 128),  # wgmma
+        ("cuda-sm80", Task("dense", {**DENSE, "precision": "int8"}), 8),
+        ("cuda-sm80", Task("attention", {**ATTENTION, "precision": "bf16"}), 8),
+    ],
+    ids=lambda value: value.name if isinstance(value, Task) else str(value),
+)
+def test_nothing_is_moved_in_vain(row: str, task: Task, blocks: int) -> None:
+    target = targets.resolve(row)
+    schedule = schedules_for(target)[task.operation]
+    knobs = schedule.default(task, target)
+    sample = schedule.sample(task, blocks, np.random.default_rng(0))
+    weights = schedule.pack(task, knobs, sample.weights, target)
+    kernel, results = schedule.kernel(task, knobs, target), sample.buffers()
+    arrays = [*sample.activations, *weights, *results]
+    found, multiplications = emulator.count_traffic(kernel, arrays, sample.symbols)
+    assert sample.mistake(results) is None
+    assert multiplications > 0
+    assert bool(found["load_matrix read"].instructions) == (row != "cuda-sm90")
+    for way, one in found.items():
+        most = 1.15 if way.startswith("shared") else 1.0  # vectors of a tile are read by few lanes
+        assert one.parts <= most * one.least, (way, one)
