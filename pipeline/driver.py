@@ -6,22 +6,19 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bertile import bundle, cache, exporter, loader, runtime_parts, targets
+from bertile import bundle, cache, exporter, loader, runtime_parts, summary, targets
 from bertile.config import Config
 from bertile.exported import ExportedModel, read
 from bertile.fingerprint import hash_path
 from bertile.native_loader import SOURCES
 from bertile.progress import Progress
 from bertile.targets import Target
-
-SPEED_LENGTH = 128  # tokens of the request that the summary times
 
 
 def compile(
@@ -44,7 +41,7 @@ def compile(
     with progress.stage("bundle") as stage:
         path = bundle.copy(compiled, output)
         stage.detail = str(path)
-    return _summary(path, row, progress)
+    return summary.describe(path, row, progress)
 
 
 def export(
@@ -203,7 +200,9 @@ class _Run:
         graph = self.optimized()
         with self.progress.stage("build") as stage:
             built = self._build(graph, directory)
-            stage.detail = ", ".join(f"{n} {kind}" for kind, n in count(built.kernels).items())
+            stage.detail = ", ".join(
+                f"{n} {kind}" for kind, n in summary.count(built.kernels).items()
+            )
         with self.progress.stage("verify") as stage:
 
             def check(path: Path) -> dict[str, Any]:
@@ -256,47 +255,3 @@ class _Run:
             add,
             check,
         )
-
-
-def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
-    """How many kernels have which provenance."""
-    kinds = [kernel["provenance"] for kernel in kernels]
-    known = ("tuned", "estimated", "nearest", "default", "generic")
-    return {kind: kinds.count(kind) for kind in known if kind != "estimated" or kind in kinds}
-
-
-def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
-    from bertile import verifier
-
-    manifest = loader.read_manifest(path)
-    length = min(
-        manifest["static"]["length"] or SPEED_LENGTH,
-        manifest["model"]["max_length"] or SPEED_LENGTH,
-    )
-    executed = manifest["check"].get("executed", True)
-    fits = "gpu" in manifest["check"] if row.gpu else targets.fits(row, loader.cpu_features())
-    runs_here = executed and fits
-    return {
-        "output": str(path),
-        "size_bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
-        "milliseconds": _milliseconds(path, length, row.threads) if runs_here else None,
-        "length": length,
-        "threads": row.threads,
-        "gpu": manifest["check"].get("gpu"),
-        "max_abs_difference": manifest["check"]["max_abs_difference"],
-        "check": verifier.as_text(manifest["check"]),
-        "kernels": count(manifest["kernels"]),
-        "stages": progress.summary(),
-    }
-
-
-def _milliseconds(path: Path, length: int, threads: int) -> float:
-    """The median time of one request of that many tokens."""
-    with loader.load(path, threads, verify=False) as model:
-        ids = np.ones((1, length), np.int64)
-        times = []
-        while len(times) < 5 or (sum(times) < 1.0 and len(times) < 30):
-            began = time.perf_counter()
-            model(input_ids=ids)
-            times.append(time.perf_counter() - began)
-    return float(np.median(times)) * 1e3

@@ -1,0 +1,62 @@
+"""What a compile says at its end: size, speed, difference to the reference, and which kernels are
+tuned.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertile import loader, targets
+from bertile.progress import Progress
+from bertile.targets import Target
+
+SPEED_LENGTH = 128  # tokens of the request that is timed
+
+
+def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
+    """How many kernels have which provenance."""
+    kinds = [kernel["provenance"] for kernel in kernels]
+    known = ("tuned", "estimated", "nearest", "default", "generic")
+    return {kind: kinds.count(kind) for kind in known if kind != "estimated" or kind in kinds}
+
+
+def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
+    """What stands in the table; the time of a request is measured here, where that can be."""
+    from bertile import verifier
+
+    manifest = loader.read_manifest(path)
+    length = min(
+        manifest["static"]["length"] or SPEED_LENGTH,
+        manifest["model"]["max_length"] or SPEED_LENGTH,
+    )
+    executed = manifest["check"].get("executed", True)
+    fits = "gpu" in manifest["check"] if row.gpu else targets.fits(row, loader.cpu_features())
+    runs_here = executed and fits
+    return {
+        "output": str(path),
+        "size_bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
+        "milliseconds": _milliseconds(path, length, row.threads) if runs_here else None,
+        "length": length,
+        "threads": row.threads,
+        "gpu": manifest["check"].get("gpu"),
+        "max_abs_difference": manifest["check"]["max_abs_difference"],
+        "check": verifier.as_text(manifest["check"]),
+        "kernels": count(manifest["kernels"]),
+        "stages": progress.summary(),
+    }
+
+
+def _milliseconds(path: Path, length: int, threads: int) -> float:
+    """The median time of one request of that many tokens."""
+    with loader.load(path, threads, verify=False) as model:
+        ids = np.ones((1, length), np.int64)
+        times = []
+        while len(times) < 5 or (sum(times) < 1.0 and len(times) < 30):
+            began = time.perf_counter()
+            model(input_ids=ids)
+            times.append(time.perf_counter() - began)
+    return float(np.median(times)) * 1e3
