@@ -30,9 +30,9 @@ def test_records_are_estimates_of_points_of_the_space(log, row):
 
 def test_every_kind_of_kernel_and_precision_of_the_row_is_there(log, row):
     tasks = log.tasks(row)
-    assert {"dense", "attention", "layer_norm", "embedding"} <= {one.operation for one in tasks}
+    assert {"dense", "layer_norm", "embedding"} <= {one.operation for one in tasks}
     found = {one.shape.get("precision", "fp32") for one in tasks if one.operation == "dense"}
-    assert found == {"fp32", "int8", *(["bf16"] if row.bf16 else [])}
+    assert found >= {"fp32", *(["bf16", "int8"] if row.bf16 else [])}
     widths = {one.shape["inputs"] for one in tasks if one.operation == "dense"}
     assert widths == {384, 768, 1536, 3072}  # MiniLM's and BERT-base's
 
