@@ -269,13 +269,10 @@ def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
     from bertile import verifier
 
     manifest = loader.read_manifest(path)
-    length = min(
-        manifest["static"]["length"] or SPEED_LENGTH,
-        manifest["model"]["max_length"] or SPEED_LENGTH,
-    )
-    executed = manifest["check"].get("executed", True)
+    limits = (manifest["static"]["length"], manifest["model"]["max_length"])
+    length = min(limit or SPEED_LENGTH for limit in limits)
     fits = "gpu" in manifest["check"] if row.gpu else targets.fits(row, loader.cpu_features())
-    runs_here = executed and fits
+    runs_here = manifest["check"].get("executed", True) and fits
     return {
         "output": str(path),
         "size_bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
