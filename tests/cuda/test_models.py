@@ -12,9 +12,8 @@ import pytest
 
 from bertile import cli, cuda_loader, driver, loader
 from bertile.config import Config
-from bertile.cuda import check as gpu_check
-from bertile.cuda import emulator, here
-from bertile.errors import PlatformError, UsageError
+from bertile.cuda import emulator
+from bertile.errors import PlatformError
 from bertile.exported import read
 from bertile.samples import largest_difference, run_onnx, sample
 from bertile.targets import TABLE, resolve
@@ -100,10 +99,15 @@ def check_manifest(path, precision, row):
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_compiled_model_answers_as_onnx_runtime(
-    precision, cache, fake_driver, tmp_path, monkeypatch
+    precision, cache, fake_driver, tmp_path, monkeypatch, capsys
 ):
-    summary = compiled(SMALL, precision, "cuda-sm90", cache, tmp_path)
+    summary = compiled(SMALL, precision, "cuda-sm90", cache, tmp_path, runtime="include")
     path = tmp_path / "bundle"
+    names = {one.name for one in path.iterdir()}
+    assert {"loader.py", "cuda_loader.py"} <= names and "runtime" not in names
+    assert cli.main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "registers" in text and f"dense_128_384_{precision}_many" in text
     check = loader.read_manifest(path)["check"]
     assert check["max_abs_difference"] <= check["tolerance"]
     assert "emulator" in check or "gpu" in check
@@ -156,50 +160,3 @@ def test_static_ranges_and_smoothing_answer_as_onnx_runtime(
     assert any(one["shape"].get("precision") == "int8_static" for one in kernels)
     check = loader.read_manifest(tmp_path / "bundle")["check"]
     assert check["max_abs_difference"] <= check["tolerance"]
-
-
-# -- what means nothing on a GPU -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "text"),
-    [
-        ({"libc": "musl"}, UsageError, "--libc says nothing about cuda-sm75"),
-        ({"runtime_from": "x.whl"}, UsageError, "--runtime-from says nothing about cuda-sm75"),
-        ({"sparse": "always"}, UsageError, "no kernel for cuda-sm75 skips zeros"),
-        ({"precision": "bf16"}, PlatformError, "cuda-sm75 has no bfloat16: .* --precision fp16"),
-        ({"precision": "tf32"}, PlatformError, "cuda-sm75 has no tf32"),
-    ],
-)
-def test_what_means_nothing_on_a_gpu_is_refused_at_once(options, error, text, tmp_path):
-    with pytest.raises(error, match=text):
-        driver.compile("no such model", tmp_path / "out", Config(target="cuda-sm75", **options))
-
-
-def test_max_drop_wants_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(here, "gpu", lambda: "there is no GPU")
-    options = {"precision": "int8", "max_drop": 0.1, "eval": "eval.tsv"}
-    text = "--max-drop runs the model on many texts, and there is no GPU; compile on a machine"
-    with pytest.raises(PlatformError, match=text):
-        driver.compile("no such model", tmp_path / "out", Config(target="cuda-sm90", **options))
-
-
-def test_a_large_model_is_not_emulated(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "LIMIT", 1000)
-    monkeypatch.setattr(here, "gpu", lambda: "there is no GPU")
-    described = {"kernels": [{"shape": {"inputs": 128, "outputs": 8}, "calls": 1}]}
-    monkeypatch.setattr(loader, "read_manifest", lambda directory: described)
-    found = gpu_check.open_model(tmp_path)
-    assert found == "there is no GPU, and the model is too large for the emulator"
-
-
-def test_a_bundle_with_its_runtime_has_the_loaders_two_files(cache, tmp_path, capsys):
-    options = ["--target", "cuda-sm90", "--precision", "fp16", "--runtime", "include"]
-    output = str(tmp_path / "out")
-    assert cli.main(["compile", SMALL, "-o", output, "--cache-dir", cache, *options]) == 0
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"loader.py", "cuda_loader.py"} <= names and "runtime" not in names
-    capsys.readouterr()
-    assert cli.main(["inspect", output]) == 0
-    text = capsys.readouterr().out
-    assert "registers" in text and "tensor" in text and "dense_128_384_fp16_many" in text

@@ -1,0 +1,43 @@
+"""What a compile for a GPU is asked for: refused at once where it means nothing, or done."""
+
+from __future__ import annotations
+
+import pytest
+
+from bertile import driver, loader
+from bertile.config import Config
+from bertile.cuda import check as gpu_check
+from bertile.cuda import here
+from bertile.errors import PlatformError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"libc": "musl"}, UsageError, "--libc says nothing about cuda-sm75"),
+        ({"runtime_from": "x.whl"}, UsageError, "--runtime-from says nothing about cuda-sm75"),
+        ({"sparse": "always"}, UsageError, "no kernel for cuda-sm75 skips zeros"),
+        ({"precision": "bf16"}, PlatformError, "cuda-sm75 has no bfloat16: .* --precision fp16"),
+        ({"precision": "tf32"}, PlatformError, "cuda-sm75 has no tf32"),
+    ],
+)
+def test_what_means_nothing_on_a_gpu_is_refused_at_once(options, error, text, tmp_path):
+    with pytest.raises(error, match=text):
+        driver.compile("no such model", tmp_path / "out", Config(target="cuda-sm75", **options))
+
+
+def test_max_drop_wants_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(here, "gpu", lambda: "there is no GPU")
+    options = {"precision": "int8", "max_drop": 0.1, "eval": "eval.tsv"}
+    text = "--max-drop runs the model on many texts, and there is no GPU; compile on a machine"
+    with pytest.raises(PlatformError, match=text):
+        driver.compile("no such model", tmp_path / "out", Config(target="cuda-sm90", **options))
+
+
+def test_a_large_model_is_not_emulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LIMIT", 1000)
+    monkeypatch.setattr(here, "gpu", lambda: "there is no GPU")
+    described = {"kernels": [{"shape": {"inputs": 128, "outputs": 8}, "calls": 1}]}
+    monkeypatch.setattr(loader, "read_manifest", lambda directory: described)
+    found = gpu_check.open_model(tmp_path)
+    assert found == "there is no GPU, and the model is too large for the emulator"
