@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bertile import bundle, cache, exporter, loader, runtime_parts, targets
+from bertile import bundle, cache, exporter, loader, opener, runtime_parts, targets, verifier
 from bertile.config import Config
 from bertile.exported import ExportedModel, read
 from bertile.fingerprint import hash_path
@@ -86,7 +86,6 @@ def _compile_cached(
     exported: ExportedModel, row: Target, config: Config, progress: Progress
 ) -> Path:
     """A checked bundle of the exported model, from the cache where nothing has changed."""
-    from bertile import verifier
     from bertile.tuning_log import TuningLog
 
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
@@ -170,7 +169,6 @@ class _Run:
 
     def _answers(self, graph: Any, dataset: Any) -> np.ndarray:
         """What the model in the graph's precisions answers to the texts of a dataset."""
-        from bertile import opener
         from bertile.evaluation import datasets
 
         opener.must_run(self.row)
@@ -197,8 +195,6 @@ class _Run:
 
     def make(self, directory: Path) -> None:
         """Fill a directory with the bundle, checked against ONNX Runtime."""
-        from bertile import verifier
-
         add = self._runtime() if self.config.runtime == "include" else None
         graph = self.optimized()
         with self.progress.stage("build") as stage:
@@ -266,8 +262,6 @@ def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _summary(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
-    from bertile import verifier
-
     manifest = loader.read_manifest(path)
     length = min(
         manifest["static"]["length"] or SPEED_LENGTH,
