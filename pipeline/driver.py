@@ -12,7 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from bertile import bundle, cache, exporter, loader, runtime_parts, summary, targets
+from bertile import (
+    bundle,
+    cache,
+    exporter,
+    loader,
+    opener,
+    runtime_parts,
+    summary,
+    targets,
+    verifier,
+)
 from bertile.config import Config
 from bertile.exported import ExportedModel, read
 from bertile.fingerprint import hash_path
@@ -83,7 +93,6 @@ def _compile_cached(
     exported: ExportedModel, row: Target, config: Config, progress: Progress
 ) -> Path:
     """A checked bundle of the exported model, from the cache where nothing has changed."""
-    from bertile import verifier
     from bertile.tuning_log import TuningLog
 
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
@@ -167,7 +176,6 @@ class _Run:
 
     def _answers(self, graph: Any, dataset: Any) -> np.ndarray:
         """What the model in the graph's precisions answers to the texts of a dataset."""
-        from bertile import opener
         from bertile.evaluation import datasets
 
         opener.must_run(self.row)
@@ -194,8 +202,6 @@ class _Run:
 
     def make(self, directory: Path) -> None:
         """Fill a directory with the bundle, checked against ONNX Runtime."""
-        from bertile import verifier
-
         add = self._runtime() if self.config.runtime == "include" else None
         graph = self.optimized()
         with self.progress.stage("build") as stage:
