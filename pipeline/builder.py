@@ -12,7 +12,7 @@ import tvm
 from tvm import relax
 
 from bertile import codegen
-from bertile.chooser import Choice, Chooser
+from bertile.chooser import Chooser
 from bertile.graph import Graph
 from bertile.loader import LIBRARY
 from bertile.lowering import Lowered, lower
@@ -45,14 +45,7 @@ def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
 
     ``library`` is the path of the shared library to write.
     """
-    choices: dict[Task, Choice] = {}
-
-    def choose(task: Task) -> Knobs:
-        if task not in choices:
-            choices[task] = chooser.choose(task)
-        return choices[task].knobs
-
-    lowered = lower(graph, row, choose)
+    lowered = lower(graph, row, chooser.knobs)
     target = tvm_target(row)
     mod = fuse_and_schedule(lowered.mod, target)
     executable = compile_module(mod, target)
@@ -61,7 +54,7 @@ def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
         str(library), fcompile=lambda out, objects, options=None: codegen.link(row, out, objects)
     )
     kernels = [
-        kernel_entry(task, count, *choices[task]) | _nonzeros(task, lowered)
+        kernel_entry(task, count, *chooser.choices[task]) | _nonzeros(task, lowered)
         for task, count in lowered.tasks.items()
     ]
     kernels += _generic_entries(mod)
@@ -70,9 +63,15 @@ def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
 
 def fuse_and_schedule(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
     """Legalize and fuse what is left of Relax operators, and schedule the loops that makes."""
-    passes = [
-        # cumsum (RoBERTa's positions) has no legalization of its own
-        relax.backend.DispatchSortScan(),
+    # cumsum (RoBERTa's positions) has no legalization of its own
+    passes = [relax.backend.DispatchSortScan(), *fusion()]
+    with target:
+        return schedule_generic(tvm.transform.Sequential(passes)(mod))
+
+
+def fusion() -> list[tvm.transform.Pass]:
+    """The passes that make loops of Relax operators, and one of several where they fuse."""
+    return [
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),
@@ -80,8 +79,6 @@ def fuse_and_schedule(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRMod
         relax.transform.FuseTIR(),
         relax.transform.DeadCodeElimination(["main"]),
     ]
-    with target:
-        return schedule_generic(tvm.transform.Sequential(passes)(mod))
 
 
 def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -40,6 +40,13 @@ class Chooser:
     log: TuningLog
     row: Target
     warn: Callable[[str], None]
+    choices: dict[Task, Choice] = field(default_factory=dict)  # those of ``knobs``
+
+    def knobs(self, task: Task) -> Knobs:
+        """Those of ``choose``, which is asked once for each task."""
+        if task not in self.choices:
+            self.choices[task] = self.choose(task)
+        return self.choices[task].knobs
 
     def choose(self, task: Task) -> Choice:
         """The knobs that the kernel of ``task`` gets."""

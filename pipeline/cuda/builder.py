@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bertile.builder import Built, kernel_entry
-from bertile.chooser import Choice, Chooser
+from bertile.chooser import Chooser
 from bertile.cuda import compiler, cubin, plan
 from bertile.cuda.cubin import Resources
 from bertile.cuda.emulated_model import SOURCE
@@ -18,8 +18,6 @@ from bertile.cuda.lowering import lower
 from bertile.cuda_loader import CUBIN, PLAN, PTX
 from bertile.errors import BertileError
 from bertile.graph import Graph
-from bertile.schedules.schedule import Knobs
-from bertile.schedules.task import Task
 from bertile.targets import Target
 
 
@@ -27,14 +25,7 @@ def build(
     graph: Graph, chooser: Chooser, row: Target, directory: Path, cache_dir: str | None = None
 ) -> Built:
     """Choose knobs, lower, write the plan and compile, into files of ``directory``."""
-    choices: dict[Task, Choice] = {}
-
-    def choose(task: Task) -> Knobs:
-        if task not in choices:
-            choices[task] = chooser.choose(task)
-        return choices[task].knobs
-
-    lowered = lower(graph, row, choose)
+    lowered = lower(graph, row, chooser.knobs)
     made = plan.write(graph, lowered, row)
     program = compiler.compile(made.source, row, cache_dir)
     resources = cubin.read(program.cubin)
@@ -44,7 +35,9 @@ def build(
     contents |= {CUBIN: program.cubin, PTX: program.ptx, SOURCE: made.source.encode()}
     for name, content in contents.items():
         (directory / name).write_bytes(content)
-    ours = [kernel_entry(task, calls, *choices[task]) for task, calls in lowered.tasks.items()]
+    ours = [
+        kernel_entry(task, calls, *chooser.choices[task]) for task, calls in lowered.tasks.items()
+    ]
     generic = [
         {"name": name, "operation": name, "shape": {}, "provenance": "generic", "calls": calls}
         for name, calls in made.generic.items()

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
-from tvm import relax, tirx
+from tvm import tirx
 from tvm.ir.instrument import pass_instrument
 from tvm.s_tir import dlight
 
+from bertile.builder import fusion
 from bertile.cuda.extents import extent, product
 from bertile.errors import ModelError
 from bertile.schedules.cuda.source import Extent
@@ -73,12 +74,7 @@ class Loops:
 def scheduled(mod: tvm.IRModule, row: Target) -> tvm.IRModule:
     """Legalize and fuse what is left of Relax operators, and give their loops threads."""
     passes = [
-        relax.transform.LegalizeOps(),
-        relax.transform.AnnotateTIROpPattern(),
-        relax.transform.FoldConstant(),
-        relax.transform.FuseOps(),
-        relax.transform.FuseTIR(),
-        relax.transform.DeadCodeElimination(["main"]),
+        *fusion(),
         dlight.ApplyDefaultSchedule(dlight.gpu.Fallback()),
     ]
     with tvm_target(row):
