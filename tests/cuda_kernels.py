@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from bertile import targets
 from bertile.cuda import compiler, cubin, emulator
 from bertile.schedules.cuda import SCHEDULES
 
 ROWS = ("cuda-sm75", "cuda-sm80", "cuda-sm86", "cuda-sm89", "cuda-sm90")
+
+
+def slow(*values):
+    """Parameters that show what others show too: they need not be run every time."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def row_of(name):

@@ -7,6 +7,7 @@ import itertools
 import cuda_kernels
 import numpy as np
 import pytest
+from cuda_kernels import slow
 
 from bertile.cuda_loader import evaluate
 from bertile.schedules.cuda.attention import attention
@@ -36,9 +37,8 @@ def mistakes(task, sample, row="cuda-sm90", knobs=None):
     "heads, size, precision",
     [
         *itertools.product([2], [64], ["fp16", "bf16", "int8", "tf32", "fp32"]),
-        *itertools.product([3], [13], ["bf16", "tf32", "fp32"]),
-        (3, 32, "fp16"),
-        (1, 40, "bf16"),
+        *itertools.product([3], [13], ["bf16", "fp32"]),
+        *itertools.starmap(slow, [(3, 13, "tf32"), (3, 32, "fp16"), (1, 40, "bf16")]),
     ],
 )
 def test_attention_of_unequal_sequences_equals_numpy(heads, size, precision):
@@ -46,7 +46,7 @@ def test_attention_of_unequal_sequences_equals_numpy(heads, size, precision):
     assert not mistakes(task, sample_of(task, MIXED))
 
 
-@pytest.mark.parametrize("size, precision", [(128, "fp16"), (256, "bf16"), (256, "fp32")])
+@pytest.mark.parametrize("size, precision", [(128, "fp16"), slow(256, "bf16"), (256, "fp32")])
 def test_attention_of_wide_heads_equals_numpy(size, precision):
     task = task_of(1, size, precision)
     assert not mistakes(task, sample_of(task, [50, 17]))
@@ -71,14 +71,20 @@ def test_attention_adds_a_bias(planes):
     assert not mistakes(task, sample)
 
 
-@pytest.mark.parametrize("row", ["cuda-sm75", "cuda-sm86"])
-@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+@pytest.mark.parametrize(
+    ("precision", "row"),
+    [
+        ("fp16", "cuda-sm75"),
+        ("tf32", "cuda-sm86"),
+        *itertools.starmap(slow, [("tf32", "cuda-sm75"), ("fp16", "cuda-sm86")]),
+    ],
+)
 def test_attention_for_other_rows_equals_numpy(precision, row):
     task = task_of(precision=precision)
     assert not mistakes(task, sample_of(task, MIXED), row)
 
 
-@pytest.mark.parametrize("heads, size", [(2, 64), (3, 13)])
+@pytest.mark.parametrize("heads, size", [slow(2, 64), (3, 13)])
 def test_attention_writes_bytes(heads, size):
     task = task_of(heads, size, "int8_static", writes="to_int8")
     assert not mistakes(task, sample_of(task, [33, 16, 70]))
@@ -135,7 +141,7 @@ def test_attention_equals_numpy_at_points_of_its_space(precision, row):
         assert not mistakes(task, sample_of(task, MIXED), row, knobs)
 
 
-@pytest.mark.parametrize("warps, keys, stages", [(1, 16, 3), (2, 128, 2), (8, 32, 3)])
+@pytest.mark.parametrize("warps, keys, stages", [(1, 16, 3), slow(2, 128, 2), (8, 32, 3)])
 def test_attention_of_many_blocks_equals_numpy_at_other_knobs(warps, keys, stages):
     task = task_of()
     knobs = {"few": 0, "warps": warps, "keys": keys, "stages": stages}
@@ -143,7 +149,7 @@ def test_attention_of_many_blocks_equals_numpy_at_other_knobs(warps, keys, stage
     assert cuda_kernels.mistake(task, knobs=knobs, sample=sample_of(task, MIXED)) is None
 
 
-@pytest.mark.parametrize("warps, keys, split", [(4, 64, 4), (8, 128, 4), (4, 128, 1)])
+@pytest.mark.parametrize("warps, keys, split", [slow(4, 64, 4), (8, 128, 4), (4, 128, 1)])
 def test_attention_of_few_blocks_equals_numpy_at_other_knobs(warps, keys, split):
     task = task_of()
     knobs = {"few": 32, "few_warps": warps, "few_keys": keys, "split": split}
