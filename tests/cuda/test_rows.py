@@ -20,6 +20,7 @@ from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 
 PRECISIONS = ("fp16", "bf16", "fp32")
+KINDS = (("int8", "int8_static"), (False, True))  # with and without smoothing
 # Every size and every precision, and all pairs of them where there is time.
 EACH = [(768, "fp16"), (100, "bf16"), (13, "fp32")]
 EACH += [slow(*one) for one in itertools.product((768, 100, 13), PRECISIONS) if one not in EACH]
@@ -95,17 +96,32 @@ def test_layer_norm_adds_epsilon_to_the_variance():
     assert np.abs(result - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("kind", ["int8", "int8_static"])
-@pytest.mark.parametrize("make", [layer_norm_of, embedding_of])
+@pytest.mark.parametrize(
+    ("make", "kind", "smooth"),
+    [
+        *itertools.product([layer_norm_of], *KINDS),
+        (embedding_of, "int8", True),
+        slow(embedding_of, "int8", False),
+        *(slow(embedding_of, "int8_static", smooth) for smooth in (False, True)),
+    ],
+)
 def test_what_normalises_writes_bytes_too(make, kind, smooth):
     more = {"kind": kind, "smooth": True} if smooth else {"kind": kind}
     assert cuda_kernels.mistake(make(313, **more)) is None
 
 
-@pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("kind", ["int8", "int8_static"])
-@pytest.mark.parametrize("channels, precision", [(3072, "fp16"), (100, "bf16"), (5, "fp32")])
+@pytest.mark.parametrize(
+    ("channels", "precision", "kind", "smooth"),
+    [
+        *itertools.product([3072], ["fp16"], *KINDS),
+        (100, "bf16", "int8", True),
+        (5, "fp32", "int8_static", False),
+        slow(100, "bf16", "int8", False),
+        *(slow(100, "bf16", "int8_static", smooth) for smooth in (False, True)),
+        *(slow(5, "fp32", "int8", smooth) for smooth in (False, True)),
+        slow(5, "fp32", "int8_static", True),
+    ],
+)
 def test_narrow_equals_numpy(channels, precision, kind, smooth):
     more = {"smooth": True} if smooth else {}
     assert cuda_kernels.mistake(narrow_of(channels, kind, precision, **more)) is None
