@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import NamedTuple
 
+from bertile.errors import ModelError
 from bertile.loader import cpu_features
 from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
@@ -50,6 +51,7 @@ class Chooser:
 
     def choose(self, task: Task) -> Choice:
         """The knobs that the kernel of ``task`` gets."""
+        must_fit(task, self.row)
         for source, record in self._candidates(task):
             if self._trusted(task, record):
                 return Choice(source, dict(record.knobs))
@@ -83,6 +85,16 @@ class Chooser:
         if error:
             self.warn(f"{task.name}: a record of another TVM is left out: {error}")
         return error is None
+
+
+def must_fit(task: Task, row: Target) -> None:
+    """Raise ModelError where the row is too small for every kernel of a task."""
+    space = schedules_for(row)[task.operation].space(task, row)
+    if not all(space.values()):
+        raise ModelError(
+            f"no kernel of {task.name} fits {row.name}",
+            "compile in another precision, or for another target",
+        )
 
 
 def distance(task: Task, other: Task) -> float:

@@ -512,6 +512,8 @@ class Gpu:
     The context is the current one of a thread inside `with gpu`.
     """
 
+    context, _process = None, 0  # nobody's, until there is a driver
+
     def __init__(self, driver: ctypes.CDLL, ordinal: int = 0):
         self._functions = {name: getattr(driver, name) for name in FUNCTIONS}
         self.context, self._process, self._fault = _POINTER(), os.getpid(), ""
@@ -572,7 +574,7 @@ class Gpu:
 
     def __del__(self):
         ended = sys.is_finalizing() or os.getpid() != self._process
-        if getattr(self, "context", None) and not ended:
+        if self.context and not ended:
             self._functions["cuDevicePrimaryCtxRelease_v2"](self._device)
 
     def attribute(self, number: int) -> int:

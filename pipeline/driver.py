@@ -185,10 +185,13 @@ class _Run:
             return datasets.answers(made, dataset, self.row.threads, self._parts)
 
     def tasks(self) -> tuple[Any, list[Any]]:
-        from bertile import lowering, sparse_choice
+        from bertile import chooser, lowering, sparse_choice
 
         graph = self.optimized()
-        return lowering.tasks(graph, self.row), sparse_choice.alternatives(graph)
+        found = lowering.tasks(graph, self.row)
+        for task in found:
+            chooser.must_fit(task, self.row)
+        return found, sparse_choice.alternatives(graph)
 
     def tune(self) -> dict[str, Any]:
         from bertile import tuner

@@ -8,9 +8,10 @@ import pytest
 
 from bertile import chooser
 from bertile.chooser import Chooser, distance
+from bertile.errors import ModelError
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
-from bertile.targets import native
+from bertile.targets import native, resolve
 from bertile.tuning_log import Record, TuningLog
 
 ROW = native()
@@ -19,6 +20,14 @@ ROW = native()
 def task(inputs: int = 768, outputs: int = 768, activation: str = "none") -> Task:
     shape = {"inputs": inputs, "outputs": outputs, "activation": activation, "residual": False}
     return Task("dense", shape)
+
+
+def attention(size: int, precision: str) -> Task:
+    shape = {"heads": 1, "head_size": size, "scale": 0.0625, "bias": False}
+    return Task("attention", {**shape, "precision": precision})
+
+
+NORM = Task("layer_norm", {"channels": 8192, "epsilon": 1e-12, "precision": "fp16"})
 
 
 def record(of: Task, tvm: str | None = None, **knobs: int) -> Record:
@@ -109,3 +118,17 @@ def test_record_of_another_tvm_that_computes_wrong_is_left_out(chosen, said, mon
 def test_knobs_outside_of_the_space_are_never_used(chosen):
     broken = replace(record(task()), knobs={"accumulators": 4000})
     assert chosen(task(), broken).source == "default"
+
+
+@pytest.mark.parametrize(
+    ("wide", "row", "narrower"),
+    [(attention(256, "fp32"), "cuda-sm75", attention(256, "fp16")), (NORM, "cuda-sm90", None)],
+    ids=["attention", "layer_norm"],
+)
+def test_task_that_no_kernel_fits_is_refused_with_the_way_out(tmp_path, wide, row, narrower):
+    row = resolve(row)
+    choose = Chooser(TuningLog([tmp_path], print), row, print)
+    text = f"no kernel of {wide.name} fits {row.name}; compile in another precision, or for another"
+    with pytest.raises(ModelError, match=text):
+        choose.knobs(wide)
+    assert narrower is None or choose.knobs(narrower)

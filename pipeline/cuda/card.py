@@ -34,8 +34,6 @@ _PLAIN_SHARED = 48 << 10  # that a kernel has without asking
 class Card(Gpu):
     """One device. Its context is the current one of a thread inside `with card`."""
 
-    _process = 0  # nobody's, until there is a driver
-
     def __init__(self, ordinal: int = 0, driver: str = DRIVER) -> None:
         """Raises PlatformError where there is no driver or no such device."""
         library = open_driver(driver)

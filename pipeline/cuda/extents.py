@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import ast
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +12,7 @@ from bertile.errors import ModelError
 from bertile.schedules.cuda.source import Extent
 
 _WORDS = {"Add": "+", "Sub": "-", "Mul": "*", "FloorDiv": "//", "Div": "//", "LT": "<", "GE": ">="}
-_NAME = re.compile(r"[A-Za-z_]\w*")
+_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Lt: "<", ast.GtE: ">="}
 
 
 def extent(expr: Any, values: Mapping[Any, Extent]) -> Extent:
@@ -42,9 +42,11 @@ def combined(left: Extent, word: str, right: Extent) -> Extent:
             return known[word]
         if word == "//":
             return left // right
-    if word == "*" and 1 in (left, right):
-        return left if right == 1 else right
-    return f"({left}) {word} ({right})" if word in "<>=" else f"({left} {word} {right})"
+    if (word, right) in (("*", 1), ("//", 1), ("+", 0), ("-", 0)):
+        return left
+    if (word, left) in (("*", 1), ("+", 0)):
+        return right
+    return ast.unparse(ast.parse(f"({left}) {word} ({right})"))  # parentheses where they are needed
 
 
 def product(extents: list[Extent]) -> Extent:
@@ -57,11 +59,16 @@ def product(extents: list[Extent]) -> Extent:
 
 def with_names(text: Extent, values: Mapping[str, Extent]) -> Extent:
     """The extent with these names replaced; the others stay."""
-    if isinstance(text, int):
-        return text
+    return text if isinstance(text, int) else _value(ast.parse(text, mode="eval").body, values)
 
-    def put(name: re.Match[str]) -> str:
-        value = values.get(name[0], name[0])
-        return value if isinstance(value, str) and _NAME.fullmatch(value) else f"({value})"
 
-    return _NAME.sub(put, text)
+def _value(node: ast.AST, values: Mapping[str, Extent]) -> Extent:
+    if isinstance(node, ast.Name):
+        return values.get(node.id, node.id)
+    if isinstance(node, ast.BinOp):
+        left, word, right = node.left, node.op, node.right
+    elif isinstance(node, ast.Compare):
+        left, (word,), (right,) = node.left, node.ops, node.comparators
+    else:
+        return ast.literal_eval(node)  # a number
+    return combined(_value(left, values), _SIGNS[type(word)], _value(right, values))

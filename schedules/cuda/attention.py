@@ -58,6 +58,8 @@ def space(task: Task, row: Row) -> Space:
         return _shared(task, warps, 1, keys, max(stages)) <= gpu.shared_per_block
 
     warps = tuple(w for w in (1, 2, 4, 8) if w <= (4 if wide else 8) and fits(w, 16))
+    if not warps:  # a head is too wide
+        return {"warps": ()}
     keys = tuple(k for k in (16, 32, 64, 128) if k <= (64 if wide else 128) and fits(warps[-1], k))
     split = tuple(s for s in (1, 2, 4) if s <= warps[-1] and 16 * s <= keys[-1])
     few_keys = tuple(k for k in keys if k >= 16 * split[-1])

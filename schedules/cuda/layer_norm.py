@@ -24,7 +24,7 @@ from bertile.schedules.task import Task
 
 # what the row is multiplied by is on its way while the sums wait for x
 ASK = """\
-  alignas(16) __shared__ float gammas[PITCH], betas[PITCH];
+  alignas(16) __shared__ float gammas[HALVES], betas[HALVES];
   ask_for(gamma, gammas);
   ask_for(beta, betas);
   copy_commit();

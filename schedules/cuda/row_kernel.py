@@ -20,6 +20,7 @@ from bertile.schedules.task import Task
 
 HELD = 4  # chunks of 8 channels that a lane holds without effort: of x, gamma and beta
 FEW = (0, 512, 1024, 2048)  # rows from which they are many
+STATIC = 48 << 10  # bytes of shared memory that a thread block has without asking
 KINDS = {"": 0, "int8": 1, "int8_static": 2}
 
 
@@ -28,6 +29,9 @@ def space(task: Task, row: Row) -> Space:
     ``few``.
     """
     channels = int(task.shape["channels"])
+    vectors = 2 if "epsilon" in task.shape else 0  # gamma and beta, and what padding they may have
+    if 4 * (pitch(channels) + 32) * vectors > STATIC - 1024:
+        return {"warps": ()}
     warps = tuple(w for w in (1, 2, 3, 4, 6, 8) if _chunks(channels, w) <= HELD) or (8,)
     rows = (1, 2, 4)
     return {"warps": warps, "rows": rows, "few_warps": warps, "few_rows": rows, "few": FEW}

@@ -4,6 +4,8 @@
 
 constexpr int LANES = 32 * WARPS;
 constexpr int CHUNKS = (PITCH / 8 + LANES - 1) / LANES;
+constexpr int OTHERS = (PITCH / 2 + 15) / 32 * 32 + 16;  // see ``ask_for``
+constexpr int HALVES = OTHERS + PITCH / 2;
 constexpr float LEVELS = 255.0f;
 
 struct alignas(16) Sixteen {
@@ -11,6 +13,9 @@ struct alignas(16) Sixteen {
 };
 struct alignas(8) Eight {
   unsigned word[2];
+};
+struct alignas(16) Four {
+  float value[4];
 };
 
 template <typename T>
@@ -21,9 +26,6 @@ __device__ inline void load_chunk(const T* from, float (&x)[8]) {
 }
 template <>
 __device__ inline void load_chunk<float>(const float* from, float (&x)[8]) {
-  struct alignas(16) Four {
-    float value[4];
-  };
   const Four low = reinterpret_cast<const Four*>(from)[0];
   const Four high = reinterpret_cast<const Four*>(from)[1];
 #pragma unroll
@@ -42,9 +44,6 @@ __device__ inline void store_chunk(T* to, const float (&x)[8]) {
 }
 template <>
 __device__ inline void store_chunk<float>(float* to, const float (&x)[8]) {
-  struct alignas(16) Four {
-    float value[4];
-  };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Four four;
@@ -67,12 +66,23 @@ __device__ inline void store_chunk<u8>(u8* to, const float (&x)[8]) {
   *reinterpret_cast<Eight*>(to) = bytes;
 }
 
-// The thread block starts to copy a vector of PITCH floats to shared memory.
+// The thread block starts to copy a vector of PITCH floats to shared memory: the first halves of all
+// chunks, and from OTHERS on the second ones. So lanes that read a half of a chunk each lie 16 bytes
+// apart, and as OTHERS is 16 banks away, those that write both halves meet no other either.
 __device__ inline void ask_for(const float* from, float* to) {
 #pragma unroll
   for (int start = 0; start < PITCH; start += LANES * ROWS * 4) {
     const int i = start + threadIdx.x * 4;
-    if (i < PITCH) copy_async_16(to + i, from + i, true);
+    if (i < PITCH) copy_async_16(to + i / 8 * 4 + i % 8 / 4 * OTHERS, from + i, true);
+  }
+}
+
+__device__ inline void load_halves(const float* from, int channel, float (&x)[8]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Four four = *reinterpret_cast<const Four*>(from + channel / 2 + half * OTHERS);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[4 * half + i] = four.value[i];
   }
 }
 
@@ -170,8 +180,8 @@ struct Row {
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       if (!has(chunk)) continue;
       float gamma[8], beta[8];
-      load_chunk<float>(gammas + channel(chunk), gamma);
-      load_chunk<float>(betas + channel(chunk), beta);
+      load_halves(gammas, channel(chunk), gamma);
+      load_halves(betas, channel(chunk), beta);
 #pragma unroll
       for (int i = 0; i < 8; ++i)
         x[chunk][i] = (x[chunk][i] - mean) * scale * gamma[i] + beta[i];

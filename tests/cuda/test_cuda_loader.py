@@ -856,6 +856,15 @@ def test_load_names_a_missing_and_an_old_driver():
         cuda_loader.open_driver("libm.so.6")
 
 
+def test_a_gpu_that_was_never_opened_ends_in_silence(monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    with pytest.raises(AttributeError):
+        cuda_loader.Gpu(object())
+    gc.collect()
+    assert not said
+
+
 def test_memory_that_does_not_suffice_is_named(install, directory):
     driver = install(lazy_driver.Driver(KERNELS, memory=1024))
     wanted = "Lazy GPU has too little memory: the weights need 1 MiB, 1 of 1 MiB are free; take"

@@ -25,17 +25,34 @@ ATTENTION = {"heads": 4, "head_size": 64, "scale": 0.125, "bias": False}
     ids=lambda value: value.name if isinstance(value, Task) else str(value),
 )
 def test_nothing_is_moved_in_vain(row: str, task: Task, blocks: int) -> None:
-    target = targets.resolve(row)
-    schedule = schedules_for(target)[task.operation]
-    knobs = schedule.default(task, target)
-    sample = schedule.sample(task, blocks, np.random.default_rng(0))
-    weights = schedule.pack(task, knobs, sample.weights, target)
-    kernel, results = schedule.kernel(task, knobs, target), sample.buffers()
-    arrays = [*sample.activations, *weights, *results]
-    found, multiplications = emulator.count_traffic(kernel, arrays, sample.symbols)
-    assert sample.mistake(results) is None
+    found, multiplications = moved(row, task, blocks)
     assert multiplications > 0
     assert bool(found["load_matrix read"].instructions) == (row != "cuda-sm90")
     for way, one in found.items():
         most = 1.15 if way.startswith("shared") else 1.0  # vectors of a tile are read by few lanes
         assert one.parts <= most * one.least, (way, one)
+
+
+@pytest.mark.parametrize("few", [0, 512])  # a warp to a row, or several
+@pytest.mark.parametrize("channels", [128, 384, 768, 1024])
+def test_layer_norm_moves_nothing_in_vain(channels: int, few: int) -> None:
+    shape = {"channels": channels, "epsilon": 1e-12, "precision": "fp16"}
+    found, _ = moved("cuda-sm80", Task("layer_norm", shape), 2, few=few)
+    assert found["shared read"].bytes >= 32 * 2 * 4 * channels  # gamma and beta for each row
+    assert all(one.parts == one.least for one in found.values()), found
+
+
+def moved(
+    row: str, task: Task, blocks: int, **changed: int
+) -> tuple[dict[str, emulator.Traffic], int]:
+    """What the default, with these knobs changed, moves, and how often tensor cores multiply."""
+    target = targets.resolve(row)
+    schedule = schedules_for(target)[task.operation]
+    knobs = {**schedule.default(task, target), **changed}
+    sample = schedule.sample(task, blocks, np.random.default_rng(0))
+    weights = schedule.pack(task, knobs, sample.weights, target)
+    kernel, results = schedule.kernel(task, knobs, target), sample.buffers()
+    arrays = [*sample.activations, *weights, *results]
+    found = emulator.count_traffic(kernel, arrays, sample.symbols)
+    assert sample.mistake(results) is None
+    return found
