@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+from bertile.cuda import serving
 from bertile.errors import BertileError, UsageError, require
 from bertile.loader import available_cores, cpu_features, set_thread_defaults
 from bertile.machine import cpu_name
@@ -78,6 +80,17 @@ def fleet(tracker: str) -> list[dict[str, Any]]:
     return rows
 
 
+def session(tracker: str, key: str, seconds: float, file: Path) -> Any:
+    """A connection to the next free device of a key, which has the file under its name; the device
+    ends it after so many seconds.
+    """
+    from tvm import rpc
+
+    found = rpc.connect_tracker(*address(tracker)).request(key, session_timeout=seconds)
+    found.upload(str(file))
+    return found
+
+
 def as_text(rows: list[dict[str, Any]]) -> str:
     """The fleet as a table."""
     if not rows:
@@ -125,6 +138,7 @@ def main(tracker: str, key: str, port: str) -> None:
     from tvm.rpc.server import PopenRPCServerState
 
     _register()
+    serving.register()
     first = int(port)
     given = {"tracker_addr": address(tracker), "key": key, "silent": True}
     state = PopenRPCServerState("0.0.0.0", first, first + PORTS, **given)

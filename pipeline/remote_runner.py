@@ -1,4 +1,6 @@
-"""The tuner's end of ``bertile.remote_trial``: as many processes as the tracker has devices."""
+"""The tuner's end of ``bertile.remote_trial`` and its like: as many processes of it as the tracker
+has devices.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ from typing import Any
 
 from bertile import device
 from bertile.errors import BertileError
-from bertile.remote_trial import SESSION_SECONDS
 from bertile.schedules.task import Task
 from bertile.targets import Target
 from bertile.trial_runner import TrialRunner
@@ -21,14 +22,14 @@ RESTART_SECONDS = 20.0  # in which a server that a candidate has ended is back
 class RemoteRunner:
     """Runs trials on the devices of one key, one on each at a time. A context manager."""
 
-    def __init__(self, row: Target, tracker: str, key: str) -> None:
-        """Raises BertileError where the tracker has no such device."""
+    def __init__(
+        self, row: Target, tracker: str, key: str, module: str, session_seconds: float
+    ) -> None:
+        """``module`` runs in the processes. Raises BertileError where there is no such device."""
         self._tracker, self._key = tracker, key
         self.parallel = self._devices()
-        module = ("bertile.remote_trial", tracker, key)
-        self._workers = [
-            TrialRunner(row, WAIT_SECONDS + SESSION_SECONDS, module) for _ in range(self.parallel)
-        ]
+        given = (row, WAIT_SECONDS + session_seconds, (module, tracker, key))
+        self._workers = [TrialRunner(*given) for _ in range(self.parallel)]
         self._free: queue.SimpleQueue[TrialRunner] = queue.SimpleQueue()
         for worker in self._workers:
             self._free.put(worker)
@@ -41,7 +42,12 @@ class RemoteRunner:
             worker.__exit__(*exception)
 
     def run(
-        self, task: Task, knobs: Mapping[str, int], blocks: int, also: Sequence[int] = ()
+        self,
+        task: Task,
+        knobs: Mapping[str, int],
+        blocks: int,
+        also: Sequence[int] = (),
+        **more: Any,
     ) -> dict[str, Any]:
         """What the next free device says of these knobs; its death is this trial's error alone.
 
@@ -49,7 +55,7 @@ class RemoteRunner:
         """
         worker = self._free.get()
         try:
-            answer = worker.run(task, knobs, blocks, also)
+            answer = worker.run(task, knobs, blocks, also, **more)
         finally:
             self._free.put(worker)
         if "error" in answer:

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import rpc
 
 from bertile.codegen import export_kernel
-from bertile.device import address
+from bertile.device import session
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Sample
@@ -35,7 +34,7 @@ class Remote:
     """Measures on whichever device of a key is free."""
 
     def __init__(self, tracker: str, key: str) -> None:
-        self._tracker, self._key = address(tracker), key
+        self._tracker, self._key = tracker, key
 
     def measure(
         self,
@@ -52,32 +51,29 @@ class Remote:
         with tempfile.TemporaryDirectory(prefix="bertile-rpc-") as directory:
             library = Path(directory) / _NAME
             export_kernel(SCHEDULES[operation].kernel(task, knobs, row), row, library)
-            session = rpc.connect_tracker(*self._tracker).request(
-                self._key, session_timeout=SESSION_SECONDS
-            )
-            facts = _checked(session, row)
-            session.upload(str(library))
-        kernel = session.load_module(_NAME)
+            board = session(self._tracker, self._key, SESSION_SECONDS, library)
+        facts = _checked(board, row)
+        kernel = board.load_module(_NAME)
         weights = trial_sample(task, blocks, row).weights
         packed = SCHEDULES[operation].pack(task, knobs, weights, row)
-        uploaded = _uploaded(packed, session.cpu(0))
+        uploaded = _uploaded(packed, board.cpu(0))
 
         def times(sample: Sample) -> list[float] | str:
-            return _times(session, kernel, sample, uploaded)
+            return _times(board, kernel, sample, uploaded)
 
         return {**answer(task, row, (blocks, *also), times), "machine": facts}
 
 
-def _checked(session: Any, row: Target) -> dict[str, Any]:
+def _checked(board: Any, row: Target) -> dict[str, Any]:
     """What the device is; ValueError where it cannot run the row's code on so many threads."""
-    facts = json.loads(session.get_function("bertile.facts")())
+    facts = json.loads(board.get_function("bertile.facts")())
     features, threads = facts.pop("features"), facts.pop("threads")
     lacks = [one for one in row.features if one not in features]
     if lacks:
         raise ValueError(f"the device lacks {' '.join(lacks)}, which {row.name} needs")
     if threads < row.threads:
         raise ValueError(f"the device serves {threads} threads: tune with --threads {threads}")
-    session.get_function("bertile.threads")(row.threads)
+    board.get_function("bertile.threads")(row.threads)
     return {**facts, "row": row.name}
 
 
@@ -85,9 +81,9 @@ def _uploaded(arrays: Sequence[np.ndarray], device: Any) -> list[Any]:
     return [tvm.runtime.tensor(np.ascontiguousarray(array), device) for array in arrays]
 
 
-def _times(session: Any, kernel: Any, sample: Sample, weights: Sequence[Any]) -> list[float] | str:
+def _times(board: Any, kernel: Any, sample: Sample, weights: Sequence[Any]) -> list[float] | str:
     """Microseconds of each repeat, from cold caches; or what is wrong with the result."""
-    device = session.cpu(0)
+    device = board.cpu(0)
     results = [tvm.runtime.tensor(array, device) for array in sample.buffers()]
     arguments = [*_uploaded(sample.activations, device), *weights, *results]
     kernel["kernel"](*arguments)

@@ -43,8 +43,10 @@ def open_runner(row: Target, config: Config) -> Runner:
         return Estimator(row)
     if config.rpc_tracker and config.rpc_key:
         from bertile.remote_runner import RemoteRunner
+        from bertile.remote_trial import SESSION_SECONDS
 
-        return RemoteRunner(row, config.rpc_tracker, config.rpc_key)
+        given = (config.rpc_tracker, config.rpc_key, "bertile.remote_trial", SESSION_SECONDS)
+        return RemoteRunner(row, *given)
     if not fits(row, cpu_features()):
         raise PlatformError(
             f"kernels for {row.name} cannot be measured on this machine",
@@ -54,16 +56,13 @@ def open_runner(row: Target, config: Config) -> Runner:
 
 
 def _gpu_runner(row: Target, config: Config) -> Runner:
-    from bertile.cuda.runner import CudaRunner
+    from bertile.cuda import runner
 
     if config.runner == "mca":
         raise UsageError(f"llvm-mca has no model of {row.name}", "tune on a GPU, or with --pack")
-    if config.rpc_tracker:
-        raise UsageError(
-            f"kernels for {row.name} are not sent to devices of a tracker",
-            f"carry them there: bertile tune MODEL --target {row.name} --pack FILE",
-        )
-    return CudaRunner(row)
+    if config.rpc_tracker and config.rpc_key:
+        return runner.CudaRunner(row, runner.remote(row, config.rpc_tracker, config.rpc_key))
+    return runner.CudaRunner(row, runner.local(row))
 
 
 def answers(

@@ -53,16 +53,21 @@ class TrialRunner:
         **more: Any,
     ) -> dict[str, Any]:
         """What the module's ``measure`` says of these knobs, or {"error": …} for a crash."""
-        request = {
-            "operation": task.operation,
-            "shape": dict(task.shape),
-            "knobs": dict(knobs),
-            "target": self._row.name,
-            "threads": self._row.threads,
-            "blocks": blocks,
-            "also": list(also),
-            **more,
-        }
+        return self.ask(
+            {
+                "operation": task.operation,
+                "shape": dict(task.shape),
+                "knobs": dict(knobs),
+                "target": self._row.name,
+                "threads": self._row.threads,
+                "blocks": blocks,
+                "also": list(also),
+                **more,
+            }
+        )
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """As :meth:`run`, by the names of ``measure``'s parameters."""
         process = self._process or self._start()
         line = json.dumps(request) + "\n"
         try:
@@ -70,7 +75,7 @@ class TrialRunner:
             process.stdin.flush()
         except BrokenPipeError:
             return self._failed("the candidate's process ended")
-        answer = self._answer(process, STARTUP_SECONDS if self._fresh else self._timeout)
+        answer = self._answer(process, self._seconds())
         self._fresh = False
         return answer
 
@@ -81,16 +86,21 @@ class TrialRunner:
         line = process.stdout.readline()
         if not line:
             code = process.wait()
+            self._stop()
             if self._fresh:
                 raise BertileError(
                     f"the trial process ended with code {code} before its first trial",
                     f"run `bertile doctor`, or `python -m {' '.join(self._module)}` to see why",
                 )
-            return self._failed(f"the candidate crashed with code {code}")
+            return {"error": f"the candidate crashed with code {code}"}
         found = json.loads(line)
         if found.pop("ended", False):  # it cannot try anything after this
             self._stop()
         return found
+
+    def _seconds(self) -> float:
+        """How long an answer may take; a process that has just started imports first."""
+        return max(STARTUP_SECONDS, self._timeout) if self._fresh else self._timeout
 
     def _start(self) -> subprocess.Popen[bytes]:
         # a session of its own: Ctrl-C must reach the tuner, which then ends this process in order

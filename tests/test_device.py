@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -33,11 +34,12 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def command(*words: str) -> subprocess.Popen:
+def command(*words: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "bertile", "-q", "device", *words],
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        env={**os.environ, **environment},
     )
 
 
@@ -55,8 +57,8 @@ def devices(tracker: str, key: str = "board") -> int:
         return -1
 
 
-@pytest.fixture(scope="module")
-def fleet():
+@contextlib.contextmanager
+def two_servers(**environment: str):
     """A tracker and two servers, each the process group of a command of its own."""
     port = free_port()
     tracker = f"127.0.0.1:{port}"
@@ -65,13 +67,19 @@ def fleet():
         wait_for(lambda: devices(tracker) == 0)
         for _ in range(2):
             serve = ("serve", "--tracker", tracker, "--key", "board", "--threads", "1")
-            started.append(command(*serve, "--port", str(free_port())))
+            started.append(command(*serve, "--port", str(free_port()), **environment))
         wait_for(lambda: devices(tracker) == 2)
         yield tracker, started[1:]
     finally:
         for one in started:
             os.killpg(one.pid, signal.SIGKILL)
             one.wait()
+
+
+@pytest.fixture(scope="module")
+def fleet():
+    with two_servers() as found:
+        yield found
 
 
 def tune(tracker: str, directory: Path, tasks: list[Task]) -> tuple[dict, TuningLog]:

@@ -1,5 +1,5 @@
-"""The tuner's way to this machine's GPU: kernels are compiled side by side, and tried one at a time
-in another process.
+"""The tuner's way to a GPU of this machine, or to those of a tracker's devices: kernels are
+compiled here side by side, and tried one at a time on each GPU, in another process.
 """
 
 from __future__ import annotations
@@ -14,31 +14,23 @@ from typing import Any
 from bertile.cuda.candidates import build
 from bertile.cuda.card import Card
 from bertile.cuda.measure import TRIAL_SECONDS
+from bertile.cuda.remote_trial import SESSION_SECONDS
 from bertile.cuda.trial import check
 from bertile.errors import PlatformError
 from bertile.loader import available_cores
+from bertile.remote_runner import RemoteRunner
 from bertile.schedules.task import Task
 from bertile.targets import Target
 from bertile.trial_runner import TrialRunner
 
 
 class CudaRunner:
-    """Runs trials on the first GPU of this machine. A context manager."""
+    """Compiles candidates for ``trials``, which runs them. A context manager."""
 
-    def __init__(self, row: Target) -> None:
-        """Raises PlatformError where there is no such GPU."""
-        try:
-            check(Card(), row)
-        except PlatformError as error:
-            raise PlatformError(
-                f"kernels for {row.name} cannot be measured on this machine: {error.what}",
-                f"tune where there is such a GPU, or carry candidates to it:"
-                f" bertile tune MODEL --target {row.name} --pack FILE",
-            ) from error
-        self.parallel = available_cores()
+    def __init__(self, row: Target, trials: TrialRunner | RemoteRunner) -> None:
+        self.parallel = available_cores() + trials.parallel - 1
         self._row, self._numbers = row, itertools.count()
-        self._trials = TrialRunner(row, TRIAL_SECONDS, ("bertile.cuda.trial",))
-        self._one_at_a_time = threading.Lock()
+        self._trials, self._turns = trials, threading.Semaphore(trials.parallel)
         self._place = tempfile.TemporaryDirectory(prefix="bertile-tune-")
 
     def __enter__(self) -> CudaRunner:
@@ -60,7 +52,25 @@ class CudaRunner:
         except Exception as error:  # a candidate that cannot be built is its own result
             return {"error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
         try:
-            with self._one_at_a_time:
+            with self._turns:
                 return self._trials.run(task, knobs, blocks, also, image=str(path))
         finally:
             path.unlink()
+
+
+def local(row: Target) -> TrialRunner:
+    """Trials on the first GPU of this machine; PlatformError where there is no such GPU."""
+    try:
+        check(Card(), row)
+    except PlatformError as error:
+        raise PlatformError(
+            f"kernels for {row.name} cannot be measured on this machine: {error.what}",
+            f"tune where there is such a GPU (--rpc-tracker), or carry candidates to it:"
+            f" bertile tune MODEL --target {row.name} --pack FILE",
+        ) from error
+    return TrialRunner(row, TRIAL_SECONDS, ("bertile.cuda.trial",))
+
+
+def remote(row: Target, tracker: str, key: str) -> RemoteRunner:
+    """Trials on the GPUs of a tracker's devices; BertileError where it has none of the key."""
+    return RemoteRunner(row, tracker, key, "bertile.cuda.remote_trial", SESSION_SECONDS)
