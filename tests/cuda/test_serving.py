@@ -26,6 +26,8 @@ ROW, QUIET = resolve("cuda-sm90"), Progress(verbosity=-1)
 NORM = Task("layer_norm", {"channels": 64, "epsilon": 1e-12, "precision": "fp16"})
 KNOBS = schedules_for(ROW)["layer_norm"].default(NORM, ROW)
 
+pytestmark = pytest.mark.slow  # servers, trackers and their processes
+
 
 @pytest.fixture(scope="module")
 def fleet():
