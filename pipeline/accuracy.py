@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.precision import LayerPlan, Plan
 
 Score = Callable[[Plan], float]

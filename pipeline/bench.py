@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from bertile import competitors, loader, machine, turns, work
+from bertile import competitors, loader, turns, work
+from bertile.base import machine
+from bertile.base.errors import UsageError
+from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.engines import Arrays, Engine
-from bertile.errors import UsageError
-from bertile.progress import Progress
 from bertile.runner import max_tokens
 from bertile.startup import startup as measure_startup
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertile.errors import UsageError
-from bertile.machine import busy_sentence
-from bertile.tables import table
+from bertile.base.errors import UsageError
+from bertile.base.machine import busy_sentence
+from bertile.base.tables import table
 
 COLUMNS = (
     "model",

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bertile import cuda_loader, loader, native_loader, runtime_libraries, weights
-from bertile.errors import BertileError, UsageError
+from bertile.base.errors import BertileError, UsageError
 from bertile.loader import LIBRARY, MANIFEST, SCHEMA, WEIGHTS, read_manifest
 
 __all__ = ["copy", "include_runtime", "making", "read_manifest", "write"]

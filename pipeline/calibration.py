@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bertile import loader, runner
-from bertile.errors import InputError, ModelError, UsageError
+from bertile.base.errors import InputError, ModelError, UsageError
 from bertile.exported import ExportedModel
 from bertile.samples import sample
 

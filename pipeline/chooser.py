@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import NamedTuple
 
-from bertile.errors import ModelError
+from bertile.base.errors import ModelError
 from bertile.loader import cpu_features
 from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs

@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         import re
 
-        from bertile.errors import UsageError, nearest
+        from bertile.base.errors import UsageError, nearest
 
         command = re.search(r"invalid choice: '?([^' ]+)'?", message)
         if command:
@@ -69,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from bertile import commands, tables
-    from bertile.progress import Progress
+    from bertile import commands
+    from bertile.base import tables
+    from bertile.base.progress import Progress
 
     progress = Progress(options.verbose - options.quiet)
     try:
@@ -84,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _explain(error: Exception) -> int:
-    from bertile.errors import BertileError
+    from bertile.base.errors import BertileError
 
     if isinstance(error, BertileError):
         return _fail(str(error), error.exit_code)
@@ -129,7 +130,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _refuse(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
     import difflib
 
-    from bertile.errors import UsageError
+    from bertile.base.errors import UsageError
 
     flag = next((one for one in unknown if one.startswith("-")), None)
     if flag is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import tvm
 
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.targets import Target, link_command, tvm_target
 
 # Our kernels have no blocks to compact and no conditions to hoist, and LLVM finds common

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bertile import bench_command, device_command, prune_command, tune_command
+from bertile.base.errors import UsageError
+from bertile.base.progress import Progress
+from bertile.base.tables import lines, size, table
 from bertile.config import Config
-from bertile.errors import UsageError
-from bertile.progress import Progress
-from bertile.tables import lines, size, table
 
 
 class Outcome(NamedTuple):

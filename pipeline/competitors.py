@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from bertile import deepsparse, loader, peer_models
+from bertile.base.errors import BundleError, ModelError, UsageError, nearest
+from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.engines import Engine, LeftOut, Source
-from bertile.errors import BundleError, ModelError, UsageError, nearest
 from bertile.exported import ExportedModel, InputSpec
-from bertile.progress import Progress
 
 # Which precisions a peer computes in on a CPU.
 PEERS = {

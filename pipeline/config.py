@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bertile.errors import UsageError, nearest
+from bertile.base.errors import UsageError, nearest
 from bertile.precision import PRECISIONS, SPARSE
 from bertile.targets import GENERIC
 from bertile.targets import names as target_names

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from bertile import deepsparse_server
-from bertile.cache import Cache
+from bertile.base.cache import Cache
+from bertile.base.progress import Progress
 from bertile.engines import Arrays, Engine, LeftOut
-from bertile.progress import Progress
 
 VERSION = "1.8.0"
 PACKAGES = (f"deepsparse=={VERSION}", "numpy==1.26.4")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from bertile import bench, driver, loader, runner
+from bertile.base.progress import Progress
+from bertile.base.tables import size, table
 from bertile.config import Config
-from bertile.progress import Progress
-from bertile.tables import size, table
 
 SENTENCES = (
     "A man is playing a guitar on the street.",

@@ -14,12 +14,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from bertile.base.errors import BertileError, UsageError, require
+from bertile.base.machine import cpu_name
+from bertile.base.progress import Progress
+from bertile.base.tables import table
 from bertile.cuda import serving
-from bertile.errors import BertileError, UsageError, require
 from bertile.loader import available_cores, cpu_features, set_thread_defaults
-from bertile.machine import cpu_name
-from bertile.progress import Progress
-from bertile.tables import table
 from bertile.work import use_threads
 
 TRACKER_PORT, SERVER_PORT, PORTS = 9190, 9090, 100

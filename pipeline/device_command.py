@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from bertile.progress import Progress
+from bertile.base.progress import Progress
 
 ACTIONS = {
     "serve": "run candidates that a tuner sends, on this machine",
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, progress: Progress) -> tuple[Any, str]:
     """Data and text of the answer; serve and tracker give none before Ctrl-C."""
     from bertile import device
-    from bertile.errors import UsageError
+    from bertile.base.errors import UsageError
 
     wanted = {"serve": ("tracker", "key"), "list": ("tracker",), "tracker": ()}[options.action]
     for name in wanted:

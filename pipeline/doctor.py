@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bertile.errors import BertileError, PlatformError
+from bertile.base.errors import BertileError, PlatformError
+from bertile.base.tables import size, table
 from bertile.loader import available_cores, cpu_features, find_runtime
-from bertile.tables import size, table
 from bertile.targets import TABLE, Target, link_command, native
 
 # The stage that each extra serves, and what it imports. bertile's own metadata has the versions.

@@ -12,22 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from bertile import (
-    bundle,
-    cache,
-    exporter,
-    loader,
-    opener,
-    runtime_parts,
-    summary,
-    targets,
-    verifier,
-)
+from bertile import bundle, exporter, loader, opener, runtime_parts, summary, targets, verifier
+from bertile.base import cache
+from bertile.base.fingerprint import hash_path
+from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.exported import ExportedModel, read
-from bertile.fingerprint import hash_path
 from bertile.native_loader import SOURCES
-from bertile.progress import Progress
 from bertile.targets import Target
 
 

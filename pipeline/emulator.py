@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bertile import loader
-from bertile.errors import BertileError, InputError, PlatformError
+from bertile.base.errors import BertileError, InputError, PlatformError
 from bertile.native_loader import COMMAND
 from bertile.targets import Target
 

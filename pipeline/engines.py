@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.timing import timed
 
 Arrays = dict[str, np.ndarray]

@@ -17,7 +17,7 @@ from typing import Any
 import tvm
 
 from bertile import codegen, loop_marks, mca, targets
-from bertile.errors import PlatformError
+from bertile.base.errors import PlatformError
 from bertile.loop_walk import Walk
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertile.errors import ModelError
+from bertile.base.errors import ModelError
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 

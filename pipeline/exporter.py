@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bertile import model_files, models
+from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.config import Config
-from bertile.errors import ModelError, NumericMismatchError, require
 from bertile.exported import ExportedModel, InputSpec, read
 from bertile.samples import largest_difference, run_onnx, sample
 

@@ -16,7 +16,7 @@ import tvm
 from tvm import relax
 from tvm.relax.frontend.onnx import from_onnx
 
-from bertile.errors import ModelError
+from bertile.base.errors import ModelError
 from bertile.exported import ExportedModel
 from bertile.graph import Graph
 from bertile.passes.rewriting import normalized

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from bertile.errors import UsageError
+from bertile.base.errors import UsageError
+from bertile.base.progress import Progress
 from bertile.log_commands import usable
-from bertile.progress import Progress
 from bertile.schedules import trial_sample
 from bertile.schedules.task import Task
 from bertile.targets import resolve

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from bertile import loader, weights, work
+from bertile.base.errors import require
+from bertile.base.progress import Progress
 from bertile.bench import random_inputs
-from bertile.errors import require
-from bertile.progress import Progress
 
 RUNS = 20
 MEMORY_BYTES = 256 << 20  # more than any cache holds

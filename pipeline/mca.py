@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from bertile.errors import BertileError, PlatformError, UsageError
+from bertile.base.errors import BertileError, PlatformError, UsageError
 
 VERSIONS = (19, 20, 21, 22)
 INSTALL = "install it with: apt-get install llvm-19"

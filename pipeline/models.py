@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bertile import pruning, synthetic
-from bertile.errors import ModelError, UsageError, nearest, require
+from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.model_files import (
     TOKENIZER_FILES,
     Pooling,

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.targets import Target, link_command
 
 SOURCES = Path(__file__).with_name("native")

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 
 from bertile import models, onnx_attention, onnx_fusions, onnx_quantized, onnx_rewrites
+from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
-from bertile.errors import ModelError, NumericMismatchError, UsageError
 from bertile.exported import ExportedModel, InputSpec
 from bertile.model_files import TOKENIZER_FILES, fingerprint
 from bertile.onnx_graph import OnnxGraph, save

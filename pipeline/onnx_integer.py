@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import onnx
 
-from bertile.errors import ModelError
+from bertile.base.errors import ModelError
 from bertile.onnx_graph import OnnxGraph, attributes
 
 # Operators that move elements and change none of them; the first input holds the elements.

@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 
-from bertile.errors import ModelError
+from bertile.base.errors import ModelError
 from bertile.onnx_graph import OnnxGraph, attributes, save
 
 OPSET, IR_VERSION = 17, 8

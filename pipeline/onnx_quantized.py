@@ -19,7 +19,7 @@ from typing import Optional
 import numpy as np
 import onnx
 
-from bertile.errors import ModelError
+from bertile.base.errors import ModelError
 from bertile.onnx_graph import OnnxGraph, attributes
 from bertile.onnx_integer import MOVES, PAIRS, expand_integers, is_quantized
 from bertile.onnx_weights import Weights

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from bertile.errors import ModelError, nearest, require
+from bertile.base.errors import ModelError, nearest, require
 from bertile.exported import INPUT_NAMES, InputSpec
 from bertile.onnx_dependence import is_lookup, source_input
 from bertile.onnx_graph import OnnxGraph

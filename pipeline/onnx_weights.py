@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from bertile.errors import ModelError
+from bertile.base.errors import ModelError
 from bertile.onnx_graph import OnnxGraph, attributes
 from bertile.onnx_integer import MOVES
 from bertile.onnx_rewrites import transpose_weights

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bertile import emulator, loader, native_loader, runtime_parts, targets
-from bertile.errors import PlatformError
+from bertile.base.errors import PlatformError
 from bertile.runtime_parts import RuntimeParts
 from bertile.targets import Target, is_foreign
 

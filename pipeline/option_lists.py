@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bertile.errors import UsageError
+from bertile.base.errors import UsageError
 
 
 def words(values: Sequence[str]) -> list[str]:

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from bertile import tuner
+from bertile.base.errors import BertileError
+from bertile.base.progress import Progress
 from bertile.codegen import export_kernel
 from bertile.config import Config
-from bertile.errors import BertileError
-from bertile.progress import Progress
 from bertile.proposer import propose
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES

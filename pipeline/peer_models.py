@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bertile import cache, calibration
-from bertile.errors import BertileError, require
+from bertile import calibration
+from bertile.base import cache
+from bertile.base.errors import BertileError, require
+from bertile.base.fingerprint import hash_path
+from bertile.base.progress import Progress
 from bertile.evaluation.sentences import sentences
 from bertile.exported import ExportedModel
-from bertile.fingerprint import hash_path
-from bertile.progress import Progress
 from bertile.samples import sample, session
 
 CALIBRATION_SAMPLES = 300  # NNCF's own default

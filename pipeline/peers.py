@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from bertile.base.errors import require
 from bertile.engines import Arrays, Engine
-from bertile.errors import require
 
 Infer = Callable[[Arrays], list[np.ndarray]]
 

@@ -8,7 +8,7 @@ from typing import Any
 from tvm import relax
 
 from bertile import ops
-from bertile.errors import PlatformError
+from bertile.base.errors import PlatformError
 from bertile.forms import Forms
 from bertile.graph import Graph
 from bertile.passes.rewriting import Dataflow, rewrite

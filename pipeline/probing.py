@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bertile.errors import ModelError
+from bertile.base.errors import ModelError
 from bertile.exported import InputSpec
 from bertile.onnx_graph import EXTERNAL_DATA_BYTES, OnnxGraph, save, weight_bytes
 from bertile.samples import sample, session

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, progress: Any) -> tuple[Any, str]:
 
 def as_text(report: dict[str, Any]) -> str:
     """A row for all layers of the same place, size and pattern; then what to do about accuracy."""
-    from bertile.tables import table
+    from bertile.base.tables import table
 
     groups = defaultdict(list)
     for row in report["layers"]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bertile import bundle, model_files, models, pruning
-from bertile.errors import UsageError
-from bertile.progress import Progress
+from bertile.base.errors import UsageError
+from bertile.base.progress import Progress
 
 REPORT = "pruned.json"
 ACCURACY = (

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bertile import accuracy, calibration, ops, planner, ranges
+from bertile.base.tables import table
 from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
@@ -19,7 +20,6 @@ from bertile.observer import Arrays, Observation, Observer
 from bertile.passes.rewriting import Dataflow
 from bertile.precision import LayerPlan, Plan
 from bertile.quantization import layer_report
-from bertile.tables import table
 from bertile.targets import Target
 
 # What a graph whose operators have their precisions answers to the texts of a dataset.

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bertile import device
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.schedules.task import Task
 from bertile.targets import Target
 from bertile.trial_runner import TrialRunner

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertile import loader, log_commands, machine
-from bertile.errors import BundleError, UsageError
-from bertile.progress import Progress
+from bertile import loader, log_commands
+from bertile.base import machine
+from bertile.base.errors import BundleError, UsageError
+from bertile.base.progress import Progress
 from bertile.schedules.task import Task
 from bertile.tuning_log import Record, TuningLog
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from bertile import loader
-from bertile.errors import BundleError, InputError, require
-from bertile.tables import table
+from bertile.base.errors import BundleError, InputError, require
+from bertile.base.tables import table
 
 BATCH = 32
 HEADS = ("embedding", "sequence-classification", "token-classification")

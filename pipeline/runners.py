@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+from bertile.base.errors import PlatformError, UsageError
 from bertile.config import Config
-from bertile.errors import PlatformError, UsageError
 from bertile.loader import cpu_features
 from bertile.schedules.task import Task
 from bertile.targets import Target, fits

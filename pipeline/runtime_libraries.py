@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from bertile import cache
-from bertile.errors import BertileError, PlatformError, UsageError
-from bertile.fingerprint import hash_path
+from bertile.base import cache
+from bertile.base.errors import BertileError, PlatformError, UsageError
+from bertile.base.fingerprint import hash_path
 from bertile.loader import RUNTIME, find_runtime
 from bertile.targets import Target
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bertile import cache, native_loader, runtime_libraries
-from bertile.fingerprint import hash_path
+from bertile import native_loader, runtime_libraries
+from bertile.base import cache
+from bertile.base.fingerprint import hash_path
 from bertile.targets import Target, link_command
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bertile.errors import ModelError, require
+from bertile.base.errors import ModelError, require
 from bertile.exported import InputSpec
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from tvm import relax
 
 from bertile import ops
+from bertile.base.tables import table
 from bertile.forms import Forms
 from bertile.graph import Graph
 from bertile.passes.rewriting import Dataflow, rewrite
@@ -21,7 +22,6 @@ from bertile.schedules.cpu.product import group
 from bertile.schedules.task import Task
 from bertile.sparse_costs import relative_time
 from bertile.sparsity import Sparsity, analyse, density
-from bertile.tables import table
 from bertile.targets import Target
 from bertile.tuning_log import Record, TuningLog
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from bertile.base.progress import Progress
 from bertile.engines import Arrays, Engine, start
-from bertile.progress import Progress
 
 REPEAT = 5
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bertile import loader, targets
-from bertile.progress import Progress
+from bertile.base.progress import Progress
 from bertile.targets import Target
 
 SPEED_LENGTH = 128  # tokens of the request that is timed

@@ -8,8 +8,8 @@ import json
 from typing import Any
 
 from bertile import pruning
+from bertile.base.errors import UsageError, nearest, require
 from bertile.config import HEADS
-from bertile.errors import UsageError, nearest, require
 
 SEED = 20
 

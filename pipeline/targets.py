@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib import util
 from typing import TYPE_CHECKING, Any
 
-from bertile.errors import PlatformError, UsageError, nearest
+from bertile.base.errors import PlatformError, UsageError, nearest
 from bertile.loader import available_cores, cpu_features
 from bertile.schedules.schedule import Gpu
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from bertile.tables import table
+from bertile.base.tables import table
 from bertile.targets import TABLE
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.schedules.task import Task
 from bertile.targets import Target
 

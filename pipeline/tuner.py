@@ -13,9 +13,9 @@ from importlib.metadata import version
 from typing import Any
 
 from bertile import loader
+from bertile.base.machine import cpu_name
+from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.machine import cpu_name
-from bertile.progress import Progress
 from bertile.runners import Runner, answers, open_runner
 from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
 from bertile.targets import Target

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bertile import emulator, exported, loader, opener
-from bertile.errors import NumericMismatchError, PlatformError, require
+from bertile.base.errors import NumericMismatchError, PlatformError, require
+from bertile.base.progress import Progress
 from bertile.exported import ExportedModel
-from bertile.progress import Progress
 from bertile.samples import largest_difference, sample, session
 from bertile.targets import Target, is_foreign
 

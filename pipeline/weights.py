@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.loader import ALIGNMENT
 
 _NAMES = {

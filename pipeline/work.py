@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.schedules.task import Task
 
 Kernel = Mapping[str, Any]  # a row of the manifest's "kernels"

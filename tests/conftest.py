@@ -65,7 +65,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
 def llvm_mca():
     """Skips where llvm-mca is missing or too old; `make test` installs it where it may."""
     from bertile import mca
-    from bertile.errors import PlatformError
+    from bertile.base.errors import PlatformError
 
     try:
         return mca.tool(mca.MODELS["arm-a76"])

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from bertile.accuracy import search
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.precision import LayerPlan
 
 LAYERS = 48

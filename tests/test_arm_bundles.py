@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from bertile import driver, emulator, loader, runtime_libraries, targets, verifier, weights
+from bertile.base.errors import PlatformError, UsageError
 from bertile.config import Config
-from bertile.errors import PlatformError, UsageError
 from bertile.exported import InputSpec
 from bertile.samples import run_onnx, sample
 

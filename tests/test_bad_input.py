@@ -17,7 +17,7 @@ from onnx import helper
 
 import bertile
 from bertile import cli, loader
-from bertile.errors import BertileError, InputError
+from bertile.base.errors import BertileError, InputError
 
 MODEL = "synthetic:bert-tiny:embedding"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "movie"]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from bertile import bench, cli
+from bertile.base.errors import UsageError
+from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.engines import Engine, Source
-from bertile.errors import UsageError
-from bertile.progress import Progress
 
 MANIFEST = {
     "model": {"source": "minilm", "head": "embedding", "max_length": 32, "sha256": "old"},

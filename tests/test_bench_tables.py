@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bertile import bench_tables
-from bertile.errors import UsageError
+from bertile.base.errors import UsageError
 
 ROW = {
     "model": "minilm",

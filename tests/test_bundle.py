@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bertile import bundle, loader, weights
-from bertile.errors import BertileError, BundleError, UsageError
+from bertile.base.errors import BertileError, BundleError, UsageError
 
 safetensors = pytest.importorskip("safetensors.numpy")
 

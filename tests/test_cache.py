@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bertile import cache as cache_module
-from bertile.cache import Cache, key
+from bertile.base import cache as cache_module
+from bertile.base.cache import Cache, key
+from bertile.base.errors import BertileError
+from bertile.base.fingerprint import hash_path, source_hash
 from bertile.config import Config
-from bertile.errors import BertileError
-from bertile.fingerprint import hash_path, source_hash
 
 
 def write(text: str = "made"):
@@ -166,7 +166,7 @@ def test_key_refuses_a_stage_that_is_no_module() -> None:
 def test_source_hash_reaches_what_a_module_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bertile.fingerprint as fingerprint
+    import bertile.base.fingerprint as fingerprint
 
     for name, text in (
         ("stage", "def run():\n    from bertile.passes import one\n    import numpy\n"),
@@ -185,9 +185,14 @@ def test_source_hash_reaches_what_a_module_imports(
 
 
 def test_source_files_of_every_package_of_the_map_are_found() -> None:
-    from bertile.fingerprint import _source_file
+    from bertile.base.fingerprint import _source_file
 
-    for module in ("bertile.cache", "bertile.passes", "bertile.schedules.cpu", "bertile.schedules"):
+    for module in (
+        "bertile.base.cache",
+        "bertile.passes",
+        "bertile.schedules.cpu",
+        "bertile.schedules",
+    ):
         assert _source_file(module) is not None, module
     assert _source_file("bertile.nothing") is None
 

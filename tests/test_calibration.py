@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bertile import calibration
+from bertile.base.errors import BertileError, InputError, ModelError, UsageError
 from bertile.calibration import batches, read_requests, usual_requests
 from bertile.config import Config
-from bertile.errors import BertileError, InputError, ModelError, UsageError
 from bertile.exported import ExportedModel, InputSpec
 from bertile.exporter import export
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from bertile import chooser
+from bertile.base.errors import ModelError
 from bertile.chooser import Chooser, distance
-from bertile.errors import ModelError
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets import native, resolve

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 from bertile import cli, commands
+from bertile.base.errors import NumericMismatchError, PlatformError
+from bertile.base.progress import Progress
 from bertile.config import HEADS, PRECISIONS, RUNTIMES, TUNE_EFFORTS, Config
-from bertile.errors import NumericMismatchError, PlatformError
-from bertile.progress import Progress
 
 SUMMARY = {
     "output": "out",

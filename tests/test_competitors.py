@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from bertile import competitors, loader
+from bertile.base.errors import BundleError, ModelError, UsageError
+from bertile.base.progress import Progress
 from bertile.engines import LeftOut
-from bertile.errors import BundleError, ModelError, UsageError
-from bertile.progress import Progress
 
 MANIFEST: dict[str, Any] = {
     "model": {

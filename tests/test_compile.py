@@ -10,9 +10,9 @@ import pytest
 
 import bertile
 from bertile import driver, loader
+from bertile.base.errors import BertileError, NumericMismatchError, UsageError
+from bertile.base.progress import Progress
 from bertile.config import HEADS, Config
-from bertile.errors import BertileError, NumericMismatchError, UsageError
-from bertile.progress import Progress
 from bertile.samples import largest_difference, sample, session
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert", "mpnet")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bertile.base.errors import UsageError
 from bertile.config import CHECKS, Config
-from bertile.errors import UsageError
 
 
 def test_json_round_trip_gives_an_equal_config() -> None:

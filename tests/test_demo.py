@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bertile import demo
-from bertile.progress import Progress
+from bertile.base.progress import Progress
 
 
 def test_neighbours_leave_the_sentence_itself_out() -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from bertile import cli, device, tuner
+from bertile.base.errors import BertileError, UsageError
+from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.errors import BertileError, UsageError
-from bertile.progress import Progress
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets import native, resolve

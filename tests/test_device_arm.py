@@ -16,8 +16,8 @@ from test_device import command, devices, free_port, wait_for
 
 import bertile
 from bertile import emulator, tuner
+from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.progress import Progress
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets import resolve

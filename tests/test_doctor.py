@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bertile import cli, doctor
-from bertile.errors import PlatformError
+from bertile.base.errors import PlatformError
 
 
 def by_name(checks: list[doctor.Check]) -> dict[str, doctor.Check]:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from bertile import peers
+from bertile.base.errors import BertileError
 from bertile.engines import Engine, Source, Worker
-from bertile.errors import BertileError
 
 
 def test_worker_runs_onnx_runtime_in_its_own_process(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from bertile import errors, loader
+from bertile import loader
+from bertile.base import errors
 
 EXIT_CODES = {
     errors.BertileError: 1,

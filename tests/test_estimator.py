@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from bertile import cli, loop_marks, mca, tuner
+from bertile.base.errors import PlatformError
+from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.errors import PlatformError
 from bertile.estimator import Code, Estimator, blocks, together
 from bertile.loop_walk import Walk
-from bertile.progress import Progress
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets import native, resolve

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bertile import exportable, exporter, models
+from bertile.base.errors import ModelError, NumericMismatchError
 from bertile.config import HEADS, Config
-from bertile.errors import ModelError, NumericMismatchError
 from bertile.exported import ExportedModel, read
 from bertile.model_files import Pooling
 from bertile.samples import largest_difference, sample, session

@@ -13,8 +13,8 @@ from transformers.models.bert import modeling_bert
 
 import bertile
 from bertile import loader, manifest, synthetic
+from bertile.base.errors import ModelError
 from bertile.config import Config
-from bertile.errors import ModelError
 from bertile.exported import InputSpec
 from bertile.samples import largest_difference, sample, session
 

@@ -8,7 +8,7 @@ import pytest
 import tvm
 from tvm import relax
 
-from bertile.errors import ModelError
+from bertile.base.errors import ModelError
 from bertile.exported import ExportedModel, InputSpec
 from bertile.importer import TABLE, import_onnx
 

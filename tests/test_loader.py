@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bertile import bundle, loader
-from bertile.errors import BertileError, BundleError, InputError, PlatformError
+from bertile.base.errors import BertileError, BundleError, InputError, PlatformError
 
 PARAMS = {
     "words": np.random.default_rng(0).standard_normal((50, 8), dtype=np.float32),

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bertile import cli, log_commands
-from bertile.errors import UsageError
-from bertile.progress import Progress
+from bertile.base.errors import UsageError
+from bertile.base.progress import Progress
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets import native

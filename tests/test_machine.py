@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bertile import machine
+from bertile.base import machine
 
 
 def test_watch_tells_our_cpu_time_from_that_of_others(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bertile import mca
-from bertile.errors import BertileError, PlatformError, UsageError
+from bertile.base.errors import BertileError, PlatformError, UsageError
 from bertile.targets import resolve
 
 N1 = mca.MODELS["arm-a76"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bertile import model_files, models, synthetic
-from bertile.errors import ModelError, UsageError
+from bertile.base.errors import ModelError, UsageError
 from bertile.model_files import Pooling
 
 

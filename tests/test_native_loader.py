@@ -15,7 +15,7 @@ import pytest
 import test_loader as python_loader
 
 from bertile import bundle, loader, native_loader
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.targets import native
 
 SANITIZED = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")

@@ -14,8 +14,8 @@ import transformers
 from onnx import TensorProto, helper, numpy_helper
 
 from bertile import exporter, normalizer, onnx_graph, onnx_reader, probing, synthetic
+from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
-from bertile.errors import ModelError, NumericMismatchError, UsageError
 from bertile.samples import largest_difference, sample, session
 
 TOLERANCE = 5e-5  # two layers in float32, scaled and summed in another order than the original's

@@ -5,7 +5,7 @@ import pytest
 import test_onnx_quantized as small
 from onnx import TensorProto
 
-from bertile.errors import ModelError
+from bertile.base.errors import ModelError
 from bertile.onnx_quantized import lift_quantization
 
 graph_of, lifted, operators, run = small.graph_of, small.lifted, small.operators, small.run

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from bertile import onnx_legacy
-from bertile.errors import ModelError
+from bertile.base.errors import ModelError
 from bertile.exported import ExportedModel
 from bertile.onnx_graph import OnnxGraph
 from bertile.samples import run_onnx, sample

@@ -8,8 +8,8 @@ import arm_code
 import pytest
 
 from bertile import cli, driver, emulator, loader, opener, verifier
+from bertile.base.errors import BundleError, PlatformError
 from bertile.config import Config
-from bertile.errors import BundleError, PlatformError
 from bertile.evaluation.sentences import sentences
 
 TINY = "synthetic:bert-tiny"

@@ -14,9 +14,9 @@ import arm_code
 import pytest
 
 from bertile import cli, emulator, ingester, native_loader, packer, runtime_libraries
+from bertile.base.errors import UsageError
+from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.errors import UsageError
-from bertile.progress import Progress
 from bertile.proposer import propose
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task

@@ -9,10 +9,10 @@ import onnx
 import pytest
 
 from bertile import driver, peer_models
+from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.engines import Engine, Source, Worker
 from bertile.exported import ExportedModel
-from bertile.progress import Progress
 from bertile.samples import run_onnx, sample
 from bertile.turns import cosine
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from bertile import builder, importer, loader, ops, optimizer, planner
+from bertile.base.errors import PlatformError
 from bertile.chooser import Chooser
-from bertile.errors import PlatformError
 from bertile.forms import FP32, QKV, Form, Forms
 from bertile.lowering import tasks
 from bertile.precision import LayerPlan

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from bertile.progress import Progress
+from bertile.base.progress import Progress
 
 
 class Terminal(io.StringIO):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bertile import models, pruning
-from bertile.errors import UsageError
+from bertile.base.errors import UsageError
 from bertile.sparsity import BLOCKS, analyse
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert", "mpnet")

@@ -8,8 +8,8 @@ from onnx import numpy_helper
 
 import bertile
 from bertile import importer, normalizer, optimizer
+from bertile.base.errors import NumericMismatchError
 from bertile.config import Config
-from bertile.errors import NumericMismatchError
 from bertile.samples import sample, session
 
 OPSET = 17

@@ -9,9 +9,9 @@ import pytest
 
 import bertile
 from bertile import loader, planner, targets
+from bertile.base.errors import BertileError, InputError, UsageError
 from bertile.cli import main
 from bertile.config import Config
-from bertile.errors import BertileError, InputError, UsageError
 from bertile.evaluation import datasets
 from bertile.evaluation.sentences import sentences
 from bertile.importer import import_onnx

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bertile import cli, report
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.report import Curve, Page
 from bertile.report_page import html
 from bertile.schedules.task import Task

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bertile import loader, runner
-from bertile.errors import BundleError, InputError
+from bertile.base.errors import BundleError, InputError
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bertile.tables import size, table
+from bertile.base.tables import size, table
 
 
 def test_table_aligns_numbers_right_and_text_left() -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bertile import targets
-from bertile.errors import PlatformError, UsageError
+from bertile.base.errors import PlatformError, UsageError
 from bertile.targets import TABLE, Target, fits, link_command, native, resolve, tvm_target
 
 X86 = [row for row in TABLE if row.arch == "x86_64"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bertile import tuner
+from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.progress import Progress
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets import native

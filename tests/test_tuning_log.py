@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets import resolve

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bertile import turns
+from bertile.base.progress import Progress
 from bertile.engines import Engine, LeftOut, Source
-from bertile.progress import Progress
 
 INPUTS = {"input_ids": np.ones((1, 16), np.int64)}
 

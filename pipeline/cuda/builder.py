@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bertile.base.errors import BertileError
 from bertile.builder import Built, kernel_entry
 from bertile.chooser import Chooser
 from bertile.cuda import compiler, cubin, plan
@@ -16,7 +17,6 @@ from bertile.cuda.cubin import Resources
 from bertile.cuda.emulated_model import SOURCE
 from bertile.cuda.lowering import lower
 from bertile.cuda_loader import CUBIN, PLAN, PTX
-from bertile.errors import BertileError
 from bertile.graph import Graph
 from bertile.targets import Target
 

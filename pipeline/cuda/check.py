@@ -8,8 +8,8 @@ from typing import Any, Union
 import numpy as np
 
 from bertile import cuda_loader, loader
+from bertile.base.errors import PlatformError
 from bertile.cuda import emulated_model, emulator, here
-from bertile.errors import PlatformError
 
 LIMIT = 25_000_000  # weights of layers: with these, a request of 64 tokens takes the emulator 10 s
 Model = Union[cuda_loader.Model, emulated_model.Model]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from importlib import resources, util
 from pathlib import Path
 
-from bertile import cache
-from bertile.errors import BertileError, PlatformError
+from bertile.base import cache
+from bertile.base.errors import BertileError, PlatformError
 from bertile.targets import Target
 
 # Older ones do not know sm_90a; PTX of newer ones is refused by the driver of CUDA 13.0.

@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm import tirx
 
-from bertile.errors import ModelError
+from bertile.base.errors import ModelError
 from bertile.schedules.cuda.source import Extent
 
 _WORDS = {"Add": "+", "Sub": "-", "Mul": "*", "FloorDiv": "//", "Div": "//", "LT": "<", "GE": ">="}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bertile import planner
+from bertile.base.errors import PlatformError, UsageError
 from bertile.config import Config
 from bertile.cuda import here
-from bertile.errors import PlatformError, UsageError
 from bertile.targets import Target
 
 _NO_HOST_CODE = "a bundle for a GPU has no code for a processor"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from bertile.base.errors import PlatformError
 from bertile.cuda_loader import Gpu, open_driver
-from bertile.errors import PlatformError
 from bertile.targets import TABLE, Target
 
 

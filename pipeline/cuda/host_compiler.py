@@ -15,7 +15,7 @@ from functools import cache
 from importlib import util
 from pathlib import Path
 
-from bertile.errors import BertileError, PlatformError
+from bertile.base.errors import BertileError, PlatformError
 
 _HERE = Path(__file__).parent
 _PARTS = (

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from bertile import loader
+from bertile.base.errors import PlatformError
 from bertile.bench import random_inputs
 from bertile.cuda import here
-from bertile.errors import PlatformError
 
 _NOT_ASKED = {"total_ms": None, "gpu": None, "reason": "nobody asked for them"}
 

@@ -14,9 +14,9 @@ import tvm
 from tvm import relax
 
 from bertile import ops
+from bertile.base.errors import ModelError
 from bertile.cuda.forms import DTYPES
 from bertile.dense_weights import Arrays
-from bertile.errors import ModelError
 from bertile.forms import FP32, Form
 from bertile.lowering import Lowered, Lowering
 from bertile.passes.rewriting import shape

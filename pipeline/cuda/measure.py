@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bertile.base.errors import BertileError
 from bertile.cuda import rates
 from bertile.cuda.card import Card
 from bertile.cuda.trial import check
-from bertile.errors import BertileError
 from bertile.schedules.task import Task
 from bertile.targets import resolve
 from bertile.trial_runner import TrialRunner

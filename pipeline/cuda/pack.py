@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from bertile import tuner
+from bertile.base.errors import PlatformError
+from bertile.base.progress import Progress
 from bertile.cuda import rates
 from bertile.cuda.candidates import build
-from bertile.errors import PlatformError
 from bertile.loader import available_cores
-from bertile.progress import Progress
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets import Target

@@ -14,10 +14,10 @@ import tvm
 from tvm import relax, tirx
 
 from bertile import ops
+from bertile.base.errors import ModelError
 from bertile.cuda import generic
 from bertile.cuda.extents import extent, product, with_names
 from bertile.cuda.lowering import PREFIX
-from bertile.errors import ModelError
 from bertile.graph import Graph
 from bertile.importer import TABLE
 from bertile.lowering import Lowered

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bertile.base.errors import PlatformError
 from bertile.cuda.candidates import build
 from bertile.cuda.card import Card
 from bertile.cuda.measure import TRIAL_SECONDS
 from bertile.cuda.remote_trial import SESSION_SECONDS
 from bertile.cuda.trial import check
-from bertile.errors import PlatformError
 from bertile.loader import available_cores
 from bertile.remote_runner import RemoteRunner
 from bertile.schedules.task import Task

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from bertile.base.errors import BertileError, PlatformError
 from bertile.cuda.card import Call, Card, Memory
 from bertile.cuda_loader import evaluate
-from bertile.errors import BertileError, PlatformError
 from bertile.schedules import schedules_for, trial_sample
 from bertile.schedules.cuda.source import Kernel
 from bertile.schedules.schedule import Sample

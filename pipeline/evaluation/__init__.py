@@ -1,1 +1,4 @@
-"""What a compiled model is worth: sentences, labelled texts, metrics, and a classifier to try."""
+"""Datasets of texts with what a model should answer, and the metrics that say how well it does.
+
+May import: `backends` and what stands before it.
+"""

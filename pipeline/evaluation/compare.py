@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 
 from bertile import driver, loader, runner
+from bertile.base.errors import UsageError, nearest, require
+from bertile.base.progress import Progress
+from bertile.base.tables import size, table
 from bertile.commands import cache_directory
 from bertile.config import Config
-from bertile.errors import UsageError, nearest, require
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
 from bertile.exported import ExportedModel
 from bertile.models import quiet
 from bertile.option_lists import words
 from bertile.precision import PRECISIONS
-from bertile.progress import Progress
 from bertile.samples import session
-from bertile.tables import size, table
 
 PEERS = ("onnxruntime-int8",)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bertile import opener, runner
-from bertile.errors import InputError, UsageError
+from bertile.base.errors import InputError, UsageError
 from bertile.evaluation.metrics import accuracy, mean_cosine, similarity_spearman
 
 # head: (the output that answers, whether it needs labels)

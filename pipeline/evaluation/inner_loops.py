@@ -15,15 +15,15 @@ from typing import NamedTuple
 import numpy as np
 
 from bertile import mca, targets
+from bertile.base.errors import BertileError
+from bertile.base.progress import Progress
+from bertile.base.tables import table
 from bertile.chooser import Chooser
-from bertile.errors import BertileError
 from bertile.estimator import Code
 from bertile.loop_walk import Walk
-from bertile.progress import Progress
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
-from bertile.tables import table
 from bertile.tuning_log import TuningLog
 
 CASES = (("arm-a76", "int8"), ("arm-v1", "int8"), ("arm-v1", "bf16"), ("arm-a72", "fp32"))

@@ -14,13 +14,13 @@ import numpy as np
 import tvm
 
 from bertile import loader, mca, targets, trial, tuner
+from bertile.base.progress import Progress
+from bertile.base.tables import table
 from bertile.estimator import Estimator
-from bertile.progress import Progress
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
-from bertile.tables import table
 from bertile.tuning_log import SURE
 from bertile.work import use_threads
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 
 SECTIONS = 10
 TRAIN, TEST = 400, 200  # of each section

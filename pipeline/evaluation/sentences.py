@@ -14,7 +14,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 
 COUNT = 500
 WORDS = range(5, 41)

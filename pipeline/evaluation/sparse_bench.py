@@ -17,13 +17,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from bertile import bench, bench_tables, driver, inspector, loader
+from bertile.base.progress import Progress
+from bertile.base.tables import table
 from bertile.commands import cache_directory
 from bertile.config import Config
 from bertile.evaluation import sparse_curve
 from bertile.evaluation.sparse_curve import Row, Series, named
 from bertile.option_lists import words
-from bertile.progress import Progress
-from bertile.tables import table
 
 
 class Case(NamedTuple):

@@ -14,10 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bertile import bench, competitors, driver, loader, turns
+from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.engines import Engine, Source
 from bertile.evaluation.plot import Line, Panel, svg
-from bertile.progress import Progress
 
 DENSE, SPARSE = "dense kernels", "sparse kernels"
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertile.errors import require
+from bertile.base.errors import require
+from bertile.base.progress import Progress
 from bertile.evaluation import sections
 from bertile.evaluation.sections import Example, Split
 from bertile.models import quiet
-from bertile.progress import Progress
 
 SEED = 20
 EPOCHS = 3

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from bertile.base.errors import BertileError, PlatformError
 from bertile.cuda import compiler, cubin
-from bertile.errors import BertileError, PlatformError
 from bertile.targets import TABLE, resolve
 
 ROWS = [row.name for row in TABLE if row.gpu]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from bertile import bundle, cuda_loader, loader
-from bertile.errors import BertileError, BundleError, InputError, PlatformError
+from bertile.base.errors import BertileError, BundleError, InputError, PlatformError
 
 RNG = np.random.default_rng(0)
 PARAMS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bertile.base.errors import PlatformError
 from bertile.cuda import emulator
-from bertile.errors import PlatformError
 from bertile.schedules.cuda.source import Kernel, Launch
 
 # y (rows, n) = x (rows, k) · w (n, k), 64 × 64 per block, k in steps of 32, three stages.

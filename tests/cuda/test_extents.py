@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from bertile.base.errors import ModelError
 from bertile.cuda.extents import combined, extent, product, with_names
 from bertile.cuda_loader import evaluate
-from bertile.errors import ModelError
 
 tvm = pytest.importorskip("tvm")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from bertile import driver, loader
+from bertile.base.errors import PlatformError, UsageError
 from bertile.config import Config
 from bertile.cuda import check as gpu_check
 from bertile.cuda import here
-from bertile.errors import PlatformError, UsageError
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from bertile import cli, cuda_loader, driver, loader
+from bertile.base.errors import PlatformError
 from bertile.config import Config
 from bertile.cuda import emulator
-from bertile.errors import PlatformError
 from bertile.exported import read
 from bertile.samples import largest_difference, run_onnx, sample
 from bertile.targets import TABLE, resolve

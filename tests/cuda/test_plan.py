@@ -9,9 +9,9 @@ import pytest
 from tvm import relax
 
 from bertile import chooser, optimizer, planner
+from bertile.base.errors import BertileError, ModelError
 from bertile.cuda import builder, cubin, plan
 from bertile.cuda.lowering import lower
-from bertile.errors import BertileError, ModelError
 from bertile.importer import import_onnx
 from bertile.targets import resolve
 from bertile.tuning_log import TuningLog

@@ -6,8 +6,8 @@ import contextlib
 
 import pytest
 
+from bertile.base.errors import PlatformError
 from bertile.cuda import compiler, cubin, rates
-from bertile.errors import PlatformError
 from bertile.targets import resolve
 
 

@@ -14,9 +14,9 @@ import pytest
 from test_device import two_servers
 
 from bertile import runners, tuner
+from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.cuda import runner
-from bertile.progress import Progress
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
 from bertile.targets import resolve

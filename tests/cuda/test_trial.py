@@ -19,11 +19,11 @@ import pretended_gpu as pretended
 import pytest
 
 from bertile import cli, ingester, packer, runners, tuner
+from bertile.base.errors import PlatformError, UsageError
+from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.cuda import pack, runner, trial
 from bertile.cuda.card import Card
-from bertile.errors import PlatformError, UsageError
-from bertile.progress import Progress
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
 from bertile.targets import resolve

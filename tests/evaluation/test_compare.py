@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bertile.base.errors import UsageError
 from bertile.config import Config
-from bertile.errors import UsageError
 from bertile.evaluation.compare import as_text, compare
 from bertile.evaluation.datasets import Dataset
 from bertile.evaluation.sentences import sentences

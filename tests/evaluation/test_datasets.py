@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import bertile
+from bertile.base.errors import InputError, UsageError
 from bertile.config import Config
-from bertile.errors import InputError, UsageError
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset, output_of, read
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 from bertile.evaluation import sections
 from bertile.evaluation.sections import descriptions, package_index, split
 

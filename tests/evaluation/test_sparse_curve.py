@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.evaluation.sparse_curve import (
     DENSE,
@@ -19,7 +20,6 @@ from bertile.evaluation.sparse_curve import (
     measure,
     named,
 )
-from bertile.progress import Progress
 
 
 def rows(dense: float, **sparse: float) -> list[Row]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import bertile
+from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.sections import Split
 from bertile.evaluation.train import train
-from bertile.progress import Progress
 
 EXAMPLES = tuple(
     (f"{words} number {index}", label)

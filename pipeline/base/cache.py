@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bertile.errors import BertileError
-from bertile.fingerprint import source_hash
+from bertile.base.errors import BertileError
+from bertile.base.fingerprint import source_hash
 
 try:
     import fcntl
