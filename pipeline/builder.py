@@ -19,7 +19,7 @@ from bertile.lowering import Lowered, lower
 from bertile.schedules.cpu.generic import is_kernel, schedule_generic
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
-from bertile.targets import Target, tvm_target
+from bertile.targets.rows import Target, tvm_target
 
 
 @dataclass(frozen=True)

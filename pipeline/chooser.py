@@ -13,7 +13,7 @@ from bertile.loader import cpu_features
 from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
-from bertile.targets import Target, fits
+from bertile.targets.rows import Target, fits
 from bertile.trial_runner import TrialRunner
 from bertile.tuning_log import Record, TuningLog
 

@@ -179,14 +179,14 @@ def _sparsity(options: Namespace) -> Outcome:
 
 def targets(options: Namespace, progress: Progress) -> Outcome:
     """Every row, and which of them this machine can run."""
-    from bertile.cuda import here
     from bertile.loader import cpu_features
-    from bertile.targets import TABLE, fits, native
+    from bertile.targets import detect
+    from bertile.targets.rows import TABLE, fits, native
     from bertile.targets_table import as_text
 
-    found, card = cpu_features(), here.gpu()
+    found, card = cpu_features(), detect.gpu()
     runs = [row.name for row in TABLE if fits(row, found)]
-    runs += [] if isinstance(card, str) else [row.name for row in here.rows(card)]
+    runs += [] if isinstance(card, str) else [row.name for row in detect.rows(card)]
     data = [dataclasses.asdict(row) | {"here": row.name in runs} for row in TABLE]
     return Outcome(data, as_text(runs, native().name if runs else None))
 
@@ -231,7 +231,7 @@ def read_config(options: Namespace) -> Config:
         config = Config.from_json(text)
     config = dataclasses.replace(config, **given)
     if getattr(options, "mcpu", None):
-        from bertile.targets import with_processor
+        from bertile.targets.rows import with_processor
 
         config = dataclasses.replace(config, target=with_processor(config.target, options.mcpu))
     if getattr(options, "save_config", None):
@@ -277,7 +277,7 @@ def _tuning_log(options: Namespace, config: Config, progress: Progress) -> Outco
 
 
 def _plan(options: Namespace, config: Config) -> Outcome:
-    from bertile.targets import resolve
+    from bertile.targets.rows import resolve
 
     row = resolve(config.target, config.threads)
     plan = {

@@ -12,8 +12,8 @@ from typing import Any
 
 from bertile.base.errors import UsageError, nearest
 from bertile.precision import PRECISIONS, SPARSE
-from bertile.targets import GENERIC
-from bertile.targets import names as target_names
+from bertile.targets.rows import GENERIC
+from bertile.targets.rows import names as target_names
 
 TUNE_EFFORTS = ("none", "quick", "full")
 RUNTIMES = ("none", "include")

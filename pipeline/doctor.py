@@ -17,7 +17,7 @@ from pathlib import Path
 from bertile.base.errors import BertileError, PlatformError
 from bertile.base.tables import size, table
 from bertile.loader import available_cores, cpu_features, find_runtime
-from bertile.targets import TABLE, Target, link_command, native
+from bertile.targets.rows import TABLE, Target, link_command, native
 
 # The stage that each extra serves, and what it imports. bertile's own metadata has the versions.
 EXTRAS = {
@@ -159,9 +159,10 @@ def _linker() -> Check:
 
 
 def _cuda() -> Check:
-    from bertile.cuda import compiler, here
+    from bertile.cuda import compiler
+    from bertile.targets import detect
 
-    card = here.gpu()
+    card = detect.gpu()
     runs = card if isinstance(card, str) else card.name
     try:
         return Check("cuda", "ok", f"{compiler.find().name}; {runs}")

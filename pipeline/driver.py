@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from bertile import bundle, exporter, loader, opener, runtime_parts, summary, targets, verifier
+from bertile import bundle, exporter, loader, opener, runtime_parts, summary, verifier
 from bertile.base import cache
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.exported import ExportedModel, read
 from bertile.native_loader import SOURCES
-from bertile.targets import Target
+from bertile.targets import rows
+from bertile.targets.rows import Target
 
 
 def compile(
@@ -32,7 +33,7 @@ def compile(
     """
     config, progress = config or Config(), progress or Progress(verbosity=-1)
     loader.set_thread_defaults()  # before TVM is imported and starts its thread pool
-    row = targets.with_libc(targets.resolve(config.target, config.threads), config.libc)
+    row = rows.with_libc(rows.resolve(config.target, config.threads), config.libc)
     if row.gpu:
         from bertile.cuda import flags
 

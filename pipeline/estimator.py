@@ -16,14 +16,15 @@ from typing import Any
 
 import tvm
 
-from bertile import codegen, loop_marks, mca, targets
+from bertile import codegen, loop_marks, mca
 from bertile.base.errors import PlatformError
 from bertile.loop_walk import Walk
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.task import Task
-from bertile.targets import Target
+from bertile.targets import rows
+from bertile.targets.rows import Target
 
 _MARK = re.compile(rf"\s*\S+ {loop_marks.MARK} (\d+)")
 _LABEL = re.compile(r"[^\s#/]+:")
@@ -44,7 +45,7 @@ class Estimator:
     def __init__(self, row: Target) -> None:
         self._row, self._model = row, mca.model_of(row)
         mca.tool(self._model)  # what is missing is said before anything is built
-        self._here = targets.resolve("native", 1)
+        self._here = rows.resolve("native", 1)
 
     def __enter__(self) -> Estimator:
         return self

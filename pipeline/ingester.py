@@ -18,7 +18,7 @@ from bertile.base.progress import Progress
 from bertile.log_commands import usable
 from bertile.schedules import trial_sample
 from bertile.schedules.task import Task
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 from bertile.trial_server import LANES
 from bertile.tuner import BLOCKS
 from bertile.tuning_log import Record, TuningLog

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertile import targets
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.schedules.task import Task
+from bertile.targets import rows as targets
 from bertile.tuning_log import Record, TuningLog, surely
 
 # Both become parts of a path in our own log.

@@ -22,7 +22,7 @@ from tvm import tirx
 
 from bertile import codegen
 from bertile.loop_marks import FUNCTION, linked, sequence
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 LINE = 64  # bytes that a cache takes at once
 _TOUCH = "bertile_touch"

@@ -30,7 +30,7 @@ from bertile.schedules import schedules_for
 from bertile.schedules.cpu.generic import KERNEL
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 Choice = Callable[[Task], Knobs]
 

@@ -16,7 +16,7 @@ from bertile.builder import Built
 from bertile.config import Config
 from bertile.exported import ExportedModel
 from bertile.graph import Graph
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 
 def describe(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bertile.base.errors import BertileError
-from bertile.targets import Target, link_command
+from bertile.targets.rows import Target, link_command
 
 SOURCES = Path(__file__).with_name("native")
 COMMAND, LIBRARY = "bertile-run", "libbertile.so"

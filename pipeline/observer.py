@@ -17,7 +17,7 @@ from bertile.chooser import Chooser
 from bertile.graph import Graph
 from bertile.histogram import Histogram
 from bertile.passes.rewriting import Dataflow, normalized
-from bertile.targets import Target, of_this_machine
+from bertile.targets.rows import Target, of_this_machine
 from bertile.tuning_log import TuningLog
 
 Arrays = Mapping[str, np.ndarray]

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bertile import emulator, loader, native_loader, runtime_parts, targets
+from bertile import emulator, loader, native_loader, runtime_parts
 from bertile.base.errors import PlatformError
 from bertile.runtime_parts import RuntimeParts
-from bertile.targets import Target, is_foreign
+from bertile.targets import rows
+from bertile.targets.rows import Target, is_foreign
 
 Parts = Callable[[], RuntimeParts]
 
@@ -45,7 +46,7 @@ def parts_of(directory: Path, source: str | None = None) -> Parts:
 def row_of(manifest: dict[str, Any]) -> Target:
     """The target row that a bundle was made for."""
     libc = manifest["config"].get("libc", "glibc")
-    return targets.with_libc(targets.resolve(manifest["target"]["name"]), libc)
+    return rows.with_libc(rows.resolve(manifest["target"]["name"]), libc)
 
 
 def cannot_run(row: Target) -> str | None:

@@ -11,7 +11,7 @@ from tvm import relax
 from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 
 class PackedWeights:

@@ -31,7 +31,7 @@ from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
-from bertile.targets import Target
+from bertile.targets.rows import Target
 from bertile.trial import ALIGNMENT, COLD_BYTES, REPEAT_SECONDS, REPEATS
 from bertile.tuning_log import TuningLog
 

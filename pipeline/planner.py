@@ -15,7 +15,7 @@ from bertile.passes.rewriting import Dataflow, rewrite
 from bertile.precision import LayerPlan
 from bertile.schedules.task import Task
 from bertile.sparse_choice import SparseChoice
-from bertile.targets import Target
+from bertile.targets.rows import Target
 from bertile.tuning_log import TuningLog
 
 FEW_ROWS = "it sees one row a sequence: too little work to gain anything"

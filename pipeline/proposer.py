@@ -16,7 +16,7 @@ import numpy as np
 from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs, Space
 from bertile.schedules.task import Task
-from bertile.targets import Target
+from bertile.targets.rows import Target
 from bertile.tuning_log import Record
 
 ENOUGH = 8  # known times, from which the model says more than chance

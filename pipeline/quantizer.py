@@ -20,7 +20,7 @@ from bertile.observer import Arrays, Observation, Observer
 from bertile.passes.rewriting import Dataflow
 from bertile.precision import LayerPlan, Plan
 from bertile.quantization import layer_report
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 # What a graph whose operators have their precisions answers to the texts of a dataset.
 Answers = Callable[[Graph, Dataset], np.ndarray]

@@ -12,7 +12,7 @@ from typing import Any
 from bertile import device
 from bertile.base.errors import BertileError
 from bertile.schedules.task import Task
-from bertile.targets import Target
+from bertile.targets.rows import Target
 from bertile.trial_runner import TrialRunner
 
 WAIT_SECONDS = 120.0  # for a device that other tuners use too

@@ -22,7 +22,7 @@ from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
-from bertile.targets import Target, resolve
+from bertile.targets.rows import Target, resolve
 from bertile.trial_server import answer, serve
 
 REPEATS = 5

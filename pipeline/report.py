@@ -204,8 +204,8 @@ def _log_facts(records: Sequence[Record]) -> dict[str, str]:
 
 def _default(task: Task, target: str, threads: int, works: Sequence[Record]) -> float | None:
     """Microseconds of the schedule's default, where it is known and was measured."""
-    from bertile import targets
     from bertile.schedules import schedules_for
+    from bertile.targets import rows as targets
 
     rows = [row for row in targets.TABLE if row.log == target]
     schedules = schedules_for(rows[0]) if rows else {}

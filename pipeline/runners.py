@@ -10,7 +10,7 @@ from bertile.base.errors import PlatformError, UsageError
 from bertile.config import Config
 from bertile.loader import cpu_features
 from bertile.schedules.task import Task
-from bertile.targets import Target, fits
+from bertile.targets.rows import Target, fits
 from bertile.trial_runner import TrialRunner
 
 

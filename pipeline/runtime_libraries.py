@@ -16,7 +16,7 @@ from bertile.base import cache
 from bertile.base.errors import BertileError, PlatformError, UsageError
 from bertile.base.fingerprint import hash_path
 from bertile.loader import RUNTIME, find_runtime
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 LICENCES = ("LICENSE", "NOTICE")
 # pip's requirements with the hashes of the wheels that it may take, by architecture

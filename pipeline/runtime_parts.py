@@ -8,7 +8,7 @@ from pathlib import Path
 from bertile import native_loader, runtime_libraries
 from bertile.base import cache
 from bertile.base.fingerprint import hash_path
-from bertile.targets import Target, link_command
+from bertile.targets.rows import Target, link_command
 
 
 @dataclass(frozen=True)

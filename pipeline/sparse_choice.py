@@ -22,7 +22,7 @@ from bertile.schedules.cpu.product import group
 from bertile.schedules.task import Task
 from bertile.sparse_costs import relative_time
 from bertile.sparsity import Sparsity, analyse, density
-from bertile.targets import Target
+from bertile.targets.rows import Target
 from bertile.tuning_log import Record, TuningLog
 
 # A task says its density as the next of these, so that layers that are nearly alike share a kernel.

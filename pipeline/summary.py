@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from bertile import loader, targets
+from bertile import loader
 from bertile.base.progress import Progress
-from bertile.targets import Target
+from bertile.targets import rows
+from bertile.targets.rows import Target
 
 SPEED_LENGTH = 128  # tokens of the request that is timed
 
@@ -34,7 +35,7 @@ def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
         manifest["model"]["max_length"] or SPEED_LENGTH,
     )
     executed = manifest["check"].get("executed", True)
-    fits = "gpu" in manifest["check"] if row.gpu else targets.fits(row, loader.cpu_features())
+    fits = "gpu" in manifest["check"] if row.gpu else rows.fits(row, loader.cpu_features())
     runs_here = executed and fits
     return {
         "output": str(path),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from bertile.base.tables import table
-from bertile.targets import TABLE
+from bertile.targets.rows import TABLE
 
 
 def as_text(runs: Collection[str], best: str | None) -> str:

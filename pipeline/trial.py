@@ -19,7 +19,7 @@ from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.peak import peak_gflops
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
-from bertile.targets import Target, resolve, tvm_target
+from bertile.targets.rows import Target, resolve, tvm_target
 from bertile.trial_server import answer, serve
 
 REPEATS = 3

@@ -14,7 +14,7 @@ from typing import Any
 
 from bertile.base.errors import BertileError
 from bertile.schedules.task import Task
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 STARTUP_SECONDS = 120.0
 TRIAL_SECONDS = 20.0

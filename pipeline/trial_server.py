@@ -16,7 +16,7 @@ from bertile.loader import set_thread_defaults
 from bertile.schedules import trial_sample
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 LANES = 16  # tokens of a block
 

@@ -29,11 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def pack(options: argparse.Namespace, config: Any, progress: Any) -> dict[str, Any]:
     """Write the next round of candidates for MODEL, for bertile-run --measure or a GPU's Python."""
-    from bertile import driver, loader, packer, targets
+    from bertile import driver, loader, packer
+    from bertile.targets import rows
     from bertile.tuning_log import TuningLog
 
     loader.set_thread_defaults()
-    row = targets.resolve(config.target, config.threads)
+    row = rows.resolve(config.target, config.threads)
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
     tasks, others = driver.tasks(options.model, log, row, config, progress)
     with progress.stage("pack") as stage:

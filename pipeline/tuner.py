@@ -20,7 +20,7 @@ from bertile.runners import Runner, answers, open_runner
 from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
-from bertile.targets import Target, tvm_target
+from bertile.targets.rows import Target, tvm_target
 from bertile.tuning_log import Record, TuningLog
 
 LANES = 16
@@ -84,10 +84,11 @@ def tune(
 
 def tune_model(model: Any, config: Config, progress: Progress) -> dict[str, Any]:
     """The tuning stage by itself: export, import and optimize ``model``, then tune its kernels."""
-    from bertile import driver, targets
+    from bertile import driver
+    from bertile.targets import rows
 
     loader.set_thread_defaults()
-    row = targets.resolve(config.target, config.threads)
+    row = rows.resolve(config.target, config.threads)
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
     result = driver.tune(model, log, row, config, progress)
     return {"log": str(log.directories[-1] / row.log), **result}

@@ -23,7 +23,7 @@ from typing import Any
 from bertile.base.errors import BertileError
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 try:
     import fcntl

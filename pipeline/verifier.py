@@ -12,7 +12,7 @@ from bertile.base.errors import NumericMismatchError, PlatformError, require
 from bertile.base.progress import Progress
 from bertile.exported import ExportedModel
 from bertile.samples import largest_difference, sample, session
-from bertile.targets import Target, is_foreign
+from bertile.targets.rows import Target, is_foreign
 
 # Largest difference at a real token, relative to the largest magnitude of the reference output (at
 # least 1).
@@ -92,9 +92,10 @@ def surroundings(row: Target) -> Any:
     """What beside Python modules decides how a bundle for `row` is made and checked here."""
     if row.gpu is None:
         return opener.cannot_run(row)
-    from bertile.cuda import compiler, here
+    from bertile.cuda import compiler
+    from bertile.targets import detect
 
-    card = here.gpu()
+    card = detect.gpu()
     return [card if isinstance(card, str) else card.name, compiler.words()]
 
 

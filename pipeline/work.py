@@ -69,7 +69,7 @@ def _prepared(target: str, threads: int) -> tuple[Any, Any]:
     from bertile.loader import set_thread_defaults
 
     set_thread_defaults()  # before TVM starts its thread pool
-    from bertile.targets import resolve, tvm_target
+    from bertile.targets.rows import resolve, tvm_target
 
     row = resolve(target, threads)
     use_threads(threads)
@@ -116,7 +116,7 @@ def _facts(
     sizes: Sequence[tuple[int, int]],
     precisions: Sequence[str],
 ) -> tuple[dict[str, float], list[float]]:
-    from bertile.targets import resolve
+    from bertile.targets.rows import resolve
 
     bf16 = resolve(target, threads).bf16
     able = [precision for precision in precisions if precision != "bf16" or bf16]

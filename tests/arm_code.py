@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bertile import driver, emulator, loader, targets
+from bertile import driver, emulator, loader
 from bertile.config import Config
+from bertile.targets import rows
 
 RUNTIME = Path(sys.prefix) / "arm" / "runtime"
 MUSL = Path(sys.prefix) / "arm" / "musl"
@@ -18,7 +19,7 @@ MUSL = Path(sys.prefix) / "arm" / "musl"
 
 def need_emulator() -> None:
     """Skip, with the reason, where bundles for ARM cannot be run."""
-    reason = emulator.missing(targets.resolve("arm-a72"))
+    reason = emulator.missing(rows.resolve("arm-a72"))
     if reason is None and not all((RUNTIME / name).is_file() for name in loader.RUNTIME):
         reason = f"{RUNTIME} has no TVM runtime for arm64"
     if reason:
@@ -59,9 +60,9 @@ def musl_command(folder: Path, bundle: Path) -> list[str]:
         shutil.copy(emulator.sysroot("aarch64") / "lib" / name, libraries)
     (libraries / "ld-linux-aarch64.so.1").symlink_to(MUSL / "lib" / "ld-musl-aarch64.so.1")
     source = Path(__file__).with_name("native") / "musl_glibc.c"
-    row = targets.with_libc(targets.resolve("aarch64"), "musl")
+    row = rows.with_libc(rows.resolve("aarch64"), "musl")
     lacking = libraries / "libmusl_glibc.so"
-    line = [*targets.link_command(row), "-shared", "-fPIC", "-O1", str(source), "-o", str(lacking)]
+    line = [*rows.link_command(row), "-shared", "-fPIC", "-O1", str(source), "-o", str(lacking)]
     subprocess.run(line, check=True)
     qemu = emulator.command("aarch64", "cortex-a76")[0]
     given = (f"LD_PRELOAD={lacking}", f"LD_LIBRARY_PATH={libraries}")

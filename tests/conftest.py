@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bertile.loader import cpu_features
-from bertile.targets import TABLE
+from bertile.targets.rows import TABLE
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

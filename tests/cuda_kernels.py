@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bertile import targets
 from bertile.cuda import compiler, cubin, emulator
 from bertile.schedules.cuda import SCHEDULES
+from bertile.targets import rows
 
 ROWS = ("cuda-sm75", "cuda-sm80", "cuda-sm86", "cuda-sm89", "cuda-sm90")
 
@@ -20,7 +20,7 @@ def slow(*values):
 
 
 def row_of(name):
-    return targets.resolve(name, threads=1)
+    return rows.resolve(name, threads=1)
 
 
 def found(task, sample, row="cuda-sm90", knobs=None, seed=0, entry=None):

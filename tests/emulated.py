@@ -24,7 +24,7 @@ import tvm_ffi.libinfo
 from bertile import codegen
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Sample
-from bertile.targets import Target, tvm_target
+from bertile.targets.rows import Target, tvm_target
 
 QEMU = "qemu-aarch64"
 # The processor of qemu that has the row's features, and as few others as qemu's processors allow.

@@ -11,11 +11,12 @@ import arm_code
 import numpy as np
 import pytest
 
-from bertile import driver, emulator, loader, runtime_libraries, targets, verifier, weights
+from bertile import driver, emulator, loader, runtime_libraries, verifier, weights
 from bertile.base.errors import PlatformError, UsageError
 from bertile.config import Config
 from bertile.exported import InputSpec
 from bertile.samples import run_onnx, sample
+from bertile.targets import rows as targets
 
 TINY, MINILM = "synthetic:bert-tiny", "minilm"
 SPARSE = "synthetic:bert-tiny@0.9:4x1"

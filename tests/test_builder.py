@@ -11,7 +11,7 @@ import tvm
 import tvm_ffi
 from tvm import relax, tirx
 
-from bertile import builder, targets
+from bertile import builder
 from bertile.chooser import Chooser
 from bertile.exported import ExportedModel, InputSpec
 from bertile.importer import import_onnx
@@ -19,6 +19,7 @@ from bertile.loader import token_blocks
 from bertile.lowering import lower
 from bertile.optimizer import optimize
 from bertile.samples import largest_difference, run_onnx, sample
+from bertile.targets import rows
 from bertile.tuning_log import TuningLog
 
 # Two layers in float32, summed in another order than ONNX Runtime does.
@@ -35,7 +36,7 @@ class Program:
     def __init__(self, exported: ExportedModel, library, target: str = "native") -> None:
         self.exported = exported
         graph = optimize(import_onnx(exported))
-        row = targets.resolve(target, threads=1)
+        row = rows.resolve(target, threads=1)
         self.built = builder.build(graph, chooser_of(row), row, library)
         module = tvm.runtime.load_module(str(self.built.library))
         self.main = relax.VirtualMachine(module, tvm.cpu())["main"]
@@ -120,7 +121,7 @@ def test_kernels_say_where_they_come_from(tiny):
 
 def test_params_are_what_the_function_wants(tiny, exported):
     graph = optimize(import_onnx(exported))
-    row = targets.resolve(threads=1)
+    row = rows.resolve(threads=1)
     lowered = lower(graph, row, lambda task: chooser_of(row).choose(task).knobs)
     names = [param.name for param in lowered.mod["main"].params]
     assert names[: len(exported.inputs) + 1] == [one.name for one in exported.inputs] + ["blocks"]
@@ -136,9 +137,9 @@ def loop_kinds(func) -> set[str]:
 
 
 def test_no_loop_nest_is_left_unscheduled(exported):
-    graph, row = optimize(import_onnx(exported)), targets.resolve(threads=1)
+    graph, row = optimize(import_onnx(exported)), rows.resolve(threads=1)
     lowered = lower(graph, row, lambda task: chooser_of(row).choose(task).knobs)
-    mod = builder.fuse_and_schedule(lowered.mod, targets.tvm_target(row))
+    mod = builder.fuse_and_schedule(lowered.mod, rows.tvm_target(row))
     functions = {v.name_hint: f for v, f in mod.functions.items() if isinstance(f, tirx.PrimFunc)}
     assert len(functions) > 10
     for name, func in functions.items():

@@ -11,7 +11,7 @@ from bertile.base.errors import ModelError
 from bertile.chooser import Chooser, distance
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
-from bertile.targets import native, resolve
+from bertile.targets.rows import native, resolve
 from bertile.tuning_log import Record, TuningLog
 
 ROW = native()

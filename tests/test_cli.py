@@ -219,7 +219,7 @@ def test_debug_shows_the_stack(driver: SimpleNamespace) -> None:
 
 
 def test_targets_lists_every_row(capsys: pytest.CaptureFixture) -> None:
-    from bertile.targets import names
+    from bertile.targets.rows import names
 
     code, out, _ = call(capsys, "targets")
     assert code == 0 and all(name in out for name in names())

@@ -20,7 +20,7 @@ from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 from bertile.tuning_log import TuningLog
 
 pytestmark = pytest.mark.slow

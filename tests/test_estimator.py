@@ -16,7 +16,7 @@ from bertile.estimator import Code, Estimator, blocks, together
 from bertile.loop_walk import Walk
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
-from bertile.targets import native, resolve
+from bertile.targets.rows import native, resolve
 from bertile.tuning_log import TuningLog
 
 DENSE = Task("dense", {"inputs": 64, "outputs": 48, "activation": "none", "residual": False})

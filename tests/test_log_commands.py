@@ -13,7 +13,7 @@ from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
-from bertile.targets import native
+from bertile.targets.rows import native
 from bertile.tuning_log import Record, TuningLog
 
 DENSE = Task("dense", {"inputs": 64, "outputs": 32, "activation": "gelu", "residual": False})

@@ -17,7 +17,7 @@ from bertile.passes.rewriting import normalized
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.generic import is_kernel
 from bertile.schedules.task import Task
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 
 ROW = resolve("x86-avx512", threads=1)
 WEIGHTS = {

@@ -6,7 +6,7 @@ import pytest
 
 from bertile import mca
 from bertile.base.errors import BertileError, PlatformError, UsageError
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 
 N1 = mca.MODELS["arm-a76"]
 

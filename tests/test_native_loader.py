@@ -16,7 +16,7 @@ import test_loader as python_loader
 
 from bertile import bundle, loader, native_loader
 from bertile.base.errors import BertileError
-from bertile.targets import native
+from bertile.targets.rows import native
 
 SANITIZED = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 RACES = ("-g", "-O1", "-fsanitize=thread")

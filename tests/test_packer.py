@@ -20,7 +20,7 @@ from bertile.config import Config
 from bertile.proposer import propose
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
-from bertile.targets import native, resolve
+from bertile.targets.rows import native, resolve
 from bertile.tuning_log import Record, TuningLog
 
 DENSE = Task("dense", {"inputs": 32, "outputs": 24, "activation": "gelu", "residual": False})

@@ -15,7 +15,7 @@ from bertile.forms import FP32, QKV, Form, Forms
 from bertile.lowering import tasks
 from bertile.precision import LayerPlan
 from bertile.samples import sample, session
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 
 BF16, VNNI, PLAIN = (
     resolve(name, threads=1) for name in ("x86-avx512-bf16", "x86-avx512-vnni", "x86-avx512")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import bertile
-from bertile import loader, planner, targets
+from bertile import loader, planner
 from bertile.base.errors import BertileError, InputError, UsageError
 from bertile.cli import main
 from bertile.config import Config
@@ -20,6 +20,7 @@ from bertile.optimizer import optimize
 from bertile.precision import LayerPlan
 from bertile.quantizer import Quantizer, smoothable
 from bertile.samples import sample
+from bertile.targets import rows as targets
 
 ROW = targets.resolve("native", threads=1)
 

@@ -60,7 +60,7 @@ def write_log(directory: Path) -> None:
     """Ten trials of a LayerNorm, the third of them failed, the default among them."""
     pytest.importorskip("tvm")
     from bertile.schedules.cpu import SCHEDULES
-    from bertile.targets import resolve
+    from bertile.targets.rows import resolve
 
     default = SCHEDULES["layer_norm"].default(NORM, resolve("x86-avx512", 2))
     log = TuningLog([directory], print)

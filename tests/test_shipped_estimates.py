@@ -6,7 +6,7 @@ import pytest
 
 from bertile.chooser import Chooser
 from bertile.schedules.cpu import SCHEDULES
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 from bertile.tuning_log import SURE, TuningLog
 
 

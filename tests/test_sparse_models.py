@@ -12,7 +12,7 @@ import test_normalizer as floats
 import torch
 
 import bertile
-from bertile import exporter, loader, models, normalizer, pruning, targets
+from bertile import exporter, loader, models, normalizer, pruning
 from bertile.config import Config
 from bertile.dense_weights import dense_weights
 from bertile.graph import Graph
@@ -27,8 +27,9 @@ from bertile.quantizer import Quantizer
 from bertile.samples import sample, session
 from bertile.schedules.task import Task
 from bertile.sparsity import analyse
+from bertile.targets import rows
 
-ROW = targets.resolve("native", threads=1)
+ROW = rows.resolve("native", threads=1)
 
 
 def weights_of(model) -> list[np.ndarray]:

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from bertile import targets
 from bertile.base.errors import PlatformError, UsageError
-from bertile.targets import TABLE, Target, fits, link_command, native, resolve, tvm_target
+from bertile.targets import rows as targets
+from bertile.targets.rows import TABLE, Target, fits, link_command, native, resolve, tvm_target
 
 X86 = [row for row in TABLE if row.arch == "x86_64"]
 ARM = [row for row in TABLE if row.arch == "aarch64"]

@@ -13,7 +13,7 @@ from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
-from bertile.targets import native
+from bertile.targets.rows import native
 from bertile.trial_runner import TrialRunner
 from bertile.tuning_log import TuningLog
 

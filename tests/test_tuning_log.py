@@ -16,7 +16,7 @@ import pytest
 from bertile.base.errors import BertileError
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 from bertile.tuning_log import SURE, Record, TuningLog
 
 ROW = resolve("x86-avx512", threads=2)

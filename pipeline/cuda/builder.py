@@ -18,7 +18,7 @@ from bertile.cuda.emulated_model import SOURCE
 from bertile.cuda.lowering import lower
 from bertile.cuda_loader import CUBIN, PLAN, PTX
 from bertile.graph import Graph
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 
 def build(

@@ -8,7 +8,7 @@ from functools import lru_cache
 from bertile.cuda import compiler
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 
 def build(task: Task, knobs: Mapping[str, int], row: Target) -> bytes:

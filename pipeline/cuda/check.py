@@ -9,7 +9,8 @@ import numpy as np
 
 from bertile import cuda_loader, loader
 from bertile.base.errors import PlatformError
-from bertile.cuda import emulated_model, emulator, here
+from bertile.cuda import emulated_model, emulator
+from bertile.targets import detect
 
 LIMIT = 25_000_000  # weights of layers: with these, a request of 64 tokens takes the emulator 10 s
 Model = Union[cuda_loader.Model, emulated_model.Model]
@@ -19,7 +20,7 @@ def open_model(directory: Path) -> Model | str:
     """The bundle on the GPU that is here, else, where it is small, its kernels emulated; or why
     neither can be.
     """
-    card = here.gpu()
+    card = detect.gpu()
     reason = card if isinstance(card, str) else ""
     if not reason:
         try:

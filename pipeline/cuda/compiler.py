@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bertile.base import cache
 from bertile.base.errors import BertileError, PlatformError
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 # Older ones do not know sm_90a; PTX of newer ones is refused by the driver of CUDA 13.0.
 RELEASES = ((12, 0), (13, 0))

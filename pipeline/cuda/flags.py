@@ -5,8 +5,8 @@ from __future__ import annotations
 from bertile import planner
 from bertile.base.errors import PlatformError, UsageError
 from bertile.config import Config
-from bertile.cuda import here
-from bertile.targets import Target
+from bertile.targets import detect
+from bertile.targets.rows import Target
 
 _NO_HOST_CODE = "a bundle for a GPU has no code for a processor"
 
@@ -27,7 +27,7 @@ def check(config: Config, row: Target) -> None:
         )
     planner.check(config.precision, row)
     if config.max_drop is not None:
-        card = here.gpu()
+        card = detect.gpu()
         if isinstance(card, str):
             raise PlatformError(
                 f"--max-drop runs the model on many texts, and {card}",

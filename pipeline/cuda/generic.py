@@ -22,7 +22,7 @@ from bertile.base.errors import ModelError
 from bertile.builder import fusion
 from bertile.cuda.extents import extent, product
 from bertile.schedules.cuda.source import Extent
-from bertile.targets import Target, tvm_target
+from bertile.targets.rows import Target, tvm_target
 
 _BYTES = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "bool": 1, "int8": 1, "uint8": 1}
 _TYPES = {"int64_t": "long long", "int32_t": "int", "int8_t": "signed char"}

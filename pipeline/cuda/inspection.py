@@ -12,7 +12,7 @@ import numpy as np
 from bertile import loader
 from bertile.base.errors import PlatformError
 from bertile.bench import random_inputs
-from bertile.cuda import here
+from bertile.targets import detect
 
 _NOT_ASKED = {"total_ms": None, "gpu": None, "reason": "nobody asked for them"}
 
@@ -34,7 +34,7 @@ def inspect(directory: Path, batch: int, length: int, measure: bool = True) -> d
 
 
 def _timed(directory: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
-    if isinstance(card := here.gpu(), str):
+    if isinstance(card := detect.gpu(), str):
         return {"total_ms": None, "gpu": None, "reason": card}
     try:
         with loader.load(directory) as model:

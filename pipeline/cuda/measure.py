@@ -18,7 +18,7 @@ from bertile.cuda import rates
 from bertile.cuda.card import Card
 from bertile.cuda.trial import check
 from bertile.schedules.task import Task
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 from bertile.trial_runner import TrialRunner
 from bertile.trial_server import LANES
 

@@ -30,7 +30,7 @@ from bertile.cuda.candidates import build
 from bertile.loader import available_cores
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 PACKAGES = ("bertile", "bertile.cuda", "bertile.schedules", "bertile.schedules.cuda")
 MAIN = """import os

@@ -22,7 +22,7 @@ from bertile.graph import Graph
 from bertile.importer import TABLE
 from bertile.lowering import Lowered
 from bertile.schedules.cuda.source import Extent, Kernel
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 SCHEMA = 1
 _BYTES = {"bfloat16": 2, "bool": 1}  # what numpy does not know, or by another name

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bertile.cuda.card import Card
 from bertile.schedules.cuda.source import Kernel, Launch
-from bertile.targets import Target
+from bertile.targets.rows import Target
 
 CHAINS, ROUNDS, WARPS, BLOCKS = 8, 2048, 8, 4  # independent sums of a warp; blocks of a processor
 NAME = "rates.cubin"

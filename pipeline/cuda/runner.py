@@ -20,7 +20,7 @@ from bertile.cuda.trial import check
 from bertile.loader import available_cores
 from bertile.remote_runner import RemoteRunner
 from bertile.schedules.task import Task
-from bertile.targets import Target
+from bertile.targets.rows import Target
 from bertile.trial_runner import TrialRunner
 
 

@@ -16,7 +16,7 @@ from threading import Thread
 from typing import Any
 
 from bertile.cuda.measure import TRIAL_SECONDS
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 from bertile.trial_runner import TrialRunner
 
 NAME = "bertile.gpu_trial"

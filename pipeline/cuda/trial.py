@@ -23,7 +23,7 @@ from bertile.schedules import schedules_for, trial_sample
 from bertile.schedules.cuda.source import Kernel
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
-from bertile.targets import Target, resolve
+from bertile.targets.rows import Target, resolve
 from bertile.trial_server import answer, serve
 
 REPEATS = 3

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bertile import mca, targets
+from bertile import mca
 from bertile.base.errors import BertileError
 from bertile.base.progress import Progress
 from bertile.base.tables import table
@@ -24,6 +24,7 @@ from bertile.loop_walk import Walk
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
+from bertile.targets import rows as targets
 from bertile.tuning_log import TuningLog
 
 CASES = (("arm-a76", "int8"), ("arm-v1", "int8"), ("arm-v1", "bf16"), ("arm-a72", "fp32"))

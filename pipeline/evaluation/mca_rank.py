@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tvm
 
-from bertile import loader, mca, targets, trial, tuner
+from bertile import loader, mca, trial, tuner
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.estimator import Estimator
@@ -21,6 +21,7 @@ from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
+from bertile.targets import rows as targets
 from bertile.tuning_log import SURE
 from bertile.work import use_threads
 

@@ -6,7 +6,7 @@ import pytest
 
 from bertile.base.errors import BertileError, PlatformError
 from bertile.cuda import compiler, cubin
-from bertile.targets import TABLE, resolve
+from bertile.targets.rows import TABLE, resolve
 
 ROWS = [row.name for row in TABLE if row.gpu]
 SOURCE = """

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertile import targets
 from bertile.cuda import compiler, emulator
 from bertile.schedules.cuda.source import Kernel, Launch
+from bertile.targets import rows as targets
 
 WORDS = Path(compiler.__file__).parent
 G, T = np.divmod(np.arange(32), 4)  # "groupID" and "threadID_in_group" of the manual

@@ -8,7 +8,7 @@ from bertile import driver, loader
 from bertile.base.errors import PlatformError, UsageError
 from bertile.config import Config
 from bertile.cuda import check as gpu_check
-from bertile.cuda import here
+from bertile.targets import detect
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_what_means_nothing_on_a_gpu_is_refused_at_once(options, error, text, tm
 
 
 def test_max_drop_wants_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(here, "gpu", lambda: "there is no GPU")
+    monkeypatch.setattr(detect, "gpu", lambda: "there is no GPU")
     options = {"precision": "int8", "max_drop": 0.1, "eval": "eval.tsv"}
     text = "--max-drop runs the model on many texts, and there is no GPU; compile on a machine"
     with pytest.raises(PlatformError, match=text):
@@ -36,7 +36,7 @@ def test_max_drop_wants_a_gpu(tmp_path, monkeypatch):
 
 def test_a_large_model_is_not_emulated(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "LIMIT", 1000)
-    monkeypatch.setattr(here, "gpu", lambda: "there is no GPU")
+    monkeypatch.setattr(detect, "gpu", lambda: "there is no GPU")
     described = {"kernels": [{"shape": {"inputs": 128, "outputs": 8}, "calls": 1}]}
     monkeypatch.setattr(loader, "read_manifest", lambda directory: described)
     found = gpu_check.open_model(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 
 from bertile.cuda import emulator, generic
 from bertile.cuda_loader import evaluate
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 
 tvm = pytest.importorskip("tvm")
 from tvm import relax  # noqa: E402

@@ -16,7 +16,7 @@ from bertile.config import Config
 from bertile.cuda import emulator
 from bertile.exported import read
 from bertile.samples import largest_difference, run_onnx, sample
-from bertile.targets import TABLE, resolve
+from bertile.targets.rows import TABLE, resolve
 from bertile.verifier import ON_GPU
 
 ROWS = [row.name for row in TABLE if row.gpu]

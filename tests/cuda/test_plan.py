@@ -13,7 +13,7 @@ from bertile.base.errors import BertileError, ModelError
 from bertile.cuda import builder, cubin, plan
 from bertile.cuda.lowering import lower
 from bertile.importer import import_onnx
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 from bertile.tuning_log import TuningLog
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from bertile.base.errors import PlatformError
 from bertile.cuda import compiler, cubin, rates
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 
 
 @pytest.mark.parametrize("name", ["cuda-sm80", "cuda-sm90"])

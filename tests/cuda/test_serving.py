@@ -19,7 +19,7 @@ from bertile.config import Config
 from bertile.cuda import runner
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 from bertile.tuning_log import TuningLog
 
 ROW, QUIET = resolve("cuda-sm90"), Progress(verbosity=-1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bertile import targets
 from bertile.cuda import emulator
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
+from bertile.targets import rows
 
 DENSE = {"inputs": 384, "outputs": 384, "activation": "gelu", "residual": True}
 ATTENTION = {"heads": 4, "head_size": 64, "scale": 0.125, "bias": False}
@@ -46,7 +46,7 @@ def moved(
     row: str, task: Task, blocks: int, **changed: int
 ) -> tuple[dict[str, emulator.Traffic], int]:
     """What the default, with these knobs changed, moves, and how often tensor cores multiply."""
-    target = targets.resolve(row)
+    target = rows.resolve(row)
     schedule = schedules_for(target)[task.operation]
     knobs = {**schedule.default(task, target), **changed}
     sample = schedule.sample(task, blocks, np.random.default_rng(0))

@@ -26,7 +26,7 @@ from bertile.cuda import pack, runner, trial
 from bertile.cuda.card import Card
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 from bertile.tuning_log import TuningLog
 
 ROW, QUIET = resolve("cuda-sm90"), Progress(verbosity=-1)

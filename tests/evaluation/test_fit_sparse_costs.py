@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from bertile import targets
 from bertile.evaluation import fit_sparse_costs
 from bertile.evaluation.fit_sparse_costs import Point, as_text, fit, measure
 from bertile.schedules.task import Task
 from bertile.sparse_choice import sparse_task
+from bertile.targets import rows
 from bertile.tuning_log import TuningLog
 
 STEP, LIST = {"fp32": 2.0, "int8": 1.5}, 12.0
@@ -43,7 +43,7 @@ def test_constants_that_made_the_points_are_found() -> None:
 def test_points_are_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(fit_sparse_costs, "LAYERS", ((256, 64, "none", False),))
     monkeypatch.setattr(fit_sparse_costs, "DENSITIES", (5, 100))
-    row, log = targets.resolve("native", 1), TuningLog([tmp_path], print)
+    row, log = rows.resolve("native", 1), TuningLog([tmp_path], print)
     sparse, full = measure(["fp32"], row, log, print)
     assert (sparse.task.name, full.task.shape["density"]) == ("sparse_256_64_5", 100)
     assert 0 < sparse.share < full.share

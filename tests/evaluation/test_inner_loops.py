@@ -7,7 +7,7 @@ import pytest
 from bertile.evaluation import inner_loops
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 
 
 @pytest.mark.usefixtures("llvm_mca")

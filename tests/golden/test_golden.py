@@ -15,7 +15,7 @@ from bertile.importer import import_onnx
 from bertile.lowering import lower
 from bertile.optimizer import optimize
 from bertile.schedules.cpu import SCHEDULES
-from bertile.targets import resolve
+from bertile.targets.rows import resolve
 
 HERE = Path(__file__).parent
 

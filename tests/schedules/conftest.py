@@ -9,9 +9,9 @@ import pytest
 import tvm
 import tvm_ffi
 
-from bertile import targets
 from bertile.loader import cpu_features
 from bertile.schedules.cpu import SCHEDULES
+from bertile.targets import rows
 
 GUARD = 4096  # values on both sides of each tensor
 UNTOUCHED = 123456.0
@@ -29,9 +29,9 @@ def guarded(array: np.ndarray, outside: float) -> tuple[np.ndarray, np.ndarray]:
 class Kernels:
     """Builds each kernel of one target row once."""
 
-    def __init__(self, row: targets.Target) -> None:
+    def __init__(self, row: rows.Target) -> None:
         self.row = row
-        self.target = targets.tvm_target(row)
+        self.target = rows.tvm_target(row)
         self.lacks = sorted(set(row.features) - cpu_features())
         self._built: dict = {}
 
@@ -98,7 +98,7 @@ class Kernels:
 @pytest.fixture(scope="session")
 def kernels_of():
     """The kernels of a target row, by the row's name."""
-    return cache(lambda name: Kernels(targets.resolve(name, threads=1)))
+    return cache(lambda name: Kernels(rows.resolve(name, threads=1)))
 
 
 @pytest.fixture(scope="session", params=["x86-avx512", "x86-avx2"])

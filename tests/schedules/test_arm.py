@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from emulated import Emulated, need_qemu
 
-from bertile import targets
 from bertile.schedules.cpu import SCHEDULES, arithmetic, lanes, peak
 from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.task import Task
+from bertile.targets import rows
 
 
 def product(inputs, outputs, activation="none", residual=False, **more):
@@ -111,7 +111,7 @@ def mistakes(tmp_path_factory):
 
     def of(name):
         if name not in found:
-            emulated = Emulated(targets.resolve(name, threads=1), tmp_path_factory.mktemp(name))
+            emulated = Emulated(rows.resolve(name, threads=1), tmp_path_factory.mktemp(name))
             samples = [emulated.add(task, blocks)[1] for task, blocks in TASKS[name]]
             results = emulated.run()
             found[name] = [one.mistake(result) for one, result in zip(samples, results)]
@@ -129,7 +129,7 @@ def test_a_kernel_equals_numpy(mistakes, name, place):
 @pytest.mark.parametrize("name", ["arm-a72", "arm-a76", "arm-v1", "arm-v2"])
 def test_sums_of_bytes_are_exact(tmp_path, name):
     need_qemu()
-    emulated = Emulated(targets.resolve(name, threads=1), tmp_path)
+    emulated = Emulated(rows.resolve(name, threads=1), tmp_path)
     calls = [integers(emulated.row, operation) for operation in ("dense", "sparse")]
     for func, operands, expected in calls:
         emulated.add_func(func, operands, [np.zeros_like(expected)])

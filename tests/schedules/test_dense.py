@@ -7,11 +7,11 @@ import re
 import numpy as np
 import pytest
 
-from bertile import targets
 from bertile.schedules.cpu.dense import dense
 from bertile.schedules.cpu.dense_kernel import Layout
 from bertile.schedules.cpu.vector_math import ACTIVATIONS
 from bertile.schedules.task import Task
+from bertile.targets import rows
 
 # Sums of up to 4096 products of the size of 1 in float32, in another order than numpy's float64.
 TOLERANCE = 3e-5
@@ -59,7 +59,7 @@ def test_dense_takes_any_number_of_blocks(kernels, blocks):
 def test_every_line_of_the_next_panel_is_asked_for(width, unroll, lines):
     """A panel's rows lie one behind the other: 4 bytes an output, 64 a line."""
     knobs = {"accumulators": width, "token_blocks": 1, "unroll": unroll, "passes": 1}
-    row = targets.resolve("x86-avx512", 1)
+    row = rows.resolve("x86-avx512", 1)
     func = dense.kernel(product(96, 78), {**knobs, "panels": 1, "chunk": 4}, row)
     assert len(re.findall(r'T.call_extern\("int32", "bertile_prefetch2"', func.script())) == lines
 
@@ -113,7 +113,7 @@ def test_dense_equals_numpy_at_many_random_points(kernels, task):
 def test_pack_orders_panels_front_to_back():
     w, b = np.arange(12, dtype="float32").reshape(2, 6), np.arange(6, dtype="float32")
     knobs = {"accumulators": 9, "token_blocks": 2}
-    packed, bias = dense.pack(product(2, 6), knobs, [w, b], targets.TABLE[0])
+    packed, bias = dense.pack(product(2, 6), knobs, [w, b], rows.TABLE[0])
     assert packed.tolist() == [[[0, 1, 2, 3], [6, 7, 8, 9]], [[4, 5, 0, 0], [10, 11, 0, 0]]]
     assert bias.tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
 
@@ -123,7 +123,7 @@ def test_flops_counts_two_per_multiply_add():
 
 
 @pytest.mark.parametrize("task", BERT, ids=lambda task: task.name)
-@pytest.mark.parametrize("row", targets.TABLE, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", rows.TABLE, ids=lambda row: row.name)
 def test_default_lies_in_its_own_space(task, row):
     assert dense.valid(task, row, dense.default(task, row))
 

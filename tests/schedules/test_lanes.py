@@ -10,9 +10,9 @@ import tvm_ffi
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from bertile import targets
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.lanes import LANES
+from bertile.targets import rows as targets
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 160])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bertile import targets
 from bertile.schedules import reference
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.layer_norm import layer_norm
 from bertile.schedules.task import Task
+from bertile.targets import rows
 
 TOLERANCE = 1e-5  # mean and variance of about a thousand values of the size of 10
 
@@ -52,7 +52,7 @@ def test_layer_norm_adds_epsilon_to_the_variance(kernels):
 
 
 @pytest.mark.parametrize("channels", [768, 312, 13])
-@pytest.mark.parametrize("row", targets.TABLE, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", rows.TABLE, ids=lambda row: row.name)
 def test_default_lies_in_its_own_space(channels, row):
     task = task_of(channels)
     assert layer_norm.valid(task, row, layer_norm.default(task, row))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bertile import targets
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
+from bertile.targets import rows
 
 TASKS = [
     Task("dense", {"inputs": 768, "outputs": 3072, "activation": "gelu", "residual": False}),
@@ -26,7 +26,7 @@ TASKS = [
     Task("query_bias"),
 ]
 ALL = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-ROWS = pytest.mark.parametrize("row", targets.TABLE, ids=lambda row: row.name)
+ROWS = pytest.mark.parametrize("row", rows.TABLE, ids=lambda row: row.name)
 
 
 def test_every_schedule_is_tested_here():
@@ -43,14 +43,14 @@ def test_valid_accepts_the_default(task, row):
 
 @ALL
 def test_valid_declines_knobs_of_another_schedule(task):
-    schedule, row = SCHEDULES[task.operation], targets.TABLE[0]
+    schedule, row = SCHEDULES[task.operation], rows.TABLE[0]
     assert not schedule.valid(task, row, {"warps": 4})
     assert not schedule.valid(task, row, {**schedule.default(task, row), "warps": 4})
 
 
 @ALL
 def test_valid_declines_missing_knobs_and_values_outside_the_space(task):
-    schedule, row = SCHEDULES[task.operation], targets.TABLE[0]
+    schedule, row = SCHEDULES[task.operation], rows.TABLE[0]
     default = schedule.default(task, row)
     for knob in default:
         rest = {k: v for k, v in default.items() if k != knob}
@@ -59,13 +59,13 @@ def test_valid_declines_missing_knobs_and_values_outside_the_space(task):
 
 
 def test_valid_declines_knobs_of_a_wider_machine():
-    wide, narrow = targets.resolve("x86-avx512"), targets.resolve("x86-avx2")
+    wide, narrow = rows.resolve("x86-avx512"), rows.resolve("x86-avx2")
     schedule, task = SCHEDULES["dense"], TASKS[0]
     assert not schedule.valid(task, narrow, schedule.default(task, wide))
 
 
 def test_valid_declines_knobs_of_a_shape_that_they_do_not_divide():
-    schedule, row = SCHEDULES["layer_norm"], targets.TABLE[0]
+    schedule, row = SCHEDULES["layer_norm"], rows.TABLE[0]
     assert schedule.valid(Task("layer_norm", {"channels": 768, "epsilon": 1e-12}), row, {"sums": 4})
     assert not schedule.valid(TASKS[3], row, {"sums": 4})
 

@@ -10,11 +10,11 @@ import pytest
 import tvm_ffi
 from tvm import tirx
 
-from bertile import targets
 from bertile.schedules.cpu.dense import dense
 from bertile.schedules.cpu.sparse import sparse
 from bertile.schedules.cpu.vector_math import ACTIVATIONS
 from bertile.schedules.task import Task
+from bertile.targets import rows
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8_static")
 
@@ -154,7 +154,7 @@ def test_pack_keeps_every_lane_that_is_not_zero_once():
     rng = np.random.default_rng(0)
     w = rng.standard_normal((768, 96)).astype("float32") * (rng.random((768, 96)) < 0.1)
     b = rng.standard_normal(96).astype("float32")
-    values, index, starts, slots, lanes, bias = sparse.pack(task, knobs, [w, b], targets.TABLE[0])
+    values, index, starts, slots, lanes, bias = sparse.pack(task, knobs, [w, b], rows.TABLE[0])
     assert (index.dtype, slots.dtype) == ("uint8", "uint8")
     found = np.zeros_like(w)
     for panel, (start, end) in enumerate(zip(starts, starts[1:])):
@@ -169,7 +169,7 @@ def test_pack_keeps_every_lane_that_is_not_zero_once():
 
 def test_lists_are_small():
     """BERT-base's linear layers in int8, nine of ten 4x1 blocks zero: values, indices and all."""
-    row, rng = targets.resolve("x86-avx512-vnni"), np.random.default_rng(0)
+    row, rng = rows.resolve("x86-avx512-vnni"), np.random.default_rng(0)
     sizes: dict[str, int] = {}
     for inputs, outputs in [(768, 2304), (768, 768), (768, 3072), (3072, 768)]:
         task = product(inputs, outputs, precision="int8", density=10)
@@ -195,7 +195,7 @@ def test_groups_get_equal_work():
         "parts": 1,
         "groups": 8,
     }
-    _, _, starts, *_ = sparse.pack(task, knobs, [w.astype("int8")], targets.TABLE[0])
+    _, _, starts, *_ = sparse.pack(task, knobs, [w.astype("int8")], rows.TABLE[0])
     work = np.diff(starts[:: len(starts) // 8])
     assert work.max() <= 1.02 * work.min()
 
@@ -215,7 +215,7 @@ BERT = [
 
 
 @pytest.mark.parametrize("task", BERT, ids=lambda task: task.name)
-@pytest.mark.parametrize("row", targets.TABLE, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", rows.TABLE, ids=lambda row: row.name)
 def test_default_lies_in_its_own_space(task, row):
     assert sparse.valid(task, row, sparse.default(task, row))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bertile.base.errors import PlatformError
 from bertile.cuda_loader import Gpu, open_driver
-from bertile.targets import TABLE, Target
+from bertile.targets.rows import TABLE, Target
 
 
 def gpu() -> Gpu | str:
