@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bertile.base.errors import BertileError
-from bertile.precision import LayerPlan, Plan
+from bertile.numerics.precision import LayerPlan, Plan
 
 Score = Callable[[Plan], float]
 

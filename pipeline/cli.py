@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from bertile import bench_command, device_command, prune_command, tune_command
-from bertile.precision import PRECISIONS, SPARSE
+from bertile.numerics.precision import PRECISIONS, SPARSE
 from bertile.quantization_flags import QUANTIZATION_FLAGS
 from bertile.tune_command import TUNING_FLAGS
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bertile.base.errors import UsageError, nearest
-from bertile.precision import PRECISIONS, SPARSE
+from bertile.numerics.precision import PRECISIONS, SPARSE
 from bertile.targets.rows import GENERIC
 from bertile.targets.rows import names as target_names
 

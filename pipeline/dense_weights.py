@@ -7,8 +7,8 @@ from __future__ import annotations
 import numpy as np
 
 from bertile.forms import Form
-from bertile.precision import LayerPlan, Plan
-from bertile.quantization import quantize_weights, weight_scales
+from bertile.numerics.eight_bit import quantize_weights, weight_scales
+from bertile.numerics.precision import LayerPlan, Plan
 from bertile.schedules.reference import LEVELS, byte_limits
 from bertile.schedules.task import Task
 

@@ -17,8 +17,8 @@ from tvm import relax
 
 from bertile import ops
 from bertile.graph import Graph
+from bertile.numerics.precision import LayerPlan
 from bertile.passes.rewriting import Dataflow, shape, variables
-from bertile.precision import LayerPlan
 from bertile.schedules.task import Task
 
 

@@ -10,7 +10,7 @@ import tvm
 from tvm import relax
 
 from bertile.exported import ExportedModel
-from bertile.precision import Plan
+from bertile.numerics.precision import Plan
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tvm import relax
 from bertile import builder, loader, ops, work
 from bertile.chooser import Chooser
 from bertile.graph import Graph
-from bertile.histogram import Histogram
+from bertile.numerics.histogram import Histogram
 from bertile.passes.rewriting import Dataflow, normalized
 from bertile.targets.rows import Target, of_this_machine
 from bertile.tuning_log import TuningLog

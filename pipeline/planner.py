@@ -11,8 +11,8 @@ from bertile import ops
 from bertile.base.errors import PlatformError
 from bertile.forms import Forms
 from bertile.graph import Graph
+from bertile.numerics.precision import LayerPlan
 from bertile.passes.rewriting import Dataflow, rewrite
-from bertile.precision import LayerPlan
 from bertile.schedules.task import Task
 from bertile.sparse_choice import SparseChoice
 from bertile.targets.rows import Target

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bertile.base.errors import UsageError, nearest
-from bertile.sparsity import BLOCKS, analyse
+from bertile.numerics.zeros import BLOCKS, analyse
 
 PATTERNS = ("4x1", "16x1", "32x1", "1x16", "2:4", "unstructured", "heads", "neurons")
 DEFAULT = 0.9

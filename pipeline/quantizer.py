@@ -16,10 +16,10 @@ from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
 from bertile.graph import Graph
+from bertile.numerics.eight_bit import layer_report
+from bertile.numerics.precision import LayerPlan, Plan
 from bertile.observer import Arrays, Observation, Observer
 from bertile.passes.rewriting import Dataflow
-from bertile.precision import LayerPlan, Plan
-from bertile.quantization import layer_report
 from bertile.targets.rows import Target
 
 # What a graph whose operators have their precisions answers to the texts of a dataset.

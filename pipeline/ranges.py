@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bertile.histogram import Histogram
+from bertile.numerics.histogram import Histogram
 from bertile.observer import Observation
 from bertile.schedules.reference import LEVELS
 

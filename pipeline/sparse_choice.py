@@ -16,12 +16,12 @@ from bertile import ops
 from bertile.base.tables import table
 from bertile.forms import Forms
 from bertile.graph import Graph
+from bertile.numerics.precision import Plan, ZerosPlan
+from bertile.numerics.zeros import Sparsity, analyse, density
 from bertile.passes.rewriting import Dataflow, rewrite
-from bertile.precision import Plan, ZerosPlan
 from bertile.schedules.cpu.product import group
 from bertile.schedules.task import Task
 from bertile.sparse_costs import relative_time
-from bertile.sparsity import Sparsity, analyse, density
 from bertile.targets.rows import Target
 from bertile.tuning_log import Record, TuningLog
 

@@ -9,7 +9,7 @@ import tvm
 from tvm import relax
 
 from bertile.graph import Graph
-from bertile.quantization import quantize_input
+from bertile.numerics.eight_bit import quantize_input
 from bertile.schedules.reference import apply_activation, softmax
 
 BATCH, LENGTH = 2, 5

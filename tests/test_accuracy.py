@@ -8,7 +8,7 @@ import pytest
 
 from bertile.accuracy import search
 from bertile.base.errors import BertileError
-from bertile.precision import LayerPlan
+from bertile.numerics.precision import LayerPlan
 
 LAYERS = 48
 BASELINE = 0.9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bertile.histogram import BINS, Histogram
+from bertile.numerics.histogram import BINS, Histogram
 
 RANDOM = np.random.default_rng(3)
 

@@ -13,7 +13,7 @@ from bertile.base.errors import PlatformError
 from bertile.chooser import Chooser
 from bertile.forms import FP32, QKV, Form, Forms
 from bertile.lowering import tasks
-from bertile.precision import LayerPlan
+from bertile.numerics.precision import LayerPlan
 from bertile.samples import sample, session
 from bertile.targets.rows import resolve
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import bertile
 from bertile import cli, loader, model_files, models, pruner
 from bertile.config import Config
-from bertile.sparsity import analyse
+from bertile.numerics.zeros import analyse
 
 TINY = "synthetic:bert-tiny:question-answering"
 KINDS = ("dense", "attention")

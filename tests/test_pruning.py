@@ -8,7 +8,7 @@ import torch
 
 from bertile import models, pruning
 from bertile.base.errors import UsageError
-from bertile.sparsity import BLOCKS, analyse
+from bertile.numerics.zeros import BLOCKS, analyse
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert", "mpnet")
 

@@ -7,8 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from bertile.precision import LayerPlan
-from bertile.quantization import (
+from bertile.numerics.eight_bit import (
     LOSSLESS,
     computed,
     layer_report,
@@ -18,6 +17,7 @@ from bertile.quantization import (
     signal_to_noise,
     weight_scales,
 )
+from bertile.numerics.precision import LayerPlan
 
 RANDOM = np.random.default_rng(7)
 

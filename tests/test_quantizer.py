@@ -15,9 +15,9 @@ from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.sentences import sentences
 from bertile.importer import import_onnx
+from bertile.numerics.precision import LayerPlan
 from bertile.observer import layer_inputs
 from bertile.optimizer import optimize
-from bertile.precision import LayerPlan
 from bertile.quantizer import Quantizer, smoothable
 from bertile.samples import sample
 from bertile.targets import rows as targets

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bertile.numerics.eight_bit import quantize_input, signal_to_noise
 from bertile.observer import Observation
-from bertile.quantization import quantize_input, signal_to_noise
 from bertile.ranges import METHODS, choose, minmax, mse, percentile, smoothing
 
 RANDOM = np.random.default_rng(11)

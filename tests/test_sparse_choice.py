@@ -9,7 +9,7 @@ import pytest
 
 from bertile import importer, lowering, ops, optimizer, planner, sparse_choice
 from bertile.forms import Forms
-from bertile.precision import LayerPlan
+from bertile.numerics.precision import LayerPlan
 from bertile.schedules.task import Task
 from bertile.sparse_choice import SparseChoice, alternatives, rounded, sparse_task
 from bertile.sparse_costs import relative_time

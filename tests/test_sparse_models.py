@@ -18,15 +18,15 @@ from bertile.dense_weights import dense_weights
 from bertile.graph import Graph
 from bertile.importer import import_onnx
 from bertile.lowering import tasks
+from bertile.numerics.eight_bit import quantize_weights, weight_scales
+from bertile.numerics.precision import LayerPlan
+from bertile.numerics.zeros import analyse
 from bertile.observer import layer_inputs
 from bertile.optimizer import optimize
 from bertile.planner import plan_layers
-from bertile.precision import LayerPlan
-from bertile.quantization import quantize_weights, weight_scales
 from bertile.quantizer import Quantizer
 from bertile.samples import sample, session
 from bertile.schedules.task import Task
-from bertile.sparsity import analyse
 from bertile.targets import rows
 
 ROW = rows.resolve("native", threads=1)

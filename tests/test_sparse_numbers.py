@@ -23,7 +23,7 @@ from bertile import (
 )
 from bertile.chooser import Chooser
 from bertile.config import Config
-from bertile.precision import LayerPlan
+from bertile.numerics.precision import LayerPlan
 from bertile.schedules.cpu import SCHEDULES
 from bertile.tuning_log import TuningLog
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bertile.sparsity import BLOCKS, analyse, density
+from bertile.numerics.zeros import BLOCKS, analyse, density
 
 SHAPES = [(96, 64), (768, 48), (64, 304)]
 

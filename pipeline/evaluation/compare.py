@@ -23,8 +23,8 @@ from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
 from bertile.exported import ExportedModel
 from bertile.models import quiet
+from bertile.numerics.precision import PRECISIONS
 from bertile.option_lists import words
-from bertile.precision import PRECISIONS
 from bertile.samples import session
 
 PEERS = ("onnxruntime-int8",)

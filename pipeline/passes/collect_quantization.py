@@ -19,10 +19,10 @@ import tvm
 from tvm import relax
 
 from bertile.graph import Graph
+from bertile.numerics.precision import LayerPlan
 from bertile.ops import is_call
 from bertile.passes.fold_weights import fold_weights
 from bertile.passes.rewriting import Dataflow, replace
-from bertile.precision import LayerPlan
 
 WHY = "quantized in the model's file"
 

@@ -26,12 +26,12 @@ from tvm import relax
 
 from bertile import ops
 from bertile.graph import Graph
+from bertile.numerics.eight_bit import quantize_input
+from bertile.numerics.zeros import BLOCKS, analyse
 from bertile.ops import is_call
 from bertile.passes.resizing import Resized
 from bertile.passes.rewriting import Dataflow, shape
-from bertile.quantization import quantize_input
 from bertile.schedules.reference import apply_activation
-from bertile.sparsity import BLOCKS, analyse
 
 # What is left is a multiple of this: of the four lanes, each of four channels in 8 bits, that a
 # product takes at once.

@@ -11,8 +11,8 @@ import tvm
 from tvm.relax import op
 
 from bertile import ops
+from bertile.numerics.precision import LayerPlan
 from bertile.passes.collect_quantization import collect_quantization
-from bertile.precision import LayerPlan
 
 LAYER = {"w": (8, 4), "b": (4,)}
 TWO = {**LAYER, "v": (8, 4), "c": (4,)}

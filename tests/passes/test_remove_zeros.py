@@ -12,10 +12,10 @@ from tvm import relax
 from tvm.relax import op
 
 from bertile import ops
+from bertile.numerics.precision import LayerPlan
+from bertile.numerics.zeros import analyse
 from bertile.passes.remove_zeros import remove_zeros
 from bertile.passes.rewriting import Dataflow
-from bertile.precision import LayerPlan
-from bertile.sparsity import analyse
 
 C, N, HEADS, SIZE = 32, 64, 4, 16
 WIDTH = HEADS * SIZE

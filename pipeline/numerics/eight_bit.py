@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bertile.precision import LayerPlan
+from bertile.numerics.precision import LayerPlan
 from bertile.schedules.reference import LEVELS
 
 LIMIT = 127  # largest magnitude of a quantized weight
