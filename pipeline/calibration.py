@@ -11,8 +11,8 @@ import numpy as np
 
 from bertile import loader, runner
 from bertile.base.errors import InputError, ModelError, UsageError
-from bertile.exported import ExportedModel
-from bertile.samples import sample
+from bertile.onnx.exported import ExportedModel
+from bertile.onnx.samples import sample
 
 Arrays = dict[str, np.ndarray]
 Row = dict[str, np.ndarray]  # one sequence: (length,) of each input

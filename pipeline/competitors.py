@@ -12,7 +12,7 @@ from bertile.base.errors import BundleError, ModelError, UsageError, nearest
 from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.engines import Engine, LeftOut, Source
-from bertile.exported import ExportedModel, InputSpec
+from bertile.onnx.exported import ExportedModel, InputSpec
 
 # Which precisions a peer computes in on a CPU.
 PEERS = {

@@ -17,8 +17,8 @@ from bertile.base import cache
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.exported import ExportedModel, read
 from bertile.native_loader import SOURCES
+from bertile.onnx.exported import ExportedModel, read
 from bertile.targets import rows
 from bertile.targets.rows import Target
 

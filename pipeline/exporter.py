@@ -9,8 +9,8 @@ from typing import Any
 from bertile import model_files, models
 from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.config import Config
-from bertile.exported import ExportedModel, InputSpec, read
-from bertile.samples import largest_difference, run_onnx, sample
+from bertile.onnx.exported import ExportedModel, InputSpec, read
+from bertile.onnx.samples import largest_difference, run_onnx, sample
 
 __all__ = ["ExportedModel", "InputSpec", "export", "fingerprint", "read"]
 
@@ -37,7 +37,7 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(model, (str, Path)) and str(model).endswith(".onnx"):
-        from bertile import normalizer
+        from bertile.onnx import normalizer
 
         return normalizer.normalize(Path(model), directory, config)
     checkpoint = models.load(model, config.head)
@@ -129,8 +129,8 @@ def _write_onnx(module: Any, exported: ExportedModel) -> None:
 
 def _write_canonical(proto: Any, path: Path) -> None:
     """Drop the exporter's records of source lines, and bring the rest to the one spelling."""
-    from bertile import onnx_attention, onnx_rewrites
-    from bertile.onnx_graph import OnnxGraph, save
+    from bertile.onnx import attention, rewrites
+    from bertile.onnx.graph import OnnxGraph, save
 
     graph = OnnxGraph(proto)
     sizes = {one.name: _sizes(one) for one in [*graph.inputs, *proto.graph.value_info]}
@@ -139,11 +139,11 @@ def _write_canonical(proto: Any, path: Path) -> None:
         node.doc_string = ""
     for value in [*graph.inputs, *graph.results]:
         del value.metadata_props[:]
-    onnx_rewrites.write_reshapes(graph, sizes.get)
-    onnx_rewrites.transpose_weights(graph)
-    onnx_rewrites.split_gemms(graph)
-    onnx_attention.scale_scores(graph)
-    onnx_rewrites.name_weights(graph)
+    rewrites.write_reshapes(graph, sizes.get)
+    rewrites.transpose_weights(graph)
+    rewrites.split_gemms(graph)
+    attention.scale_scores(graph)
+    rewrites.name_weights(graph)
     graph.clean()
     save(graph.to_model(OPSET), path)
 

@@ -9,8 +9,8 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from bertile.exported import ExportedModel
 from bertile.numerics.precision import Plan
+from bertile.onnx.exported import ExportedModel
 
 
 @dataclass(frozen=True)

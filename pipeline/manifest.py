@@ -14,8 +14,8 @@ import tvm
 from bertile import optimizer, sparse_choice
 from bertile.builder import Built
 from bertile.config import Config
-from bertile.exported import ExportedModel
 from bertile.graph import Graph
+from bertile.onnx.exported import ExportedModel
 from bertile.targets.rows import Target
 
 

@@ -24,8 +24,8 @@ from bertile.base.errors import BertileError, require
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
 from bertile.evaluation.sentences import sentences
-from bertile.exported import ExportedModel
-from bertile.samples import sample, session
+from bertile.onnx.exported import ExportedModel
+from bertile.onnx.samples import sample, session
 
 CALIBRATION_SAMPLES = 300  # NNCF's own default
 RANDOM_LENGTH = 64
@@ -76,7 +76,7 @@ def _onnxruntime_int8(onnx: Path, exported: ExportedModel, target: Path) -> None
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.transformers import optimizer
 
-    from bertile import onnx_legacy
+    from bertile.onnx import legacy as onnx_legacy
 
     legacy, fused = target.with_name("legacy.onnx"), target.with_name("fused.onnx")
     onnx_legacy.rewrite(onnx, legacy)
@@ -118,7 +118,7 @@ def _openvino_int8(onnx: Path, exported: ExportedModel, target: Path) -> None:
 
 
 def _deepsparse_fp32(onnx: Path, exported: ExportedModel, target: Path) -> None:
-    from bertile import onnx_legacy
+    from bertile.onnx import legacy as onnx_legacy
 
     onnx_legacy.rewrite(onnx, target)
 
@@ -128,7 +128,7 @@ def _deepsparse_int8(onnx: Path, exported: ExportedModel, target: Path) -> None:
     bytes and gives bytes. With ranges per channel DeepSparse leaves products to its fallback.
     """
     (quantization,) = require("bench", "onnxruntime.quantization")
-    from bertile import onnx_legacy
+    from bertile.onnx import legacy as onnx_legacy
 
     legacy = target.with_name("legacy.onnx")
     onnx_legacy.rewrite(onnx, legacy)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertile import emulator, exported, loader, opener
+from bertile import emulator, loader, opener
 from bertile.base.errors import NumericMismatchError, PlatformError, require
 from bertile.base.progress import Progress
-from bertile.exported import ExportedModel
-from bertile.samples import largest_difference, sample, session
+from bertile.onnx import exported
+from bertile.onnx.exported import ExportedModel
+from bertile.onnx.samples import largest_difference, sample, session
 from bertile.targets.rows import Target, is_foreign
 
 # Largest difference at a real token, relative to the largest magnitude of the reference output (at

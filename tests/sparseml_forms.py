@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from bertile.samples import session
+from bertile.onnx.samples import session
 
 FORMS = ("QDQ", "QDQ, integers", "integer")
 

@@ -14,8 +14,8 @@ import pytest
 from bertile import driver, emulator, loader, runtime_libraries, verifier, weights
 from bertile.base.errors import PlatformError, UsageError
 from bertile.config import Config
-from bertile.exported import InputSpec
-from bertile.samples import run_onnx, sample
+from bertile.onnx.exported import InputSpec
+from bertile.onnx.samples import run_onnx, sample
 from bertile.targets import rows as targets
 
 TINY, MINILM = "synthetic:bert-tiny", "minilm"

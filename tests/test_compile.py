@@ -13,7 +13,7 @@ from bertile import driver, loader
 from bertile.base.errors import BertileError, NumericMismatchError, UsageError
 from bertile.base.progress import Progress
 from bertile.config import HEADS, Config
-from bertile.samples import largest_difference, sample, session
+from bertile.onnx.samples import largest_difference, sample, session
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert", "mpnet")
 # every family once and every head once; the other pairs take minutes

@@ -16,8 +16,8 @@ import pytest
 import bertile
 from bertile import cli, driver
 from bertile.config import Config
-from bertile.exported import ExportedModel
-from bertile.samples import largest_difference, sample, session
+from bertile.onnx.exported import ExportedModel
+from bertile.onnx.samples import largest_difference, sample, session
 
 MODEL = "synthetic:bert-tiny"
 TOLERANCE = 2e-5  # float32 sums in another order, relative to the largest value of the output

@@ -11,9 +11,9 @@ import torch
 from bertile import exportable, exporter, models
 from bertile.base.errors import ModelError, NumericMismatchError
 from bertile.config import HEADS, Config
-from bertile.exported import ExportedModel, read
 from bertile.model_files import Pooling
-from bertile.samples import largest_difference, sample, session
+from bertile.onnx.exported import ExportedModel, read
+from bertile.onnx.samples import largest_difference, sample, session
 
 # Two layers in float32, summed in another order than torch does: some units of the last place.
 TOLERANCE = 5e-5

@@ -15,8 +15,8 @@ import bertile
 from bertile import loader, manifest, synthetic
 from bertile.base.errors import ModelError
 from bertile.config import Config
-from bertile.exported import InputSpec
-from bertile.samples import largest_difference, sample, session
+from bertile.onnx.exported import InputSpec
+from bertile.onnx.samples import largest_difference, sample, session
 
 TOLERANCE = 5e-5  # two layers in float32, relative to the largest value of the output
 FUSED = {"embedding", "dense", "attention", "layer_norm"}

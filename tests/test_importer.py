@@ -9,8 +9,8 @@ import tvm
 from tvm import relax
 
 from bertile.base.errors import ModelError
-from bertile.exported import ExportedModel, InputSpec
 from bertile.importer import TABLE, import_onnx
+from bertile.onnx.exported import ExportedModel, InputSpec
 
 MODEL = """
 <ir_version: 9, opset_import: ["" : 20]>

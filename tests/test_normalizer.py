@@ -13,10 +13,12 @@ import torch
 import transformers
 from onnx import TensorProto, helper, numpy_helper
 
-from bertile import exporter, normalizer, onnx_graph, onnx_reader, probing, synthetic
+from bertile import exporter, synthetic
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
-from bertile.samples import largest_difference, sample, session
+from bertile.onnx import graph as onnx_graph
+from bertile.onnx import normalizer, probing, reader
+from bertile.onnx.samples import largest_difference, sample, session
 
 TOLERANCE = 5e-5  # two layers in float32, scaled and summed in another order than the original's
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -445,7 +447,7 @@ def test_normalize_fails_when_the_result_differs(tmp_path, plain, monkeypatch):
 
 def test_read_brings_an_old_opset_up_to_date(tmp_path):
     path = write(tmp_path / "m.onnx", attention="eager", opset=12)
-    _, opset = onnx_reader.read(path)
+    _, opset = reader.read(path)
     assert opset == 17
     _, model = check(path, tmp_path)
     assert_canonical(model)

@@ -9,8 +9,8 @@ import torch
 from bertile import models
 from bertile.importer import import_onnx
 from bertile.observer import KEPT_ROWS, Observer, layer_inputs, observe
+from bertile.onnx.samples import sample
 from bertile.optimizer import optimize
-from bertile.samples import sample
 from bertile.targets import rows as targets
 
 # float32 in another order, through two layers

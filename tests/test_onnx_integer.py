@@ -6,7 +6,7 @@ import test_onnx_quantized as small
 from onnx import TensorProto
 
 from bertile.base.errors import ModelError
-from bertile.onnx_quantized import lift_quantization
+from bertile.onnx.quantized import lift_quantization
 
 graph_of, lifted, operators, run = small.graph_of, small.lifted, small.operators, small.run
 integers, model_of, OPSET, RANDOM = small.integers, small.model_of, small.OPSET, small.RANDOM

@@ -8,15 +8,15 @@ import numpy as np
 import onnx
 import pytest
 
-from bertile import onnx_legacy
 from bertile.base.errors import ModelError
-from bertile.exported import ExportedModel
-from bertile.onnx_graph import OnnxGraph
-from bertile.samples import run_onnx, sample
+from bertile.onnx import legacy
+from bertile.onnx.exported import ExportedModel
+from bertile.onnx.graph import OnnxGraph
+from bertile.onnx.samples import run_onnx, sample
 
 
 def test_model_computes_the_same_in_opset_17(exported: ExportedModel, tmp_path: Path) -> None:
-    onnx_legacy.rewrite(exported.onnx_path, tmp_path / "old.onnx")
+    legacy.rewrite(exported.onnx_path, tmp_path / "old.onnx")
     old = onnx.load(tmp_path / "old.onnx")
     assert old.opset_import[0].version == 17 and old.ir_version == 8
     kinds = [node.op_type for node in old.graph.node]
@@ -33,7 +33,7 @@ def test_optimizer_of_onnx_runtime_knows_every_part(
     exported: ExportedModel, tmp_path: Path
 ) -> None:
     optimizer = pytest.importorskip("onnxruntime.transformers.optimizer")
-    onnx_legacy.rewrite(exported.onnx_path, tmp_path / "old.onnx")
+    legacy.rewrite(exported.onnx_path, tmp_path / "old.onnx")
     fused = optimizer.optimize_model(
         str(tmp_path / "old.onnx"), "bert", num_heads=0, hidden_size=0, opt_level=0
     )
@@ -49,7 +49,7 @@ def test_what_opset_17_lacks_is_refused(tmp_path: Path) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, tmp_path / "new.onnx")
     with pytest.raises(ModelError, match="cannot be written in ONNX opset 17"):
-        onnx_legacy.rewrite(tmp_path / "new.onnx", tmp_path / "old.onnx")
+        legacy.rewrite(tmp_path / "new.onnx", tmp_path / "old.onnx")
 
 
 def test_new_names_are_behind_those_of_an_earlier_export(exported: ExportedModel) -> None:

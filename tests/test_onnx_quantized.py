@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bertile.onnx_graph import OnnxGraph
-from bertile.onnx_quantized import drop_marks, lift_quantization
-from bertile.samples import session
+from bertile.onnx.graph import OnnxGraph
+from bertile.onnx.quantized import drop_marks, lift_quantization
+from bertile.onnx.samples import session
 
 OPSET = 17
 RANDOM = np.random.default_rng(7)

@@ -12,8 +12,8 @@ from bertile import driver, peer_models
 from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.engines import Engine, Source, Worker
-from bertile.exported import ExportedModel
-from bertile.samples import run_onnx, sample
+from bertile.onnx.exported import ExportedModel
+from bertile.onnx.samples import run_onnx, sample
 from bertile.turns import cosine
 
 QUIET = Progress(-1)

@@ -9,8 +9,8 @@ import pytest
 
 from bertile import peers
 from bertile.engines import Engine, Source
-from bertile.exported import ExportedModel
-from bertile.samples import run_onnx, sample
+from bertile.onnx.exported import ExportedModel
+from bertile.onnx.samples import run_onnx, sample
 from bertile.turns import cosine
 
 

@@ -14,7 +14,7 @@ from bertile.chooser import Chooser
 from bertile.forms import FP32, QKV, Form, Forms
 from bertile.lowering import tasks
 from bertile.numerics.precision import LayerPlan
-from bertile.samples import sample, session
+from bertile.onnx.samples import sample, session
 from bertile.targets.rows import resolve
 
 BF16, VNNI, PLAIN = (

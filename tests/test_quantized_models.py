@@ -7,10 +7,11 @@ import test_normalizer as forms
 from onnx import numpy_helper
 
 import bertile
-from bertile import importer, normalizer, optimizer
+from bertile import importer, optimizer
 from bertile.base.errors import NumericMismatchError
 from bertile.config import Config
-from bertile.samples import sample, session
+from bertile.onnx import normalizer
+from bertile.onnx.samples import sample, session
 
 OPSET = 17
 LINEAR = ["MatMul", "Gemm", "Gather"]

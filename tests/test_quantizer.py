@@ -17,9 +17,9 @@ from bertile.evaluation.sentences import sentences
 from bertile.importer import import_onnx
 from bertile.numerics.precision import LayerPlan
 from bertile.observer import layer_inputs
+from bertile.onnx.samples import sample
 from bertile.optimizer import optimize
 from bertile.quantizer import Quantizer, smoothable
-from bertile.samples import sample
 from bertile.targets import rows as targets
 
 ROW = targets.resolve("native", threads=1)

@@ -12,7 +12,7 @@ import test_normalizer as floats
 import torch
 
 import bertile
-from bertile import exporter, loader, models, normalizer, pruning
+from bertile import exporter, loader, models, pruning
 from bertile.config import Config
 from bertile.dense_weights import dense_weights
 from bertile.graph import Graph
@@ -22,10 +22,11 @@ from bertile.numerics.eight_bit import quantize_weights, weight_scales
 from bertile.numerics.precision import LayerPlan
 from bertile.numerics.zeros import analyse
 from bertile.observer import layer_inputs
+from bertile.onnx import normalizer
+from bertile.onnx.samples import sample, session
 from bertile.optimizer import optimize
 from bertile.planner import plan_layers
 from bertile.quantizer import Quantizer
-from bertile.samples import sample, session
 from bertile.schedules.task import Task
 from bertile.targets import rows
 

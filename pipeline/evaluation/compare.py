@@ -21,11 +21,11 @@ from bertile.commands import cache_directory
 from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
-from bertile.exported import ExportedModel
 from bertile.models import quiet
 from bertile.numerics.precision import PRECISIONS
+from bertile.onnx.exported import ExportedModel
+from bertile.onnx.samples import session
 from bertile.option_lists import words
-from bertile.samples import session
 
 PEERS = ("onnxruntime-int8",)
 

@@ -26,12 +26,13 @@ from typing import Any
 import numpy as np
 
 import bertile
-from bertile import bench_tables, driver, samples, synthetic
+from bertile import bench_tables, driver, synthetic
 from bertile.base.errors import UsageError, require
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.evaluation import cuda_bench, cuda_checks
-from bertile.exported import ExportedModel
+from bertile.onnx import samples
+from bertile.onnx.exported import ExportedModel
 from bertile.verifier import TOLERANCES
 
 WORDS = 1009  # rows of the vocabulary that differ; a prime, so that no two tables stay in step

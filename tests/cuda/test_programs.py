@@ -17,8 +17,8 @@ from bertile.config import Config
 from bertile.cuda import emulated_model, emulator, plan
 from bertile.cuda.lowering import lower
 from bertile.importer import import_onnx
+from bertile.onnx.samples import largest_difference, run_onnx
 from bertile.optimizer import optimize
-from bertile.samples import largest_difference, run_onnx
 from bertile.targets.rows import resolve
 from bertile.tuning_log import TuningLog
 from bertile.verifier import ON_GPU

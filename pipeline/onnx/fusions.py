@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bertile.onnx_graph import OnnxGraph, attributes
+from bertile.onnx.graph import OnnxGraph, attributes
 
 _ERF = np.vectorize(math.erf, otypes=[np.float64])
 _POINTS = np.linspace(-4.0, 4.0, 33)

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 
 from bertile.base.errors import ModelError, nearest, require
-from bertile.exported import INPUT_NAMES, InputSpec
-from bertile.onnx_dependence import is_lookup, source_input
-from bertile.onnx_graph import OnnxGraph
+from bertile.onnx.dependence import is_lookup, source_input
+from bertile.onnx.exported import INPUT_NAMES, InputSpec
+from bertile.onnx.graph import OnnxGraph
 
 _DTYPES = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.INT32: "int32"}
 _DEFAULTS = {"attention_mask": "ones", "token_type_ids": "zeros"}

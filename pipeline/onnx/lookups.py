@@ -13,10 +13,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from bertile.onnx_dependence import dependence, is_lookup, source_input
-from bertile.onnx_graph import OnnxGraph
-from bertile.onnx_shapes import Axes
-from bertile.probing import Probes, evaluate
+from bertile.onnx.dependence import dependence, is_lookup, source_input
+from bertile.onnx.graph import OnnxGraph
+from bertile.onnx.probing import Probes, evaluate
+from bertile.onnx.shapes import Axes
 
 
 def write_lookups(graph: OnnxGraph, probes: Probes, axes: Axes, opset: int) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bertile.base.errors import ModelError, require
-from bertile.exported import InputSpec
+from bertile.onnx.exported import InputSpec
 
 
 def sample(

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from bertile.base.errors import ModelError
-from bertile.onnx_graph import OnnxGraph, attributes
+from bertile.onnx.graph import OnnxGraph, attributes
 
 # Operators that move elements and change none of them; the first input holds the elements.
 MOVES = ("Identity", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather")

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 
 from bertile.base.errors import ModelError
-from bertile.exported import InputSpec
-from bertile.onnx_graph import EXTERNAL_DATA_BYTES, OnnxGraph, save, weight_bytes
-from bertile.samples import sample, session
+from bertile.onnx.exported import InputSpec
+from bertile.onnx.graph import EXTERNAL_DATA_BYTES, OnnxGraph, save, weight_bytes
+from bertile.onnx.samples import sample, session
 
 # Different in every axis and product, so that a size says where it comes from.
 SHAPES = ((2, 5), (3, 7), (1, 1), (2, 11), (1, 13))

@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 
 from bertile.base.errors import ModelError
-from bertile.onnx_graph import OnnxGraph, attributes, save
+from bertile.onnx.graph import OnnxGraph, attributes, save
 
 OPSET, IR_VERSION = 17, 8
 # Their axes became an input in opset 18; ReduceSum's are one since 13.

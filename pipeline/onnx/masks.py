@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from bertile.onnx_dependence import dependence
-from bertile.onnx_graph import OnnxGraph
-from bertile.probing import Probes
+from bertile.onnx.dependence import dependence
+from bertile.onnx.graph import OnnxGraph
+from bertile.onnx.probing import Probes
 
 MASKED = -10000.0  # as in the exporter: exp() of it is 0 in float32, and float16 can hold it
 CLOSED = -1e3  # what another exporter's mask must reach at padded keys

@@ -20,10 +20,10 @@ import numpy as np
 import onnx
 
 from bertile.base.errors import ModelError
-from bertile.onnx_graph import OnnxGraph, attributes
-from bertile.onnx_integer import MOVES, PAIRS, expand_integers, is_quantized
-from bertile.onnx_weights import Weights
-from bertile.probing import Probes
+from bertile.onnx.graph import OnnxGraph, attributes
+from bertile.onnx.integer import MOVES, PAIRS, expand_integers, is_quantized
+from bertile.onnx.probing import Probes
+from bertile.onnx.weights import Weights
 
 _SHIFT = {np.dtype(np.uint8): 0, np.dtype(np.int8): 128}  # what makes such integers uint8
 

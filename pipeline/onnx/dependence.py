@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from bertile.onnx_graph import OnnxGraph, attributes
+from bertile.onnx.graph import OnnxGraph, attributes
 
 KINDS = ("constant", "shape", "light", "heavy")
 

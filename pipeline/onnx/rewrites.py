@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from bertile.onnx_graph import OnnxGraph, Sizes, attributes
+from bertile.onnx.graph import OnnxGraph, Sizes, attributes
 
 
 def upgrade_reductions(graph: OnnxGraph) -> None:

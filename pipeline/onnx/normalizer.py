@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bertile import models, onnx_attention, onnx_fusions, onnx_quantized, onnx_rewrites
+from bertile import models
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
-from bertile.exported import ExportedModel, InputSpec
 from bertile.model_files import TOKENIZER_FILES, fingerprint
-from bertile.onnx_graph import OnnxGraph, save
-from bertile.onnx_lookups import write_lookups
-from bertile.onnx_masks import write_masks
-from bertile.onnx_quantized import drop_marks
-from bertile.onnx_reader import check_operators, input_specs, read, static_axes
-from bertile.onnx_shapes import Axes, fold_constants, write_shapes
-from bertile.probing import Probes, opened, probe
-from bertile.samples import largest_difference, sample, session, squared_norms
+from bertile.onnx import attention, fusions, rewrites
+from bertile.onnx import quantized as onnx_quantized
+from bertile.onnx.exported import ExportedModel, InputSpec
+from bertile.onnx.graph import OnnxGraph, save
+from bertile.onnx.lookups import write_lookups
+from bertile.onnx.masks import write_masks
+from bertile.onnx.probing import Probes, opened, probe
+from bertile.onnx.quantized import drop_marks
+from bertile.onnx.reader import check_operators, input_specs, read, static_axes
+from bertile.onnx.samples import largest_difference, sample, session, squared_norms
+from bertile.onnx.shapes import Axes, fold_constants, write_shapes
 
 OPSET = 20
 TOLERANCE = 1e-3  # largest absolute difference from the original, real tokens only
@@ -91,29 +93,29 @@ def _rewrite(graph: OnnxGraph, probes: Probes, opset: int) -> tuple[int | None, 
     """Rewrite the graph in place; return the number of positions, and notes."""
     notes = onnx_quantized.settle_quantization(graph, probes)
     # To opset 20: no other operator that TVM imports means something else there than in 13.
-    onnx_rewrites.upgrade_reductions(graph)
-    onnx_rewrites.upgrade_splits(graph)
-    onnx_rewrites.drop_dropouts(graph)
-    onnx_attention.expand_attention(graph, lambda name: _is_bool(probes, name))
-    onnx_attention.unfold_softmax(graph, probes.sizes)
+    rewrites.upgrade_reductions(graph)
+    rewrites.upgrade_splits(graph)
+    rewrites.drop_dropouts(graph)
+    attention.expand_attention(graph, lambda name: _is_bool(probes, name))
+    attention.unfold_softmax(graph, probes.sizes)
     # Judged by values. Lookups and masks first: they need none of the shapes they were made of.
     axes = Axes(graph, probes)
     max_length = write_lookups(graph, probes, axes, max(opset, OPSET))
     kept = write_masks(graph, probes)
-    onnx_attention.merge_transposes(graph, probes.sizes)
-    onnx_rewrites.write_reshapes(graph, probes.sizes)
+    attention.merge_transposes(graph, probes.sizes)
+    rewrites.write_reshapes(graph, probes.sizes)
     fold_constants(graph, probes)
     write_shapes(graph, probes, axes)
-    onnx_rewrites.drop_expands(graph, probes.sizes)
+    rewrites.drop_expands(graph, probes.sizes)
     # Judged by structure.
     if not kept:
-        onnx_attention.drop_nan_guards(graph)
-    onnx_rewrites.transpose_weights(graph)
-    onnx_attention.scale_scores(graph)
-    onnx_rewrites.split_gemms(graph)
-    onnx_fusions.fuse_layer_norms(graph)
-    onnx_fusions.fuse_gelus(graph)
-    onnx_rewrites.name_weights(graph)
+        attention.drop_nan_guards(graph)
+    rewrites.transpose_weights(graph)
+    attention.scale_scores(graph)
+    rewrites.split_gemms(graph)
+    fusions.fuse_layer_norms(graph)
+    fusions.fuse_gelus(graph)
+    rewrites.name_weights(graph)
     graph.clean()
     masks = (f"the attention mask '{name}' is kept as it is" for name in kept)
     return max_length, (*masks, *notes)

@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 
 from bertile.base.errors import ModelError
-from bertile.onnx_graph import OnnxGraph, attributes
-from bertile.onnx_integer import MOVES
-from bertile.onnx_rewrites import transpose_weights
+from bertile.onnx.graph import OnnxGraph, attributes
+from bertile.onnx.integer import MOVES
+from bertile.onnx.rewrites import transpose_weights
 
 
 class Weights:

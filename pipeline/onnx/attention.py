@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import onnx
 
-from bertile.onnx_graph import OnnxGraph, Sizes, attributes
+from bertile.onnx.graph import OnnxGraph, Sizes, attributes
 
 
 def expand_attention(graph: OnnxGraph, is_bool: Callable[[str], bool]) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from bertile.onnx_dependence import dependence, is_lookup
-from bertile.onnx_graph import OnnxGraph
-from bertile.probing import Probes, merge
+from bertile.onnx.dependence import dependence, is_lookup
+from bertile.onnx.graph import OnnxGraph
+from bertile.onnx.probing import Probes, merge
 
 FOLD_LIMIT = 65536  # elements; a larger result that varies with no shape stays computed
 
