@@ -112,10 +112,11 @@ def source(
     """What the engines read; BundleError where the model has changed since it was compiled."""
     model = manifest["model"]
     if kinds and not (onnx and "torch" not in kinds):
-        from bertile import driver, model_files
+        from bertile import driver
+        from bertile.export import files
 
         config = Config.from_dict({**manifest["config"], "cache_dir": cache_dir})
-        if model_files.fingerprint(model["source"], config.head) != model["sha256"]:
+        if files.fingerprint(model["source"], config.head) != model["sha256"]:
             raise BundleError(
                 f"'{model['source']}' has changed since {directory} was compiled from it",
                 "compile it again",

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from bertile import bundle, exporter, loader, opener, runtime_parts, summary, verifier
+from bertile import bundle, loader, opener, runtime_parts, summary, verifier
 from bertile.base import cache
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
 from bertile.config import Config
+from bertile.export import exporter
 from bertile.native_loader import SOURCES
 from bertile.onnx.exported import ExportedModel, read
 from bertile.targets import rows
@@ -72,7 +73,7 @@ def export_cached(model: Any, config: Config, progress: Progress | None = None) 
     """The exported model, from the cache where the same model was exported before."""
     progress = progress or Progress(verbosity=-1)
     with progress.stage("export") as stage:
-        key = cache.key("exporter", exporter.fingerprint(model, config), str(model))
+        key = cache.key("export.exporter", exporter.fingerprint(model, config), str(model))
         path, stage.cached = cache.Cache(config.cache_dir).get_or_make(
             key, lambda directory: exporter.export(model, directory, config)
         )

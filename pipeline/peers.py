@@ -53,19 +53,19 @@ def _openvino(engine: Engine, threads: int) -> tuple[Infer, str]:
 
 def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     torch, _ = require("export", "torch", "transformers")
-    from bertile import models
-    from bertile.exportable import pool
+    from bertile.export import checkpoints
+    from bertile.export.torch_module import pool
 
     source = engine.source
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
-    checkpoint = models.load(source.model, source.head)
+    checkpoint = checkpoints.load(source.model, source.head)
     model = checkpoint.model
-    with models.quiet(), contextlib.suppress(ValueError, ImportError):
+    with checkpoints.quiet(), contextlib.suppress(ValueError, ImportError):
         model.set_attn_implementation("sdpa")  # a family without it keeps what it has
     if source.head == "embedding" and hasattr(model, "pooler"):
         model.pooler = None  # nobody reads it
-    with models.quiet():
+    with checkpoints.quiet():
         model = _converted(torch, model, engine.precision)
 
     def infer(inputs: Arrays) -> list[np.ndarray]:

@@ -9,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bertile import bundle, model_files, models, pruning
+from bertile import bundle
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
+from bertile.export import checkpoints, files, pruning
 
 REPORT = "pruned.json"
 ACCURACY = (
@@ -41,8 +42,8 @@ def prune(
             "give the directory that it was exported from",
         )
     with progress.stage("load"):
-        checkpoint = models.load(model)
-    with progress.stage("prune") as stage, models.quiet():
+        checkpoint = checkpoints.load(model)
+    with progress.stage("prune") as stage, checkpoints.quiet():
         rows = pruning.prune(checkpoint.model, checkpoint.family, sparsity, pattern)
         stage.detail = f"{len(rows)} layers"
     report = {
@@ -65,13 +66,13 @@ def _write(source: str, model: Any, directory: Path) -> None:
     """The weights with their config, and whatever else lies beside them that is read."""
     place = directory
     if not source.startswith("synthetic:"):
-        origin = model_files.find_directory(source)
-        for path in model_files.companions(origin):
+        origin = files.find_directory(source)
+        for path in files.companions(origin):
             target = directory / path.relative_to(origin)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-        place = directory / model_files.transformer_directory(origin).relative_to(origin)
-    with models.quiet():
+        place = directory / files.transformer_directory(origin).relative_to(origin)
+    with checkpoints.quiet():
         model.save_pretrained(place)
     for path in place.glob("*.safetensors"):  # which save_pretrained lets nobody else read
         path.chmod((place / "config.json").stat().st_mode)

@@ -56,7 +56,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
 def exported(tmp_path_factory: pytest.TempPathFactory):
     """The two-layer model, exported once for all files that test stages with it."""
     from bertile.config import Config
-    from bertile.exporter import export
+    from bertile.export.exporter import export
 
     return export("synthetic:bert-tiny", tmp_path_factory.mktemp("bert-tiny"), Config())
 

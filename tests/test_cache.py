@@ -141,21 +141,21 @@ def test_what_make_raises_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
 
 
 def test_key_depends_on_stage_and_parts() -> None:
-    base = key("exporter", Config(), b"weights", {"a": 1, "b": None})
-    assert base == key("exporter", Config(), b"weights", {"b": None, "a": 1})
+    base = key("export.exporter", Config(), b"weights", {"a": 1, "b": None})
+    assert base == key("export.exporter", Config(), b"weights", {"b": None, "a": 1})
     assert base.startswith("exporter-")
     others = [
         key("importer", Config(), b"weights", {"a": 1, "b": None}),
-        key("exporter", Config(threads=1), b"weights", {"a": 1, "b": None}),
-        key("exporter", Config(), b"other", {"a": 1, "b": None}),
-        key("exporter", Config(), b"weights", {"a": "1", "b": None}),
+        key("export.exporter", Config(threads=1), b"weights", {"a": 1, "b": None}),
+        key("export.exporter", Config(), b"other", {"a": 1, "b": None}),
+        key("export.exporter", Config(), b"weights", {"a": "1", "b": None}),
     ]
     assert len({base, *others}) == 5
 
 
 def test_key_refuses_a_path_since_its_content_may_change() -> None:
     with pytest.raises(TypeError, match="hash it first"):
-        key("exporter", Path("model.onnx"))
+        key("export.exporter", Path("model.onnx"))
 
 
 def test_key_refuses_a_stage_that_is_no_module() -> None:

@@ -12,7 +12,7 @@ from bertile import calibration
 from bertile.base.errors import BertileError, InputError, ModelError, UsageError
 from bertile.calibration import batches, read_requests, usual_requests
 from bertile.config import Config
-from bertile.exporter import export
+from bertile.export.exporter import export
 from bertile.onnx.exported import ExportedModel, InputSpec
 
 IDS = np.array([[5, 6, 7, 8], [9, 10, 0, 0], [11, 12, 13, 0]])

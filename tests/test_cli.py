@@ -279,5 +279,5 @@ def test_version_is_the_package_version(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_heads_are_those_that_the_exporter_knows() -> None:
-    models = pytest.importorskip("bertile.models")
+    models = pytest.importorskip("bertile.export.checkpoints")
     assert tuple(models.HEADS) == HEADS

@@ -83,10 +83,11 @@ def minilm(tmp_path_factory, cache) -> Path:
 def test_real_weights_have_cosine_1_with_torch(minilm):
     torch = pytest.importorskip("torch", reason="the reference is torch's own forward")
     transformers = pytest.importorskip("transformers", reason="the reference model")
-    from bertile import models, runner
+    from bertile import runner
+    from bertile.export import checkpoints
 
     sentences = ["A man plays a guitar.", "Stocks fell.", "It rained " * 60, "?"]
-    directory = models.find_directory("minilm")
+    directory = checkpoints.find_directory("minilm")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     reference = transformers.AutoModel.from_pretrained(directory).eval()
     batch = tokenizer(sentences, padding=True, return_tensors="pt")

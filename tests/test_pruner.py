@@ -9,8 +9,9 @@ import pytest
 from transformers import PreTrainedModel
 
 import bertile
-from bertile import cli, loader, model_files, models, pruner
+from bertile import cli, loader, pruner
 from bertile.config import Config
+from bertile.export import checkpoints, files
 from bertile.numerics.zeros import analyse
 
 TINY = "synthetic:bert-tiny:question-answering"
@@ -34,10 +35,10 @@ def layer_weights(model):
 
 def test_directory_keeps_all_but_the_weights(tmp_path, capsys):
     assert call(capsys, "minilm", "-o", tmp_path / "out", "--sparsity", 0.8)[0] == 0
-    origin = model_files.find_directory("minilm")
+    origin = files.find_directory("minilm")
     for name in ("tokenizer.json", "vocab.txt", "modules.json", "1_Pooling/config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (origin / name).read_bytes()
-    found, source = models.load(tmp_path / "out"), models.load("minilm")
+    found, source = checkpoints.load(tmp_path / "out"), checkpoints.load("minilm")
     assert (found.head, found.pooling) == (source.head, source.pooling)
     for name, w in layer_weights(found.model).items():
         assert analyse(w).pattern == "4x1", name
@@ -48,18 +49,20 @@ def test_directory_keeps_all_but_the_weights(tmp_path, capsys):
 def test_weights_in_a_directory_of_their_own_stay_there(tmp_path):
     """The older layout of sentence-transformers."""
     source = tmp_path / "source"
-    with models.quiet():
-        models.load("synthetic:bert-tiny").model.save_pretrained(source / "0_Transformer")
+    with checkpoints.quiet():
+        checkpoints.load("synthetic:bert-tiny").model.save_pretrained(source / "0_Transformer")
     modules = [{"type": "sentence_transformers.models.Transformer", "path": "0_Transformer"}]
     (source / "modules.json").write_text(json.dumps(modules))
     (source / "0_Transformer" / "vocab.txt").write_text("[PAD]\n")
     pruner.prune(str(source), tmp_path / "out", 0.5, "4x1")
     assert (tmp_path / "out" / "0_Transformer" / "vocab.txt").exists()
-    found = [analyse(w).zeros for w in layer_weights(models.load(tmp_path / "out").model).values()]
+    found = [
+        analyse(w).zeros for w in layer_weights(checkpoints.load(tmp_path / "out").model).values()
+    ]
     assert found == [0.5] * 12
-    before = model_files.fingerprint(tmp_path / "out")
+    before = files.fingerprint(tmp_path / "out")
     pruner.prune(str(source), tmp_path / "out", 0.6, "4x1")
-    assert model_files.fingerprint(tmp_path / "out") != before, "the weights count, wherever"
+    assert files.fingerprint(tmp_path / "out") != before, "the weights count, wherever"
 
 
 def test_table_says_what_is_zero_and_what_that_costs(tmp_path, capsys):
@@ -69,7 +72,7 @@ def test_table_says_what_is_zero_and_what_that_costs(tmp_path, capsys):
     assert rows[0] == ["layers", "count", "inputs", "outputs", "zeros", "%", "pattern"]
     assert rows[6] == ["encoder.layer.intermediate.dense", "2", "128", "512", "89.99", "16x1"]
     assert "until the model is retrained" in out
-    assert models.load(tmp_path / "out").head == "question-answering"
+    assert checkpoints.load(tmp_path / "out").head == "question-answering"
 
 
 def test_json_is_what_lies_in_the_directory(tmp_path, capsys):
@@ -123,7 +126,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys, code, me
 
 
 def test_model_without_weights_is_refused(tmp_path, capsys):
-    models.load(TINY).model.config.save_pretrained(tmp_path / "bare")
+    checkpoints.load(TINY).model.config.save_pretrained(tmp_path / "bare")
     code, _, err = call(capsys, tmp_path / "bare", "-q", "-o", tmp_path / "out")
     assert code == 1 and "cannot be loaded" in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()

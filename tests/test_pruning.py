@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bertile import models, pruning
 from bertile.base.errors import UsageError
+from bertile.export import checkpoints, pruning
 from bertile.numerics.zeros import BLOCKS, analyse
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert", "mpnet")
@@ -48,7 +48,7 @@ def test_something_always_stays():
 
 def pruned(family, sparsity, pattern):
     """A tiny model before and after: its parameters by name, and what is said of its layers."""
-    model = models.load(f"synthetic:{family}-tiny").model
+    model = checkpoints.load(f"synthetic:{family}-tiny").model
     before = {name: one.detach().clone() for name, one in model.named_parameters()}
     rows = pruning.prune(model, family, sparsity, pattern)
     return before, dict(model.named_parameters()), rows
@@ -101,7 +101,7 @@ def test_heads_go_from_all_four_layers(family):
 
 @pytest.mark.parametrize("pattern", ["32x1", "1x16"])
 def test_block_that_does_not_divide_a_layer_is_refused_by_name(pattern):
-    model = models.load("synthetic:bert-odd").model  # 312 channels
+    model = checkpoints.load("synthetic:bert-odd").model  # 312 channels
     with pytest.raises(UsageError, match=r"multiple of \d+ (in|out)puts; encoder.*has 312"):
         pruning.prune(model, "bert", 0.9, pattern)
 

@@ -12,9 +12,10 @@ import test_normalizer as floats
 import torch
 
 import bertile
-from bertile import exporter, loader, models, pruning
+from bertile import loader
 from bertile.config import Config
 from bertile.dense_weights import dense_weights
+from bertile.export import checkpoints, exporter, pruning
 from bertile.graph import Graph
 from bertile.importer import import_onnx
 from bertile.lowering import tasks
@@ -67,7 +68,7 @@ def prunebert(directory, head, most=0.95):
     """As `bertarize` of its authors writes it: pytorch_model.bin with the pooler and the buffer
     that transformers had then, and what pruned it in the config.
     """
-    model = models.load(f"synthetic:bert-tiny:{head}").model
+    model = checkpoints.load(f"synthetic:bert-tiny:{head}").model
     for share, linear in zip(np.linspace(0.8, most, 12), layers_of(model)):
         w = linear.weight.detach().numpy()
         w[~pruning.kept(w, share, "unstructured")] = 0

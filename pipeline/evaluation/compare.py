@@ -21,7 +21,7 @@ from bertile.commands import cache_directory
 from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
-from bertile.models import quiet
+from bertile.export.checkpoints import quiet
 from bertile.numerics.precision import PRECISIONS
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import session

@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 
 import bertile
-from bertile import bench_tables, driver, synthetic
+from bertile import bench_tables, driver
 from bertile.base.errors import UsageError, require
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.evaluation import cuda_bench, cuda_checks
+from bertile.export import synthetic
 from bertile.onnx import samples
 from bertile.onnx.exported import ExportedModel
 from bertile.verifier import TOLERANCES

@@ -16,7 +16,7 @@ from bertile.base.errors import require
 from bertile.base.progress import Progress
 from bertile.evaluation import sections
 from bertile.evaluation.sections import Example, Split
-from bertile.models import quiet
+from bertile.export.checkpoints import quiet
 
 SEED = 20
 EPOCHS = 3
@@ -70,7 +70,7 @@ def accuracy(model: Any, tokenizer: Any, examples: Sequence[Example]) -> float:
 
 
 def _untrained(transformers: Any, labels: Sequence[str]) -> tuple[Any, Any]:
-    from bertile.model_files import find_directory, transformer_directory
+    from bertile.export.files import find_directory, transformer_directory
 
     directory = transformer_directory(find_directory("minilm"))
     with quiet():

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bertile import models
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
-from bertile.model_files import TOKENIZER_FILES, fingerprint
+from bertile.export import checkpoints
+from bertile.export.files import TOKENIZER_FILES, fingerprint
 from bertile.onnx import attention, fusions, rewrites
 from bertile.onnx import quantized as onnx_quantized
 from bertile.onnx.exported import ExportedModel, InputSpec
@@ -54,7 +54,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     check_operators(graph)
     lifted = graph.to_model(opset) if quantized else None
     inputs = input_specs(graph)
-    with models.quiet():
+    with checkpoints.quiet():
         probes = probe(graph, inputs, opset, batch, length)
         max_length, notes = _rewrite(graph, probes, opset)
     check_operators(graph, rewritten=True)
@@ -77,7 +77,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         directory=directory,
         source=str(path),
         sha256=fingerprint(path),
-        family=models.FAMILIES.get(beside.get("model_type"), "unknown"),
+        family=checkpoints.FAMILIES.get(beside.get("model_type"), "unknown"),
         head=head,
         max_length=max_length,
         inputs=inputs,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import activations
 
-from bertile.model_files import Pooling
-from bertile.models import AFTER_PADDING, Checkpoint
+from bertile.export.checkpoints import AFTER_PADDING, Checkpoint
+from bertile.export.files import Pooling
 
 MASKED = -10000.0  # exp() of it is 0 in float32, and float16 can hold it
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertile import pruning, synthetic
 from bertile.base.errors import ModelError, UsageError, nearest, require
-from bertile.model_files import (
+from bertile.export import pruning, synthetic
+from bertile.export.files import (
     TOKENIZER_FILES,
     Pooling,
     find_directory,

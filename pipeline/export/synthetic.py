@@ -7,9 +7,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bertile import pruning
 from bertile.base.errors import UsageError, nearest, require
 from bertile.config import HEADS
+from bertile.export import pruning
 
 SEED = 20
 

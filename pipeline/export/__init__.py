@@ -1,0 +1,4 @@
+"""Turns a model (a directory, a hub id, an object) into a canonical ONNX file, checked against torch.
+
+May import: `onnx` and what stands before it.
+"""
