@@ -13,7 +13,7 @@ from tvm import relax
 
 from bertile import codegen
 from bertile.chooser import Chooser
-from bertile.graph import Graph
+from bertile.graph.graph import Graph
 from bertile.loader import LIBRARY
 from bertile.lowering import Lowered, lower
 from bertile.schedules.cpu.generic import is_kernel, schedule_generic

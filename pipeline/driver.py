@@ -144,13 +144,13 @@ class _Run:
         """The optimized graph with the plan that the configuration asks for."""
         if self._graph is None:
             with self.progress.stage("import"):
-                from bertile import importer, optimizer
+                from bertile.graph import importer, order
 
                 graph = importer.import_onnx(self.exported)
             with self.progress.stage("optimize") as stage:
                 dump = self.config.dump_ir
-                dumps = [optimizer.dump_to(Path(dump))] if dump else []
-                graph = optimizer.optimize(graph, *dumps)
+                dumps = [order.dump_to(Path(dump))] if dump else []
+                graph = order.optimize(graph, *dumps)
                 stage.detail = f"IR in {dump}" if dump else ""
             self._graph = self._with_plan(graph)
         return self._graph

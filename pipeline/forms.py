@@ -15,10 +15,10 @@ from typing import Any
 
 from tvm import relax
 
-from bertile import ops
-from bertile.graph import Graph
+from bertile.graph import ops
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, shape, variables
 from bertile.numerics.precision import LayerPlan
-from bertile.passes.rewriting import Dataflow, shape, variables
 from bertile.schedules.task import Task
 
 

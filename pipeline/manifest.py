@@ -11,10 +11,11 @@ from typing import Any
 
 import tvm
 
-from bertile import optimizer, sparse_choice
+from bertile import sparse_choice
 from bertile.builder import Built
 from bertile.config import Config
-from bertile.graph import Graph
+from bertile.graph import order
+from bertile.graph.graph import Graph
 from bertile.onnx.exported import ExportedModel
 from bertile.targets.rows import Target
 
@@ -40,7 +41,7 @@ def describe(
         "inputs": [dataclasses.asdict(spec) for spec in exported.inputs],
         "outputs": _outputs(graph),
         "static": {"batch": exported.batch, "length": exported.length},
-        "passes": optimizer.pass_names(),
+        "passes": order.pass_names(),
         "kernels": built.kernels,
         "fallthrough": built.fallthrough,
         "notes": list(exported.notes),

@@ -12,11 +12,12 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from bertile import builder, loader, ops, work
+from bertile import builder, loader, work
 from bertile.chooser import Chooser
-from bertile.graph import Graph
+from bertile.graph import ops
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, normalized
 from bertile.numerics.histogram import Histogram
-from bertile.passes.rewriting import Dataflow, normalized
 from bertile.targets.rows import Target, of_this_machine
 from bertile.tuning_log import TuningLog
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from tvm import relax
 
-from bertile import ops
 from bertile.base.errors import PlatformError
 from bertile.forms import Forms
-from bertile.graph import Graph
+from bertile.graph import ops
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, rewrite
 from bertile.numerics.precision import LayerPlan
-from bertile.passes.rewriting import Dataflow, rewrite
 from bertile.schedules.task import Task
 from bertile.sparse_choice import SparseChoice
 from bertile.targets.rows import Target

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from bertile import accuracy, calibration, ops, planner, ranges
+from bertile import accuracy, calibration, planner, ranges
 from bertile.base.tables import table
 from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
-from bertile.graph import Graph
+from bertile.graph import ops
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow
 from bertile.numerics.eight_bit import layer_report
 from bertile.numerics.precision import LayerPlan, Plan
 from bertile.observer import Arrays, Observation, Observer
-from bertile.passes.rewriting import Dataflow
 from bertile.targets.rows import Target
 
 # What a graph whose operators have their precisions answers to the texts of a dataset.

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tvm import relax
 
-from bertile import ops
 from bertile.base.tables import table
 from bertile.forms import Forms
-from bertile.graph import Graph
+from bertile.graph import ops
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, rewrite
 from bertile.numerics.precision import Plan, ZerosPlan
 from bertile.numerics.zeros import Sparsity, analyse, density
-from bertile.passes.rewriting import Dataflow, rewrite
 from bertile.schedules.cpu.product import group
 from bertile.schedules.task import Task
 from bertile.sparse_costs import relative_time

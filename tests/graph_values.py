@@ -8,7 +8,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from bertile.graph import Graph
+from bertile.graph.graph import Graph
 from bertile.numerics.eight_bit import quantize_input
 from bertile.schedules.reference import apply_activation, softmax
 

@@ -13,12 +13,12 @@ from tvm import relax, tirx
 
 from bertile import builder
 from bertile.chooser import Chooser
-from bertile.importer import import_onnx
+from bertile.graph.importer import import_onnx
+from bertile.graph.order import optimize
 from bertile.loader import token_blocks
 from bertile.lowering import lower
 from bertile.onnx.exported import ExportedModel, InputSpec
 from bertile.onnx.samples import largest_difference, run_onnx, sample
-from bertile.optimizer import optimize
 from bertile.targets import rows
 from bertile.tuning_log import TuningLog
 

@@ -145,7 +145,7 @@ def test_key_depends_on_stage_and_parts() -> None:
     assert base == key("export.exporter", Config(), b"weights", {"b": None, "a": 1})
     assert base.startswith("exporter-")
     others = [
-        key("importer", Config(), b"weights", {"a": 1, "b": None}),
+        key("graph.importer", Config(), b"weights", {"a": 1, "b": None}),
         key("export.exporter", Config(threads=1), b"weights", {"a": 1, "b": None}),
         key("export.exporter", Config(), b"other", {"a": 1, "b": None}),
         key("export.exporter", Config(), b"weights", {"a": "1", "b": None}),

@@ -9,7 +9,7 @@ import tvm
 from tvm import relax
 
 from bertile.base.errors import ModelError
-from bertile.importer import TABLE, import_onnx
+from bertile.graph.importer import TABLE, import_onnx
 from bertile.onnx.exported import ExportedModel, InputSpec
 
 MODEL = """

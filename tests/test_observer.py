@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from bertile.export import checkpoints
-from bertile.importer import import_onnx
+from bertile.graph.importer import import_onnx
+from bertile.graph.order import optimize
 from bertile.observer import KEPT_ROWS, Observer, layer_inputs, observe
 from bertile.onnx.samples import sample
-from bertile.optimizer import optimize
 from bertile.targets import rows as targets
 
 # float32 in another order, through two layers

@@ -13,10 +13,10 @@ from tvm import relax
 from tvm.relax import op
 
 import bertile.passes
-from bertile import optimizer
-from bertile.graph import Graph
-from bertile.importer import TABLE
-from bertile.passes.rewriting import normalized
+from bertile.graph import order
+from bertile.graph.graph import Graph
+from bertile.graph.importer import TABLE
+from bertile.graph.rewriting.dataflow import normalized
 
 SHARED = {"folding", "linear", "resizing", "rewriting"}  # what passes are written with
 
@@ -42,21 +42,21 @@ def graph() -> Graph:
 
 def test_every_pass_is_in_the_list_once():
     files = {module.name for module in pkgutil.iter_modules(bertile.passes.__path__)}
-    names = optimizer.pass_names()
+    names = order.pass_names()
     assert set(names) == files - SHARED
     assert [name for name in set(names) if names.count(name) > 1] == ["simplify"]
 
 
 def test_every_pass_has_the_name_of_its_file_and_a_test():
     tests = Path(__file__).parent / "passes"
-    for name in optimizer.pass_names():
+    for name in order.pass_names():
         module = importlib.import_module(f"bertile.passes.{name}")
         assert getattr(module, name).__module__ == module.__name__
         assert (tests / f"test_{name}.py").exists()
 
 
 def test_optimizing_fuses_the_layer(graph):
-    found = optimizer.optimize(graph)
+    found = order.optimize(graph)
     (block,) = found.main.body.blocks
     (call,) = (b.value for b in block.bindings if isinstance(b.value, relax.Call))
     assert call.op.name == "bertile.dense" and call.attrs["activation"] == "gelu"
@@ -64,19 +64,19 @@ def test_optimizing_fuses_the_layer(graph):
 
 def test_optimizing_leaves_its_argument_as_it_was(graph):
     before = graph.mod.script()
-    optimizer.optimize(graph)
+    order.optimize(graph)
     assert graph.mod.script() == before
 
 
 def test_optimizing_twice_changes_nothing(graph):
-    once = optimizer.optimize(graph)
-    twice = optimizer.optimize(once)
+    once = order.optimize(graph)
+    twice = order.optimize(once)
     tvm.ir.assert_structural_equal(once.main, twice.main)
 
 
 def test_dump_is_called_after_each_phase(graph):
     seen = {}
-    found = optimizer.optimize(graph, lambda phase, result: seen.update({phase: result}))
+    found = order.optimize(graph, lambda phase, result: seen.update({phase: result}))
     assert list(seen) == ["imported", "simplified", "fused", "folded"]
     assert seen["imported"] is graph
     assert seen["folded"] is found
@@ -84,7 +84,7 @@ def test_dump_is_called_after_each_phase(graph):
 
 def test_dump_to_writes_one_numbered_module_per_phase(graph, tmp_path):
     directory = tmp_path / "deep" / "ir"
-    optimizer.optimize(graph, optimizer.dump_to(directory))
+    order.optimize(graph, order.dump_to(directory))
     files = sorted(path.name for path in directory.iterdir())
     assert files == ["1-imported.py", "2-simplified.py", "3-fused.py", "4-folded.py"]
     assert "R.matmul" in (directory / "1-imported.py").read_text()
@@ -92,7 +92,7 @@ def test_dump_to_writes_one_numbered_module_per_phase(graph, tmp_path):
 
 
 def test_each_pass_gives_a_well_formed_module(graph):
-    for _, passes in optimizer.PHASES:
+    for _, passes in order.PHASES:
         for apply in passes:
             graph = apply(graph)
             relax.analysis.well_formed(graph.mod)  # raises where it is not

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bertile import builder, importer, loader, ops, optimizer, planner
+from bertile import builder, loader, planner
 from bertile.base.errors import PlatformError
 from bertile.chooser import Chooser
 from bertile.forms import FP32, QKV, Form, Forms
+from bertile.graph import importer, ops, order
 from bertile.lowering import tasks
 from bertile.numerics.precision import LayerPlan
 from bertile.onnx.samples import sample, session
@@ -24,7 +25,7 @@ BF16, VNNI, PLAIN = (
 
 @pytest.fixture(scope="module")
 def graph(exported):
-    return optimizer.optimize(importer.import_onnx(exported))
+    return order.optimize(importer.import_onnx(exported))
 
 
 def layers(graph):

@@ -7,9 +7,9 @@ import test_normalizer as forms
 from onnx import numpy_helper
 
 import bertile
-from bertile import importer, optimizer
 from bertile.base.errors import NumericMismatchError
 from bertile.config import Config
+from bertile.graph import importer, order
 from bertile.onnx import normalizer
 from bertile.onnx.samples import sample, session
 
@@ -97,7 +97,7 @@ def assert_same_ranges(got, want):
 
 
 def plan_of(exported):
-    graph = optimizer.optimize(importer.import_onnx(exported))
+    graph = order.optimize(importer.import_onnx(exported))
     assert not [op for op in ("quantize", "fake_quantize") if op in graph.mod.script()]
     return graph
 

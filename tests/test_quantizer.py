@@ -14,11 +14,11 @@ from bertile.cli import main
 from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.sentences import sentences
-from bertile.importer import import_onnx
+from bertile.graph.importer import import_onnx
+from bertile.graph.order import optimize
 from bertile.numerics.precision import LayerPlan
 from bertile.observer import layer_inputs
 from bertile.onnx.samples import sample
-from bertile.optimizer import optimize
 from bertile.quantizer import Quantizer, smoothable
 from bertile.targets import rows as targets
 

@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from bertile import importer, lowering, ops, optimizer, planner, sparse_choice
+from bertile import lowering, planner, sparse_choice
 from bertile.forms import Forms
+from bertile.graph import importer, ops, order
 from bertile.numerics.precision import LayerPlan
 from bertile.schedules.task import Task
 from bertile.sparse_choice import SparseChoice, alternatives, rounded, sparse_task
@@ -21,7 +22,7 @@ ROW = resolve("x86-avx512-vnni", threads=2)
 
 @pytest.fixture(scope="module")
 def graph(exported):
-    return optimizer.optimize(importer.import_onnx(exported))
+    return order.optimize(importer.import_onnx(exported))
 
 
 def pruned(graph, share=0.9, group=4, names=None):

@@ -16,8 +16,9 @@ from bertile import loader
 from bertile.config import Config
 from bertile.dense_weights import dense_weights
 from bertile.export import checkpoints, exporter, pruning
-from bertile.graph import Graph
-from bertile.importer import import_onnx
+from bertile.graph.graph import Graph
+from bertile.graph.importer import import_onnx
+from bertile.graph.order import optimize
 from bertile.lowering import tasks
 from bertile.numerics.eight_bit import quantize_weights, weight_scales
 from bertile.numerics.precision import LayerPlan
@@ -25,7 +26,6 @@ from bertile.numerics.zeros import analyse
 from bertile.observer import layer_inputs
 from bertile.onnx import normalizer
 from bertile.onnx.samples import sample, session
-from bertile.optimizer import optimize
 from bertile.planner import plan_layers
 from bertile.quantizer import Quantizer
 from bertile.schedules.task import Task

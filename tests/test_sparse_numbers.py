@@ -10,19 +10,10 @@ import pytest
 from test_planner import BF16, PLAIN, VNNI, compiled
 from test_sparse_choice import layers, pruned
 
-from bertile import (
-    builder,
-    cli,
-    driver,
-    importer,
-    inspector,
-    loader,
-    lowering,
-    optimizer,
-    planner,
-)
+from bertile import builder, cli, driver, inspector, loader, lowering, planner
 from bertile.chooser import Chooser
 from bertile.config import Config
+from bertile.graph import importer, order
 from bertile.numerics.precision import LayerPlan
 from bertile.schedules.cpu import SCHEDULES
 from bertile.tuning_log import TuningLog
@@ -34,7 +25,7 @@ SIZES = ((2, 21), (1, 70))
 @pytest.fixture(scope="module")
 def graph(exported):
     """The two-layer model with nine of ten blocks of 4 inputs zero."""
-    return pruned(optimizer.optimize(importer.import_onnx(exported)))
+    return pruned(order.optimize(importer.import_onnx(exported)))
 
 
 def both(graph, precision, row, tmp_path, exported, sizes=SIZES):
@@ -120,7 +111,7 @@ def test_work_is_the_multiply_adds_that_are_done(graph, tmp_path):
 
 def test_layers_that_share_weights_store_them_once(tmp_path):
     exported = driver.export_cached("synthetic:albert-tiny", Config())
-    graph = pruned(optimizer.optimize(importer.import_onnx(exported)))
+    graph = pruned(order.optimize(importer.import_onnx(exported)))
     planned = planner.plan_layers(graph, "int8", VNNI, sparse="always")
 
     def choose(task):

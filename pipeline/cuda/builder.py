@@ -17,7 +17,7 @@ from bertile.cuda.cubin import Resources
 from bertile.cuda.emulated_model import SOURCE
 from bertile.cuda.lowering import lower
 from bertile.cuda_loader import CUBIN, PLAN, PTX
-from bertile.graph import Graph
+from bertile.graph.graph import Graph
 from bertile.targets.rows import Target
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from bertile import ops
 from bertile.base.errors import ModelError
 from bertile.cuda.forms import DTYPES
 from bertile.dense_weights import Arrays
 from bertile.forms import FP32, Form
+from bertile.graph import ops
+from bertile.graph.rewriting.dataflow import shape
 from bertile.lowering import Lowered, Lowering
-from bertile.passes.rewriting import shape
 from bertile.schedules.cuda.forms import BLOCK, pitch
 from bertile.schedules.task import Task
 

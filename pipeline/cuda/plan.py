@@ -13,13 +13,13 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
-from bertile import ops
 from bertile.base.errors import ModelError
 from bertile.cuda import generic
 from bertile.cuda.extents import extent, product, with_names
 from bertile.cuda.lowering import PREFIX
-from bertile.graph import Graph
-from bertile.importer import TABLE
+from bertile.graph import ops
+from bertile.graph.graph import Graph
+from bertile.graph.importer import TABLE
 from bertile.lowering import Lowered
 from bertile.schedules.cuda.source import Extent, Kernel
 from bertile.targets.rows import Target

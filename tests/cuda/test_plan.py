@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from bertile import chooser, optimizer, planner
+from bertile import chooser, planner
 from bertile.base.errors import BertileError, ModelError
 from bertile.cuda import builder, cubin, plan
 from bertile.cuda.lowering import lower
-from bertile.importer import import_onnx
+from bertile.graph import order
+from bertile.graph.importer import import_onnx
 from bertile.targets.rows import resolve
 from bertile.tuning_log import TuningLog
 
 
 @pytest.fixture(scope="module")
 def graph(exported):
-    return optimizer.optimize(import_onnx(exported))
+    return order.optimize(import_onnx(exported))
 
 
 def planned(graph, precision):

@@ -16,9 +16,9 @@ from bertile.builder import Built
 from bertile.config import Config
 from bertile.cuda import emulated_model, emulator, plan
 from bertile.cuda.lowering import lower
-from bertile.importer import import_onnx
+from bertile.graph.importer import import_onnx
+from bertile.graph.order import optimize
 from bertile.onnx.samples import largest_difference, run_onnx
-from bertile.optimizer import optimize
 from bertile.targets.rows import resolve
 from bertile.tuning_log import TuningLog
 from bertile.verifier import ON_GPU

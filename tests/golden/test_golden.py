@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bertile.importer import import_onnx
+from bertile.graph.importer import import_onnx
+from bertile.graph.order import optimize
 from bertile.lowering import lower
-from bertile.optimizer import optimize
 from bertile.schedules.cpu import SCHEDULES
 from bertile.targets.rows import resolve
 

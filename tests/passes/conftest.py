@@ -9,9 +9,9 @@ import pytest
 import tvm
 from tvm import relax
 
-from bertile.graph import Graph
-from bertile.importer import TABLE
-from bertile.passes.rewriting import normalized
+from bertile.graph.graph import Graph
+from bertile.graph.importer import TABLE
+from bertile.graph.rewriting.dataflow import normalized
 
 CHANNELS = 8
 

@@ -10,9 +10,9 @@ import pytest
 import tvm
 from tvm.relax import op
 
-from bertile import ops
+from bertile.graph import ops
+from bertile.graph.passes.collect_quantization import collect_quantization
 from bertile.numerics.precision import LayerPlan
-from bertile.passes.collect_quantization import collect_quantization
 
 LAYER = {"w": (8, 4), "b": (4,)}
 TWO = {**LAYER, "v": (8, 4), "c": (4,)}

@@ -8,8 +8,8 @@ import tvm
 from tvm import relax
 from tvm.relax import op
 
-from bertile import ops
-from bertile.passes.fold_weights import fold_weights, joined
+from bertile.graph import ops
+from bertile.graph.passes.fold_weights import fold_weights, joined
 
 PAIR = {"a": (8, 6), "b": (8, 6)}
 

@@ -6,8 +6,8 @@ import pytest
 from tvm import relax
 from tvm.relax import op
 
-from bertile import ops
-from bertile.passes.fuse_attention import fuse_attention
+from bertile.graph import ops
+from bertile.graph.passes.fuse_attention import fuse_attention
 
 HEADS, SIZE, WIDTH = 2, 4, 8
 MASK = ("batch", 1, 1, "length")

@@ -7,8 +7,8 @@ import pytest
 from tvm import relax
 from tvm.relax import op
 
-from bertile import ops
-from bertile.passes.fuse_dense import fuse_dense
+from bertile.graph import ops
+from bertile.graph.passes.fuse_dense import fuse_dense
 
 WEIGHTS = {"w": (8, 6), "b": (6,)}
 ZEROS = relax.const(np.zeros(6, "float32"))

@@ -7,8 +7,8 @@ import pytest
 from tvm import relax
 from tvm.relax import op
 
-from bertile import ops
-from bertile.passes.fuse_embedding import fuse_embedding
+from bertile.graph import ops
+from bertile.graph.passes.fuse_embedding import fuse_embedding
 
 EPSILON = 1e-12
 WEIGHTS = {"words": (100, 8), "types": (2, 8), "places": (64, 8), "gamma": (8,), "beta": (8,)}

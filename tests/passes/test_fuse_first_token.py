@@ -7,8 +7,8 @@ import pytest
 from tvm import relax
 from tvm.relax import op
 
-from bertile import ops
-from bertile.passes.fuse_first_token import fuse_first_token
+from bertile.graph import ops
+from bertile.graph.passes.fuse_first_token import fuse_first_token
 
 WEIGHTS = {"gamma": (8,), "beta": (8,)}
 

@@ -6,7 +6,7 @@ import pytest
 from tvm import relax
 from tvm.relax import op
 
-from bertile.passes.fuse_gelu import fuse_gelu
+from bertile.graph.passes.fuse_gelu import fuse_gelu
 
 ROOT_HALF = 0.7071067811865476
 ROOT_TWO = 1.4142135623730951

@@ -7,8 +7,8 @@ import pytest
 from tvm import relax
 from tvm.relax import op
 
-from bertile import ops
-from bertile.passes.fuse_layer_norm import fuse_layer_norm
+from bertile.graph import ops
+from bertile.graph.passes.fuse_layer_norm import fuse_layer_norm
 
 WEIGHTS = {"gamma": (8,), "beta": (8,)}
 EPSILON = float(np.float32(1e-5))

@@ -6,7 +6,7 @@ import pytest
 from tvm import relax
 from tvm.relax import op
 
-from bertile.passes.fuse_qkv import fuse_qkv
+from bertile.graph.passes.fuse_qkv import fuse_qkv
 
 WEIGHTS = {
     "wq": (8, 8),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from tvm.relax import op
 
-from bertile.passes.linear import linear
-from bertile.passes.rewriting import Dataflow
+from bertile.graph.rewriting.dataflow import Dataflow
+from bertile.graph.rewriting.linear import linear
 
 
 def last_of(graph, build, **kwargs):

@@ -7,8 +7,8 @@ import pytest
 from tvm import relax
 from tvm.relax import op
 
-from bertile import ops
-from bertile.passes.read_quantization import read_quantization
+from bertile.graph import ops
+from bertile.graph.passes.read_quantization import read_quantization
 
 
 def constant(value, dtype="float32"):

@@ -11,11 +11,11 @@ from graph_values import evaluate
 from tvm import relax
 from tvm.relax import op
 
-from bertile import ops
+from bertile.graph import ops
+from bertile.graph.passes.remove_zeros import remove_zeros
+from bertile.graph.rewriting.dataflow import Dataflow
 from bertile.numerics.precision import LayerPlan
 from bertile.numerics.zeros import analyse
-from bertile.passes.remove_zeros import remove_zeros
-from bertile.passes.rewriting import Dataflow
 
 C, N, HEADS, SIZE = 32, 64, 4, 16
 WIDTH = HEADS * SIZE

@@ -8,7 +8,14 @@ import tvm
 from tvm import relax
 from tvm.relax import op
 
-from bertile.passes.rewriting import Dataflow, normalized, replace, rewrite, same_shape, shape
+from bertile.graph.rewriting.dataflow import (
+    Dataflow,
+    normalized,
+    replace,
+    rewrite,
+    same_shape,
+    shape,
+)
 
 
 def flow_of(graph, build, **kwargs):

@@ -6,7 +6,7 @@ import pytest
 from tvm import relax
 from tvm.relax import op
 
-from bertile.passes.simplify import simplify
+from bertile.graph.passes.simplify import simplify
 
 
 def c(value, dtype="int64"):

@@ -18,11 +18,11 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from bertile.graph import Graph
+from bertile.graph.graph import Graph
+from bertile.graph.ops import is_call
+from bertile.graph.passes.fold_weights import fold_weights
+from bertile.graph.rewriting.dataflow import Dataflow, replace
 from bertile.numerics.precision import LayerPlan
-from bertile.ops import is_call
-from bertile.passes.fold_weights import fold_weights
-from bertile.passes.rewriting import Dataflow, replace
 
 WHY = "quantized in the model's file"
 

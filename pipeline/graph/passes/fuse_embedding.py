@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from bertile import ops
-from bertile.graph import Graph
-from bertile.passes.rewriting import Dataflow, rewrite, shape, static
+from bertile.graph import ops
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, rewrite, shape, static
 
 
 def fuse_embedding(graph: Graph) -> Graph:

@@ -17,9 +17,9 @@ from tvm import relax
 from tvm.relax.frontend.onnx import from_onnx
 
 from bertile.base.errors import ModelError
-from bertile.graph import Graph
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import normalized
 from bertile.onnx.exported import ExportedModel
-from bertile.passes.rewriting import normalized
 
 TABLE = "blocks"  # the parameter that says where each block of tokens lies, see loader.token_blocks
 

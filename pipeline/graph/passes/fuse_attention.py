@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import tvm_ffi
 from tvm import relax
 
-from bertile import ops
-from bertile.graph import Graph
-from bertile.passes.rewriting import Dataflow, rewrite, shape, static
+from bertile.graph import ops
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, rewrite, shape, static
 
 
 def fuse_attention(graph: Graph) -> Graph:

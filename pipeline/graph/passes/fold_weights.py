@@ -16,9 +16,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from bertile.graph import Graph
-from bertile.passes.folding import FOLDED
-from bertile.passes.rewriting import Dataflow, replace, shape, static
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, replace, shape, static
+from bertile.graph.rewriting.folding import FOLDED
 
 
 def fold_weights(graph: Graph) -> Graph:

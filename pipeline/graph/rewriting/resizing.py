@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from bertile.graph import Graph
-from bertile.passes.rewriting import Dataflow, replace
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, replace
 
 
 class Resized:

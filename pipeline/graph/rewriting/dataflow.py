@@ -10,9 +10,9 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
-from bertile.graph import Graph
-from bertile.ops import is_call
-from bertile.passes.folding import FOLDED
+from bertile.graph.graph import Graph
+from bertile.graph.ops import is_call
+from bertile.graph.rewriting.folding import FOLDED
 
 Rule = Callable[["Dataflow", relax.Call], Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from bertile.passes.rewriting import Dataflow, shape, static
+from bertile.graph.rewriting.dataflow import Dataflow, shape, static
 
 
 @dataclass(frozen=True)

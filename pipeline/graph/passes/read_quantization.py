@@ -10,9 +10,9 @@ from typing import Any
 
 from tvm import relax
 
-from bertile import ops
-from bertile.graph import Graph
-from bertile.passes.rewriting import Dataflow, rewrite
+from bertile.graph import ops
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, rewrite
 
 
 def read_quantization(graph: Graph) -> Graph:

@@ -13,8 +13,8 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from bertile.graph import Graph
-from bertile.passes.rewriting import Dataflow, rewrite, same_shape
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, rewrite, same_shape
 
 
 def simplify(graph: Graph) -> Graph:

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from bertile import ops
-from bertile.graph import Graph
+from bertile.graph import ops
+from bertile.graph.graph import Graph
+from bertile.graph.ops import is_call
+from bertile.graph.rewriting.dataflow import Dataflow, shape
+from bertile.graph.rewriting.resizing import Resized
 from bertile.numerics.eight_bit import quantize_input
 from bertile.numerics.zeros import BLOCKS, analyse
-from bertile.ops import is_call
-from bertile.passes.resizing import Resized
-from bertile.passes.rewriting import Dataflow, shape
 from bertile.schedules.reference import apply_activation
 
 # What is left is a multiple of this: of the four lanes, each of four channels in 8 bits, that a

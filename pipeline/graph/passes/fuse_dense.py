@@ -13,10 +13,10 @@ from typing import Any
 
 from tvm import relax
 
-from bertile import ops
-from bertile.graph import Graph
-from bertile.passes.linear import linear
-from bertile.passes.rewriting import Dataflow, rewrite, same_shape
+from bertile.graph import ops
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, rewrite, same_shape
+from bertile.graph.rewriting.linear import linear
 
 ACTIVATIONS = {"nn.gelu": "gelu", "nn.gelu_tanh": "gelu_tanh", "nn.relu": "relu", "tanh": "tanh"}
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from tvm import relax
 
-from bertile.graph import Graph
-from bertile.passes.rewriting import Dataflow, rewrite
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, rewrite
 
 
 def fuse_gelu(graph: Graph) -> Graph:

@@ -7,19 +7,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bertile.graph import Graph
-from bertile.passes.collect_quantization import collect_quantization
-from bertile.passes.fold_weights import fold_weights
-from bertile.passes.fuse_attention import fuse_attention
-from bertile.passes.fuse_dense import fuse_dense
-from bertile.passes.fuse_embedding import fuse_embedding
-from bertile.passes.fuse_first_token import fuse_first_token
-from bertile.passes.fuse_gelu import fuse_gelu
-from bertile.passes.fuse_layer_norm import fuse_layer_norm
-from bertile.passes.fuse_qkv import fuse_qkv
-from bertile.passes.read_quantization import read_quantization
-from bertile.passes.remove_zeros import remove_zeros
-from bertile.passes.simplify import simplify
+from bertile.graph.graph import Graph
+from bertile.graph.passes.collect_quantization import collect_quantization
+from bertile.graph.passes.fold_weights import fold_weights
+from bertile.graph.passes.fuse_attention import fuse_attention
+from bertile.graph.passes.fuse_dense import fuse_dense
+from bertile.graph.passes.fuse_embedding import fuse_embedding
+from bertile.graph.passes.fuse_first_token import fuse_first_token
+from bertile.graph.passes.fuse_gelu import fuse_gelu
+from bertile.graph.passes.fuse_layer_norm import fuse_layer_norm
+from bertile.graph.passes.fuse_qkv import fuse_qkv
+from bertile.graph.passes.read_quantization import read_quantization
+from bertile.graph.passes.remove_zeros import remove_zeros
+from bertile.graph.passes.simplify import simplify
 
 Pass = Callable[[Graph], Graph]
 

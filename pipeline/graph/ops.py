@@ -158,7 +158,7 @@ _TYPES: dict[str, Callable[[relax.Call, Any], relax.TensorType]] = {
 
 def _register() -> None:
     for name, infer in _TYPES.items():
-        _ffi_api.RegisterOp(f"bertile.{name}", "see bertile.ops")
+        _ffi_api.RegisterOp(f"bertile.{name}", "see bertile.graph.ops")
         register_op_attr(f"bertile.{name}", "FInferType", infer)
         register_op_attr(f"bertile.{name}", "FPurity", True)
         register_op_attr(f"bertile.{name}", "TScriptPrinterName", f"bertile.{name}")

@@ -12,9 +12,9 @@ from typing import Any
 
 from tvm import relax
 
-from bertile.graph import Graph
-from bertile.passes.linear import linear
-from bertile.passes.rewriting import Dataflow, rewrite
+from bertile.graph.graph import Graph
+from bertile.graph.rewriting.dataflow import Dataflow, rewrite
+from bertile.graph.rewriting.linear import linear
 
 
 def fuse_qkv(graph: Graph) -> Graph:

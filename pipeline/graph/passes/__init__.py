@@ -1,0 +1,1 @@
+"""The passes over the graph, one a module; `bertile.graph.order` says in which order they run."""

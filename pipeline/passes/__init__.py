@@ -1,1 +1,0 @@
-"""Graph passes, one per file; their order stands in ``bertile.optimizer``."""
