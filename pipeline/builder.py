@@ -11,8 +11,8 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from bertile import codegen
 from bertile.chooser import Chooser
+from bertile.codegen import llvm
 from bertile.graph.graph import Graph
 from bertile.loader import LIBRARY
 from bertile.lowering import Lowered, lower
@@ -51,7 +51,7 @@ def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
     executable = compile_module(mod, target)
     library.parent.mkdir(parents=True, exist_ok=True)
     executable.export_library(
-        str(library), fcompile=lambda out, objects, options=None: codegen.link(row, out, objects)
+        str(library), fcompile=lambda out, objects, options=None: llvm.link(row, out, objects)
     )
     kernels = [
         kernel_entry(task, count, *chooser.choices[task]) | _nonzeros(task, lowered)
@@ -98,7 +98,7 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
         relax.transform.VMShapeLower(),
         relax.transform.AttachGlobalSymbol(),
     ]
-    with codegen.context():
+    with llvm.context():
         return relax.build(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
 
 

@@ -159,7 +159,7 @@ def _linker() -> Check:
 
 
 def _cuda() -> Check:
-    from bertile.cuda import compiler
+    from bertile.codegen.cuda import compiler
     from bertile.targets import detect
 
     card = detect.gpu()

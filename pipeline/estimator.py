@@ -16,8 +16,9 @@ from typing import Any
 
 import tvm
 
-from bertile import codegen, loop_marks, mca
+from bertile import loop_marks, mca
 from bertile.base.errors import PlatformError
+from bertile.codegen import llvm
 from bertile.loop_walk import Walk
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
@@ -171,7 +172,7 @@ class Code:
 
 def assembly(func: tvm.tirx.PrimFunc, row: Target) -> str:
     """The text that LLVM makes of a kernel."""
-    return codegen.compiled(func, row).inspect_source("asm")
+    return llvm.compiled(func, row).inspect_source("asm")
 
 
 def blocks(text: str) -> list[Block]:

@@ -20,7 +20,7 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 
-from bertile import codegen
+from bertile.codegen import llvm
 from bertile.loop_marks import FUNCTION, linked, sequence
 from bertile.targets.rows import Target
 
@@ -49,7 +49,7 @@ class Walk:
         state = tirx.decl_buffer((self._size(),), "int64", "state")
         body = linked(_Counter(func, counts, state, threads).of(func.body), _touch(caches))
         counter = tirx.PrimFunc([*func.params, counts, state], body, attrs=func.attrs)
-        self._run = codegen.build_kernel(counter, here)
+        self._run = llvm.build_kernel(counter, here)
 
     def passes(self, arguments: Sequence[np.ndarray]) -> Passes:
         """Go through the kernel with these arguments, from empty caches."""

@@ -23,7 +23,7 @@ import numpy as np
 from bertile import tuner
 from bertile.base.errors import BertileError
 from bertile.base.progress import Progress
-from bertile.codegen import export_kernel
+from bertile.codegen.llvm import export_kernel
 from bertile.config import Config
 from bertile.proposer import propose
 from bertile.schedules import trial_sample

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from bertile.codegen import export_kernel
+from bertile.codegen.llvm import export_kernel
 from bertile.device import session
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES

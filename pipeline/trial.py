@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from bertile.codegen import build_kernel
+from bertile.codegen.llvm import build_kernel
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.peak import peak_gflops

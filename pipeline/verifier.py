@@ -93,7 +93,7 @@ def surroundings(row: Target) -> Any:
     """What beside Python modules decides how a bundle for `row` is made and checked here."""
     if row.gpu is None:
         return opener.cannot_run(row)
-    from bertile.cuda import compiler
+    from bertile.codegen.cuda import compiler
     from bertile.targets import detect
 
     card = detect.gpu()

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bertile.cuda import compiler, cubin, emulator
+from bertile.codegen.cuda import compiler, cubin
+from bertile.cuda import emulator
 from bertile.schedules.cuda import SCHEDULES
 from bertile.targets import rows
 

@@ -21,7 +21,7 @@ import pytest
 import tvm
 import tvm_ffi.libinfo
 
-from bertile import codegen
+from bertile.codegen import llvm
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Sample
 from bertile.targets.rows import Target, tvm_target
@@ -95,7 +95,7 @@ class Emulated:
             for name, func in zip(names, self.kernels.values())
         }
         built, table = self.directory / "kernels.o", self.directory / "table.c"
-        with codegen.context():
+        with llvm.context():
             library = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target(self.row))
         library.write_to_file(str(built), "o")
         declared = "".join(f"extern int __tvm_ffi_{name}();\n" for name in names)

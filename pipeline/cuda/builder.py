@@ -12,8 +12,9 @@ from typing import Any
 from bertile.base.errors import BertileError
 from bertile.builder import Built, kernel_entry
 from bertile.chooser import Chooser
-from bertile.cuda import compiler, cubin, plan
-from bertile.cuda.cubin import Resources
+from bertile.codegen.cuda import compiler, cubin
+from bertile.codegen.cuda.cubin import Resources
+from bertile.cuda import plan
 from bertile.cuda.emulated_model import SOURCE
 from bertile.cuda.lowering import lower
 from bertile.cuda_loader import CUBIN, PLAN, PTX

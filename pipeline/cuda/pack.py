@@ -25,8 +25,8 @@ from typing import Any
 from bertile import tuner
 from bertile.base.errors import PlatformError
 from bertile.base.progress import Progress
+from bertile.codegen.cuda.candidates import build
 from bertile.cuda import rates
-from bertile.cuda.candidates import build
 from bertile.loader import available_cores
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task

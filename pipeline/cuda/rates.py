@@ -62,7 +62,7 @@ INSTRUCTIONS = {
 
 def build(row: Target) -> bytes:
     """The cubin of all of them; the row is one with asynchronous copies, from cuda-sm80 on."""
-    from bertile.cuda import compiler  # where this measures there is none
+    from bertile.codegen.cuda import compiler  # where this measures there is none
 
     text = "".join(one.text(f"rate_{name}") for name, one in INSTRUCTIONS.items())
     return compiler.find().run(compiler.prelude() + text, compiler.machine(row))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import PlatformError
-from bertile.cuda.candidates import build
+from bertile.codegen.cuda.candidates import build
 from bertile.cuda.card import Card
 from bertile.cuda.measure import TRIAL_SECONDS
 from bertile.cuda.remote_trial import SESSION_SECONDS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bertile.base.errors import BertileError, PlatformError
-from bertile.cuda import compiler, cubin
+from bertile.codegen.cuda import compiler, cubin
 from bertile.targets.rows import TABLE, resolve
 
 ROWS = [row.name for row in TABLE if row.gpu]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from cuda_kernels import slow
 
-from bertile.cuda import compiler, cubin, emulator
+from bertile.codegen.cuda import compiler, cubin
+from bertile.cuda import emulator
 from bertile.cuda_loader import evaluate
 from bertile.schedules.cuda.dense import dense
 from bertile.schedules.cuda.dense_samples import row_sample

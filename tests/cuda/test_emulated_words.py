@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertile.cuda import compiler, emulator
+from bertile.codegen.cuda import compiler
+from bertile.cuda import emulator
 from bertile.schedules.cuda.source import Kernel, Launch
 from bertile.targets import rows as targets
 

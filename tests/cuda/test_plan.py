@@ -10,7 +10,8 @@ from tvm import relax
 
 from bertile import chooser, planner
 from bertile.base.errors import BertileError, ModelError
-from bertile.cuda import builder, cubin, plan
+from bertile.codegen.cuda import cubin
+from bertile.cuda import builder, plan
 from bertile.cuda.lowering import lower
 from bertile.graph import order
 from bertile.graph.importer import import_onnx

@@ -7,7 +7,8 @@ import contextlib
 import pytest
 
 from bertile.base.errors import PlatformError
-from bertile.cuda import compiler, cubin, rates
+from bertile.codegen.cuda import compiler, cubin
+from bertile.cuda import rates
 from bertile.targets.rows import resolve
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
-from bertile.cuda import compiler
+from bertile.codegen.cuda import compiler
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target

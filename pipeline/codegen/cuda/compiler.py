@@ -53,7 +53,7 @@ def compile(
     compiler = compiler or find()
     text = prelude() + source
     made = cache.Cache(cache_dir)
-    key = cache.key("cuda.compiler", text, row.name, compiler.name)
+    key = cache.key("codegen.cuda.compiler", text, row.name, compiler.name)
     began = time.perf_counter()
 
     def make(directory: Path) -> None:
