@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bertile import competitors, loader, turns, work
+from bertile import competitors, loader, turns
 from bertile.base import machine
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
@@ -20,6 +20,7 @@ from bertile.config import Config
 from bertile.engines import Arrays, Engine
 from bertile.runner import max_tokens
 from bertile.startup import startup as measure_startup
+from bertile.tune.measure import roofline
 
 # The least mean cosine to float32 that rounding explains; other weights give far less.
 SAME = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.99, "int8": 0.7}
@@ -66,7 +67,9 @@ def bench(
     )
     progress.status("bench     the machine's peaks")
     used = sorted({engine.precision for engine in engines})
-    peaks, flops = work.facts_in_own_process(manifest["kernels"], "native", threads, sizes, used)
+    peaks, flops = roofline.facts_in_own_process(
+        manifest["kernels"], "native", threads, sizes, used
+    )
     references = _references(engines, inputs, threads)
     rows: list[dict[str, Any]] = []
     with turns.started(engines, inputs[0], threads, cache_dir) as (workers, versions, left_out):
@@ -75,7 +78,7 @@ def bench(
             rows += turns.measure(workers, arrays, repeat, progress, reference)
         busy = watch.busy()
     # once more, for a machine that was busy the first time
-    again, _ = work.facts_in_own_process((), "native", threads, (), used)
+    again, _ = roofline.facts_in_own_process((), "native", threads, (), used)
     peaks = {precision: max(peak, again[precision]) for precision, peak in peaks.items()}
     model, flops_of = manifest["model"]["source"], dict(zip(sizes, flops))
     doubts = [doubt for row in rows if (doubt := _doubt(row))]

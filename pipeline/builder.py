@@ -11,7 +11,6 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from bertile.chooser import Chooser
 from bertile.codegen import llvm
 from bertile.graph.graph import Graph
 from bertile.loader import LIBRARY
@@ -20,6 +19,7 @@ from bertile.schedules.cpu.generic import is_kernel, schedule_generic
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target, tvm_target
+from bertile.tune.log.chooser import Chooser
 
 
 @dataclass(frozen=True)

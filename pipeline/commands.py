@@ -68,7 +68,7 @@ def tune(options: Namespace, progress: Progress) -> Outcome:
     if options.pack:
         summary = tune_command.pack(options, config, progress)
         return Outcome(summary, lines(summary))
-    from bertile import tuner
+    from bertile.tune.search import tuner
 
     summary = tuner.tune_model(options.model, config, progress)
     return Outcome(summary, lines(summary))
@@ -262,8 +262,8 @@ def compile_text(summary: dict[str, Any]) -> str:
 
 
 def _tuning_log(options: Namespace, config: Config, progress: Progress) -> Outcome:
-    from bertile import log_commands
-    from bertile.tuning_log import TuningLog
+    from bertile.tune.log import log_commands
+    from bertile.tune.log.tuning_log import TuningLog
 
     if options.model is not None:
         raise UsageError(f"'{options.model}' is one argument too many", "the log is no model's")

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, progress: Progress) -> tuple[Any, str]:
     """Data and text of the answer; serve and tracker give none before Ctrl-C."""
-    from bertile import device
     from bertile.base.errors import UsageError
+    from bertile.tune.measure import device
 
     wanted = {"serve": ("tracker", "key"), "list": ("tracker",), "tracker": ()}[options.action]
     for name in wanted:

@@ -86,7 +86,7 @@ def _compile_cached(
     exported: ExportedModel, row: Target, config: Config, progress: Progress
 ) -> Path:
     """A checked bundle of the exported model, from the cache where nothing has changed."""
-    from bertile.tuning_log import TuningLog
+    from bertile.tune.log.tuning_log import TuningLog
 
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
     run = _Run(exported, row, config, progress, log)
@@ -178,7 +178,8 @@ class _Run:
             return datasets.answers(made, dataset, self.row.threads, self._parts)
 
     def tasks(self) -> tuple[Any, list[Any]]:
-        from bertile import chooser, lowering, sparse_choice
+        from bertile import lowering, sparse_choice
+        from bertile.tune.log import chooser
 
         graph = self.optimized()
         found = lowering.tasks(graph, self.row)
@@ -187,7 +188,7 @@ class _Run:
         return found, sparse_choice.alternatives(graph)
 
     def tune(self) -> dict[str, Any]:
-        from bertile import tuner
+        from bertile.tune.search import tuner
 
         tasks, others = self.tasks()
         with self.progress.stage("tune") as stage:
@@ -228,7 +229,8 @@ class _Run:
         return lambda directory: bundle.include_runtime(directory, parts.libraries, parts.native)
 
     def _build(self, graph: Any, directory: Path) -> Any:
-        from bertile import builder, chooser
+        from bertile import builder
+        from bertile.tune.log import chooser
 
         choose = chooser.Chooser(self.log, self.row, self.progress.say)
         if self.row.gpu:

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from bertile import loader, weights, work
+from bertile import loader, weights
 from bertile.base.errors import require
 from bertile.base.progress import Progress
 from bertile.bench import random_inputs
+from bertile.tune.measure import roofline
 
 RUNS = 20
 MEMORY_BYTES = 256 << 20  # more than any cache holds
@@ -97,10 +98,10 @@ class _Limits:
 
 def _limits(manifest: dict[str, Any], seen: dict[str, _Seen], threads: int) -> _Limits:
     target = manifest["target"]["name"]
-    precisions = {work.precision(kernel) for kernel in manifest["kernels"]} | {"fp32"}
-    peaks = {one: work.peak(target, threads, one) for one in sorted(precisions)}
+    precisions = {roofline.precision(kernel) for kernel in manifest["kernels"]} | {"fp32"}
+    peaks = {one: roofline.peak(target, threads, one) for one in sorted(precisions)}
     sizes = sorted({_rounded(one.activations) for one in seen.values()} | {_rounded(0)})
-    found = work.bandwidths(target, threads, [*sizes, MEMORY_BYTES])
+    found = roofline.bandwidths(target, threads, [*sizes, MEMORY_BYTES])
     return _Limits(peaks, found.pop(MEMORY_BYTES), found)
 
 
@@ -122,7 +123,7 @@ def _profile(
     blocks = loader.token_blocks(mask, manifest["lanes"]).astype("int32")
     packed = [tvm.runtime.tensor(params[name]) for name in manifest["params"]]
     arguments = [*(tvm.runtime.tensor(a) for a in (*inputs.values(), blocks)), *packed]
-    work.use_threads(threads)
+    roofline.use_threads(threads)
     stored = {tensor.data_ptr() for tensor in packed}
     times: dict[str, list[float]] = defaultdict(list)
     seen: dict[str, _Seen] = {}
@@ -186,11 +187,11 @@ def _row(
     if kernel["operation"] != "generic" and seen.seconds:
         each = seen.seconds / kernel["calls"]
         tokens = seen.tokens or batch * length
-        flops = work.flops(kernel, tokens, batch, length)
+        flops = roofline.flops(kernel, tokens, batch, length)
         if kernel["operation"] == "embedding":  # reads some rows of its tables, as wide as y
             seen = replace(seen, weights=seen.activations)
         bounds = {
-            "arithmetic": flops / limits.peaks[work.precision(kernel)] / 1e9,
+            "arithmetic": flops / limits.peaks[roofline.precision(kernel)] / 1e9,
             "bandwidth": limits.bytes_seconds(seen),
         }
         bound = max(bounds, key=lambda name: bounds[name])

@@ -12,14 +12,15 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from bertile import builder, loader, work
-from bertile.chooser import Chooser
+from bertile import builder, loader
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, normalized
 from bertile.numerics.histogram import Histogram
 from bertile.targets.rows import Target, of_this_machine
-from bertile.tuning_log import TuningLog
+from bertile.tune.log.chooser import Chooser
+from bertile.tune.log.tuning_log import TuningLog
+from bertile.tune.measure import roofline
 
 Arrays = Mapping[str, np.ndarray]
 KEPT_ROWS = 256  # tokens kept of each layer's input, evenly taken from all requests
@@ -100,7 +101,7 @@ class Observer:
         arrays = [np.ascontiguousarray(request[name]) for name in self.names]
         mask = request.get("attention_mask", np.ones_like(arrays[0]))
         table = loader.token_blocks(mask, self.row.lanes).astype("int32")
-        work.use_threads(self.row.threads)
+        roofline.use_threads(self.row.threads)
         results = self._main(*map(tvm.runtime.tensor, [*arrays, table]), *self._params)
         values = [one.numpy() for one in results]
         for name, place in self.places:

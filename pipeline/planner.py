@@ -16,7 +16,7 @@ from bertile.numerics.precision import LayerPlan
 from bertile.schedules.task import Task
 from bertile.sparse_choice import SparseChoice
 from bertile.targets.rows import Target
-from bertile.tuning_log import TuningLog
+from bertile.tune.log.tuning_log import TuningLog
 
 FEW_ROWS = "it sees one row a sequence: too little work to gain anything"
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertile import loader, log_commands
+from bertile import loader
 from bertile.base import machine
 from bertile.base.errors import BundleError, UsageError
 from bertile.base.progress import Progress
 from bertile.schedules.task import Task
-from bertile.tuning_log import Record, TuningLog
+from bertile.tune.log import log_commands
+from bertile.tune.log.tuning_log import Record, TuningLog
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from bertile.schedules.cpu.product import group
 from bertile.schedules.task import Task
 from bertile.sparse_costs import relative_time
 from bertile.targets.rows import Target
-from bertile.tuning_log import Record, TuningLog
+from bertile.tune.log.tuning_log import Record, TuningLog
 
 # A task says its density as the next of these, so that layers that are nearly alike share a kernel.
 DENSITIES = (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100)

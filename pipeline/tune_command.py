@@ -29,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def pack(options: argparse.Namespace, config: Any, progress: Any) -> dict[str, Any]:
     """Write the next round of candidates for MODEL, for bertile-run --measure or a GPU's Python."""
-    from bertile import driver, loader, packer
+    from bertile import driver, loader
     from bertile.targets import rows
-    from bertile.tuning_log import TuningLog
+    from bertile.tune.archive import packer
+    from bertile.tune.log.tuning_log import TuningLog
 
     loader.set_thread_defaults()
     row = rows.resolve(config.target, config.threads)
@@ -45,8 +46,8 @@ def pack(options: argparse.Namespace, config: Any, progress: Any) -> dict[str, A
 
 def ingest(options: argparse.Namespace, config: Any, progress: Any) -> list[dict[str, Any]]:
     """Bring the times of devices into the log."""
-    from bertile import ingester
-    from bertile.tuning_log import TuningLog
+    from bertile.tune.archive import ingester
+    from bertile.tune.log.tuning_log import TuningLog
 
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
     return [ingester.ingest(Path(one), log, progress) for one in options.ingest]

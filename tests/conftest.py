@@ -64,8 +64,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def llvm_mca():
     """Skips where llvm-mca is missing or too old; `make test` installs it where it may."""
-    from bertile import mca
     from bertile.base.errors import PlatformError
+    from bertile.tune.estimate import mca
 
     try:
         return mca.tool(mca.MODELS["arm-a76"])

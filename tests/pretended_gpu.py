@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bertile.cuda import card, emulator
+from bertile.cuda import emulator
 from bertile.schedules import schedules_for
+from bertile.tune.measure.cuda import card
 
 
 def driver() -> Path:

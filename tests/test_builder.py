@@ -12,7 +12,6 @@ import tvm_ffi
 from tvm import relax, tirx
 
 from bertile import builder
-from bertile.chooser import Chooser
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.loader import token_blocks
@@ -20,7 +19,8 @@ from bertile.lowering import lower
 from bertile.onnx.exported import ExportedModel, InputSpec
 from bertile.onnx.samples import largest_difference, run_onnx, sample
 from bertile.targets import rows
-from bertile.tuning_log import TuningLog
+from bertile.tune.log.chooser import Chooser
+from bertile.tune.log.tuning_log import TuningLog
 
 # Two layers in float32, summed in another order than ONNX Runtime does.
 TOLERANCE = 5e-5

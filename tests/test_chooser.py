@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from bertile import chooser
 from bertile.base.errors import ModelError
-from bertile.chooser import Chooser, distance
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import native, resolve
-from bertile.tuning_log import Record, TuningLog
+from bertile.tune.log import chooser
+from bertile.tune.log.chooser import Chooser, distance
+from bertile.tune.log.tuning_log import Record, TuningLog
 
 ROW = native()
 

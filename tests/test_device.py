@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from bertile import cli, device, tuner
+from bertile import cli
 from bertile.base.errors import BertileError, UsageError
 from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import native, resolve
-from bertile.tuning_log import TuningLog
+from bertile.tune.log.tuning_log import TuningLog
+from bertile.tune.measure import device
+from bertile.tune.search import tuner
 
 NORM = Task("layer_norm", {"channels": 32, "epsilon": 1e-12})
 DENSE = Task("dense", {"inputs": 32, "outputs": 24, "activation": "gelu", "residual": False})

@@ -15,13 +15,14 @@ import pytest
 from test_device import command, devices, free_port, wait_for
 
 import bertile
-from bertile import emulator, tuner
+from bertile import emulator
 from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import resolve
-from bertile.tuning_log import TuningLog
+from bertile.tune.log.tuning_log import TuningLog
+from bertile.tune.search import tuner
 
 pytestmark = pytest.mark.slow
 

@@ -8,16 +8,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bertile import cli, loop_marks, mca, tuner
+from bertile import cli
 from bertile.base.errors import PlatformError
 from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.estimator import Code, Estimator, blocks, together
-from bertile.loop_walk import Walk
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import native, resolve
-from bertile.tuning_log import TuningLog
+from bertile.tune.estimate import loop_marks, mca
+from bertile.tune.estimate.estimator import Code, Estimator, blocks, together
+from bertile.tune.estimate.loop_walk import Walk
+from bertile.tune.log.tuning_log import TuningLog
+from bertile.tune.search import tuner
 
 DENSE = Task("dense", {"inputs": 64, "outputs": 48, "activation": "none", "residual": False})
 KNOBS = {"accumulators": 8, "token_blocks": 2, "unroll": 4, "passes": 1, "panels": 4, "chunk": 8}

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bertile import cli, log_commands
+from bertile import cli
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import native
-from bertile.tuning_log import Record, TuningLog
+from bertile.tune.log import log_commands
+from bertile.tune.log.tuning_log import Record, TuningLog
 
 DENSE = Task("dense", {"inputs": 64, "outputs": 32, "activation": "gelu", "residual": False})
 NORM = Task("layer_norm", {"channels": 64, "epsilon": 1e-12})

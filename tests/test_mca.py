@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bertile import mca
 from bertile.base.errors import BertileError, PlatformError, UsageError
 from bertile.targets.rows import resolve
+from bertile.tune.estimate import mca
 
 N1 = mca.MODELS["arm-a76"]
 

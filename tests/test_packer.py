@@ -13,15 +13,16 @@ from pathlib import Path
 import arm_code
 import pytest
 
-from bertile import cli, emulator, ingester, native_loader, packer, runtime_libraries
+from bertile import cli, emulator, native_loader, runtime_libraries
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.proposer import propose
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import native, resolve
-from bertile.tuning_log import Record, TuningLog
+from bertile.tune.archive import ingester, packer
+from bertile.tune.archive.proposer import propose
+from bertile.tune.log.tuning_log import Record, TuningLog
 
 DENSE = Task("dense", {"inputs": 32, "outputs": 24, "activation": "gelu", "residual": False})
 NORM = Task("layer_norm", {"channels": 32, "epsilon": 1e-12})

@@ -10,13 +10,13 @@ import pytest
 
 from bertile import builder, loader, planner
 from bertile.base.errors import PlatformError
-from bertile.chooser import Chooser
 from bertile.forms import FP32, QKV, Form, Forms
 from bertile.graph import importer, ops, order
 from bertile.lowering import tasks
 from bertile.numerics.precision import LayerPlan
 from bertile.onnx.samples import sample, session
 from bertile.targets.rows import resolve
+from bertile.tune.log.chooser import Chooser
 
 BF16, VNNI, PLAIN = (
     resolve(name, threads=1) for name in ("x86-avx512-bf16", "x86-avx512-vnni", "x86-avx512")
@@ -136,7 +136,7 @@ def compiled(graph, row, directory, exported):
     import tvm
     from tvm import relax
 
-    from bertile.tuning_log import TuningLog
+    from bertile.tune.log.tuning_log import TuningLog
 
     log = TuningLog.open(str(directory / "empty"), print)
     built = builder.build(graph, Chooser(log, row, print), row, directory / "lib.so")

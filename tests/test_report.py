@@ -16,7 +16,7 @@ from bertile.base.errors import BertileError
 from bertile.report import Curve, Page
 from bertile.report_page import html
 from bertile.schedules.task import Task
-from bertile.tuning_log import Record, TuningLog
+from bertile.tune.log.tuning_log import Record, TuningLog
 
 CURVE = Curve(
     name="dense_64_32",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bertile.chooser import Chooser
 from bertile.schedules.cpu import SCHEDULES
 from bertile.targets.rows import resolve
-from bertile.tuning_log import SURE, TuningLog
+from bertile.tune.log.chooser import Chooser
+from bertile.tune.log.tuning_log import SURE, TuningLog
 
 
 @pytest.fixture(params=["arm-a72", "arm-a76", "arm-v1", "arm-v2"])

@@ -15,7 +15,7 @@ from bertile.schedules.task import Task
 from bertile.sparse_choice import SparseChoice, alternatives, rounded, sparse_task
 from bertile.sparse_costs import relative_time
 from bertile.targets.rows import resolve
-from bertile.tuning_log import Record
+from bertile.tune.log.tuning_log import Record
 
 ROW = resolve("x86-avx512-vnni", threads=2)
 

@@ -11,12 +11,12 @@ from test_planner import BF16, PLAIN, VNNI, compiled
 from test_sparse_choice import layers, pruned
 
 from bertile import builder, cli, driver, inspector, loader, lowering, planner
-from bertile.chooser import Chooser
 from bertile.config import Config
 from bertile.graph import importer, order
 from bertile.numerics.precision import LayerPlan
 from bertile.schedules.cpu import SCHEDULES
-from bertile.tuning_log import TuningLog
+from bertile.tune.log.chooser import Chooser
+from bertile.tune.log.tuning_log import TuningLog
 
 MODEL = "synthetic:bert-tiny@0.9:4x1"
 SIZES = ((2, 21), (1, 70))

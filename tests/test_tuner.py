@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bertile import tuner
 from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import native
-from bertile.trial_runner import TrialRunner
-from bertile.tuning_log import TuningLog
+from bertile.tune.log.tuning_log import TuningLog
+from bertile.tune.measure.trial_runner import TrialRunner
+from bertile.tune.search import tuner
 
 ROW = native()
 SMALL = Task("dense", {"inputs": 32, "outputs": 24, "activation": "gelu", "residual": False})
@@ -106,7 +106,7 @@ def test_ctrl_c_keeps_the_best_so_far_and_says_so(tmp_path, monkeypatch):
 
 
 def test_wrong_result_is_an_error_not_a_time(monkeypatch):
-    trial = pytest.importorskip("bertile.trial", reason="needs TVM")
+    trial = pytest.importorskip("bertile.tune.measure.trial", reason="needs TVM")
     good = SCHEDULES["layer_norm"]
     wrong = Task("layer_norm", {"channels": 32, "epsilon": 0.5})
     knobs = good.default(NORM, ROW)

@@ -17,7 +17,7 @@ from bertile.base.errors import BertileError
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import resolve
-from bertile.tuning_log import SURE, Record, TuningLog
+from bertile.tune.log.tuning_log import SURE, Record, TuningLog
 
 ROW = resolve("x86-avx512", threads=2)
 TASK = Task("dense", {"inputs": 64, "outputs": 32, "activation": "none", "residual": False})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bertile import work
+from bertile.tune.measure import roofline
 
 
 def test_work_counts_attention_by_sequence_and_a_pooler_by_first_tokens() -> None:
@@ -21,7 +21,7 @@ def test_work_counts_attention_by_sequence_and_a_pooler_by_first_tokens() -> Non
     products = 2 * 2 * batch * length * 4 * 8
     attention = batch * 4 * length * length * 2 * 4
     pooler = 2 * batch * 4 * 8
-    assert work.request_flops(kernels, batch, length) == products + attention + pooler
+    assert roofline.request_flops(kernels, batch, length) == products + attention + pooler
 
 
 def test_a_sparse_kernel_counts_the_multiply_adds_that_it_does() -> None:
@@ -30,4 +30,4 @@ def test_a_sparse_kernel_counts_the_multiply_adds_that_it_does() -> None:
     kernel = {"operation": "sparse", "calls": 3, "nonzeros": 20}
     for precision, lane in (("fp32", 1), ("bf16", 2), ("int8", 4), ("int8_static", 4)):
         given = {**kernel, "shape": {**shape, "precision": precision, "density": 10}}
-        assert work.flops(given, 5, 1, 5) == 2 * 5 * 20 * lane
+        assert roofline.flops(given, 5, 1, 5) == 2 * 5 * 20 * lane

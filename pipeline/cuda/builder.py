@@ -11,7 +11,6 @@ from typing import Any
 
 from bertile.base.errors import BertileError
 from bertile.builder import Built, kernel_entry
-from bertile.chooser import Chooser
 from bertile.codegen.cuda import compiler, cubin
 from bertile.codegen.cuda.cubin import Resources
 from bertile.cuda import plan
@@ -20,6 +19,7 @@ from bertile.cuda.lowering import lower
 from bertile.cuda_loader import CUBIN, PLAN, PTX
 from bertile.graph.graph import Graph
 from bertile.targets.rows import Target
+from bertile.tune.log.chooser import Chooser
 
 
 def build(

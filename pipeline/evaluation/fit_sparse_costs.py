@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bertile import loader, sparse_costs, tuner
+from bertile import loader, sparse_costs
 from bertile.base.progress import Progress
 from bertile.base.tables import table
-from bertile.chooser import Chooser
 from bertile.schedules.cpu.product import group
 from bertile.schedules.task import Task
 from bertile.sparse_choice import sparse_task
 from bertile.targets import rows as targets
-from bertile.trial_runner import TrialRunner
-from bertile.tuning_log import TuningLog
+from bertile.tune.log.chooser import Chooser
+from bertile.tune.log.tuning_log import TuningLog
+from bertile.tune.measure.trial_runner import TrialRunner
+from bertile.tune.search import tuner
 
 # (inputs, outputs, activation, residual): the layers of BERT-base, and two of MiniLM.
 LAYERS = (

@@ -14,18 +14,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bertile import mca
 from bertile.base.errors import BertileError
 from bertile.base.progress import Progress
 from bertile.base.tables import table
-from bertile.chooser import Chooser
-from bertile.estimator import Code
-from bertile.loop_walk import Walk
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets import rows as targets
-from bertile.tuning_log import TuningLog
+from bertile.tune.estimate import mca
+from bertile.tune.estimate.estimator import Code
+from bertile.tune.estimate.loop_walk import Walk
+from bertile.tune.log.chooser import Chooser
+from bertile.tune.log.tuning_log import TuningLog
 
 CASES = (("arm-a76", "int8"), ("arm-v1", "int8"), ("arm-v1", "bf16"), ("arm-a72", "fp32"))
 LAYER = {"inputs": 768, "outputs": 768, "activation": "none", "residual": True}

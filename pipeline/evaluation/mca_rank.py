@@ -13,17 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import tvm
 
-from bertile import loader, mca, trial, tuner
+from bertile import loader
 from bertile.base.progress import Progress
 from bertile.base.tables import table
-from bertile.estimator import Estimator
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets import rows as targets
-from bertile.tuning_log import SURE
-from bertile.work import use_threads
+from bertile.tune.estimate import mca
+from bertile.tune.estimate.estimator import Estimator
+from bertile.tune.log.tuning_log import SURE
+from bertile.tune.measure import trial
+from bertile.tune.measure.roofline import use_threads
+from bertile.tune.search import tuner
 
 SETTINGS = 30
 ROUNDS = 6  # of all candidates of a task, one after the other; each one's fastest counts

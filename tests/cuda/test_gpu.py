@@ -33,7 +33,7 @@ def compiled(name: str, precision: str, target: str, directory, shapes=cuda_chec
 @pytest.fixture(scope="module")
 def row():
     """The target of the card that is here."""
-    from bertile.cuda.card import Card
+    from bertile.tune.measure.cuda.card import Card
 
     return f"cuda-sm{Card().facts()['capability']}"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from bertile import chooser, planner
+from bertile import planner
 from bertile.base.errors import BertileError, ModelError
 from bertile.codegen.cuda import cubin
 from bertile.cuda import builder, plan
@@ -16,7 +16,8 @@ from bertile.cuda.lowering import lower
 from bertile.graph import order
 from bertile.graph.importer import import_onnx
 from bertile.targets.rows import resolve
-from bertile.tuning_log import TuningLog
+from bertile.tune.log import chooser
+from bertile.tune.log.tuning_log import TuningLog
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import test_builder as programs
 
-from bertile import bundle, chooser, loader, manifest, planner
+from bertile import bundle, loader, manifest, planner
 from bertile.builder import Built
 from bertile.config import Config
 from bertile.cuda import emulated_model, emulator, plan
@@ -20,7 +20,8 @@ from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.onnx.samples import largest_difference, run_onnx
 from bertile.targets.rows import resolve
-from bertile.tuning_log import TuningLog
+from bertile.tune.log import chooser
+from bertile.tune.log.tuning_log import TuningLog
 from bertile.verifier import ON_GPU
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from bertile.base.errors import PlatformError
 from bertile.codegen.cuda import compiler, cubin
-from bertile.cuda import rates
 from bertile.targets.rows import resolve
+from bertile.tune.measure.cuda import rates
 
 
 @pytest.mark.parametrize("name", ["cuda-sm80", "cuda-sm90"])

@@ -13,14 +13,15 @@ import pretended_gpu as pretended
 import pytest
 from test_device import two_servers
 
-from bertile import runners, tuner
 from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.cuda import runner
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
 from bertile.targets.rows import resolve
-from bertile.tuning_log import TuningLog
+from bertile.tune.log.tuning_log import TuningLog
+from bertile.tune.measure import runners
+from bertile.tune.measure.cuda import runner
+from bertile.tune.search import tuner
 
 ROW, QUIET = resolve("cuda-sm90"), Progress(verbosity=-1)
 NORM = Task("layer_norm", {"channels": 64, "epsilon": 1e-12, "precision": "fp16"})

@@ -18,16 +18,19 @@ import numpy as np
 import pretended_gpu as pretended
 import pytest
 
-from bertile import cli, ingester, packer, runners, tuner
+from bertile import cli
 from bertile.base.errors import PlatformError, UsageError
 from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.cuda import pack, runner, trial
-from bertile.cuda.card import Card
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
 from bertile.targets.rows import resolve
-from bertile.tuning_log import TuningLog
+from bertile.tune.archive import cuda_packer, ingester, packer
+from bertile.tune.log.tuning_log import TuningLog
+from bertile.tune.measure import runners
+from bertile.tune.measure.cuda import runner, trial
+from bertile.tune.measure.cuda.card import Card
+from bertile.tune.search import tuner
 
 ROW, QUIET = resolve("cuda-sm90"), Progress(verbosity=-1)
 SHAPE = {"inputs": 64, "outputs": 48, "activation": "gelu", "residual": False}
@@ -44,8 +47,8 @@ def device(monkeypatch):
     monkeypatch.setattr(trial, "open_card", pretended.open_card)
     monkeypatch.setattr(runner, "Card", pretended.open_card)
     monkeypatch.setattr(runner, "build", pretended.image)
-    monkeypatch.setattr(pack, "build", pretended.image)
-    monkeypatch.setattr(pack.rates, "build", lambda row: b"")
+    monkeypatch.setattr(cuda_packer, "build", pretended.image)
+    monkeypatch.setattr(cuda_packer.rates, "build", lambda row: b"")
     monkeypatch.setattr(tuner, "ALSO_ON_GPU", (1,))  # 4096 tokens take long without a GPU
     return pretended.open_card()
 

@@ -9,7 +9,7 @@ from bertile.evaluation.fit_sparse_costs import Point, as_text, fit, measure
 from bertile.schedules.task import Task
 from bertile.sparse_choice import sparse_task
 from bertile.targets import rows
-from bertile.tuning_log import TuningLog
+from bertile.tune.log.tuning_log import TuningLog
 
 STEP, LIST = {"fp32": 2.0, "int8": 1.5}, 12.0
 

@@ -6,7 +6,7 @@ import pytest
 
 from bertile.evaluation import mca_rank
 from bertile.evaluation.mca_rank import Point, rank
-from bertile.tuning_log import SURE
+from bertile.tune.log.tuning_log import SURE
 
 
 def points(*pairs: tuple[float, float]) -> list[Point]:

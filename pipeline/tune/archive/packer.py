@@ -20,20 +20,20 @@ from typing import Any
 
 import numpy as np
 
-from bertile import tuner
 from bertile.base.errors import BertileError
 from bertile.base.progress import Progress
 from bertile.codegen.llvm import export_kernel
 from bertile.config import Config
-from bertile.proposer import propose
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
-from bertile.trial import ALIGNMENT, COLD_BYTES, REPEAT_SECONDS, REPEATS
-from bertile.tuning_log import TuningLog
+from bertile.tune.archive.proposer import propose
+from bertile.tune.log.tuning_log import TuningLog
+from bertile.tune.measure.trial import ALIGNMENT, COLD_BYTES, REPEAT_SECONDS, REPEATS
+from bertile.tune.search import tuner
 
 SCHEMA = 1
 CANDIDATES = 16  # of a task in one archive
@@ -82,7 +82,7 @@ def _kind(row: Target) -> Any:
     """What fills an archive for this kind of machine."""
     if row.arch != "cuda":
         return _Pack
-    from bertile.cuda.pack import CudaPack
+    from bertile.tune.archive.cuda_packer import CudaPack
 
     return CudaPack
 

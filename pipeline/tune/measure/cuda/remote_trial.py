@@ -1,6 +1,6 @@
 """Sends compiled candidates to the GPUs of a tracker: ``cuda.trial`` over TVM's RPC.
 
-Run as ``python -m bertile.cuda.remote_trial HOST:PORT KEY`` in a process of its own, as many of
+Run as ``python -m bertile.tune.measure.cuda.remote_trial HOST:PORT KEY`` in a process of its own, as many of
 them as there are devices.
 """
 
@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bertile.cuda.measure import TRIAL_SECONDS
-from bertile.cuda.serving import NAME
-from bertile.device import session
-from bertile.trial_runner import STARTUP_SECONDS
-from bertile.trial_server import serve
+from bertile.tune.measure.cuda.measure import TRIAL_SECONDS
+from bertile.tune.measure.cuda.serving import NAME
+from bertile.tune.measure.device import session
+from bertile.tune.measure.trial_runner import STARTUP_SECONDS
+from bertile.tune.measure.trial_server import serve
 
 SESSION_SECONDS = STARTUP_SECONDS + TRIAL_SECONDS  # the device's process may have to start
 

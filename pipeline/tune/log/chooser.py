@@ -14,8 +14,8 @@ from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target, fits
-from bertile.trial_runner import TrialRunner
-from bertile.tuning_log import Record, TuningLog
+from bertile.tune.log.tuning_log import Record, TuningLog
+from bertile.tune.measure.trial_runner import TrialRunner
 
 FARTHEST = 3.0  # in doublings of a shape, all axes together: beyond that a record says little
 OTHER_FLAG = 0.5  # how far apart two tasks are that differ in their epilogue

@@ -1,4 +1,4 @@
-"""The tuner's end of ``bertile.remote_trial`` and its like: as many processes of it as the tracker
+"""The tuner's end of ``bertile.tune.measure.remote_trial`` and its like: as many processes of it as the tracker
 has devices.
 """
 
@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bertile import device
 from bertile.base.errors import BertileError
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
-from bertile.trial_runner import TrialRunner
+from bertile.tune.measure import device
+from bertile.tune.measure.trial_runner import TrialRunner
 
 WAIT_SECONDS = 120.0  # for a device that other tuners use too
 RESTART_SECONDS = 20.0  # in which a server that a candidate has ended is back

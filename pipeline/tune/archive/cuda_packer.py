@@ -22,15 +22,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from bertile import tuner
 from bertile.base.errors import PlatformError
 from bertile.base.progress import Progress
 from bertile.codegen.cuda.candidates import build
-from bertile.cuda import rates
 from bertile.loader import available_cores
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
+from bertile.tune.measure.cuda import rates
+from bertile.tune.search import tuner
 
 PACKAGES = ("bertile", "bertile.cuda", "bertile.schedules", "bertile.schedules.cuda")
 MAIN = """import os

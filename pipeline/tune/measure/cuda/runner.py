@@ -13,15 +13,15 @@ from typing import Any
 
 from bertile.base.errors import PlatformError
 from bertile.codegen.cuda.candidates import build
-from bertile.cuda.card import Card
-from bertile.cuda.measure import TRIAL_SECONDS
-from bertile.cuda.remote_trial import SESSION_SECONDS
-from bertile.cuda.trial import check
 from bertile.loader import available_cores
-from bertile.remote_runner import RemoteRunner
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
-from bertile.trial_runner import TrialRunner
+from bertile.tune.measure.cuda.card import Card
+from bertile.tune.measure.cuda.measure import TRIAL_SECONDS
+from bertile.tune.measure.cuda.remote_trial import SESSION_SECONDS
+from bertile.tune.measure.cuda.trial import check
+from bertile.tune.measure.remote_runner import RemoteRunner
+from bertile.tune.measure.trial_runner import TrialRunner
 
 
 class CudaRunner:
@@ -43,7 +43,7 @@ class CudaRunner:
     def run(
         self, task: Task, knobs: Mapping[str, int], blocks: int, also: Sequence[int] = ()
     ) -> dict[str, Any]:
-        """What ``bertile.cuda.trial.measure`` says of these knobs."""
+        """What ``bertile.tune.measure.cuda.trial.measure`` says of these knobs."""
         path = Path(self._place.name) / f"{next(self._numbers)}.cubin"
         try:
             path.write_bytes(build(task, knobs, self._row))
@@ -68,9 +68,11 @@ def local(row: Target) -> TrialRunner:
             f"tune where there is such a GPU (--rpc-tracker), or carry candidates to it:"
             f" bertile tune MODEL --target {row.name} --pack FILE",
         ) from error
-    return TrialRunner(row, TRIAL_SECONDS, ("bertile.cuda.trial",))
+    return TrialRunner(row, TRIAL_SECONDS, ("bertile.tune.measure.cuda.trial",))
 
 
 def remote(row: Target, tracker: str, key: str) -> RemoteRunner:
     """Trials on the GPUs of a tracker's devices; BertileError where it has none of the key."""
-    return RemoteRunner(row, tracker, key, "bertile.cuda.remote_trial", SESSION_SECONDS)
+    return RemoteRunner(
+        row, tracker, key, "bertile.tune.measure.cuda.remote_trial", SESSION_SECONDS
+    )

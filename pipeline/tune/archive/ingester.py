@@ -15,13 +15,13 @@ import numpy as np
 
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
-from bertile.log_commands import usable
 from bertile.schedules import trial_sample
 from bertile.schedules.task import Task
 from bertile.targets.rows import resolve
-from bertile.trial_server import LANES
-from bertile.tuner import BLOCKS
-from bertile.tuning_log import Record, TuningLog
+from bertile.tune.log.log_commands import usable
+from bertile.tune.log.tuning_log import Record, TuningLog
+from bertile.tune.measure.trial_server import LANES
+from bertile.tune.search.tuner import BLOCKS
 
 SCHEMA = 1
 

@@ -1,6 +1,6 @@
-"""Builds candidates here and times them on a device of a tracker: ``bertile.trial`` over TVM's RPC.
+"""Builds candidates here and times them on a device of a tracker: ``bertile.tune.measure.trial`` over TVM's RPC.
 
-Run as ``python -m bertile.remote_trial HOST:PORT KEY`` in a process of its own, as many of them as
+Run as ``python -m bertile.tune.measure.remote_trial HOST:PORT KEY`` in a process of its own, as many of them as
 there are devices.
 """
 
@@ -17,13 +17,13 @@ import numpy as np
 import tvm
 
 from bertile.codegen.llvm import export_kernel
-from bertile.device import session
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target, resolve
-from bertile.trial_server import answer, serve
+from bertile.tune.measure.device import session
+from bertile.tune.measure.trial_server import answer, serve
 
 REPEATS = 5
 SESSION_SECONDS = 60.0  # of one trial, after which the device ends it
@@ -46,7 +46,7 @@ class Remote:
         blocks: int,
         also: Sequence[int] = (),
     ) -> dict[str, Any]:
-        """What ``bertile.trial.measure`` says, of a device; and "machine", which it was."""
+        """What ``bertile.tune.measure.trial.measure`` says, of a device; and "machine", which it was."""
         task, row = Task(operation, shape), resolve(target, threads)
         with tempfile.TemporaryDirectory(prefix="bertile-rpc-") as directory:
             library = Path(directory) / _NAME

@@ -16,16 +16,16 @@ from typing import Any
 
 import tvm
 
-from bertile import loop_marks, mca
 from bertile.base.errors import PlatformError
 from bertile.codegen import llvm
-from bertile.loop_walk import Walk
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.task import Task
 from bertile.targets import rows
 from bertile.targets.rows import Target
+from bertile.tune.estimate import loop_marks, mca
+from bertile.tune.estimate.loop_walk import Walk
 
 _MARK = re.compile(rf"\s*\S+ {loop_marks.MARK} (\d+)")
 _LABEL = re.compile(r"[^\s#/]+:")

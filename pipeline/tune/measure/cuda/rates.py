@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bertile.cuda.card import Card
 from bertile.schedules.cuda.source import Kernel, Launch
 from bertile.targets.rows import Target
+from bertile.tune.measure.cuda.card import Card
 
 CHAINS, ROUNDS, WARPS, BLOCKS = 8, 2048, 8, 4  # independent sums of a warp; blocks of a processor
 NAME = "rates.cubin"

@@ -1,4 +1,4 @@
-"""The tuner's end of ``bertile.trial`` and its like: keeps one process of it alive, and outlives
+"""The tuner's end of ``bertile.tune.measure.trial`` and its like: keeps one process of it alive, and outlives
 its crashes.
 """
 
@@ -31,7 +31,7 @@ class TrialRunner:
         self,
         row: Target,
         timeout: float = TRIAL_SECONDS,
-        module: Sequence[str] = ("bertile.trial",),
+        module: Sequence[str] = ("bertile.tune.measure.trial",),
     ) -> None:
         """``module`` is what runs in the other process, and its arguments."""
         self._row, self._timeout, self._module = row, timeout, module

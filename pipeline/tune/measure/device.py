@@ -18,9 +18,9 @@ from bertile.base.errors import BertileError, UsageError, require
 from bertile.base.machine import cpu_name
 from bertile.base.progress import Progress
 from bertile.base.tables import table
-from bertile.cuda import serving
 from bertile.loader import available_cores, cpu_features, set_thread_defaults
-from bertile.work import use_threads
+from bertile.tune.measure.cuda import serving
+from bertile.tune.measure.roofline import use_threads
 
 TRACKER_PORT, SERVER_PORT, PORTS = 9190, 9090, 100
 RESTART_SECONDS = 1.0
@@ -39,7 +39,7 @@ def serve(tracker: str, key: str, port: int, threads: int | None, progress: Prog
     """Run a server until Ctrl-C; one that a candidate takes down with it is started again."""
     address(tracker)
     cores = str(threads or available_cores())
-    command = [sys.executable, "-m", "bertile.device", tracker, key, str(port)]
+    command = [sys.executable, "-m", "bertile.tune.measure.device", tracker, key, str(port)]
     progress.say(f"serving '{key}' for the tracker at {tracker}, {cores} threads; Ctrl-C ends it")
     while True:
         server = subprocess.Popen(command, env={**os.environ, "TVM_NUM_THREADS": cores})

@@ -16,12 +16,12 @@ from bertile import loader
 from bertile.base.machine import cpu_name
 from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.runners import Runner, answers, open_runner
 from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target, tvm_target
-from bertile.tuning_log import Record, TuningLog
+from bertile.tune.log.tuning_log import Record, TuningLog
+from bertile.tune.measure.runners import Runner, answers, open_runner
 
 LANES = 16
 BLOCKS = 8  # trials run on 128 tokens, the length that most requests are near to,
@@ -104,7 +104,7 @@ def _search(
     """Defaults first, so that a short search never ends behind them; then MetaSchedule."""
     if not open_tasks and not others:
         return ", everything is tuned already"
-    from bertile.search import search
+    from bertile.tune.search.search import search
 
     row = session.row
     estimates = session.estimates

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import BertileError
-from bertile.cuda import rates
-from bertile.cuda.card import Card
-from bertile.cuda.trial import check
 from bertile.schedules.task import Task
 from bertile.targets.rows import resolve
-from bertile.trial_runner import TrialRunner
-from bertile.trial_server import LANES
+from bertile.tune.measure.cuda import rates
+from bertile.tune.measure.cuda.card import Card
+from bertile.tune.measure.cuda.trial import check
+from bertile.tune.measure.trial_runner import TrialRunner
+from bertile.tune.measure.trial_server import LANES
 
 SCHEMA = 1
 TRIAL_SECONDS = 60.0  # the first trial of a task computes its reference
@@ -80,7 +80,7 @@ def _answers(
     manifest: dict[str, Any], row: Any, place: Path, end: float
 ) -> Iterator[dict[str, Any]]:
     blocks, *also = manifest["blocks"]
-    with TrialRunner(row, TRIAL_SECONDS, ("bertile.cuda.trial",)) as trials:
+    with TrialRunner(row, TRIAL_SECONDS, ("bertile.tune.measure.cuda.trial",)) as trials:
         for candidate in manifest["candidates"]:
             if time.monotonic() > end:
                 return

@@ -16,7 +16,7 @@ from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.schedules.task import Task
 from bertile.targets import rows as targets
-from bertile.tuning_log import Record, TuningLog, surely
+from bertile.tune.log.tuning_log import Record, TuningLog, surely
 
 # Both become parts of a path in our own log.
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")

@@ -17,7 +17,7 @@ from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs, Space
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
-from bertile.tuning_log import Record
+from bertile.tune.log.tuning_log import Record
 
 ENOUGH = 8  # known times, from which the model says more than chance
 POOL = 4096  # points of a space that are looked at

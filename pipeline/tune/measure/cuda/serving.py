@@ -15,9 +15,9 @@ from multiprocessing.connection import Client, Listener
 from threading import Thread
 from typing import Any
 
-from bertile.cuda.measure import TRIAL_SECONDS
 from bertile.targets.rows import resolve
-from bertile.trial_runner import TrialRunner
+from bertile.tune.measure.cuda.measure import TRIAL_SECONDS
+from bertile.tune.measure.trial_runner import TrialRunner
 
 NAME = "bertile.gpu_trial"
 
@@ -59,4 +59,4 @@ def _serve(listener: Listener) -> None:
 
 def _trials(request: dict[str, Any]) -> TrialRunner:
     row = resolve(request["target"], request["threads"])
-    return TrialRunner(row, TRIAL_SECONDS, ("bertile.cuda.trial",))
+    return TrialRunner(row, TRIAL_SECONDS, ("bertile.tune.measure.cuda.trial",))

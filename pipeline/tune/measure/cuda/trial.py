@@ -1,6 +1,6 @@
 """Runs one compiled candidate after another on an NVIDIA GPU, compares and times it.
 
-Run as ``python -m bertile.cuda.trial`` in a process of its own; ``trial_server`` says how. A time
+Run as ``python -m bertile.tune.measure.cuda.trial`` in a process of its own; ``trial_server`` says how. A time
 is one of a CUDA graph that calls the kernel again and again, by events around its replays. Every
 call takes the next copy of the weights, so many that the L2 cache cannot hold them: a model's
 layers find their weights in memory. Its activations it finds in the cache, where the kernel before
@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from bertile.base.errors import BertileError, PlatformError
-from bertile.cuda.card import Call, Card, Memory
 from bertile.cuda_loader import evaluate
 from bertile.schedules import schedules_for, trial_sample
 from bertile.schedules.cuda.source import Kernel
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target, resolve
-from bertile.trial_server import answer, serve
+from bertile.tune.measure.cuda.card import Call, Card, Memory
+from bertile.tune.measure.trial_server import answer, serve
 
 REPEATS = 3
 REPEAT_MILLISECONDS = 10.0

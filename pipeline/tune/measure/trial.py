@@ -1,6 +1,6 @@
 """Builds and times one choice of knobs after another on this machine's processor.
 
-Run as ``python -m bertile.trial`` in a process of its own; ``trial_server`` says how.
+Run as ``python -m bertile.tune.measure.trial`` in a process of its own; ``trial_server`` says how.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bertile.schedules.cpu.peak import peak_gflops
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target, resolve, tvm_target
-from bertile.trial_server import answer, serve
+from bertile.tune.measure.trial_server import answer, serve
 
 REPEATS = 3
 REPEAT_SECONDS = 0.01

@@ -21,8 +21,8 @@ import tvm_ffi
 from tvm import tirx
 
 from bertile.codegen import llvm
-from bertile.loop_marks import FUNCTION, linked, sequence
 from bertile.targets.rows import Target
+from bertile.tune.estimate.loop_marks import FUNCTION, linked, sequence
 
 LINE = 64  # bytes that a cache takes at once
 _TOUCH = "bertile_touch"

@@ -11,7 +11,7 @@ from bertile.config import Config
 from bertile.loader import cpu_features
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target, fits
-from bertile.trial_runner import TrialRunner
+from bertile.tune.measure.trial_runner import TrialRunner
 
 
 class Runner(Protocol):
@@ -38,14 +38,19 @@ def open_runner(row: Target, config: Config) -> Runner:
     if row.arch == "cuda":
         return _gpu_runner(row, config)
     if config.runner == "mca":
-        from bertile.estimator import Estimator
+        from bertile.tune.estimate.estimator import Estimator
 
         return Estimator(row)
     if config.rpc_tracker and config.rpc_key:
-        from bertile.remote_runner import RemoteRunner
-        from bertile.remote_trial import SESSION_SECONDS
+        from bertile.tune.measure.remote_runner import RemoteRunner
+        from bertile.tune.measure.remote_trial import SESSION_SECONDS
 
-        given = (config.rpc_tracker, config.rpc_key, "bertile.remote_trial", SESSION_SECONDS)
+        given = (
+            config.rpc_tracker,
+            config.rpc_key,
+            "bertile.tune.measure.remote_trial",
+            SESSION_SECONDS,
+        )
         return RemoteRunner(row, *given)
     if not fits(row, cpu_features()):
         raise PlatformError(
@@ -56,7 +61,7 @@ def open_runner(row: Target, config: Config) -> Runner:
 
 
 def _gpu_runner(row: Target, config: Config) -> Runner:
-    from bertile.cuda import runner
+    from bertile.tune.measure.cuda import runner
 
     if config.runner == "mca":
         raise UsageError(f"llvm-mca has no model of {row.name}", "tune on a GPU, or with --pack")

@@ -1,0 +1,1 @@
+"""Carries candidates to a machine that no network reaches, and their times back."""

@@ -1,0 +1,1 @@
+"""Estimates a kernel's time from its assembly, by llvm-mca."""

@@ -1,0 +1,1 @@
+"""Keeps what was measured, and chooses the knobs of a kernel from it."""

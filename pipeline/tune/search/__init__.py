@@ -1,0 +1,1 @@
+"""Searches the knobs of the kernels that a model calls."""
