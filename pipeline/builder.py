@@ -14,7 +14,7 @@ from tvm import relax
 from bertile.codegen import llvm
 from bertile.graph.graph import Graph
 from bertile.loader import LIBRARY
-from bertile.lowering import Lowered, lower
+from bertile.lower.lowering import Lowered, lower
 from bertile.schedules.cpu.generic import is_kernel, schedule_generic
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task

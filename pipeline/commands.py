@@ -170,7 +170,8 @@ def _quantization(options: Namespace) -> Outcome:
 
 
 def _sparsity(options: Namespace) -> Outcome:
-    from bertile import loader, sparse_choice
+    from bertile import loader
+    from bertile.lower import sparse_choice
 
     manifest = loader.read_manifest(Path(options.bundle))
     found = manifest.get("sparsity", [])

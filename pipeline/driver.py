@@ -133,11 +133,11 @@ class _Run:
     def optimized(self) -> Any:
         """The graph whose layers know their precision and their kind of kernel."""
         if self._planned is None:
-            from bertile import planner
+            from bertile.lower import precision_choice
 
             graph, config = self._quantized(), self.config
             given = (config.precision, self.row, self.log, config.sparse)
-            self._planned = planner.plan_layers(graph, *given)
+            self._planned = precision_choice.plan_layers(graph, *given)
         return self._planned
 
     def _quantized(self) -> Any:
@@ -178,7 +178,7 @@ class _Run:
             return datasets.answers(made, dataset, self.row.threads, self._parts)
 
     def tasks(self) -> tuple[Any, list[Any]]:
-        from bertile import lowering, sparse_choice
+        from bertile.lower import lowering, sparse_choice
         from bertile.tune.log import chooser
 
         graph = self.optimized()

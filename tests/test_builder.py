@@ -15,7 +15,7 @@ from bertile import builder
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.loader import token_blocks
-from bertile.lowering import lower
+from bertile.lower.lowering import lower
 from bertile.onnx.exported import ExportedModel, InputSpec
 from bertile.onnx.samples import largest_difference, run_onnx, sample
 from bertile.targets import rows

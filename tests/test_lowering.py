@@ -8,12 +8,12 @@ import tvm
 from tvm import relax
 from tvm.relax import op
 
-from bertile.forms import Forms
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.importer import TABLE
 from bertile.graph.rewriting.dataflow import normalized
-from bertile.lowering import lower, tasks
+from bertile.lower.forms import Forms
+from bertile.lower.lowering import lower, tasks
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.generic import is_kernel
 from bertile.schedules.task import Task

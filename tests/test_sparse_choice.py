@@ -7,13 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from bertile import lowering, planner, sparse_choice
-from bertile.forms import Forms
 from bertile.graph import importer, ops, order
+from bertile.lower import lowering, precision_choice, sparse_choice
+from bertile.lower.forms import Forms
+from bertile.lower.sparse_choice import SparseChoice, alternatives, rounded, sparse_task
+from bertile.lower.sparse_costs import relative_time
 from bertile.numerics.precision import LayerPlan
 from bertile.schedules.task import Task
-from bertile.sparse_choice import SparseChoice, alternatives, rounded, sparse_task
-from bertile.sparse_costs import relative_time
 from bertile.targets.rows import resolve
 from bertile.tune.log.tuning_log import Record
 
@@ -83,8 +83,10 @@ def test_attributes_of_a_call_survive_each_other(graph):
 
 
 def test_a_weight_without_zeros_stays_dense(graph):
-    planned = planner.plan_layers(graph, "int8", ROW, sparse="auto")
-    assert lowering.tasks(planned) == lowering.tasks(planner.plan_layers(graph, "int8", ROW))
+    planned = precision_choice.plan_layers(graph, "int8", ROW, sparse="auto")
+    assert lowering.tasks(planned) == lowering.tasks(
+        precision_choice.plan_layers(graph, "int8", ROW)
+    )
     assert {one.sparse.pattern for one in planned.plan.values()} == {"dense"}
 
 
@@ -94,7 +96,9 @@ def test_a_weight_without_zeros_stays_dense(graph):
 )
 def test_density_counts_the_lanes_of_the_layers_precision(graph, precision, group, density):
     row = resolve("x86-avx512-bf16", threads=2)
-    planned = planner.plan_layers(pruned(graph, 0.9, group), precision, row, sparse="always")
+    planned = precision_choice.plan_layers(
+        pruned(graph, 0.9, group), precision, row, sparse="always"
+    )
     found = {planned.plan[name].sparse for name in layers(graph)}
     assert {one.pattern for one in found} == {"4x1" if group == 4 else "unstructured"}
     assert {one.density for one in found} == {density}
@@ -102,14 +106,14 @@ def test_density_counts_the_lanes_of_the_layers_precision(graph, precision, grou
 
 
 def test_off_looks_at_nothing(graph):
-    planned = planner.plan_layers(pruned(graph), "int8", ROW, Log(1.0), sparse="off")
+    planned = precision_choice.plan_layers(pruned(graph), "int8", ROW, Log(1.0), sparse="off")
     assert {operation for operation, _ in kernels(planned)} == {"dense"}
     assert sparse_choice.report(planned.plan) == []
 
 
 @pytest.mark.parametrize(("sparse", "operation"), [(94.0, "sparse"), (96.0, "dense")])
 def test_measured_times_decide(graph, sparse, operation):
-    planned = planner.plan_layers(pruned(graph), "int8", ROW, Log(sparse), sparse="auto")
+    planned = precision_choice.plan_layers(pruned(graph), "int8", ROW, Log(sparse), sparse="auto")
     chosen = [planned.plan[name].sparse for name in layers(graph)]
     assert {one.density for one in chosen} == {10 if operation == "sparse" else None}
     why = f"measured: sparse {sparse:.0f} us, dense 100 (128 tokens)"
@@ -118,7 +122,9 @@ def test_measured_times_decide(graph, sparse, operation):
 
 def test_a_kernel_that_is_slower_for_short_requests_is_not_chosen(graph):
     given = (pruned(graph), "int8", ROW)
-    planned = planner.plan_layers(*given, Log(50.0, tokens16=120.0, tokens384=40.0), sparse="auto")
+    planned = precision_choice.plan_layers(
+        *given, Log(50.0, tokens16=120.0, tokens384=40.0), sparse="auto"
+    )
     chosen = {planned.plan[name].sparse for name in layers(graph)}
     assert {one.density for one in chosen} == {None}
     assert {one.why for one in chosen} == {"measured: sparse 120 us, dense 100 (16 tokens)"}
@@ -126,14 +132,14 @@ def test_a_kernel_that_is_slower_for_short_requests_is_not_chosen(graph):
 
 def test_times_on_other_threads_are_not_compared(graph):
     given = (pruned(graph), "int8", ROW)
-    planned = planner.plan_layers(*given, Log(1.0, threads=1), sparse="auto")
+    planned = precision_choice.plan_layers(*given, Log(1.0, threads=1), sparse="auto")
     assert all("estimated" in planned.plan[name].sparse.why for name in layers(graph))
 
 
 def test_without_a_log_the_cost_model_decides(graph):
     """By a share of zeros that gains, and by one that does not."""
     for share, operation in ((0.95, "sparse"), (0.3, "dense")):
-        planned = planner.plan_layers(pruned(graph, share), "fp32", ROW, sparse="auto")
+        planned = precision_choice.plan_layers(pruned(graph, share), "fp32", ROW, sparse="auto")
         wide = [n for n in layers(graph) if graph.params[n].shape[0] == 512]
         assert wide and all("estimated" in planned.plan[n].sparse.why for n in wide)
         skipped = {planned.plan[name].sparse.density is not None for name in wide}
@@ -143,7 +149,7 @@ def test_without_a_log_the_cost_model_decides(graph):
 def test_a_layer_that_is_kept_in_float32_skips_its_zeros_there(graph):
     first, *rest = layers(graph)
     kept = dataclasses.replace(pruned(graph), plan={first: LayerPlan("fp32", why="it hurts")})
-    planned = planner.plan_layers(kept, "int8", ROW, Log(50.0), sparse="auto").plan
+    planned = precision_choice.plan_layers(kept, "int8", ROW, Log(50.0), sparse="auto").plan
     assert (planned[first].precision, planned[first].why) == ("fp32", "it hurts")
     assert planned[first].sparse.density == planned[rest[0]].sparse.density == 10
     assert planned[rest[0]].precision == "int8"
@@ -178,7 +184,7 @@ def test_a_layer_that_is_slower_in_int8_alone_is_quantized_where_its_zeros_are_s
             return record(task, times[task.shape.get("precision", "fp32")])
 
     def precisions(sparse):
-        planned = planner.plan_layers(pruned(graph, 0.95), "int8", row, Slow(0.0), sparse)
+        planned = precision_choice.plan_layers(pruned(graph, 0.95), "int8", row, Slow(0.0), sparse)
         return {planned.plan[name].precision for name in layers(graph)}
 
     assert precisions("off") == {"bf16"}
@@ -205,17 +211,23 @@ def test_the_cost_model_knows_of_dense_kernels_that_multiply_matrices():
 
 def test_alternatives_are_the_kernels_that_were_not_chosen(graph):
     some = layers(graph)[:1]
-    planned = planner.plan_layers(pruned(graph, names=some), "int8", ROW, Log(50.0), sparse="auto")
+    planned = precision_choice.plan_layers(
+        pruned(graph, names=some), "int8", ROW, Log(50.0), sparse="auto"
+    )
     (task,) = alternatives(planned)
     assert task.operation == "dense" and sparse_task(task, 10) in lowering.tasks(planned)
-    planned = planner.plan_layers(pruned(graph, names=some), "int8", ROW, Log(200.0), sparse="auto")
+    planned = precision_choice.plan_layers(
+        pruned(graph, names=some), "int8", ROW, Log(200.0), sparse="auto"
+    )
     (task,) = alternatives(planned)
     assert (task.operation, task.shape["density"]) == ("sparse", 10)
 
 
 def test_report_says_pattern_density_and_choice_of_every_layer(graph):
     some = layers(graph)[:1]
-    planned = planner.plan_layers(pruned(graph, names=some), "int8", ROW, Log(50.0), sparse="auto")
+    planned = precision_choice.plan_layers(
+        pruned(graph, names=some), "int8", ROW, Log(50.0), sparse="auto"
+    )
     rows = {row["layer"]: row for row in sparse_choice.report(planned.plan)}
     assert set(rows) == set(planned.plan)
     first = rows[some[0]]

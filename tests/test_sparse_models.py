@@ -14,19 +14,19 @@ import torch
 import bertile
 from bertile import loader
 from bertile.config import Config
-from bertile.dense_weights import dense_weights
 from bertile.export import checkpoints, exporter, pruning
 from bertile.graph.graph import Graph
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
-from bertile.lowering import tasks
+from bertile.lower.dense_weights import dense_weights
+from bertile.lower.lowering import tasks
+from bertile.lower.precision_choice import plan_layers
 from bertile.numerics.eight_bit import quantize_weights, weight_scales
 from bertile.numerics.precision import LayerPlan
 from bertile.numerics.zeros import analyse
 from bertile.observer import layer_inputs
 from bertile.onnx import normalizer
 from bertile.onnx.samples import sample, session
-from bertile.planner import plan_layers
 from bertile.quantizer import Quantizer
 from bertile.schedules.task import Task
 from bertile.targets import rows

@@ -10,9 +10,10 @@ import pytest
 from test_planner import BF16, PLAIN, VNNI, compiled
 from test_sparse_choice import layers, pruned
 
-from bertile import builder, cli, driver, inspector, loader, lowering, planner
+from bertile import builder, cli, driver, inspector, loader
 from bertile.config import Config
 from bertile.graph import importer, order
+from bertile.lower import lowering, precision_choice
 from bertile.numerics.precision import LayerPlan
 from bertile.schedules.cpu import SCHEDULES
 from bertile.tune.log.chooser import Chooser
@@ -32,7 +33,7 @@ def both(graph, precision, row, tmp_path, exported, sizes=SIZES):
     """Pairs of an output of the dense and of the sparse kernels, for each size of request."""
     calls = []
     for sparse in ("off", "always"):
-        planned = planner.plan_layers(graph, precision, row, sparse=sparse)
+        planned = precision_choice.plan_layers(graph, precision, row, sparse=sparse)
         directory = tmp_path / sparse
         directory.mkdir()
         calls.append(compiled(planned, row, directory, exported))
@@ -95,7 +96,7 @@ def test_layers_without_any_weight_left_and_without_any_zero(graph, exported, tm
 
 
 def test_work_is_the_multiply_adds_that_are_done(graph, tmp_path):
-    planned = planner.plan_layers(graph, "int8", VNNI, sparse="always")
+    planned = precision_choice.plan_layers(graph, "int8", VNNI, sparse="always")
     log = TuningLog([tmp_path / "empty"], print)
     built = builder.build(planned, Chooser(log, VNNI, print), VNNI, tmp_path / "lib.so")
     sparse = [one for one in built.kernels if one["operation"] == "sparse"]
@@ -112,7 +113,7 @@ def test_work_is_the_multiply_adds_that_are_done(graph, tmp_path):
 def test_layers_that_share_weights_store_them_once(tmp_path):
     exported = driver.export_cached("synthetic:albert-tiny", Config())
     graph = pruned(order.optimize(importer.import_onnx(exported)))
-    planned = planner.plan_layers(graph, "int8", VNNI, sparse="always")
+    planned = precision_choice.plan_layers(graph, "int8", VNNI, sparse="always")
 
     def choose(task):
         return SCHEDULES[task.operation].default(task, VNNI)

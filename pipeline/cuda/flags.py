@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bertile import planner
 from bertile.base.errors import PlatformError, UsageError
 from bertile.config import Config
+from bertile.lower import precision_choice
 from bertile.targets import detect
 from bertile.targets.rows import Target
 
@@ -25,7 +25,7 @@ def check(config: Config, row: Target) -> None:
             f"no kernel for {row.name} skips zeros: tensor cores are faster with them",
             "leave --sparse out; heads and neurons that are zero are removed in any case",
         )
-    planner.check(config.precision, row)
+    precision_choice.check(config.precision, row)
     if config.max_drop is not None:
         card = detect.gpu()
         if isinstance(card, str):

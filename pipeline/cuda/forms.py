@@ -8,10 +8,10 @@ from typing import Any
 
 from tvm import relax
 
-from bertile.forms import FP32, Form, Forms
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import shape
+from bertile.lower.forms import FP32, Form, Forms
 from bertile.schedules.task import Task
 
 # What activations of a precision are stored as, where that is another one.

@@ -1,4 +1,4 @@
-"""From fused operators to kernels for a GPU: as ``bertile.lowering``, on row-major activations.
+"""From fused operators to kernels for a GPU: as ``bertile.lower.lowering``, on row-major activations.
 
     bertile.dense(x (B, S, K), w, b)  →  call_dps_packed("dense_…", x (16 m, K), w packed, b)
 
@@ -15,11 +15,11 @@ from tvm import relax
 
 from bertile.base.errors import ModelError
 from bertile.cuda.forms import DTYPES
-from bertile.dense_weights import Arrays
-from bertile.forms import FP32, Form
 from bertile.graph import ops
 from bertile.graph.rewriting.dataflow import shape
-from bertile.lowering import Lowered, Lowering
+from bertile.lower.dense_weights import Arrays
+from bertile.lower.forms import FP32, Form
+from bertile.lower.lowering import Lowered, Lowering
 from bertile.schedules.cuda.forms import BLOCK, pitch
 from bertile.schedules.task import Task
 
@@ -27,7 +27,7 @@ PREFIX = "prefix"  # what Relax sees as a function, and a plan as the same place
 
 
 def lower(graph: Any, row: Any, choose: Any) -> Lowered:
-    """As :func:`bertile.lowering.lower`; ``kernels`` of what it gives are those by their names."""
+    """As :func:`bertile.lower.lowering.lower`; ``kernels`` of what it gives are those by their names."""
     return _GpuLowering(graph, row, choose).run()
 
 

@@ -20,7 +20,7 @@ from bertile.cuda.lowering import PREFIX
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.importer import TABLE
-from bertile.lowering import Lowered
+from bertile.lower.lowering import Lowered
 from bertile.schedules.cuda.source import Extent, Kernel
 from bertile.targets.rows import Target
 

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bertile import loader, sparse_costs
+from bertile import loader
 from bertile.base.progress import Progress
 from bertile.base.tables import table
+from bertile.lower import sparse_costs
+from bertile.lower.sparse_choice import sparse_task
 from bertile.schedules.cpu.product import group
 from bertile.schedules.task import Task
-from bertile.sparse_choice import sparse_task
 from bertile.targets import rows as targets
 from bertile.tune.log.chooser import Chooser
 from bertile.tune.log.tuning_log import TuningLog

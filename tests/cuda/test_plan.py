@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from bertile import planner
 from bertile.base.errors import BertileError, ModelError
 from bertile.codegen.cuda import cubin
 from bertile.cuda import builder, plan
 from bertile.cuda.lowering import lower
 from bertile.graph import order
 from bertile.graph.importer import import_onnx
+from bertile.lower import precision_choice
 from bertile.targets.rows import resolve
 from bertile.tune.log import chooser
 from bertile.tune.log.tuning_log import TuningLog
@@ -29,7 +29,9 @@ def planned(graph, precision):
     row = resolve("cuda-sm80")
     choose = chooser.Chooser(TuningLog([], print), row, print)
     lowered = lower(
-        planner.plan_layers(graph, precision, row), row, lambda task: choose.choose(task).knobs
+        precision_choice.plan_layers(graph, precision, row),
+        row,
+        lambda task: choose.choose(task).knobs,
     )
     return lowered, plan.write(graph, lowered, row)
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import test_builder as programs
 
-from bertile import bundle, loader, manifest, planner
+from bertile import bundle, loader, manifest
 from bertile.builder import Built
 from bertile.config import Config
 from bertile.cuda import emulated_model, emulator, plan
 from bertile.cuda.lowering import lower
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
+from bertile.lower import precision_choice
 from bertile.onnx.samples import largest_difference, run_onnx
 from bertile.targets.rows import resolve
 from bertile.tune.log import chooser
@@ -30,7 +31,7 @@ def emulated(exported, precision, directory):
     if lacks := emulator.missing():
         pytest.skip(lacks)
     row = resolve("cuda-sm80")
-    graph = planner.plan_layers(optimize(import_onnx(exported)), precision, row)
+    graph = precision_choice.plan_layers(optimize(import_onnx(exported)), precision, row)
     choose = chooser.Chooser(TuningLog([], print), row, print)
     lowered = lower(graph, row, lambda task: choose.choose(task).knobs)
     made = plan.write(graph, lowered, row)

@@ -6,8 +6,8 @@ import pytest
 
 from bertile.evaluation import fit_sparse_costs
 from bertile.evaluation.fit_sparse_costs import Point, as_text, fit, measure
+from bertile.lower.sparse_choice import sparse_task
 from bertile.schedules.task import Task
-from bertile.sparse_choice import sparse_task
 from bertile.targets import rows
 from bertile.tune.log.tuning_log import TuningLog
 

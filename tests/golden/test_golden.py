@@ -13,7 +13,7 @@ import pytest
 
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
-from bertile.lowering import lower
+from bertile.lower.lowering import lower
 from bertile.schedules.cpu import SCHEDULES
 from bertile.targets.rows import resolve
 

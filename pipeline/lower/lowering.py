@@ -19,13 +19,13 @@ import tvm
 from tvm import relax
 
 from bertile.cuda.forms import GpuForms
-from bertile.dense_weights import Arrays, dense_weights, narrowing
-from bertile.forms import FP32, GROUPS, Form, Forms
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.importer import TABLE
 from bertile.graph.rewriting.dataflow import shape
-from bertile.packed_weights import PackedWeights
+from bertile.lower.dense_weights import Arrays, dense_weights, narrowing
+from bertile.lower.forms import FP32, GROUPS, Form, Forms
+from bertile.lower.packed_weights import PackedWeights
 from bertile.schedules import schedules_for
 from bertile.schedules.cpu.generic import KERNEL
 from bertile.schedules.schedule import Knobs

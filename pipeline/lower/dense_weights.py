@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bertile.forms import Form
+from bertile.lower.forms import Form
 from bertile.numerics.eight_bit import quantize_weights, weight_scales
 from bertile.numerics.precision import LayerPlan, Plan
 from bertile.schedules.reference import LEVELS, byte_limits

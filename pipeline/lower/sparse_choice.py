@@ -13,15 +13,15 @@ import numpy as np
 from tvm import relax
 
 from bertile.base.tables import table
-from bertile.forms import Forms
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, rewrite
+from bertile.lower.forms import Forms
+from bertile.lower.sparse_costs import relative_time
 from bertile.numerics.precision import Plan, ZerosPlan
 from bertile.numerics.zeros import Sparsity, analyse, density
 from bertile.schedules.cpu.product import group
 from bertile.schedules.task import Task
-from bertile.sparse_costs import relative_time
 from bertile.targets.rows import Target
 from bertile.tune.log.tuning_log import Record, TuningLog
 

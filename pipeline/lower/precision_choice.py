@@ -8,13 +8,13 @@ from typing import Any
 from tvm import relax
 
 from bertile.base.errors import PlatformError
-from bertile.forms import Forms
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, rewrite
+from bertile.lower.forms import Forms
+from bertile.lower.sparse_choice import SparseChoice
 from bertile.numerics.precision import LayerPlan
 from bertile.schedules.task import Task
-from bertile.sparse_choice import SparseChoice
 from bertile.targets.rows import Target
 from bertile.tune.log.tuning_log import TuningLog
 
