@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from bertile import bundle, loader, opener, runtime_parts, summary, verifier
+from bertile import loader, opener, summary, verifier
 from bertile.base import cache
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
+from bertile.bundle import runtime_parts, writer
+from bertile.bundle.native_build import SOURCES
 from bertile.config import Config
 from bertile.export import exporter
-from bertile.native_loader import SOURCES
 from bertile.onnx.exported import ExportedModel, read
 from bertile.targets import rows
 from bertile.targets.rows import Target
@@ -42,7 +43,7 @@ def compile(
     exported = export_cached(model, config, progress)
     compiled = _compile_cached(exported, row, config, progress)
     with progress.stage("bundle") as stage:
-        path = bundle.copy(compiled, output)
+        path = writer.copy(compiled, output)
         stage.detail = str(path)
     return summary.describe(path, row, progress)
 
@@ -53,7 +54,7 @@ def export(
     """The export stage alone: write model.onnx, export.json and the tokenizer to ``output``."""
     config, progress = config or Config(), progress or Progress(verbosity=-1)
     source = export_cached(model, config, progress)
-    path = bundle.copy(source.directory, output, marker="export.json")
+    path = writer.copy(source.directory, output, marker="export.json")
     return {**read(path).to_json(), "output": str(path), "onnx": str(path / "model.onnx")}
 
 
@@ -224,9 +225,9 @@ class _Run:
     def _runtime(self) -> Callable[[Path], None]:
         """What puts the runtime into a bundle; found before a long build, which would be lost."""
         if self.row.gpu:
-            return bundle.include_loaders
+            return writer.include_loaders
         parts = self._parts()
-        return lambda directory: bundle.include_runtime(directory, parts.libraries, parts.native)
+        return lambda directory: writer.include_runtime(directory, parts.libraries, parts.native)
 
     def _build(self, graph: Any, directory: Path) -> Any:
         from bertile import builder
@@ -248,9 +249,9 @@ class _Run:
         quantization: dict[str, Any] | None = None,
         add: Callable[[Path], None] | None = None,
     ) -> Path:
-        from bertile import manifest
+        from bertile.bundle import manifest
 
-        return bundle.write(
+        return writer.write(
             manifest.describe(graph, built, self.row, self.config, quantization or {}),
             built.files,
             built.params,

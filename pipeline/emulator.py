@@ -13,7 +13,7 @@ import numpy as np
 
 from bertile import loader
 from bertile.base.errors import BertileError, InputError, PlatformError
-from bertile.native_loader import COMMAND
+from bertile.bundle.native_build import COMMAND
 from bertile.targets.rows import Target
 
 # QEMU's processors by architecture, the least first, with their features that rows ask for.

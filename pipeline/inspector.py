@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from bertile import loader, weights
+from bertile import loader
 from bertile.base.errors import require
 from bertile.base.progress import Progress
 from bertile.bench import random_inputs
+from bertile.bundle import safetensors as weights
 from bertile.tune.measure import roofline
 
 RUNS = 20

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bertile import emulator, loader, native_loader, runtime_parts
+from bertile import emulator, loader
 from bertile.base.errors import PlatformError
-from bertile.runtime_parts import RuntimeParts
+from bertile.bundle import native_build, runtime_parts
+from bertile.bundle.runtime_parts import RuntimeParts
 from bertile.targets import rows
 from bertile.targets.rows import Target, is_foreign
 
@@ -29,7 +30,7 @@ def opened(
         return loader.load(directory, threads, verify=verify)
     row = row_of(manifest)
     must_run(row)
-    if (directory / native_loader.COMMAND).is_file():
+    if (directory / native_build.COMMAND).is_file():
         found = RuntimeParts(directory / "runtime", directory)
     else:
         found = (parts or parts_of(directory))()

@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bertile import bundle
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
+from bertile.bundle import writer
 from bertile.export import checkpoints, files, pruning
 
 REPORT = "pruned.json"
@@ -54,7 +54,7 @@ def prune(
         "layers": [dataclasses.asdict(row) for row in rows],
         "accuracy": ACCURACY,
     }
-    with progress.stage("write") as stage, bundle.making(output, REPORT) as directory:
+    with progress.stage("write") as stage, writer.making(output, REPORT) as directory:
         _write(str(model), checkpoint.model, directory)
         text = json.dumps(report, indent=1, ensure_ascii=False)
         (directory / REPORT).write_text(text + "\n", encoding="utf-8")

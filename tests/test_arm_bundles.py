@@ -11,8 +11,9 @@ import arm_code
 import numpy as np
 import pytest
 
-from bertile import driver, emulator, loader, runtime_libraries, verifier, weights
+from bertile import driver, emulator, loader, verifier
 from bertile.base.errors import PlatformError, UsageError
+from bertile.bundle import runtime_libraries, safetensors
 from bertile.config import Config
 from bertile.onnx.exported import InputSpec
 from bertile.onnx.samples import run_onnx, sample
@@ -164,10 +165,10 @@ def test_last_bits_of_one_layer_move_answers_in_int8_but_not_away_from_float32(
     bundle = here(MINILM, like(targets.resolve("arm-a76"), "int8"), "int8")
     changed = tmp_path / "changed"
     shutil.copytree(bundle, changed)
-    params = weights.read(bundle / loader.WEIGHTS)
+    params = safetensors.read(bundle / loader.WEIGHTS)
     (name,) = (one for one in params if one.startswith("model.embeddings.LayerNorm.weight@"))
     params[name] = np.nextafter(params[name], np.float32(np.inf))
-    weights.write(changed / loader.WEIGHTS, params)
+    safetensors.write(changed / loader.WEIGHTS, params)
     arrays = requests(bundle, TEXTS)
     (exact,), (before,), (after,) = (
         found.values()

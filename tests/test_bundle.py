@@ -11,8 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from bertile import bundle, loader, weights
+from bertile import loader
 from bertile.base.errors import BertileError, BundleError, UsageError
+from bertile.bundle import safetensors as weights
+from bertile.bundle import writer
 
 safetensors = pytest.importorskip("safetensors.numpy")
 
@@ -46,7 +48,7 @@ def parts(tmp_path):
 
 def write(parts, output, params=PARAMS, **manifest):
     library, tokenizer = parts
-    return bundle.write({**MANIFEST, **manifest}, library, params, [tokenizer], output)
+    return writer.write({**MANIFEST, **manifest}, library, params, [tokenizer], output)
 
 
 def content(directory):
@@ -75,7 +77,7 @@ def test_write_records_size_and_hash_of_every_file(parts, tmp_path):
 
 
 def test_write_fills_in_schema_and_params_in_order(parts, tmp_path):
-    manifest = bundle.read_manifest(write(parts, tmp_path / "out"))
+    manifest = writer.read_manifest(write(parts, tmp_path / "out"))
     assert manifest["schema"] == loader.SCHEMA
     assert manifest["params"] == list(PARAMS)
 
@@ -95,7 +97,7 @@ def test_write_obeys_the_umask(parts, tmp_path):
 def test_write_replaces_an_older_bundle(parts, tmp_path):
     (write(parts, tmp_path / "out") / "stale.txt").write_text("of the older bundle")
     write(parts, tmp_path / "out", entry="other")
-    assert bundle.read_manifest(tmp_path / "out")["entry"] == "other"
+    assert writer.read_manifest(tmp_path / "out")["entry"] == "other"
     assert not (tmp_path / "out" / "stale.txt").exists()
     assert leftovers(tmp_path) == ["built.so", "out", "tokenizer.json"]
 
@@ -104,9 +106,9 @@ def test_write_replaces_an_older_bundle_when_the_system_cannot_exchange(
     parts, tmp_path, monkeypatch
 ):
     write(parts, tmp_path / "out")
-    monkeypatch.setattr(bundle, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(writer, "_exchange", lambda first, second: False)
     write(parts, tmp_path / "out", entry="other")
-    assert bundle.read_manifest(tmp_path / "out")["entry"] == "other"
+    assert writer.read_manifest(tmp_path / "out")["entry"] == "other"
     assert leftovers(tmp_path) == ["built.so", "out", "tokenizer.json"]
 
 
@@ -115,12 +117,12 @@ def test_write_follows_a_link_to_an_older_bundle(parts, tmp_path):
     (tmp_path / "link").symlink_to("out")
     assert write(parts, tmp_path / "link", entry="other") == tmp_path / "out"
     assert (tmp_path / "link").is_symlink()
-    assert bundle.read_manifest(tmp_path / "link")["entry"] == "other"
+    assert writer.read_manifest(tmp_path / "link")["entry"] == "other"
 
 
 def test_write_takes_an_empty_directory(parts, tmp_path):
     (tmp_path / "out").mkdir()
-    assert bundle.read_manifest(write(parts, tmp_path / "out"))["entry"] == "main"
+    assert writer.read_manifest(write(parts, tmp_path / "out"))["entry"] == "main"
 
 
 @pytest.mark.parametrize(
@@ -150,11 +152,11 @@ def test_write_names_the_path_when_it_lies_under_a_file(parts, tmp_path):
 
 
 FAILING = {
-    "library": (bundle.shutil, "copyfile"),
+    "library": (writer.shutil, "copyfile"),
     "weights": (weights, "_layout"),
-    "manifest": (bundle, "_describe"),
-    "sync": (bundle, "_sync"),
-    "rename": (bundle, "_rename"),
+    "manifest": (writer, "_describe"),
+    "sync": (writer, "_sync"),
+    "rename": (writer, "_rename"),
 }
 
 
@@ -183,7 +185,7 @@ def test_write_leaves_nothing_behind_when_interrupted(parts, tmp_path, monkeypat
     def interrupt(directory):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bundle, "_sync", interrupt)
+    monkeypatch.setattr(writer, "_sync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(parts, tmp_path / "out")
     assert leftovers(tmp_path) == ["built.so", "tokenizer.json"]
@@ -222,11 +224,11 @@ def test_write_names_the_path_when_it_is_not_writable(parts, tmp_path):
 
 def test_include_runtime_copies_libraries_licence_and_loader(parts, tmp_path):
     library, _ = parts
-    output = bundle.write(
-        MANIFEST, library, PARAMS, [], tmp_path / "out", add=bundle.include_runtime
+    output = writer.write(
+        MANIFEST, library, PARAMS, [], tmp_path / "out", add=writer.include_runtime
     )
     names = {"runtime/libtvm_ffi.so", "runtime/libtvm_runtime.so", "runtime/LICENSE", "loader.py"}
-    assert names <= set(bundle.read_manifest(output)["files"])
+    assert names <= set(writer.read_manifest(output)["files"])
     for name, path in zip(loader.RUNTIME, loader.find_runtime()):
         assert (output / "runtime" / name).stat().st_size == os.stat(path).st_size
 
@@ -241,13 +243,13 @@ def test_include_runtime_takes_the_parts_of_another_machine(tmp_path):
     (native / "bertile-run").write_text("the command")
     (native / "bertile-run").chmod(0o755)
     output.mkdir()
-    bundle.include_runtime(output, libraries, native)
+    writer.include_runtime(output, libraries, native)
     assert (output / "runtime" / "libtvm_runtime.so").read_text() == "libtvm_runtime.so of aarch64"
     assert (output / "runtime" / "libbertile.so").read_text() == "the library"
     assert (output / "runtime" / "NOTICE").is_file()
     assert os.access(output / "bertile-run", os.X_OK)
     assert not os.access(output / "runtime" / "libbertile.so", os.X_OK)
-    copied = bundle.copy(output, tmp_path / "copy")
+    copied = writer.copy(output, tmp_path / "copy")
     assert os.access(copied / "bertile-run", os.X_OK)
 
 
@@ -257,7 +259,7 @@ def test_include_runtime_brings_sources_and_a_pkg_config_file_that_finds_them(tm
         path.parent.mkdir(exist_ok=True)
         path.touch()
     output.mkdir()
-    bundle.include_runtime(output, native=native)
+    writer.include_runtime(output, native=native)
     wanted = {"bertile.h", "bertile.hpp", "CMakeLists.txt", "example.c", "model.c", "command/run.c"}
     names = {path.relative_to(output / "native").as_posix() for path in output.rglob("native/**/*")}
     assert wanted <= names
@@ -271,7 +273,7 @@ def test_include_runtime_brings_sources_and_a_pkg_config_file_that_finds_them(tm
 
 def test_read_manifest_refuses_a_directory_without_one(tmp_path):
     with pytest.raises(BundleError, match="is not a bundle"):
-        bundle.read_manifest(tmp_path)
+        writer.read_manifest(tmp_path)
 
 
 # -- weights
@@ -330,4 +332,4 @@ def test_weights_leave_the_older_file_when_writing_fails(tmp_path, monkeypatch):
 def test_copied_bundle_is_the_same_bundle(parts, tmp_path):
     output = write(parts, tmp_path / "out")
     shutil.copytree(output, tmp_path / "copy")
-    assert bundle.read_manifest(tmp_path / "copy") == bundle.read_manifest(output)
+    assert writer.read_manifest(tmp_path / "copy") == writer.read_manifest(output)

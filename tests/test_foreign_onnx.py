@@ -12,8 +12,9 @@ import tvm
 from transformers.models.bert import modeling_bert
 
 import bertile
-from bertile import loader, manifest
+from bertile import loader
 from bertile.base.errors import ModelError
+from bertile.bundle import manifest
 from bertile.config import Config
 from bertile.export import synthetic
 from bertile.onnx.exported import InputSpec

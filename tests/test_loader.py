@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertile import bundle, loader
+from bertile import loader
 from bertile.base.errors import BertileError, BundleError, InputError, PlatformError
+from bertile.bundle import writer
 
 PARAMS = {
     "words": np.random.default_rng(0).standard_normal((50, 8), dtype=np.float32),
@@ -104,7 +105,7 @@ module.build_library({str(path)!r})
 @pytest.fixture(scope="module")
 def directory(library, tmp_path_factory):
     """A bundle without the runtime libraries; not to be changed."""
-    return bundle.write(MANIFEST, library, PARAMS, [], tmp_path_factory.mktemp("bundles") / "tiny")
+    return writer.write(MANIFEST, library, PARAMS, [], tmp_path_factory.mktemp("bundles") / "tiny")
 
 
 @pytest.fixture
@@ -626,8 +627,8 @@ print(sorted(name for name in sys.modules if name.startswith("bertile")))
 @pytest.mark.parametrize("first", ["tvm", "bundle"])
 @pytest.mark.parametrize("runtime", ["none", "include"])
 def test_load_shares_the_libraries_of_tvm(library, tmp_path, first, runtime):
-    add = bundle.include_runtime if runtime == "include" else None
-    path = bundle.write(MANIFEST, library, PARAMS, [], tmp_path / "out", add)
+    add = writer.include_runtime if runtime == "include" else None
+    path = writer.write(MANIFEST, library, PARAMS, [], tmp_path / "out", add)
     code = f"""
 if {first!r} == "tvm":
     import tvm
@@ -706,7 +707,7 @@ def test_memory_stays_small_when_every_shape_is_new(damaged):
 def portable(library, tmp_path_factory):
     """A bundle with the runtime libraries and the loader."""
     output = tmp_path_factory.mktemp("portable") / "tiny"
-    return bundle.write(MANIFEST, library, PARAMS, [], output, add=bundle.include_runtime)
+    return writer.write(MANIFEST, library, PARAMS, [], output, add=writer.include_runtime)
 
 
 @pytest.fixture(scope="module")

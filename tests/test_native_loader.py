@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import test_loader as python_loader
 
-from bertile import bundle, loader, native_loader
+from bertile import loader
 from bertile.base.errors import BertileError
+from bertile.bundle import native_build, writer
 from bertile.targets.rows import native
 
 SANITIZED = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -36,7 +37,7 @@ def directory(tmp_path_factory) -> Path:
         f" s.loader.exec_module(m); m.build_library({str(made / 'lib.so')!r})"
     )
     parts = (python_loader.MANIFEST, made / "lib.so", python_loader.PARAMS, [], made / "tiny")
-    return bundle.write(*parts, add=bundle.include_runtime)
+    return writer.write(*parts, add=writer.include_runtime)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def built(tmp_path_factory) -> Path:
     """bertile-run and libbertile.so that report every fault of memory and end with it."""
     place = tmp_path_factory.mktemp("built")
     try:
-        native_loader.build(native(), place, ("cc",), *SANITIZED, *WARNINGS)
+        native_build.build(native(), place, ("cc",), *SANITIZED, *WARNINGS)
     except BertileError as error:
         if "asan" not in str(error):
             raise
@@ -89,10 +90,10 @@ def compile_check(
     source: str, built: Path, compiler: str = "cc", flags: Sequence[str] = SANITIZED
 ) -> Path:
     program = built / Path(source).stem
-    headers = f"-I{native_loader.SOURCES}"
+    headers = f"-I{native_build.SOURCES}"
     line = [compiler, *flags, headers, str(CHECKS / source), "-o", str(program)]
     if source == "check_json.c":
-        line.append(str(native_loader.SOURCES / "json.c"))
+        line.append(str(native_build.SOURCES / "json.c"))
     else:
         line += [f"-L{built}", "-lbertile", f"-Wl,-rpath,{built}", "-lpthread"]
     subprocess.run(line, check=True)
@@ -354,7 +355,7 @@ def test_threads_and_forks_get_the_same_numbers(built, directory):
 def test_threads_do_not_race_in_the_loader(directory, tmp_path):
     """By ThreadSanitizer, which sees the loader and not the TVM runtime behind it."""
     try:
-        native_loader.build(native(), tmp_path, ("cc",), *RACES)
+        native_build.build(native(), tmp_path, ("cc",), *RACES)
     except BertileError as error:
         if "tsan" not in str(error):
             raise
@@ -383,11 +384,11 @@ def test_cpp_header_runs_a_model_and_throws(built, directory):
 def whole(directory, tmp_path_factory) -> Path:
     """A bundle with both loaders, as `--runtime include` writes it."""
     made = tmp_path_factory.mktemp("whole")
-    native_loader.build(native(), made / "native")
-    add = partial(bundle.include_runtime, native=made / "native")
+    native_build.build(native(), made / "native")
+    add = partial(writer.include_runtime, native=made / "native")
     library = directory / "lib.so"
     parts = (python_loader.MANIFEST, library, python_loader.PARAMS, [], made / "tiny")
-    return bundle.write(*parts, add=add)
+    return writer.write(*parts, add=add)
 
 
 def test_bundle_is_linked_with_what_pkg_config_says(whole, tmp_path):
@@ -435,7 +436,7 @@ def test_library_shows_nothing_but_its_interface(built):
         pytest.skip("this machine has no nm")
     listed = start(shutil.which("nm"), "-D", "--defined-only", built / "libbertile.so").stdout
     names = {line.split()[-1] for line in listed.splitlines() if " T " in line}
-    header = (native_loader.SOURCES / "bertile.h").read_text()
+    header = (native_build.SOURCES / "bertile.h").read_text()
     declared = {name for name in names if f" {name}(" in header or f"*{name}(" in header}
     assert declared == {name for name in names if not name.startswith("_")}
     assert "bertile_run" in declared

@@ -13,9 +13,10 @@ from pathlib import Path
 import arm_code
 import pytest
 
-from bertile import cli, emulator, native_loader, runtime_libraries
+from bertile import cli, emulator
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
+from bertile.bundle import native_build, runtime_libraries
 from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
@@ -43,10 +44,10 @@ def packed(path: Path, log: TuningLog, trials: int = 2) -> dict:
 @pytest.fixture(scope="module")
 def command(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("command")
-    native_loader.build(native(), place, ("cc",))
+    native_build.build(native(), place, ("cc",))
     (place / "runtime").mkdir()
     runtime_libraries.copy_installed(place / "runtime")
-    return place / native_loader.COMMAND
+    return place / native_build.COMMAND
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_round_for_an_arm_row_runs_as_arm_code(tmp_path, precision):
     task, log = Task("dense", shape), open_log(tmp_path / "log")
     config = Config(trials=3)
     packer.pack(Counter({task: 1}), [], log, row, config, tmp_path / "pack.tar", QUIET)
-    native_loader.build(row, tmp_path / "command")
+    native_build.build(row, tmp_path / "command")
     line = [*emulator.command("aarch64", "cortex-a76"), tmp_path / "command" / "bertile-run"]
     line += ["--measure", tmp_path / "pack.tar", "--output", tmp_path / "result"]
     line += ["--runtime", arm_code.RUNTIME]

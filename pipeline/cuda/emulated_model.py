@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bertile import loader, weights
+from bertile import loader
+from bertile.bundle import safetensors
 from bertile.cuda import emulator
 from bertile.cuda_loader import PLAN, TOKENS, evaluate
 
@@ -27,7 +28,7 @@ class Model:
     def __init__(self, directory: Path) -> None:
         self.manifest = loader.read_manifest(directory)
         self.plan = json.loads((directory / PLAN).read_text(encoding="utf-8"))
-        stored = weights.read(directory / loader.WEIGHTS)
+        stored = safetensors.read(directory / loader.WEIGHTS)
         self.weights = [_copied(stored[name]) for name in self.plan["weights"]]
         folder = emulator.kept()
         folder.mkdir(parents=True, exist_ok=True)

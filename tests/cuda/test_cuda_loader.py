@@ -17,8 +17,9 @@ import lazy_driver
 import numpy as np
 import pytest
 
-from bertile import bundle, cuda_loader, loader
+from bertile import cuda_loader, loader
 from bertile.base.errors import BertileError, BundleError, InputError, PlatformError
+from bertile.bundle import writer as bundle
 
 RNG = np.random.default_rng(0)
 PARAMS = {

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import test_builder as programs
 
-from bertile import bundle, loader, manifest
+from bertile import loader
 from bertile.builder import Built
+from bertile.bundle import manifest, writer
 from bertile.config import Config
 from bertile.cuda import emulated_model, emulator, plan
 from bertile.cuda.lowering import lower
@@ -42,7 +43,7 @@ def emulated(exported, precision, directory):
     built = Built(files, made.params, [], lowered.fallthrough)
     config = Config(target=row.name, precision=precision)
     described = manifest.describe(graph, built, row, config, {})
-    return emulated_model.Model(bundle.write(described, files, made.params, [], directory / "out"))
+    return emulated_model.Model(writer.write(described, files, made.params, [], directory / "out"))
 
 
 def check(exported, precision, directory, requests):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bertile import native_loader, runtime_libraries
 from bertile.base import cache
 from bertile.base.fingerprint import hash_path
+from bertile.bundle import native_build, runtime_libraries
 from bertile.targets.rows import Target, link_command
 
 
@@ -22,10 +22,8 @@ class RuntimeParts:
 def find(row: Target, source: str | None = None, cache_dir: str | None = None) -> RuntimeParts:
     """Both for `row`, from the cache where they were made before; see `runtime_libraries.find`."""
     libraries = runtime_libraries.find(row, source, cache_dir)
-    key = cache.key(
-        "native_loader", row.triple, link_command(row), hash_path(native_loader.SOURCES)
-    )
+    key = cache.key("native_loader", row.triple, link_command(row), hash_path(native_build.SOURCES))
     native, _ = cache.Cache(cache_dir).get_or_make(
-        key, lambda directory: native_loader.build(row, directory)
+        key, lambda directory: native_build.build(row, directory)
     )
     return RuntimeParts(libraries, native)

@@ -33,7 +33,9 @@ def find(row: Target, source: str | None = None, cache_dir: str | None = None) -
     versions, which pip fetches once. PlatformError where they cannot be had.
     """
     if source is not None:
-        key = cache.key("runtime_libraries", row.arch, str(Path(source).absolute()), _state(source))
+        key = cache.key(
+            "bundle.runtime_libraries", row.arch, str(Path(source).absolute()), _state(source)
+        )
         return _cached(key, cache_dir, lambda directory: _extract(_given(source), directory, row))
     if "musl" in row.triple:
         raise PlatformError(
@@ -43,7 +45,7 @@ def find(row: Target, source: str | None = None, cache_dir: str | None = None) -
         )
     if row.arch == platform.machine():
         versions = [str(path) for path in find_runtime()]
-        key = cache.key("runtime_libraries", row.arch, versions)
+        key = cache.key("bundle.runtime_libraries", row.arch, versions)
         return _cached(key, cache_dir, copy_installed)
     if row.arch not in PINS:
         raise PlatformError(

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bertile import cuda_loader, loader, native_loader, runtime_libraries, weights
+from bertile import cuda_loader, loader
 from bertile.base.errors import BertileError, UsageError
+from bertile.bundle import native_build, runtime_libraries, safetensors
 from bertile.loader import LIBRARY, MANIFEST, SCHEMA, WEIGHTS, read_manifest
 
 __all__ = ["copy", "include_runtime", "making", "read_manifest", "write"]
@@ -44,7 +45,7 @@ def write(
         parts = library if isinstance(library, Mapping) else {LIBRARY: library}
         for name, path in parts.items():
             shutil.copyfile(path, directory / name)
-        weights.write(directory / WEIGHTS, params)
+        safetensors.write(directory / WEIGHTS, params)
         for path in extra_files:
             shutil.copyfile(path, directory / path.name)
         if add is not None:
@@ -116,9 +117,9 @@ def include_runtime(
         _copy_files(libraries, folder)
     shutil.copyfile(loader.__file__, directory / "loader.py")
     if native is not None:
-        shutil.copyfile(native / native_loader.LIBRARY, folder / native_loader.LIBRARY)
-        _copy_file(native / native_loader.COMMAND, directory / native_loader.COMMAND)
-        native_loader.copy_sources(directory / "native")
+        shutil.copyfile(native / native_build.LIBRARY, folder / native_build.LIBRARY)
+        _copy_file(native / native_build.COMMAND, directory / native_build.COMMAND)
+        native_build.copy_sources(directory / "native")
 
 
 def include_loaders(directory: Path) -> None:
