@@ -18,7 +18,7 @@ from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.engines import Arrays, Engine
-from bertile.runner import max_tokens
+from bertile.run.texts import max_tokens
 from bertile.startup import startup as measure_startup
 from bertile.tune.measure import roofline
 

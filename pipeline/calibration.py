@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bertile import loader, runner
+from bertile import loader
 from bertile.base.errors import InputError, ModelError, UsageError
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import sample
+from bertile.run import texts as runner
 
 Arrays = dict[str, np.ndarray]
 Row = dict[str, np.ndarray]  # one sequence: (length,) of each input

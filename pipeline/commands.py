@@ -76,7 +76,8 @@ def tune(options: Namespace, progress: Progress) -> Outcome:
 
 def verify(options: Namespace, progress: Progress) -> Outcome:
     """Compare with ONNX Runtime; exit code 4 where the difference is past the tolerance."""
-    from bertile import opener, verifier
+    from bertile import verifier
+    from bertile.run import opener
 
     bundle, source = Path(options.bundle), read_config(options).runtime_from
     check = verifier.verify(
@@ -117,7 +118,7 @@ def report(options: Namespace, progress: Progress) -> Outcome:
 
 def run(options: Namespace, progress: Progress) -> Outcome:
     """Texts in; vectors with their similarities, or labels with their scores, out."""
-    from bertile import runner
+    from bertile.run import texts as runner
 
     texts = options.texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not texts:

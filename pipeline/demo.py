@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from bertile import bench, driver, loader, runner
+from bertile import bench, driver, loader
 from bertile.base.progress import Progress
 from bertile.base.tables import size, table
 from bertile.config import Config
+from bertile.run import texts as runner
 
 SENTENCES = (
     "A man is playing a guitar on the street.",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bertile import loader, opener, summary, verifier
+from bertile import loader, summary, verifier
 from bertile.base import cache
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
@@ -21,6 +21,7 @@ from bertile.bundle.native_build import SOURCES
 from bertile.config import Config
 from bertile.export import exporter
 from bertile.onnx.exported import ExportedModel, read
+from bertile.run import opener
 from bertile.targets import rows
 from bertile.targets.rows import Target
 

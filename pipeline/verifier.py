@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertile import emulator, loader, opener
+from bertile import loader
 from bertile.base.errors import NumericMismatchError, PlatformError, require
 from bertile.base.progress import Progress
 from bertile.onnx import exported
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import largest_difference, sample, session
+from bertile.run import opener, qemu
 from bertile.targets.rows import Target, is_foreign
 
 # Largest difference at a real token, relative to the largest magnitude of the reference output (at
@@ -50,7 +51,7 @@ def verify(
             raise PlatformError(check["reason"], "verify the bundle on a machine with the GPU")
         return check
     with opener.opened(directory, threads, parts) as model:
-        emulated = isinstance(model, emulator.Model)
+        emulated = isinstance(model, qemu.Model)
         cases = _cases(model.manifest, EMULATED_CASES if emulated else CASES)
         check = _compare(model, _onnx(directory, onnx, progress), cases)
         return {**check, "emulator": model.name} if emulated else check
@@ -122,7 +123,7 @@ def _onnx(directory: Path, given: str | Path | None, progress: Progress | None) 
 
 
 def _on_gpu(directory: Path, onnx: Path) -> dict[str, Any]:
-    from bertile.cuda import check
+    from bertile.run.cuda import opener as check
 
     opened = check.open_model(directory)
     if isinstance(opened, str):
@@ -139,7 +140,7 @@ def _not_executed(reason: str) -> dict[str, Any]:
 
 
 def _compare(
-    model: loader.Model | emulator.Model, onnx: Path, wanted: Sequence[tuple[int, int]]
+    model: loader.Model | qemu.Model, onnx: Path, wanted: Sequence[tuple[int, int]]
 ) -> dict[str, Any]:
     (runtime,) = require("compile", "onnxruntime")
     manifest = model.manifest

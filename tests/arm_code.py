@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bertile import driver, emulator, loader
+from bertile import driver, loader
 from bertile.config import Config
+from bertile.run import qemu as emulator
 from bertile.targets import rows
 
 RUNTIME = Path(sys.prefix) / "arm" / "runtime"

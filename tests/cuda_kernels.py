@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bertile.codegen.cuda import compiler, cubin
-from bertile.cuda import emulator
+from bertile.run.cuda import emulator
 from bertile.schedules.cuda import SCHEDULES
 from bertile.targets import rows
 

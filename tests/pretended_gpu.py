@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bertile.cuda import emulator
+from bertile.run.cuda import emulator
 from bertile.schedules import schedules_for
 from bertile.tune.measure.cuda import card
 

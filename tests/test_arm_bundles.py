@@ -11,12 +11,13 @@ import arm_code
 import numpy as np
 import pytest
 
-from bertile import driver, emulator, loader, verifier
+from bertile import driver, loader, verifier
 from bertile.base.errors import PlatformError, UsageError
 from bertile.bundle import runtime_libraries, safetensors
 from bertile.config import Config
 from bertile.onnx.exported import InputSpec
 from bertile.onnx.samples import run_onnx, sample
+from bertile.run import qemu
 from bertile.targets import rows as targets
 
 TINY, MINILM = "synthetic:bert-tiny", "minilm"
@@ -141,7 +142,7 @@ def test_bundle_run_as_arm_code_gives_this_machines_numbers(
     rounded = (model, precision) == (MINILM, "int8")
     arrays = requests(bundle, TEXTS if rounded else 2)
     np.savez(tmp_path / "in.npz", **arrays)
-    cpu = emulator.processor(targets.resolve(row))
+    cpu = qemu.processor(targets.resolve(row))
     files = ("--input", tmp_path / "in.npz", "--output", tmp_path / "out.npz")
     done = arm_code.run(bundle, cpu, *files)
     assert (done.returncode, done.stderr) == (0, "")
@@ -217,7 +218,7 @@ def counter(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("row", "share"), [("arm-a76", 0.35), ("arm-v1", 0.25)])
 def test_int8_takes_a_share_of_the_instructions_of_float32(compiled, counter, row, share):
-    cpu = emulator.processor(targets.resolve(row))
+    cpu = qemu.processor(targets.resolve(row))
     fp32, int8 = (
         arm_code.instructions(compiled(MINILM, row, precision), cpu, counter, 128)
         for precision in ("fp32", "int8")
@@ -230,7 +231,7 @@ def test_int8_takes_a_share_of_the_instructions_of_float32(compiled, counter, ro
 
 @pytest.mark.parametrize("libc", ["glibc", "musl"])
 def test_bundle_that_cannot_be_run_here_says_so(tmp_path, cache, monkeypatch, libc):
-    monkeypatch.setattr(emulator, "_qemu", lambda arch: None)
+    monkeypatch.setattr(qemu, "_qemu", lambda arch: None)
     config = Config(target="arm-a76", libc=libc, cache_dir=cache)
     summary = driver.compile(TINY, tmp_path / "out", config)
     reason = "qemu-aarch64 is not installed" if libc == "glibc" else "it is linked for musl"
@@ -280,8 +281,8 @@ def test_32_bit_arm_is_refused_with_the_reason(name):
 
 def test_emulated_processors_have_what_the_rows_ask_for():
     rows = [row for row in targets.TABLE if row.arch == "aarch64"]
-    assert rows and all(emulator.processor(row) for row in rows)
-    assert emulator.missing(targets.native()) == "this machine cannot emulate x86_64"
+    assert rows and all(qemu.processor(row) for row in rows)
+    assert qemu.missing(targets.native()) == "this machine cannot emulate x86_64"
 
 
 def test_check_in_words():

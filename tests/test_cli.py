@@ -244,8 +244,8 @@ def test_run_reads_lines_from_stdin_when_there_is_no_text(
     runner = SimpleNamespace(
         run=lambda _, texts, **__: texts, as_text=lambda texts: "|".join(texts)
     )
-    monkeypatch.setitem(sys.modules, "bertile.runner", runner)
-    monkeypatch.setattr("bertile.runner", runner, raising=False)
+    monkeypatch.setitem(sys.modules, "bertile.run.texts", runner)
+    monkeypatch.setattr("bertile.run.texts", runner, raising=False)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
     assert call(capsys, "run", "bundle")[:2] == (0, "one|two\n")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))

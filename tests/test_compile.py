@@ -83,8 +83,8 @@ def minilm(tmp_path_factory, cache) -> Path:
 def test_real_weights_have_cosine_1_with_torch(minilm):
     torch = pytest.importorskip("torch", reason="the reference is torch's own forward")
     transformers = pytest.importorskip("transformers", reason="the reference model")
-    from bertile import runner
     from bertile.export import checkpoints
+    from bertile.run import texts
 
     sentences = ["A man plays a guitar.", "Stocks fell.", "It rained " * 60, "?"]
     directory = checkpoints.find_directory("minilm")
@@ -95,7 +95,7 @@ def test_real_weights_have_cosine_1_with_torch(minilm):
         hidden = reference(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None]
     want = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1)).numpy()
-    got = np.array(runner.run(minilm, sentences)["embeddings"])
+    got = np.array(texts.run(minilm, sentences)["embeddings"])
     assert (got * want).sum(1).min() >= 0.99999
 
 

@@ -15,9 +15,9 @@ import pytest
 from test_device import command, devices, free_port, wait_for
 
 import bertile
-from bertile import emulator
 from bertile.base.progress import Progress
 from bertile.config import Config
+from bertile.run import qemu as emulator
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import resolve

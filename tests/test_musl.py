@@ -8,8 +8,9 @@ import arm_code
 import numpy as np
 import pytest
 
-from bertile import driver, emulator
+from bertile import driver
 from bertile.config import Config
+from bertile.run import qemu
 
 TINY = "synthetic:bert-tiny"
 
@@ -34,7 +35,7 @@ def test_bundle_for_musl_gives_the_numbers_of_glibc(tmp_path):
     found = {}
     for bundle, start in (
         (musl, arm_code.musl_command(tmp_path, musl)),
-        (glibc, [*emulator.command("aarch64", "cortex-a76"), str(glibc / "bertile-run")]),
+        (glibc, [*qemu.command("aarch64", "cortex-a76"), str(glibc / "bertile-run")]),
     ):
         output = tmp_path / f"{bundle.name}.npz"
         line = [*start, "--input", str(tmp_path / "in.npz"), "--output", str(output)]

@@ -7,10 +7,11 @@ from pathlib import Path
 import arm_code
 import pytest
 
-from bertile import cli, driver, emulator, loader, opener, verifier
+from bertile import cli, driver, loader, verifier
 from bertile.base.errors import BundleError, PlatformError
 from bertile.config import Config
 from bertile.evaluation.sentences import sentences
+from bertile.run import opener, qemu
 
 TINY = "synthetic:bert-tiny"
 
@@ -63,7 +64,7 @@ def test_what_has_to_run_a_bundle_is_refused_without_an_emulator(
     tmp_path, cache, monkeypatch, capsys
 ):
     (tmp_path / "x.txt").write_text("One.\nTwo.\nThree.\n")
-    monkeypatch.setattr(emulator, "_qemu", lambda arch: None)
+    monkeypatch.setattr(qemu, "_qemu", lambda arch: None)
     driver.compile(TINY, tmp_path / "out", config(cache, head="embedding"))
     assert cli.main(["verify", str(tmp_path / "out")]) == 3
     reason = "a bundle for arm-a76 cannot be run here: qemu-aarch64 is not installed"

@@ -13,11 +13,12 @@ from pathlib import Path
 import arm_code
 import pytest
 
-from bertile import cli, emulator
+from bertile import cli
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.bundle import native_build, runtime_libraries
 from bertile.config import Config
+from bertile.run import qemu
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import native, resolve
@@ -138,7 +139,7 @@ def test_round_for_an_arm_row_runs_as_arm_code(tmp_path, precision):
     config = Config(trials=3)
     packer.pack(Counter({task: 1}), [], log, row, config, tmp_path / "pack.tar", QUIET)
     native_build.build(row, tmp_path / "command")
-    line = [*emulator.command("aarch64", "cortex-a76"), tmp_path / "command" / "bertile-run"]
+    line = [*qemu.command("aarch64", "cortex-a76"), tmp_path / "command" / "bertile-run"]
     line += ["--measure", tmp_path / "pack.tar", "--output", tmp_path / "result"]
     line += ["--runtime", arm_code.RUNTIME]
     subprocess.run(list(map(str, line)), check=True)

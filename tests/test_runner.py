@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bertile import loader, runner
+from bertile import loader
 from bertile.base.errors import BundleError, InputError
+from bertile.run import texts
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b")
 
@@ -71,7 +72,7 @@ def load(monkeypatch: pytest.MonkeyPatch):
 
 def test_embeddings_come_in_the_order_of_the_texts(bundle: Path, load) -> None:
     model = load(Model("embedding"))
-    result = runner.run(bundle, ["a a a a a", "b", "a", "a b"])
+    result = texts.run(bundle, ["a a a a a", "b", "a", "a b"])
     assert result["embeddings"] == [[5, 0], [0, 1], [1, 0], [1, 1]]
     assert result["tokens"] == [7, 3, 3, 4]
     assert np.allclose(np.diag(result["cosine"]), 1)
@@ -82,65 +83,65 @@ def test_embeddings_come_in_the_order_of_the_texts(bundle: Path, load) -> None:
 def test_long_lists_run_in_batches_of_similar_length(
     bundle: Path, load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "BATCH", 2)
+    monkeypatch.setattr(texts, "BATCH", 2)
     model = load(Model("embedding"))
-    result = runner.run(bundle, ["a a a a", "b", "a a a", "a"])
+    result = texts.run(bundle, ["a a a a", "b", "a a a", "a"])
     assert model.shapes == [(2, 3), (2, 6)]
     assert [row[0] for row in result["embeddings"]] == [4, 0, 3, 1]
 
 
 def test_classification_gives_label_and_probability(bundle: Path, load) -> None:
     load(Model("sequence-classification", ("good", "bad")))
-    result = runner.run(bundle, ["a a", "b"])
+    result = texts.run(bundle, ["a a", "b"])
     assert [one["label"] for one in result["labels"]] == ["good", "bad"]
     assert result["labels"][0]["score"] == pytest.approx(1 / (1 + np.exp(-2)))
-    assert "good" in runner.as_text(result)
+    assert "good" in texts.as_text(result)
 
 
 def test_regression_gives_its_number(bundle: Path, load) -> None:
     load(Model("sequence-classification", ("stars",)))
-    assert runner.run(bundle, ["a a"])["labels"] == [{"label": "stars", "score": 2.0}]
+    assert texts.run(bundle, ["a a"])["labels"] == [{"label": "stars", "score": 2.0}]
 
 
 def test_token_classification_leaves_special_tokens_out(bundle: Path, load) -> None:
     load(Model("token-classification", ("A", "B")))
-    (row,) = runner.run(bundle, ["a b"])["labels"]
+    (row,) = texts.run(bundle, ["a b"])["labels"]
     assert [(one["token"], one["label"]) for one in row] == [("a", "A"), ("b", "B")]
 
 
 def test_text_that_is_too_long_is_refused_with_both_numbers(bundle: Path, load) -> None:
     load(Model("embedding"))
     with pytest.raises(InputError, match="text 2 has 9 tokens, the model takes at most 8"):
-        runner.run(bundle, ["a", "a a a a a a a"])
+        texts.run(bundle, ["a", "a a a a a a a"])
 
 
 def test_truncate_cuts_a_text_that_is_too_long(bundle: Path, load) -> None:
     load(Model("embedding"))
-    assert runner.run(bundle, ["a a a a a a a"], truncate=True)["embeddings"] == [[6, 0]]
+    assert texts.run(bundle, ["a a a a a a a"], truncate=True)["embeddings"] == [[6, 0]]
 
 
 def test_head_without_an_answer_to_a_text_is_refused(bundle: Path, load) -> None:
     load(Model("masked-lm"))
     with pytest.raises(InputError, match="has the head 'masked-lm'"):
-        runner.run(bundle, ["a"])
+        texts.run(bundle, ["a"])
 
 
 def test_missing_tokenizer_is_named(tmp_path: Path, load) -> None:
     load(Model("embedding"))
     with pytest.raises(BundleError, match=r"has no tokenizer\.json"):
-        runner.run(tmp_path, ["a"])
+        texts.run(tmp_path, ["a"])
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": 1}))
     with pytest.raises(BundleError, match="cannot be read"):
-        runner.run(tmp_path, ["a"])
+        texts.run(tmp_path, ["a"])
 
 
 def test_max_tokens_is_the_lower_of_both_limits() -> None:
     manifest = {"model": {"max_length": 512}, "static": {"length": 128}}
-    assert runner.max_tokens(manifest) == 128
-    assert runner.max_tokens({"model": {"max_length": None}, "static": {}}) is None
+    assert texts.max_tokens(manifest) == 128
+    assert texts.max_tokens({"model": {"max_length": None}, "static": {}}) is None
 
 
 def test_text_table_shows_similarities(bundle: Path, load) -> None:
     load(Model("embedding"))
-    text = runner.as_text(runner.run(bundle, ["a", f"{'b ' * 3}{'c' * 100}"]))
+    text = texts.as_text(texts.run(bundle, ["a", f"{'b ' * 3}{'c' * 100}"]))
     assert "[2]" in text and "..." in text

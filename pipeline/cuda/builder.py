@@ -14,10 +14,10 @@ from bertile.builder import Built, kernel_entry
 from bertile.codegen.cuda import compiler, cubin
 from bertile.codegen.cuda.cubin import Resources
 from bertile.cuda import plan
-from bertile.cuda.emulated_model import SOURCE
 from bertile.cuda.lowering import lower
 from bertile.cuda_loader import CUBIN, PLAN, PTX
 from bertile.graph.graph import Graph
+from bertile.run.cuda.emulated_model import SOURCE
 from bertile.targets.rows import Target
 from bertile.tune.log.chooser import Chooser
 

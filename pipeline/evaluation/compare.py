@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bertile import driver, loader, runner
+from bertile import driver, loader
 from bertile.base.errors import UsageError, nearest, require
 from bertile.base.progress import Progress
 from bertile.base.tables import size, table
@@ -26,6 +26,7 @@ from bertile.numerics.precision import PRECISIONS
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import session
 from bertile.option_lists import words
+from bertile.run import texts
 
 PEERS = ("onnxruntime-int8",)
 
@@ -107,9 +108,9 @@ def _with_precision(config: Config, precision: str) -> Config:
 
 def _answers(model: OnnxModel, files: ExportedModel, dataset: Dataset) -> np.ndarray:
     limit = min(one for one in (files.max_length, files.length, 512) if one)
-    encodings = runner.encode(files.directory, dataset.texts, limit, truncate=True)
+    encodings = texts.encode(files.directory, dataset.texts, limit, truncate=True)
     output = datasets.output_of(files.head, dataset)
-    return np.stack([one[output] for one in runner.infer(model, encodings)])
+    return np.stack([one[output] for one in texts.infer(model, encodings)])
 
 
 def _row(

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bertile import opener, runner
 from bertile.base.errors import InputError, UsageError
 from bertile.evaluation.metrics import accuracy, mean_cosine, similarity_spearman
+from bertile.run import opener
+from bertile.run import texts as runner
 
 # head: (the output that answers, whether it needs labels)
 ANSWERS = {"sequence-classification": ("logits", True), "embedding": ("sentence_embedding", False)}

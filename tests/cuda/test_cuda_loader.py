@@ -1199,7 +1199,7 @@ ENTRIES = PTX + "".join(f".visible .entry {entry}() {{ ret; }}\n" for entry in K
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """(bundle, directory with a libcuda.so.1, kernels) of a machine with an emulated GPU."""
-    from bertile.cuda import emulator
+    from bertile.run.cuda import emulator
 
     reason = emulator.missing()
     if reason:

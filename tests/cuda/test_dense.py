@@ -10,8 +10,8 @@ import pytest
 from cuda_kernels import slow
 
 from bertile.codegen.cuda import compiler, cubin
-from bertile.cuda import emulator
 from bertile.cuda_loader import evaluate
+from bertile.run.cuda import emulator
 from bertile.schedules.cuda.dense import dense
 from bertile.schedules.cuda.dense_samples import row_sample
 from bertile.schedules.cuda.dense_tile import Tile

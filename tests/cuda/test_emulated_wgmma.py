@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bertile.cuda import emulator
+from bertile.run.cuda import emulator
 from bertile.schedules.cuda.source import Kernel, Launch
 
 # y (rows, n) = x (rows, k) · w (n, k): 64 × WIDTH per warpgroup of 128, 128 bytes of k a stage.

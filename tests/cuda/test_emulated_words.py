@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bertile.codegen.cuda import compiler
-from bertile.cuda import emulator
+from bertile.run.cuda import emulator
 from bertile.schedules.cuda.source import Kernel, Launch
 from bertile.targets import rows as targets
 

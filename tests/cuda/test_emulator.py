@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bertile.base.errors import PlatformError
-from bertile.cuda import emulator
+from bertile.run.cuda import emulator
 from bertile.schedules.cuda.source import Kernel, Launch
 
 # y (rows, n) = x (rows, k) · w (n, k), 64 × 64 per block, k in steps of 32, three stages.

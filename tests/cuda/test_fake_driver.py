@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bertile import cuda_loader
-from bertile.cuda import emulator
+from bertile.run.cuda import emulator
 
 SOURCE = """
 extern "C" __global__ void __launch_bounds__(64) add(const float* x, float* y, int n, float by) {

@@ -7,7 +7,7 @@ import pytest
 from bertile import driver, loader
 from bertile.base.errors import PlatformError, UsageError
 from bertile.config import Config
-from bertile.cuda import check as gpu_check
+from bertile.run.cuda import opener as gpu_check
 from bertile.targets import detect
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bertile.cuda import emulator, generic
+from bertile.cuda import generic
 from bertile.cuda_loader import evaluate
+from bertile.run.cuda import emulator
 from bertile.targets.rows import resolve
 
 tvm = pytest.importorskip("tvm")

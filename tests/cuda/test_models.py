@@ -13,9 +13,9 @@ import pytest
 from bertile import cli, cuda_loader, driver, loader
 from bertile.base.errors import PlatformError
 from bertile.config import Config
-from bertile.cuda import emulator
 from bertile.onnx.exported import read
 from bertile.onnx.samples import largest_difference, run_onnx, sample
+from bertile.run.cuda import emulator
 from bertile.targets.rows import TABLE, resolve
 from bertile.verifier import ON_GPU
 

@@ -15,12 +15,13 @@ from bertile import loader
 from bertile.builder import Built
 from bertile.bundle import manifest, writer
 from bertile.config import Config
-from bertile.cuda import emulated_model, emulator, plan
+from bertile.cuda import plan
 from bertile.cuda.lowering import lower
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.lower import precision_choice
 from bertile.onnx.samples import largest_difference, run_onnx
+from bertile.run.cuda import emulated_model, emulator
 from bertile.targets.rows import resolve
 from bertile.tune.log import chooser
 from bertile.tune.log.tuning_log import TuningLog

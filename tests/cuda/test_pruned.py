@@ -7,7 +7,7 @@ import pytest
 import bertile
 from bertile import loader, pruner
 from bertile.config import Config
-from bertile.cuda import emulator
+from bertile.run.cuda import emulator
 
 SMALLER = {
     "heads": {"dense_128_192", "dense_64_128", "dense_128_512", "dense_512_128"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bertile.cuda import emulator
+from bertile.run.cuda import emulator
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
 from bertile.targets import rows

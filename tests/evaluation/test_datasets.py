@@ -104,7 +104,7 @@ def test_answers_of_a_bundle_are_one_vector_a_text(tmp_path, cache):
     texts = ("A first sentence.", "Another, which is a little longer than the first.", "Third.")
     found = datasets.answers(tmp_path / "minilm", Dataset(Path("x.txt"), texts))
     with bertile.load(tmp_path / "minilm") as model:
-        from bertile.runner import encode
+        from bertile.run.texts import encode
 
         (one,) = encode(tmp_path / "minilm", texts[1:2])
         want = model(input_ids=[one.ids])["sentence_embedding"][0]

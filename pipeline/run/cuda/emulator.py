@@ -14,8 +14,8 @@ from typing import Union
 
 import numpy as np
 
-from bertile.cuda.host_compiler import EmulationError, build, driver, kept, missing
 from bertile.cuda_loader import evaluate
+from bertile.run.cuda.host_compiler import EmulationError, build, driver, kept, missing
 from bertile.schedules.cuda.source import Kernel
 
 __all__ = [

@@ -9,7 +9,7 @@ import numpy as np
 
 from bertile import cuda_loader, loader
 from bertile.base.errors import PlatformError
-from bertile.cuda import emulated_model, emulator
+from bertile.run.cuda import emulated_model, emulator
 from bertile.targets import detect
 
 LIMIT = 25_000_000  # weights of layers: with these, a request of 64 tokens takes the emulator 10 s

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bertile import emulator, loader
+from bertile import loader
 from bertile.base.errors import PlatformError
 from bertile.bundle import native_build, runtime_parts
 from bertile.bundle.runtime_parts import RuntimeParts
+from bertile.run import qemu
 from bertile.targets import rows
 from bertile.targets.rows import Target, is_foreign
 
@@ -19,7 +20,7 @@ Parts = Callable[[], RuntimeParts]
 
 def opened(
     directory: Path, threads: int | None = None, parts: Parts | None = None, verify: bool = True
-) -> loader.Model | emulator.Model:
+) -> loader.Model | qemu.Model:
     """The bundle, to be called with arrays by input name; a context manager.
 
     `parts` give what a bundle for another processor is run with where it does not bring that along
@@ -36,7 +37,7 @@ def opened(
         found = (parts or parts_of(directory))()
     if verify:
         loader.check_files(directory, manifest["files"], verify)
-    return emulator.Model(directory, found.native, found.libraries, row, threads)
+    return qemu.Model(directory, found.native, found.libraries, row, threads)
 
 
 def parts_of(directory: Path, source: str | None = None) -> Parts:
@@ -56,7 +57,7 @@ def cannot_run(row: Target) -> str | None:
         return "it is linked for musl"
     if row.gpu:
         return None  # what is here is seen when it is loaded
-    return emulator.missing(row) if is_foreign(row) else None
+    return qemu.missing(row) if is_foreign(row) else None
 
 
 def must_run(row: Target) -> None:
@@ -65,7 +66,7 @@ def must_run(row: Target) -> None:
     if reason is None:
         return
     remedy = "run it on such a machine: bertile-run comes with --runtime include"
-    if row.arch in emulator.PROCESSORS and "musl" not in row.triple:
+    if row.arch in qemu.PROCESSORS and "musl" not in row.triple:
         remedy = "apt install qemu-user libstdc++6-arm64-cross, or run it on such a machine"
     raise PlatformError(f"a bundle for {row.name} cannot be run here: {reason}", remedy)
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from bertile import loader
 from bertile.bundle import safetensors
-from bertile.cuda import emulator
 from bertile.cuda_loader import PLAN, TOKENS, evaluate
+from bertile.run.cuda import emulator
 
 SOURCE = "kernels.cu"  # the kernels of a bundle as text, in the words of prelude.cuh
 _SCALARS = {"int32": np.int32, "int64": np.int64, "float32": np.float32}
