@@ -137,7 +137,7 @@ def inspect(options: Namespace, progress: Progress) -> Outcome:
         return _quantization(options)
     if options.sparse:
         return _sparsity(options)
-    from bertile import inspector
+    from bertile.backends.cpu import inspection as inspector
 
     report = inspector.inspect(
         Path(options.bundle), options.batch, options.length, options.threads, progress
@@ -149,7 +149,7 @@ def inspect(options: Namespace, progress: Progress) -> Outcome:
     fallen = report.get("fallthrough", [])
     text = table([name.replace("_", " ") for name in columns], rows) if rows else "no kernels"
     if "gpu" in report:
-        from bertile.cuda import inspection
+        from bertile.backends.cuda import inspection
 
         text += f"\n\n{inspection.summary(report)}"
     elif rows:

@@ -38,7 +38,7 @@ def compile(
     loader.set_thread_defaults()  # before TVM is imported and starts its thread pool
     row = rows.with_libc(rows.resolve(config.target, config.threads), config.libc)
     if row.gpu:
-        from bertile.cuda import flags
+        from bertile.backends.cuda import flags
 
         flags.check(config, row)
     exported = export_cached(model, config, progress)
@@ -231,12 +231,12 @@ class _Run:
         return lambda directory: writer.include_runtime(directory, parts.libraries, parts.native)
 
     def _build(self, graph: Any, directory: Path) -> Any:
-        from bertile import builder
+        from bertile.backends.cpu import builder
         from bertile.tune.log import chooser
 
         choose = chooser.Chooser(self.log, self.row, self.progress.say)
         if self.row.gpu:
-            from bertile.cuda import builder as gpu
+            from bertile.backends.cuda import builder as gpu
 
             return gpu.build(graph, choose, self.row, directory, self.config.cache_dir)
         return builder.build(graph, choose, self.row, directory / "lib.so")

@@ -12,7 +12,8 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from bertile import builder, loader
+from bertile import loader
+from bertile.backends.cpu import builder
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, normalized

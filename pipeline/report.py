@@ -143,11 +143,11 @@ def _of_bundle(
     kernels: Sequence[dict[str, Any]] = ()
     notes = []
     if manifest["target"]["arch"] == loader.CUDA:
-        from bertile.cuda import inspection
+        from bertile.backends.cuda import inspection
 
         notes.append(inspection.summary(inspection.inspect(directory, batch, length, measure)))
     elif measure:
-        from bertile import inspector
+        from bertile.backends.cpu import inspection as inspector
 
         found = inspector.inspect(directory, batch, length, threads, progress)
         kernels = found["kernels"]

@@ -11,7 +11,7 @@ import tvm
 import tvm_ffi
 from tvm import relax, tirx
 
-from bertile import builder
+from bertile.backends.cpu import builder
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.loader import token_blocks

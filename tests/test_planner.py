@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bertile import builder, loader
+from bertile import loader
+from bertile.backends.cpu import builder
 from bertile.base.errors import PlatformError
 from bertile.graph import importer, ops, order
 from bertile.lower import precision_choice

@@ -10,7 +10,8 @@ import pytest
 from test_planner import BF16, PLAIN, VNNI, compiled
 from test_sparse_choice import layers, pruned
 
-from bertile import builder, cli, driver, inspector, loader
+from bertile import cli, driver, loader
+from bertile.backends.cpu import builder, inspection
 from bertile.config import Config
 from bertile.graph import importer, order
 from bertile.lower import lowering, precision_choice
@@ -168,7 +169,7 @@ def test_inspect_says_where_the_zeros_lie(bundles, capsys):
 
 
 def test_inspect_measures_sparse_kernels_by_what_they_do(bundles):
-    found = inspector.inspect(bundles / "always", threads=1)
+    found = inspection.inspect(bundles / "always", threads=1)
     rows = [row for row in found["kernels"] if row["kernel"].startswith("sparse")]
     assert rows and all(0 < row["peak %"] < 100 and 0 < row["bound %"] for row in rows)
     names = {one["name"]: one for one in loader.read_manifest(bundles / "always")["kernels"]}

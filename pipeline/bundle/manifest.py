@@ -11,7 +11,7 @@ from typing import Any
 
 import tvm
 
-from bertile.builder import Built
+from bertile.backends.cpu.builder import Built
 from bertile.config import Config
 from bertile.graph import order
 from bertile.graph.graph import Graph

@@ -16,7 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from bertile import bench, bench_tables, driver, inspector, loader
+from bertile import bench, bench_tables, driver, loader
+from bertile.backends.cpu import inspection
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.commands import cache_directory
@@ -114,7 +115,7 @@ def shares(model: str, case: Case, config: Config, progress: Progress) -> list[t
         kinds = {
             one["name"]: one["operation"] for one in loader.read_manifest(directory)["kernels"]
         }
-        report = inspector.inspect(directory, case.batch, case.length, config.threads, progress)
+        report = inspection.inspect(directory, case.batch, case.length, config.threads, progress)
     totals: dict[str, float] = defaultdict(float)
     for row in report["kernels"]:
         totals[kinds[row["kernel"]]] += row["ms"]

@@ -18,7 +18,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from bertile.cuda.forms import GpuForms
+from bertile.backends.cuda.forms import GpuForms
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.importer import TABLE

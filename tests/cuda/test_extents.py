@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from bertile.backends.cuda.extents import combined, extent, product, with_names
 from bertile.base.errors import ModelError
-from bertile.cuda.extents import combined, extent, product, with_names
 from bertile.cuda_loader import evaluate
 
 tvm = pytest.importorskip("tvm")

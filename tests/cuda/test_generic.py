@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bertile.cuda import generic
+from bertile.backends.cuda import generic
 from bertile.cuda_loader import evaluate
 from bertile.run.cuda import emulator
 from bertile.targets.rows import resolve

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tvm import relax
 
+from bertile.backends.cuda import builder, plan
+from bertile.backends.cuda.lowering import lower
 from bertile.base.errors import BertileError, ModelError
 from bertile.codegen.cuda import cubin
-from bertile.cuda import builder, plan
-from bertile.cuda.lowering import lower
 from bertile.graph import order
 from bertile.graph.importer import import_onnx
 from bertile.lower import precision_choice

@@ -12,11 +12,11 @@ import pytest
 import test_builder as programs
 
 from bertile import loader
-from bertile.builder import Built
+from bertile.backends.cpu.builder import Built
+from bertile.backends.cuda import plan
+from bertile.backends.cuda.lowering import lower
 from bertile.bundle import manifest, writer
 from bertile.config import Config
-from bertile.cuda import plan
-from bertile.cuda.lowering import lower
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.lower import precision_choice

@@ -8,7 +8,7 @@ import tvm
 import tvm_ffi
 from tvm import relax, tirx
 
-from bertile.builder import fuse_and_schedule
+from bertile.backends.cpu.builder import fuse_and_schedule
 from bertile.schedules.cpu.dense import dense
 from bertile.schedules.cpu.generic import KERNEL, is_kernel, schedule_generic
 from bertile.schedules.task import Task

@@ -42,7 +42,7 @@ def inspect(
     """
     manifest = loader.read_manifest(directory)
     if manifest["target"]["arch"] == loader.CUDA:
-        from bertile.cuda import inspection
+        from bertile.backends.cuda import inspection
 
         return inspection.inspect(Path(directory), batch, length)
     require("compile", "tvm")

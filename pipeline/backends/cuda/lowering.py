@@ -13,8 +13,8 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from bertile.backends.cuda.forms import DTYPES
 from bertile.base.errors import ModelError
-from bertile.cuda.forms import DTYPES
 from bertile.graph import ops
 from bertile.graph.rewriting.dataflow import shape
 from bertile.lower.dense_weights import Arrays

@@ -13,10 +13,10 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
+from bertile.backends.cuda import generic
+from bertile.backends.cuda.extents import extent, product, with_names
+from bertile.backends.cuda.lowering import PREFIX
 from bertile.base.errors import ModelError
-from bertile.cuda import generic
-from bertile.cuda.extents import extent, product, with_names
-from bertile.cuda.lowering import PREFIX
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.importer import TABLE

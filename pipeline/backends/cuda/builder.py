@@ -1,5 +1,5 @@
 """From an optimized graph and chosen knobs to a plan, the kernels' machine code and their packed
-weights: ``bertile.builder`` for a GPU.
+weights: ``bertile.backends.cpu.builder`` for a GPU.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bertile.backends.cpu.builder import Built, kernel_entry
+from bertile.backends.cuda import plan
+from bertile.backends.cuda.lowering import lower
 from bertile.base.errors import BertileError
-from bertile.builder import Built, kernel_entry
 from bertile.codegen.cuda import compiler, cubin
 from bertile.codegen.cuda.cubin import Resources
-from bertile.cuda import plan
-from bertile.cuda.lowering import lower
 from bertile.cuda_loader import CUBIN, PLAN, PTX
 from bertile.graph.graph import Graph
 from bertile.run.cuda.emulated_model import SOURCE
