@@ -164,7 +164,8 @@ def inspect(options: Namespace, progress: Progress) -> Outcome:
 
 
 def _quantization(options: Namespace) -> Outcome:
-    from bertile import loader, quantizer
+    from bertile import loader
+    from bertile.quantize import quantizer
 
     found = loader.read_manifest(Path(options.bundle)).get("quantization", {})
     return Outcome(found, quantizer.as_text(found))

@@ -158,7 +158,7 @@ class _Run:
         return self._graph
 
     def _with_plan(self, graph: Any) -> Any:
-        from bertile import quantizer
+        from bertile.quantize import quantizer
 
         self._quantizer = quantizer.Quantizer(graph, self.row, self.config)
         if self.config.precision == "int8":

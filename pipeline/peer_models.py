@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from bertile import calibration
 from bertile.base import cache
 from bertile.base.errors import BertileError, require
 from bertile.base.fingerprint import hash_path
@@ -26,6 +25,7 @@ from bertile.base.progress import Progress
 from bertile.evaluation.sentences import sentences
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import sample, session
+from bertile.quantize import calibration
 
 CALIBRATION_SAMPLES = 300  # NNCF's own default
 RANDOM_LENGTH = 64

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from bertile.accuracy import search
 from bertile.base.errors import BertileError
 from bertile.numerics.precision import LayerPlan
+from bertile.quantize.max_drop import search
 
 LAYERS = 48
 BASELINE = 0.9

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertile import calibration
 from bertile.base.errors import BertileError, InputError, ModelError, UsageError
-from bertile.calibration import batches, read_requests, usual_requests
 from bertile.config import Config
 from bertile.export.exporter import export
 from bertile.onnx.exported import ExportedModel, InputSpec
+from bertile.quantize import calibration
+from bertile.quantize.calibration import batches, read_requests, usual_requests
 
 IDS = np.array([[5, 6, 7, 8], [9, 10, 0, 0], [11, 12, 13, 0]])
 

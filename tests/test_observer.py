@@ -9,8 +9,8 @@ import torch
 from bertile.export import checkpoints
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
-from bertile.observer import KEPT_ROWS, Observer, layer_inputs, observe
 from bertile.onnx.samples import sample
+from bertile.quantize.observer import KEPT_ROWS, Observer, layer_inputs, observe
 from bertile.targets import rows as targets
 
 # float32 in another order, through two layers

@@ -18,9 +18,9 @@ from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.lower import precision_choice
 from bertile.numerics.precision import LayerPlan
-from bertile.observer import layer_inputs
 from bertile.onnx.samples import sample
-from bertile.quantizer import Quantizer, smoothable
+from bertile.quantize.observer import layer_inputs
+from bertile.quantize.quantizer import Quantizer, smoothable
 from bertile.targets import rows as targets
 
 ROW = targets.resolve("native", threads=1)
@@ -52,7 +52,7 @@ def planned(graph, **config):
 
 
 def test_nothing_is_run_where_ranges_are_per_token(graph, monkeypatch):
-    monkeypatch.setattr("bertile.quantizer.Observer", None)
+    monkeypatch.setattr("bertile.quantize.quantizer.Observer", None)
     assert planned(graph) == {}
 
 
@@ -103,7 +103,7 @@ def test_report_has_a_row_for_every_layer(graph):
 
 
 def test_report_of_a_plan_without_bytes_is_empty(graph, monkeypatch):
-    monkeypatch.setattr("bertile.quantizer.Observer", None)
+    monkeypatch.setattr("bertile.quantize.quantizer.Observer", None)
     plan = precision_choice.plan_layers(graph, "fp32", ROW).plan
     assert Quantizer(graph, ROW, Config()).report(plan) == {}
 

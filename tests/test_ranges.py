@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bertile.numerics.eight_bit import quantize_input, signal_to_noise
-from bertile.observer import Observation
-from bertile.ranges import METHODS, choose, minmax, mse, percentile, smoothing
+from bertile.quantize.observer import Observation
+from bertile.quantize.ranges import METHODS, choose, minmax, mse, percentile, smoothing
 
 RANDOM = np.random.default_rng(11)
 

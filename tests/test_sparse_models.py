@@ -24,10 +24,10 @@ from bertile.lower.precision_choice import plan_layers
 from bertile.numerics.eight_bit import quantize_weights, weight_scales
 from bertile.numerics.precision import LayerPlan
 from bertile.numerics.zeros import analyse
-from bertile.observer import layer_inputs
 from bertile.onnx import normalizer
 from bertile.onnx.samples import sample, session
-from bertile.quantizer import Quantizer
+from bertile.quantize.observer import layer_inputs
+from bertile.quantize.quantizer import Quantizer
 from bertile.schedules.task import Task
 from bertile.targets import rows
 

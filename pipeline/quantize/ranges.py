@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from bertile.numerics.histogram import Histogram
-from bertile.observer import Observation
+from bertile.quantize.observer import Observation
 from bertile.schedules.reference import LEVELS
 
 PERCENTILE = 99.99

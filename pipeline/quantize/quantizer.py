@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from bertile import accuracy, calibration, ranges
 from bertile.base.tables import table
 from bertile.config import Config
 from bertile.evaluation import datasets
@@ -21,7 +20,8 @@ from bertile.graph.rewriting.dataflow import Dataflow
 from bertile.lower import precision_choice
 from bertile.numerics.eight_bit import layer_report
 from bertile.numerics.precision import LayerPlan, Plan
-from bertile.observer import Arrays, Observation, Observer
+from bertile.quantize import calibration, max_drop, ranges
+from bertile.quantize.observer import Arrays, Observation, Observer
 from bertile.targets.rows import Target
 
 # What a graph whose operators have their precisions answers to the texts of a dataset.
@@ -73,7 +73,7 @@ class Quantizer:
 
         whole = self._planned(plan, "int8").plan
         rows = self.report(whole)["layers"]
-        found = accuracy.search(
+        found = max_drop.search(
             whole,
             {row["layer"]: row["output dB"] for row in rows if row["precision"] == "int8"},
             lambda one: score(answers(self._planned(one, "int8"), dataset)),
