@@ -76,8 +76,8 @@ def tune(options: Namespace, progress: Progress) -> Outcome:
 
 def verify(options: Namespace, progress: Progress) -> Outcome:
     """Compare with ONNX Runtime; exit code 4 where the difference is past the tolerance."""
-    from bertile import verifier
     from bertile.run import opener
+    from bertile.verify import verifier
 
     bundle, source = Path(options.bundle), read_config(options).runtime_from
     check = verifier.verify(

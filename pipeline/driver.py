@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bertile import loader, summary, verifier
+from bertile import loader
 from bertile.base import cache
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
@@ -24,6 +24,7 @@ from bertile.onnx.exported import ExportedModel, read
 from bertile.run import opener
 from bertile.targets import rows
 from bertile.targets.rows import Target
+from bertile.verify import summary, verifier
 
 
 def compile(

@@ -11,7 +11,7 @@ import arm_code
 import numpy as np
 import pytest
 
-from bertile import driver, loader, verifier
+from bertile import driver, loader
 from bertile.base.errors import PlatformError, UsageError
 from bertile.bundle import runtime_libraries, safetensors
 from bertile.config import Config
@@ -19,6 +19,7 @@ from bertile.onnx.exported import InputSpec
 from bertile.onnx.samples import run_onnx, sample
 from bertile.run import qemu
 from bertile.targets import rows as targets
+from bertile.verify import verifier
 
 TINY, MINILM = "synthetic:bert-tiny", "minilm"
 SPARSE = "synthetic:bert-tiny@0.9:4x1"

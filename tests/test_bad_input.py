@@ -375,7 +375,7 @@ def test_compile_refuses_an_output_that_is_not_writable(tmp_path, cache, refused
 
 @pytest.mark.usefixtures("compiled")
 def test_compile_writes_nothing_when_the_numbers_differ(tmp_path, monkeypatch, cache, refused):
-    from bertile import verifier
+    from bertile.verify import verifier
 
     monkeypatch.setitem(verifier.TOLERANCES, "fp32", 1e-12)
     command = ("compile", MODEL, "-o", str(tmp_path / "out"), *at(cache), "--runtime", "include")

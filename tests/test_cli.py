@@ -233,8 +233,8 @@ def test_verify_exits_with_4_past_the_tolerance(
 ) -> None:
     check = {"max_abs_difference": difference, "tolerance": 1e-4, "reference": "ONNX Runtime"}
     verifier = SimpleNamespace(verify=lambda *_, **__: check)
-    monkeypatch.setitem(sys.modules, "bertile.verifier", verifier)
-    monkeypatch.setattr("bertile.verifier", verifier, raising=False)
+    monkeypatch.setitem(sys.modules, "bertile.verify.verifier", verifier)
+    monkeypatch.setattr("bertile.verify.verifier", verifier, raising=False)
     assert call(capsys, "verify", "bundle")[0] == code
 
 

@@ -128,7 +128,7 @@ def test_manifest_says_what_is_in_the_bundle(minilm):
 
 
 def test_difference_past_the_tolerance_is_exit_4_and_writes_nothing(tmp_path, monkeypatch):
-    from bertile import verifier
+    from bertile.verify import verifier
 
     monkeypatch.setitem(verifier.TOLERANCES, "fp32", 1e-12)
     config = Config(cache_dir=str(tmp_path / "cache"))

@@ -7,11 +7,12 @@ from pathlib import Path
 import arm_code
 import pytest
 
-from bertile import cli, driver, loader, verifier
+from bertile import cli, driver, loader
 from bertile.base.errors import BundleError, PlatformError
 from bertile.config import Config
 from bertile.evaluation.sentences import sentences
 from bertile.run import opener, qemu
+from bertile.verify import verifier
 
 TINY = "synthetic:bert-tiny"
 

@@ -34,7 +34,7 @@ from bertile.evaluation import cuda_bench, cuda_checks
 from bertile.export import synthetic
 from bertile.onnx import samples
 from bertile.onnx.exported import ExportedModel
-from bertile.verifier import TOLERANCES
+from bertile.verify.verifier import TOLERANCES
 
 WORDS = 1009  # rows of the vocabulary that differ; a prime, so that no two tables stay in step
 MEMORY = 256 << 20  # how far back the compressor looks

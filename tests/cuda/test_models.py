@@ -17,7 +17,7 @@ from bertile.onnx.exported import read
 from bertile.onnx.samples import largest_difference, run_onnx, sample
 from bertile.run.cuda import emulator
 from bertile.targets.rows import TABLE, resolve
-from bertile.verifier import ON_GPU
+from bertile.verify.verifier import ON_GPU
 
 ROWS = [row.name for row in TABLE if row.gpu]
 SMALL = "synthetic:bert-tiny"

@@ -25,7 +25,7 @@ from bertile.run.cuda import emulated_model, emulator
 from bertile.targets.rows import resolve
 from bertile.tune.log import chooser
 from bertile.tune.log.tuning_log import TuningLog
-from bertile.verifier import ON_GPU
+from bertile.verify.verifier import ON_GPU
 
 
 def emulated(exported, precision, directory):

@@ -27,7 +27,7 @@ def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
 
 def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
     """What stands in the table; the time of a request is measured here, where that can be."""
-    from bertile import verifier
+    from bertile.verify import verifier
 
     manifest = loader.read_manifest(path)
     length = min(
