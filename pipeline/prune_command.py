@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, progress: Any) -> tuple[Any, str]:
     """The report of what was pruned, and what is printed of it."""
-    from bertile import pruner
+    from bertile.compress import pruner
 
     report = pruner.prune(
         options.model, options.output, options.sparsity, options.pattern, progress

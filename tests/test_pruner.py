@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedModel
 
 import bertile
-from bertile import cli, loader, pruner
+from bertile import cli, loader
+from bertile.compress import pruner
 from bertile.config import Config
 from bertile.export import checkpoints, files
 from bertile.numerics.zeros import analyse

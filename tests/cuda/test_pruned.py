@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import bertile
-from bertile import loader, pruner
+from bertile import loader
+from bertile.compress import pruner
 from bertile.config import Config
 from bertile.run.cuda import emulator
 

@@ -7,8 +7,8 @@ import subprocess
 import pytest
 
 from bertile.base.errors import BertileError
-from bertile.evaluation import sections
-from bertile.evaluation.sections import descriptions, package_index, split
+from bertile.compress import sections
+from bertile.compress.sections import descriptions, package_index, split
 
 INDEX = """Package: 0ad
 Version: 1.0: a

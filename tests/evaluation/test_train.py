@@ -8,10 +8,10 @@ import pytest
 
 import bertile
 from bertile.base.progress import Progress
+from bertile.compress.sections import Split
+from bertile.compress.train import train
 from bertile.config import Config
 from bertile.evaluation import datasets
-from bertile.evaluation.sections import Split
-from bertile.evaluation.train import train
 
 EXAMPLES = tuple(
     (f"{words} number {index}", label)

@@ -1,7 +1,7 @@
 """MiniLM, fine-tuned to tell the section of a Debian package from its description, comes out as a
 Hugging Face directory with the examples to test it with.
 
-    python -m bertile.evaluation.train -o DIR
+    python -m bertile.compress.train -o DIR
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from bertile.base.errors import require
 from bertile.base.progress import Progress
-from bertile.evaluation import sections
-from bertile.evaluation.sections import Example, Split
+from bertile.compress import sections
+from bertile.compress.sections import Example, Split
 from bertile.export.checkpoints import quiet
 
 SEED = 20
@@ -110,7 +110,7 @@ def _batches(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train on this machine's package index, and say how good the model became."""
-    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.train")
+    parser = argparse.ArgumentParser(prog="python -m bertile.compress.train")
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="what to write")
     parser.add_argument("--epochs", metavar="N", type=int, default=EPOCHS, help="default: 3")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """Labelled texts that every Debian machine has: the package index, whose descriptions belong to
 sections.
 
-    python -m bertile.evaluation.sections -o DIR
+    python -m bertile.compress.sections -o DIR
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _order(example: Example) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write train.tsv and test.tsv."""
-    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.sections")
+    parser = argparse.ArgumentParser(prog="python -m bertile.compress.sections")
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="where to write")
     directory = Path(parser.parse_args(arguments).output)
     directory.mkdir(parents=True, exist_ok=True)
