@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, config: Any, progress: Any) -> tuple[Any, str]:
     """One report, or a list of one each; and what is printed of them."""
-    from bertile import bench, bench_tables
+    from bertile.bench import benchmark, result_tables
     from bertile.option_lists import numbers, words
 
-    reports = bench.bench_models(
+    reports = benchmark.bench_models(
         options.targets,
         config,
         progress,
@@ -49,10 +49,10 @@ def run(options: argparse.Namespace, config: Any, progress: Any) -> tuple[Any, s
     )
     if options.update_readme:
         command = shlex.join(["bertile", *sys.argv[1:]])
-        bench_tables.update_readme(Path(options.update_readme), reports, command)
+        result_tables.update_readme(Path(options.update_readme), reports, command)
     text = (
-        bench_tables.as_csv(reports)
+        result_tables.as_csv(reports)
         if options.csv
-        else bench_tables.as_table(reports, markdown=options.markdown)
+        else result_tables.as_table(reports, markdown=options.markdown)
     )
     return (reports[0] if len(reports) == 1 else reports), text

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from bertile import bench, driver, loader
+from bertile import driver, loader
 from bertile.base.progress import Progress
 from bertile.base.tables import size, table
+from bertile.bench import benchmark
 from bertile.config import Config
 from bertile.run import texts as runner
 
@@ -35,7 +36,7 @@ def demo(output: Path, config: Config, progress: Progress) -> dict[str, Any]:
         result = runner.run(output, SENTENCES, threads=config.threads)
     onnx = driver.export_cached("minilm", config).onnx_path
     with progress.stage("bench"):
-        report = bench.bench(
+        report = benchmark.bench(
             output, onnx, lengths=LENGTHS, threads=config.threads, progress=progress
         )
     return {

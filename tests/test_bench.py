@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bertile import bench, cli
+from bertile import cli
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
+from bertile.bench import benchmark
+from bertile.bench.engines import Engine, Source
 from bertile.config import Config
-from bertile.engines import Engine, Source
 
 MANIFEST = {
     "model": {"source": "minilm", "head": "embedding", "max_length": 32, "sha256": "old"},
@@ -58,15 +59,15 @@ def made(monkeypatch: pytest.MonkeyPatch, precisions: dict[str, str], **choices:
     def facts(kernels: list, target: str, threads: int, sizes: list, precisions: list) -> tuple:
         return {name: 1000.0 for name in precisions if name != "bf16"}, [1e9] * len(sizes)
 
-    monkeypatch.setattr("bertile.turns.PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr("bertile.turns.start", Worker)
-    monkeypatch.setattr("bertile.turns.Worker", Worker)
-    monkeypatch.setattr("bertile.startup.start", Worker)
-    monkeypatch.setattr("bertile.startup._resident_mb", lambda pid: 7.0)
-    monkeypatch.setattr(bench.loader, "read_manifest", lambda directory: MANIFEST)
-    monkeypatch.setattr(bench.competitors, "engines", lambda *given: (engines, ["a note"]))
-    monkeypatch.setattr(bench.work, "facts_in_own_process", facts)
-    return bench.bench(Path("out"), threads=2, repeat=3, **choices)
+    monkeypatch.setattr("bertile.bench.turns.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("bertile.bench.turns.start", Worker)
+    monkeypatch.setattr("bertile.bench.turns.Worker", Worker)
+    monkeypatch.setattr("bertile.bench.startup.start", Worker)
+    monkeypatch.setattr("bertile.bench.startup._resident_mb", lambda pid: 7.0)
+    monkeypatch.setattr(benchmark.loader, "read_manifest", lambda directory: MANIFEST)
+    monkeypatch.setattr(benchmark.competitors, "engines", lambda *given: (engines, ["a note"]))
+    monkeypatch.setattr(benchmark.work, "facts_in_own_process", facts)
+    return benchmark.bench(Path("out"), threads=2, repeat=3, **choices)
 
 
 def test_report_has_a_row_per_engine_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +92,7 @@ def test_lower_precisions_are_compared_with_float32(monkeypatch: pytest.MonkeyPa
 
 
 def test_outputs_of_another_model_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "SAME", {"fp32": 0.9999, "int8": 0.999})
+    monkeypatch.setattr(benchmark, "SAME", {"fp32": 0.9999, "int8": 0.999})
     report = made(monkeypatch, {"bertile": "fp32", "onnxruntime:int8": "int8"}, lengths=[8])
     (_, note) = report["notes"]
     assert (
@@ -110,17 +111,17 @@ def test_startup_is_a_second_list_of_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_random_inputs_are_valid_and_the_same_every_time() -> None:
-    inputs = bench.random_inputs(MANIFEST, 3, 32)
+    inputs = benchmark.random_inputs(MANIFEST, 3, 32)
     assert {name: array.shape for name, array in inputs.items()} == dict.fromkeys(inputs, (3, 32))
     assert inputs["input_ids"].max() < 10 and inputs["attention_mask"].dtype == np.int32
     assert inputs["attention_mask"].all() and not inputs["token_type_ids"].any()
-    again = bench.random_inputs(MANIFEST, 3, 32)
+    again = benchmark.random_inputs(MANIFEST, 3, 32)
     assert (inputs["input_ids"] == again["input_ids"]).all()
 
 
 def test_length_past_the_maximum_is_refused() -> None:
     with pytest.raises(UsageError, match="length 33 is too much; the model takes at most 32"):
-        bench.random_inputs(MANIFEST, 1, 33)
+        benchmark.random_inputs(MANIFEST, 1, 33)
 
 
 @pytest.mark.parametrize(
@@ -133,16 +134,16 @@ def test_length_past_the_maximum_is_refused() -> None:
 )
 def test_bad_choices_are_refused_before_anything_starts(choice: dict, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        bench.bench(Path("/no/bundle"), **choice)
+        benchmark.bench(Path("/no/bundle"), **choice)
     assert message in str(caught.value)
 
 
 def test_bench_of_a_model_compiles_it_first(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple] = []
     monkeypatch.setattr("bertile.driver.compile", lambda *given: made.append(given))
-    monkeypatch.setattr(bench, "bench", lambda directory, onnx, **choices: (directory, choices))
+    monkeypatch.setattr(benchmark, "bench", lambda directory, onnx, **choices: (directory, choices))
     config = Config(threads=2, cache_dir="cache")
-    ((directory, choices),) = bench.bench_models(["minilm"], config, Progress(-1), repeat=3)
+    ((directory, choices),) = benchmark.bench_models(["minilm"], config, Progress(-1), repeat=3)
     assert made[0][:2] == ("minilm", directory) and not directory.parent.exists()
     assert {**choices, "progress": None} == {
         "threads": 2,
@@ -157,7 +158,7 @@ def test_unknown_peer_is_refused_before_the_model_is_compiled(
 ) -> None:
     monkeypatch.setattr("bertile.driver.compile", lambda *given: pytest.fail("compiled"))
     with pytest.raises(UsageError, match="did you mean 'onnxruntime'"):
-        bench.bench_models(["minilm"], Config(), Progress(-1), against=["none", "onnxruntim"])
+        benchmark.bench_models(["minilm"], Config(), Progress(-1), against=["none", "onnxruntim"])
 
 
 def test_command_takes_blanks_and_commas(
@@ -169,8 +170,8 @@ def test_command_takes_blanks_and_commas(
         seen.update(choices, targets=targets)
         return [{"rows": [{"engine": "bertile"}]}]
 
-    monkeypatch.setattr(bench, "bench_models", run)
-    monkeypatch.setattr("bertile.bench_tables.as_table", lambda reports, markdown: "a table")
+    monkeypatch.setattr(benchmark, "bench_models", run)
+    monkeypatch.setattr("bertile.bench.result_tables.as_table", lambda reports, markdown: "a table")
     line = ["bench", "out", "--against", "onnxruntime,openvino", "torch", "--length", "16,32", "64"]
     assert cli.main([*line, "--json", "-q"]) == 0
     assert seen["against"] == ["onnxruntime", "openvino", "torch"]
@@ -182,6 +183,8 @@ def test_command_takes_blanks_and_commas(
 
 def test_float32_outputs_of_another_size_are_not_the_same_model() -> None:
     row = {"engine": "onnxruntime", "precision": "fp32", "cosine": 1.0}
-    assert bench._doubt({**row, "max_abs_difference": 5e-3}) is None
-    assert "differ from float32's by 0.02" in str(bench._doubt({**row, "max_abs_difference": 0.02}))
-    assert bench._doubt({**row, "precision": "int8", "max_abs_difference": 0.02}) is None
+    assert benchmark._doubt({**row, "max_abs_difference": 5e-3}) is None
+    assert "differ from float32's by 0.02" in str(
+        benchmark._doubt({**row, "max_abs_difference": 0.02})
+    )
+    assert benchmark._doubt({**row, "precision": "int8", "max_abs_difference": 0.02}) is None

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bertile import bench_tables
 from bertile.base.errors import UsageError
+from bertile.bench import result_tables
 
 ROW = {
     "model": "minilm",
@@ -55,11 +55,11 @@ def report(**changes: Any) -> dict[str, Any]:
 
 
 def test_table_is_text_markdown_or_csv() -> None:
-    text = bench_tables.as_table([report()])
+    text = result_tables.as_table([report()])
     assert "8000" in text and "2 threads" in text and "ONNX Runtime 1" in text
-    markdown = bench_tables.as_table([report()], markdown=True).splitlines()
+    markdown = result_tables.as_table([report()], markdown=True).splitlines()
     assert markdown[0].startswith("| model") and "0.67" in markdown[3] and "0.80" in markdown[2]
-    rows = list(csv.DictReader(bench_tables.as_csv([report(), report()]).splitlines()))
+    rows = list(csv.DictReader(result_tables.as_csv([report(), report()]).splitlines()))
     assert len(rows) == 6 and float(rows[1]["ratio"]) == pytest.approx(2 / 3)
     assert rows[0]["best_ratio"] and rows[1]["best_ratio"] == "" and rows[2]["threads"] == "2"
 
@@ -71,13 +71,13 @@ def test_new_processes_are_a_second_table() -> None:
         {**new, "engine": name, "first_result_ms": ms, "ratio": ratio, "resident_mb": 105.5}
         for name, (ms, ratio) in times.items()
     ]
-    text = bench_tables.as_table([report(startup=rows)], markdown=True)
+    text = result_tables.as_table([report(startup=rows)], markdown=True)
     assert text.count("| model") == 2 and "| first result ms |" in text
     line = next(line for line in text.splitlines() if "1061" in line)
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
         *("minilm", "ONNX Runtime 1", "fp32", "1", "128", "1061", "0.50", "106", "90"),
     ]
-    assert "first result" not in bench_tables.as_table([report()])
+    assert "first result" not in result_tables.as_table([report()])
 
 
 def test_another_bundle_is_named_by_its_path_and_precisions_have_their_peaks() -> None:
@@ -86,26 +86,26 @@ def test_another_bundle_is_named_by_its_path_and_precisions_have_their_peaks() -
     rows[2]["peak_percent"] = None
     peaks = [{"fp32": 235.2, "int8": 930.0}, {"fp32": 236.4}]
     reports = [report(rows=rows, versions=versions, peaks_gflops=one) for one in peaks]
-    text = bench_tables.as_table(reports)
+    text = result_tables.as_table(reports)
     assert "peak GFLOP/s: fp32 235-236, int8 930" in text
     names = [re.split(r"  +", line)[1] for line in text.splitlines()[2:5]]
     assert names == ["Bertile 1", "out/other", "OpenVINO 1"]
-    rows = list(csv.DictReader(bench_tables.as_csv(reports[:1]).splitlines()))
+    rows = list(csv.DictReader(result_tables.as_csv(reports[:1]).splitlines()))
     assert rows[2]["peak_percent"] == "" and rows[2]["precision"] == "int8"
 
 
 def test_facts_say_that_the_machine_was_busy_and_what_was_left_out() -> None:
     busy = {"others_percent": 35.2, "load": [2.0, 1.0, 1.0]}
-    text = bench_tables.facts([report(), report(busy=busy, notes=["torch is left out"])])
+    text = result_tables.facts([report(), report(busy=busy, notes=["torch is left out"])])
     assert "The machine was busy: other processes took 35%" in text and "Torch is left out." in text
-    assert "busy" not in bench_tables.facts([report()])
+    assert "busy" not in result_tables.facts([report()])
 
 
 def test_readme_is_changed_between_the_markers_alone(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("above\n<!-- bench -->\nold \\1\n<!-- /bench -->\nbelow\n")
     for _ in range(2):
-        bench_tables.update_readme(path, [report()], "bertile bench \\1 minilm")
+        result_tables.update_readme(path, [report()], "bertile bench \\1 minilm")
     text = path.read_text()
     assert text.startswith("above\n<!-- bench -->\n| model") and text.endswith("-->\nbelow\n")
     assert "old" not in text and "`bertile bench \\1 minilm`" in text and "2026-01-01" in text
@@ -116,7 +116,7 @@ def test_readme_has_a_place_for_each_precision(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("<!-- bench -->\n<!-- /bench -->\n<!-- bench-int8 -->\n<!-- /bench-int8 -->\n")
     rows = [{**one, "precision": "int8"} for one in report()["rows"]]
-    bench_tables.update_readme(path, [report(rows=rows)], "bertile bench --precision int8")
+    result_tables.update_readme(path, [report(rows=rows)], "bertile bench --precision int8")
     before, after = path.read_text().split("<!-- bench-int8 -->")
     assert "| model" in after and "| model" not in before
 
@@ -126,5 +126,5 @@ def test_readme_without_markers_is_left_alone(tmp_path: Path, text: str) -> None
     path = tmp_path / "README.md"
     path.write_text(text)
     with pytest.raises(UsageError, match="has no place for the table"):
-        bench_tables.update_readme(path, [report()], "bertile bench")
+        result_tables.update_readme(path, [report()], "bertile bench")
     assert path.read_text() == text

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from bertile import competitors, loader
+from bertile import loader
 from bertile.base.errors import BundleError, ModelError, UsageError
 from bertile.base.progress import Progress
-from bertile.engines import LeftOut
+from bertile.bench import competitors
+from bertile.bench.engines import LeftOut
 
 MANIFEST: dict[str, Any] = {
     "model": {

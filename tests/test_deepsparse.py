@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bertile import deepsparse, deepsparse_server
-from bertile.engines import Engine, LeftOut, Source
+from bertile.bench import deepsparse, deepsparse_server
+from bertile.bench.engines import Engine, LeftOut, Source
 
 # In place of the package: adds the inputs, and writes into the model file as the package does.
 STAND_IN = """

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertile import peers
 from bertile.base.errors import BertileError
-from bertile.engines import Engine, Source, Worker
+from bertile.bench import peers
+from bertile.bench.engines import Engine, Source, Worker
 
 
 def test_worker_runs_onnx_runtime_in_its_own_process(tmp_path: Path) -> None:

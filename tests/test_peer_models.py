@@ -8,13 +8,14 @@ import numpy as np
 import onnx
 import pytest
 
-from bertile import driver, peer_models
+from bertile import driver
 from bertile.base.progress import Progress
+from bertile.bench import peer_models
+from bertile.bench.engines import Engine, Source, Worker
+from bertile.bench.turns import cosine
 from bertile.config import Config
-from bertile.engines import Engine, Source, Worker
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import run_onnx, sample
-from bertile.turns import cosine
 
 QUIET = Progress(-1)
 

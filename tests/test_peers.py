@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertile import peers
-from bertile.engines import Engine, Source
+from bertile.bench import peers
+from bertile.bench.engines import Engine, Source
+from bertile.bench.turns import cosine
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import run_onnx, sample
-from bertile.turns import cosine
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertile import startup
 from bertile.base.progress import Progress
-from bertile.engines import Engine, Source
+from bertile.bench import startup
+from bertile.bench.engines import Engine, Source
 
 
 def test_each_engine_starts_anew_every_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bertile import timing
+from bertile.bench import timing
 
 
 def test_every_turn_is_warmed_up_and_only_what_follows_is_measured() -> None:

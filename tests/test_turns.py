@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertile import turns
 from bertile.base.progress import Progress
-from bertile.engines import Engine, LeftOut, Source
+from bertile.bench import turns
+from bertile.bench.engines import Engine, LeftOut, Source
 
 INPUTS = {"input_ids": np.ones((1, 16), np.int64)}
 

@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 
 import bertile
-from bertile import bench_tables, driver
+from bertile import driver
 from bertile.base.errors import UsageError, require
 from bertile.base.progress import Progress
 from bertile.base.tables import table
+from bertile.bench import result_tables
 from bertile.evaluation import cuda_bench, cuda_checks
 from bertile.export import synthetic
 from bertile.onnx import samples
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = as_text(merged(options.table), markdown=bool(options.update_readme))
         print(text)
         if options.update_readme:
-            bench_tables.write_block(Path(options.update_readme), "bench-cuda", text)
+            result_tables.write_block(Path(options.update_readme), "bench-cuda", text)
     else:
         raise UsageError("there is nothing to do", "give -o FILE, --checks FILE or --table RESULT")
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from bertile import bench, bench_tables, driver, loader
+from bertile import driver, loader
 from bertile.backends.cpu import inspection
 from bertile.base.progress import Progress
 from bertile.base.tables import table
+from bertile.bench import benchmark, result_tables
 from bertile.commands import cache_directory
 from bertile.config import Config
 from bertile.evaluation import sparse_curve
@@ -73,7 +74,7 @@ def run_cases(
         asked = dataclasses.replace(config, precision=precision)
         source, lengths = named(model, sparsity, pattern), [case.length for case in some]
         sizes = {"batches": (batch,), "lengths": lengths}
-        (report,) = bench.bench_models([source], asked, progress, **sizes, **choices)
+        (report,) = benchmark.bench_models([source], asked, progress, **sizes, **choices)
         for case in some:
             rows = [row for row in report["rows"] if row["length"] == case.length]
             found[case] = {**report, "rows": rows}
@@ -171,14 +172,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     readme = options.update_readme and Path(options.update_readme)
     block = [
         as_table(results, markdown=bool(readme)),
-        bench_tables.facts([report for _, report in results], MEANINGS),
+        result_tables.facts([report for _, report in results], MEANINGS),
         *((f"![Time against sparsity]({(output / NAME).as_posix()}.svg)",) if readme else ()),
         crossovers(curves),
         spent,
     ]
     if readme:
         command = shlex.join(["python", "-m", __spec__.name, *(arguments or sys.argv[1:])])
-        bench_tables.write_block(readme, "bench-sparse", "\n\n".join([*block, f"`{command}`"]))
+        result_tables.write_block(readme, "bench-sparse", "\n\n".join([*block, f"`{command}`"]))
     print("\n\n".join(block))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bertile.base.progress import Progress
-from bertile.engines import Arrays, Engine, start
+from bertile.bench.engines import Arrays, Engine, start
 
 REPEAT = 5
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bertile.base.errors import require
-from bertile.engines import Arrays, Engine
+from bertile.bench.engines import Arrays, Engine
 
 Infer = Callable[[Arrays], list[np.ndarray]]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bertile.base.errors import BertileError
-from bertile.timing import timed
+from bertile.bench.timing import timed
 
 Arrays = dict[str, np.ndarray]
 
@@ -93,14 +93,14 @@ def start(engine: Engine, threads: int, cache_dir: str | None) -> Any:
     """A Worker for the engine, or what works like one for an engine that needs another Python."""
     if engine.kind != "deepsparse":
         return Worker(engine, threads)
-    from bertile.deepsparse import DeepSparse, environment
+    from bertile.bench.deepsparse import DeepSparse, environment
 
     return DeepSparse(engine, threads, environment(cache_dir))
 
 
 def _serve(pipe: Connection, engine: Engine, threads: int) -> None:
     try:
-        from bertile.peers import OPENERS
+        from bertile.bench.peers import OPENERS
 
         infer, version = OPENERS[engine.kind](engine, threads)
         pipe.send(("ready", version))

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertile import deepsparse, loader, peer_models
+from bertile import loader
 from bertile.base.errors import BundleError, ModelError, UsageError, nearest
 from bertile.base.progress import Progress
+from bertile.bench import deepsparse, peer_models
+from bertile.bench.engines import Engine, LeftOut, Source
 from bertile.config import Config
-from bertile.engines import Engine, LeftOut, Source
 from bertile.onnx.exported import ExportedModel, InputSpec
 
 # Which precisions a peer computes in on a CPU.

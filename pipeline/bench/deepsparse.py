@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from bertile import deepsparse_server
 from bertile.base.cache import Cache
 from bertile.base.progress import Progress
-from bertile.engines import Arrays, Engine, LeftOut
+from bertile.bench import deepsparse_server
+from bertile.bench.engines import Arrays, Engine, LeftOut
 
 VERSION = "1.8.0"
 PACKAGES = (f"deepsparse=={VERSION}", "numpy==1.26.4")

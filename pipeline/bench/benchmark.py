@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from bertile import competitors, loader, turns
+from bertile import loader
 from bertile.base import machine
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
+from bertile.bench import competitors, turns
+from bertile.bench.engines import Arrays, Engine
+from bertile.bench.startup import startup as measure_startup
 from bertile.config import Config
-from bertile.engines import Arrays, Engine
 from bertile.run.texts import max_tokens
-from bertile.startup import startup as measure_startup
 from bertile.tune.measure import roofline
 
 # The least mean cosine to float32 that rounding explains; other weights give far less.

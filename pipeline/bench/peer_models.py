@@ -49,7 +49,7 @@ def prepared(
         return onnx
     name, _ = FORMS[kind, precision]
     packages = [_version(package) for package in ("onnxruntime", "openvino", "nncf")]
-    key = cache.key("peer_models", kind, precision, hash_path(onnx), packages)
+    key = cache.key("bench.peer_models", kind, precision, hash_path(onnx), packages)
 
     def make(directory: Path) -> None:
         progress.status(f"bench     {kind}'s model in {precision}")
