@@ -100,7 +100,7 @@ def bench(options: Namespace, progress: Progress) -> Outcome:
 
 def report(options: Namespace, progress: Progress) -> Outcome:
     """Write one HTML page about a bundle's kernels and tuning, or about a tuning log."""
-    from bertile import report as writer
+    from bertile.report import collector as writer
 
     config = read_config(options)
     summary = writer.write(

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from bertile import cli, report
+from bertile import cli
 from bertile.base.errors import BertileError
-from bertile.report import Curve, Page
-from bertile.report_page import html
+from bertile.report import collector
+from bertile.report.collector import Curve, Page
+from bertile.report.page import html
 from bertile.schedules.task import Task
 from bertile.tune.log.tuning_log import Record, TuningLog
 
@@ -155,7 +156,7 @@ def test_page_without_records_says_so() -> None:
 
 def test_report_of_a_log_has_before_and_after(tmp_path: Path) -> None:
     write_log(tmp_path / "log")
-    summary = report.write(tmp_path / "log", tmp_path / "report.html")
+    summary = collector.write(tmp_path / "log", tmp_path / "report.html")
     root = ElementTree.parse(tmp_path / "report.html").getroot()
     ((name, *numbers, _),) = rows(root, "gains")
     assert name == "layer_norm_64_1em12, x86-avx512"
@@ -163,7 +164,7 @@ def test_report_of_a_log_has_before_and_after(tmp_path: Path) -> None:
     assert "10, of which 1 failed" in "".join(root.itertext())
     assert summary["tasks"] == 1 and summary["kernels"] == 0
     # one target's directory gives the same
-    report.write(tmp_path / "log" / "x86-avx512", tmp_path / "again.html")
+    collector.write(tmp_path / "log" / "x86-avx512", tmp_path / "again.html")
     again = ElementTree.parse(tmp_path / "again.html").getroot()
     assert rows(again, "gains") == rows(root, "gains")
 
@@ -182,7 +183,7 @@ def test_report_of_a_bundle_takes_the_records_of_its_kernels(
     }
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "manifest.json").touch()
-    monkeypatch.setattr(report.loader, "read_manifest", lambda directory: manifest)
+    monkeypatch.setattr(collector.loader, "read_manifest", lambda directory: manifest)
     page = tmp_path / "r.html"
     line = ["report", str(tmp_path / "bundle"), "-o", str(page), "--no-measure", "-q"]
     assert cli.main([*line, "--log-dir", str(tmp_path / "log")]) == 0
@@ -197,7 +198,7 @@ def test_directory_that_is_neither_is_refused(tmp_path: Path, made: bool) -> Non
     if made:
         source.mkdir()
     with pytest.raises(BertileError, match="no bundle"):
-        report.write(source, tmp_path / "report.html")
+        collector.write(source, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 

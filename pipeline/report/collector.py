@@ -69,7 +69,7 @@ def write(
     The kernels of a bundle are measured here unless `measure` is false. Gives "output", "tasks"
     (that were tuned), "kernels" and "bytes".
     """
-    from bertile.report_page import html
+    from bertile.report.page import html
 
     progress = progress or Progress(verbosity=-1)
     if (source / loader.MANIFEST).exists():
