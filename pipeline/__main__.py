@@ -1,5 +1,5 @@
 """`python -m bertile` is the command `bertile`."""
 
-from bertile.cli import main
+from bertile.cli.main import main
 
 raise SystemExit(main())

@@ -16,8 +16,9 @@ import pytest
 from onnx import helper
 
 import bertile
-from bertile import cli, loader
+from bertile import loader
 from bertile.base.errors import BertileError, InputError
+from bertile.cli import main
 
 MODEL = "synthetic:bert-tiny:embedding"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "movie"]
@@ -32,10 +33,10 @@ def cache(tmp_path_factory) -> str:
 def compiled(tmp_path_factory, cache) -> Path:
     """A real bundle with a tokenizer of seven words; not to be changed."""
     directory = tmp_path_factory.mktemp("compiled")
-    assert cli.main(["-q", "compile", MODEL, "-o", str(directory / "tiny"), *at(cache)]) == 0
+    assert main.main(["-q", "compile", MODEL, "-o", str(directory / "tiny"), *at(cache)]) == 0
     path = tokenizer(directory / "tiny" / "tokenizer.json")
     change_manifest(directory / "tiny", lambda m: m["files"].update(described(path)))
-    assert cli.main(["-q", "run", str(directory / "tiny"), "good movie"]) == 0
+    assert main.main(["-q", "run", str(directory / "tiny"), "good movie"]) == 0
     return directory / "tiny"
 
 
@@ -50,7 +51,7 @@ def refused(capfd) -> Callable[..., None]:
     """Type a command that has to fail."""
 
     def type_command(code: int, message: str, *arguments: str) -> None:
-        found = cli.main(["-q", *arguments])
+        found = main.main(["-q", *arguments])
         out, err = capfd.readouterr()
         assert (found, out) == (code, ""), err
         assert err.startswith("bertile: ") and err.count("\n") == 1 and len(err) < 600, err
@@ -145,7 +146,7 @@ def test_compile_refuses_a_checkpoint_that_is_damaged(tmp_path, cache, refused):
 @pytest.fixture
 def exported(compiled, tmp_path, cache) -> bytes:
     """The ONNX file that the bundle was made from."""
-    assert cli.main(["-q", "export", MODEL, "-o", str(tmp_path / "onnx"), *at(cache)]) == 0
+    assert main.main(["-q", "export", MODEL, "-o", str(tmp_path / "onnx"), *at(cache)]) == 0
     data = (tmp_path / "onnx/model.onnx").read_bytes()
     shutil.rmtree(tmp_path / "onnx")
     return data
@@ -200,7 +201,7 @@ def test_run_refuses_a_text_that_is_too_long(compiled, refused):
 
 def test_run_cuts_a_text_that_is_too_long_when_asked(compiled, capfd):
     command = ["run", str(compiled), "movie " * 600, "--truncate", "--json", "-q"]
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert json.loads(capfd.readouterr().out)["tokens"] == [512]
 
 
@@ -392,7 +393,7 @@ def test_verify_says_that_another_model_is_different(compiled, tmp_path, exporte
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(model, tmp_path / "other.onnx")
     capfd.readouterr()
-    assert cli.main(["verify", str(compiled), "--onnx", str(tmp_path / "other.onnx")]) == 4
+    assert main.main(["verify", str(compiled), "--onnx", str(tmp_path / "other.onnx")]) == 4
     out, err = capfd.readouterr()
     assert out.startswith("DIFFERENT: at most ") and "Traceback" not in err
 

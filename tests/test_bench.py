@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bertile import cli
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.bench import benchmark
 from bertile.bench.engines import Engine, Source
+from bertile.cli import main
 from bertile.config import Config
 
 MANIFEST = {
@@ -173,11 +173,11 @@ def test_command_takes_blanks_and_commas(
     monkeypatch.setattr(benchmark, "bench_models", run)
     monkeypatch.setattr("bertile.bench.result_tables.as_table", lambda reports, markdown: "a table")
     line = ["bench", "out", "--against", "onnxruntime,openvino", "torch", "--length", "16,32", "64"]
-    assert cli.main([*line, "--json", "-q"]) == 0
+    assert main.main([*line, "--json", "-q"]) == 0
     assert seen["against"] == ["onnxruntime", "openvino", "torch"]
     assert (seen["lengths"], seen["batches"], seen["targets"]) == ([16, 32, 64], [1], ["out"])
     assert json.loads(capsys.readouterr().out)["rows"][0]["engine"] == "bertile"
-    assert cli.main(["bench", "out", "--batch", "1,x"]) == 2
+    assert main.main(["bench", "out", "--batch", "1,x"]) == 2
     assert "--batch is 'x'" in capsys.readouterr().err
 
 

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from bertile import cli, commands
 from bertile.base.errors import NumericMismatchError, PlatformError
 from bertile.base.progress import Progress
+from bertile.cli import commands, main
 from bertile.config import HEADS, PRECISIONS, RUNTIMES, TUNE_EFFORTS, Config
 
 SUMMARY = {
@@ -51,7 +51,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def call(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
-    code = cli.main(arguments)
+    code = main.main(arguments)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -70,17 +70,17 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_help_names_the_values_that_config_allows() -> None:
-    metavars = {flag: metavar for flag, metavar, _, _ in cli.CONFIG_FLAGS}
+    metavars = {flag: metavar for flag, metavar, _, _ in main.CONFIG_FLAGS}
     assert metavars["--precision"] == "|".join(PRECISIONS)
     assert metavars["--tune"] == "|".join(TUNE_EFFORTS)
     assert metavars["--runtime"] == "|".join(RUNTIMES)
-    assert [flag for flag, *_ in cli.CONFIG_FLAGS] == [
+    assert [flag for flag, *_ in main.CONFIG_FLAGS] == [
         f"--{name.replace('_', '-')}" for name in Config().to_dict()
     ]
 
 
 def test_every_command_has_a_function() -> None:
-    for name, _, _ in cli.COMMANDS:
+    for name, _, _ in main.COMMANDS:
         assert callable(getattr(commands, name))
 
 
@@ -215,7 +215,7 @@ def test_errors_are_one_line_with_their_exit_code(
 def test_debug_shows_the_stack(driver: SimpleNamespace) -> None:
     driver.error = PlatformError("no linker")
     with pytest.raises(PlatformError):
-        cli.main(["compile", "minilm", "-o", "out", "--debug"])
+        main.main(["compile", "minilm", "-o", "out", "--debug"])
 
 
 def test_targets_lists_every_row(capsys: pytest.CaptureFixture) -> None:
@@ -264,7 +264,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_termination_is_an_exception_so_that_half_made_files_are_removed() -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
-        cli._clean_up_when_terminated()
+        main._clean_up_when_terminated()
         with pytest.raises(SystemExit) as caught:
             signal.raise_signal(signal.SIGTERM)
         assert caught.value.code == 143
@@ -274,7 +274,7 @@ def test_termination_is_an_exception_so_that_half_made_files_are_removed() -> No
 
 def test_version_is_the_package_version(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["--version"])
+        main.main(["--version"])
     assert caught.value.code in (0, None) and capsys.readouterr().out.startswith("bertile 0.")
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bertile import demo
 from bertile.base.progress import Progress
+from bertile.cli import demo
 
 
 def test_neighbours_leave_the_sentence_itself_out() -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from bertile import cli
 from bertile.base.errors import BertileError, UsageError
 from bertile.base.progress import Progress
+from bertile.cli import main
 from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
@@ -91,7 +91,7 @@ def tune(tracker: str, directory: Path, tasks: list[Task]) -> tuple[dict, Tuning
 
 
 def test_fleet_is_listed(fleet, capsys):
-    assert cli.main(["device", "list", "--tracker", fleet[0]]) == 0
+    assert main.main(["device", "list", "--tracker", fleet[0]]) == 0
     key, count, *_ = capsys.readouterr().out.splitlines()[-1].split()
     assert (key, count) == ("board", "2")
 
@@ -131,7 +131,7 @@ def test_absent_tracker_and_device_are_said_with_what_to_do(tmp_path):
         device.address("localhost")
     with pytest.raises(UsageError, match="one is missing; give both"):
         Config(rpc_tracker=nowhere)
-    assert cli.main(["device", "serve", "--key", "board"]) == 2
+    assert main.main(["device", "serve", "--key", "board"]) == 2
 
 
 def test_other_kind_of_device_is_refused_by_name(fleet, tmp_path):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bertile import cli, doctor
 from bertile.base.errors import PlatformError
+from bertile.cli import doctor, main
 
 
 def by_name(checks: list[doctor.Check]) -> dict[str, doctor.Check]:
@@ -78,7 +78,7 @@ def test_command_exits_with_3_when_something_blocks(
 ) -> None:
     checks = [doctor.Check("linker", status, "found", "do this" if status != "ok" else "")]
     monkeypatch.setattr(doctor, "examine", lambda cache_dir: checks)
-    assert cli.main(["doctor"]) == code
+    assert main.main(["doctor"]) == code
     assert ("linker: do this" in capsys.readouterr().out) == (status != "ok")
-    assert cli.main(["doctor", "--json"]) == code
+    assert main.main(["doctor", "--json"]) == code
     assert json.loads(capsys.readouterr().out)[0]["status"] == status

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bertile import cli
 from bertile.base.errors import PlatformError
 from bertile.base.progress import Progress
+from bertile.cli import main
 from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
@@ -151,5 +151,5 @@ def test_kernels_of_another_machine_are_not_measured_here(capsys, tmp_path):
     with pytest.raises(PlatformError, match=r"cannot be measured on this machine; .*--runner mca"):
         log = TuningLog([tmp_path], lambda text: None)
         tuner.tune(Counter({DENSE: 1}), log, resolve("arm-a72"), Config(tune="quick"), QUIET)
-    assert cli.main(["tune", "minilm", "--runner", "mac"]) == 2
+    assert main.main(["tune", "minilm", "--runner", "mac"]) == 2
     assert "did you mean 'mca'" in capsys.readouterr().err

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import bertile
-from bertile import cli, driver
+from bertile import driver
+from bertile.cli import main
 from bertile.config import Config
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import largest_difference, sample, session
@@ -33,7 +34,7 @@ def directory(tmp_path_factory, cache) -> Path:
     """The bundle that the README's command writes, with the runtime in it."""
     output = tmp_path_factory.mktemp("bundles") / "out"
     command = ["compile", MODEL, "-o", str(output), "--runtime", "include", "--cache-dir", cache]
-    assert cli.main(["-q", *command]) == 0
+    assert main.main(["-q", *command]) == 0
     return output
 
 

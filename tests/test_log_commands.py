@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bertile import cli
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
+from bertile.cli import main
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import native
@@ -157,12 +157,12 @@ def test_merge_without_records_to_read_is_refused(tmp_path: Path) -> None:
 def test_commands_print_tables_and_json(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     filled(tmp_path / "theirs")
     own = ["--log-dir", str(tmp_path / "ours"), "-q"]
-    assert cli.main(["tune", "--merge", str(tmp_path / "theirs"), *own, "--json"]) == 0
+    assert main.main(["tune", "--merge", str(tmp_path / "theirs"), *own, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["added"] == 6
-    assert cli.main(["tune", "--list", "--target", "x86-avx2", *own]) == 0
+    assert main.main(["tune", "--list", "--target", "x86-avx2", *own]) == 0
     out = capsys.readouterr().out
     assert "layer_norm" in out and "channels=64" in out
-    assert cli.main(["tune", "--best", *own, "--target", "x86-avx2", "--json"]) == 0
+    assert main.main(["tune", "--best", *own, "--target", "x86-avx2", "--json"]) == 0
     (row,) = [r for r in json.loads(capsys.readouterr().out) if r["shape"] == dict(NORM.shape)]
     assert row["knobs"] == {"unroll": 2}
 
@@ -179,5 +179,5 @@ def test_commands_print_tables_and_json(tmp_path: Path, capsys: pytest.CaptureFi
 def test_usage_mistakes_are_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str
 ) -> None:
-    assert cli.main(["tune", *arguments, "--log-dir", str(tmp_path)]) == 2
+    assert main.main(["tune", *arguments, "--log-dir", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err

@@ -7,8 +7,9 @@ from pathlib import Path
 import arm_code
 import pytest
 
-from bertile import cli, driver, loader
+from bertile import driver, loader
 from bertile.base.errors import BundleError, PlatformError
+from bertile.cli import main
 from bertile.config import Config
 from bertile.evaluation.sentences import sentences
 from bertile.run import opener, qemu
@@ -43,7 +44,7 @@ def test_verify_finds_what_the_compile_found(bundle):
 
 
 def test_verify_as_a_command_says_what_ran_the_bundle(bundle, capsys):
-    assert cli.main(["verify", str(bundle), "--runtime-from", str(arm_code.RUNTIME)]) == 0
+    assert main.main(["verify", str(bundle), "--runtime-from", str(arm_code.RUNTIME)]) == 0
     text = capsys.readouterr().out
     assert text.startswith("equal: ") and "run by qemu-aarch64 -cpu cortex-a76" in text
 
@@ -67,7 +68,7 @@ def test_what_has_to_run_a_bundle_is_refused_without_an_emulator(
     (tmp_path / "x.txt").write_text("One.\nTwo.\nThree.\n")
     monkeypatch.setattr(qemu, "_qemu", lambda arch: None)
     driver.compile(TINY, tmp_path / "out", config(cache, head="embedding"))
-    assert cli.main(["verify", str(tmp_path / "out")]) == 3
+    assert main.main(["verify", str(tmp_path / "out")]) == 3
     reason = "a bundle for arm-a76 cannot be run here: qemu-aarch64 is not installed"
     assert reason in capsys.readouterr().err
     measured = {"precision": "int8", "max_drop": 0.1, "eval": str(tmp_path / "x.txt")}

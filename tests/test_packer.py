@@ -13,10 +13,10 @@ from pathlib import Path
 import arm_code
 import pytest
 
-from bertile import cli
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.bundle import native_build, runtime_libraries
+from bertile.cli import main
 from bertile.config import Config
 from bertile.run import qemu
 from bertile.schedules.cpu import SCHEDULES
@@ -80,7 +80,7 @@ def test_times_come_home_once_and_the_next_round_goes_on(command, archive, tmp_p
     found = ingester.ingest(tmp_path / "result", log, QUIET)
     assert (found["added"], found["known"], found["failed"]) == (3, 0, 0)
     again = ["tune", "--ingest", str(tmp_path / "result"), "--log-dir", str(tmp_path / "log")]
-    assert cli.main([*again, "--json"]) == 0
+    assert main.main([*again, "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["added"], found["known"]) == (0, 3)
     records = log.records(DENSE, ROW)

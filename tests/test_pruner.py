@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedModel
 
 import bertile
-from bertile import cli, loader
+from bertile import loader
+from bertile.cli import main
 from bertile.compress import pruner
 from bertile.config import Config
 from bertile.export import checkpoints, files
@@ -20,7 +21,7 @@ KINDS = ("dense", "attention")
 
 
 def call(capsys, *arguments):
-    code = cli.main(["prune", *map(str, arguments)])
+    code = main.main(["prune", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

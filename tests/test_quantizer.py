@@ -10,7 +10,7 @@ import pytest
 import bertile
 from bertile import loader
 from bertile.base.errors import BertileError, InputError, UsageError
-from bertile.cli import main
+from bertile.cli.main import main
 from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.sentences import sentences

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bertile import cli
 from bertile.base.errors import BertileError
+from bertile.cli import main
 from bertile.report import collector
 from bertile.report.collector import Curve, Page
 from bertile.report.page import html
@@ -186,7 +186,7 @@ def test_report_of_a_bundle_takes_the_records_of_its_kernels(
     monkeypatch.setattr(collector.loader, "read_manifest", lambda directory: manifest)
     page = tmp_path / "r.html"
     line = ["report", str(tmp_path / "bundle"), "-o", str(page), "--no-measure", "-q"]
-    assert cli.main([*line, "--log-dir", str(tmp_path / "log")]) == 0
+    assert main.main([*line, "--log-dir", str(tmp_path / "log")]) == 0
     root = ElementTree.parse(page).getroot()
     assert [row[0] for row in rows(root, "gains")] == ["layer_norm_64_1em12"]
     assert "0.24 ms before, 0.13 ms after" in "".join(root.itertext())  # 12 × 20 µs, 12 × 11 µs

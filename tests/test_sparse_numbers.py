@@ -10,8 +10,9 @@ import pytest
 from test_planner import BF16, PLAIN, VNNI, compiled
 from test_sparse_choice import layers, pruned
 
-from bertile import cli, driver, loader
+from bertile import driver, loader
 from bertile.backends.cpu import builder, inspection
+from bertile.cli import main
 from bertile.config import Config
 from bertile.graph import importer, order
 from bertile.lower import lowering, precision_choice
@@ -136,7 +137,7 @@ def bundles(tmp_path_factory):
     directory = tmp_path_factory.mktemp("bundles")
     for sparse in ("auto", "off", "always"):
         line = ["compile", MODEL, "--precision", "int8", "--sparse", sparse, "--threads", "1"]
-        assert cli.main([*line, "-q", "-o", str(directory / sparse)]) == 0
+        assert main.main([*line, "-q", "-o", str(directory / sparse)]) == 0
     return directory
 
 
@@ -158,13 +159,13 @@ def test_zeros_are_not_stored(bundles):
 
 
 def test_inspect_says_where_the_zeros_lie(bundles, capsys):
-    assert cli.main(["inspect", str(bundles / "always"), "--sparse", "--json"]) == 0
+    assert main.main(["inspect", str(bundles / "always"), "--sparse", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     pruned_rows = [row for row in rows if row["pattern"] == "4x1"]
     assert len(pruned_rows) == 8 and len(rows) == 9  # the pooler is not pruned
     assert {row["kernel"] for row in rows} == {"sparse"}
     assert all(row["lanes %"] == pytest.approx(10, abs=1) for row in pruned_rows)
-    assert cli.main(["inspect", str(bundles / "off"), "--sparse"]) == 0
+    assert main.main(["inspect", str(bundles / "off"), "--sparse"]) == 0
     assert "compiled with --sparse off" in capsys.readouterr().out
 
 

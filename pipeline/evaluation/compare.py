@@ -17,7 +17,8 @@ from bertile import driver, loader
 from bertile.base.errors import UsageError, nearest, require
 from bertile.base.progress import Progress
 from bertile.base.tables import size, table
-from bertile.commands import cache_directory
+from bertile.cli.commands import cache_directory
+from bertile.cli.option_lists import words
 from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
@@ -25,7 +26,6 @@ from bertile.export.checkpoints import quiet
 from bertile.numerics.precision import PRECISIONS
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import session
-from bertile.option_lists import words
 from bertile.run import texts
 
 PEERS = ("onnxruntime-int8",)

@@ -21,11 +21,11 @@ from bertile.backends.cpu import inspection
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.bench import benchmark, result_tables
-from bertile.commands import cache_directory
+from bertile.cli.commands import cache_directory
+from bertile.cli.option_lists import words
 from bertile.config import Config
 from bertile.evaluation import sparse_curve
 from bertile.evaluation.sparse_curve import Row, Series, named
-from bertile.option_lists import words
 
 
 class Case(NamedTuple):

@@ -10,8 +10,9 @@ import shutil
 import numpy as np
 import pytest
 
-from bertile import cli, cuda_loader, driver, loader
+from bertile import cuda_loader, driver, loader
 from bertile.base.errors import PlatformError
+from bertile.cli import main
 from bertile.config import Config
 from bertile.onnx.exported import read
 from bertile.onnx.samples import largest_difference, run_onnx, sample
@@ -105,7 +106,7 @@ def test_a_compiled_model_answers_as_onnx_runtime(
     path = tmp_path / "bundle"
     names = {one.name for one in path.iterdir()}
     assert {"loader.py", "cuda_loader.py"} <= names and "runtime" not in names
-    assert cli.main(["inspect", str(path)]) == 0
+    assert main.main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
     assert "registers" in text and f"dense_128_384_{precision}_many" in text
     check = loader.read_manifest(path)["check"]

@@ -18,9 +18,9 @@ import numpy as np
 import pretended_gpu as pretended
 import pytest
 
-from bertile import cli
 from bertile.base.errors import PlatformError, UsageError
 from bertile.base.progress import Progress
+from bertile.cli import main
 from bertile.config import Config
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
@@ -186,7 +186,7 @@ def test_times_come_home_once_and_the_next_round_goes_on(archive, tmp_path, caps
     found = ingester.ingest(tmp_path / "result", log, QUIET)
     assert (found["added"], found["failed"]) == (3, 0) and found["device"] == "emulated sm_90"
     again = ["tune", "--ingest", str(tmp_path / "result"), "--log-dir", str(tmp_path / "log")]
-    assert cli.main([*again, "--json"]) == 0
+    assert main.main([*again, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["known"] == 3
     records = log.records(DENSE, ROW)
     assert dict(records[0].knobs) == schedules_for(ROW)["dense"].default(DENSE, ROW)

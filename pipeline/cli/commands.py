@@ -9,10 +9,21 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bertile import bench_command, device_command, prune_command, tune_command
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.base.tables import lines, size, table
+from bertile.cli import (
+    bench as bench_command,
+)
+from bertile.cli import (
+    device as device_command,
+)
+from bertile.cli import (
+    prune as prune_command,
+)
+from bertile.cli import (
+    tune as tune_command,
+)
 from bertile.config import Config
 
 
@@ -182,10 +193,10 @@ def _sparsity(options: Namespace) -> Outcome:
 
 def targets(options: Namespace, progress: Progress) -> Outcome:
     """Every row, and which of them this machine can run."""
+    from bertile.cli.targets_table import as_text
     from bertile.loader import cpu_features
     from bertile.targets import detect
     from bertile.targets.rows import TABLE, fits, native
-    from bertile.targets_table import as_text
 
     found, card = cpu_features(), detect.gpu()
     runs = [row.name for row in TABLE if fits(row, found)]
@@ -201,7 +212,7 @@ def device(options: Namespace, progress: Progress) -> Outcome:
 
 def doctor(options: Namespace, progress: Progress) -> Outcome:
     """Exit code 3 where something keeps Bertile from working here."""
-    from bertile import doctor as examination
+    from bertile.cli import doctor as examination
 
     checks = examination.examine(cache_directory(options.cache_dir))
     blocked = any(check.status == "fails" for check in checks)
@@ -215,7 +226,7 @@ def demo(options: Namespace, progress: Progress) -> Outcome:
     if options.dry_run:
         options.model = "minilm"
         return _plan(options, config)
-    from bertile import demo as demonstration
+    from bertile.cli import demo as demonstration
 
     result = demonstration.demo(Path(options.output), config, progress)
     return Outcome(result, demonstration.as_text(result))

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from bertile import bench_command, device_command, prune_command, tune_command
+from bertile.cli import bench, device, prune, tune
+from bertile.cli.quantization_flags import QUANTIZATION_FLAGS
+from bertile.cli.tune import TUNING_FLAGS
 from bertile.numerics.precision import PRECISIONS, SPARSE
-from bertile.quantization_flags import QUANTIZATION_FLAGS
-from bertile.tune_command import TUNING_FLAGS
 
 # Nothing else of Bertile is imported up here: `bertile --help` must not pay for numpy or TVM.
 
@@ -69,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from bertile import commands
     from bertile.base import tables
     from bertile.base.progress import Progress
+    from bertile.cli import commands
 
     progress = Progress(options.verbose - options.quiet)
     try:
@@ -100,7 +100,7 @@ def _explain(error: Exception) -> int:
 
 
 def _extra_of(module: str) -> str | None:
-    from bertile.doctor import extra_of
+    from bertile.cli.doctor import extra_of
 
     return extra_of(module)
 
@@ -217,7 +217,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
 
 def _tune(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, nargs="?")
-    tune_command.add_arguments(parser)
+    tune.add_arguments(parser)
     _add_config(parser)
 
 
@@ -229,8 +229,8 @@ def _verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    bench_command.add_arguments(parser)
-    _add_some_config(parser, *bench_command.CONFIG)
+    bench.add_arguments(parser)
+    _add_some_config(parser, *bench.CONFIG)
 
 
 def _run_text(parser: argparse.ArgumentParser) -> None:
@@ -263,7 +263,7 @@ def _report(parser: argparse.ArgumentParser) -> None:
 
 
 def _device(parser: argparse.ArgumentParser) -> None:
-    device_command.add_arguments(parser)
+    device.add_arguments(parser)
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
@@ -286,7 +286,7 @@ def _add_peer(parser: argparse.ArgumentParser) -> None:
 COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
     ("compile", "model in, bundle out: every stage, checked", _compile),
     ("export", "model in, canonical ONNX out", _compile),
-    ("prune", "model in, the same with most weights zero out", prune_command.add_arguments),
+    ("prune", "model in, the same with most weights zero out", prune.add_arguments),
     ("tune", "search for faster kernels and keep the log", _tune),
     ("verify", "compare a bundle with ONNX Runtime", _verify),
     ("bench", "time a bundle or a model and other engines in turn", _bench),

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, config: Any, progress: Any) -> tuple[Any, str]:
     """One report, or a list of one each; and what is printed of them."""
     from bertile.bench import benchmark, result_tables
-    from bertile.option_lists import numbers, words
+    from bertile.cli.option_lists import numbers, words
 
     reports = benchmark.bench_models(
         options.targets,
