@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from bertile.evaluation import cuda_bench, cuda_package  # noqa: E402
+from bertile.studies import cuda_bench, cuda_package  # noqa: E402
 
 
 @pytest.fixture(scope="module")

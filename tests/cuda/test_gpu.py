@@ -15,8 +15,8 @@ import pytest
 
 import bertile
 from bertile import cuda_loader, driver
-from bertile.evaluation import cuda_checks, cuda_package
 from bertile.run.cuda import emulated_model, emulator
+from bertile.studies import cuda_checks, cuda_package
 
 CARD = pytest.param("card", marks=pytest.mark.gpu)
 

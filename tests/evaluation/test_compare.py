@@ -8,9 +8,9 @@ import pytest
 
 from bertile.base.errors import UsageError
 from bertile.config import Config
-from bertile.evaluation.compare import as_text, compare
 from bertile.evaluation.datasets import Dataset
 from bertile.evaluation.sentences import sentences
+from bertile.studies.compare import as_text, compare
 
 
 @pytest.mark.slow

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bertile.evaluation import fit_sparse_costs
-from bertile.evaluation.fit_sparse_costs import Point, as_text, fit, measure
 from bertile.lower.sparse_choice import sparse_task
 from bertile.schedules.task import Task
+from bertile.studies import fit_sparse_costs
+from bertile.studies.fit_sparse_costs import Point, as_text, fit, measure
 from bertile.targets import rows
 from bertile.tune.log.tuning_log import TuningLog
 

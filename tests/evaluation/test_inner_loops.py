@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bertile.evaluation import inner_loops
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
+from bertile.studies import inner_loops
 from bertile.targets.rows import resolve
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bertile.evaluation import mca_rank
-from bertile.evaluation.mca_rank import Point, rank
+from bertile.studies import mca_rank
+from bertile.studies.mca_rank import Point, rank
 from bertile.tune.log.tuning_log import SURE
 
 

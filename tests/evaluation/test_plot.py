@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bertile.evaluation.plot import Line, Panel, _ticks, svg
+from bertile.studies.plot import Line, Panel, _ticks, svg
 
 SPACE = "{http://www.w3.org/2000/svg}"
 

@@ -8,9 +8,9 @@ import pytest
 
 from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.evaluation import sparse_bench
-from bertile.evaluation.sparse_bench import Case, as_table, crossovers, run_cases, sentence
-from bertile.evaluation.sparse_curve import DENSE, SPARSE, Row
+from bertile.studies import sparse_bench
+from bertile.studies.sparse_bench import Case, as_table, crossovers, run_cases, sentence
+from bertile.studies.sparse_curve import DENSE, SPARSE, Row
 
 SOME = (Case("int8", 0.9, "4x1", 1, 128, 0.5), Case("int8", 0.9, "4x1", 1, 32, 1.0))
 OTHER = Case("fp32", 0.9, "unstructured", 8, 128, 1.0)

@@ -9,7 +9,7 @@ import pytest
 
 from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.evaluation.sparse_curve import (
+from bertile.studies.sparse_curve import (
     DENSE,
     SPARSE,
     Row,

@@ -32,7 +32,7 @@ except ImportError:  # not a POSIX system: one write per line is all that keeps 
 
 SCHEMA = 1
 # How many times as fast as the default knobs must be by estimate to be taken: nine in ten choices
-# are promised less than this too much, by python -m bertile.evaluation.mca_rank.
+# are promised less than this too much, by python -m bertile.studies.mca_rank.
 SURE = 1.04
 USER_LOG = Path("~/.local/share/bertile/tuning_logs")
 

@@ -1,6 +1,6 @@
 """A model and a file to evaluate with come in; a table of what each precision costs goes out.
 
-python -m bertile.evaluation.compare MODEL --eval FILE --against onnxruntime-int8
+python -m bertile.studies.compare MODEL --eval FILE --against onnxruntime-int8
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _check(what: str, names: Sequence[str], known: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile each precision, evaluate it, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.compare")
+    parser = argparse.ArgumentParser(prog="python -m bertile.studies.compare")
     add = parser.add_argument
     add("model", metavar="MODEL", help="what bertile compile takes")
     add("--eval", metavar="FILE", required=True, help="labelled .tsv or .jsonl, or sentences .txt")

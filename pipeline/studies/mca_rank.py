@@ -1,6 +1,6 @@
 """This machine comes in; how well llvm-mca's estimate ranks what kernels really take here goes out.
 
-python -m bertile.evaluation.mca_rank --threads 1
+python -m bertile.studies.mca_rank --threads 1
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Estimate, measure, compare, print."""
-    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.mca_rank")
+    parser = argparse.ArgumentParser(prog="python -m bertile.studies.mca_rank")
     add = parser.add_argument
     add("--threads", metavar="N", type=int, default=1, help="cores to use (default: 1)")
     add("--precision", metavar="NAME", nargs="+", default=PRECISIONS, help="of the layers")

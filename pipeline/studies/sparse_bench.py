@@ -1,7 +1,7 @@
 """A synthetic model comes in, pruned to several degrees; how fast it is beside other engines on the
 same weights goes out: a table, a curve, and where the time goes.
 
-python -m bertile.evaluation.sparse_bench --update-readme README.md -o pipeline/evaluation
+python -m bertile.studies.sparse_bench --update-readme README.md -o pipeline/evaluation
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from bertile.bench import benchmark, result_tables
 from bertile.cli.commands import cache_directory
 from bertile.cli.option_lists import words
 from bertile.config import Config
-from bertile.evaluation import sparse_curve
-from bertile.evaluation.sparse_curve import Row, Series, named
+from bertile.studies import sparse_curve
+from bertile.studies.sparse_curve import Row, Series, named
 
 
 class Case(NamedTuple):
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.sparse_bench")
+    parser = argparse.ArgumentParser(prog="python -m bertile.studies.sparse_bench")
     add = parser.add_argument
     add("--model", metavar="NAME", default="bert-base", help="of `synthetic:NAME`")
     add("--against", metavar="ENGINE", nargs="+", default=list(PEERS), help="as of bertile bench")

@@ -1,9 +1,9 @@
 """What a machine with a GPU needs for ``cuda_bench``, or for ``cuda_checks``, in one small archive;
 and the result of the bench as a table.
 
-    python -m bertile.evaluation.cuda_package -o bench.tar.xz --target cuda-sm90
-    python -m bertile.evaluation.cuda_package --checks checks.tar.xz --target cuda-sm90
-    python -m bertile.evaluation.cuda_package --table RESULT.json --update-readme README.md
+    python -m bertile.studies.cuda_package -o bench.tar.xz --target cuda-sm90
+    python -m bertile.studies.cuda_package --checks checks.tar.xz --target cuda-sm90
+    python -m bertile.studies.cuda_package --table RESULT.json --update-readme README.md
 
 All layers of the model hold the values of one, and its vocabulary those of some thousand words:
 stored once each by a compressor that remembers that far back, 220 MB of weights travel as 14. In
@@ -31,10 +31,10 @@ from bertile.base.errors import UsageError, require
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.bench import result_tables
-from bertile.evaluation import cuda_bench, cuda_checks
 from bertile.export import synthetic
 from bertile.onnx import samples
 from bertile.onnx.exported import ExportedModel
+from bertile.studies import cuda_bench, cuda_checks
 from bertile.verify.verifier import TOLERANCES
 
 WORDS = 1009  # rows of the vocabulary that differ; a prime, so that no two tables stay in step
@@ -159,7 +159,7 @@ def as_text(result: dict[str, Any], markdown: bool = False) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the archive, or show a result."""
-    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.cuda_package")
+    parser = argparse.ArgumentParser(prog="python -m bertile.studies.cuda_package")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the archive (.tar.xz)")
     parser.add_argument("--checks", metavar="FILE", help="write small bundles to be checked")
     parser.add_argument("--target", default="cuda-sm90")

@@ -18,7 +18,7 @@ from bertile.base.progress import Progress
 from bertile.bench import benchmark, competitors, turns
 from bertile.bench.engines import Engine, Source
 from bertile.config import Config
-from bertile.evaluation.plot import Line, Panel, svg
+from bertile.studies.plot import Line, Panel, svg
 
 DENSE, SPARSE = "dense kernels", "sparse kernels"
 

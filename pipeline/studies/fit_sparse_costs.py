@@ -1,6 +1,6 @@
 """This machine comes in; the constants of ``sparse_costs`` that it would have go out.
 
-python -m bertile.evaluation.fit_sparse_costs --threads 2
+python -m bertile.studies.fit_sparse_costs --threads 2
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _precision(task: Task) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, fit, print."""
-    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.fit_sparse_costs")
+    parser = argparse.ArgumentParser(prog="python -m bertile.studies.fit_sparse_costs")
     add = parser.add_argument
     add("--threads", metavar="N", type=int, help="cores to use")
     add("--precision", metavar="NAME", nargs="+", default=PRECISIONS, help="of the layers")

@@ -1,7 +1,7 @@
 """Target rows come in; what llvm-mca says of the loops in which their kernels spend most of their
 time goes out.
 
-python -m bertile.evaluation.inner_loops
+python -m bertile.studies.inner_loops
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def as_text(found: Sequence[tuple[str, str, Loop]], markdown: bool = False) -> s
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build the kernels, find their loops, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.inner_loops")
+    parser = argparse.ArgumentParser(prog="python -m bertile.studies.inner_loops")
     add = parser.add_argument
     add("--case", metavar="TARGET:PRECISION", nargs="+", help="of these rows instead")
     add("--log-dir", metavar="DIR", help="your own tuning logs, whose choice of knobs is looked at")
