@@ -64,15 +64,15 @@ test-slow: $(VENV)/.installed
 # Bundles of a two-layer model and of MiniLM for every ARM row, run as ARM code; tuning on an ARM server.
 test-arm: $(VENV)/.arm
 	@$(MAKE) -s $(VENV)/.arm-python || echo "no ARM server: the test of tuning on one is skipped" >&2
-	@$(ARM_ENV) $(BIN)/python -m pytest -q tests/test_arm_bundles.py tests/test_opener.py \
-	  tests/test_musl.py tests/schedules/test_arm.py tests/test_device_arm.py
+	@$(ARM_ENV) $(BIN)/python -m pytest -q tests/run/test_arm_bundles.py tests/run/test_opener.py \
+	  tests/bundle/test_musl.py tests/schedules/test_arm.py tests/tune/measure/test_device_arm.py
 
-$(VENV)/.arm-python: tests/install_arm_python.sh pipeline/wheels-aarch64.txt | $(VENV)/.installed
+$(VENV)/.arm-python: tests/install_arm_python.sh pipeline/bundle/wheels-aarch64.txt | $(VENV)/.installed
 	@echo "install what an ARM server runs: Debian's Python, TVM for arm64"
 	@sh tests/install_arm_python.sh $(ARM)/python $(BIN)/python
 	@touch $@
 
-$(VENV)/.arm: tests/install_arm.sh pipeline/wheels-aarch64.txt | $(VENV)/.installed
+$(VENV)/.arm: tests/install_arm.sh pipeline/bundle/wheels-aarch64.txt | $(VENV)/.installed
 	@echo "install what runs ARM code: QEMU, arm64 libraries, TVM's runtime for arm64"
 	@sh tests/install_arm.sh $(ARM) $(BIN)/python
 	@touch $@
@@ -99,8 +99,8 @@ bench-precisions: $(VENV)/.bench
 
 # Table into the README, curve (.svg, .csv) beside the module that draws it; peers get the same zeros.
 bench-sparse: $(VENV)/.bench
-	@$(BIN)/python -m bertile.evaluation.sparse_bench --model $(SPARSE_MODEL) --repeat $(REPEAT) \
-	  --update-readme README.md -o pipeline/evaluation
+	@$(BIN)/python -m bertile.studies.sparse_bench --model $(SPARSE_MODEL) --repeat $(REPEAT) \
+	  --update-readme README.md -o pipeline/studies
 
 # "bertile / it" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.
 bench-tuning: $(VENV)/.bench
@@ -159,9 +159,9 @@ logs-arm: $(VENV)/.arm
 pack-cuda: $(VENV)/.installed
 	@mkdir -p $(CUDA)
 	@cp tests/gpu_session.sh $(CUDA)
-	@$(BIN)/python -m bertile.evaluation.cuda_package --checks $(CUDA)/checks.tar.xz \
+	@$(BIN)/python -m bertile.studies.cuda_package --checks $(CUDA)/checks.tar.xz \
 	  --target $(CUDA_TARGET)
-	@$(BIN)/python -m bertile.evaluation.cuda_package -o $(CUDA)/bench.tar.xz --target $(CUDA_TARGET)
+	@$(BIN)/python -m bertile.studies.cuda_package -o $(CUDA)/bench.tar.xz --target $(CUDA_TARGET)
 	@for precision in fp16 int8; do \
 	  $(BIN)/bertile tune synthetic:bert-base --target $(CUDA_TARGET) --precision $$precision \
 	    --trials $(CUDA_TRIALS) --pack $(CUDA)/round-$$precision.pyz || exit; done
@@ -173,7 +173,7 @@ bench-cuda:
 # Times of candidates into the log (make pack-cuda then packs the next ones), the table into README.md.
 ingest-cuda: $(VENV)/.installed
 	@$(BIN)/bertile tune --ingest $(wildcard $(CUDA)/results/round-*.jsonl) --log-dir tuning_logs
-	@$(BIN)/python -m bertile.evaluation.cuda_package --table $(CUDA)/results/compiled.json \
+	@$(BIN)/python -m bertile.studies.cuda_package --table $(CUDA)/results/compiled.json \
 	  --update-readme README.md
 
 clean:

@@ -53,6 +53,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A stage cache for all tests that compile the same models."""
+    return str(tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory):
     """The two-layer model, exported once for all files that test stages with it."""
     from bertile.config import Config

@@ -19,7 +19,7 @@ for package in "$1.part"/var/cache/apt/archives/*.deb; do
   dpkg-deb --extract "$package" "$1.part"
   rm "$package"
 done
-wheels=$(sed -n 's/^\([a-z].*==[^ ]*\).*/\1/p' pipeline/wheels-aarch64.txt)
+wheels=$(sed -n 's/^\([a-z].*==[^ ]*\).*/\1/p' pipeline/bundle/wheels-aarch64.txt)
 "$2" -m pip install --quiet --disable-pip-version-check --only-binary=:all: --python-version=3.11 \
   --platform=manylinux_2_28_aarch64 --platform=manylinux_2_27_aarch64 \
   --platform=manylinux_2_17_aarch64 --target "$1.part/usr/lib/python3/dist-packages" $wheels

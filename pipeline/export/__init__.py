@@ -1,4 +1,4 @@
-"""Turns a model (a directory, a hub id, an object) into a canonical ONNX file, checked against torch.
+"""Turns a model (a directory, a hub id, an object) into a canonical ONNX file, and checks it.
 
 May import: `onnx` and what stands before it.
 """

@@ -1,4 +1,4 @@
-"""Turns fused operators into kernel calls: layouts, packed weights, which precision and which kernel.
+"""Turns fused operators into kernel calls: layouts, packed weights, precisions, kinds of kernel.
 
 May import: `tune` and what stands before it.
 """

@@ -1,7 +1,7 @@
 """A synthetic model comes in, pruned to several degrees; how fast it is beside other engines on the
 same weights goes out: a table, a curve, and where the time goes.
 
-python -m bertile.studies.sparse_bench --update-readme README.md -o pipeline/evaluation
+python -m bertile.studies.sparse_bench --update-readme README.md -o pipeline/studies
 """
 
 from __future__ import annotations

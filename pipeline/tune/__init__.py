@@ -1,4 +1,4 @@
 """Finds knobs for kernels and keeps them: `estimate`, `measure`, `log`, `search` and `archive`.
 
-May import: `codegen` and what stands before it; of its own folders each those before it in this list.
+May import: `codegen` and what stands before it; each of its folders those before it in the list.
 """

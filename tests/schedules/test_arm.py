@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from emulated import Emulated, need_qemu
+from helpers.emulated import Emulated, need_qemu
 
 from bertile.schedules.cpu import SCHEDULES, arithmetic, lanes, peak
 from bertile.schedules.cpu.lanes import LANES

@@ -1,4 +1,5 @@
-"""From fused operators to kernels for a GPU: as ``bertile.lower.lowering``, on row-major activations.
+"""From fused operators to kernels for a GPU: as ``bertile.lower.lowering``, on row-major
+activations.
 
     bertile.dense(x (B, S, K), w, b)  →  call_dps_packed("dense_…", x (16 m, K), w packed, b)
 
@@ -27,7 +28,7 @@ PREFIX = "prefix"  # what Relax sees as a function, and a plan as the same place
 
 
 def lower(graph: Any, row: Any, choose: Any) -> Lowered:
-    """As :func:`bertile.lower.lowering.lower`; ``kernels`` of what it gives are those by their names."""
+    """As ``lower.lowering.lower``; ``kernels`` of what it gives are those by their names."""
     return _GpuLowering(graph, row, choose).run()
 
 

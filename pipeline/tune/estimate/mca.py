@@ -37,7 +37,7 @@ class Model:
     cycles into time: what such processors run at when all cores work. `caches` come nearest first,
     the last of three being a few cores' share of what all have: the nearest fetches by the widths
     that manuals give, the last a core's usual share of the memory, one between at a third of the
-    nearest's speed, as was measured on Zen 4 by ``evaluation.mca_rank``.
+    nearest's speed, as was measured on Zen 4 by ``studies.mca_rank``.
     `reads` are instructions that LLVM describes wrongly, as patterns, and what to read instead.
     """
 

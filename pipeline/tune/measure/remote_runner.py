@@ -1,5 +1,5 @@
-"""The tuner's end of ``bertile.tune.measure.remote_trial`` and its like: as many processes of it as the tracker
-has devices.
+"""Asks devices for the times of candidates, by as many processes of ``remote_trial`` (or its like)
+as the tracker has devices.
 """
 
 from __future__ import annotations

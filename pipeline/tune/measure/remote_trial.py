@@ -1,7 +1,7 @@
-"""Builds candidates here and times them on a device of a tracker: ``bertile.tune.measure.trial`` over TVM's RPC.
+"""Builds candidates here and times them on a device of a tracker: ``trial`` over TVM's RPC.
 
-Run as ``python -m bertile.tune.measure.remote_trial HOST:PORT KEY`` in a process of its own, as many of them as
-there are devices.
+Run as ``python -m bertile.tune.measure.remote_trial HOST:PORT KEY`` in a process of its own, as
+many of them as there are devices.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Remote:
         blocks: int,
         also: Sequence[int] = (),
     ) -> dict[str, Any]:
-        """What ``bertile.tune.measure.trial.measure`` says, of a device; and "machine", which it was."""
+        """What ``trial.measure`` says, of a device; and "machine", which it was."""
         task, row = Task(operation, shape), resolve(target, threads)
         with tempfile.TemporaryDirectory(prefix="bertile-rpc-") as directory:
             library = Path(directory) / _NAME

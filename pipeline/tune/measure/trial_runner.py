@@ -1,5 +1,5 @@
-"""The tuner's end of ``bertile.tune.measure.trial`` and its like: keeps one process of it alive, and outlives
-its crashes.
+"""Asks one process of ``trial`` (or its like) for the times of candidates, keeps it alive, and
+outlives its crashes.
 """
 
 from __future__ import annotations

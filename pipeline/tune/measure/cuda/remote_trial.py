@@ -1,7 +1,7 @@
 """Sends compiled candidates to the GPUs of a tracker: ``cuda.trial`` over TVM's RPC.
 
-Run as ``python -m bertile.tune.measure.cuda.remote_trial HOST:PORT KEY`` in a process of its own, as many of
-them as there are devices.
+Run as ``python -m bertile.tune.measure.cuda.remote_trial HOST:PORT KEY`` in a process of its own,
+as many of them as there are devices.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Runs one compiled candidate after another on an NVIDIA GPU, compares and times it.
 
-Run as ``python -m bertile.tune.measure.cuda.trial`` in a process of its own; ``trial_server`` says how. A time
-is one of a CUDA graph that calls the kernel again and again, by events around its replays. Every
-call takes the next copy of the weights, so many that the L2 cache cannot hold them: a model's
+Run as ``python -m bertile.tune.measure.cuda.trial`` in a process of its own; ``trial_server`` says
+how. A time is one of a CUDA graph that calls the kernel again and again, by events around its
+replays. Every call takes the next copy of the weights, so many that the L2 cache cannot hold them: a model's
 layers find their weights in memory. Its activations it finds in the cache, where the kernel before
 has left them, and so does a trial.
 """

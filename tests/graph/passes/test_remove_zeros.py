@@ -1,0 +1,300 @@
+"""What zeros have cut off is gone, and the graph computes what it computed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tvm
+from helpers.graph_values import evaluate
+from tvm import relax
+from tvm.relax import op
+
+from bertile.graph import ops
+from bertile.graph.passes.remove_zeros import remove_zeros
+from bertile.graph.rewriting.dataflow import Dataflow
+from bertile.numerics.precision import LayerPlan
+from bertile.numerics.zeros import analyse
+
+C, N, HEADS, SIZE = 32, 64, 4, 16
+WIDTH = HEADS * SIZE
+NEURONS = {"w": (C, N), "b": (N,), "v": (N, C), "c": (C,)}
+ATTENTION = {"w": (C, 3 * WIDTH), "b": (3 * WIDTH,), "v": (WIDTH, C), "c": (C,)}
+X = {"x": ("batch", "length", C)}
+MASKED = {**X, "mask": ("batch", 1, 1, "length")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    notes: tuple[str, ...] = ("first",)
+
+
+def feed_forward(emit, ids, x, w, b, v, c, activation="gelu"):
+    return ops.dense(emit(ops.dense(x, w, b, activation=activation)), v, c, x)
+
+
+def attend(emit, ids, x, mask, w, b, v, c, *bias, heads=HEADS, size=SIZE):
+    qkv = emit(ops.dense(x, w, b))
+    made = ops.attention(qkv, mask, *bias, heads=heads, head_size=size, scale=0.25)
+    return ops.dense(emit(made), v, c, x)
+
+
+def neurons(left):
+    """The sizes of the weights around so many neurons."""
+    return {"w": (C, left), "b": (left,), "v": (left, C)}
+
+
+def channels(left):
+    """The sizes of the weights around heads of so many channels."""
+    return {"w": (C, 3 * left), "b": (3 * left,), "v": (left, C)}
+
+
+def zero(name, *where):
+    """A change that sets this part of a weight to zero."""
+    return lambda params: params[name].__setitem__(where, 0)
+
+
+UNREAD = zero("v", slice(16))
+
+
+@pytest.fixture
+def made(graph):
+    """A graph whose weights `change` has set to zero here and there."""
+
+    def make(build, weights, activations=X, change=lambda params: None, plan=None):
+        start = graph(build, activations=activations, weights=weights)
+        params = {name: value.copy() for name, value in start.params.items()}
+        change(params)
+        return dataclasses.replace(start, params=params, exported=Exported(), plan=plan or {})
+
+    return make
+
+
+def check(start, **sizes):
+    """The graph after the pass: its weights have these sizes, and it computes what it did."""
+    found = remove_zeros(start)
+    want = [(name, sizes.get(name, value.shape)) for name, value in start.params.items()]
+    assert [(name, value.shape) for name, value in found.params.items()] == want
+    weights = found.main.params[int(found.main.attrs["num_input"]) :]
+    assert [(var.name, tuple(map(int, var.ty.shape))) for var in weights] == want
+    relax.analysis.well_formed(found.mod)
+    np.testing.assert_allclose(evaluate(found), evaluate(start), rtol=1e-5, atol=1e-5)
+    tvm.ir.assert_structural_equal(remove_zeros(found).main, found.main)
+    return found
+
+
+def untouched(start):
+    assert remove_zeros(start) is start
+
+
+def test_dense_weights_are_left_alone(made):
+    untouched(made(feed_forward, NEURONS))
+    untouched(made(attend, ATTENTION, MASKED))
+
+
+def test_neurons_that_nobody_reads_are_removed(made):
+    start = made(feed_forward, NEURONS, change=zero("v", slice(5, 37)))
+    found = check(start, **neurons(N - 32))
+    assert found.exported.notes == ("first", "zeros: 32 neurons do not count and were removed")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "tanh", "none"])
+def test_neurons_that_never_change_become_part_of_the_bias(made, activation):
+    def build(emit, ids, *weights):
+        return feed_forward(emit, ids, *weights, activation=activation)
+
+    start = made(build, NEURONS, change=zero("w", slice(None), slice(0, N, 2)))
+    found = check(start, **neurons(N - 32))
+    assert not np.allclose(found.params["c"], start.params["c"], atol=0.1)
+
+
+def test_layers_without_biases_have_neurons_too(made):
+    def build(emit, ids, x, w, v):
+        zeros = [relax.const(np.zeros(size, "float32")) for size in (N, C)]
+        return feed_forward(emit, ids, x, w, zeros[0], v, zeros[1])
+
+    start = made(build, {"w": (C, N), "v": (N, C)}, change=zero("w", slice(None), slice(16, 32)))
+    check(start, w=(C, N - 16), v=(N - 16, C))
+
+
+@pytest.mark.parametrize(
+    ("before", "zeros", "left"), [(64, 15, 64), (64, 16, 48), (64, 47, 32), (70, 8, 64)]
+)
+def test_what_is_left_is_a_multiple_of_16(made, before, zeros, left):
+    weights = {**neurons(before), "c": (C,)}
+    check(made(feed_forward, weights, change=zero("v", slice(zeros))), **neurons(left))
+
+
+def test_of_all_neurons_a_few_are_kept(made):
+    check(made(feed_forward, NEURONS, change=zero("v")), **neurons(16))
+
+
+@pytest.mark.parametrize("which", ["rows", "values", "either"])
+def test_heads_without_effect_are_removed(made, which):
+    def change(params):
+        rows = params["v"].reshape(HEADS, SIZE, C)[1]
+        values = params["w"].reshape(C, 3, HEADS, SIZE)[:, 2, 1]
+        unread, constant = {"rows": (16, 0), "values": (0, 16), "either": (9, 7)}[which]
+        rows[:unread] = 0
+        values[:, SIZE - constant :] = 0
+
+    found = check(made(attend, ATTENTION, MASKED, change), **channels(WIDTH - SIZE))
+    (call,) = (
+        b.value for b in Dataflow(found.main).bindings if ops.is_call(b.value, "bertile.attention")
+    )
+    assert int(call.attrs["heads"]) == HEADS - 1
+    assert found.exported.notes[-1] == "zeros: 1 attention heads do not count and were removed"
+
+
+def test_head_whose_queries_are_zero_stays(made):
+    """It still takes the mean of its values."""
+    untouched(made(attend, ATTENTION, MASKED, zero("w", slice(None), slice(2 * WIDTH))))
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "outputs", "every", "left"),
+    [
+        *((4, 16, C, 1, 1), (8, 8, C, 1, 2), (2, 32, C, 1, 1)),  # of all heads a few are kept
+        (12, 26, 20, 2, 8),  # 26 rows of zeros are no blocks of 4
+    ],
+)
+def test_channels_of_the_heads_left_are_a_multiple_of_16(made, heads, size, outputs, every, left):
+    def build(emit, ids, *operands):
+        return attend(emit, ids, *operands, heads=heads, size=size)
+
+    before, after = (
+        {"w": (outputs, 3 * n), "b": (3 * n,), "v": (n, outputs), "c": (outputs,)}
+        for n in (heads * size, left * size)
+    )
+    start = made(build, before, {**MASKED, "x": ("batch", "length", outputs)})
+    start.params["v"].reshape(heads, size, outputs)[::every] = 0
+    check(start, **after)
+
+
+@pytest.mark.parametrize("extent", [1, HEADS])
+def test_heads_that_a_bias_tells_apart_stay(made, extent):
+    def build(emit, ids, x, mask, bias, *weights):
+        return attend(emit, ids, x, mask, *weights, bias)
+
+    activations = {**MASKED, "bias": (1, extent, "length", "length")}
+    start = made(build, ATTENTION, activations, zero("v", slice(SIZE)))
+    untouched(start) if extent == HEADS else check(start, **channels(WIDTH - SIZE))
+
+
+def test_blocks_of_zeros_stay_blocks(made):
+    """A neuron that goes alone would move all others within their blocks."""
+    kept = np.kron(np.random.default_rng(2).random((N // 4, C)) < 0.3, np.ones((4, 1)))
+
+    def change(params):
+        params["v"] *= kept
+        params["v"][8:24] = 0
+        params["w"][:, [0, 1, 2, 40, 41, 42, 43, 60]] = 0
+
+    start = made(feed_forward, NEURONS, change=change)
+    assert analyse(start.params["v"]).pattern == "4x1"
+    found = check(start, **neurons(N - 16))
+    assert analyse(found.params["v"]).pattern == "4x1"
+    assert np.array_equal(found.params["w"][:, :4], start.params["w"][:, :4]), "a block's 4 stay"
+
+
+def test_blocks_of_outputs_stay_blocks(made):
+    kept = np.kron(np.random.default_rng(2).random((C, N // 16)) < 0.4, np.ones((1, 16)))
+
+    def change(params):
+        params["w"] *= kept
+        params["v"][[*range(8), *range(48, 56)]] = 0  # 16 neurons, of two blocks
+
+    start = made(feed_forward, NEURONS, change=change)
+    assert analyse(start.params["w"]).pattern == "1x16"
+    untouched(start)
+    start.params["v"][:16] = 0
+    found = check(start, **neurons(N - 16))
+    assert analyse(found.params["w"]).pattern == "1x16"
+
+
+def twice(place=None):
+    """Two layers of the same weights; in one place the second has a weight of its own, `other`."""
+
+    def build(emit, ids, x, w, b, v, c, *other):
+        weights = {"w": w, "b": b, "v": v, "c": c}
+        y = emit(feed_forward(emit, ids, x, *weights.values()))
+        weights.update(zip([place], other))
+        return feed_forward(emit, ids, y, *weights.values())
+
+    return build
+
+
+def test_shared_weights_are_cut_for_all_layers(made):
+    found = check(made(twice(), NEURONS, change=UNREAD), **neurons(N - 16))
+    assert "zeros: 32 neurons" in found.exported.notes[-1]
+
+
+@pytest.mark.parametrize("place", NEURONS)
+def test_weights_that_are_shared_in_part_are_left_alone(made, place):
+    weights = {**NEURONS, "other": NEURONS[place]}
+    untouched(made(twice(place), weights, change=UNREAD))
+
+
+def test_weight_that_something_else_reads_is_left_alone(made):
+    def build(emit, ids, x, w, b, v, c):
+        y = emit(feed_forward(emit, ids, x, w, b, v, c))
+        return op.add(y, op.matmul(op.matmul(y, w), v))
+
+    untouched(made(build, NEURONS, change=UNREAD))
+
+
+def test_bias_that_something_else_reads_stays_for_it(made):
+    def build(emit, ids, x, w, b, v, c):
+        return op.multiply(feed_forward(emit, ids, x, w, b, v, c), c)
+
+    start = made(build, NEURONS, change=zero("w", slice(None), slice(16)))
+    found = remove_zeros(start)
+    assert list(found.params) == ["w", "b", "v", "c", "c_resized"]
+    assert np.array_equal(found.params["c"], start.params["c"])
+    np.testing.assert_allclose(evaluate(found), evaluate(start), rtol=1e-5, atol=1e-5)
+
+
+def test_channels_with_other_readers_stay(made):
+    def read_twice(emit, ids, x, w, b, v, c):
+        inner = emit(ops.dense(x, w, b))
+        return relax.Tuple([ops.dense(inner, v, c), inner])
+
+    def with_residual(emit, ids, x, y, w, b, v, c):
+        return ops.dense(emit(ops.dense(x, w, b, y)), v, c)
+
+    def with_other_readers_of_qkv(emit, ids, x, mask, w, b, v, c):
+        qkv = emit(ops.dense(x, w, b))
+        context = ops.attention(qkv, mask, heads=HEADS, head_size=SIZE, scale=1.0)
+        return relax.Tuple([ops.dense(emit(context), v, c), qkv])
+
+    untouched(made(read_twice, NEURONS, change=UNREAD))
+    untouched(made(with_residual, NEURONS, {**X, "y": ("batch", "length", N)}, UNREAD))
+    untouched(made(with_other_readers_of_qkv, ATTENTION, MASKED, UNREAD))
+
+
+def test_three_layers_in_a_row_are_cut_between_each_two(made):
+    def build(emit, ids, x, w, b, v, c, u, d):
+        inner = emit(ops.dense(x, w, b, activation="gelu"))
+        return ops.dense(emit(ops.dense(inner, v, c, activation="tanh")), u, d)
+
+    weights = {**NEURONS, "v": (N, N), "c": (N,), "u": (N, C), "d": (C,)}
+    start = made(build, weights, change=UNREAD)
+    zero("u", slice(16, 48))(start.params)
+    check(start, w=(C, 48), b=(48,), v=(48, 32), c=(32,), u=(32, C))
+
+
+def test_constant_is_folded_as_the_range_rounds_it(made):
+    """Coarse enough that folding the constant itself would be seen."""
+    factors = np.linspace(0.5, 2, N).astype("float32")
+    for smooth in (None, factors):
+        plan = {"v": LayerPlan("int8", -30.0, 50.0, smooth)}
+        change = zero("w", slice(None), slice(8, 40))
+        start = made(feed_forward, NEURONS, change=change, plan=plan)
+        found = check(start, **neurons(32))
+        left = found.plan["v"]
+        assert (left.low, left.high) == (-30.0, 50.0)
+        if smooth is not None:
+            assert np.array_equal(left.smooth, np.delete(factors, np.s_[8:40]))
+        in_floats = evaluate(remove_zeros(dataclasses.replace(start, plan={})))
+        assert np.abs(evaluate(found) - in_floats).max() > 0.01

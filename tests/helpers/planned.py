@@ -1,0 +1,42 @@
+"""Compiles a graph whose layers know their precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bertile import loader
+from bertile.backends.cpu import builder
+from bertile.onnx.samples import sample
+from bertile.targets.rows import resolve
+from bertile.tune.log.chooser import Chooser
+
+BF16, VNNI, PLAIN = (
+    resolve(name, threads=1) for name in ("x86-avx512-bf16", "x86-avx512-vnni", "x86-avx512")
+)
+
+
+def compiled(graph, row, directory, exported):
+    """A graph, built with default knobs, as a function of (batch, length) that gives the outputs
+    and the model's inputs.
+    """
+    if lacks := set(row.features) - loader.cpu_features():
+        pytest.skip(f"this CPU lacks {' '.join(sorted(lacks))}")
+    import tvm
+    from tvm import relax
+
+    from bertile.tune.log.tuning_log import TuningLog
+
+    log = TuningLog.open(str(directory / "empty"), print)
+    built = builder.build(graph, Chooser(log, row, print), row, directory / "lib.so")
+    vm = relax.VirtualMachine(tvm.runtime.load_module(str(built.library)), tvm.cpu())
+
+    def call(batch, length):
+        arrays = sample(exported.inputs, batch, length, 0, seed=3)
+        mask = arrays.get("attention_mask", np.ones((batch, length), "int64"))
+        blocks = loader.token_blocks(mask, row.lanes).astype("int32")
+        given = [*arrays.values(), blocks, *built.params.values()]
+        found = [one.numpy() for one in vm["main"](*map(tvm.runtime.tensor, given))]
+        return [one[mask > 0] if one.ndim == 3 else one for one in found], arrays
+
+    return call

@@ -1,0 +1,352 @@
+"""ONNX files of other exporters: each form becomes canonical, imports and equals the original."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers.foreign_forms import (
+    TOLERANCE,
+    causal,
+    operators,
+    write,
+    write_attention,
+)
+from onnx import TensorProto, helper, numpy_helper
+
+from bertile.base.errors import ModelError, NumericMismatchError, UsageError
+from bertile.config import Config
+from bertile.export import exporter
+from bertile.onnx import graph as onnx_graph
+from bertile.onnx import normalizer, probing, reader
+from bertile.onnx.samples import largest_difference, sample, session
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """One TorchScript export, to be copied and damaged."""
+    return write(tmp_path_factory.mktemp("plain") / "model.onnx")
+
+
+def check(path, tmp_path, shapes=((1, 1), (3, 37), (2, 16))):
+    """Normalise; compare with the original; import into TVM; return what came out."""
+    exported = normalizer.normalize(path, tmp_path / "out", Config())
+    before, after = session(path), session(exported.onnx_path)
+    given = {one.name: one.type for one in before.get_inputs()}
+    for seed, (batch, length) in enumerate(shapes):
+        arrays = sample(exported.inputs, batch, length, 1, seed)
+        mask = arrays.get("attention_mask", np.ones((batch, length)))
+        unread = {one: np.zeros_like(arrays["input_ids"]) for one in given if one not in arrays}
+        want = before.run(list(exported.outputs), {**arrays, **unread})
+        for one, other in zip(after.run(list(exported.outputs), arrays), want):
+            assert largest_difference(one, other, mask) < TOLERANCE
+    model = onnx.load(exported.onnx_path)
+    frontend = pytest.importorskip("tvm.relax.frontend.onnx")
+    frontend.from_onnx(model, keep_params_in_input=True)
+    return exported, model
+
+
+def assert_canonical(model, layers=2):
+    """The operators that the exporter of Bertile writes, and no others around the attention."""
+    found = operators(model)
+    assert found.count("Softmax") == layers
+    assert found.count("LayerNormalization") >= 2 * layers + 1
+    assert found.count("Gelu") >= layers
+    unwanted = {"Where", "IsNaN", "Erf", "Expand", "GatherND", "Range", "Gemm", "Identity"}
+    assert not unwanted & set(found)
+    assert found.count("Reshape") == 4 * layers and found.count("Transpose") <= 4 * layers + 2
+    masks = {
+        name
+        for node in model.graph.node
+        if node.op_type == "Add"
+        for name in node.input
+        if name.startswith("bertile.mul.")
+    }
+    assert masks, "no mask is added to the scores"
+    assert {one.domain for one in model.opset_import} == {""}
+
+
+@pytest.mark.parametrize("opset", [13, 17])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_normalize_torchscript_with_eager_attention(tmp_path, opset, dynamic):
+    path = write(tmp_path / "m.onnx", attention="eager", opset=opset, dynamic=dynamic)
+    shapes = ((1, 1), (3, 37), (1, 512)) if dynamic else ((2, 16),)
+    exported, model = check(path, tmp_path, shapes)
+    assert_canonical(model)
+    assert (exported.batch, exported.length) == ((None, None) if dynamic else (2, 16))
+    assert exported.max_length == (512 if dynamic else 16)
+    axes = [
+        one.dim_param or one.dim_value for one in model.graph.input[0].type.tensor_type.shape.dim
+    ]
+    assert axes == (["batch", "length"] if dynamic else [2, 16])
+
+
+@pytest.mark.parametrize("opset", [14, 17])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_normalize_torchscript_with_sdpa(tmp_path, opset, dynamic):
+    path = write(tmp_path / "m.onnx", opset=opset, dynamic=dynamic)
+    _, model = check(path, tmp_path, ((1, 1), (3, 37)) if dynamic else ((2, 16),))
+    assert_canonical(model)
+
+
+@pytest.mark.parametrize(
+    ("attention", "opset", "dynamic"),
+    [("sdpa", 20, True), ("eager", 18, False), ("sdpa", 23, True)],
+)
+def test_normalize_dynamo(tmp_path, attention, opset, dynamic):
+    path = write(tmp_path / "m.onnx", "bert-tiny", "encoder", attention, True, opset, dynamic)
+    _, model = check(path, tmp_path, ((1, 1), (3, 37)) if dynamic else ((2, 16),))
+    assert_canonical(model)
+    assert "Attention" not in operators(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "albert", "mpnet"])
+def test_normalize_dynamo_of_each_family(tmp_path, family):
+    types = family in ("electra", "albert")
+    path = write(tmp_path / "m.onnx", f"{family}-tiny", dynamo=True, opset=20, types=types)
+    _, model = check(path, tmp_path)
+    assert_canonical(model)
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "albert", "mpnet"])
+def test_normalize_torchscript_of_each_family(tmp_path, family):
+    types = family in ("electra", "albert")
+    path = write(tmp_path / "m.onnx", f"{family}-tiny", types=types)
+    exported, model = check(path, tmp_path, ((1, 1), (3, 37), (1, 512)))
+    assert_canonical(model)
+    assert exported.max_length == 512
+    assert [one.below for one in exported.inputs] == [1000, 2, 2][: 3 if types else 2]
+    assert operators(model).count("CumSum") == (family in ("roberta", "mpnet"))
+
+
+def test_normalize_folds_the_token_type_that_is_no_input(tmp_path):
+    exported, model = check(write(tmp_path / "m.onnx", types=False), tmp_path)
+    assert_canonical(model)
+    assert [one.name for one in exported.inputs] == ["input_ids", "attention_mask"]
+    tables = [node for node in model.graph.node if node.op_type == "Gather"]
+    assert len(tables) == 3  # words, positions with the type's row added, the pooler's token
+
+
+def test_normalize_keeps_int32_inputs(tmp_path):
+    exported, model = check(write(tmp_path / "m.onnx", dtype=torch.int32), tmp_path)
+    assert_canonical(model)
+    assert {one.dtype for one in exported.inputs} == {"int32"}
+
+
+@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm"])
+def test_normalize_tells_the_head_from_the_outputs(tmp_path, head):
+    exported, model = check(write(tmp_path / "m.onnx", head=head), tmp_path)
+    assert_canonical(model)
+    assert (exported.head, exported.family) == (head, "unknown")
+
+
+def test_normalize_equals_what_the_exporter_writes(tmp_path, plain):
+    """The same model through both doors: the same operators, and the same numbers."""
+    ours = exporter.export("synthetic:bert-tiny", tmp_path / "ours", Config())
+    theirs = exporter.export(plain, tmp_path / "theirs", Config())
+    first, second = (onnx.load(one.onnx_path) for one in (ours, theirs))
+    assert sorted(operators(first)) == sorted(operators(second))
+    arrays = sample(ours.inputs, 3, 20, 0)
+    for one, other in zip(*(session(e.onnx_path).run(None, arrays) for e in (ours, theirs))):
+        assert largest_difference(one, other, arrays["attention_mask"]) < TOLERANCE
+
+
+def test_normalize_reads_what_lies_beside_the_file(tmp_path):
+    path = write(tmp_path / "m.onnx", head="sequence-classification")
+    config = {"model_type": "bert", "id2label": {"1": "good", "0": "bad"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    exported = normalizer.normalize(path, tmp_path / "out", Config())
+    assert (exported.family, exported.labels) == ("bert", ("bad", "good"))
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_normalize_reads_external_weights(tmp_path, plain):
+    path = tmp_path / "m.onnx"
+    model = onnx.load(plain)
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    exported, _ = check(path, tmp_path)
+    before = exporter.fingerprint(path, Config())
+    assert before == exported.sha256
+    weights = tmp_path / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+    assert exporter.fingerprint(path, Config()) != before
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match=r"in 'weights\.bin' is cut short|which cannot be read"):
+        normalizer.normalize(path, tmp_path / "out", Config())
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"keeps its weights in 'weights\.bin' beside it"):
+        normalizer.normalize(path, tmp_path / "out", Config())
+
+
+def test_normalize_puts_large_weights_beside_the_model(tmp_path, plain, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "EXTERNAL_DATA_BYTES", 0)
+    monkeypatch.setattr(probing, "EXTERNAL_DATA_BYTES", 0)
+    check(plain, tmp_path)
+    data = tmp_path / "out" / "model.onnx.data"
+    size = data.stat().st_size
+    check(plain, tmp_path)
+    assert data.stat().st_size == size > 1_000_000
+
+
+@pytest.mark.parametrize("family", ["roberta", "mpnet"])
+def test_normalize_static_axes_of_other_positions(tmp_path, family):
+    path = write(tmp_path / "m.onnx", f"{family}-tiny", types=False, dynamic=False)
+    exported, model = check(path, tmp_path, ((2, 16),))
+    assert_canonical(model)
+    assert (exported.batch, exported.length, exported.max_length) == (2, 16, 16)
+
+
+# Masks of other kinds, in a model of one attention
+
+
+def by_fill(scores, mask):  # DistilBERT's old form
+    padded = (mask == 0)[:, None, None, :].expand(scores.shape)
+    return scores.masked_fill(padded, float("-inf"))
+
+
+def by_lowest(scores, mask):  # BERT's old form
+    lowest = torch.finfo(torch.float32).min
+    return scores + (1.0 - mask[:, None, None, :].float()) * lowest
+
+
+def by_selection(scores, mask):
+    return torch.where(mask[:, None, None, :] > 0, scores, torch.tensor(-1e9))
+
+
+@pytest.mark.parametrize("masked", [by_fill, by_lowest, by_selection])
+def test_normalize_replaces_every_mask_by_key(tmp_path, masked):
+    exported, model = check(write_attention(tmp_path / "m.onnx", masked), tmp_path)
+    found = operators(model)
+    assert not {"Where", "Expand", "ConstantOfShape"} & set(found)
+    assert found.count("Sub") == 1 and exported.head == "unknown"
+    assert not any("is kept as it is" in note for note in exported.notes)
+    assert [one.below for one in exported.inputs] == [50, 2]
+
+
+def test_normalize_keeps_a_mask_that_differs_by_query(tmp_path):
+    path = write_attention(tmp_path / "m.onnx", causal)
+    exported = normalizer.normalize(path, tmp_path / "out", Config())
+    assert "is kept as it is" in exported.notes[0]
+    assert "Where" in operators(onnx.load(exported.onnx_path))
+
+
+def test_normalize_drops_a_mask_of_zeros(tmp_path):
+    path = write_attention(tmp_path / "m.onnx", lambda scores, mask: scores + 0.0 * scores[..., :1])
+    exported = normalizer.normalize(path, tmp_path / "out", Config())
+    assert [one.name for one in exported.inputs] == ["input_ids"]
+
+
+# Bad files
+
+
+def edited(plain, path, edit):
+    model = onnx.load(plain)
+    edit(model.graph)
+    onnx.save(model, path)
+    return path
+
+
+def refused(path, tmp_path, error=ModelError):
+    with pytest.raises(error) as caught:
+        normalizer.normalize(path, tmp_path / "out", Config())
+    assert not (tmp_path / "out" / "model.onnx").exists() and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_normalize_refuses_what_is_no_onnx_file(tmp_path, plain):
+    path = tmp_path / "m.onnx"
+    assert "there is no file" in refused(path, tmp_path)
+    for content in (b"", b"plain text " * 50, plain.read_bytes()[:5000], plain.read_bytes()[:-99]):
+        path.write_bytes(content)
+        assert "is not an ONNX file, or it is truncated" in refused(path, tmp_path)
+
+
+def test_normalize_names_inputs_that_are_wrong(tmp_path, plain):
+    def rename(old, new):
+        def edit(graph):
+            for one in graph.input:
+                one.name = new if one.name == old else one.name
+            for node in graph.node:
+                node.input[:] = [new if name == old else name for name in node.input]
+
+        return edited(plain, tmp_path / "m.onnx", edit)
+
+    message = refused(rename("input_ids", "ids"), tmp_path)
+    assert "has no input 'input_ids' (it has ids, attention_mask, token_type_ids)" in message
+    message = refused(rename("token_type_ids", "segment_ids"), tmp_path)
+    assert "has the input 'segment_ids', which is unsupported" in message
+
+    def to_float(graph):
+        graph.input[1].type.tensor_type.elem_type = TensorProto.FLOAT
+
+    path = edited(plain, tmp_path / "m.onnx", to_float)
+    assert "input 'attention_mask'" in refused(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("op", "domain", "message"),
+    [
+        ("FusedSecret", "", "operator FusedSecret (node 'the-node') cannot be imported"),
+        ("BiasGelu", "com.microsoft", "operator com.microsoft.BiasGelu (node 'the-node')"),
+    ],
+)
+def test_normalize_names_an_operator_that_cannot_be_imported(tmp_path, plain, op, domain, message):
+    def edit(graph):
+        node = helper.make_node(op, [graph.node[-1].input[0]], ["odd"], "the-node", domain=domain)
+        graph.node.insert(len(graph.node) - 1, node)
+        graph.node[-1].input[0] = "odd"
+
+    assert message in refused(edited(plain, tmp_path / "m.onnx", edit), tmp_path)
+
+
+def test_normalize_refuses_control_flow_by_name(tmp_path, plain):
+    def edit(graph):
+        last = graph.node[-1].output[0]
+        graph.node[-1].output[0] = "before"
+        value = helper.make_tensor_value_info("inside", TensorProto.FLOAT, None)
+        inner = helper.make_node("Identity", ["before"], ["inside"])
+        body = helper.make_graph([inner], "body", [], [value])
+        graph.initializer.append(numpy_helper.from_array(np.asarray(True), "yes"))
+        graph.node.append(
+            helper.make_node("If", ["yes"], [last], "branch", then_branch=body, else_branch=body)
+        )
+
+    message = refused(edited(plain, tmp_path / "m.onnx", edit), tmp_path)
+    assert "operator If (node 'branch') cannot be imported" in message
+
+
+def test_normalize_refuses_another_head_than_the_outputs_have(tmp_path, plain):
+    with pytest.raises(UsageError, match="are those of the head 'encoder', not 'masked-lm'"):
+        normalizer.normalize(plain, tmp_path, Config(head="masked-lm"))
+
+
+def test_normalize_fails_when_the_result_differs(tmp_path, plain, monkeypatch):
+    monkeypatch.setattr(normalizer, "largest_difference", lambda *_: 0.5)
+    assert "differs from the original by 0.5" in refused(plain, tmp_path, NumericMismatchError)
+
+
+def test_read_brings_an_old_opset_up_to_date(tmp_path):
+    path = write(tmp_path / "m.onnx", attention="eager", opset=12)
+    _, opset = reader.read(path)
+    assert opset == 17
+    _, model = check(path, tmp_path)
+    assert_canonical(model)
+
+
+def test_normalize_prints_nothing(tmp_path, plain, capfd):
+    normalizer.normalize(plain, tmp_path, Config())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_names_made_are_none_that_the_file_has():
+    """A file that Bertile wrote, and somebody has quantized, comes back with names of ours."""
+    first = onnx_graph.OnnxGraph(onnx.ModelProto())
+    taken = first.add("Mul", [first.number(1.0), first.number(2.0)])
+    first.outputs = [taken]
+    second = onnx_graph.OnnxGraph(first.to_model(20))
+    made = {second.fresh("mul"), second.fresh("constant"), second.fresh("mul")}
+    assert len(made) == 3
+    assert not made & {taken, *first.nodes[0].input}
