@@ -19,11 +19,12 @@ from bertile.base.progress import Progress
 from bertile.bundle import runtime_parts, writer
 from bertile.bundle.native_build import SOURCES
 from bertile.config import Config
-from bertile.export import exporter
+from bertile.export.cached import export_cached
 from bertile.onnx.exported import ExportedModel, read
 from bertile.run import opener
 from bertile.targets import rows
 from bertile.targets.rows import Target
+from bertile.tune.log.tuning_log import TuningLog
 from bertile.verify import summary, verifier
 
 
@@ -70,19 +71,6 @@ def tasks(
 ) -> tuple[Any, list[Any]]:
     """The kernels that a model calls, counted; those that layers could have in place of theirs."""
     return _Run(export_cached(model, config, progress), row, config, progress, log).tasks()
-
-
-def export_cached(model: Any, config: Config, progress: Progress | None = None) -> ExportedModel:
-    """The exported model, from the cache where the same model was exported before."""
-    progress = progress or Progress(verbosity=-1)
-    with progress.stage("export") as stage:
-        key = cache.key("export.exporter", exporter.fingerprint(model, config), str(model))
-        path, stage.cached = cache.Cache(config.cache_dir).get_or_make(
-            key, lambda directory: exporter.export(model, directory, config)
-        )
-        exported = read(path)
-        stage.detail = f"{exported.family}, {exported.head}"
-    return exported
 
 
 def _compile_cached(
@@ -182,10 +170,11 @@ class _Run:
 
     def tasks(self) -> tuple[Any, list[Any]]:
         from bertile.lower import lowering, sparse_choice
+        from bertile.lower.forms import Forms
         from bertile.tune.log import chooser
 
         graph = self.optimized()
-        found = lowering.tasks(graph, self.row)
+        found = lowering.tasks(Forms(graph))
         for task in found:
             chooser.must_fit(task, self.row)
         return found, sparse_choice.alternatives(graph)
@@ -262,3 +251,15 @@ class _Run:
             add,
             check,
         )
+
+
+def tune_model(model: Any, config: Config, progress: Progress) -> dict[str, Any]:
+    """The tuning stage by itself: export, import and optimize ``model``, then tune its kernels."""
+    from bertile import driver
+    from bertile.targets import rows
+
+    loader.set_thread_defaults()
+    row = rows.resolve(config.target, config.threads)
+    log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
+    result = driver.tune(model, log, row, config, progress)
+    return {"log": str(log.directories[-1] / row.log), **result}

@@ -13,6 +13,7 @@ from bertile import driver, loader
 from bertile.base.errors import BertileError, NumericMismatchError, UsageError
 from bertile.base.progress import Progress
 from bertile.config import HEADS, Config
+from bertile.export import cached
 from bertile.onnx.samples import largest_difference, sample, session
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert", "mpnet")
@@ -42,7 +43,7 @@ def compiled(tmp_path, cache):
 
 
 def assert_equals_onnx(model: loader.Model, name: str, cache: str, shapes=SHAPES) -> None:
-    exported = driver.export_cached(name, Config(cache_dir=cache))
+    exported = cached.export_cached(name, Config(cache_dir=cache))
     peer = session(exported.onnx_path)
     for batch, length in shapes:
         arrays = sample(exported.inputs, batch, length, padding_id=1, seed=length)

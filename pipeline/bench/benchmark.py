@@ -20,7 +20,7 @@ from bertile.bench import competitors, turns
 from bertile.bench.engines import Arrays, Engine
 from bertile.bench.startup import startup as measure_startup
 from bertile.config import Config
-from bertile.run.texts import max_tokens
+from bertile.run.requests import random_inputs
 from bertile.tune.measure import roofline
 
 # The least mean cosine to float32 that rounding explains; other weights give far less.
@@ -126,22 +126,6 @@ def bench_models(
             choices |= {"threads": config.threads, "cache_dir": config.cache_dir}
             reports.append(bench(directory, onnx, progress=progress, **choices))
     return reports
-
-
-def random_inputs(manifest: dict[str, Any], batch: int, length: int) -> Arrays:
-    """Seeded ids for every input of the manifest; no padding, as a full batch has none."""
-    limit = max_tokens(manifest)
-    if limit and length > limit:
-        raise UsageError(f"length {length} is too much", f"the model takes at most {limit} tokens")
-    random = np.random.default_rng(batch * 100003 + length)
-    inputs = {}
-    for spec in manifest["inputs"]:
-        if spec["default"] is None:
-            values = random.integers(0, spec["below"] or 2, (batch, length))
-        else:
-            values = np.full((batch, length), int(spec["default"] == "ones"))
-        inputs[spec["name"]] = values.astype(spec["dtype"])
-    return inputs
 
 
 def _check(counts: dict[str, Sequence[int]]) -> None:

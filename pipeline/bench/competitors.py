@@ -113,8 +113,7 @@ def source(
     """What the engines read; BundleError where the model has changed since it was compiled."""
     model = manifest["model"]
     if kinds and not (onnx and "torch" not in kinds):
-        from bertile import driver
-        from bertile.export import files
+        from bertile.export import cached, files
 
         config = Config.from_dict({**manifest["config"], "cache_dir": cache_dir})
         if files.fingerprint(model["source"], config.head) != model["sha256"]:
@@ -122,7 +121,7 @@ def source(
                 f"'{model['source']}' has changed since {directory} was compiled from it",
                 "compile it again",
             )
-        onnx = onnx or driver.export_cached(model["source"], config).onnx_path
+        onnx = onnx or cached.export_cached(model["source"], config).onnx_path
     outputs = tuple(output["name"] for output in manifest["outputs"])
     return Source(directory, onnx and Path(onnx), model["source"], model["head"], outputs)
 

@@ -1,17 +1,13 @@
-"""An engine of a benchmark comes in; a process of its own that runs the model in it goes out."""
+"""Describes the engines of a benchmark: which runs what, and where it finds the model."""
 
 from __future__ import annotations
 
-import multiprocessing
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from bertile.base.errors import BertileError
-from bertile.bench.timing import timed
 
 Arrays = dict[str, np.ndarray]
 
@@ -39,78 +35,3 @@ class Engine:
 
 class LeftOut(BertileError):
     """A peer that cannot be had here: a sentence for the benchmark's notes, no reason to fail."""
-
-
-class Worker:
-    """An engine in a process of its own, which holds still while it is not asked."""
-
-    def __init__(self, engine: Engine, threads: int):
-        # spawned, since a forked process would inherit the parent's half of a thread pool
-        context = multiprocessing.get_context("spawn")
-        self.engine = engine
-        self.name = engine.name
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, engine, threads), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    @property
-    def pid(self) -> int:
-        return int(self._process.pid or 0)
-
-    def call(self, inputs: Arrays, count: int) -> list[float]:
-        """Warm up, run `count` calls on the inputs, and give their milliseconds."""
-        self._pipe.send((inputs, count))
-        return self.receive()
-
-    def outputs(self, inputs: Arrays) -> list[np.ndarray]:
-        """What one call gives, which is not timed."""
-        self._pipe.send((inputs, 0))
-        return self.receive()
-
-    def receive(self) -> Any:
-        """What the process sends next, its version at first; its error is raised here."""
-        try:
-            kind, value = self._pipe.recv()
-        except EOFError as error:
-            self._process.join(5)
-            code = self._process.exitcode
-            raise BertileError(f"the process of {self.name} ended with code {code}") from error
-        if kind == "error":
-            raise value
-        return value
-
-    def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join(2)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
-
-
-def start(engine: Engine, threads: int, cache_dir: str | None) -> Any:
-    """A Worker for the engine, or what works like one for an engine that needs another Python."""
-    if engine.kind != "deepsparse":
-        return Worker(engine, threads)
-    from bertile.bench.deepsparse import DeepSparse, environment
-
-    return DeepSparse(engine, threads, environment(cache_dir))
-
-
-def _serve(pipe: Connection, engine: Engine, threads: int) -> None:
-    try:
-        from bertile.bench.peers import OPENERS
-
-        infer, version = OPENERS[engine.kind](engine, threads)
-        pipe.send(("ready", version))
-        while True:
-            inputs, count = pipe.recv()
-            found = timed(infer, inputs, count) if count else infer(inputs)
-            pipe.send(("done", found))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
-    except BertileError as error:
-        pipe.send(("error", error))
-    except Exception as error:
-        pipe.send(("error", BertileError(f"{engine.name}: {type(error).__name__}: {error}")))

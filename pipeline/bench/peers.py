@@ -53,6 +53,7 @@ def _openvino(engine: Engine, threads: int) -> tuple[Infer, str]:
 
 def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     torch, _ = require("export", "torch", "transformers")
+    from bertile.base import quiet
     from bertile.export import checkpoints
     from bertile.export.torch_module import pool
 
@@ -61,11 +62,11 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     torch.set_num_interop_threads(1)
     checkpoint = checkpoints.load(source.model, source.head)
     model = checkpoint.model
-    with checkpoints.quiet(), contextlib.suppress(ValueError, ImportError):
+    with quiet.quiet(), contextlib.suppress(ValueError, ImportError):
         model.set_attn_implementation("sdpa")  # a family without it keeps what it has
     if source.head == "embedding" and hasattr(model, "pooler"):
         model.pooler = None  # nobody reads it
-    with checkpoints.quiet():
+    with quiet.quiet():
         model = _converted(torch, model, engine.precision)
 
     def infer(inputs: Arrays) -> list[np.ndarray]:

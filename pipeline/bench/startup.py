@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from bertile.base.progress import Progress
-from bertile.bench.engines import Arrays, Engine, start
+from bertile.bench.engines import Arrays, Engine
+from bertile.bench.workers import start
 
 REPEAT = 5
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from bertile.base.progress import Progress
-from bertile.bench.engines import Arrays, Engine, LeftOut, Worker, start
+from bertile.bench.engines import Arrays, Engine, LeftOut
+from bertile.bench.workers import Worker, start
 
 # Calls that one engine makes before it is the next one's turn: few enough that all see the same
 # weather on a shared machine.

@@ -11,11 +11,11 @@ from typing import Any
 
 import tvm
 
-from bertile.backends.cpu.builder import Built
 from bertile.config import Config
 from bertile.graph import order
 from bertile.graph.graph import Graph
 from bertile.lower import sparse_choice
+from bertile.lower.built import Built
 from bertile.onnx.exported import ExportedModel
 from bertile.targets.rows import Target
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bertile.base.errors import BertileError
-from bertile.targets.rows import Target, link_command
+from bertile.targets.linker import link_command
+from bertile.targets.rows import Target
 
 SOURCES = Path(__file__).with_name("native")
 COMMAND, LIBRARY = "bertile-run", "libbertile.so"

@@ -8,7 +8,8 @@ from pathlib import Path
 from bertile.base import cache
 from bertile.base.fingerprint import hash_path
 from bertile.bundle import native_build, runtime_libraries
-from bertile.targets.rows import Target, link_command
+from bertile.targets.linker import link_command
+from bertile.targets.rows import Target
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,9 @@ def tune(options: Namespace, progress: Progress) -> Outcome:
     if options.pack:
         summary = tune_command.pack(options, config, progress)
         return Outcome(summary, lines(summary))
-    from bertile.tune.search import tuner
+    from bertile import driver
 
-    summary = tuner.tune_model(options.model, config, progress)
+    summary = driver.tune_model(options.model, config, progress)
     return Outcome(summary, lines(summary))
 
 

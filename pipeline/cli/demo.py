@@ -14,6 +14,7 @@ from bertile.base.progress import Progress
 from bertile.base.tables import size, table
 from bertile.bench import benchmark
 from bertile.config import Config
+from bertile.export import cached
 from bertile.run import texts as runner
 
 SENTENCES = (
@@ -34,7 +35,7 @@ def demo(output: Path, config: Config, progress: Progress) -> dict[str, Any]:
     summary = driver.compile("minilm", output, config, progress)
     with progress.stage("run"):
         result = runner.run(output, SENTENCES, threads=config.threads)
-    onnx = driver.export_cached("minilm", config).onnx_path
+    onnx = cached.export_cached("minilm", config).onnx_path
     with progress.stage("bench"):
         report = benchmark.bench(
             output, onnx, lengths=LENGTHS, threads=config.threads, progress=progress

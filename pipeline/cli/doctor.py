@@ -17,7 +17,8 @@ from pathlib import Path
 from bertile.base.errors import BertileError, PlatformError
 from bertile.base.tables import size, table
 from bertile.loader import available_cores, cpu_features, find_runtime
-from bertile.targets.rows import TABLE, Target, link_command, native
+from bertile.targets.linker import link_command
+from bertile.targets.rows import TABLE, Target, native
 
 # The stage that each extra serves, and what it imports. bertile's own metadata has the versions.
 EXTRAS = {

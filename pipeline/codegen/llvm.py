@@ -9,7 +9,8 @@ from typing import Any
 import tvm
 
 from bertile.base.errors import BertileError
-from bertile.targets.rows import Target, link_command, tvm_target
+from bertile.targets.linker import link_command
+from bertile.targets.rows import Target, tvm_target
 
 # Our kernels have no blocks to compact and no conditions to hoist, and LLVM finds common
 # subexpressions itself: without these a wide tile is built in two thirds of the time, to the same

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bertile.base import quiet
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.bundle import writer
@@ -43,7 +44,7 @@ def prune(
         )
     with progress.stage("load"):
         checkpoint = checkpoints.load(model)
-    with progress.stage("prune") as stage, checkpoints.quiet():
+    with progress.stage("prune") as stage, quiet.quiet():
         rows = pruning.prune(checkpoint.model, checkpoint.family, sparsity, pattern)
         stage.detail = f"{len(rows)} layers"
     report = {
@@ -72,7 +73,7 @@ def _write(source: str, model: Any, directory: Path) -> None:
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
         place = directory / files.transformer_directory(origin).relative_to(origin)
-    with checkpoints.quiet():
+    with quiet.quiet():
         model.save_pretrained(place)
     for path in place.glob("*.safetensors"):  # which save_pretrained lets nobody else read
         path.chmod((place / "config.json").stat().st_mode)

@@ -14,9 +14,9 @@ from typing import Any
 
 from bertile.base.errors import require
 from bertile.base.progress import Progress
+from bertile.base.quiet import quiet
 from bertile.compress import sections
 from bertile.compress.sections import Example, Split
-from bertile.export.checkpoints import quiet
 
 SEED = 20
 EPOCHS = 3

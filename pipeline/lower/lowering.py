@@ -1,14 +1,17 @@
-"""From fused operators to kernels: chooses layouts, packs weights, calls one PrimFunc per task.
+"""Replaces each fused operator by the call of a kernel: one task, its packed weights, its operands.
 
-    bertile.dense(x (B, S, K), w, b)  →  call_tir(dense_K_N, [x (m, K, 16), w packed, b packed])
+    bertile.dense(x (B, S, K), w, b)  →  call of dense_K_N with [x as it lies, w packed, b packed]
 
-What our operators hand to each other stays in lanes; a conversion stands only where another
-operator, or the caller, reads or writes a row-major tensor.
+How activations lie and how a kernel is called differs between kinds of machine; each backend says so
+in a class of its own (``backends.cpu.lowering``, ``backends.cuda.lowering``). What our operators hand
+to each other stays in the backend's form; a conversion stands only where another operator, or the
+caller, reads or writes a row-major tensor.
 """
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,16 +21,14 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from bertile.backends.cuda.forms import GpuForms
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.importer import TABLE
 from bertile.graph.rewriting.dataflow import shape
 from bertile.lower.dense_weights import Arrays, dense_weights, narrowing
-from bertile.lower.forms import FP32, GROUPS, Form, Forms
+from bertile.lower.forms import FP32, Form, Forms
 from bertile.lower.packed_weights import PackedWeights
 from bertile.schedules import schedules_for
-from bertile.schedules.cpu.generic import KERNEL
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
@@ -53,41 +54,29 @@ class Lowered:
     kernels: Mapping[str, Any] = field(default_factory=dict)
 
 
-def tasks(graph: Graph, row: Target | None = None) -> Counter[Task]:
+def tasks(forms: Forms) -> Counter[Task]:
     """The tasks of a graph's fused operators, with how often each is called."""
-    forms = forms_of(graph, row)
     return Counter(forms.task(b.var) for b in forms.flow.bindings if ops.is_ours(b.value))
 
 
-def forms_of(graph: Graph, row: Target | None) -> Forms:
-    """In which forms the graph's values lie on that kind of machine."""
-    return GpuForms(graph) if row is not None and row.gpu else Forms(graph)
+class Lowering(ABC):
+    """Walks one graph and calls kernels; a backend says how values lie and how a kernel is called."""
 
-
-def lower(graph: Graph, row: Target, choose: Choice) -> Lowered:
-    """Replace every fused operator by its kernel, with the knobs that ``choose`` gives for its
-    task.
-    """
-    return Lowering(graph, row, choose).run()
-
-
-class Lowering:
-    """One graph's way into kernels; on a GPU some of its steps are others."""
-
-    def __init__(self, graph: Graph, row: Target, choose: Choice) -> None:
+    def __init__(self, graph: Graph, forms: Forms, row: Target, choose: Choice) -> None:
         self.graph, self.row, self.choose = graph, row, choose
         self.schedules = schedules_for(row)
-        self.forms = forms_of(graph, row)
-        self.flow = self.forms.flow
+        self.forms, self.flow = forms, forms.flow
         self.builder = relax.BlockBuilder()
         self.inputs = list(graph.main.params[: int(graph.main.attrs["num_input"])])
         self.table = next(p for p in self.inputs if p.name == TABLE)
         self.weights = PackedWeights(row)
         self.constants = itertools.count()  # constants have no names of their own
         self.rows: dict[relax.Var, Any] = {p: p for p in self.inputs}  # old variable → row-major
-        self.lanes: dict[tuple[relax.Var, Form], list[Any]] = {}  # old variable, form → in lanes
+        self.lanes: dict[
+            tuple[relax.Var, Form], list[Any]
+        ] = {}  # old variable, form → as kernels read it
         self.shared: dict[Any, Any] = {}  # masks, biases and weights that several layers share
-        self.kernels: dict[Task, Any] = {}  # what calls them, or on a GPU the kernel itself
+        self.kernels: dict[Task, Any] = {}  # what the backend calls, made at a task's first use
         self.tasks: Counter[Task] = Counter()
         self.fallthrough: list[str] = []
 
@@ -179,19 +168,25 @@ class Lowering:
         activations = [self._in_lanes(call.args[0]), self.table]
         self.rows[var] = self._single(self.forms.task(var), activations, call.ty)
 
-    # Layouts.
+    # What a backend says.
 
+    @abstractmethod
     def types(self, old: Any, form: Form) -> list[relax.TensorType]:
-        """The types in lanes of a (B, S, C) or (N, C) tensor in a form."""
-        *outer, channels = shape(old)
-        lanes = self.row.lanes
-        blocks = self.table.ty.shape[0] if len(outer) == 2 else (outer[0] + (lanes - 1)) // lanes
-        wide = -(-channels // GROUPS[form.kind])
-        dtype = "float32" if form == FP32 else "int32"
-        types = [relax.TensorType([blocks, wide, lanes], dtype)]
-        if form.kind == "int8":  # scale and low of each token
-            types.append(relax.TensorType([blocks, 2, lanes], "float32"))
-        return types
+        """The types that a (B, S, C) or (N, C) tensor has in a form."""
+
+    @abstractmethod
+    def _keys(self, mask: Any) -> Any:
+        """What attention adds to the scores of each key, of a (B, 1, 1, S) mask."""
+
+    @abstractmethod
+    def _biases(self, bias: Any) -> Any:
+        """What attention adds to each score, of a (B, H, S, S) bias."""
+
+    @abstractmethod
+    def _call(self, task: Task, activations: Sequence[Any], weights: Arrays, out: Any) -> Any:
+        """Call the kernel of a task, made at its first use."""
+
+    # Layouts.
 
     def _in_lanes(self, old: Any) -> Any:
         """The value of an old variable in lanes of float32."""
@@ -237,23 +232,6 @@ class Lowering:
         self.rows[old] = self._single(task, operands, old.ty)
         return self.rows[old]
 
-    def _keys(self, mask: Any) -> Any:
-        out = relax.TensorType([self.table.ty.shape[0], self.row.lanes], "float32")
-        return self._once(
-            ("key_mask", mask),
-            lambda: self._single(Task("key_mask"), [self._row_major(mask), self.table], out),
-        )
-
-    def _biases(self, bias: Any) -> Any:
-        rows, heads, length, _ = bias.ty.shape
-        tiles = (length + (self.row.lanes - 1)) // self.row.lanes
-        lanes = self.row.lanes
-        out = relax.TensorType([rows, heads, tiles, tiles * lanes, lanes], "float32")
-        return self._once(
-            ("query_bias", bias),
-            lambda: self._single(Task("query_bias"), [self._row_major(bias)], out),
-        )
-
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What is the same for several layers, made for the first."""
         if key not in self.shared:
@@ -279,15 +257,6 @@ class Lowering:
     def _single(self, task: Task, activations: Sequence[Any], out: relax.TensorType) -> Any:
         """Call a kernel that has no weights, and one result that is not in lanes."""
         return self._call(task, activations, [], out)
-
-    def _call(self, task: Task, activations: Sequence[Any], weights: Arrays, out: Any) -> Any:
-        knobs = self.choose(task)
-        if task not in self.kernels:
-            func = self.schedules[task.operation].kernel(task, knobs, self.row).with_attrs(KERNEL)
-            self.kernels[task] = self.builder.add_func(func, task.name)
-        self.tasks[task] += 1
-        args = [*activations, *self.weights.packed(task, knobs, weights)]
-        return self.builder.emit(relax.call_tir(self.kernels[task], args, out_ty=out))
 
     def _value(self, old: Any) -> tuple[str, np.ndarray]:
         """Name and value of a weight: a parameter, or a constant that a pass made."""

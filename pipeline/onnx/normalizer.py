@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 
+from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
 from bertile.export import checkpoints
-from bertile.export.files import TOKENIZER_FILES, fingerprint
 from bertile.onnx import attention, fusions, rewrites
 from bertile.onnx import quantized as onnx_quantized
-from bertile.onnx.exported import ExportedModel, InputSpec
+from bertile.onnx.exported import TOKENIZER_FILES, ExportedModel, InputSpec
 from bertile.onnx.graph import OnnxGraph, save
 from bertile.onnx.lookups import write_lookups
 from bertile.onnx.masks import write_masks
@@ -25,6 +25,7 @@ from bertile.onnx.quantized import drop_marks
 from bertile.onnx.reader import check_operators, input_specs, read, static_axes
 from bertile.onnx.samples import largest_difference, sample, session, squared_norms
 from bertile.onnx.shapes import Axes, fold_constants, write_shapes
+from bertile.onnx.source_files import fingerprint
 
 OPSET = 20
 TOLERANCE = 1e-3  # largest absolute difference from the original, real tokens only
@@ -54,7 +55,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     check_operators(graph)
     lifted = graph.to_model(opset) if quantized else None
     inputs = input_specs(graph)
-    with checkpoints.quiet():
+    with quiet.quiet():
         probes = probe(graph, inputs, opset, batch, length)
         max_length, notes = _rewrite(graph, probes, opset)
     check_operators(graph, rewritten=True)

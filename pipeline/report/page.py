@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from bertile.report.collector import Curve, Page
+from bertile.report.content import Curve, Page
 
 WIDTH, HEIGHT = 340, 150
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30

@@ -16,13 +16,14 @@ import numpy as np
 from bertile import driver, loader
 from bertile.base.errors import UsageError, nearest, require
 from bertile.base.progress import Progress
+from bertile.base.quiet import quiet
 from bertile.base.tables import size, table
 from bertile.cli.commands import cache_directory
 from bertile.cli.option_lists import words
 from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
-from bertile.export.checkpoints import quiet
+from bertile.export import cached
 from bertile.numerics.precision import PRECISIONS
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import session
@@ -57,7 +58,7 @@ def compare(
     """
     _check("precision", precisions, PRECISIONS)
     _check("peer", against, PEERS)
-    model_files = driver.export_cached(model, config, progress)
+    model_files = cached.export_cached(model, config, progress)
     datasets.output_of(model_files.head, dataset)
     order = ["fp32", *(one for one in dict.fromkeys(precisions) if one != "fp32")]
     rows, reference = [], None

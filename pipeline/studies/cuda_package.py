@@ -26,12 +26,11 @@ from typing import Any
 import numpy as np
 
 import bertile
-from bertile import driver
 from bertile.base.errors import UsageError, require
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.bench import result_tables
-from bertile.export import synthetic
+from bertile.export import cached, synthetic
 from bertile.onnx import samples
 from bertile.onnx.exported import ExportedModel
 from bertile.studies import cuda_bench, cuda_checks
@@ -79,7 +78,7 @@ def write_checks(path: Path, target: str, cases: Sequence[tuple[str, str]] = CHE
             given = {"target": target, "precision": precision, "runtime": "include"}
             config = bertile.Config(**given)
             bertile.compile(f"synthetic:{name}", directory, config, Progress())
-            exported = driver.export_cached(f"synthetic:{name}", config)
+            exported = cached.export_cached(f"synthetic:{name}", config)
             answer(exported, precision, directory / cuda_checks.ANSWERS)
         shutil.copyfile(cuda_checks.__file__, root / "cuda_checks.py")
         return _archive(root, path)

@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 
 from bertile import driver, loader
 from bertile.base.progress import Progress
-from bertile.bench import benchmark, competitors, turns
+from bertile.bench import competitors, turns
 from bertile.bench.engines import Engine, Source
 from bertile.config import Config
+from bertile.run import requests
 from bertile.studies.plot import Line, Panel, svg
 
 DENSE, SPARSE = "dense kernels", "sparse kernels"
@@ -60,7 +61,7 @@ def measure(
         work = Path(stack.enter_context(TemporaryDirectory(prefix="bertile-curve-")))
         found = dict(_engines(model, series, config, work, progress))
         manifest = loader.read_manifest(work / "dense")
-        inputs = benchmark.random_inputs(manifest, 1, length)
+        inputs = requests.random_inputs(manifest, 1, length)
         workers, versions, notes = stack.enter_context(
             turns.started([*found.values()], inputs, threads, config.cache_dir)
         )

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import shutil
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from importlib import util
 from typing import TYPE_CHECKING, Any
 
 from bertile.base.errors import PlatformError, UsageError, nearest
@@ -276,17 +273,3 @@ def tvm_target(row: Target, threads: int | None = None) -> tvm.target.Target:
 
     cores = {} if row.gpu else {"num-cores": threads or row.threads}
     return tvm.target.Target({**row.tvm, **cores})
-
-
-def link_command(row: Target) -> list[str]:
-    """The command that links a shared library for `row`: the host's `cc`, else pip's ziglang."""
-    musl = "musl" in row.triple
-    host = row.arch == platform.machine() and not musl
-    if host and (cc := shutil.which("cc") or shutil.which("gcc")):
-        return [cc]
-    if util.find_spec("ziglang"):
-        dynamic = ["-dynamic"] if musl else []  # zig's own choice for musl is static
-        return [sys.executable, "-m", "ziglang", "cc", "-target", row.triple, *dynamic]
-    raise PlatformError(
-        f"no linker for {row.arch} was found", "install a C compiler, or: pip install ziglang"
-    )

@@ -114,12 +114,12 @@ def _onnx(directory: Path, given: str | Path | None, progress: Progress | None) 
     """The model to compare a bundle with: what was given, else what it was made of."""
     if given is not None:
         return Path(given)
-    from bertile import driver
     from bertile.config import Config
+    from bertile.export import cached
 
     manifest = loader.read_manifest(directory)
     config = Config.from_dict(manifest["config"])
-    return driver.export_cached(manifest["model"]["source"], config, progress).onnx_path
+    return cached.export_cached(manifest["model"]["source"], config, progress).onnx_path
 
 
 def _on_gpu(directory: Path, onnx: Path) -> dict[str, Any]:

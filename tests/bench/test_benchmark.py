@@ -15,6 +15,7 @@ from bertile.bench import benchmark
 from bertile.bench.engines import Engine, Source
 from bertile.cli import main
 from bertile.config import Config
+from bertile.run import requests
 
 MANIFEST = {
     "model": {"source": "minilm", "head": "embedding", "max_length": 32, "sha256": "old"},
@@ -66,7 +67,7 @@ def made(monkeypatch: pytest.MonkeyPatch, precisions: dict[str, str], **choices:
     monkeypatch.setattr("bertile.bench.startup._resident_mb", lambda pid: 7.0)
     monkeypatch.setattr(benchmark.loader, "read_manifest", lambda directory: MANIFEST)
     monkeypatch.setattr(benchmark.competitors, "engines", lambda *given: (engines, ["a note"]))
-    monkeypatch.setattr(benchmark.work, "facts_in_own_process", facts)
+    monkeypatch.setattr(benchmark.roofline, "facts_in_own_process", facts)
     return benchmark.bench(Path("out"), threads=2, repeat=3, **choices)
 
 
@@ -111,17 +112,17 @@ def test_startup_is_a_second_list_of_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_random_inputs_are_valid_and_the_same_every_time() -> None:
-    inputs = benchmark.random_inputs(MANIFEST, 3, 32)
+    inputs = requests.random_inputs(MANIFEST, 3, 32)
     assert {name: array.shape for name, array in inputs.items()} == dict.fromkeys(inputs, (3, 32))
     assert inputs["input_ids"].max() < 10 and inputs["attention_mask"].dtype == np.int32
     assert inputs["attention_mask"].all() and not inputs["token_type_ids"].any()
-    again = benchmark.random_inputs(MANIFEST, 3, 32)
+    again = requests.random_inputs(MANIFEST, 3, 32)
     assert (inputs["input_ids"] == again["input_ids"]).all()
 
 
 def test_length_past_the_maximum_is_refused() -> None:
     with pytest.raises(UsageError, match="length 33 is too much; the model takes at most 32"):
-        benchmark.random_inputs(MANIFEST, 1, 33)
+        requests.random_inputs(MANIFEST, 1, 33)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 
 from bertile.base.errors import BertileError
 from bertile.bench import peers
-from bertile.bench.engines import Engine, Source, Worker
+from bertile.bench.engines import Engine, Source
+from bertile.bench.workers import Worker
 
 
 def test_worker_runs_onnx_runtime_in_its_own_process(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ import numpy as np
 import onnx
 import pytest
 
-from bertile import driver
 from bertile.base.progress import Progress
 from bertile.bench import peer_models
-from bertile.bench.engines import Engine, Source, Worker
+from bertile.bench.engines import Engine, Source
 from bertile.bench.turns import cosine
+from bertile.bench.workers import Worker
 from bertile.config import Config
+from bertile.export import cached
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import run_onnx, sample
 
@@ -93,7 +94,7 @@ def test_openvino_runs_what_nncf_has_quantized(exported: ExportedModel, tmp_path
 @pytest.fixture(scope="module")
 def pruned() -> ExportedModel:
     """Nine of ten blocks of 4 inputs of one output are zero in every linear layer."""
-    return driver.export_cached("synthetic:bert-tiny@0.9:4x1", Config())
+    return cached.export_cached("synthetic:bert-tiny@0.9:4x1", Config())
 
 
 PRUNED_ELEMENTS = 2 * (4 * 128 * 128 + 2 * 128 * 512)  # of two layers, without the pooler

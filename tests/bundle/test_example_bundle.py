@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import bertile
-from bertile import driver
 from bertile.cli import main
 from bertile.config import Config
+from bertile.export import cached
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import largest_difference, sample, session
 
@@ -40,7 +40,7 @@ def directory(tmp_path_factory, cache) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(directory, cache) -> ExportedModel:
-    return driver.export_cached(MODEL, Config(cache_dir=cache))
+    return cached.export_cached(MODEL, Config(cache_dir=cache))
 
 
 @pytest.fixture(scope="module")

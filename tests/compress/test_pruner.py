@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 import bertile
 from bertile import loader
+from bertile.base import quiet
 from bertile.cli import main
 from bertile.compress import pruner
 from bertile.config import Config
@@ -51,7 +52,7 @@ def test_directory_keeps_all_but_the_weights(tmp_path, capsys):
 def test_weights_in_a_directory_of_their_own_stay_there(tmp_path):
     """The older layout of sentence-transformers."""
     source = tmp_path / "source"
-    with checkpoints.quiet():
+    with quiet.quiet():
         checkpoints.load("synthetic:bert-tiny").model.save_pretrained(source / "0_Transformer")
     modules = [{"type": "sentence_transformers.models.Transformer", "path": "0_Transformer"}]
     (source / "modules.json").write_text(json.dumps(modules))

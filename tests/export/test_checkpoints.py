@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from bertile.base import quiet
 from bertile.base.errors import ModelError, UsageError
 from bertile.export import checkpoints, files, synthetic
 from bertile.export.files import Pooling
@@ -16,7 +17,7 @@ def saved(tmp_path_factory):
     """A directory that save_pretrained wrote, of a tiny masked language model."""
     directory = tmp_path_factory.mktemp("saved") / "model"
     checkpoint = checkpoints.load("synthetic:bert-tiny:masked-lm")
-    with checkpoints.quiet():
+    with quiet.quiet():
         checkpoint.model.save_pretrained(directory)
     return directory
 
@@ -233,7 +234,7 @@ def test_quiet_holds_back_output_and_restores_it(capfd):
     import logging
     import warnings
 
-    with checkpoints.quiet():
+    with quiet.quiet():
         print("chatter")
         warnings.warn("chatter", stacklevel=1)
         logging.getLogger("torch").error("chatter")

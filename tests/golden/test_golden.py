@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from bertile.backends.cpu.lowering import lower
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
-from bertile.lower.lowering import lower
 from bertile.schedules.cpu import SCHEDULES
 from bertile.targets.rows import resolve
 

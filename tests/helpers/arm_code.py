@@ -12,7 +12,7 @@ import pytest
 from bertile import driver, loader
 from bertile.config import Config
 from bertile.run import qemu as emulator
-from bertile.targets import rows
+from bertile.targets import linker, rows
 
 RUNTIME = Path(sys.prefix) / "arm" / "runtime"
 MUSL = Path(sys.prefix) / "arm" / "musl"
@@ -63,7 +63,7 @@ def musl_command(folder: Path, bundle: Path) -> list[str]:
     source = Path(__file__).with_name("native") / "musl_glibc.c"
     row = rows.with_libc(rows.resolve("aarch64"), "musl")
     lacking = libraries / "libmusl_glibc.so"
-    line = [*rows.link_command(row), "-shared", "-fPIC", "-O1", str(source), "-o", str(lacking)]
+    line = [*linker.link_command(row), "-shared", "-fPIC", "-O1", str(source), "-o", str(lacking)]
     subprocess.run(line, check=True)
     qemu = emulator.command("aarch64", "cortex-a76")[0]
     given = (f"LD_PRELOAD={lacking}", f"LD_LIBRARY_PATH={libraries}")

@@ -34,7 +34,7 @@ def weight_name(call):
 
 
 def test_float32_changes_nothing(graph):
-    assert tasks(precision_choice.plan_layers(graph, "fp32", PLAIN)) == tasks(graph)
+    assert tasks(Forms(precision_choice.plan_layers(graph, "fp32", PLAIN))) == tasks(Forms(graph))
 
 
 def test_bf16_needs_its_instructions(graph):
@@ -95,7 +95,7 @@ def test_attention_multiplies_in_bf16_only_where_the_target_can(graph):
 
 
 def test_each_operator_writes_what_the_next_one_reads(graph):
-    names = {task.name for task in tasks(precision_choice.plan_layers(graph, "bf16", BF16))}
+    names = {task.name for task in tasks(Forms(precision_choice.plan_layers(graph, "bf16", BF16)))}
     assert any(n.startswith("dense") and "gelu_bf16_to_bf16" in n for n in names)
     assert any(n.startswith("dense") and "bf16_to_bf16_" in n for n in names)  # Q, K, V
     assert any(n.startswith("attention") and n.endswith("bf16_to_bf16") for n in names)
@@ -106,7 +106,7 @@ def test_each_operator_writes_what_the_next_one_reads(graph):
 def test_a_static_range_is_written_by_whoever_computes_the_input(graph):
     plan = {weight_name(c): LayerPlan("int8", low=-3.0, high=3.0) for _, c in layers(graph)}
     static = dataclasses.replace(graph, plan=plan)
-    names = {task.name for task in tasks(precision_choice.plan_layers(static, "int8", VNNI))}
+    names = {task.name for task in tasks(Forms(precision_choice.plan_layers(static, "int8", VNNI)))}
     assert any("gelu_int8_static_to_int8" in name for name in names)
     assert any(name.startswith("attention") and name.endswith("to_int8") for name in names)
     assert not any(name.startswith("narrow") for name in names)

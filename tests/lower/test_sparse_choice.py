@@ -66,9 +66,8 @@ def test_attributes_of_a_call_survive_each_other(graph):
 
 def test_a_weight_without_zeros_stays_dense(graph):
     planned = precision_choice.plan_layers(graph, "int8", ROW, sparse="auto")
-    assert lowering.tasks(planned) == lowering.tasks(
-        precision_choice.plan_layers(graph, "int8", ROW)
-    )
+    plain = precision_choice.plan_layers(graph, "int8", ROW)
+    assert lowering.tasks(Forms(planned)) == lowering.tasks(Forms(plain))
     assert {one.sparse.pattern for one in planned.plan.values()} == {"dense"}
 
 
@@ -197,7 +196,7 @@ def test_alternatives_are_the_kernels_that_were_not_chosen(graph):
         pruned(graph, names=some), "int8", ROW, Log(50.0), sparse="auto"
     )
     (task,) = alternatives(planned)
-    assert task.operation == "dense" and sparse_task(task, 10) in lowering.tasks(planned)
+    assert task.operation == "dense" and sparse_task(task, 10) in lowering.tasks(Forms(planned))
     planned = precision_choice.plan_layers(
         pruned(graph, names=some), "int8", ROW, Log(200.0), sparse="auto"
     )

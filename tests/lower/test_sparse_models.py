@@ -19,6 +19,7 @@ from bertile.graph.graph import Graph
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.lower.dense_weights import dense_weights
+from bertile.lower.forms import Forms
 from bertile.lower.lowering import tasks
 from bertile.lower.precision_choice import plan_layers
 from bertile.numerics.eight_bit import quantize_weights, weight_scales
@@ -169,7 +170,9 @@ def test_obert_keeps_its_zeros_its_blocks_and_its_ranges(form, obert, tmp_path):
         assert not integers[w == 0].any()
         assert analyse(integers).pattern == "4x1"
     assert all(planned.plan[name].static for name, _ in layer_inputs(planned)[:8])
-    kinds = [task.shape.get("precision") for task in tasks(planned) if task.operation == "dense"]
+    kinds = [
+        task.shape.get("precision") for task in tasks(Forms(planned)) if task.operation == "dense"
+    ]
     assert kinds.count("int8_static") == 4
 
 

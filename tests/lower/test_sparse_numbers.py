@@ -10,12 +10,13 @@ import pytest
 from helpers.planned import BF16, PLAIN, VNNI, compiled
 from helpers.pruned_graphs import layers, pruned
 
-from bertile import driver, loader
-from bertile.backends.cpu import builder, inspection
+from bertile import loader
+from bertile.backends.cpu import builder, inspection, lowering
 from bertile.cli import main
 from bertile.config import Config
+from bertile.export import cached
 from bertile.graph import importer, order
-from bertile.lower import lowering, precision_choice
+from bertile.lower import precision_choice
 from bertile.numerics.precision import LayerPlan
 from bertile.schedules.cpu import SCHEDULES
 from bertile.tune.log.chooser import Chooser
@@ -113,7 +114,7 @@ def test_work_is_the_multiply_adds_that_are_done(graph, tmp_path):
 
 
 def test_layers_that_share_weights_store_them_once(tmp_path):
-    exported = driver.export_cached("synthetic:albert-tiny", Config())
+    exported = cached.export_cached("synthetic:albert-tiny", Config())
     graph = pruned(order.optimize(importer.import_onnx(exported)))
     planned = precision_choice.plan_layers(graph, "int8", VNNI, sparse="always")
 

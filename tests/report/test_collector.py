@@ -14,7 +14,7 @@ import pytest
 from bertile.base.errors import BertileError
 from bertile.cli import main
 from bertile.report import collector
-from bertile.report.collector import Curve, Page
+from bertile.report.content import Curve, Page
 from bertile.report.page import html
 from bertile.schedules.task import Task
 from bertile.tune.log.tuning_log import Record, TuningLog

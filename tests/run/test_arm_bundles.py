@@ -15,9 +15,11 @@ from bertile import driver, loader
 from bertile.base.errors import PlatformError, UsageError
 from bertile.bundle import runtime_libraries, safetensors
 from bertile.config import Config
+from bertile.export import cached
 from bertile.onnx.exported import InputSpec
 from bertile.onnx.samples import run_onnx, sample
 from bertile.run import qemu
+from bertile.targets import linker
 from bertile.targets import rows as targets
 from bertile.verify import verifier
 
@@ -112,7 +114,7 @@ def float32(cache):
     """A function that gives ONNX Runtime's answer of a model."""
 
     def answer(model: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        exported = driver.export_cached(model, Config(cache_dir=cache))
+        exported = cached.export_cached(model, Config(cache_dir=cache))
         return run_onnx(exported.onnx_path, arrays)
 
     return answer
@@ -211,7 +213,7 @@ def counter(tmp_path_factory) -> Path:
     """A plugin of QEMU that counts instructions."""
     library = tmp_path_factory.mktemp("counter") / "counter.so"
     source = Path(arm_code.__file__).with_name("native") / "count_instructions.c"
-    line = [*targets.link_command(targets.native()), "-O2", "-shared", "-fPIC", str(source)]
+    line = [*linker.link_command(targets.native()), "-O2", "-shared", "-fPIC", str(source)]
     subprocess.run([*line, "-o", str(library)], check=True)
     return library
 

@@ -31,7 +31,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         versions = {"bertile": "Bertile 1", "openvino": "OpenVINO 1"}
         return [{"rows": rows, "versions": versions}]
 
-    monkeypatch.setattr(sparse_bench.bench, "bench_models", run)
+    monkeypatch.setattr(sparse_bench.benchmark, "bench_models", run)
     return asked
 
 

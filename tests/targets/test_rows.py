@@ -9,7 +9,8 @@ import pytest
 
 from bertile.base.errors import PlatformError, UsageError
 from bertile.targets import rows as targets
-from bertile.targets.rows import TABLE, Target, fits, link_command, native, resolve, tvm_target
+from bertile.targets.linker import link_command
+from bertile.targets.rows import TABLE, Target, fits, native, resolve, tvm_target
 
 X86 = [row for row in TABLE if row.arch == "x86_64"]
 ARM = [row for row in TABLE if row.arch == "aarch64"]
@@ -191,13 +192,13 @@ def test_no_processor_fits_a_row_of_gpus() -> None:
 
 def test_link_command_is_the_compiler_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(targets.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(linker.shutil, "which", lambda name: f"/bin/{name}")
     assert link_command(TABLE[0]) == ["/bin/cc"]
 
 
 def test_link_command_is_ziglang_for_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets.platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(targets.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(linker.util, "find_spec", lambda name: name)
     expected = [sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-linux-gnu.2.28"]
     assert link_command(TABLE[0]) == expected
     monkeypatch.setattr(targets.platform, "machine", lambda: "x86_64")
@@ -207,8 +208,8 @@ def test_link_command_is_ziglang_for_another_architecture(monkeypatch: pytest.Mo
 def test_link_command_says_what_to_install_when_there_is_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(targets.shutil, "which", lambda name: None)
-    monkeypatch.setattr(targets.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(linker.shutil, "which", lambda name: None)
+    monkeypatch.setattr(linker.util, "find_spec", lambda name: None)
     with pytest.raises(PlatformError, match="pip install ziglang"):
         link_command(TABLE[0])
 

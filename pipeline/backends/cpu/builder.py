@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tvm
 from tvm import relax
 
+from bertile.backends.cpu.lowering import lower
 from bertile.codegen import llvm
 from bertile.graph.graph import Graph
 from bertile.loader import LIBRARY
-from bertile.lower.lowering import Lowered, lower
+from bertile.lower.built import Built, kernel_entry
+from bertile.lower.lowering import Lowered
 from bertile.schedules.cpu.generic import is_kernel, schedule_generic
-from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target, tvm_target
 from bertile.tune.log.chooser import Chooser
-
-
-@dataclass(frozen=True)
-class Built:
-    """The code of a bundle by the names of its files, the weights it wants, and where each kernel
-    came from; `versions` of what has compiled it beside TVM.
-    """
-
-    files: dict[str, Path]
-    params: dict[str, np.ndarray]
-    kernels: list[dict[str, Any]]
-    fallthrough: list[str]
-    versions: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def library(self) -> Path:
-        """The linked library of a bundle for a CPU."""
-        return self.files[LIBRARY]
 
 
 def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
@@ -100,18 +81,6 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     ]
     with llvm.context():
         return relax.build(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
-
-
-def kernel_entry(task: Task, calls: int, source: str, knobs: Knobs) -> dict[str, Any]:
-    """What a manifest says of a kernel of ours."""
-    return {
-        "name": task.name,
-        "operation": task.operation,
-        "shape": dict(task.shape),
-        "provenance": source,
-        "calls": calls,
-        "decisions": dict(knobs),
-    }
 
 
 def _nonzeros(task: Task, lowered: Lowered) -> dict[str, int]:

@@ -16,8 +16,8 @@ import numpy as np
 from bertile import loader
 from bertile.base.errors import require
 from bertile.base.progress import Progress
-from bertile.bench.benchmark import random_inputs
 from bertile.bundle import safetensors as weights
+from bertile.run.requests import random_inputs
 from bertile.tune.measure import roofline
 
 RUNS = 20

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bertile.backends.cpu.builder import Built, kernel_entry
 from bertile.backends.cuda import plan
 from bertile.backends.cuda.lowering import lower
 from bertile.base.errors import BertileError
@@ -17,6 +16,7 @@ from bertile.codegen.cuda import compiler, cubin
 from bertile.codegen.cuda.cubin import Resources
 from bertile.cuda_loader import CUBIN, PLAN, PTX
 from bertile.graph.graph import Graph
+from bertile.lower.built import Built, kernel_entry
 from bertile.run.cuda.emulated_model import SOURCE
 from bertile.targets.rows import Target
 from bertile.tune.log.chooser import Chooser

@@ -11,7 +11,7 @@ import numpy as np
 
 from bertile import loader
 from bertile.base.errors import PlatformError
-from bertile.bench.benchmark import random_inputs
+from bertile.run.requests import random_inputs
 from bertile.targets import detect
 
 _NOT_ASKED = {"total_ms": None, "gpu": None, "reason": "nobody asked for them"}

@@ -1,5 +1,4 @@
-"""From fused operators to kernels for a GPU: as ``bertile.lower.lowering``, on row-major
-activations.
+"""Calls kernels of a GPU, on row-major activations.
 
     bertile.dense(x (B, S, K), w, b)  →  call_dps_packed("dense_…", x (16 m, K), w packed, b)
 
@@ -14,7 +13,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from bertile.backends.cuda.forms import DTYPES
+from bertile.backends.cuda.forms import DTYPES, GpuForms
 from bertile.base.errors import ModelError
 from bertile.graph import ops
 from bertile.graph.rewriting.dataflow import shape
@@ -28,8 +27,8 @@ PREFIX = "prefix"  # what Relax sees as a function, and a plan as the same place
 
 
 def lower(graph: Any, row: Any, choose: Any) -> Lowered:
-    """As ``lower.lowering.lower``; ``kernels`` of what it gives are those by their names."""
-    return _GpuLowering(graph, row, choose).run()
+    """Replace every fused operator by its kernel; the result's ``kernels`` are those, by name."""
+    return _GpuLowering(graph, GpuForms(graph), row, choose).run()
 
 
 class _GpuLowering(Lowering):

@@ -82,18 +82,6 @@ def tune(
     return {"trials": session.count, "seconds": seconds, "text": text}
 
 
-def tune_model(model: Any, config: Config, progress: Progress) -> dict[str, Any]:
-    """The tuning stage by itself: export, import and optimize ``model``, then tune its kernels."""
-    from bertile import driver
-    from bertile.targets import rows
-
-    loader.set_thread_defaults()
-    row = rows.resolve(config.target, config.threads)
-    log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
-    result = driver.tune(model, log, row, config, progress)
-    return {"log": str(log.directories[-1] / row.log), **result}
-
-
 def _search(
     session: _Session,
     open_tasks: list[Task],

@@ -12,10 +12,10 @@ from helpers.programs import MATCHED, UNMATCHED, exported_of, request_of
 from tvm import relax, tirx
 
 from bertile.backends.cpu import builder
+from bertile.backends.cpu.lowering import lower
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.loader import token_blocks
-from bertile.lower.lowering import lower
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import largest_difference, run_onnx
 from bertile.targets import rows

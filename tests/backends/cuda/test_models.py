@@ -14,6 +14,7 @@ from bertile import cuda_loader, driver, loader
 from bertile.base.errors import PlatformError
 from bertile.cli import main
 from bertile.config import Config
+from bertile.export import cached
 from bertile.onnx.exported import read
 from bertile.onnx.samples import largest_difference, run_onnx, sample
 from bertile.run.cuda import emulator
@@ -53,7 +54,7 @@ def compiled(name, precision, target, cache, tmp_path, **options):
 
 
 def onnx_of(name, cache):
-    return read(driver.export_cached(name, Config(cache_dir=cache)).directory)
+    return read(cached.export_cached(name, Config(cache_dir=cache)).directory)
 
 
 def check_bundle(path, name, precision, cache, fake_driver, tmp_path, monkeypatch):

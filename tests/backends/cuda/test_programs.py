@@ -12,7 +12,6 @@ import pytest
 from helpers import programs
 
 from bertile import loader
-from bertile.backends.cpu.builder import Built
 from bertile.backends.cuda import plan
 from bertile.backends.cuda.lowering import lower
 from bertile.bundle import manifest, writer
@@ -20,6 +19,7 @@ from bertile.config import Config
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.lower import precision_choice
+from bertile.lower.built import Built
 from bertile.onnx.samples import largest_difference, run_onnx
 from bertile.run.cuda import emulated_model, emulator
 from bertile.targets.rows import resolve

@@ -14,7 +14,8 @@ import pytest
 from helpers import pretended_gpu as pretended
 
 import bertile
-from bertile import cuda_loader, driver
+from bertile import cuda_loader
+from bertile.export import cached
 from bertile.run.cuda import emulated_model, emulator
 from bertile.studies import cuda_checks, cuda_package
 
@@ -25,7 +26,7 @@ def compiled(name: str, precision: str, target: str, directory, shapes=cuda_chec
     """A bundle, with ONNX Runtime's answers in it."""
     config = bertile.Config(target=target, precision=precision, runtime="include")
     bertile.compile(f"synthetic:{name}", directory, config)
-    exported = driver.export_cached(f"synthetic:{name}", config)
+    exported = cached.export_cached(f"synthetic:{name}", config)
     cuda_package.answer(exported, precision, directory / cuda_checks.ANSWERS, shapes)
     return directory
 

@@ -2,9 +2,9 @@
 
 Run as ``python -m bertile.tune.measure.cuda.trial`` in a process of its own; ``trial_server`` says
 how. A time is one of a CUDA graph that calls the kernel again and again, by events around its
-replays. Every call takes the next copy of the weights, so many that the L2 cache cannot hold them: a model's
-layers find their weights in memory. Its activations it finds in the cache, where the kernel before
-has left them, and so does a trial.
+replays. Every call takes the next copy of the weights, so many that the L2 cache cannot hold them:
+a model's layers find their weights in memory. Its activations it finds in the cache, where the
+kernel before has left them, and so does a trial.
 """
 
 from __future__ import annotations

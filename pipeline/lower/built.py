@@ -1,0 +1,43 @@
+"""Describes what a backend has built: code, weights, and where each kernel came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertile.loader import LIBRARY
+from bertile.schedules.schedule import Knobs
+from bertile.schedules.task import Task
+
+
+@dataclass(frozen=True)
+class Built:
+    """The code of a bundle by the names of its files, the weights it wants, and where each kernel
+    came from; `versions` of what has compiled it beside TVM.
+    """
+
+    files: dict[str, Path]
+    params: dict[str, np.ndarray]
+    kernels: list[dict[str, Any]]
+    fallthrough: list[str]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def library(self) -> Path:
+        """The linked library of a bundle for a CPU."""
+        return self.files[LIBRARY]
+
+
+def kernel_entry(task: Task, calls: int, source: str, knobs: Knobs) -> dict[str, Any]:
+    """What a manifest says of a kernel of ours."""
+    return {
+        "name": task.name,
+        "operation": task.operation,
+        "shape": dict(task.shape),
+        "provenance": source,
+        "calls": calls,
+        "decisions": dict(knobs),
+    }

@@ -1,0 +1,40 @@
+"""Finds and hashes the files that an ONNX model consists of."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from bertile.base.errors import ModelError, require
+from bertile.onnx.exported import TOKENIZER_FILES
+
+
+def fingerprint(path: Path) -> str:
+    """The hex SHA-256 of an ONNX file with its weights and what is copied from beside it."""
+    digest = hashlib.sha256()
+    digest_files(digest, onnx_files(path))
+    return digest.hexdigest()
+
+
+def onnx_files(path: Path) -> list[Path]:
+    """List an ONNX file, the files that hold its weights, and what is copied from beside it."""
+    (onnx,) = require("export", "onnx")
+    locations = {path.name, "config.json", *TOKENIZER_FILES}
+    with contextlib.suppress(Exception):  # a damaged file is named where it is read
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            locations.update(one.value for one in tensor.external_data if one.key == "location")
+    beside = (path.parent / name for name in sorted(locations))
+    return [path, *(one for one in beside if one.is_file() and one != path)]
+
+
+def digest_files(digest: Any, paths: list[Path]) -> None:
+    for path in paths:
+        digest.update(path.name.encode())
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise ModelError(f"'{path}' cannot be read: {error.strerror}") from error
