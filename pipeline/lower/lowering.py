@@ -2,10 +2,9 @@
 
     bertile.dense(x (B, S, K), w, b)  →  call of dense_K_N with [x as it lies, w packed, b packed]
 
-How activations lie and how a kernel is called differs between kinds of machine; each backend says so
-in a class of its own (``backends.cpu.lowering``, ``backends.cuda.lowering``). What our operators hand
-to each other stays in the backend's form; a conversion stands only where another operator, or the
-caller, reads or writes a row-major tensor.
+How activations lie and how a kernel is called differs between kinds of machine: each backend says
+so in a class of its own. What our operators hand to each other stays in the backend's form; a
+conversion stands only where another operator, or the caller, reads or writes a row-major tensor.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def tasks(forms: Forms) -> Counter[Task]:
 
 
 class Lowering(ABC):
-    """Walks one graph and calls kernels; a backend says how values lie and how a kernel is called."""
+    """Walks one graph and calls kernels; a backend says how values lie and kernels are called."""
 
     def __init__(self, graph: Graph, forms: Forms, row: Target, choose: Choice) -> None:
         self.graph, self.row, self.choose = graph, row, choose

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from bertile.base.errors import PlatformError, UsageError
+from bertile.targets import linker
 from bertile.targets import rows as targets
 from bertile.targets.linker import link_command
 from bertile.targets.rows import TABLE, Target, fits, native, resolve, tvm_target
