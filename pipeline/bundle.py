@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bertile import cuda_loader, loader, native_loader, runtime_libraries, weights
+from bertile import native_loader, one_file, runtime_libraries, weights
 from bertile.errors import BertileError, UsageError
 from bertile.loader import LIBRARY, MANIFEST, SCHEMA, WEIGHTS, read_manifest
 
@@ -114,7 +114,7 @@ def include_runtime(
         runtime_libraries.copy_installed(folder)
     else:
         _copy_files(libraries, folder)
-    shutil.copyfile(loader.__file__, directory / "loader.py")
+    _write_loader(directory)
     if native is not None:
         shutil.copyfile(native / native_loader.LIBRARY, folder / native_loader.LIBRARY)
         _copy_file(native / native_loader.COMMAND, directory / native_loader.COMMAND)
@@ -122,9 +122,13 @@ def include_runtime(
 
 
 def include_loaders(directory: Path) -> None:
-    """Copy what loads a bundle for a GPU, which needs Python, numpy and the driver, into it."""
-    for module in (loader, cuda_loader):
-        shutil.copyfile(module.__file__, directory / Path(module.__file__).name)
+    """Write what loads a bundle for a GPU, which needs Python, numpy and the driver, into it."""
+    _write_loader(directory)
+    (directory / "cuda_loader.py").write_bytes(one_file.cuda_loader().encode())
+
+
+def _write_loader(directory: Path) -> None:
+    (directory / "loader.py").write_bytes(one_file.loader().encode())
 
 
 def _check_target(target: Path, marker: str = MANIFEST) -> None:

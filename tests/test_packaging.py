@@ -18,8 +18,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MAP = PROJECT["tool"]["setuptools"]["package-dir"]
 # Files that may be longer than 300 lines, each with its reason.
 LONG = {
-    "pipeline/loader.py": "one file, since it is copied into bundles",
-    "pipeline/cuda_loader.py": "one file, since it is copied into bundles",
     "tests/cuda/test_cuda_loader.py": "tests of that one file, which share a bundle",
     "tests/lazy_driver.py": "one library's functions",
     "tests/test_loader.py": "tests of that one file, which share a bundle",

@@ -32,7 +32,10 @@ from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets import Target
 
-PACKAGES = ("bertile", "bertile.cuda", "bertile.schedules", "bertile.schedules.cuda")
+PACKAGES = (
+    *("bertile", "bertile.cuda", "bertile.loading", "bertile.loading.cuda"),
+    *("bertile.schedules", "bertile.schedules.cuda"),
+)
 MAIN = """import os
 import sys
 
