@@ -23,7 +23,9 @@ class RuntimeParts:
 def find(row: Target, source: str | None = None, cache_dir: str | None = None) -> RuntimeParts:
     """Both for `row`, from the cache where they were made before; see `runtime_libraries.find`."""
     libraries = runtime_libraries.find(row, source, cache_dir)
-    key = cache.key("native_loader", row.triple, link_command(row), hash_path(native_build.SOURCES))
+    key = cache.key(
+        "bundle.native_build", row.triple, link_command(row), hash_path(native_build.SOURCES)
+    )
     native, _ = cache.Cache(cache_dir).get_or_make(
         key, lambda directory: native_build.build(row, directory)
     )

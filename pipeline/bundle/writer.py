@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bertile import cuda_loader, loader
 from bertile.base.errors import BertileError, UsageError
-from bertile.bundle import native_build, runtime_libraries, safetensors
+from bertile.bundle import native_build, one_file, runtime_libraries, safetensors
 from bertile.loader import LIBRARY, MANIFEST, SCHEMA, WEIGHTS, read_manifest
 
 __all__ = ["copy", "include_runtime", "making", "read_manifest", "write"]
@@ -115,7 +114,7 @@ def include_runtime(
         runtime_libraries.copy_installed(folder)
     else:
         _copy_files(libraries, folder)
-    shutil.copyfile(loader.__file__, directory / "loader.py")
+    _write_loader(directory)
     if native is not None:
         shutil.copyfile(native / native_build.LIBRARY, folder / native_build.LIBRARY)
         _copy_file(native / native_build.COMMAND, directory / native_build.COMMAND)
@@ -123,9 +122,13 @@ def include_runtime(
 
 
 def include_loaders(directory: Path) -> None:
-    """Copy what loads a bundle for a GPU, which needs Python, numpy and the driver, into it."""
-    for module in (loader, cuda_loader):
-        shutil.copyfile(module.__file__, directory / Path(module.__file__).name)
+    """Write what loads a bundle for a GPU, which needs Python, numpy and the driver, into it."""
+    _write_loader(directory)
+    (directory / "cuda_loader.py").write_bytes(one_file.cuda_loader().encode())
+
+
+def _write_loader(directory: Path) -> None:
+    (directory / "loader.py").write_bytes(one_file.loader().encode())
 
 
 def _check_target(target: Path, marker: str = MANIFEST) -> None:

@@ -187,12 +187,8 @@ def test_source_hash_reaches_what_a_module_imports(
 def test_source_files_of_every_package_of_the_map_are_found() -> None:
     from bertile.base.fingerprint import _source_file
 
-    for module in (
-        "bertile.base.cache",
-        "bertile.graph.passes",
-        "bertile.schedules.cpu",
-        "bertile.schedules",
-    ):
+    packages = ("bertile.graph.passes", "bertile.schedules.cpu", "bertile.schedules")
+    for module in ("bertile.base.cache", "bertile.loading.cuda.model", *packages):
         assert _source_file(module) is not None, module
     assert _source_file("bertile.nothing") is None
 

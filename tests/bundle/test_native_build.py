@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -259,7 +260,7 @@ DAMAGE = {
     "inputs": edit(inputs=[]),
     "no architecture": edit(target={"features": []}),
     "riscv": edit(target={"arch": "riscv64", "features": []}),
-    "feature": edit(target={"name": "x", "arch": loader.platform.machine(), "features": ["sve9"]}),
+    "feature": edit(target={"name": "x", "arch": platform.machine(), "features": ["sve9"]}),
     "entry": edit(entry="absent"),
 }
 SAME = {"missing file", "truncated file", "changed weights", "changed library", "no manifest"}

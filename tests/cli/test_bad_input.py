@@ -16,9 +16,9 @@ import pytest
 from onnx import helper
 
 import bertile
-from bertile import loader
 from bertile.base.errors import BertileError, InputError
 from bertile.cli import main
+from bertile.loading.files import sha256
 
 MODEL = "synthetic:bert-tiny:embedding"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "movie"]
@@ -74,7 +74,7 @@ def tokenizer(path: Path) -> Path:
 
 
 def described(path: Path) -> dict[str, Any]:
-    return {path.name: {"sha256": loader._sha256(path), "bytes": path.stat().st_size}}
+    return {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}}
 
 
 def change_manifest(directory: Path, change: Callable[[dict], Any]) -> None:

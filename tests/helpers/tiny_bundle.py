@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ MANIFEST = {
     "bertile": "0.1.0",
     "entry": "main",
     "model": {"source": "tiny", "family": "bert", "head": "encoder", "max_length": 64},
-    "target": {"name": "native", "arch": loader.platform.machine(), "features": []},
+    "target": {"name": "native", "arch": platform.machine(), "features": []},
     "lanes": 16,
     "inputs": [
         {"name": "input_ids", "dtype": "int64", "below": 50, "default": None},

@@ -27,7 +27,11 @@ from helpers.tiny_bundle import (
 
 from bertile import loader
 from bertile.base.errors import BertileError, BundleError, InputError, PlatformError
-from bertile.bundle import writer
+from bertile.bundle import one_file, writer
+from bertile.loading import model as cpu_model
+from bertile.loading import platform as this_platform
+from bertile.loading import runtime
+from bertile.loading.memory import aligned
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +132,7 @@ def test_call_refuses_wrong_input(model, case):
 
 
 def test_call_raises_what_tvm_reports(model):
-    tokens = [loader._aligned(random_ids(1, 4), "int64")] * 3
+    tokens = [aligned(random_ids(1, 4), "int64")] * 3
     with pytest.raises(BertileError, match=r"TVM reports: .*3 vs\. 4"):
         model._run(tokens, np.zeros((1, 3), np.int32))
     assert_same(model(input_ids=[[1]]), expected([[1]]))
@@ -203,7 +207,7 @@ def test_passes_have_at_most_so_many_blocks_or_one_row(ends, limit, wanted):
 @pytest.mark.parametrize("batch, length", [(3, 16), (5, 20), (9, 7)])
 def test_a_long_batch_takes_several_passes(model, batch, length, monkeypatch):
     counts, run = [], model._run
-    monkeypatch.setattr(loader, "PASS_BLOCKS", 1)
+    monkeypatch.setattr(cpu_model, "PASS_BLOCKS", 1)
     monkeypatch.setattr(model, "_run", lambda a, b: counts.append(len(b)) or run(a, b))
     ids = random_ids(batch, length)
     mask = np.ones_like(ids)
@@ -358,7 +362,7 @@ def test_load_names_the_architecture_before_it_opens_the_library(damaged):
 
 def test_load_names_missing_cpu_features_before_it_opens_the_library(damaged, monkeypatch):
     (damaged / "lib.so").write_bytes(b"no library")
-    monkeypatch.setattr(loader, "cpu_features", lambda: {"sse2", "avx2"})
+    monkeypatch.setattr(this_platform, "cpu_features", lambda: {"sse2", "avx2"})
     features = ["avx2", "avx512f", "avx512_vnni"]
     change_manifest(damaged, lambda m: m["target"].update(features=features))
     with pytest.raises(PlatformError, match="this CPU lacks avx512_vnni, avx512f, which the"):
@@ -370,8 +374,8 @@ def test_cpu_features_are_those_of_the_kernel():
 
 
 def test_find_runtime_names_the_remedy_when_nothing_is_installed(monkeypatch):
-    monkeypatch.setattr(loader, "_mapped_libraries", dict)
-    monkeypatch.setattr(loader, "find_spec", lambda package: None)
+    monkeypatch.setattr(runtime, "_mapped_libraries", dict)
+    monkeypatch.setattr(runtime, "find_spec", lambda package: None)
     with pytest.raises(PlatformError, match="libraries are missing; install them with: pip"):
         loader.find_runtime()
 
@@ -469,9 +473,10 @@ import sys, bertile
 bertile.load({str(directory)!r})(input_ids=[[1, 2]])
 names = {{name.split(".")[0] for name in sys.modules}}
 print(names & {{"tvm", "tvm_ffi", "torch", "transformers", "onnx", "ml_dtypes", "scipy"}})
-print(sorted(name for name in sys.modules if name.startswith("bertile")))
+print({{".".join(name.split(".")[:2]) for name in sys.modules if name.startswith("bertile")}} ==
+      {{"bertile", "bertile.loader", "bertile.loading"}}, "bertile.loading.cuda" in sys.modules)
 """
-    assert python(code) == "set()\n['bertile', 'bertile.loader']\n"
+    assert python(code) == "set()\nTrue False\n"
 
 
 @pytest.mark.parametrize("first", ["tvm", "bundle"])
@@ -515,7 +520,7 @@ def test_calls_leak_nothing(model):
 
 
 def test_errors_leak_nothing(model):
-    tokens = [loader._aligned(random_ids(1, 4), "int64")] * 3
+    tokens = [aligned(random_ids(1, 4), "int64")] * 3
 
     def fail(times):
         for _ in range(times):
@@ -620,7 +625,7 @@ def test_loader_ends_with_one_sentence_when_it_fails(portable, arguments, code, 
 
 def test_loader_says_what_is_missing_when_there_is_no_runtime(bare, directory, tmp_path):
     copy = shutil.copytree(directory, tmp_path / "copy")
-    shutil.copyfile(loader.__file__, Path(copy) / "loader.py")
+    (Path(copy) / "loader.py").write_text(one_file.loader())
     run = run_bare(bare, copy)
     assert run.returncode == 3
     assert "the TVM runtime libraries are missing; install them with" in run.stderr
@@ -636,7 +641,7 @@ def test_loader_says_what_is_missing_when_there_is_no_numpy(portable, tmp_path):
 
 
 def test_loader_is_python_3_9_on_numpy_and_the_standard_library():
-    tree = ast.parse(Path(loader.__file__).read_text(), feature_version=(3, 9))
+    tree = ast.parse(one_file.loader(), feature_version=(3, 9))
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -32,7 +32,10 @@ from bertile.targets.rows import Target
 from bertile.tune.measure.cuda import rates
 from bertile.tune.search import tuner
 
-PACKAGES = ("bertile", "bertile.cuda", "bertile.schedules", "bertile.schedules.cuda")
+PACKAGES = (
+    *("bertile", "bertile.cuda", "bertile.loading", "bertile.loading.cuda"),
+    *("bertile.schedules", "bertile.schedules.cuda"),
+)
 MAIN = """import os
 import sys
 

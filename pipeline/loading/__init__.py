@@ -1,0 +1,1 @@
+"""Loads bundles with what a device has: numpy, ctypes and the standard library, nothing else."""

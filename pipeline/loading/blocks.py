@@ -1,0 +1,46 @@
+"""Cuts a batch into passes, and its rows into the blocks of tokens that kernels work on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def passes(ends: np.ndarray, lanes: int, limit: int, step: int | None) -> list[tuple[int, int]]:
+    """Cut a batch into (first row, rows): `step` rows each, or at most `limit` blocks."""
+    if step:
+        return [(first, min(step, len(ends) - first)) for first in range(0, len(ends), step)]
+    starts, room = [], 0
+    for row, blocks in enumerate(((ends + (lanes - 1)) // lanes).tolist()):
+        if not starts or blocks > room:
+            starts.append(row)
+            room = limit
+        room -= blocks
+    return [(first, end - first) for first, end in zip(starts, [*starts[1:], len(ends)])]
+
+
+def sequence_ends(attention_mask: np.ndarray) -> np.ndarray:
+    """Return for each row the position behind its last non-zero entry, at least 1, as (batch,)."""
+    used = np.asarray(attention_mask) != 0
+    length = used.shape[1]
+    return np.where(used.any(axis=1), length - used[:, ::-1].argmax(axis=1), 1)
+
+
+def token_blocks(attention_mask: np.ndarray, lanes: int) -> np.ndarray:
+    """Return the table (m, 4) int32 of the blocks of `lanes` tokens for a (batch, length) mask.
+
+    A line is [row of the batch, position of the block's first token, index of the first block of
+    its sequence, number of blocks of its sequence]. What is behind the last token needs no block.
+    """
+    return blocks_of(sequence_ends(attention_mask), lanes)
+
+
+def blocks_of(ends: np.ndarray, lanes: int) -> np.ndarray:
+    """Return the table of `token_blocks` for sequences that end before the positions `ends`."""
+    counts = (ends + (lanes - 1)) // lanes
+    sequences = np.empty((len(ends), 4), np.int32)
+    sequences[:, 0] = np.arange(len(ends))
+    sequences[:, 2] = np.cumsum(counts) - counts
+    sequences[:, 3] = counts
+    table = np.repeat(sequences, counts, axis=0)
+    table[:, 1] = (np.arange(len(table)) - table[:, 2]) * lanes
+    return table

@@ -1,0 +1,1 @@
+"""Loads bundles for NVIDIA GPUs, through the driver's own library."""

@@ -1,0 +1,74 @@
+"""Loads a bundle with the model for its kind of machine, a CPU or a GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+from bertile.loading.errors import PlatformError
+from bertile.loading.files import check_files
+from bertile.loading.manifest import CUDA, LIBRARY, WEIGHTS, read_manifest
+from bertile.loading.model import Model
+from bertile.loading.platform import check_platform
+from bertile.loading.runtime import open_runtime
+from bertile.loading.threads import thread_count
+from bertile.loading.tvm_abi import Object, Runtime
+from bertile.loading.weights import map_tensors
+
+
+def load(
+    directory: str | os.PathLike,
+    threads: int | None = None,
+    *,
+    verify: bool = True,
+    device: int = 0,
+) -> Model:
+    """Load the bundle in `directory`; one for a GPU gives a `cuda_loader.Model`.
+
+    `threads` is how many cores one call may use (default: every core this process may run on), or
+    `device` the number of the GPU; `verify` compares the hash of every file with the manifest.
+    Raises BundleError for a damaged bundle, PlatformError for one that this machine cannot run,
+    InputError for a wrong `threads` or `device`.
+    """
+    root = Path(directory)
+    manifest = read_manifest(root)
+    if manifest["target"]["arch"] == CUDA:
+        return _cuda_loader().load(root, device, verify=verify)
+    check_platform(manifest["target"])
+    count = thread_count(threads)
+    files = check_files(root, manifest["files"], verify)
+    runtime = open_runtime(root, manifest["files"])
+    params = _read_tensors(runtime, files[WEIGHTS], manifest["params"])
+    return Model(runtime, manifest, files[LIBRARY], params, count)
+
+
+def _read_tensors(runtime: Runtime, path: Path, names: list[str]) -> list[Object]:
+    """Return the named tensors of a safetensors file, in place: mapped, shared, never copied."""
+    data, places = map_tensors(path, names)
+    return [
+        runtime.tensor_at(data[place.begin : place.end], place.shape, place.code, place.bits)
+        for place in places
+    ]
+
+
+def _cuda_loader() -> ModuleType:
+    """The module for GPUs: in a bundle the file beside this one, which shares its errors."""
+    if __package__:
+        from bertile.loading.cuda import model
+
+        return model
+    if "cuda_loader" not in sys.modules:
+        sys.modules.setdefault("loader", sys.modules[__name__])  # `python loader.py` is __main__
+        path = Path(__file__).with_name("cuda_loader.py")
+        if not path.is_file():
+            raise PlatformError(
+                f"the bundle is for a GPU, and {path} is missing", "copy it beside loader.py"
+            )
+        spec = spec_from_file_location("cuda_loader", path)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules["cuda_loader"] = module
+    return sys.modules["cuda_loader"]

@@ -1,0 +1,87 @@
+"""Checks what a model is called with: names, types, shapes, and ids that the model has."""
+
+from __future__ import annotations
+
+import difflib
+
+import numpy as np
+
+from bertile.loading.errors import InputError
+
+FILL = {"ones": 1, "zeros": 0}
+
+
+def check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dict:
+    """Return the given inputs as integer arrays of one shape (batch, length), checked."""
+    known = {spec["name"]: spec for spec in specs}
+    given = {name: _integers(name, one) for name, one in check_names(inputs, specs).items()}
+    first, shape = next((name, array.shape) for name, array in given.items())
+    if 0 in shape:
+        raise InputError(f"{first} has shape {shape}", "give at least one row and one token")
+    for name, array in given.items():
+        if array.shape != shape:
+            raise InputError(f"{name} has shape {array.shape}, but {first} has {shape}")
+    check_length(shape[1], max_length)
+    for name, array in given.items():
+        _check_range(name, array, known[name])
+    return given
+
+
+def check_names(inputs: dict, specs: list[dict]) -> dict:
+    """Return the inputs that are not None; raises InputError for a wrong or missing name."""
+    known = [spec["name"] for spec in specs]
+    for name in inputs:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            question = f"did you mean '{near[0]}'? " if near else ""
+            raise InputError(
+                f"the model has no input '{name}'", f"{question}known: {', '.join(known)}"
+            )
+    given = {name: value for name, value in inputs.items() if value is not None}
+    for spec in specs:
+        if spec["name"] not in given and spec["default"] not in FILL:
+            raise InputError(f"the input {spec['name']} is missing")
+    if not given:
+        raise InputError("no input was given", f"known: {', '.join(known)}")
+    return given
+
+
+def check_length(length: int, limit: int | None) -> None:
+    """Raise InputError for more tokens than the model takes."""
+    if limit is not None and length > limit:
+        raise InputError(
+            f"the input has {length} tokens, the model takes at most {limit}",
+            "shorten or split the text",
+        )
+
+
+def _integers(name: str, value) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of unequal length
+        raise InputError(
+            f"{name} is not rectangular", "pad every row to one length, with attention_mask 0"
+        ) from error
+    if array.ndim != 2:
+        raise InputError(
+            f"{name} has {array.ndim} dimension{'s' * (array.ndim != 1)}",
+            "give (batch, length), for one text [ids]",
+        )
+    if array.dtype == object and array.size:  # numpy older than 1.24 makes this of ragged lists
+        raise InputError(f"{name} holds values that are no integers of 64 bits")
+    if array.dtype.kind not in "iub" and array.size:
+        raise InputError(f"{name} has dtype {array.dtype}", "give integers")
+    return array
+
+
+def _check_range(name: str, array: np.ndarray, spec: dict) -> None:
+    below = spec["below"]
+    limit = np.iinfo(spec["dtype"]).max if below is None else below - 1
+    if array.dtype == bool:
+        array = array.view(np.uint8)
+    low, high = int(array.min()), int(array.max())
+    if low >= 0 and high <= limit:
+        return
+    wrong = low if low < 0 else high
+    row, column = np.argwhere(array == wrong)[0]
+    raise InputError(f"{name}[{row}, {column}] is {wrong}, the model takes 0 to {limit}")

@@ -1,0 +1,131 @@
+"""Runs a compiled library on the CPU: token ids become arrays, in passes that fit the caches."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from bertile.loading.blocks import blocks_of, passes, sequence_ends
+from bertile.loading.errors import BertileError, BundleError, InputError
+from bertile.loading.inputs import FILL, check_inputs
+from bertile.loading.memory import aligned
+from bertile.loading.padding import cut, fit
+from bertile.loading.pool import on_pool
+from bertile.loading.tvm_abi import Object, Runtime, set_argument
+
+# Of a pass through the model, for each thread; a longer batch takes several. More activations fall
+# out of the caches between two kernels: 8 texts of 128 tokens take up to a fifth longer at once.
+PASS_BLOCKS = 8
+
+
+class Model:
+    """A loaded bundle. Any number of threads may call one; it answers them one after the other."""
+
+    def __init__(
+        self, runtime: Runtime, manifest: dict, library: Path, params: list[Object], threads: int
+    ):
+        self.manifest = manifest
+        self.inputs = tuple(spec["name"] for spec in manifest["inputs"])
+        self.outputs = tuple(spec["name"] for spec in manifest["outputs"])
+        self.max_length: int | None = manifest["model"]["max_length"]
+        self.threads = threads
+        self._runtime, self._lock = runtime, threading.Lock()
+        try:
+            self._entry, self._held = _open_library(runtime, library, manifest["entry"])
+        except BertileError as error:
+            raise BundleError(f"cannot load {library}: {error.what}") from error
+        self._params = params
+        self._arguments = runtime.pack([0] * (len(self.inputs) + 1) + params)
+        self._shapes: set[tuple[int, ...]] = set()
+
+    def __call__(self, **inputs) -> dict[str, np.ndarray]:
+        """Run the model on arrays or nested lists of integers, each (batch, length).
+
+        A missing attention_mask is all ones and missing token_type_ids are all zeros. Positions
+        behind the last token of a sequence are zero in the outputs. Raises InputError for a wrong
+        name, rank, type or shape, for ids that the model does not have and for too many tokens.
+        """
+        specs, static = self.manifest["inputs"], self.manifest["static"]
+        given = check_inputs(inputs, specs, self.max_length)
+        batch, length = next(iter(given.values())).shape
+        step, width = static.get("batch"), static.get("length") or length
+        if length > width or (length < width and "attention_mask" not in self.inputs):
+            exactly = "at most" if length > width else "exactly"
+            raise InputError(f"the input has {length} tokens, this bundle takes {exactly} {width}")
+        mask = given.get("attention_mask")
+        ends = np.full(batch, length) if mask is None else sequence_ends(mask)
+        values = [given.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
+        lanes = self.manifest["lanes"]
+        pieces = []
+        for first, count in passes(ends, lanes, PASS_BLOCKS * self.threads, step):
+            room = (step or count, width)
+            arrays = [
+                fit(value, first, (count, length), room, spec["dtype"])
+                for value, spec in zip(values, specs)
+            ]
+            last = np.ones(room[0], np.int64)
+            last[:count] = ends[first : first + count]
+            pieces.append(self._run(arrays, blocks_of(last, lanes)))
+        return {
+            spec["name"]: cut(spec["axes"], [piece[index] for piece in pieces], length, ends)
+            for index, spec in enumerate(self.manifest["outputs"])
+        }
+
+    def close(self) -> None:
+        """Give back the library and the weights; a later call raises BertileError."""
+        with self._lock:
+            self._entry, self._held, self._params, self._arguments = None, (), [], None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _run(self, arrays: list[np.ndarray], blocks: np.ndarray) -> list[np.ndarray]:
+        """Call the compiled function: aligned (batch, length) inputs and the table of blocks.
+
+        A caller that packs sequences of unequal lengths builds its own table (see token_blocks).
+        """
+
+        def call() -> list[np.ndarray]:
+            with self._lock:
+                if self._entry is None:
+                    raise BertileError("the model is closed", "load the bundle again")
+                self._limit_pool(arrays[0].shape, blocks.shape)
+                tensors = [self._runtime.tensor(array) for array in (*arrays, table)]
+                for slot, tensor in zip(self._arguments, tensors):
+                    set_argument(slot, tensor)
+                result = self._runtime.call_packed(self._entry, self._arguments)
+                return self._runtime.arrays(result, len(self.outputs))
+
+        table = aligned(blocks, "int32")
+        return on_pool(self._runtime, self.threads, call)
+
+    def _limit_pool(self, *shapes: tuple[int, ...]) -> None:
+        # TVM's allocator keeps every freed buffer for the next request of exactly its size: without
+        # a limit, a server that sees every batch and length would keep all activations of each.
+        key = tuple(size for shape in shapes for size in shape)
+        if key not in self._shapes:
+            if len(self._shapes) >= 16:
+                self._shapes.clear()
+                self._runtime.call(self._runtime.function("vm.builtin.memory_manager.clear"))
+            self._shapes.add(key)
+
+
+def _open_library(runtime: Runtime, path: Path, entry: str) -> tuple[Object, tuple]:
+    find = runtime.function("ffi.ModuleGetFunction")
+    module = runtime.call(runtime.function("ffi.ModuleLoadFromFile"), os.fsencode(path))
+    start = runtime.call(find, module, b"vm_load_executable", False)
+    if start is None:
+        raise BertileError("it holds no compiled model")
+    machine = runtime.call(start)
+    cpu, device, pooled = 1, 0, 2
+    runtime.call(runtime.call(find, machine, b"vm_initialization", False), cpu, device, pooled)
+    function = runtime.call(find, machine, entry.encode(), False)
+    if function is None:
+        raise BertileError(f"it has no function '{entry}'")
+    return function, (machine, module)

@@ -1,0 +1,42 @@
+"""Compares what a bundle needs with this machine: its architecture and the features of its CPU."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from bertile.loading.errors import PlatformError
+
+
+def check_platform(target: dict) -> None:
+    """Raise PlatformError unless this machine has the architecture and CPU features of `target`.
+
+    Done before the library is opened, so that an illegal instruction is never reached.
+    """
+    names = {"amd64": "x86_64", "arm64": "aarch64"}
+    here = names.get(platform.machine().lower(), platform.machine())
+    if target["arch"] != here:
+        raise PlatformError(
+            f"the bundle is for {target['arch']}, this machine is {here}",
+            "compile the model for this machine",
+        )
+    missing = sorted(set(target["features"]) - cpu_features())
+    if missing:
+        raise PlatformError(
+            f"this CPU lacks {', '.join(missing)}, which the bundle needs "
+            f"(target {target.get('name')})",
+            "compile the model with a --target that fits this CPU",
+        )
+
+
+_FLAGS = ("flags", "Features")  # what x86 and what ARM call the line in /proc/cpuinfo
+
+
+def cpu_features() -> set[str]:
+    """Return the features of this CPU in the spelling of /proc/cpuinfo; empty where it has none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    found = (line.partition(":") for line in lines)
+    return next((set(rest.split()) for key, _, rest in found if key.strip() in _FLAGS), set())

@@ -1,0 +1,180 @@
+"""Calls TVM through the C ABI of libtvm_ffi: functions, objects, tensors and errors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import numpy as np
+
+from bertile.loading.errors import BertileError, PlatformError
+from bertile.loading.memory import ALIGNMENT, address_of
+from bertile.loading.threads import set_thread_defaults
+
+_NONE, _INT, _BOOL, _RAW_STR, _OBJECT = 0, 1, 2, 8, 64  # TVMFFITypeIndex; objects are from 64 on
+_TENSOR, _HEADER = 70, 24  # bytes of TVMFFIObject, before the object's own fields
+
+
+class _Bytes(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+class _Value(ctypes.Union):
+    _fields_ = (
+        ("integer", ctypes.c_int64),
+        ("pointer", ctypes.c_void_p),
+        ("text", ctypes.c_char_p),
+    )
+
+
+class _Any(ctypes.Structure):
+    _fields_ = (("kind", ctypes.c_int32), ("zero", ctypes.c_uint32), ("value", _Value))
+
+
+class DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("offset", ctypes.c_uint64),
+    )
+
+
+class DLManagedTensor(ctypes.Structure):
+    _fields_ = (("tensor", DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
+
+
+class Object:
+    """One reference to an object of TVM, given back when Python drops it."""
+
+    __slots__ = ("_release", "handle", "keep", "kind")
+
+    def __init__(self, kind: int, handle: int, release, keep=None):
+        self.kind, self.handle, self.keep, self._release = kind, handle, keep, release
+
+    def __del__(self):
+        self._release(self.handle)
+
+
+class Runtime:
+    """The two runtime libraries of one process: functions, calls, tensors and errors."""
+
+    def __init__(self, *paths: str):
+        set_thread_defaults()
+        try:
+            ffi, _ = (ctypes.CDLL(path, ctypes.RTLD_GLOBAL) for path in paths)
+        except OSError as error:
+            raise PlatformError(f"cannot load the TVM runtime: {error}") from error
+        pointer, integer = ctypes.c_void_p, ctypes.c_int32
+        self._call = _prototype(ffi.TVMFFIFunctionCall, pointer, pointer, integer, pointer)
+        self._global = _prototype(ffi.TVMFFIFunctionGetGlobal, pointer, pointer)
+        self._from_dlpack = _prototype(
+            ffi.TVMFFITensorFromDLPack, pointer, integer, integer, pointer
+        )
+        self._raised = _prototype(ffi.TVMFFIErrorMoveFromRaised, pointer)
+        self._release = _prototype(ffi.TVMFFIObjectDecRef, pointer)
+        self._functions: dict[str, Object] = {}
+
+    def function(self, name: str) -> Object:
+        """Return the global function `name`."""
+        if name not in self._functions:
+            text, handle = name.encode(), ctypes.c_void_p()
+            data = ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p)
+            self._check(self._global(ctypes.byref(_Bytes(data, len(text))), ctypes.byref(handle)))
+            if not handle.value:
+                raise PlatformError(f"the TVM runtime has no function {name}")
+            self._functions[name] = Object(0, handle.value, self._release)
+        return self._functions[name]
+
+    def call(self, function: Object, *arguments):
+        """Call with integers, bytes and objects; return None, an integer or an Object."""
+        return self.call_packed(function, self.pack(arguments))
+
+    @staticmethod
+    def pack(arguments) -> ctypes.Array:
+        """Lay arguments out as the C ABI wants them; they must live as long as the result."""
+        packed = (_Any * len(arguments))()
+        for index, argument in enumerate(arguments):
+            set_argument(packed[index], argument)
+        return packed
+
+    def call_packed(self, function: Object, packed: ctypes.Array):
+        """Call with what `pack` has made; the result is as that of `call`."""
+        result = _Any()
+        self._check(self._call(function.handle, packed, len(packed), ctypes.byref(result)))
+        if result.kind >= _OBJECT:
+            return Object(result.kind, result.value.pointer, self._release)
+        return None if result.kind == _NONE else result.value.integer
+
+    def tensor(self, array: np.ndarray) -> Object:
+        """Return a tensor on the memory of an aligned, contiguous integer array."""
+        code = {"i": 0, "u": 1}[array.dtype.kind]
+        return self.tensor_at(array, array.shape, code, array.itemsize * 8)
+
+    def tensor_at(self, memory: np.ndarray, shape, code: int, bits: int) -> Object:
+        """Return a tensor on `memory`, which is kept as long as the tensor."""
+        sizes = (ctypes.c_int64 * len(shape))(*shape)
+        cpu, device, lanes = 1, 0, 1
+        inner = DLTensor(address_of(memory), cpu, device, len(shape), code, bits, lanes, sizes)
+        managed, handle = DLManagedTensor(inner), ctypes.c_void_p()
+        made = self._from_dlpack(ctypes.byref(managed), ALIGNMENT, 1, ctypes.byref(handle))
+        self._check(made)
+        return Object(_TENSOR, handle.value, self._release, (memory, sizes, managed))
+
+    def arrays(self, result: Object, count: int) -> list[np.ndarray]:
+        """Copy the first `count` tensors of a TVM array into new numpy arrays."""
+        item = self.function("ffi.ArrayGetItem")
+        return [_copy(self.call(item, result, index)) for index in range(count)]
+
+    def resize_pool(self, threads: int) -> None:
+        """Give the calling thread a pool of `threads` threads, or shrink the one it has."""
+        try:
+            cores = sorted(os.sched_getaffinity(0))[:threads]
+        except AttributeError:
+            cores = list(range(threads))
+        names = [str(core).encode() for core in cores]
+        listed = self.call(self.function("ffi.Array"), *names)
+        # -3: the pool has as many threads as the list is long, and they may share those cores
+        self.call(self.function("runtime.config_threadpool"), -3, threads, listed)
+
+    def _check(self, code: int) -> None:
+        if not code:
+            return
+        handle = ctypes.c_void_p()
+        self._raised(ctypes.byref(handle))
+        message = "no reason given"
+        if handle.value:
+            error = Object(0, handle.value, self._release)
+            text = _Bytes.from_address(error.handle + _HEADER + ctypes.sizeof(_Bytes))
+            message = ctypes.string_at(text.data, text.size).decode(errors="replace").strip()
+        raise BertileError(f"TVM reports: {' '.join(message.split())[:500]}")
+
+
+def set_argument(slot: _Any, argument) -> None:
+    """Write an integer, bytes or an object into one of the slots that `Runtime.pack` returns."""
+    if isinstance(argument, Object):
+        slot.kind, slot.value.pointer = argument.kind, argument.handle
+    elif isinstance(argument, bytes):
+        slot.kind, slot.value.text = _RAW_STR, argument
+    else:
+        slot.kind = _BOOL if isinstance(argument, bool) else _INT
+        slot.value.integer = argument
+
+
+def _prototype(function, *types):
+    function.argtypes, function.restype = types, ctypes.c_int
+    return function
+
+
+def _copy(tensor: Object) -> np.ndarray:
+    source = DLTensor.from_address(tensor.handle + _HEADER)
+    kind = {0: "i", 1: "u", 2: "f"}[source.code]
+    out = np.empty(tuple(source.shape[: source.rank]), f"{kind}{source.bits // 8}")
+    ctypes.memmove(address_of(out), source.data + source.offset, out.nbytes)
+    return out
