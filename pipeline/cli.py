@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from bertile import bench_command, device_command, prune_command, tune_command
+from bertile.families import table
 from bertile.precision import PRECISIONS, SPARSE
 from bertile.quantization_flags import QUANTIZATION_FLAGS
 from bertile.tune_command import TUNING_FLAGS
@@ -143,7 +144,7 @@ def _refuse(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = _Parser(
         prog="bertile",
-        description="Compile BERT-family encoders into small, fast native libraries.",
+        description=f"Compile encoders into small, fast native libraries: {table.titles()}.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")

@@ -10,6 +10,7 @@ from bertile import model_files, models
 from bertile.config import Config
 from bertile.errors import ModelError, NumericMismatchError, require
 from bertile.exported import ExportedModel, InputSpec, read
+from bertile.families import table
 from bertile.samples import largest_difference, run_onnx, sample
 
 __all__ = ["ExportedModel", "InputSpec", "export", "fingerprint", "read"]
@@ -49,7 +50,7 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
         difference = _check(module, exported, _padding_id(checkpoint))
     _copy_files(checkpoint, directory)
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
-    notes = (*exported.notes, note)
+    notes = (*exported.notes, *module.notes, note)
     return ExportedModel(**{**vars(exported), "notes": notes}).write()
 
 
@@ -67,9 +68,9 @@ def _describe(checkpoint: models.Checkpoint, directory: Path) -> ExportedModel:
         InputSpec("input_ids", below=model_config.vocab_size),
         InputSpec("attention_mask", below=2, default="ones"),
     ]
-    # RoBERTa has one token type, which is a constant; DistilBERT and MPNet have none.
-    types = getattr(model_config, "type_vocab_size", 0)
-    if types > 1 and checkpoint.family != "mpnet":
+    family = table.named(checkpoint.family)
+    types = family.type_count(checkpoint.model)
+    if types > 1:  # a single one is a constant
         inputs.append(InputSpec("token_type_ids", below=types, default="zeros"))
     return ExportedModel(
         directory=directory,
@@ -77,19 +78,12 @@ def _describe(checkpoint: models.Checkpoint, directory: Path) -> ExportedModel:
         sha256=checkpoint.sha256,
         family=checkpoint.family,
         head=checkpoint.head,
-        max_length=_max_length(checkpoint),
+        max_length=family.max_length(checkpoint.model),
         inputs=tuple(inputs),
         outputs=outputs,
         labels=checkpoint.labels,
         notes=checkpoint.notes,
     )
-
-
-def _max_length(checkpoint: models.Checkpoint) -> int:
-    rows = checkpoint.model.config.max_position_embeddings
-    if checkpoint.family in models.AFTER_PADDING:  # rows up to the padding id are never used
-        return rows - checkpoint.model.base_model.embeddings.padding_idx - 1
-    return rows
 
 
 def _padding_id(checkpoint: models.Checkpoint) -> int:

@@ -14,6 +14,7 @@ from bertile import models, onnx_attention, onnx_fusions, onnx_quantized, onnx_r
 from bertile.config import Config
 from bertile.errors import ModelError, NumericMismatchError, UsageError
 from bertile.exported import ExportedModel, InputSpec
+from bertile.families import table
 from bertile.model_files import TOKENIZER_FILES, fingerprint
 from bertile.onnx_graph import OnnxGraph, save
 from bertile.onnx_lookups import write_lookups
@@ -62,6 +63,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         quantized = (*quantized, _unread(inputs, read_names))
     inputs = tuple(one for one in inputs if one.name in read_names)
     beside = _config_beside(path)
+    family = table.of_type(beside.get("model_type"))
     max_length = length or max_length or beside.get("max_position_embeddings")
     longest = min(max_length or 37, 512)
     shapes = ((batch or 2, length or min(16, longest)), (batch or 3, length or min(37, longest)))
@@ -75,7 +77,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         directory=directory,
         source=str(path),
         sha256=fingerprint(path),
-        family=models.FAMILIES.get(beside.get("model_type"), "unknown"),
+        family=family.name if family else "unknown",
         head=head,
         max_length=max_length,
         inputs=inputs,

@@ -7,11 +7,12 @@ from __future__ import annotations
 import json
 import shutil
 
+import family_models
 import numpy as np
 import pytest
 
 from bertile import cli, cuda_loader, driver, loader
-from bertile.config import Config
+from bertile.config import HEADS, Config
 from bertile.cuda import emulator
 from bertile.errors import PlatformError
 from bertile.exported import read
@@ -22,13 +23,8 @@ from bertile.verifier import ON_GPU
 ROWS = [row.name for row in TABLE if row.gpu]
 SMALL = "synthetic:bert-tiny"
 FAMILIES = (
-    "roberta-tiny",
-    "distilbert-tiny:sequence-classification",
-    "electra-tiny:token-classification",
-    "albert-tiny",
-    "mpnet-tiny",
-    "bert-tiny:question-answering",
-    "bert-tiny:masked-lm",
+    *(f"{family}-tiny" for family in family_models.OTHERS),
+    *(f"bert-tiny:{head}" for head in HEADS if head not in ("encoder", "embedding")),
     "bert-odd",
 )
 
@@ -61,7 +57,7 @@ def check_bundle(path, name, precision, cache, fake_driver, tmp_path, monkeypatc
     monkeypatch.setenv("BERTILE_EMULATED_KERNELS", str(emulator.build(source, emulator.kept())))
     own = shutil.copyfile(fake_driver, tmp_path / "libcuda.so.1")
     exported = onnx_of(name, cache)
-    padding = 1 if exported.family in ("roberta", "mpnet") else 0
+    padding = family_models.padding_id(exported)
     with cuda_loader.load(path, driver=str(own)) as model:
         for batch, length in ((1, 1), (3, 37), (2, 16), (3, 37)):
             given = sample(exported.inputs, batch, length, padding, seed=length)
