@@ -10,11 +10,12 @@ def fold_constant(embeddings: Any, row: Any, *names: str) -> None:
 
     Every position is looked up once a token, so the sum is the same, and one lookup less is made.
     """
+    import torch
     from torch import nn
 
     class Zero(nn.Module):
-        def forward(self, ids: Any) -> float:
-            return 0.0
+        def forward(self, ids: Any) -> Any:
+            return torch.zeros((), device=ids.device)  # a tensor: ERNIE asks for its device
 
     positions = embeddings.position_embeddings.weight.detach()
     embeddings.position_embeddings = nn.Embedding.from_pretrained(positions + row.detach())

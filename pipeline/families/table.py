@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bertile.families import mpnet
+from bertile.families import ernie, mpnet
 from bertile.families.family import AFTER_PADDING, Family
 
 
@@ -119,6 +119,14 @@ FAMILIES = (
         token_types=False,
         prepare=mpnet.tabulate_bias,
         tiny=_tiny(**_AFTER_PADDING),
+    ),
+    Family(
+        name="ernie",
+        title="ERNIE",
+        model_types=("ernie",),
+        layers=_BERT_LAYERS,
+        prepare=ernie.fold_task_type,
+        tiny=_tiny(use_task_id=True),
     ),
 )
 
