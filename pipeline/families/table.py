@@ -128,6 +128,14 @@ FAMILIES = (
         prepare=ernie.fold_task_type,
         tiny=_tiny(use_task_id=True),
     ),
+    Family(
+        name="data2vec-text",
+        title="data2vec-text",
+        model_types=("data2vec-text",),
+        layers=_BERT_LAYERS,
+        positions=AFTER_PADDING,
+        tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
+    ),
 )
 
 
