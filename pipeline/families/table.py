@@ -136,6 +136,13 @@ FAMILIES = (
         positions=AFTER_PADDING,
         tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
     ),
+    Family(
+        name="megatron-bert",
+        title="MegatronBERT",
+        model_types=("megatron-bert",),
+        layers=_BERT_LAYERS,
+        tiny=_tiny(),
+    ),
 )
 
 
