@@ -143,6 +143,14 @@ FAMILIES = (
         layers=_BERT_LAYERS,
         tiny=_tiny(),
     ),
+    Family(
+        name="roberta-prelayernorm",
+        title="RoBERTa-PreLayerNorm",
+        model_types=("roberta-prelayernorm",),
+        layers=_BERT_LAYERS,
+        positions=AFTER_PADDING,
+        tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
+    ),
 )
 
 
