@@ -151,6 +151,13 @@ FAMILIES = (
         positions=AFTER_PADDING,
         tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
     ),
+    Family(
+        name="rembert",
+        title="RemBERT",
+        model_types=("rembert",),
+        layers=_BERT_LAYERS,
+        tiny=_tiny(input_embedding_size=48, output_embedding_size=192),
+    ),
 )
 
 
