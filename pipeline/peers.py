@@ -55,6 +55,7 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     torch, _ = require("export", "torch", "transformers")
     from bertile import models
     from bertile.exportable import pool
+    from bertile.families import table
 
     source = engine.source
     torch.set_num_threads(threads)
@@ -63,7 +64,8 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     model = checkpoint.model
     with models.quiet(), contextlib.suppress(ValueError, ImportError):
         model.set_attn_implementation("sdpa")  # a family without it keeps what it has
-    if source.head == "embedding" and hasattr(model, "pooler"):
+    optional = table.named(checkpoint.family).optional_pooler
+    if source.head == "embedding" and optional and hasattr(model, "pooler"):
         model.pooler = None  # nobody reads it
     with models.quiet():
         model = _converted(torch, model, engine.precision)

@@ -19,18 +19,19 @@ AFTER_PADDING = "after padding"
 class Family:
     """A row of ``table.FAMILIES``.
 
-    name         as manifests and logs spell it
-    title        as README and the command line spell it
-    model_types  what `model_type` of config.json says; the first is that of its synthetic models
-    layers       the linear layers of an encoder layer, by their names within it: Q, K, V, the
-                 attention's output, the first and the second of the feed-forward network
-    tiny         the configuration of synthetic:NAME-tiny, which tests take
-    sizes        the configurations of its other synthetic models, by name
-    positions    FROM_ZERO or AFTER_PADDING
-    token_types  whether its embeddings have a table of token types; a table of one row is no input
-    prepare      changes a model in place so that its export shows what it computes; returns notes
-                 for people
-    auto_classes by head, transformers' class that loads it, where that is not the usual one
+    name             as manifests and logs spell it
+    title            as README and the command line spell it
+    model_types      what `model_type` of config.json says; the first is its synthetic models'
+    layers           the linear layers of an encoder layer, by their names within it: Q, K, V, the
+                     attention's output, the first and the second of the feed-forward network
+    tiny             the configuration of synthetic:NAME-tiny, which tests take
+    sizes            the configurations of its other synthetic models, by name
+    positions        FROM_ZERO or AFTER_PADDING
+    token_types      whether its embeddings have a table of token types; one row is no input
+    optional_pooler  whether transformers' code takes a pooler that is None
+    prepare          changes a model in place so that its export shows what it computes; returns
+                     notes for people
+    auto_classes     by head, transformers' class that loads it, where that is not the usual one
     """
 
     name: str
@@ -41,6 +42,7 @@ class Family:
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     positions: str = FROM_ZERO
     token_types: bool = True
+    optional_pooler: bool = True
     prepare: Callable[[Any], tuple[str, ...]] | None = None
     auto_classes: Mapping[str, str] = field(default_factory=dict)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bertile.families import ernie, mpnet
+from bertile.families import ernie, layoutlm, mpnet
 from bertile.families.family import AFTER_PADDING, Family
 
 
@@ -157,6 +157,16 @@ FAMILIES = (
         model_types=("rembert",),
         layers=_BERT_LAYERS,
         tiny=_tiny(input_embedding_size=48, output_embedding_size=192),
+    ),
+    Family(
+        name="layoutlm",
+        title="LayoutLM without boxes",
+        model_types=("layoutlm",),
+        layers=_BERT_LAYERS,
+        optional_pooler=False,
+        prepare=layoutlm.leave_boxes_out,
+        auto_classes={"question-answering": "AutoModelForDocumentQuestionAnswering"},
+        tiny=_tiny(max_2d_position_embeddings=64),
     ),
 )
 
