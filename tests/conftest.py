@@ -59,6 +59,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A stage cache for models that several files need; pytest's workers share it."""
+    root = tmp_path_factory.getbasetemp()
+    return str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "stages")
+
+
+@pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory):
     """The two-layer model, exported once for all files that test stages with it."""
     from bertile.config import Config

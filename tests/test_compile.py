@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.family_models import NAMES
 
 import bertile
 from bertile import driver, loader
@@ -16,13 +17,12 @@ from bertile.config import HEADS, Config
 from bertile.export import cached
 from bertile.onnx.samples import largest_difference, sample, session
 
-FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert", "mpnet")
-# every family once and every head once; the other pairs take minutes
-QUICK = {(family, "encoder") for family in FAMILIES} | {("bert", head) for head in HEADS}
+# every head once, and every family in families/test_directories; the other pairs take minutes
 PAIRS = [
-    pytest.param(family, head, marks=() if (family, head) in QUICK else pytest.mark.slow)
-    for family in FAMILIES
+    pytest.param(family, head, marks=() if family == "bert" else pytest.mark.slow)
+    for family in NAMES
     for head in HEADS
+    if family == "bert" or head != "encoder"
 ]
 SHAPES = ((1, 1), (1, 511), (7, 33))
 TOLERANCE = 2e-5  # float32 sums in another order, relative to the largest value of the output

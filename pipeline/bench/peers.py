@@ -56,6 +56,7 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     from bertile.base import quiet
     from bertile.export import checkpoints
     from bertile.export.torch_module import pool
+    from bertile.families import table
 
     source = engine.source
     torch.set_num_threads(threads)
@@ -64,7 +65,8 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     model = checkpoint.model
     with quiet.quiet(), contextlib.suppress(ValueError, ImportError):
         model.set_attn_implementation("sdpa")  # a family without it keeps what it has
-    if source.head == "embedding" and hasattr(model, "pooler"):
+    optional = table.named(checkpoint.family).optional_pooler
+    if source.head == "embedding" and optional and hasattr(model, "pooler"):
         model.pooler = None  # nobody reads it
     with quiet.quiet():
         model = _converted(torch, model, engine.precision)

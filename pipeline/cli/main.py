@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from bertile.cli import bench, device, prune, tune
 from bertile.cli.quantization_flags import QUANTIZATION_FLAGS
 from bertile.cli.tune import TUNING_FLAGS
+from bertile.families import table
 from bertile.numerics.precision import PRECISIONS, SPARSE
 
 # Nothing else of Bertile is imported up here: `bertile --help` must not pay for numpy or TVM.
@@ -144,7 +145,7 @@ def _refuse(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = _Parser(
         prog="bertile",
-        description="Compile BERT-family encoders into small, fast native libraries.",
+        description=f"Compile encoders into small, fast native libraries: {table.titles()}.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")

@@ -18,21 +18,9 @@ from bertile.export.files import (
     pooling_of,
     transformer_directory,
 )
+from bertile.families import table
+from bertile.families.family import Family
 from bertile.onnx.exported import TOKENIZER_FILES
-
-FAMILIES = {
-    "bert": "bert",
-    "roberta": "roberta",
-    "xlm-roberta": "roberta",
-    "camembert": "roberta",
-    "distilbert": "distilbert",
-    "electra": "electra",
-    "albert": "albert",
-    "mpnet": "mpnet",
-}
-
-# Families whose positions count real tokens from the padding id on.
-AFTER_PADDING = ("roberta", "mpnet")
 
 # head: (transformers class that loads it, how the names of its architectures end)
 HEADS = {
@@ -99,21 +87,23 @@ def _from_object(model: Any, head: str | None) -> Checkpoint:
 def _from_synthetic(source: str, head: str | None) -> Checkpoint:
     (transformers,) = require("export", "transformers")
     name, chosen = synthetic.parse(source, head)
-    auto_class = getattr(transformers, HEADS[chosen][0])
-    model = synthetic.build(auto_class, synthetic.config(name))
+    config = synthetic.config(name)
+    family = table.supporting(config.model_type, source)
+    model = synthetic.build(getattr(transformers, _auto_class(family, chosen)), config)
     if asked := synthetic.pruned(source):
-        pruning.prune(model, _family(model.config.model_type, source), *asked)
+        pruning.prune(model, family.name, *asked)
     return _checkpoint(model, source, fingerprint(source, head), chosen)
 
 
 def _from_directory(source: str, directory: Path, head: str | None) -> Checkpoint:
     transformer = transformer_directory(directory)
     config = _read_config(transformer)
+    family = table.supporting(config["model_type"], str(transformer))
     pooling = pooling_of(directory) if head in (None, "embedding") else None
     if head is None and pooling is None:
         head = _head_of_architectures(config["architectures"], source)
     head = head or "embedding"
-    model, notes = _pretrained(source, transformer, head)
+    model, notes = _pretrained(source, transformer, family, head)
     names = ("config.json", *TOKENIZER_FILES)
     files = tuple(transformer / name for name in names if (transformer / name).is_file())
     sha256 = fingerprint(directory, head)
@@ -129,7 +119,7 @@ def _checkpoint(
     files: tuple[Path, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> Checkpoint:
-    family = _family(model.config.model_type, source)
+    family = table.supporting(model.config.model_type, source).name
     if getattr(model.config, "is_decoder", False):
         raise ModelError(f"'{source}' is a decoder", "Bertile compiles encoders")
     if head == "embedding" and pooling is None:
@@ -141,9 +131,15 @@ def _checkpoint(
     return Checkpoint(model, source, sha256, family, head, pooling, files, notes, labels)
 
 
-def _pretrained(source: str, directory: Path, head: str) -> tuple[Any, tuple[str, ...]]:
+def _auto_class(family: Family, head: str) -> str:
+    return family.auto_classes.get(head, HEADS[head][0])
+
+
+def _pretrained(
+    source: str, directory: Path, family: Family, head: str
+) -> tuple[Any, tuple[str, ...]]:
     torch, transformers = require("export", "torch", "transformers")
-    auto_class = getattr(transformers, HEADS[head][0])
+    auto_class = getattr(transformers, _auto_class(family, head))
     try:
         model, report = auto_class.from_pretrained(
             directory,
@@ -179,17 +175,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise ModelError(f"'{path}' cannot be read: {error}") from error
-    _family(config.get("model_type"), str(directory))
-    return {"architectures": [], **config}
-
-
-def _family(model_type: str | None, source: str) -> str:
-    if model_type not in FAMILIES:
-        raise ModelError(
-            f"'{source}' is a model of type '{model_type}', which is unsupported",
-            f"supported: {', '.join(FAMILIES)}",
-        )
-    return FAMILIES[model_type]
+    return {"architectures": [], "model_type": None, **config}
 
 
 def _head_of_architectures(architectures: list[str] | None, source: str) -> str:

@@ -10,6 +10,7 @@ from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.config import Config
 from bertile.export import checkpoints, files
+from bertile.families import table
 from bertile.onnx.exported import ExportedModel, InputSpec, read
 from bertile.onnx.samples import largest_difference, run_onnx, sample
 
@@ -31,7 +32,7 @@ _OUTPUTS = {
 def export(model: Any, directory: Path, config: Config) -> ExportedModel:
     """Write MODEL as `directory`/model.onnx with its tokenizer files and export.json.
 
-    MODEL is what `models.load` takes, or an .onnx file, which goes to the normalizer. Raises
+    MODEL is what `checkpoints.load` takes, or an .onnx file, which goes to the normalizer. Raises
     ModelError or UsageError for what cannot be exported, NumericMismatchError if ONNX Runtime
     and torch differ by more than TOLERANCE on a real token.
     """
@@ -50,7 +51,7 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
         difference = _check(module, exported, _padding_id(checkpoint))
     _copy_files(checkpoint, directory)
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
-    notes = (*exported.notes, note)
+    notes = (*exported.notes, *module.notes, note)
     return ExportedModel(**{**vars(exported), "notes": notes}).write()
 
 
@@ -68,9 +69,9 @@ def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedMo
         InputSpec("input_ids", below=model_config.vocab_size),
         InputSpec("attention_mask", below=2, default="ones"),
     ]
-    # RoBERTa has one token type, which is a constant; DistilBERT and MPNet have none.
-    types = getattr(model_config, "type_vocab_size", 0)
-    if types > 1 and checkpoint.family != "mpnet":
+    family = table.named(checkpoint.family)
+    types = family.type_count(checkpoint.model)
+    if types > 1:  # a single one is a constant
         inputs.append(InputSpec("token_type_ids", below=types, default="zeros"))
     return ExportedModel(
         directory=directory,
@@ -78,19 +79,12 @@ def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedMo
         sha256=checkpoint.sha256,
         family=checkpoint.family,
         head=checkpoint.head,
-        max_length=_max_length(checkpoint),
+        max_length=family.max_length(checkpoint.model),
         inputs=tuple(inputs),
         outputs=outputs,
         labels=checkpoint.labels,
         notes=checkpoint.notes,
     )
-
-
-def _max_length(checkpoint: checkpoints.Checkpoint) -> int:
-    rows = checkpoint.model.config.max_position_embeddings
-    if checkpoint.family in checkpoints.AFTER_PADDING:  # rows up to the padding id are never used
-        return rows - checkpoint.model.base_model.embeddings.padding_idx - 1
-    return rows
 
 
 def _padding_id(checkpoint: checkpoints.Checkpoint) -> int:

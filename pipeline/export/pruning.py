@@ -12,35 +12,12 @@ from typing import Any
 import numpy as np
 
 from bertile.base.errors import UsageError, nearest
+from bertile.families import table
 from bertile.numerics.zeros import BLOCKS, analyse
 
 PATTERNS = ("4x1", "16x1", "32x1", "1x16", "2:4", "unstructured", "heads", "neurons")
 DEFAULT = 0.9
 TWO_OF_FOUR = 0.5
-
-# How families call the linear layers of an encoder layer: Q, K, V, the attention's output, the
-# first and the second of the feed-forward network.
-_BERT = (
-    *(f"attention.self.{name}" for name in ("query", "key", "value")),
-    *("attention.output.dense", "intermediate.dense", "output.dense"),
-)
-_NAMES = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "electra": _BERT,
-    "distilbert": (
-        *(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
-        *("ffn.lin1", "ffn.lin2"),
-    ),
-    "albert": (
-        *(f"attention.{name}" for name in ("query", "key", "value", "dense")),
-        *("ffn", "ffn_output"),
-    ),
-    "mpnet": (
-        *(f"attention.attn.{name}" for name in "qkvo"),
-        *("intermediate.dense", "output.dense"),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -73,12 +50,12 @@ def check(sparsity: float | None, pattern: str) -> float:
 
 
 def prune(model: Any, family: str, sparsity: float, pattern: str) -> list[Pruned]:
-    """Prune a transformers model of a family of ``models.FAMILIES`` in place.
+    """Prune a transformers model of a family of ``families.table`` in place.
 
     `sparsity` is the share of zeros in every linear layer of every encoder layer; of heads, or of
     neurons, where the pattern is that. Embeddings, pooler and head of the model stay as they are.
     """
-    layers = _layers(model, family)
+    layers = table.named(family).encoder_layers(model)
     for layer in layers:
         if pattern == "heads":
             *into, out = list(layer.values())[:4]
@@ -115,14 +92,6 @@ def largest(scores: np.ndarray, sparsity: float) -> np.ndarray:
     if count:
         stays[np.argpartition(scores.ravel(), count - 1)[:count]] = False
     return stays.reshape(scores.shape)
-
-
-def _layers(model: Any, family: str) -> list[dict[str, Any]]:
-    """The linear layers of each encoder layer, in the order of _NAMES, by their whole names."""
-    modules = dict(model.base_model.named_modules())
-    first = _NAMES[family][0]
-    starts = [name.removesuffix(first) for name in modules if name.endswith(f".{first}")]
-    return [{start + name: modules[start + name] for name in _NAMES[family]} for start in starts]
 
 
 def _prune_blocks(layer: dict[str, Any], sparsity: float, pattern: str) -> None:

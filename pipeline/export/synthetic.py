@@ -5,54 +5,18 @@ downloads.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from bertile.base.errors import UsageError, nearest, require
 from bertile.config import HEADS
 from bertile.export import pruning
+from bertile.families import table
 
 SEED = 20
 
-
-def _sizes(layers: int, hidden: int, heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden,
-        "vocab_size": vocabulary,
-        **more,
-    }
-
-
-def _tiny(**more: Any) -> dict[str, Any]:
-    # A wide initialisation makes attention sharp: with 0.02 a two-layer model hardly looks at
-    # its input, and a wrong mask or position would drown in rounding.
-    sizes = _sizes(2, 128, 2, 1000, max_position_embeddings=512, initializer_range=0.1)
-    return {**sizes, **more}
-
-
-# DistilBERT calls its sizes n_layers, dim, …; its config accepts the common names through an
-# attribute map except for the feed-forward size.
-_DISTILBERT = {"hidden_dim": 512}
-_AFTER_PADDING = {"max_position_embeddings": 514}
-
-SYNTHETIC: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert-tiny": ("bert", _tiny()),
-    "bert-odd": ("bert", _tiny(hidden_size=312, num_attention_heads=12, intermediate_size=1200)),
-    "minilm": ("bert", _sizes(6, 384, 12, 30522)),
-    "bert-base": ("bert", _sizes(12, 768, 12, 30522)),
-    "bert-large": ("bert", _sizes(24, 1024, 16, 30522)),
-    "distilbert-tiny": ("distilbert", _tiny(**_DISTILBERT)),
-    "distilbert-base": ("distilbert", _sizes(6, 768, 12, 30522, hidden_dim=3072)),
-    "roberta-tiny": ("roberta", _tiny(type_vocab_size=1, **_AFTER_PADDING)),
-    "roberta-base": (
-        "roberta",
-        _sizes(12, 768, 12, 50265, type_vocab_size=1, layer_norm_eps=1e-5, **_AFTER_PADDING),
-    ),
-    "electra-tiny": ("electra", _tiny(embedding_size=64)),
-    "albert-tiny": ("albert", _tiny(embedding_size=64, pad_token_id=0)),
-    "mpnet-tiny": ("mpnet", _tiny(**_AFTER_PADDING)),
+SYNTHETIC: dict[str, tuple[str, Mapping[str, Any]]] = {
+    name: model for family in table.FAMILIES for name, model in family.synthetic().items()
 }
 
 

@@ -13,7 +13,7 @@ import onnx
 from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
-from bertile.export import checkpoints
+from bertile.families import table
 from bertile.onnx import attention, fusions, rewrites
 from bertile.onnx import quantized as onnx_quantized
 from bertile.onnx.exported import TOKENIZER_FILES, ExportedModel, InputSpec
@@ -65,6 +65,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         quantized = (*quantized, _unread(inputs, read_names))
     inputs = tuple(one for one in inputs if one.name in read_names)
     beside = _config_beside(path)
+    family = table.of_type(beside.get("model_type"))
     max_length = length or max_length or beside.get("max_position_embeddings")
     longest = min(max_length or 37, 512)
     shapes = ((batch or 2, length or min(16, longest)), (batch or 3, length or min(37, longest)))
@@ -78,7 +79,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         directory=directory,
         source=str(path),
         sha256=fingerprint(path),
-        family=checkpoints.FAMILIES.get(beside.get("model_type"), "unknown"),
+        family=family.name if family else "unknown",
         head=head,
         max_length=max_length,
         inputs=inputs,

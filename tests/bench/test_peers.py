@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import family_models
 
 from bertile.bench import peers
 from bertile.bench.engines import Engine, Source
@@ -39,6 +40,17 @@ def test_torch_rounds_as_its_precision_says(exported: ExportedModel, precision: 
     away = 1 - cosine(want, found)
     least, most = {"fp32": (-1e-6, 1e-6), "bf16": (1e-7, 1e-3), "int8": (1e-6, 1e-2)}[precision]
     assert least < away < most
+
+
+@pytest.mark.parametrize("family", family_models.NAMES)
+@pytest.mark.usefixtures("one_thread_setting")
+def test_torch_embeds_with_every_family(family: str) -> None:
+    source = Source(Path(), None, f"synthetic:{family}-tiny", "embedding", ("sentence_embedding",))
+    inputs = {"input_ids": np.array([[5, 6, 7, 1]]), "attention_mask": np.array([[1, 1, 1, 0]])}
+    (found,) = outputs(Engine("torch", "torch", "fp32", source), inputs)
+    model = family_models.untouched(f"{family}-tiny")
+    want = family_models.torch_outputs(model, "embedding", inputs)["sentence_embedding"]
+    assert np.abs(found - want).max() < 1e-5
 
 
 def test_openvino_computes_in_the_precision_that_is_asked_for(exported: ExportedModel) -> None:

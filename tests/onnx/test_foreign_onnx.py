@@ -9,6 +9,7 @@ import torch
 import transformers
 import tvm
 from helpers import foreign_forms as forms
+from helpers.family_models import has_types
 from transformers.models.bert import modeling_bert
 
 import bertile
@@ -17,6 +18,7 @@ from bertile.base.errors import ModelError
 from bertile.bundle import manifest
 from bertile.config import Config
 from bertile.export import synthetic
+from bertile.families.table import FAMILIES
 from bertile.onnx.exported import InputSpec
 from bertile.onnx.samples import largest_difference, sample, session
 
@@ -43,11 +45,13 @@ SLOW_FORMS = {
     "int32 inputs, no token_type_ids": dict(dtype=torch.int32, types=False, opset=17),
     "as optimum writes it": dict(head="sequence-classification", opset=14),
     "masked-lm": dict(head="masked-lm", opset=17),
-    "roberta": dict(name="roberta-tiny", types=False),
-    "distilbert": dict(name="distilbert-tiny", types=False, attention="eager", opset=13),
-    "electra": dict(name="electra-tiny"),
-    "albert": dict(name="albert-tiny", opset=17),
-    "mpnet": dict(name="mpnet-tiny", types=False),
+    **{
+        family.name: dict(name=f"{family.name}-tiny", types=has_types(family), opset=17)
+        for family in FAMILIES[1:]
+    },
+    "distilbert, eager at opset 13": dict(
+        name="distilbert-tiny", types=False, attention="eager", opset=13
+    ),
     "mpnet, static": dict(name="mpnet-tiny", types=False, dynamic=False),
 }
 

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers.family_models import has_types
 from helpers.foreign_forms import (
     TOLERANCE,
     causal,
@@ -18,6 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
 from bertile.export import exporter
+from bertile.families.family import AFTER_PADDING
+from bertile.families.table import FAMILIES
 from bertile.onnx import graph as onnx_graph
 from bertile.onnx import normalizer, probing, reader
 from bertile.onnx.samples import largest_difference, sample, session
@@ -102,23 +105,23 @@ def test_normalize_dynamo(tmp_path, attention, opset, dynamic):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "albert", "mpnet"])
+@pytest.mark.parametrize("family", FAMILIES[1:], ids=lambda family: family.name)
 def test_normalize_dynamo_of_each_family(tmp_path, family):
-    types = family in ("electra", "albert")
-    path = write(tmp_path / "m.onnx", f"{family}-tiny", dynamo=True, opset=20, types=types)
+    types = has_types(family)
+    path = write(tmp_path / "m.onnx", f"{family.name}-tiny", dynamo=True, opset=20, types=types)
     _, model = check(path, tmp_path)
     assert_canonical(model)
 
 
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "albert", "mpnet"])
+@pytest.mark.parametrize("family", FAMILIES[1:], ids=lambda family: family.name)
 def test_normalize_torchscript_of_each_family(tmp_path, family):
-    types = family in ("electra", "albert")
-    path = write(tmp_path / "m.onnx", f"{family}-tiny", types=types)
+    types = has_types(family)
+    path = write(tmp_path / "m.onnx", f"{family.name}-tiny", types=types)
     exported, model = check(path, tmp_path, ((1, 1), (3, 37), (1, 512)))
     assert_canonical(model)
     assert exported.max_length == 512
     assert [one.below for one in exported.inputs] == [1000, 2, 2][: 3 if types else 2]
-    assert operators(model).count("CumSum") == (family in ("roberta", "mpnet"))
+    assert operators(model).count("CumSum") == (family.positions == AFTER_PADDING)
 
 
 def test_normalize_folds_the_token_type_that_is_no_input(tmp_path):
@@ -191,7 +194,9 @@ def test_normalize_puts_large_weights_beside_the_model(tmp_path, plain, monkeypa
     assert data.stat().st_size == size > 1_000_000
 
 
-@pytest.mark.parametrize("family", ["roberta", "mpnet"])
+@pytest.mark.parametrize(
+    "family", [family.name for family in FAMILIES if family.positions == AFTER_PADDING]
+)
 def test_normalize_static_axes_of_other_positions(tmp_path, family):
     path = write(tmp_path / "m.onnx", f"{family}-tiny", types=False, dynamic=False)
     exported, model = check(path, tmp_path, ((2, 16),))

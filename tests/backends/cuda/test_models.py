@@ -9,11 +9,12 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import family_models
 
 from bertile import cuda_loader, driver, loader
 from bertile.base.errors import PlatformError
 from bertile.cli import main
-from bertile.config import Config
+from bertile.config import HEADS, Config
 from bertile.export import cached
 from bertile.onnx.exported import read
 from bertile.onnx.samples import largest_difference, run_onnx, sample
@@ -24,13 +25,8 @@ from bertile.verify.verifier import ON_GPU
 ROWS = [row.name for row in TABLE if row.gpu]
 SMALL = "synthetic:bert-tiny"
 FAMILIES = (
-    "roberta-tiny",
-    "distilbert-tiny:sequence-classification",
-    "electra-tiny:token-classification",
-    "albert-tiny",
-    "mpnet-tiny",
-    "bert-tiny:question-answering",
-    "bert-tiny:masked-lm",
+    *(f"{family}-tiny" for family in family_models.OTHERS),
+    *(f"bert-tiny:{head}" for head in HEADS if head not in ("encoder", "embedding")),
     "bert-odd",
 )
 
@@ -63,7 +59,7 @@ def check_bundle(path, name, precision, cache, fake_driver, tmp_path, monkeypatc
     monkeypatch.setenv("BERTILE_EMULATED_KERNELS", str(emulator.build(source, emulator.kept())))
     own = shutil.copyfile(fake_driver, tmp_path / "libcuda.so.1")
     exported = onnx_of(name, cache)
-    padding = 1 if exported.family in ("roberta", "mpnet") else 0
+    padding = family_models.padding_id(exported)
     with cuda_loader.load(path, driver=str(own)) as model:
         for batch, length in ((1, 1), (3, 37), (2, 16), (3, 37)):
             given = sample(exported.inputs, batch, length, padding, seed=length)

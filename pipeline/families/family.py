@@ -1,0 +1,81 @@
+"""Describes a family: what the rest of the program asks before it loads, exports or prunes a model.
+
+The methods take a transformers model and read its attributes, so that nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+FROM_ZERO = "from zero"
+# As fairseq does: the first real token has the position `padding_idx` + 1, and tokens that are the
+# padding id are not counted.
+AFTER_PADDING = "after padding"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of ``table.FAMILIES``.
+
+    name             as manifests and logs spell it
+    title            as README and the command line spell it
+    model_types      what `model_type` of config.json says; the first is its synthetic models'
+    layers           the linear layers of an encoder layer, by their names within it: Q, K, V, the
+                     attention's output, the first and the second of the feed-forward network
+    tiny             the configuration of synthetic:NAME-tiny, which tests take
+    sizes            the configurations of its other synthetic models, by name
+    positions        FROM_ZERO or AFTER_PADDING
+    token_types      whether its embeddings have a table of token types; one row is no input
+    optional_pooler  whether transformers' code takes a pooler that is None
+    prepare          changes a model in place so that its export shows what it computes; returns
+                     notes for people
+    auto_classes     by head, transformers' class that loads it, where that is not the usual one
+    """
+
+    name: str
+    title: str
+    model_types: tuple[str, ...]
+    layers: tuple[str, str, str, str, str, str]
+    tiny: Mapping[str, Any]
+    sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    positions: str = FROM_ZERO
+    token_types: bool = True
+    optional_pooler: bool = True
+    prepare: Callable[[Any], tuple[str, ...]] | None = None
+    auto_classes: Mapping[str, str] = field(default_factory=dict)
+
+    def padding_id(self, model: Any) -> int | None:
+        """The id behind which positions count; None where they count from zero."""
+        if self.positions == FROM_ZERO:
+            return None
+        return int(model.base_model.embeddings.padding_idx)
+
+    def max_length(self, model: Any) -> int:
+        """How many tokens a sequence may have: rows up to the padding id are never used."""
+        rows = model.config.max_position_embeddings
+        padding_id = self.padding_id(model)
+        return rows if padding_id is None else rows - padding_id - 1
+
+    def type_count(self, model: Any) -> int:
+        """How many token types there are; 0 for a family without them."""
+        return model.config.type_vocab_size if self.token_types else 0
+
+    def encoder_layers(self, model: Any) -> list[dict[str, Any]]:
+        """The linear layers of each encoder layer, in the order of `layers`, by their whole names.
+
+        An encoder layer lies wherever Q does, so that groups and shared layers need no rule.
+        """
+        modules = dict(model.base_model.named_modules())
+        query = f".{self.layers[0]}"
+        starts = [name.removesuffix(query) for name in modules if name.endswith(query)]
+        return [
+            {name: modules[name] for name in (f"{start}.{layer}" for layer in self.layers)}
+            for start in starts
+        ]
+
+    def synthetic(self) -> dict[str, tuple[str, Mapping[str, Any]]]:
+        """Its synthetic models: by name the model type and the configuration."""
+        sizes = {f"{self.name}-tiny": self.tiny, **self.sizes}
+        return {name: (self.model_types[0], values) for name, values in sizes.items()}

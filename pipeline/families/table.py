@@ -1,0 +1,202 @@
+"""Lists the families, one row each, and finds a model's row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bertile.families import ernie, layoutlm, mpnet
+from bertile.families.family import AFTER_PADDING, Family
+
+
+def _sizes(layers: int, hidden: int, heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+        "vocab_size": vocabulary,
+        **more,
+    }
+
+
+def _tiny(**more: Any) -> dict[str, Any]:
+    # A wide initialisation makes attention sharp: with 0.02 a two-layer model hardly looks at
+    # its input, and a wrong mask or position would drown in rounding.
+    sizes = _sizes(2, 128, 2, 1000, max_position_embeddings=512, initializer_range=0.1)
+    return {**sizes, **more}
+
+
+# 512 tokens behind padding id 1
+_AFTER_PADDING = {"max_position_embeddings": 514}
+_BERT_LAYERS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+
+FAMILIES = (
+    Family(
+        name="bert",
+        title="BERT / MiniLM",
+        model_types=("bert",),
+        layers=_BERT_LAYERS,
+        tiny=_tiny(),
+        sizes={
+            "bert-odd": _tiny(hidden_size=312, num_attention_heads=12, intermediate_size=1200),
+            "minilm": _sizes(6, 384, 12, 30522),
+            "bert-base": _sizes(12, 768, 12, 30522),
+            "bert-large": _sizes(24, 1024, 16, 30522),
+        },
+    ),
+    Family(
+        name="roberta",
+        title="RoBERTa / XLM-R / CamemBERT",
+        model_types=("roberta", "xlm-roberta", "camembert"),
+        layers=_BERT_LAYERS,
+        positions=AFTER_PADDING,
+        tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
+        sizes={
+            "roberta-base": _sizes(
+                12, 768, 12, 50265, type_vocab_size=1, layer_norm_eps=1e-5, **_AFTER_PADDING
+            ),
+        },
+    ),
+    Family(
+        name="distilbert",
+        title="DistilBERT",
+        model_types=("distilbert",),
+        layers=(
+            "attention.q_lin",
+            "attention.k_lin",
+            "attention.v_lin",
+            "attention.out_lin",
+            "ffn.lin1",
+            "ffn.lin2",
+        ),
+        token_types=False,
+        # Its sizes are called n_layers, dim, …; its config accepts the common names through an
+        # attribute map except for the feed-forward size.
+        tiny=_tiny(hidden_dim=512),
+        sizes={"distilbert-base": _sizes(6, 768, 12, 30522, hidden_dim=3072)},
+    ),
+    Family(
+        name="electra",
+        title="ELECTRA",
+        model_types=("electra",),
+        layers=_BERT_LAYERS,
+        tiny=_tiny(embedding_size=64),
+    ),
+    Family(
+        name="albert",
+        title="ALBERT",
+        model_types=("albert",),
+        layers=(
+            "attention.query",
+            "attention.key",
+            "attention.value",
+            "attention.dense",
+            "ffn",
+            "ffn_output",
+        ),
+        tiny=_tiny(embedding_size=64, pad_token_id=0),
+    ),
+    Family(
+        name="mpnet",
+        title="MPNet",
+        model_types=("mpnet",),
+        layers=(
+            "attention.attn.q",
+            "attention.attn.k",
+            "attention.attn.v",
+            "attention.attn.o",
+            "intermediate.dense",
+            "output.dense",
+        ),
+        positions=AFTER_PADDING,
+        token_types=False,
+        prepare=mpnet.tabulate_bias,
+        tiny=_tiny(**_AFTER_PADDING),
+    ),
+    Family(
+        name="ernie",
+        title="ERNIE",
+        model_types=("ernie",),
+        layers=_BERT_LAYERS,
+        prepare=ernie.fold_task_type,
+        tiny=_tiny(use_task_id=True),
+    ),
+    Family(
+        name="data2vec-text",
+        title="data2vec-text",
+        model_types=("data2vec-text",),
+        layers=_BERT_LAYERS,
+        positions=AFTER_PADDING,
+        tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
+    ),
+    Family(
+        name="megatron-bert",
+        title="MegatronBERT",
+        model_types=("megatron-bert",),
+        layers=_BERT_LAYERS,
+        tiny=_tiny(),
+    ),
+    Family(
+        name="roberta-prelayernorm",
+        title="RoBERTa-PreLayerNorm",
+        model_types=("roberta-prelayernorm",),
+        layers=_BERT_LAYERS,
+        positions=AFTER_PADDING,
+        tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
+    ),
+    Family(
+        name="rembert",
+        title="RemBERT",
+        model_types=("rembert",),
+        layers=_BERT_LAYERS,
+        tiny=_tiny(input_embedding_size=48, output_embedding_size=192),
+    ),
+    Family(
+        name="layoutlm",
+        title="LayoutLM without boxes",
+        model_types=("layoutlm",),
+        layers=_BERT_LAYERS,
+        optional_pooler=False,
+        prepare=layoutlm.leave_boxes_out,
+        auto_classes={"question-answering": "AutoModelForDocumentQuestionAnswering"},
+        tiny=_tiny(max_2d_position_embeddings=64),
+    ),
+)
+
+
+def named(name: str) -> Family:
+    """The row of that name, which a loaded model's checkpoint carries."""
+    return next(family for family in FAMILIES if family.name == name)
+
+
+def of_type(model_type: Any) -> Family | None:
+    """The row that a config.json's `model_type` belongs to; None where there is none."""
+    return next((family for family in FAMILIES if model_type in family.model_types), None)
+
+
+def supporting(model_type: Any, source: str) -> Family:
+    """The same; ModelError, naming `source`, where there is none."""
+    family = of_type(model_type)
+    if family is None:
+        from bertile.base.errors import (
+            ModelError,  # brings numpy, which `bertile --help` does without
+        )
+
+        types = [supported for family in FAMILIES for supported in family.model_types]
+        raise ModelError(
+            f"'{source}' is a model of type '{model_type}', which is unsupported",
+            f"supported: {', '.join(types)}",
+        )
+    return family
+
+
+def titles() -> str:
+    """All families as a sentence lists them."""
+    return ", ".join(family.title for family in FAMILIES)

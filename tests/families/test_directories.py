@@ -1,0 +1,54 @@
+"""What save_pretrained writes of each family, through the whole program, against torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import family_models
+
+import bertile
+from bertile import loader
+from bertile.config import HEADS, Config
+from bertile.onnx.samples import largest_difference, sample
+
+SHAPES = ((1, 1), (1, 511), (7, 33), (3, 16))
+TOLERANCE = 5e-5  # two layers in float32, relative to the largest value of the output
+
+
+def compiled(name: str, head: str, stages: str, output) -> loader.Model:
+    config = Config(head=head, cache_dir=stages)
+    bertile.compile(str(family_models.directory(name, head, stages)), output, config)
+    return bertile.load(output)
+
+
+def assert_equals_torch(model: loader.Model, name: str, head: str, stages: str) -> None:
+    exported = family_models.exported(name, head, stages)
+    untouched, padding = family_models.untouched(name, head), family_models.padding_id(exported)
+    for batch, length in SHAPES:
+        arrays = sample(exported.inputs, batch, length, padding, seed=length)
+        got, want = model(**arrays), family_models.torch_outputs(untouched, head, arrays)
+        assert set(got) <= set(want)
+        for output, value in got.items():
+            difference = largest_difference(value, want[output], arrays["attention_mask"])
+            limit = TOLERANCE * max(1, np.abs(want[output]).max())
+            assert difference <= limit, (output, batch, length)
+
+
+@pytest.mark.parametrize("family", family_models.NAMES)
+def test_directory_compiles_and_equals_torch(family, stages, tmp_path):
+    name = f"{family}-tiny"
+    model = compiled(name, "encoder", stages, tmp_path / "bundle")
+    assert_equals_torch(model, name, "encoder", stages)
+    assert model.manifest["model"]["family"] == family
+    kinds = {kernel["operation"] for kernel in model.manifest["kernels"]}
+    assert {"dense", "attention", "layer_norm"} <= kinds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "encoder"])
+@pytest.mark.parametrize("family", family_models.NAMES)
+def test_every_head_of_a_directory_equals_torch(family, head, stages, tmp_path):
+    name = f"{family}-tiny"
+    model = compiled(name, head, stages, tmp_path / "bundle")
+    assert_equals_torch(model, name, head, stages)
+    assert model.manifest["model"]["head"] == head

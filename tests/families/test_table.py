@@ -1,0 +1,144 @@
+"""The table of families against transformers, README and the command line; and that all ask it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import family_models
+
+from bertile.cli import main
+from bertile.families.table import FAMILIES, named, of_type, titles
+
+ROOT = Path(__file__).parent.parent.parent
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+# Strings that are a family's name and mean something else.
+OTHER_MEANINGS = {
+    ("pipeline/peer_models.py", "bert"): "ONNX Runtime's name for its own fusions",
+}
+
+
+def test_names_types_and_synthetic_models_belong_to_one_family():
+    for values in (
+        [family.name for family in FAMILIES],
+        [family.title for family in FAMILIES],
+        [model_type for family in FAMILIES for model_type in family.model_types],
+        [name for family in FAMILIES for name in family.synthetic()],
+    ):
+        assert len(values) == len(set(values))
+
+
+@each_family
+def test_row_is_found_by_name_and_by_type(family):
+    assert named(family.name) is family
+    assert all(of_type(model_type) is family for model_type in family.model_types)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None, ["bert"], 3])
+def test_other_types_have_no_row(model_type):
+    assert of_type(model_type) is None
+
+
+@each_family
+def test_types_are_known_to_transformers(family):
+    transformers = pytest.importorskip("transformers")
+    for model_type in family.model_types:
+        assert transformers.AutoConfig.for_model(model_type).model_type == model_type
+
+
+@each_family
+def test_layers_are_linear_and_in_their_order(family):
+    layers = family.encoder_layers(family_models.untouched(f"{family.name}-tiny"))
+    assert layers
+    for layer in layers:
+        linears = list(layer.values())
+        assert all(isinstance(linear, torch.nn.Linear) for linear in linears)
+        sizes = [(linear.in_features, linear.out_features) for linear in linears]
+        assert sizes == [*[(128, 128)] * 4, (128, 512), (512, 128)]
+        assert [name.endswith(f".{own}") for name, own in zip(layer, family.layers)] == [True] * 6
+
+
+@each_family
+def test_max_length_is_the_longest_that_torch_takes(family):
+    model = family_models.untouched(f"{family.name}-tiny")
+    longest = family.max_length(model)
+    model(input_ids=torch.full((1, longest), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 7))
+
+
+@each_family
+def test_positions_depend_on_padding_as_the_row_says(family):
+    """An id that is the padding id shifts the positions of those behind it, or does not."""
+    model = family_models.untouched(f"{family.name}-tiny")
+    looked_up = []
+    table = model.base_model.embeddings.position_embeddings
+    table.register_forward_pre_hook(lambda _, ids: looked_up.extend(ids[0][0].tolist()))
+    padding_id = family.padding_id(model)
+    ids = [7, 1 if padding_id is None else padding_id, 7]
+    model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, 3))
+    after = None if padding_id is None else [padding_id + 1, padding_id, padding_id + 2]
+    assert looked_up == (after or [0, 1, 2])
+
+
+def test_readme_lists_the_families():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"Families: {titles()}. Heads:" in text
+
+
+def test_help_lists_the_families(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["--help"])
+    assert f"libraries: {titles()}." in " ".join(capsys.readouterr().out.split())
+
+
+def test_table_is_read_without_torch_and_numpy():
+    heavy = "{'torch', 'transformers', 'numpy'}"
+    code = f"import bertile.families.table, sys; print({heavy} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+def test_families_import_errors_alone():
+    imported = set()
+    for file in (ROOT / "pipeline" / "families").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.ImportFrom):
+                imported.add(node.module)
+            elif isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+    ours = {name for name in imported if name.split(".")[0] == "bertile"}
+    others = {name for name in ours if not name.startswith("bertile.families")}
+    assert others == {"bertile.base.errors"}
+
+
+NAMES = {name for family in FAMILIES for name in (family.name, *family.model_types)}
+
+
+def test_nothing_outside_the_table_names_a_family():
+    """What differs by family is asked of its row, so that a new row is all that a family takes."""
+    named_elsewhere = {
+        (file.relative_to(ROOT).as_posix(), node.value)
+        for file in (ROOT / "pipeline").rglob("*.py")
+        if file.parent.name != "families"
+        for node in ast.walk(ast.parse(file.read_bytes()))
+        if isinstance(node, ast.Constant) and node.value in NAMES
+    }
+    assert named_elsewhere == set(OTHER_MEANINGS)
+
+
+def test_tests_list_no_families_of_their_own():
+    """Tests may name one family, but a list of several would miss the next row."""
+    lists = []
+    for file in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            parts = node.elts if isinstance(node, (ast.Tuple, ast.List, ast.Set)) else []
+            parts = node.keys if isinstance(node, ast.Dict) else parts
+            values = {part.value for part in parts if isinstance(part, ast.Constant)}
+            if len(values & NAMES) > 1:
+                lists.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert lists == []
