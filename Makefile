@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUNDLE ?= out/minilm
 # Of the tests: files side by side, since what the tests of one file share takes long to make.
 WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
+# The page that holds what `make bench`, `bench-…` and `ingest-cuda` have measured.
+RESULTS ?= pipeline/bench/RESULTS.md
 # What `make bench` times; `make bench MODELS=minilm LENGTHS=128` is a short one.
 MODELS ?= minilm synthetic:distilbert-base synthetic:bert-base synthetic:bert-large
 BATCHES ?= 1,8
@@ -40,9 +42,9 @@ help:
 	@echo "make test       the tests (some minutes); make test-slow has the long ones too"
 	@echo "make test-arm   bundles for ARM, run under QEMU, and compared with this machine's"
 	@echo "make lint       ruff; make format lets it rewrite"
-	@echo "make bench      time models beside ONNX Runtime, OpenVINO and PyTorch, into README.md"
+	@echo "make bench      time models beside ONNX Runtime, OpenVINO and PyTorch; tables into $(RESULTS)"
 	@echo "make bench-precisions   the same in int8 and bf16, with DeepSparse"
-	@echo "make bench-sparse   pruned models beside peers, and time against sparsity, into README.md"
+	@echo "make bench-sparse   pruned models beside peers, and time against sparsity, into $(RESULTS)"
 	@echo "make bench-tuning   tune a model from an empty log, compare with the shipped one (10 min)"
 	@echo "make pack-cuda    all that a machine with a GPU measures, to be carried there (20 min)"
 	@echo "make bench-cuda   measure it, on that machine; make ingest-cuda, its results at home"
@@ -88,19 +90,19 @@ format: $(VENV)/.installed
 bench: $(VENV)/.bench
 	@$(BIN)/bertile bench $(MODELS) --against onnxruntime,openvino,torch \
 	  --batch $(BATCHES) --length $(LENGTHS) --repeat $(REPEAT) --startup --markdown \
-	  --update-readme README.md
+	  --into $(RESULTS)
 
 # int8 and bf16 beside the peers' forms of the same; DeepSparse comes into the cache at its first use.
 bench-precisions: $(VENV)/.bench
 	@for precision in int8 bf16; do \
 	  $(BIN)/bertile bench $(MODELS) --precision $$precision \
 	    --against onnxruntime,openvino,torch,deepsparse --batch $(BATCHES) --length $(LENGTHS) \
-	    --repeat $(REPEAT) --markdown --update-readme README.md || exit; done
+	    --repeat $(REPEAT) --markdown --into $(RESULTS) || exit; done
 
-# Table into the README, curve (.svg, .csv) beside the module that draws it; peers get the same zeros.
+# Table into RESULTS, curve (.svg, .csv) beside the module that draws it; peers get the same zeros.
 bench-sparse: $(VENV)/.bench
 	@$(BIN)/python -m bertile.studies.sparse_bench --model $(SPARSE_MODEL) --repeat $(REPEAT) \
-	  --update-readme README.md -o pipeline/studies
+	  --into $(RESULTS) -o pipeline/studies
 
 # "bertile / it" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.
 bench-tuning: $(VENV)/.bench
@@ -113,7 +115,8 @@ bench-tuning: $(VENV)/.bench
 	@$(BIN)/bertile compile $(TUNING_MODEL) -q --no-shipped-log --log-dir $(TUNING)/log \
 	  -o $(TUNING)/quick
 	@$(BIN)/bertile bench $(TUNING)/quick \
-	  --against $(TUNING)/shipped,$(TUNING)/untuned,onnxruntime
+	  --against $(TUNING)/shipped,$(TUNING)/untuned,onnxruntime --markdown \
+	  --into "$(RESULTS)#bench-tuning"
 
 # torch first and by itself: the packages behind it take any torch that they find in place.
 $(VENV)/.installed: pyproject.toml
@@ -170,11 +173,11 @@ pack-cuda: $(VENV)/.installed
 bench-cuda:
 	@sh $(CUDA)/gpu_session.sh $(CUDA) $(CUDA)/results
 
-# Times of candidates into the log (make pack-cuda then packs the next ones), the table into README.md.
+# Times of candidates into the log (make pack-cuda then packs the next ones), the table into RESULTS.
 ingest-cuda: $(VENV)/.installed
 	@$(BIN)/bertile tune --ingest $(wildcard $(CUDA)/results/round-*.jsonl) --log-dir tuning_logs
 	@$(BIN)/python -m bertile.studies.cuda_package --table $(CUDA)/results/compiled.json \
-	  --update-readme README.md
+	  --into $(RESULTS)
 
 clean:
 	@rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Reports of the benchmark come in; a table as text, Markdown, CSV or in the README goes out."""
+"""Writes the benchmark's reports as a table: text, Markdown, CSV, or a block of a page."""
 
 from __future__ import annotations
 
@@ -89,13 +89,16 @@ def facts(reports: Sequence[Report], columns: str = MEANINGS) -> str:
     return "\n".join([*lines, *(f"{note[0].upper()}{note[1:]}." for note in notes)])
 
 
-def update_readme(path: Path, reports: Sequence[Report], command: str) -> None:
-    """Put the table between the markers of a file, <!-- bench --> for float32 and those of the
-    precision for another; UsageError where it lacks them.
+def write_table(place: str, reports: Sequence[Report], command: str) -> None:
+    """Put the table into a page: ``FILE#NAME`` at the markers of that name, ``FILE`` alone at
+    <!-- bench --> for float32 and at <!-- bench-PRECISION --> for another precision.
+
+    UsageError where the page lacks the markers.
     """
-    text = f"{as_table(reports, markdown=True)}\n\nMade by `{command}`."
+    path, _, name = place.partition("#")
     precision = next(r["precision"] for r in reports[0]["rows"] if r["engine"] == "bertile")
-    write_block(path, "bench" if precision == "fp32" else f"bench-{precision}", text)
+    name = name or ("bench" if precision == "fp32" else f"bench-{precision}")
+    write_block(Path(path), name, f"{as_table(reports, markdown=True)}\n\nMade by `{command}`.")
 
 
 def write_block(path: Path, name: str, content: str) -> None:
@@ -104,15 +107,15 @@ def write_block(path: Path, name: str, content: str) -> None:
     """
     text = path.read_text(encoding="utf-8")
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    found = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if len(found.findall(text)) != 1:
+    block = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    if len(block.findall(text)) != 1:
         raise UsageError(
             f"{path} has no place for the table", f"write {start} and {end} into it once, in order"
         )
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    block = f"{start}\n{content}\n{end}"
+    written = f"{start}\n{content}\n{end}"
     try:
-        beside.write_text(found.sub(lambda _: block, text), encoding="utf-8")
+        beside.write_text(block.sub(lambda _: written, text), encoding="utf-8")
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -40,8 +40,8 @@ def find(row: Target, source: str | None = None, cache_dir: str | None = None) -
     if "musl" in row.triple:
         raise PlatformError(
             "there are no TVM runtime libraries for musl",
-            "build them, or take those for glibc with what README.md says that they want on musl,"
-            " and give their directory with --runtime-from",
+            "build them, or take those for glibc with what pipeline/bundle/README.md says that they"
+            " want on musl, and give their directory with --runtime-from",
         )
     if row.arch == platform.machine():
         versions = [str(path) for path in find_runtime()]

@@ -13,6 +13,10 @@ PEERS = (
     "onnxruntime (default), openvino, torch, deepsparse, each in the bundle's precision, or in"
     " another as openvino:bf16; another bundle's directory; or none; with blanks or commas between"
 )
+INTO = (
+    "put the tables into a page, at <!-- bench -->, <!-- bench-PRECISION --> or <!-- NAME -->"
+    " (--update-readme is its old name)"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form("--markdown", action="store_true", help="print the tables as Markdown")
     form("--csv", action="store_true", help="print every number of the first table as CSV")
     add("--startup", action="store_true", help="a second table: new processes, time and memory")
-    add("--update-readme", metavar="FILE", help="put it between its markers: <!-- bench -->")
+    add("--into", "--update-readme", metavar="FILE[#NAME]", help=INTO)
 
 
 def run(options: argparse.Namespace, config: Any, progress: Any) -> tuple[Any, str]:
@@ -47,9 +51,9 @@ def run(options: argparse.Namespace, config: Any, progress: Any) -> tuple[Any, s
         repeat=options.repeat,
         startup=options.startup,
     )
-    if options.update_readme:
+    if options.into:
         command = shlex.join(["bertile", *sys.argv[1:]])
-        result_tables.update_readme(Path(options.update_readme), reports, command)
+        result_tables.write_table(options.into, reports, command)
     text = (
         result_tables.as_csv(reports)
         if options.csv

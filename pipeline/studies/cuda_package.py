@@ -3,7 +3,7 @@ and the result of the bench as a table.
 
     python -m bertile.studies.cuda_package -o bench.tar.xz --target cuda-sm90
     python -m bertile.studies.cuda_package --checks checks.tar.xz --target cuda-sm90
-    python -m bertile.studies.cuda_package --table RESULT.json --update-readme README.md
+    python -m bertile.studies.cuda_package --table RESULT.json --into pipeline/bench/RESULTS.md
 
 All layers of the model hold the values of one, and its vocabulary those of some thousand words:
 stored once each by a compressor that remembers that far back, 220 MB of weights travel as 14. In
@@ -164,7 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", default="cuda-sm90")
     parser.add_argument("--model", default="bert-base", choices=sorted(synthetic.SYNTHETIC))
     parser.add_argument("--table", metavar="RESULT", nargs="+", help="show what cuda_bench wrote")
-    parser.add_argument("--update-readme", metavar="FILE", help="put it at <!-- bench-cuda -->")
+    parser.add_argument(
+        "--into", "--update-readme", metavar="FILE", help="put it at <!-- bench-cuda --> of a page"
+    )
     options = parser.parse_args(arguments)
     if options.output:
         count = write(Path(options.output), options.target, options.model)
@@ -173,10 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         count = write_checks(Path(options.checks), options.target)
         print(f"{options.checks}: {count / 1e6:.1f} MB")
     elif options.table:
-        text = as_text(merged(options.table), markdown=bool(options.update_readme))
+        text = as_text(merged(options.table), markdown=bool(options.into))
         print(text)
-        if options.update_readme:
-            result_tables.write_block(Path(options.update_readme), "bench-cuda", text)
+        if options.into:
+            result_tables.write_block(Path(options.into), "bench-cuda", text)
     else:
         raise UsageError("there is nothing to do", "give -o FILE, --checks FILE or --table RESULT")
 

@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--case", metavar="TARGET:PRECISION", nargs="+", help="of these rows instead")
     add("--log-dir", metavar="DIR", help="your own tuning logs, whose choice of knobs is looked at")
-    add("--markdown", action="store_true", help="a table for the README")
+    add("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args(arguments)
     say = Progress().say
     log = TuningLog.open(options.log_dir, say)

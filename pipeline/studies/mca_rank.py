@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--threads", metavar="N", type=int, default=1, help="cores to use (default: 1)")
     add("--precision", metavar="NAME", nargs="+", default=PRECISIONS, help="of the layers")
     add("--settings", metavar="N", type=int, default=SETTINGS, help="choices of knobs of each task")
-    add("--markdown", action="store_true", help="a table for the README")
+    add("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args(arguments)
     loader.set_thread_defaults()
     row, progress = targets.resolve("native", options.threads), Progress()

@@ -1,13 +1,14 @@
 """A synthetic model comes in, pruned to several degrees; how fast it is beside other engines on the
 same weights goes out: a table, a curve, and where the time goes.
 
-python -m bertile.studies.sparse_bench --update-readme README.md -o pipeline/studies
+python -m bertile.studies.sparse_bench --into pipeline/bench/RESULTS.md -o pipeline/studies
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import sys
 from collections import defaultdict
@@ -145,8 +146,14 @@ def crossovers(curves: Sequence[Sequence[Row]]) -> str:
     )
 
 
+def image(path: Path, page: Path) -> str:
+    """Markdown that shows an image in a page, by its way from there."""
+    way = Path(os.path.relpath(path, page.parent))
+    return f"![Time against sparsity]({way.as_posix()})"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, write the curve's files, and print or put into the README what was found."""
+    """Measure, write the curve's files, and print what was found, or put it into a page."""
     options = _parser().parse_args(arguments)
     progress, model, output = Progress(), options.model, Path(options.output)
     config = Config(
@@ -169,17 +176,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = [case for case in CASES if case.length <= options.longest]
     results = run_cases(model, cases, config, progress, against=against, repeat=options.repeat)
     spent = sentence(shares(model, cases[1], config, progress), cases[1])
-    readme = options.update_readme and Path(options.update_readme)
+    page = options.into and Path(options.into)
     block = [
-        as_table(results, markdown=bool(readme)),
+        as_table(results, markdown=bool(page)),
         result_tables.facts([report for _, report in results], MEANINGS),
-        *((f"![Time against sparsity]({(output / NAME).as_posix()}.svg)",) if readme else ()),
+        *((image(output / f"{NAME}.svg", page),) if page else ()),
         crossovers(curves),
         spent,
     ]
-    if readme:
+    if page:
         command = shlex.join(["python", "-m", __spec__.name, *(arguments or sys.argv[1:])])
-        result_tables.write_block(readme, "bench-sparse", "\n\n".join([*block, f"`{command}`"]))
+        result_tables.write_block(page, "bench-sparse", "\n\n".join([*block, f"`{command}`"]))
     print("\n\n".join(block))
 
 
@@ -195,7 +202,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", metavar="N", type=int, help="cores to use")
     add("--log-dir", metavar="DIR", help="your own tuning logs")
     add("-o", "--output", metavar="DIR", default="out/sparse", help="for the curve's two files")
-    add("--update-readme", metavar="FILE", help="put the result between <!-- bench-sparse --> …")
+    add(
+        "--into",
+        "--update-readme",
+        metavar="FILE",
+        help="put it at <!-- bench-sparse --> of a page",
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's report as text, Markdown and CSV, and its place in the README."""
+"""The benchmark's report as text, Markdown and CSV, and its place in a page."""
 
 from __future__ import annotations
 
@@ -101,30 +101,32 @@ def test_facts_say_that_the_machine_was_busy_and_what_was_left_out() -> None:
     assert "busy" not in result_tables.facts([report()])
 
 
-def test_readme_is_changed_between_the_markers_alone(tmp_path: Path) -> None:
-    path = tmp_path / "README.md"
+def test_page_is_changed_between_the_markers_alone(tmp_path: Path) -> None:
+    path = tmp_path / "RESULTS.md"
     path.write_text("above\n<!-- bench -->\nold \\1\n<!-- /bench -->\nbelow\n")
     for _ in range(2):
-        result_tables.update_readme(path, [report()], "bertile bench \\1 minilm")
+        result_tables.write_table(str(path), [report()], "bertile bench \\1 minilm")
     text = path.read_text()
     assert text.startswith("above\n<!-- bench -->\n| model") and text.endswith("-->\nbelow\n")
     assert "old" not in text and "`bertile bench \\1 minilm`" in text and "2026-01-01" in text
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_readme_has_a_place_for_each_precision(tmp_path: Path) -> None:
-    path = tmp_path / "README.md"
-    path.write_text("<!-- bench -->\n<!-- /bench -->\n<!-- bench-int8 -->\n<!-- /bench-int8 -->\n")
+@pytest.mark.parametrize("name", ["bench-int8", "bench-tuning"])
+def test_page_has_a_place_for_each_precision_and_for_any_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "RESULTS.md"
+    path.write_text(f"<!-- bench -->\n<!-- /bench -->\n<!-- {name} -->\n<!-- /{name} -->\n")
     rows = [{**one, "precision": "int8"} for one in report()["rows"]]
-    result_tables.update_readme(path, [report(rows=rows)], "bertile bench --precision int8")
-    before, after = path.read_text().split("<!-- bench-int8 -->")
+    place = str(path) if name == "bench-int8" else f"{path}#{name}"
+    result_tables.write_table(place, [report(rows=rows)], "bertile bench --precision int8")
+    before, after = path.read_text().split(f"<!-- {name} -->")
     assert "| model" in after and "| model" not in before
 
 
 @pytest.mark.parametrize("text", ["", "<!-- /bench --> <!-- bench -->", "<!-- bench -->"])
-def test_readme_without_markers_is_left_alone(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "README.md"
+def test_page_without_markers_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "RESULTS.md"
     path.write_text(text)
     with pytest.raises(UsageError, match="has no place for the table"):
-        result_tables.update_readme(path, [report()], "bertile bench")
+        result_tables.write_table(str(path), [report()], "bertile bench")
     assert path.read_text() == text

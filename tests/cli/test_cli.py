@@ -109,6 +109,11 @@ def test_usage_mistakes_are_one_line_and_exit_code_2(
     assert message in err and err.startswith("bertile: ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["--into", "--update-readme"])
+def test_bench_writes_into_a_page_by_either_name_of_the_flag(flag: str) -> None:
+    assert main._parse(["bench", "minilm", flag, "RESULTS.md"]).into == "RESULTS.md"
+
+
 def test_compile_hands_the_config_on_and_prints_a_table(
     driver: SimpleNamespace, capsys: pytest.CaptureFixture
 ) -> None:

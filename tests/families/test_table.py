@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 # Strings that are a family's name and mean something else.
 OTHER_MEANINGS = {
-    ("pipeline/peer_models.py", "bert"): "ONNX Runtime's name for its own fusions",
+    ("pipeline/bench/peer_models.py", "bert"): "ONNX Runtime's name for its own fusions",
 }
 
 
@@ -85,9 +85,15 @@ def test_positions_depend_on_padding_as_the_row_says(family):
     assert looked_up == (after or [0, 1, 2])
 
 
-def test_readme_lists_the_families():
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"Families: {titles()}. Heads:" in text
+def test_page_of_exports_lists_the_families():
+    text = (ROOT / "pipeline" / "export" / "README.md").read_text(encoding="utf-8")
+    assert f"**Families:** {titles()}." in " ".join(text.split())
+
+
+def test_readme_has_every_family():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    titles = {part for family in FAMILIES for part in family.title.split(" / ")}
+    assert {title for title in titles if title not in text} == set()
 
 
 def test_help_lists_the_families(capsys):

@@ -61,10 +61,10 @@ def test_rows_and_table_of_a_run_on_this_processor(model, tmp_path, monkeypatch,
     assert rows[0]["lengths"] == [128] and rows[0]["call_ms"] == 0.75
     assert sorted(rows[2]["lengths"]) == [8, 48, 88, 128]
     assert rows[2]["call_ms"] is None and rows[2]["limit"] == 0.6
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- bench-cuda -->\n<!-- /bench-cuda -->\n")
-    cuda_package.main(["--table", str(output), "--update-readme", str(readme)])
-    table = readme.read_text()
+    page = tmp_path / "RESULTS.md"
+    page.write_text("<!-- bench-cuda -->\n<!-- /bench-cuda -->\n")
+    cuda_package.main(["--table", str(output), "--into", str(page)])
+    table = page.read_text()
     assert "| batch 1 " in table and "| Bertile fp16 " in table and "torch" in table
 
 

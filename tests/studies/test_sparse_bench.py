@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,13 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     monkeypatch.setattr(sparse_bench.benchmark, "bench_models", run)
     return asked
+
+
+def test_curve_is_linked_by_its_way_from_the_page() -> None:
+    curve = Path("pipeline/studies/sparse_curve.svg")
+    shown = sparse_bench.image(curve, Path("pipeline/bench/RESULTS.md"))
+    assert shown == "![Time against sparsity](../studies/sparse_curve.svg)"
+    assert "](pipeline/studies/sparse_curve.svg)" in sparse_bench.image(curve, Path("README.md"))
 
 
 def test_cases_of_one_model_and_batch_are_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
