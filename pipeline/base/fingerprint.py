@@ -1,4 +1,4 @@
-"""Content hashes: of files, of what a stage's result depends on in Bertile's own source."""
+"""Hashes files, and what a stage's result depends on in Bertile's own source."""
 
 from __future__ import annotations
 
@@ -26,32 +26,49 @@ def hash_path(path: Path) -> str:
 
 
 @cache
-def source_hash(module: str) -> str:
-    """SHA-256 of a bertile module's source and of all bertile modules that it reaches by import."""
-    if _source_file(module) is None:
-        raise ValueError(f"there is no module {module}")
-    digest, seen, queue = hashlib.sha256(), set(), [module]
-    while queue:
-        name = queue.pop()
-        file = _source_file(name)
-        if name in seen or file is None:
-            continue
-        seen.add(name)
-        queue.extend(_imports(name, file))
-    for name in sorted(seen):
-        digest.update(f"{name}\0{_hash_file(_source_file(name))}\n".encode())
+def source_hash(*modules: str) -> str:
+    """SHA-256 of the source of bertile modules and of all bertile modules that they reach."""
+    digest = hashlib.sha256()
+    for name, file in closure(*modules).items():
+        digest.update(f"{name}\0{_hash_file(file)}\n".encode())
     return digest.hexdigest()
 
 
+def closure(*modules: str) -> dict[str, Path]:
+    """These bertile modules and all that they reach by import, sorted by name, with their files.
+
+    Imports within functions count, those for type checkers alone do not. ValueError for a name
+    that is no module.
+    """
+    for module in modules:
+        if _source_file(module) is None:
+            raise ValueError(f"there is no module {module}")
+    reached: dict[str, Path] = {}
+    queue = list(modules)
+    while queue:
+        name = queue.pop()
+        file = _source_file(name)
+        if name not in reached and file is not None:
+            reached[name] = file
+            queue.extend(_imports(name, file))
+    return dict(sorted(reached.items()))
+
+
 def _imports(name: str, file: Path) -> list[str]:
-    found = [name.rpartition(".")[0]] if "." in name else []
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    names = [name.rpartition(".")[0]] if "." in name else []
+    queue: list[ast.AST] = [ast.parse(file.read_bytes())]
+    while queue:
+        node = queue.pop()
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            # `from bertile.passes import fuse_qkv` names a module or something within one
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [one for one in found if one.split(".")[0] == "bertile"]
+            # `from bertile.graph.passes import fuse_qkv` names a module or something within one
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            queue.extend(node.orelse)
+        else:
+            queue.extend(ast.iter_child_nodes(node))
+    return [name for name in names if name.split(".")[0] == "bertile"]
 
 
 def _source_file(module: str) -> Path | None:

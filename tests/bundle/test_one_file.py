@@ -38,7 +38,7 @@ def imported(path: Path) -> ModuleType:
 @pytest.mark.parametrize("name", JOINED)
 def test_bundle_has_the_joined_file_byte_for_byte_whoever_joins_it(name, directory):
     code = (
-        "import sys; from bertile import one_file;"
+        "import sys; from bertile.bundle import one_file;"
         f" sys.stdout.buffer.write(one_file.{Path(name).stem}().encode())"
     )
     for seed in ("0", "1"):

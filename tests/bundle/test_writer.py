@@ -197,7 +197,7 @@ import resource, signal, sys
 import numpy as np
 from pathlib import Path
 from bertile import bundle
-from bertile.errors import BertileError
+from bertile.base.errors import BertileError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # a file cannot grow beyond this
 params = {{"big": np.zeros(100_000, np.float32)}}

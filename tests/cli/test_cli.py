@@ -58,8 +58,8 @@ def call(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from bertile import cli\n"
-        "try: cli.main(['compile', '--help'])\n"
+        "import sys; from bertile.cli import main\n"
+        "try: main.main(['compile', '--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy', 'tvm', 'tvm_ffi', 'torch',"
         " 'onnx', 'transformers', 'onnxruntime', 'multiprocessing', 'ctypes'}))"

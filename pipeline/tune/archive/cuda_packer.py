@@ -17,12 +17,13 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
+from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import PlatformError
+from bertile.base.fingerprint import closure
 from bertile.base.progress import Progress
 from bertile.codegen.cuda.candidates import build
 from bertile.loader import available_cores
@@ -32,16 +33,19 @@ from bertile.targets.rows import Target
 from bertile.tune.measure.cuda import rates
 from bertile.tune.search import tuner
 
-PACKAGES = (
-    *("bertile", "bertile.cuda", "bertile.loading", "bertile.loading.cuda"),
-    *("bertile.schedules", "bertile.schedules.cuda"),
+# What runs on the other machine: the command, the process that it starts for its trials, and the
+# schedules, which are found by the kind of machine.
+ROOTS = (
+    "bertile.tune.measure.cuda.measure",
+    "bertile.tune.measure.cuda.trial",
+    "bertile.schedules.cuda",
 )
 MAIN = """import os
 import sys
 
 if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.path.abspath(sys.argv[0])  # of the processes that try candidates
-    from bertile.cuda.measure import main
+    from bertile.tune.measure.cuda.measure import main
 
     sys.exit(main(sys.argv[0], sys.argv[1:]))
 """
@@ -113,7 +117,13 @@ class CudaPack:
 
 def sources() -> Iterator[tuple[str, bytes]]:
     """The modules that measuring takes, none of which needs TVM, by their names in an archive."""
-    for package in PACKAGES:
-        place = Path(import_module(package).__path__[0])
-        for file in sorted([*place.glob("*.py"), *place.glob("*.cuh")]):
-            yield f"{package.replace('.', '/')}/{file.name}", file.read_bytes()
+    for module, file in closure(*ROOTS).items():
+        place = module.replace(".", "/")
+        yield (
+            f"{place}/__init__.py" if file.name == "__init__.py" else f"{place}.py",
+            file.read_bytes(),
+        )
+    kernels = files("bertile.schedules.cuda")
+    for file in sorted(kernels.iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".cuh"):
+            yield f"bertile/schedules/cuda/{file.name}", file.read_bytes()

@@ -32,7 +32,7 @@ PYTHON = ROOT / "usr/bin/python3.11"
 SECONDS = 300.0  # in which an emulated Python has imported TVM
 # What Linux says of the processor that QEMU is told to be: QEMU 7 shows this machine's own.
 CPUINFO = "processor\t: 0\nFeatures\t: fp asimd asimdhp asimddp\nCPU part\t: 0xd0b\n"
-SERVE = "import sys; sys.executable = sys.argv.pop(1); from bertile import cli; cli.main()"
+SERVE = "import sys; sys.executable = sys.argv.pop(1); from bertile.cli.main import main; main()"
 
 
 @pytest.fixture(scope="module")
