@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bertile import loader
+from bertile import backends, loader
 from bertile.base import cache
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
@@ -21,11 +21,24 @@ from bertile.bundle.native_build import SOURCES
 from bertile.config import Config
 from bertile.export.cached import export_cached
 from bertile.onnx.exported import ExportedModel, read
-from bertile.run import opener
 from bertile.targets import rows
 from bertile.targets.rows import Target
 from bertile.tune.log.tuning_log import TuningLog
 from bertile.verify import summary, verifier
+
+# The modules that decide how a bundle comes out, on any kind of machine: its key in the cache
+# covers them with all that they import, so that a change of what else there is compiles nothing.
+STAGES = (
+    "graph.importer",
+    "graph.order",
+    "quantize.quantizer",
+    "lower.lowering",
+    "lower.sparse_choice",
+    "tune.log.chooser",
+    "bundle.writer",
+    "bundle.manifest",
+    "verify.verifier",
+)
 
 
 def compile(
@@ -39,10 +52,7 @@ def compile(
     config, progress = config or Config(), progress or Progress(verbosity=-1)
     loader.set_thread_defaults()  # before TVM is imported and starts its thread pool
     row = rows.with_libc(rows.resolve(config.target, config.threads), config.libc)
-    if row.gpu:
-        from bertile.backends.cuda import flags
-
-        flags.check(config, row)
+    backends.of(row).check(config, row)
     exported = export_cached(model, config, progress)
     compiled = _compile_cached(exported, row, config, progress)
     with progress.stage("bundle") as stage:
@@ -77,7 +87,6 @@ def _compile_cached(
     exported: ExportedModel, row: Target, config: Config, progress: Progress
 ) -> Path:
     """A checked bundle of the exported model, from the cache where nothing has changed."""
-    from bertile.tune.log.tuning_log import TuningLog
 
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
     run = _Run(exported, row, config, progress, log)
@@ -88,9 +97,9 @@ def _compile_cached(
     }
     places = dict.fromkeys(("cache_dir", "dump_ir", "log_dir", "rpc_tracker", "rpc_key"))
     decides = dataclasses.replace(config, runner="local", **places, **files)
-    surroundings = (hash_path(SOURCES), verifier.surroundings(row))
+    surroundings = (hash_path(SOURCES), backends.of(row).surroundings(row))
     given = (exported.to_json(), dataclasses.asdict(row), decides, log.digest(row), surroundings)
-    key = cache.key("driver", *given)
+    key = cache.key("driver", *given, modules=(*STAGES, *backends.of(row).stages))
     if config.dump_ir:
         run.optimized()  # what is asked for is the dump, whether or not the rest is cached
     path, cached = cache.Cache(config.cache_dir).get_or_make(key, run.make)
@@ -116,7 +125,7 @@ class _Run:
         self, exported: ExportedModel, row: Target, config: Config, progress: Progress, log: Any
     ) -> None:
         self.exported, self.row, self.config, self.progress = exported, row, config, progress
-        self.log = log
+        self.log, self.backend = log, backends.of(row)
         self._graph: Any = None
         self._planned: Any = None
         self._quantizer: Any = None
@@ -124,11 +133,9 @@ class _Run:
     def optimized(self) -> Any:
         """The graph whose layers know their precision and their kind of kernel."""
         if self._planned is None:
-            from bertile.lower import precision_choice
-
             graph, config = self._quantized(), self.config
             given = (config.precision, self.row, self.log, config.sparse)
-            self._planned = precision_choice.plan_layers(graph, *given)
+            self._planned = self.backend.plan_layers(graph, *given)
         return self._planned
 
     def _quantized(self) -> Any:
@@ -162,7 +169,7 @@ class _Run:
         """What the model in the graph's precisions answers to the texts of a dataset."""
         from bertile.evaluation import datasets
 
-        opener.must_run(self.row)
+        self.backend.must_run(self.row)
         self.progress.status(f"compile, and evaluate on {len(dataset.texts)} texts")
         with tempfile.TemporaryDirectory() as directory:
             made = self._bundle(graph, self._build(graph, Path(directory)), Path(directory))
@@ -170,11 +177,10 @@ class _Run:
 
     def tasks(self) -> tuple[Any, list[Any]]:
         from bertile.lower import lowering, sparse_choice
-        from bertile.lower.forms import Forms
         from bertile.tune.log import chooser
 
         graph = self.optimized()
-        found = lowering.tasks(Forms(graph))
+        found = lowering.tasks(self.backend.forms(graph))
         for task in found:
             chooser.must_fit(task, self.row)
         return found, sparse_choice.alternatives(graph)
@@ -184,14 +190,16 @@ class _Run:
 
         tasks, others = self.tasks()
         with self.progress.stage("tune") as stage:
-            result = tuner.tune(tasks, self.log, self.row, self.config, self.progress, others)
+            given = (tasks, self.log, self.row, self.config, self.progress, others)
+            result = tuner.tune(*given, self.backend.open_runner)
             stage.cached, stage.detail = result["trials"] == 0, result["text"]
         self._planned = None
         return result
 
     def make(self, directory: Path) -> None:
         """Fill a directory with the bundle, checked against ONNX Runtime."""
-        add = self._runtime() if self.config.runtime == "include" else None
+        include = self.config.runtime == "include"
+        add = self.backend.runtime(self._parts) if include else None
         graph = self.optimized()
         with self.progress.stage("build") as stage:
             built = self._build(graph, directory)
@@ -213,23 +221,11 @@ class _Run:
     def _parts(self) -> runtime_parts.RuntimeParts:
         return runtime_parts.find(self.row, self.config.runtime_from, self.config.cache_dir)
 
-    def _runtime(self) -> Callable[[Path], None]:
-        """What puts the runtime into a bundle; found before a long build, which would be lost."""
-        if self.row.gpu:
-            return writer.include_loaders
-        parts = self._parts()
-        return lambda directory: writer.include_runtime(directory, parts.libraries, parts.native)
-
     def _build(self, graph: Any, directory: Path) -> Any:
-        from bertile.backends.cpu import builder
         from bertile.tune.log import chooser
 
         choose = chooser.Chooser(self.log, self.row, self.progress.say)
-        if self.row.gpu:
-            from bertile.backends.cuda import builder as gpu
-
-            return gpu.build(graph, choose, self.row, directory, self.config.cache_dir)
-        return builder.build(graph, choose, self.row, directory / "lib.so")
+        return self.backend.build(graph, choose, self.row, directory, self.config.cache_dir)
 
     def _bundle(
         self,
@@ -255,11 +251,9 @@ class _Run:
 
 def tune_model(model: Any, config: Config, progress: Progress) -> dict[str, Any]:
     """The tuning stage by itself: export, import and optimize ``model``, then tune its kernels."""
-    from bertile import driver
-    from bertile.targets import rows
 
     loader.set_thread_defaults()
     row = rows.resolve(config.target, config.threads)
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
-    result = driver.tune(model, log, row, config, progress)
+    result = tune(model, log, row, config, progress)
     return {"log": str(log.directories[-1] / row.log), **result}

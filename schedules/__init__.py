@@ -1,4 +1,7 @@
-"""How one kernel runs on one kind of machine: the schedules of a row's kind."""
+"""How one kernel runs on one kind of machine: the schedules of a row's kind.
+
+May import: nothing else of Bertile; machines come as rows.
+"""
 
 from __future__ import annotations
 

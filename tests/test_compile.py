@@ -129,9 +129,9 @@ def test_manifest_says_what_is_in_the_bundle(minilm):
 
 
 def test_difference_past_the_tolerance_is_exit_4_and_writes_nothing(tmp_path, monkeypatch):
-    from bertile.verify import verifier
+    from bertile.backends import backend
 
-    monkeypatch.setitem(verifier.TOLERANCES, "fp32", 1e-12)
+    monkeypatch.setitem(backend.TOLERANCES, "fp32", 1e-12)
     config = Config(cache_dir=str(tmp_path / "cache"))
     with pytest.raises(NumericMismatchError, match="differs from ONNX Runtime") as caught:
         driver.compile("synthetic:bert-tiny", tmp_path / "out", config)

@@ -12,13 +12,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import BertileError
-from bertile.base.fingerprint import source_hash
+from bertile.base.fingerprint import own_hash, source_hash
 
 try:
     import fcntl
@@ -41,14 +41,20 @@ DEPENDENCIES = (
 )
 
 
-def key(stage: str, *parts: Any) -> str:
+def key(stage: str, *parts: Any, modules: Sequence[str] = ()) -> str:
     """The cache key of one run of a stage.
 
-    `stage` is the stage's module in bertile ("exporter"). The key changes with that module's source
-    and every bertile module it imports, with Bertile's and its dependencies' versions, and with
-    `parts`: plain values, bytes and dataclasses. A path is no part: pass `hash_path` of it.
+    `stage` is the stage's module in bertile ("export.exporter"). The key changes with that module's
+    source and every bertile module that it reaches by import (where `modules` are given: that these
+    reach, since a stage's module may import what this run of it has no use for), with Bertile's and
+    its dependencies' versions, and with `parts`: plain values, bytes and dataclasses. A path is no
+    part: pass `hash_path` of it.
     """
-    fingerprint = [stage, _versions(), source_hash(f"bertile.{stage}"), parts]
+    own = f"bertile.{stage}"
+    sources = [source_hash(own)]
+    if modules:
+        sources = [own_hash(own), source_hash(*(f"bertile.{module}" for module in modules))]
+    fingerprint = [stage, _versions(), sources, parts]
     text = json.dumps(fingerprint, sort_keys=True, default=_plain)
     return f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:40]}"
 

@@ -34,6 +34,15 @@ def source_hash(*modules: str) -> str:
     return digest.hexdigest()
 
 
+@cache
+def own_hash(module: str) -> str:
+    """SHA-256 of the source of one bertile module, whatever it imports."""
+    file = _source_file(module)
+    if file is None:
+        raise ValueError(f"there is no module {module}")
+    return _hash_file(file)
+
+
 def closure(*modules: str) -> dict[str, Path]:
     """These bertile modules and all that they reach by import, sorted by name, with their files.
 

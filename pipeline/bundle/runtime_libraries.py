@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from bertile.base import cache
 from bertile.base.errors import BertileError, PlatformError, UsageError
 from bertile.base.fingerprint import hash_path
 from bertile.loader import RUNTIME, find_runtime
-from bertile.targets.rows import Target
+from bertile.targets.rows import Target, is_foreign
 
 LICENCES = ("LICENSE", "NOTICE")
 # pip's requirements with the hashes of the wheels that it may take, by architecture
@@ -43,7 +42,7 @@ def find(row: Target, source: str | None = None, cache_dir: str | None = None) -
             "build them, or take those for glibc with what pipeline/bundle/README.md says that they"
             " want on musl, and give their directory with --runtime-from",
         )
-    if row.arch == platform.machine():
+    if not is_foreign(row):
         versions = [str(path) for path in find_runtime()]
         key = cache.key("bundle.runtime_libraries", row.arch, versions)
         return _cached(key, cache_dir, copy_installed)

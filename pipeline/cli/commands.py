@@ -148,27 +148,19 @@ def inspect(options: Namespace, progress: Progress) -> Outcome:
         return _quantization(options)
     if options.sparse:
         return _sparsity(options)
-    from bertile.backends.cpu import inspection as inspector
+    from bertile import backends, loader
 
-    report = inspector.inspect(
-        Path(options.bundle), options.batch, options.length, options.threads, progress
-    )
+    bundle = Path(options.bundle)
+    backend = backends.of_bundle(loader.read_manifest(bundle))
+    report = backend.inspect(bundle, options.batch, options.length, options.threads, progress)
     kernels = report.get("kernels", [])
     plain = (str, int, float, type(None))
     columns = [name for name in (kernels or [{}])[0] if isinstance(kernels[0][name], plain)]
     rows = [[kernel.get(name) for name in columns] for kernel in kernels]
     fallen = report.get("fallthrough", [])
     text = table([name.replace("_", " ") for name in columns], rows) if rows else "no kernels"
-    if "gpu" in report:
-        from bertile.backends.cuda import inspection
-
-        text += f"\n\n{inspection.summary(report)}"
-    elif rows:
-        text += (
-            f"\n\n{report['batch']} x {report['length']} tokens, {report['threads']} threads:"
-            f" {report['total_ms']:.2f} ms, of it {report['between_kernels_ms']:.2f} ms between"
-            f" kernels; peak {report['peak_gflops']:.0f} GFLOP/s"
-        )
+    if rows:
+        text += f"\n\n{backend.summary(report)}"
     if fallen:
         text += f"\nfell through to the generic path: {', '.join(fallen)}"
     return Outcome(report, text)
@@ -193,10 +185,10 @@ def _sparsity(options: Namespace) -> Outcome:
 
 def targets(options: Namespace, progress: Progress) -> Outcome:
     """Every row, and which of them this machine can run."""
-    from bertile.cli.targets_table import as_text
     from bertile.loader import cpu_features
     from bertile.targets import detect
     from bertile.targets.rows import TABLE, fits, native
+    from bertile.targets.table import as_text
 
     found, card = cpu_features(), detect.gpu()
     runs = [row.name for row in TABLE if fits(row, found)]

@@ -18,7 +18,7 @@ from bertile.base.errors import BertileError, PlatformError
 from bertile.base.tables import size, table
 from bertile.loader import available_cores, cpu_features, find_runtime
 from bertile.targets.linker import link_command
-from bertile.targets.rows import TABLE, Target, native
+from bertile.targets.rows import TABLE, Target, native, of_arch
 
 # The stage that each extra serves, and what it imports. bertile's own metadata has the versions.
 EXTRAS = {
@@ -99,7 +99,7 @@ def _python() -> Check:
 
 def _cpu() -> Check:
     row = native()
-    best = next(one for one in TABLE if one.arch == row.arch)
+    best = of_arch(row.arch)[0]
     missing = sorted(set(best.features) - cpu_features())
     without = f"; without {' '.join(missing)}" if missing else ""
     return Check("cpu", "ok", f"{_cpu_name()}: best target {row.name}{without}")
@@ -153,7 +153,7 @@ def _runtime() -> Check:
 
 
 def _linker() -> Check:
-    row = next((row for row in TABLE if row.arch == platform.machine()), TABLE[0])
+    row = next(iter(of_arch(platform.machine())), TABLE[0])
     command = link_command(row)
     _link_something(command, row)
     return Check("linker", "ok", " ".join(command))

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def pack(options: argparse.Namespace, config: Any, progress: Any) -> dict[str, Any]:
     """Write the next round of candidates for MODEL, for bertile-run --measure or a GPU's Python."""
-    from bertile import driver, loader
+    from bertile import backends, driver, loader
     from bertile.targets import rows
     from bertile.tune.archive import packer
     from bertile.tune.log.tuning_log import TuningLog
@@ -39,7 +39,8 @@ def pack(options: argparse.Namespace, config: Any, progress: Any) -> dict[str, A
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
     tasks, others = driver.tasks(options.model, log, row, config, progress)
     with progress.stage("pack") as stage:
-        found = packer.pack(tasks, others, log, row, config, Path(options.pack), progress)
+        kind = backends.of(row).pack()
+        found = packer.pack(tasks, others, log, row, config, Path(options.pack), progress, kind)
         stage.detail = f"{found['candidates']} candidates of {found['tasks']} tasks"
     return found
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bertile import backends, loader
 from bertile.base.errors import InputError, UsageError
 from bertile.evaluation.metrics import accuracy, mean_cosine, similarity_spearman
 from bertile.run import opener
@@ -98,10 +99,11 @@ def answers(
 ) -> np.ndarray:
     """What the bundle in `directory` answers to each text: logits or vectors, (N, C).
 
-    It is run as `opener.opened` says.
+    It is run as its backend's `open` says.
     Raises InputError where the bundle's head does not fit the file.
     """
-    with opener.opened(directory, threads, parts, verify=False) as model:
+    backend = backends.of_bundle(loader.read_manifest(directory))
+    with backend.open(directory, threads, parts, verify=False) as model:
         head = model.manifest["model"]["head"]
         output = output_of(head, dataset)
         limit = runner.max_tokens(model.manifest)

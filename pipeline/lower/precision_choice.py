@@ -1,4 +1,4 @@
-"""An optimized graph and a precision come in; the graph whose layers know theirs goes out."""
+"""Chooses what each layer is computed in on a processor, and its dense or its sparse kernel."""
 
 from __future__ import annotations
 
@@ -23,15 +23,10 @@ FEW_ROWS = "it sees one row a sequence: too little work to gain anything"
 
 def check(precision: str, row: Target) -> None:
     """PlatformError where the target cannot compute in that precision."""
-    if precision == "tf32" and (row.gpu is None or not row.gpu.async_copy):
+    if precision == "tf32":
         raise PlatformError(
             f"target {row.name} has no tf32: tensor cores of NVIDIA GPUs from cuda-sm80 on have it",
             "compile with --precision fp32",
-        )
-    if precision == "bf16" and not row.bf16 and row.gpu:
-        raise PlatformError(
-            f"target {row.name} has no bfloat16: tensor cores have it from cuda-sm80 on",
-            "compile with --precision fp16",
         )
     if precision == "bf16" and not row.bf16:
         raise PlatformError(
@@ -43,8 +38,6 @@ def check(precision: str, row: Target) -> None:
 
 def higher(row: Target) -> tuple[str, ...]:
     """What a layer may be computed in that is not worth its place in int8."""
-    if row.gpu:
-        return ("fp16",)
     return ("bf16", "fp32") if row.bf16 else ("fp32",)
 
 
@@ -59,11 +52,8 @@ def plan_layers(
     is not asked for: it is faster than bytes there, which would need a range per row of scores.
     A layer that ``log`` knows to be slower in 8 bits than in more is not quantized, each with its
     faster kernel.
-    On a GPU, see :func:`_on_gpu`.
     """
     check(precision, row)
-    if row.gpu:
-        return _on_gpu(graph, precision)
     choice = SparseChoice(graph.params, row, log, sparse)
     planned = _assigned(graph, precision, row)
     if slower := _slower(planned, row, choice):
@@ -90,33 +80,6 @@ def _assigned(graph: Graph, precision: str, row: Target) -> Graph:
             found = LayerPlan("fp32", why=FEW_ROWS)
         plan[name] = found
         return ops.with_precision(call, found.precision) if found.precision != "fp32" else None
-
-    graph = rewrite(graph, layer)
-    return dataclasses.replace(graph, plan=plan)
-
-
-def _on_gpu(graph: Graph, precision: str) -> Graph:
-    """Tokens are of one type everywhere, beside layers in int8 float16; a layer of which the plan
-    says anything but int8 is computed in that type too.
-    """
-    plan = dict(graph.plan)
-    quantized = precision == "int8" or any(one.precision == "int8" for one in plan.values())
-    tokens = "fp16" if quantized else precision
-
-    def layer(flow: Dataflow, call: relax.Call) -> Any:
-        if any(ops.is_call(call, f"bertile.{name}") for name in ("attention", "embedding")):
-            return ops.with_precision(call, tokens)
-        if not ops.is_call(call, "bertile.dense"):
-            return None
-        weight = flow.definition(call.args[1])
-        name = weight.name if isinstance(weight, relax.Var) else ""
-        found = plan.get(name, LayerPlan(precision))
-        if not flow.is_tokens(call.args[0]):
-            found = LayerPlan("fp32", why=FEW_ROWS)
-        elif found.precision != "int8":
-            found = dataclasses.replace(found, precision=tokens)
-        plan[name] = found
-        return ops.with_precision(call, found.precision)
 
     graph = rewrite(graph, layer)
     return dataclasses.replace(graph, plan=plan)

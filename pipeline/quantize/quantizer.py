@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bertile import backends
 from bertile.base.tables import table
 from bertile.config import Config
 from bertile.evaluation import datasets
@@ -17,7 +18,6 @@ from bertile.evaluation.datasets import Dataset
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow
-from bertile.lower import precision_choice
 from bertile.numerics.eight_bit import layer_report
 from bertile.numerics.precision import LayerPlan, Plan
 from bertile.quantize import calibration, max_drop, ranges
@@ -79,7 +79,7 @@ class Quantizer:
             lambda one: score(answers(self._planned(one, "int8"), dataset)),
             baseline=score(reference),
             max_drop=float(self.config.max_drop or 0),
-            higher=precision_choice.higher(self.row),
+            higher=backends.of(self.row).higher_precisions(self.row),
         )
         self._search = {
             "metric": dataset.metric,
@@ -95,7 +95,7 @@ class Quantizer:
     def _planned(self, plan: Plan, precision: str) -> Graph:
         """All on dense kernels: those that skip zeros give the same integers."""
         graph = dataclasses.replace(self.graph, plan=plan)
-        return precision_choice.plan_layers(graph, precision, self.row)
+        return backends.of(self.row).plan_layers(graph, precision, self.row, None, "off")
 
     def report(self, plan: Plan) -> dict[str, Any]:
         """What the manifest says of quantization: the options, and a row for each layer.

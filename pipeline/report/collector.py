@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertile import loader
+from bertile import backends, loader
 from bertile.base import machine
 from bertile.base.errors import BundleError, UsageError
 from bertile.base.progress import Progress
@@ -108,14 +108,11 @@ def _of_bundle(
     }
     kernels: Sequence[dict[str, Any]] = ()
     notes = []
-    if manifest["target"]["arch"] == loader.CUDA:
-        from bertile.backends.cuda import inspection
-
-        notes.append(inspection.summary(inspection.inspect(directory, batch, length, measure)))
-    elif measure:
-        from bertile.backends.cpu import inspection as inspector
-
-        found = inspector.inspect(directory, batch, length, threads, progress)
+    backend = backends.of_bundle(manifest)
+    found = backend.inspect(directory, batch, length, threads, progress, measure)
+    if found and "peak_gflops" not in found:
+        notes.append(backend.summary(found))
+    elif found:
         kernels = found["kernels"]
         facts["processor"] = machine.cpu_name()
         facts["request"] = f"{batch} x {length} tokens, {found['threads']} threads"

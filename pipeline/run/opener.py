@@ -55,8 +55,6 @@ def cannot_run(row: Target) -> str | None:
     """Why a bundle for `row` cannot be run here, or None where it can, or should."""
     if "musl" in row.triple:
         return "it is linked for musl"
-    if row.gpu:
-        return None  # what is here is seen when it is loaded
     return qemu.missing(row) if is_foreign(row) else None
 
 
@@ -72,8 +70,6 @@ def must_run(row: Target) -> None:
 
 
 def _elsewhere(manifest: dict[str, Any]) -> bool:
-    """Whether it is not the loader that runs it: one for a GPU is for any processor."""
-    arch = manifest["target"]["arch"]
-    if arch == loader.CUDA:
-        return False
-    return arch != platform.machine() or manifest["config"].get("libc") == "musl"
+    """Whether it is not the loader that runs it."""
+    foreign = manifest["target"]["arch"] != platform.machine()
+    return foreign or manifest["config"].get("libc") == "musl"

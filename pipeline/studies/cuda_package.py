@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 import bertile
+from bertile.backends.backend import TOLERANCES
 from bertile.base.errors import UsageError, require
 from bertile.base.progress import Progress
 from bertile.base.tables import table
@@ -35,7 +36,6 @@ from bertile.families.table import FAMILIES
 from bertile.onnx import samples
 from bertile.onnx.exported import ExportedModel
 from bertile.studies import cuda_bench, cuda_checks
-from bertile.verify.verifier import TOLERANCES
 
 WORDS = 1009  # rows of the vocabulary that differ; a prime, so that no two tables stay in step
 MEMORY = 256 << 20  # how far back the compressor looks

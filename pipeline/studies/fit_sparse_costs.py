@@ -58,7 +58,7 @@ def measure(precisions: Sequence[str], row: Any, log: TuningLog, say: Any) -> It
     with TrialRunner(row) as trials:
 
         def times(task: Task) -> dict[int, float] | None:
-            found = trials.run(task, choose(task).knobs, tuner.BLOCKS, tuner.ALSO)
+            found = trials.run(task, choose(task).knobs, tuner.BLOCKS, row.also_blocks)
             if "error" in found:
                 say(f"{task.name}: {found['error']}")
                 return None

@@ -85,7 +85,7 @@ def measure(task: Task, row: Any, settings: int, say: Any) -> list[Point]:
     with Estimator(row) as estimator:
         for number, knobs in enumerate(chosen):
             say(f"{task.name}  estimate {number + 1} of {settings}")
-            found = estimator.run(task, knobs, tuner.BLOCKS, tuner.ALSO)
+            found = estimator.run(task, knobs, tuner.BLOCKS, row.also_blocks)
             also = {int(tokens): times[0] for tokens, times in found["also"].items()}
             guesses.append({tuner.BLOCKS * tuner.LANES: found["microseconds"][0], **also})
     say(f"{task.name}  build and measure {settings}")
@@ -99,7 +99,7 @@ def measured(task: Task, row: Any, chosen: Sequence[Knobs]) -> list[dict[int, fl
     """
     use_threads(row.threads)
     built = [trial.build(task, knobs, row) for knobs in chosen]
-    samples = [trial_sample(task, count, row) for count in (tuner.BLOCKS, *tuner.ALSO)]
+    samples = [trial_sample(task, count, row) for count in (tuner.BLOCKS, *row.also_blocks)]
     pack = SCHEDULES[task.operation].pack
     packed = [pack(task, knobs, samples[0].weights, row) for knobs in chosen]
     given = [[tvm.runtime.tensor(array) for array in one.activations] for one in samples]
@@ -111,7 +111,7 @@ def measured(task: Task, row: Any, chosen: Sequence[Knobs]) -> list[dict[int, fl
             for n in range(len(samples)):
                 arguments = [[*given[n], *one] for one in cold]
                 times[n] = min(times[n], trial.repeat(run, arguments, results[n]))
-    tokens = [count * tuner.LANES for count in (tuner.BLOCKS, *tuner.ALSO)]
+    tokens = [count * tuner.LANES for count in (tuner.BLOCKS, *row.also_blocks)]
     return [dict(zip(tokens, map(float, one))) for one in best]
 
 

@@ -39,6 +39,9 @@ class Target:
     triple: str = "x86_64-linux-gnu.2.28"
     threads: int = 1
     gpu: Gpu | None = None
+    # On how many blocks of tokens beside the usual number a trial runs too: one kernel serves all.
+    also_blocks: tuple[int, ...] = (1, 24)
+    kernels_are_text: bool = False  # which TVM has no part in
 
 
 # x86-64-v3 and -v4 are LLVM's names for exactly these features; a named processor (znver4,
@@ -120,6 +123,8 @@ def _cuda(capability: int, shared_per_block: int, multiprocessors: int, **facts:
         bf16=gpu.bf16,
         triple="",
         gpu=gpu,
+        also_blocks=(64, 256),  # of 128 tokens, 8 and 32 sequences: what a GPU is asked for at once
+        kernels_are_text=True,
     )
 
 
@@ -202,7 +207,7 @@ def native(features: Collection[str] | None = None, arch: str | None = None) -> 
     """The first row whose features are all in `features` (default: this processor's)."""
     arch = arch or platform.machine()
     found = cpu_features() if features is None else frozenset(features)
-    mine = [row for row in TABLE if row.arch == arch]
+    mine = of_arch(arch)
     for row in mine:
         if fits(row, found, arch):
             return row
@@ -211,6 +216,11 @@ def native(features: Collection[str] | None = None, arch: str | None = None) -> 
     raise PlatformError(
         f"no target fits this machine: it {reason}", f"name a target: {', '.join(names())}"
     )
+
+
+def of_arch(arch: str) -> list[Target]:
+    """The rows of an architecture, the one that asks most of a processor first."""
+    return [row for row in TABLE if row.arch == arch]
 
 
 def of_this_machine(row: Target) -> Target:

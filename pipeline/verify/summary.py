@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from bertile import loader
+from bertile import backends, loader
 from bertile.base.progress import Progress
-from bertile.targets import rows
 from bertile.targets.rows import Target
 
 SPEED_LENGTH = 128  # tokens of the request that is timed
@@ -35,8 +34,7 @@ def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
         manifest["model"]["max_length"] or SPEED_LENGTH,
     )
     executed = manifest["check"].get("executed", True)
-    fits = "gpu" in manifest["check"] if row.gpu else rows.fits(row, loader.cpu_features())
-    runs_here = executed and fits
+    runs_here = executed and backends.of(row).runs_here(row, manifest["check"])
     return {
         "output": str(path),
         "size_bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),

@@ -1,28 +1,21 @@
-"""A bundle and the ONNX model it came from in, how far apart they are out."""
+"""Compares a bundle with ONNX Runtime on the model that it was made from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertile import loader
-from bertile.base.errors import NumericMismatchError, PlatformError, require
+from bertile import backends, loader
+from bertile.backends.backend import NotHere
+from bertile.base.errors import NumericMismatchError, require
 from bertile.base.progress import Progress
 from bertile.onnx import exported
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import largest_difference, sample, session
-from bertile.run import opener, qemu
-from bertile.targets.rows import Target, is_foreign
-
-# Largest difference at a real token, relative to the largest magnitude of the reference output (at
-# least 1).
-# float32 sums of a thousand products in another order differ by about 1e-6 a layer.
-TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 0.05, "int8": 0.25}
-
-# On a GPU what crosses memory has so many digits too, in each of up to 24 layers.
-ON_GPU = {**TOLERANCES, "tf32": 0.02, "fp16": 0.02}
+from bertile.run import opener
+from bertile.targets.rows import Target
 
 # (batch, length): one token, a whole block, tails, unequal lengths with padding; the longest is
 # added.
@@ -45,16 +38,12 @@ def verify(
     says how such a one is run, and with which `parts`). It does not raise for a difference;
     :func:`checked` does.
     """
-    if loader.read_manifest(directory)["target"]["arch"] == loader.CUDA:
-        check = _on_gpu(directory, _onnx(directory, onnx, progress))
-        if not check.get("executed", True):
-            raise PlatformError(check["reason"], "verify the bundle on a machine with the GPU")
-        return check
-    with opener.opened(directory, threads, parts) as model:
-        emulated = isinstance(model, qemu.Model)
-        cases = _cases(model.manifest, EMULATED_CASES if emulated else CASES)
-        check = _compare(model, _onnx(directory, onnx, progress), cases)
-        return {**check, "emulator": model.name} if emulated else check
+    manifest = loader.read_manifest(directory)
+    backend = backends.of_bundle(manifest)
+    with backend.open_for_check(directory, threads, parts) as (model, runs_on):
+        cases = _cases(manifest, EMULATED_CASES if "emulator" in runs_on else CASES)
+        reference = _onnx(directory, onnx, progress)
+        return {**_compare(model, reference, cases, backend.tolerances), **runs_on}
 
 
 def checked(
@@ -65,19 +54,10 @@ def checked(
     Where the bundle cannot be run, the check's "executed" is False, with the "reason".
     One for a GPU is run on that GPU where it is here, else emulated where it is small.
     """
-    if reason := opener.cannot_run(row):
-        return _not_executed(reason)
-    if row.gpu:
-        check = _on_gpu(directory, model.onnx_path)
-        if not check.get("executed", True):
-            return check
-    else:
-        if is_foreign(row):
-            try:
-                parts()
-            except PlatformError as error:  # offline, and nothing but this check needs them
-                return _not_executed(error.what)
+    try:
         check = verify(directory, model.onnx_path, row.threads, parts=parts)
+    except NotHere as error:
+        return {"executed": False, "reason": error.reason, "max_abs_difference": None}
     fixed = loader.read_manifest(directory)["config"].get("ranges", "dynamic") != "dynamic"
     if not check["max_abs_difference"] <= check["tolerance"]:
         raise NumericMismatchError(
@@ -90,23 +70,12 @@ def checked(
     return check
 
 
-def surroundings(row: Target) -> Any:
-    """What beside Python modules decides how a bundle for `row` is made and checked here."""
-    if row.gpu is None:
-        return opener.cannot_run(row)
-    from bertile.codegen.cuda import compiler
-    from bertile.targets import detect
-
-    card = detect.gpu()
-    return [card if isinstance(card, str) else card.name, compiler.words()]
-
-
 def as_text(check: dict[str, Any]) -> str:
     """The check of a manifest in some words."""
     if not check.get("executed", True):
         return f"not executed here: {check['reason']}"
     by = f", run by {check['emulator']}" if "emulator" in check else ""
-    by = f", on {check['gpu']}" if "gpu" in check else by
+    by = f", on {check['gpu']}" if check.get("gpu") else by
     return f"at most {check['max_abs_difference']:.1e} from ONNX Runtime{by}"
 
 
@@ -122,30 +91,15 @@ def _onnx(directory: Path, given: str | Path | None, progress: Progress | None) 
     return cached.export_cached(manifest["model"]["source"], config, progress).onnx_path
 
 
-def _on_gpu(directory: Path, onnx: Path) -> dict[str, Any]:
-    from bertile.run.cuda import opener as check
-
-    opened = check.open_model(directory)
-    if isinstance(opened, str):
-        return _not_executed(opened)
-    if check.emulates(opened):
-        cases = _cases(opened.manifest, EMULATED_CASES)
-        return {**_compare(opened, onnx, cases), "emulator": "the emulator of CUDA kernels"}
-    with opened as model:
-        return {**_compare(model, onnx, _cases(model.manifest, CASES)), "gpu": model.gpu.name}
-
-
-def _not_executed(reason: str) -> dict[str, Any]:
-    return {"executed": False, "reason": reason, "max_abs_difference": None}
-
-
 def _compare(
-    model: loader.Model | qemu.Model, onnx: Path, wanted: Sequence[tuple[int, int]]
+    model: Any,
+    onnx: Path,
+    wanted: Sequence[tuple[int, int]],
+    tolerances: Mapping[str, float],
 ) -> dict[str, Any]:
     (runtime,) = require("compile", "onnxruntime")
     manifest = model.manifest
-    known = ON_GPU if manifest["target"]["arch"] == loader.CUDA else TOLERANCES
-    relative = max(known[precision] for precision in _precisions(manifest))
+    relative = max(tolerances[precision] for precision in _precisions(manifest))
     specs = [exported.InputSpec(**spec) for spec in manifest["inputs"]]
     peer = session(onnx)
     names = [output.name for output in peer.get_outputs()]

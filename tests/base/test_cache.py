@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -143,7 +147,7 @@ def test_what_make_raises_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
 def test_key_depends_on_stage_and_parts() -> None:
     base = key("export.exporter", Config(), b"weights", {"a": 1, "b": None})
     assert base == key("export.exporter", Config(), b"weights", {"b": None, "a": 1})
-    assert base.startswith("exporter-")
+    assert base.startswith("export.exporter-")
     others = [
         key("graph.importer", Config(), b"weights", {"a": 1, "b": None}),
         key("export.exporter", Config(threads=1), b"weights", {"a": 1, "b": None}),
@@ -205,3 +209,60 @@ def test_hash_path_sees_names_and_contents(tmp_path: Path) -> None:
     hashes.append(hash_path(tmp_path))
     assert len(set(hashes)) == 3
     assert hash_path(tmp_path / "deep" / "b") != hashes[2]
+
+
+ASK = """
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec, spec_from_file_location
+
+root = sys.argv[1]
+for name, folder in (("bertile", "pipeline"), ("bertile.schedules", "schedules")):
+    place = f"{root}/{folder}"
+    spec = spec_from_file_location(name, f"{place}/__init__.py", submodule_search_locations=[place])
+    sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+from bertile.backends.cpu.backend import CpuBackend
+from bertile.backends.cuda.backend import CudaBackend
+from bertile.base import cache
+from bertile.driver import STAGES
+
+for backend in (CpuBackend, CudaBackend):
+    print(cache.key("driver", modules=(*STAGES, *backend.stages)))
+"""
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Callable[..., list[str]]:
+    """Asks a copy of the package, one file of it changed, for the keys of a compile (CPU, GPU)."""
+    root = Path(__file__).parents[2]
+    for name in ("pipeline", "schedules"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def ask(changed: str | None = None) -> list[str]:
+        before = (tmp_path / changed).read_bytes() if changed else b""
+        if changed:
+            (tmp_path / changed).write_bytes(before + b"# a remark\n")
+        try:
+            line = [sys.executable, "-c", ASK, str(tmp_path)]
+            run = subprocess.run(line, capture_output=True, text=True, check=True)
+        finally:
+            if changed:
+                (tmp_path / changed).write_bytes(before)
+        return run.stdout.split()
+
+    return ask
+
+
+def test_compile_is_keyed_on_what_it_runs_and_no_more(keys: Callable[..., list[str]]) -> None:
+    cpu, gpu = keys()
+    assert cpu != gpu
+    for elsewhere in ("tune/measure/device.py", "cli/commands.py", "report/page.py"):
+        assert keys(f"pipeline/{elsewhere}") == [cpu, gpu], elsewhere
+    for everywhere in ("pipeline/graph/passes/fuse_dense.py", "pipeline/driver.py"):
+        assert not {cpu, gpu} & set(keys(everywhere)), everywhere
+    changed = keys("pipeline/backends/cuda/plan.py")
+    assert changed[0] == cpu and changed[1] != gpu
+    changed = keys("schedules/cpu/attention.py")
+    assert changed[0] != cpu

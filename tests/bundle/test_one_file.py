@@ -90,7 +90,7 @@ def test_file_is_python_3_9_and_has_neither_our_imports_nor_a_branch_for_the_pac
 @pytest.mark.parametrize("name", JOINED)
 def test_file_is_as_tidy_as_what_it_is_made_of(name, directory):
     pytest.importorskip("ruff")
-    config = Path(__file__).parent.parent / "pyproject.toml"
+    config = Path(__file__).parents[2] / "pyproject.toml"
     for command in (["check", "--ignore=I001"], ["format", "--check"]):
         line = [sys.executable, "-m", "ruff", *command, "--no-cache", "--config", str(config)]
         done = subprocess.run([*line, str(directory / name)], capture_output=True, text=True)

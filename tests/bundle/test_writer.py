@@ -196,13 +196,13 @@ def test_write_leaves_nothing_behind_when_the_disk_takes_no_more(parts, tmp_path
 import resource, signal, sys
 import numpy as np
 from pathlib import Path
-from bertile import bundle
+from bertile.bundle import writer
 from bertile.base.errors import BertileError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # a file cannot grow beyond this
 params = {{"big": np.zeros(100_000, np.float32)}}
 try:
-    bundle.write({MANIFEST!r}, Path({str(parts[0])!r}), params, [], {str(tmp_path / "out")!r})
+    writer.write({MANIFEST!r}, Path({str(parts[0])!r}), params, [], {str(tmp_path / "out")!r})
 except BertileError as error:
     print(error)
 """

@@ -376,9 +376,9 @@ def test_compile_refuses_an_output_that_is_not_writable(tmp_path, cache, refused
 
 @pytest.mark.usefixtures("compiled")
 def test_compile_writes_nothing_when_the_numbers_differ(tmp_path, monkeypatch, cache, refused):
-    from bertile.verify import verifier
+    from bertile.backends import backend
 
-    monkeypatch.setitem(verifier.TOLERANCES, "fp32", 1e-12)
+    monkeypatch.setitem(backend.TOLERANCES, "fp32", 1e-12)
     command = ("compile", MODEL, "-o", str(tmp_path / "out"), *at(cache), "--runtime", "include")
     made = [one.name for one in Path(cache).glob("driver-*")]
     refused(4, "the compiled model differs from ONNX Runtime by", *command)

@@ -14,6 +14,7 @@ from bertile.codegen import llvm
 from bertile.graph.graph import Graph
 from bertile.loader import LIBRARY
 from bertile.lower.built import Built, kernel_entry
+from bertile.lower.fusion import fusion
 from bertile.lower.lowering import Lowered
 from bertile.schedules.cpu.generic import is_kernel, schedule_generic
 from bertile.schedules.task import Task
@@ -48,18 +49,6 @@ def fuse_and_schedule(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRMod
     passes = [relax.backend.DispatchSortScan(), *fusion()]
     with target:
         return schedule_generic(tvm.transform.Sequential(passes)(mod))
-
-
-def fusion() -> list[tvm.transform.Pass]:
-    """The passes that make loops of Relax operators, and one of several where they fuse."""
-    return [
-        relax.transform.LegalizeOps(),
-        relax.transform.AnnotateTIROpPattern(),
-        relax.transform.FoldConstant(),
-        relax.transform.FuseOps(),
-        relax.transform.FuseTIR(),
-        relax.transform.DeadCodeElimination(["main"]),
-    ]
 
 
 def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:

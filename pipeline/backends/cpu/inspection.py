@@ -1,6 +1,4 @@
-"""A bundle in; its kernels with where each came from, its time, and its share of the machine's
-peak, out.
-"""
+"""Measures each kernel of a bundle: its time, and its share of the machine's peak."""
 
 from __future__ import annotations
 
@@ -38,13 +36,9 @@ def inspect(
     kernel's precision on registers alone reach in the same run). "bound" is what the kernel cannot
     be faster than, "arithmetic" or "bandwidth" (each byte once, activations as fast as the cache
     that holds them is read, weights as fast as memory), and "bound %" how near it comes.
-    "fallthrough" names the operators that no schedule covers. For a GPU, see ``cuda.inspection``.
+    "fallthrough" names the operators that no schedule covers.
     """
     manifest = loader.read_manifest(directory)
-    if manifest["target"]["arch"] == loader.CUDA:
-        from bertile.backends.cuda import inspection
-
-        return inspection.inspect(Path(directory), batch, length)
     require("compile", "tvm")
     progress = progress or Progress(verbosity=-1)
     loader.check_platform(manifest["target"])

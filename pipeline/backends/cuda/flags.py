@@ -1,10 +1,10 @@
-"""What a compile for a GPU is asked for is refused here where it means nothing on one."""
+"""Refuses what a compile for a GPU is asked for and means nothing on one."""
 
 from __future__ import annotations
 
+from bertile.backends.cuda import precision_plan
 from bertile.base.errors import PlatformError, UsageError
 from bertile.config import Config
-from bertile.lower import precision_choice
 from bertile.targets import detect
 from bertile.targets.rows import Target
 
@@ -25,7 +25,7 @@ def check(config: Config, row: Target) -> None:
             f"no kernel for {row.name} skips zeros: tensor cores are faster with them",
             "leave --sparse out; heads and neurons that are zero are removed in any case",
         )
-    precision_choice.check(config.precision, row)
+    precision_plan.check(config.precision, row)
     if config.max_drop is not None:
         card = detect.gpu()
         if isinstance(card, str):

@@ -18,9 +18,9 @@ from tvm import tirx
 from tvm.ir.instrument import pass_instrument
 from tvm.s_tir import dlight
 
-from bertile.backends.cpu.builder import fusion
 from bertile.backends.cuda.extents import extent, product
 from bertile.base.errors import ModelError
+from bertile.lower.fusion import fusion
 from bertile.schedules.cuda.source import Extent
 from bertile.targets.rows import Target, tvm_target
 

@@ -85,7 +85,7 @@ class CudaPack:
         turns = (one for turn in zip_longest(*by_task) for one in turn if one)
         manifest = {
             **header,
-            "blocks": [tuner.BLOCKS, *tuner.also(self._row)],
+            "blocks": [tuner.BLOCKS, *self._row.also_blocks],
             "tasks": self.tasks,
             "candidates": list(turns),
         }

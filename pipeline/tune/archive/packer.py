@@ -1,16 +1,7 @@
-"""Tasks and a log come in; an archive of candidate kernels goes out, for a device that the network
-does not reach. For CPUs, `bertile-run --measure` runs it there (for GPUs, see `cuda.pack`):
-
-    manifest.json     target, tasks with their inputs, candidates with their knobs; one line
-    c12.so            a candidate, linked for its row
-    5f0c….bin         inputs of a task, or weights packed for a candidate: the same bytes once
-"""
+"""Writes the next round of candidates for a device that no network reaches into an archive."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -18,26 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bertile.base.errors import BertileError
 from bertile.base.progress import Progress
-from bertile.codegen.llvm import export_kernel
 from bertile.config import Config
-from bertile.schedules import trial_sample
-from bertile.schedules.cpu import SCHEDULES
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
 from bertile.tune.archive.proposer import propose
 from bertile.tune.log.tuning_log import TuningLog
-from bertile.tune.measure.trial import ALIGNMENT, COLD_BYTES, REPEAT_SECONDS, REPEATS
-from bertile.tune.search import tuner
 
 SCHEMA = 1
 CANDIDATES = 16  # of a task in one archive
-CHECKED = tuner.BLOCKS  # blocks of tokens up to which outputs come home too
 
 
 def pack(
@@ -48,8 +29,9 @@ def pack(
     config: Config,
     path: Path,
     progress: Progress,
+    kind: Any,
 ) -> dict[str, Any]:
-    """Write the next round of candidates for a device.
+    """Write the next round of candidates for a device, in an archive of its `kind`.
 
     Of ``others``, which a layer could have instead of its own, the default alone.
     """
@@ -59,7 +41,7 @@ def pack(
     rounds = {task: candidates for task, candidates in rounds.items() if candidates}
     with tempfile.TemporaryDirectory(prefix="bertile-pack-") as directory:
         total = sum(map(len, rounds.values()))
-        written = _kind(row)(Path(directory), row, progress, total)
+        written = kind(Path(directory), row, progress, total)
         for task, candidates in rounds.items():
             written.add(task, candidates)
         if written.candidates:
@@ -76,15 +58,6 @@ def pack(
         "candidates": len(written.candidates),
         "size_bytes": path.stat().st_size if written.candidates else 0,
     }
-
-
-def _kind(row: Target) -> Any:
-    """What fills an archive for this kind of machine."""
-    if row.arch != "cuda":
-        return _Pack
-    from bertile.tune.archive.cuda_packer import CudaPack
-
-    return CudaPack
 
 
 def _header(row: Target) -> dict[str, Any]:
@@ -106,76 +79,3 @@ def _known(task: Task, log: TuningLog, row: Target) -> list:
 
 def _next(task: Task, log: TuningLog, row: Target, count: int) -> list[Knobs]:
     return propose(task, row, _known(task, log, row), count)
-
-
-class _Pack:
-    """Fills a directory, and keeps what its manifest will say."""
-
-    def __init__(self, directory: Path, row: Target, progress: Progress, total: int) -> None:
-        self._directory, self._row = directory, row
-        self._progress, self._total = progress, total
-        self.tasks: list[dict[str, Any]] = []
-        self.candidates: list[dict[str, Any]] = []
-
-    def add(self, task: Task, candidates: Sequence[Knobs]) -> None:
-        """A task with its inputs, and these candidates; one that cannot be built is left out."""
-        schedule, number = SCHEDULES[task.operation], len(self.tasks)
-        counts = sorted({1, tuner.BLOCKS, *tuner.also(self._row)})
-        samples = {blocks: trial_sample(task, blocks, self._row) for blocks in counts}
-        sets = []
-        for blocks, sample in samples.items():
-            file, inputs = self._write(sample.activations)
-            results = [_describe(array) for array in sample.buffers()]
-            tokens, check = blocks * LANES, int(blocks <= CHECKED)
-            sets.append({"tokens": tokens, "check": check, "file": file, "inputs": inputs})
-            sets[-1]["results"] = results
-        self.tasks.append({"operation": task.operation, "shape": dict(task.shape), "sets": sets})
-        for knobs in candidates:
-            name = f"c{len(self.candidates)}.so"
-            try:
-                kernel = schedule.kernel(task, knobs, self._row)
-                export_kernel(kernel, self._row, self._directory / name)
-            except BertileError:
-                raise  # no linker: no candidate will do better
-            except Exception as error:
-                self._progress.say(f"{task.name} {knobs} cannot be built: {error}")
-                continue
-            packed = schedule.pack(task, knobs, samples[counts[0]].weights, self._row)
-            file, arrays = self._write(packed)
-            entry = {"id": len(self.candidates), "task": number, "knobs": knobs, "library": name}
-            self.candidates.append({**entry, "weights": {"file": file, "arrays": arrays}})
-            self._progress.status(f"pack      {len(self.candidates)} of {self._total} candidates")
-
-    def write(self, path: Path, header: dict[str, Any]) -> None:
-        """The archive, with a manifest of what the device and the way home need to know."""
-        manifest = {
-            **header,
-            "repeats": REPEATS,
-            "repeat_ms": round(REPEAT_SECONDS * 1000),
-            "cold_bytes": COLD_BYTES,
-            "tasks": self.tasks,
-            "candidates": self.candidates,
-        }
-        text = json.dumps(manifest)
-        (self._directory / "manifest.json").write_text(text, encoding="utf-8")
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-            for file in sorted(self._directory.iterdir()):
-                archive.add(file, arcname=file.name)
-
-    def _write(self, arrays: Sequence[np.ndarray]) -> tuple[str, list[dict[str, Any]]]:
-        """The name of a file with these arrays, and where they lie in it."""
-        described, parts, at = [], [], 0
-        for array in arrays:
-            data = np.ascontiguousarray(array).tobytes()
-            described.append({**_describe(array), "offset": at})
-            parts.append(data + bytes(-len(data) % ALIGNMENT))
-            at += len(parts[-1])
-        data = b"".join(parts)
-        name = f"{hashlib.sha256(data).hexdigest()[:32]}.bin"
-        if not (self._directory / name).exists():
-            (self._directory / name).write_bytes(data)
-        return name, described
-
-
-def _describe(array: np.ndarray) -> dict[str, Any]:
-    return {"dtype": str(array.dtype), "shape": list(array.shape)}

@@ -33,6 +33,8 @@ _LABEL = re.compile(r"[^\s#/]+:")
 _BRANCH = re.compile(r"\s*(j[a-z]+|retq?|b|b\.[a-z]+|cbn?z|tbn?z|br|ret)\b")
 _JUMP = re.compile(r"\s*(?:jmp|b)\s+(\S+)")  # always
 _RETURN = re.compile(r"\s*ret")
+# What LLVM writes before a comment, by architecture.
+COMMENTS = {"aarch64": "//", "x86_64": "#"}
 _INSTRUCTION = re.compile(r"\s+[a-z]")
 OVERLAP = 7
 _NEVER = 1e-6  # passes: what divides nothing by nothing
@@ -117,7 +119,7 @@ class Code:
     @classmethod
     def of(cls, task: Task, knobs: dict[str, int], row: Target) -> Code:
         """Build a candidate's assembly for its row."""
-        comment = "//" if row.arch == "aarch64" else "#"
+        comment = COMMENTS[row.arch]
         kernel = SCHEDULES[task.operation].kernel(task, knobs, row)
         func, marks = loop_marks.marked(kernel, comment)
         return cls(func, marks, blocks(assembly(func, row)))

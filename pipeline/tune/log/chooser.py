@@ -75,7 +75,7 @@ class Chooser:
                 yield "nearest", record
 
     def _trusted(self, task: Task, record: Record) -> bool:
-        if self.row.gpu or record.versions.get("apache-tvm") == version("apache-tvm"):
+        if self.row.kernels_are_text or record.versions.get("apache-tvm") == version("apache-tvm"):
             return True  # kernels for GPUs are text, which TVM has no part in
         if not fits(self.row, cpu_features()):
             self.warn(f"{task.name}: the record of another TVM cannot be checked on this machine")

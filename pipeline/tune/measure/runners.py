@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from bertile.base.errors import PlatformError, UsageError
+from bertile.base.errors import PlatformError
 from bertile.config import Config
 from bertile.loader import cpu_features
 from bertile.schedules.task import Task
@@ -34,9 +34,7 @@ class Runner(Protocol):
 
 
 def open_runner(row: Target, config: Config) -> Runner:
-    """The runner that the configuration asks for; PlatformError where it cannot do its work."""
-    if row.arch == "cuda":
-        return _gpu_runner(row, config)
+    """The runner that the configuration asks for, for a processor; PlatformError without one."""
     if config.runner == "mca":
         from bertile.tune.estimate.estimator import Estimator
 
@@ -58,16 +56,6 @@ def open_runner(row: Target, config: Config) -> Runner:
             "measure on a device (--rpc-tracker, or --pack), or estimate (--runner mca)",
         )
     return TrialRunner(row)
-
-
-def _gpu_runner(row: Target, config: Config) -> Runner:
-    from bertile.tune.measure.cuda import runner
-
-    if config.runner == "mca":
-        raise UsageError(f"llvm-mca has no model of {row.name}", "tune on a GPU, or with --pack")
-    if config.rpc_tracker and config.rpc_key:
-        return runner.CudaRunner(row, runner.remote(row, config.rpc_tracker, config.rpc_key))
-    return runner.CudaRunner(row, runner.local(row))
 
 
 def answers(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -21,12 +21,11 @@ from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target, tvm_target
 from bertile.tune.log.tuning_log import Record, TuningLog
-from bertile.tune.measure.runners import Runner, answers, open_runner
+from bertile.tune.measure import runners
+from bertile.tune.measure.runners import Runner, answers
 
 LANES = 16
 BLOCKS = 8  # trials run on 128 tokens, the length that most requests are near to,
-ALSO = (1, 24)  # and on the shortest and a long one: one kernel serves them all
-ALSO_ON_GPU = (64, 256)  # of 128 tokens, 8 and 32 sequences: what a GPU is asked for at once
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ def tune(
     config: Config,
     progress: Progress,
     others: Sequence[Task] = (),
+    open_runner: Callable[[Target, Config], Runner] = runners.open_runner,
 ) -> dict[str, Any]:
     """Search the spaces of these tasks, each counted as often as the model calls it.
 
@@ -64,6 +64,7 @@ def tune(
     choice between them need not be estimated again. Trials that the log already has are not
     repeated: with as many as the effort asks for, nothing runs. Ctrl-C ends the search in order;
     what was measured is in the log.
+    `open_runner` says who measures; the default is for processors.
     """
     effort = EFFORTS[config.tune]
     wanted = config.trials or effort.trials
@@ -135,7 +136,7 @@ class _Session:
         """Each record's median microseconds; empty for a candidate that failed."""
         known = [self._known(*one) for one in candidates]
         fresh = [one for one, record in zip(candidates, known) if record is None]
-        found = answers(self.trials, fresh, BLOCKS, also(self.row))
+        found = answers(self.trials, fresh, BLOCKS, self.row.also_blocks)
         try:
             records = [record or self._tried(*one, found) for one, record in zip(candidates, known)]
         finally:
@@ -195,11 +196,6 @@ class _Session:
 
 def _rounded(times: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(us, 2) for us in times)
-
-
-def also(row: Target) -> tuple[int, ...]:
-    """On how many other blocks of tokens trials run too."""
-    return ALSO_ON_GPU if row.arch == "cuda" else ALSO
 
 
 def machine_facts(row: Target) -> dict[str, Any]:

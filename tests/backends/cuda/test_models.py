@@ -12,6 +12,7 @@ import pytest
 from helpers import family_models
 
 from bertile import cuda_loader, driver, loader
+from bertile.backends.cuda.backend import TOLERANCES_ON_GPU
 from bertile.base.errors import PlatformError
 from bertile.cli import main
 from bertile.config import HEADS, Config
@@ -20,7 +21,6 @@ from bertile.onnx.exported import read
 from bertile.onnx.samples import largest_difference, run_onnx, sample
 from bertile.run.cuda import emulator
 from bertile.targets.rows import TABLE, resolve
-from bertile.verify.verifier import ON_GPU
 
 ROWS = [row.name for row in TABLE if row.gpu]
 SMALL = "synthetic:bert-tiny"
@@ -66,7 +66,7 @@ def check_bundle(path, name, precision, cache, fake_driver, tmp_path, monkeypatc
             wanted, found = run_onnx(exported.onnx_path, given), model(**given)
             mask = given.get("attention_mask", np.ones((batch, length)))
             for one, reference in wanted.items():
-                limit = ON_GPU[precision] * max(1.0, float(np.abs(reference).max()))
+                limit = TOLERANCES_ON_GPU[precision] * max(1.0, float(np.abs(reference).max()))
                 assert largest_difference(found[one], reference, mask) <= limit
 
 

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from bertile.backends.cuda import builder, plan
+from bertile.backends.cuda import builder, plan, precision_plan
 from bertile.backends.cuda.lowering import lower
 from bertile.base.errors import BertileError, ModelError
 from bertile.codegen.cuda import cubin
 from bertile.graph import order
 from bertile.graph.importer import import_onnx
-from bertile.lower import precision_choice
 from bertile.targets.rows import resolve
 from bertile.tune.log import chooser
 from bertile.tune.log.tuning_log import TuningLog
@@ -29,7 +28,7 @@ def planned(graph, precision):
     row = resolve("cuda-sm80")
     choose = chooser.Chooser(TuningLog([], print), row, print)
     lowered = lower(
-        precision_choice.plan_layers(graph, precision, row),
+        precision_plan.plan_layers(graph, precision, row),
         row,
         lambda task: choose.choose(task).knobs,
     )

@@ -12,20 +12,19 @@ import pytest
 from helpers import programs
 
 from bertile import loader
-from bertile.backends.cuda import plan
+from bertile.backends.cuda import plan, precision_plan
+from bertile.backends.cuda.backend import TOLERANCES_ON_GPU
 from bertile.backends.cuda.lowering import lower
 from bertile.bundle import manifest, writer
 from bertile.config import Config
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
-from bertile.lower import precision_choice
 from bertile.lower.built import Built
 from bertile.onnx.samples import largest_difference, run_onnx
 from bertile.run.cuda import emulated_model, emulator
 from bertile.targets.rows import resolve
 from bertile.tune.log import chooser
 from bertile.tune.log.tuning_log import TuningLog
-from bertile.verify.verifier import ON_GPU
 
 
 def emulated(exported, precision, directory):
@@ -33,7 +32,7 @@ def emulated(exported, precision, directory):
     if lacks := emulator.missing():
         pytest.skip(lacks)
     row = resolve("cuda-sm80")
-    graph = precision_choice.plan_layers(optimize(import_onnx(exported)), precision, row)
+    graph = precision_plan.plan_layers(optimize(import_onnx(exported)), precision, row)
     choose = chooser.Chooser(TuningLog([], print), row, print)
     lowered = lower(graph, row, lambda task: choose.choose(task).knobs)
     made = plan.write(graph, lowered, row)
@@ -53,7 +52,7 @@ def check(exported, precision, directory, requests):
         arrays = programs.request_of(exported, lengths)
         found, want = model(**arrays), run_onnx(exported.onnx_path, arrays)
         for name, reference in want.items():
-            limit = ON_GPU[precision] * max(1.0, float(np.abs(reference).max()))
+            limit = TOLERANCES_ON_GPU[precision] * max(1.0, float(np.abs(reference).max()))
             mask = arrays["attention_mask"]
             assert largest_difference(found[name], reference, mask) <= limit
     return model

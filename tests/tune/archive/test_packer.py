@@ -23,6 +23,7 @@ from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import native, resolve
 from bertile.tune.archive import ingester, packer
+from bertile.tune.archive.cpu_packer import CpuPack
 from bertile.tune.archive.proposer import propose
 from bertile.tune.log.tuning_log import Record, TuningLog
 
@@ -39,7 +40,7 @@ def open_log(directory: Path) -> TuningLog:
 
 
 def packed(path: Path, log: TuningLog, trials: int = 2) -> dict:
-    return packer.pack(TASKS, [NORM], log, ROW, Config(trials=trials), path, QUIET)
+    return packer.pack(TASKS, [NORM], log, ROW, Config(trials=trials), path, QUIET, CpuPack)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_round_for_an_arm_row_runs_as_arm_code(tmp_path, precision):
     shape = DENSE.shape if precision == "fp32" else {**DENSE.shape, "precision": precision}
     task, log = Task("dense", shape), open_log(tmp_path / "log")
     config = Config(trials=3)
-    packer.pack(Counter({task: 1}), [], log, row, config, tmp_path / "pack.tar", QUIET)
+    packer.pack(Counter({task: 1}), [], log, row, config, tmp_path / "pack.tar", QUIET, CpuPack)
     native_build.build(row, tmp_path / "command")
     line = [*qemu.command("aarch64", "cortex-a76"), tmp_path / "command" / "bertile-run"]
     line += ["--measure", tmp_path / "pack.tar", "--output", tmp_path / "result"]

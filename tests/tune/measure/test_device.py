@@ -19,7 +19,7 @@ from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import native, resolve
 from bertile.tune.log.tuning_log import TuningLog
-from bertile.tune.measure import device
+from bertile.tune.measure import device, runners
 from bertile.tune.search import tuner
 
 NORM = Task("layer_norm", {"channels": 32, "epsilon": 1e-12})
@@ -61,7 +61,7 @@ def test_device_that_dies_costs_its_trial_alone(fleet, tmp_path, monkeypatch):
             os.killpg(victim.pid, signal.SIGKILL)
 
     monkeypatch.setattr(tuner._Session, "_show", kill_one)
-    with tuner.open_runner(ROW, config) as trials:
+    with runners.open_runner(ROW, config) as trials:
         assert trials.parallel == 2
         session = tuner._Session(log, ROW, trials, QUIET, time.monotonic() + 60, None)
         times = session.measure(candidates)

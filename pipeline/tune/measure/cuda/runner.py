@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertile.base.errors import PlatformError
+from bertile.base.errors import PlatformError, UsageError
 from bertile.codegen.cuda.candidates import build
+from bertile.config import Config
 from bertile.loader import available_cores
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
@@ -76,3 +77,12 @@ def remote(row: Target, tracker: str, key: str) -> RemoteRunner:
     return RemoteRunner(
         row, tracker, key, "bertile.tune.measure.cuda.remote_trial", SESSION_SECONDS
     )
+
+
+def open_runner(row: Target, config: Config) -> CudaRunner:
+    """The runner for a GPU that the configuration asks for; PlatformError where it cannot work."""
+    if config.runner == "mca":
+        raise UsageError(f"llvm-mca has no model of {row.name}", "tune on a GPU, or with --pack")
+    if config.rpc_tracker and config.rpc_key:
+        return CudaRunner(row, remote(row, config.rpc_tracker, config.rpc_key))
+    return CudaRunner(row, local(row))

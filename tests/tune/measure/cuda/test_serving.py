@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ from bertile.tune.measure import runners
 from bertile.tune.measure.cuda import runner
 from bertile.tune.search import tuner
 
-ROW, QUIET = resolve("cuda-sm90"), Progress(verbosity=-1)
+# 4096 tokens take long without a GPU
+ROW, QUIET = replace(resolve("cuda-sm90"), also_blocks=(1,)), Progress(verbosity=-1)
 NORM = Task("layer_norm", {"channels": 64, "epsilon": 1e-12, "precision": "fp16"})
 KNOBS = schedules_for(ROW)["layer_norm"].default(NORM, ROW)
 
@@ -44,7 +46,7 @@ def trials(fleet):
 
 def opened(fleet, row=ROW):
     config = Config(tune="quick", rpc_tracker=fleet[0], rpc_key="board")
-    return runners.open_runner(row, config)
+    return runner.open_runner(row, config)
 
 
 def servers(fleet) -> list[str]:
@@ -75,7 +77,6 @@ def test_gpu_of_another_kind_is_refused_by_name(fleet, monkeypatch):
 def test_device_that_dies_costs_its_trial_alone(fleet, trials, tmp_path, monkeypatch):
     """Four trials on two devices; one is gone as soon as the first answer is there."""
     monkeypatch.setattr(runner, "build", pretended.image)
-    monkeypatch.setattr(tuner, "ALSO_ON_GPU", (1,))  # 4096 tokens take long without a GPU
     candidates = [(NORM, {**KNOBS, "few": few}) for few in (512, 1024, 2048, 0)]
     log, answered = TuningLog([tmp_path], lambda text: None), []
 

@@ -27,12 +27,12 @@ from bertile.schedules.task import Task
 from bertile.targets.rows import resolve
 from bertile.tune.archive import cuda_packer, ingester, packer
 from bertile.tune.log.tuning_log import TuningLog
-from bertile.tune.measure import runners
 from bertile.tune.measure.cuda import runner, trial
 from bertile.tune.measure.cuda.card import Card
 from bertile.tune.search import tuner
 
-ROW, QUIET = resolve("cuda-sm90"), Progress(verbosity=-1)
+# 4096 tokens take long without a GPU
+ROW, QUIET = replace(resolve("cuda-sm90"), also_blocks=(1,)), Progress(verbosity=-1)
 SHAPE = {"inputs": 64, "outputs": 48, "activation": "gelu", "residual": False}
 DENSE = Task("dense", {**SHAPE, "precision": "fp16"})
 NORM = Task("layer_norm", {"channels": 64, "epsilon": 1e-12, "precision": "fp16"})
@@ -49,7 +49,6 @@ def device(monkeypatch):
     monkeypatch.setattr(runner, "build", pretended.image)
     monkeypatch.setattr(cuda_packer, "build", pretended.image)
     monkeypatch.setattr(cuda_packer.rates, "build", lambda row: b"")
-    monkeypatch.setattr(tuner, "ALSO_ON_GPU", (1,))  # 4096 tokens take long without a GPU
     return pretended.open_card()
 
 
@@ -117,7 +116,9 @@ def test_weights_that_the_cache_would_hold_are_there_many_times(device):
 
 def test_search_tries_candidates_one_at_a_time_in_another_process(device, tmp_path):
     log = open_log(tmp_path)
-    result = tuner.tune(TASKS, log, ROW, Config(tune="quick", trials=3), QUIET, [NORM])
+    result = tuner.tune(
+        *(TASKS, log, ROW, Config(tune="quick", trials=3), QUIET, [NORM]), runner.open_runner
+    )
     records = log.records(DENSE, ROW)
     assert result["trials"] == len(records) + 1 and len(log.records(NORM, ROW)) == 1
     assert len(records) >= 3 and not any(record.error for record in records)
@@ -130,7 +131,7 @@ def test_candidate_that_is_not_compiled_costs_itself_alone(device, monkeypatch):
     def refused(task, knobs, row):
         raise UsageError("nvcc does not compile this")
 
-    with runners.open_runner(ROW, Config()) as trials:
+    with runner.open_runner(ROW, Config()) as trials:
         monkeypatch.setattr(runner, "build", refused)
         knobs = schedules_for(ROW)["layer_norm"].default(NORM, ROW)
         assert "does not compile" in trials.run(NORM, knobs, 1)["error"]
@@ -139,7 +140,7 @@ def test_candidate_that_is_not_compiled_costs_itself_alone(device, monkeypatch):
 def test_kernel_that_fails_costs_itself_and_its_process_alone(device, monkeypatch):
     """A GPU's context is lost with it: the next candidate gets a new process."""
     knobs = schedules_for(ROW)["layer_norm"].default(NORM, ROW)
-    with runners.open_runner(ROW, Config()) as trials:
+    with runner.open_runner(ROW, Config()) as trials:
         good = pretended.image(NORM, knobs, ROW)
         images = iter([pretended.image(NORM, knobs, ROW, broken=True), good])
         monkeypatch.setattr(runner, "build", lambda *given: next(images))
@@ -151,16 +152,16 @@ def test_machine_without_a_gpu_is_told_the_ways_out(tmp_path):
     if Path("/proc/driver/nvidia/version").exists():
         pytest.skip("this machine has a GPU")
     with pytest.raises(PlatformError, match=r"cannot be measured on this machine.*--pack FILE"):
-        runners.open_runner(ROW, Config())
+        runner.open_runner(ROW, Config())
     with pytest.raises(UsageError, match="no model of cuda-sm90"):
-        runners.open_runner(ROW, Config(runner="mca"))
+        runner.open_runner(ROW, Config(runner="mca"))
 
 
 @pytest.fixture
 def archive(device, tmp_path) -> Path:
     path = tmp_path / "round1.pyz"
     given = (TASKS, [NORM], open_log(tmp_path / "log"), ROW, Config(trials=2), path, QUIET)
-    found = packer.pack(*given)
+    found = packer.pack(*given, cuda_packer.CudaPack)
     assert (found["tasks"], found["candidates"]) == (2, 3) and found["size_bytes"] < 1 << 20
     return path
 
@@ -194,7 +195,9 @@ def test_times_come_home_once_and_the_next_round_goes_on(archive, tmp_path, caps
         assert len(record.microseconds) == trial.REPEATS and list(record.also) == ["16"]
         assert record.machine["row"] == ROW.name and record.machine["l2_bytes"]
     second = tmp_path / "round2.pyz"
-    found = packer.pack(TASKS, [NORM], log, ROW, Config(trials=2), second, QUIET)
+    found = packer.pack(
+        TASKS, [NORM], log, ROW, Config(trials=2), second, QUIET, cuda_packer.CudaPack
+    )
     assert (found["tasks"], found["candidates"]) == (1, 2)
     with zipfile.ZipFile(second) as file:
         manifest = json.loads(file.read("manifest.json"))

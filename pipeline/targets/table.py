@@ -1,4 +1,4 @@
-"""What `bertile targets` prints: the rows, and which of them this machine can run."""
+"""Prints the rows as `bertile targets` shows them, with those that this machine can run."""
 
 from __future__ import annotations
 

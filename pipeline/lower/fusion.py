@@ -1,0 +1,18 @@
+"""Makes loops of the Relax operators that no schedule of ours covers, fused where they fuse."""
+
+from __future__ import annotations
+
+import tvm
+from tvm import relax
+
+
+def fusion() -> list[tvm.transform.Pass]:
+    """The passes that make loops of Relax operators, and one of several where they fuse."""
+    return [
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(["main"]),
+    ]
