@@ -9,6 +9,7 @@ from helpers import family_models
 import bertile
 from bertile import loader
 from bertile.config import HEADS, Config
+from bertile.families.table import named
 from bertile.onnx.samples import largest_difference, sample
 
 SHAPES = ((1, 1), (1, 511), (7, 33), (3, 16))
@@ -40,6 +41,8 @@ def test_directory_compiles_and_equals_torch(family, stages, tmp_path):
     model = compiled(name, "encoder", stages, tmp_path / "bundle")
     assert_equals_torch(model, name, "encoder", stages)
     assert model.manifest["model"]["family"] == family
+    settled = (named(family).prepare or (lambda _: ()))(family_models.untouched(name))
+    assert set(settled) <= set(model.manifest["notes"])
     kinds = {kernel["operation"] for kernel in model.manifest["kernels"]}
     assert {"dense", "attention", "layer_norm"} <= kinds
 
