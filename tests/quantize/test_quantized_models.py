@@ -10,6 +10,7 @@ import bertile
 from bertile.base.errors import NumericMismatchError
 from bertile.config import Config
 from bertile.graph import importer, order
+from bertile.loader import cpu_features
 from bertile.onnx import normalizer
 from bertile.onnx.samples import sample, session
 
@@ -57,6 +58,10 @@ def quantize(source, path, form, **options):
     for name in ("weight_type", "activation_type"):
         if name in options:
             options[name] = kinds[options[name]]
+    # Without VNNI, ONNX Runtime adds two products of bytes in 16 bits: wrong where that overflows,
+    # which weights of seven bits never do. Unsigned ones are added in 32 bits everywhere.
+    signed = options.get("weight_type", kinds["s8"]) == kinds["s8"]
+    options["reduce_range"] = signed and not {"avx512_vnni", "avx_vnni"} & cpu_features()
     if form == "dynamic":
         quantization.quantize_dynamic(source, path, **options)
         return path
