@@ -81,7 +81,8 @@ class Schedule:
 
     The kernel's arguments are the activations, the packed weights and the result, in this order.
     Every space has a default that is good without tuning. ``parts`` names the arrays that the first
-    weight is packed into, where they are several: the values of what is not zero first.
+    weight is packed into, where they are several: the values of what is not zero first. ``refuses``
+    names what a task asks for that no kernel here has; None where there is nothing.
     """
 
     operation: str
@@ -94,6 +95,7 @@ class Schedule:
         lambda task, knobs, weights, row: list(weights)
     )
     parts: tuple[str, ...] = ()
+    refuses: Callable[[Task], str | None] = lambda task: None
 
     def valid(self, task: Task, row: Row, knobs: Mapping[str, int]) -> bool:
         """Whether these decisions (of another shape, say) lie in this task's space."""

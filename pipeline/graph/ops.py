@@ -5,7 +5,7 @@ tensors; the layout that kernels use enters only when the builder lowers them.
     bertile.dense(x (…, K), w (K, N), b (N), [residual (…, N)]) {activation, [precision], [density]}
         = activation(x w + b) + residual
     bertile.attention(qkv (B, S, 3 H D), mask (B|1, 1, 1, S), [bias (B|1, H|1, S, S)]) {heads,
-    head_size, scale, [precision]}
+    head_size, scale, [precision]} and what else an AttentionSpec says that is not its default
     bertile.layer_norm(x (…, C), gamma (C), beta (C)) {epsilon}
     bertile.embedding(ids (B|1, S)…, table (V, C)…, gamma (C), beta (C)) {tables, epsilon,
     [precision]}
@@ -24,6 +24,8 @@ from tvm import relax
 from tvm.ir import _ffi_api
 from tvm.ir.op import register_op_attr
 
+from bertile.schedules.attention_spec import AttentionSpec
+
 
 def dense(x: Any, w: Any, b: Any, residual: Any = None, activation: str = "none") -> relax.Call:
     """activation(x w + b) + residual; activations as in ``schedules.cpu.vector_math``."""
@@ -31,12 +33,17 @@ def dense(x: Any, w: Any, b: Any, residual: Any = None, activation: str = "none"
     return _call("dense", operands, activation=activation)
 
 
-def attention(
-    qkv: Any, mask: Any, bias: Any = None, *, heads: int, head_size: int, scale: float
-) -> relax.Call:
-    """softmax(q kᵀ scale + mask + bias) v for each head, heads side by side as they came."""
-    operands = [qkv, mask] if bias is None else [qkv, mask, bias]
-    return _call("attention", operands, heads=heads, head_size=head_size, scale=scale)
+def attention(spec: AttentionSpec, *operands: Any) -> relax.Call:
+    """What ``spec`` describes, of its operands; heads side by side as they came."""
+    if len(operands) != len(spec.operands()):
+        raise ValueError(f"{len(operands)} operands came for {', '.join(spec.operands())}")
+    return _call("attention", operands, **_attributes(spec))
+
+
+def attention_spec(call: relax.Call) -> AttentionSpec:
+    """What an attention computes."""
+    attrs = {name: call.attrs[name] for name in call.attrs.keys()}
+    return AttentionSpec.from_shape({"bias": len(call.args) > 2, **attrs})
 
 
 def layer_norm(x: Any, gamma: Any, beta: Any, epsilon: float) -> relax.Call:
@@ -76,11 +83,10 @@ def with_density(call: relax.Call, percent: int) -> relax.Call:
     return _with(call, density=percent)
 
 
-def with_heads(call: relax.Call, qkv: Any, heads: int) -> relax.Call:
-    """The same attention of other operands with so many heads."""
-    attrs = {name: call.attrs[name] for name in call.attrs.keys() if name != "heads"}
-    node = tvm.ir.make_node("ir.DictAttrs", **attrs, heads=heads)
-    return relax.Call(call.op, [qkv, *call.args[1:]], attrs=node)
+def with_spec(call: relax.Call, spec: AttentionSpec, qkv: Any) -> relax.Call:
+    """The same attention of another kind and other channels, in the same precision."""
+    other = attention(spec, qkv, *call.args[1:])
+    return with_precision(other, precision(call)) if "precision" in call.attrs else other
 
 
 def fake_quantize(x: Any, low: float | None = None, high: float | None = None) -> relax.Call:
@@ -118,6 +124,11 @@ def _with(call: relax.Call, **values: Any) -> relax.Call:
     return relax.Call(call.op, list(call.args), attrs=node)
 
 
+def _attributes(spec: AttentionSpec) -> dict[str, Any]:
+    """A spec as attributes; whether there is a bias is told by the operands."""
+    return {name: value for name, value in spec.shape().items() if not isinstance(value, bool)}
+
+
 def _like(x: Any, *last: Any) -> relax.TensorType:
     """The type of ``x`` with other last extents."""
     extents = list(x.ty.shape)
@@ -138,7 +149,7 @@ def _is_one(extent: Any) -> bool:
 
 
 def _attention_type(call: relax.Call, _context: Any) -> relax.TensorType:
-    return _like(call.args[0], int(call.attrs["heads"]) * int(call.attrs["head_size"]))
+    return _like(call.args[0], attention_spec(call).channels()[0])
 
 
 def _first_token_type(call: relax.Call, _context: Any) -> relax.TensorType:

@@ -8,7 +8,6 @@ converted by a kernel of its own (``schedules.cpu.narrow``).
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +84,7 @@ class Forms:
         per_token = form.kind == "int8"  # the range is known when all channels are
         even = shape(var)[-1] % GROUPS[form.kind] == 0
         if ops.is_call(call, "bertile.attention"):
-            even = int(call.attrs["head_size"]) % GROUPS[form.kind] == 0
+            even = ops.attention_spec(call).head_size % GROUPS[form.kind] == 0
         return form if alone and even and not smooth and not per_token else FP32
 
     def task(self, var: relax.Var) -> Task:
@@ -128,13 +127,7 @@ class Forms:
         if name == "dense":
             return self._dense(call, output)
         if name == "attention":
-            size = int(call.attrs["head_size"])
-            found = {
-                "heads": int(call.attrs["heads"]),
-                "head_size": size,
-                "scale": _scale(float(call.attrs["scale"]), size),
-                "bias": len(call.args) == 3,
-            }
+            found = ops.attention_spec(call).shape()
             if ops.precision(call) == "bf16":
                 found["precision"] = "bf16"
             return found | _writes(output)
@@ -176,12 +169,6 @@ class Forms:
 def _writes(output: Form) -> dict[str, str]:
     words = {"bf16": "to_bf16", "int8_static": "to_int8"}
     return {"writes": words[output.kind]} if output.kind in words else {}
-
-
-def _scale(value: float, head_size: int) -> float:
-    """Exporters round 1/√D differently; kernels that are the same must have the same key."""
-    usual = head_size**-0.5
-    return usual if math.isclose(value, usual, rel_tol=1e-6) else value
 
 
 def _epsilon(call: relax.Call) -> float:

@@ -89,7 +89,7 @@ def _pairs(flow: Dataflow, call: relax.Call) -> bool:
     """Whether Q, K and V come from one layer that can write them in pairs."""
     qkv = call.args[0]
     made = flow.is_op(qkv, "bertile.dense") and flow.used_once(qkv)
-    return made and int(call.attrs["head_size"]) % 2 == 0
+    return made and ops.attention_spec(call).head_size % 2 == 0
 
 
 def _slower(graph: Graph, row: Target, choice: SparseChoice) -> dict[str, LayerPlan]:

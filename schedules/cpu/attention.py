@@ -5,7 +5,7 @@ any lengths.
         →  y (m, H D, 16)
 
     parallel over heads × blocks of 16 queries (queries in lanes)
-      for each tile of key blocks of the query's own sequence
+      for each tile of those key blocks of their sequence that the queries see
         scores: 16 keys × 16 queries in registers, keys broadcast
         online softmax (Milakov & Gimelshein 2018): running maximum and sum, context rescaled per
         tile
@@ -14,6 +14,10 @@ any lengths.
 The score matrix is never written: a tile of 16 × key_tile × 16 floats stays in the first-level
 cache. The table says where each block's sequence lies (see ``bertile.loader.token_blocks``), so
 that packed sequences of unequal lengths need no padding and no other kernel.
+
+What an ``AttentionSpec`` may vary are two hooks of ``_Sight``: which blocks of keys a block of
+queries sees, so that no others are visited, and what is done to a score, where a query sees some
+keys of a block and not others.
 
 With ``precision`` "bf16" both products are of bfloat16, and qkv (m, 3 H D / 2, 16) holds Q and K in
 pairs of channels, V in pairs of tokens (a dense layer writes it so: ``values_from``); the softmax
@@ -28,16 +32,21 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes, vector_math
 from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
 from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.cpu.samples import result_sample
-from bertile.schedules.reference import softmax
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
 
 LOWEST = -1e30  # below any score, and small enough that differences of two stay finite
+
+
+def refuses(task: Task) -> str | None:
+    """What of a task has no kernel here, None if nothing."""
+    return AttentionSpec.from_shape(task.shape).lacking(("all",), ("none", "tensor"))
 
 
 def space(task: Task, row: Row) -> Space:
@@ -54,53 +63,75 @@ def default(task: Task, row: Row) -> Knobs:
     """The widest register tiles; 128 keys at a time."""
     choices = space(task, row)
     channels = [c for c in choices["channels"] if c <= 16]
-    even = [c for c in channels if task.shape["head_size"] % c == 0 and c * 2 >= max(channels)]
+    size = AttentionSpec.from_shape(task.shape).head_size
+    even = [c for c in channels if size % c == 0 and c * 2 >= max(channels)]
     return {"key_tile": 8, "keys": max(choices["keys"]), "channels": max(even or channels)}
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     """The PrimFunc (qkv, keys, table, [bias], [limits], y)."""
-    heads, size = task.shape["heads"], task.shape["head_size"]
+    if lacks := refuses(task):
+        raise ValueError(f"there is no kernel for {lacks}")
+    spec = AttentionSpec.from_shape(task.shape)
     halves = task.shape.get("precision") == "bf16"
     math = arithmetic("bf16" if halves else "fp32", row)
     writes = str(task.shape.get("writes", "to_fp32"))
     packed = {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes]
     with lanes.kernel(task.name) as made:
-        qkv = made.activation("qkv", 3 * heads * size // math.group, math.lane)
+        qkv = made.activation("qkv", sum(spec.channels()) // math.group, math.lane)
         keys = made.tensor("keys", made.blocks, LANES)
         table = made.tensor("table", made.blocks, 4, dtype="int32")
         bias = None
-        if task.shape["bias"]:
+        if spec.bias == "tensor":
             extents = [T.int32() for _ in range(4)]
             bias = made.tensor("bias", *extents, LANES)
         limits = made.tensor("limits", 2) if writes == "to_int8" else None
         dtype = "float32" if packed == 1 else "int32"
-        y = made.activation("y", heads * size // packed, dtype)
+        y = made.activation("y", spec.channels()[0] // packed, dtype)
         made.link(math.llvm)
         kind = _HalfQuery if halves else _Query
         # registers of four: LLVM makes one load and products by its lanes of four broadcasts
         unroll = 4 if row.vector_bits == 128 else 1
-        with T.parallel(heads * made.blocks) as job:
+        with T.parallel(spec.heads * made.blocks) as job:
             head = T.Bind(job // made.blocks)
             query = T.Bind(job % made.blocks)
-            kind(task, knobs, math, unroll, qkv, keys, table, bias, limits, y, head, query).emit()
+            kind(spec, knobs, math, unroll, qkv, keys, table, bias, limits, y, head, query).emit()
     return made.func
+
+
+class _Sight:
+    """The keys that a block of 16 queries sees, those that lie in their spec's reach.
+
+    ``own`` is the queries' block among the ``count`` of their sequence.
+    """
+
+    def __init__(self, spec: AttentionSpec, own: Any, count: Any) -> None:
+        self.before, self.behind = spec.reach()
+        self.own, self.count = own, count
+
+    def blocks(self) -> tuple[Any, Any]:
+        """The first block of keys that any of the queries sees, and the one behind the last."""
+        return 0, self.count
+
+    def score(self, value: Any, key: Any) -> Any:
+        """The scores of the queries with one key, given by its place in the sequence."""
+        return value
 
 
 class _Query:
     """Emits the attention of one head for one block of 16 queries."""
 
     def __init__(
-        self, task: Task, knobs: Knobs, math: Arithmetic, unroll: int, *operands: Any
+        self, spec: AttentionSpec, knobs: Knobs, math: Arithmetic, unroll: int, *operands: Any
     ) -> None:
         self.qkv, self.keys, self.table, self.bias, self.limits, self.y = operands[:6]
         self.head, self.query = operands[6:]
         self.math, self.unroll = math, unroll
-        self.size, self.scale = task.shape["head_size"], task.shape["scale"]
-        self.width = task.shape["heads"] * self.size
+        self.size, self.scale, self.width = spec.head_size, spec.scale, spec.channels()[0]
         self.knobs = knobs
         self.first = T.Bind(self.table[self.query, 2])
         self.count = T.Bind(self.table[self.query, 3])
+        self.sight = _Sight(spec, self.table[self.query, 1] // LANES, self.count)
 
     def emit(self) -> None:
         tile = self.knobs["key_tile"]
@@ -112,9 +143,10 @@ class _Query:
         lanes.store(state, lanes.splat(0.0), 1)
         with T.serial(self.size) as d:
             lanes.store(context, lanes.splat(0.0), d)
-        with T.serial((self.count + (tile - 1)) // tile) as step:
-            start = T.Bind(step * tile)
-            blocks = T.Bind(T.min(tile, self.count - start))
+        low, stop = self.sight.blocks()
+        with T.serial((stop - low + (tile - 1)) // tile) as step:
+            start = T.Bind(low + step * tile)
+            blocks = T.Bind(T.min(tile, stop - start))
             lanes.store(state, lanes.load(state, 0), 2)
             with T.serial(blocks) as block:
                 self._scores(scores, state, start, block)
@@ -163,8 +195,10 @@ class _Query:
             for j in range(per_tile):
                 value = lanes.read(total[j]) * lanes.splat(self.scale)
                 value = value + lanes.splat(self.keys[where, low + j])
+                key = (start + block) * LANES + low + j
                 if self.bias is not None:
-                    value = value + self._bias((start + block) * LANES + low + j)
+                    value = value + self._bias(key)
+                value = self.sight.score(value, key)
                 lanes.store(scores, value, block * LANES + low + j)
             highest = lanes.load(state, 2)
             for j in range(per_tile):
@@ -250,7 +284,8 @@ class _HalfQuery(_Query):
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Two sequences where the blocks allow it, the last few keys of each masked."""
-    heads, size = task.shape["heads"], task.shape["head_size"]
+    spec = AttentionSpec.from_shape(task.shape)
+    heads, size = spec.heads, spec.head_size
     counts = [blocks] if blocks < 3 else [blocks - blocks // 3, blocks // 3]
     qkv = rng.standard_normal((blocks * LANES, 3 * heads * size)).astype("float32")
     halves = task.shape.get("precision") == "bf16"
@@ -266,21 +301,16 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
         for i in range(count):
             table[first + i] = row, i * LANES, first, count
         part = slice(first * LANES, (first + count) * LANES)
-        q, k, v = (
-            a.reshape(-1, heads, size).transpose(1, 0, 2)
-            for a in np.split(qkv[part].astype("float64"), 3, 1)
-        )
-        scores = q @ k.transpose(0, 2, 1) * task.shape["scale"]
-        scores = scores + keys[first : first + count].reshape(-1)
-        if task.shape["bias"]:  # (H, query block, key, query) → (H, query, key)
+        q, k, v = (a.reshape(-1, heads, size).transpose(1, 0, 2) for a in np.split(qkv[part], 3, 1))
+        mask, added = keys[first : first + count].reshape(-1), None
+        if spec.bias == "tensor":  # (H, query block, key, query) → (H, query, key)
             mine = bias[0, :, :count, : count * LANES]
-            scores = scores + mine.transpose(0, 1, 3, 2).reshape(
-                heads, count * LANES, count * LANES
-            )
-        expected.append((softmax(scores) @ v).transpose(1, 0, 2).reshape(-1, heads * size))
+            added = mine.transpose(0, 1, 3, 2).reshape(heads, count * LANES, count * LANES)
+        context = spec.reference(q, k, v, mask, added)
+        expected.append(context.transpose(1, 0, 2).reshape(-1, heads * size))
         first += count
     given = arithmetics.bf16_qkv_lanes(qkv) if halves else lanes.to_lanes(qkv)
-    activations = [given, keys, table] + ([bias] if task.shape["bias"] else [])
+    activations = [given, keys, table] + ([bias] if spec.bias == "tensor" else [])
     return result_sample(
         task,
         activations,
@@ -292,8 +322,8 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
 
 
 def flops(task: Task, tokens: int) -> float:
-    """The two products of one sequence of that many tokens; the softmax is not counted."""
-    return 4.0 * tokens * tokens * task.shape["heads"] * task.shape["head_size"]
+    """Of one sequence of that many tokens."""
+    return AttentionSpec.from_shape(task.shape).flops(tokens)
 
 
-attention = Schedule("attention", space, default, kernel, sample, flops)
+attention = Schedule("attention", space, default, kernel, sample, flops, refuses=refuses)

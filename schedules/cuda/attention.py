@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 
+from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cuda.attention_samples import flops, sample
 from bertile.schedules.cuda.forms import code, constants, element, pitch
 from bertile.schedules.cuda.program import program, together
@@ -87,7 +88,8 @@ def default(task: Task, row: Row) -> Knobs:
         if k <= (32 if element(task) == "float" else 64)
         and 2 * _shared(task, warps, 1, k, 2) <= gpu.shared_per_sm
     ]
-    few = max(end for end in FEW if end * int(task.shape["heads"]) <= 4 * gpu.multiprocessors)
+    heads = _spec(task).heads
+    few = max(end for end in FEW if end * heads <= 4 * gpu.multiprocessors)
     return {
         "warps": warps,
         "keys": max(room, default=16),
@@ -99,6 +101,15 @@ def default(task: Task, row: Row) -> Knobs:
     }
 
 
+def refuses(task: Task) -> str | None:
+    """What of a task has no kernel here, None if nothing."""
+    return _spec(task).lacking(("all",), ("none", "tensor"))
+
+
+def _spec(task: Task) -> AttentionSpec:
+    return AttentionSpec.from_shape(task.shape)
+
+
 def _gpu(row: Row) -> Gpu:
     if row.gpu is None:
         raise ValueError("a schedule for GPUs was asked for another machine")
@@ -106,7 +117,7 @@ def _gpu(row: Row) -> Gpu:
 
 
 def _padded(task: Task) -> int:
-    return pitch(int(task.shape["head_size"]))
+    return pitch(_spec(task).head_size)
 
 
 def _width(task: Task) -> int:
@@ -130,6 +141,8 @@ def _shared(task: Task, warps: int, split: int, keys: int, stages: int) -> int:
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
     """(qkv, keys, table, [bias], [limits], y)."""
+    if lacks := refuses(task):
+        raise ValueError(f"there is no kernel for {lacks}")
     few, name = knobs["few"], task.name
     cut = knobs["warps"], 1, knobs["keys"], knobs["stages"]
     many = _entry(task, row, name, cut, f"blocks >= {few}" if few else 1)
@@ -140,15 +153,14 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
 
 
 def _entry(task: Task, row: Row, name: str, cut: tuple[int, int, int, int], when: Extent) -> Kernel:
-    kind, (warps, split, keys, stages) = element(task), cut
-    bias, to_bytes = bool(task.shape["bias"]), task.shape.get("writes") == "to_int8"
+    kind, (warps, split, keys, stages), spec = element(task), cut, _spec(task)
+    bias, to_bytes = spec.bias == "tensor", task.shape.get("writes") == "to_int8"
     y = "u8" if to_bytes else kind
     pointers = [(f"const {kind}", "qkv"), ("const float", "keys"), ("const int", "table")]
     pointers += [("const float", "bias")] if bias else []
     pointers += [("const float", "limits")] if to_bytes else []
     pointers.append((y, "y"))
-    size = int(task.shape["head_size"])
-    piece = math.gcd(size * (1 if to_bytes else _width(task)), 8 if to_bytes else 16)
+    piece = math.gcd(spec.head_size * (1 if to_bytes else _width(task)), 8 if to_bytes else 16)
     parts = [
         f"using X = {kind};\nusing Y = {y};",
         _constants(task, *cut),
@@ -162,7 +174,7 @@ def _entry(task: Task, row: Row, name: str, cut: tuple[int, int, int, int], when
     return program(
         name,
         32 * warps,
-        (f"(blocks + {warps // split - 1}) // {warps // split}", int(task.shape["heads"]), 1),
+        (f"(blocks + {warps // split - 1}) // {warps // split}", spec.heads, 1),
         pointers,
         ["blocks", *(["length", "bias_0", "bias_1"] if bias else [])],
         "\n".join(parts),
@@ -173,22 +185,23 @@ def _entry(task: Task, row: Row, name: str, cut: tuple[int, int, int, int], when
 
 
 def _constants(task: Task, warps: int, split: int, keys: int, stages: int) -> str:
-    heads, size = int(task.shape["heads"]), int(task.shape["head_size"])
+    spec = _spec(task)
+    queries, keys_of, values = spec.channels()
     return constants(
-        H=heads,
-        D=size,
+        H=spec.heads,
+        D=spec.head_size,
         DP=_padded(task),
         STRIDE=_stride(task),
-        PITCH=pitch(3 * heads * size),
-        PITCH_Y=pitch(heads * size),
+        PITCH=pitch(queries + keys_of + values),
+        PITCH_Y=pitch(queries),
         WARPS=warps,
         SPLIT=split,
         TILE=keys,
         KEYS=keys // split,
         STAGES=stages,
-        BIAS=bool(task.shape["bias"]),
-        ALIGNED=size * _width(task) % 16 == 0,
-        FACTOR=float(task.shape["scale"]) * math.log2(math.e),
+        BIAS=spec.bias == "tensor",
+        ALIGNED=spec.head_size * _width(task) % 16 == 0,
+        FACTOR=spec.scale * math.log2(math.e),
     )
 
 
@@ -199,4 +212,4 @@ def _arithmetic(task: Task, row: Row) -> str:
     return "attention_tf32.cuh" if tensor else "attention_floats.cuh"
 
 
-attention = Schedule("attention", space, default, kernel, sample, flops)
+attention = Schedule("attention", space, default, kernel, sample, flops, refuses=refuses)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cuda.forms import (
     BLOCK,
     LOWEST,
@@ -15,7 +16,7 @@ from bertile.schedules.cuda.forms import (
     to_rows,
     token_table,
 )
-from bertile.schedules.reference import LEVELS, byte_limits, softmax
+from bertile.schedules.reference import LEVELS, byte_limits
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 
@@ -43,7 +44,8 @@ def sequences_sample(
     """Sequences of these lengths behind each other, some of their keys masked. ``planes``: whether
     each sequence, and each head, has a bias of its own.
     """
-    heads, size, kind = int(task.shape["heads"]), int(task.shape["head_size"]), element(task)
+    spec, kind = AttentionSpec.from_shape(task.shape), element(task)
+    heads, size = spec.heads, spec.head_size
     table, length = token_table(lengths), max(lengths)
     rows = len(table) * BLOCK
     qkv = to_rows(rng.standard_normal((rows, 3 * heads * size)), kind)
@@ -57,21 +59,20 @@ def sequences_sample(
         part = slice(mine[0] * BLOCK, (mine[-1] + 1) * BLOCK)
         keys[part][own:] = LOWEST
         keys[part][0] = 0.0
-        added = np.broadcast_to(keys[part], (heads, len(keys[part]), len(keys[part]))).copy()
-        if task.shape["bias"]:
+        added = None
+        if spec.bias == "tensor":
+            added = np.zeros((heads, len(keys[part]), len(keys[part])))
             added[:, :own, :own] += bias[min(row, batch - 1), :, :own, :own]
-        expected[part] = _attention(values[part], added, heads, float(task.shape["scale"]))
+        q, k, v = (
+            a.reshape(-1, heads, size).transpose(1, 0, 2) for a in np.split(values[part], 3, 1)
+        )
+        context = spec.reference(q, k, v, keys[part], added)
+        expected[part] = context.transpose(1, 0, 2).reshape(-1, heads * size)
         expected[part][own:] = 0.0  # of padding nothing is asked but a finite number
     inside = np.concatenate([np.arange(16 * (-(-n // 16))) < n for n in lengths])
     given = symbols(rows, len(lengths), length, bias_0=batch, bias_1=of)
-    activations = [qkv, keys, table] + ([bias] if task.shape["bias"] else [])
+    activations = [qkv, keys, table] + ([bias] if spec.bias == "tensor" else [])
     return _result(task, activations, expected.astype("float32"), inside, given)
-
-
-def _attention(qkv: np.ndarray, added: np.ndarray, heads: int, scale: float) -> np.ndarray:
-    q, k, v = (a.reshape(len(qkv), heads, -1).transpose(1, 0, 2) for a in np.split(qkv, 3, 1))
-    weights = softmax(q @ k.transpose(0, 2, 1) * scale + added)
-    return (weights @ v).transpose(1, 0, 2).reshape(len(qkv), -1)
 
 
 def _result(
@@ -104,5 +105,5 @@ def _result(
 
 
 def flops(task: Task, tokens: int) -> float:
-    """The two products of one sequence of that many tokens; the softmax is not counted."""
-    return 4.0 * tokens * tokens * task.shape["heads"] * task.shape["head_size"]
+    """Of one sequence of that many tokens."""
+    return AttentionSpec.from_shape(task.shape).flops(tokens)

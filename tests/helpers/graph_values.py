@@ -8,9 +8,10 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.numerics.eight_bit import quantize_input
-from bertile.schedules.reference import apply_activation, softmax
+from bertile.schedules.reference import apply_activation
 
 BATCH, LENGTH = 2, 5
 
@@ -48,14 +49,14 @@ def _dense(graph, call, x, w, b, residual=0.0):
     return apply_activation(str(call.attrs["activation"]), x @ w + b) + residual
 
 
-def _attention(graph, call, qkv, mask, bias=0.0):
-    heads, size = int(call.attrs["heads"]), int(call.attrs["head_size"])
+def _attention(graph, call, qkv, mask, bias=None):
+    spec = ops.attention_spec(call)
     q, k, v = (
-        part.reshape(BATCH, LENGTH, heads, size).transpose(0, 2, 1, 3)
-        for part in np.split(qkv, 3, axis=2)
+        part.reshape(BATCH, LENGTH, -1, spec.head_size).transpose(0, 2, 1, 3)
+        for part in np.split(qkv, np.cumsum(spec.channels())[:2], axis=2)
     )
-    scores = q @ k.swapaxes(2, 3) * float(call.attrs["scale"]) + mask + bias
-    return (softmax(scores) @ v).transpose(0, 2, 1, 3).reshape(BATCH, LENGTH, -1)
+    context = spec.reference(q, k, v, mask, bias)
+    return context.transpose(0, 2, 1, 3).reshape(BATCH, LENGTH, -1)
 
 
 COMPUTED = {

@@ -15,6 +15,7 @@ from bertile.graph.importer import TABLE
 from bertile.graph.rewriting.dataflow import normalized
 from bertile.lower.forms import Forms
 from bertile.lower.lowering import tasks
+from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.cpu.generic import is_kernel
 from bertile.schedules.task import Task
@@ -64,7 +65,8 @@ def lowered(build):
 
 
 def attention(n, qkv, bias=None, scale=0.5):
-    return ops.attention(qkv, n["mask"], bias, heads=2, head_size=4, scale=scale)
+    spec = AttentionSpec(2, 2, 4, scale, bias="none" if bias is None else "tensor")
+    return ops.attention(spec, qkv, n["mask"], *([] if bias is None else [bias]))
 
 
 def qkv(n):

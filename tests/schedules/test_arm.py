@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers.attention_variants import VARIANTS
 from helpers.emulated import Emulated, need_qemu
 
 from bertile.schedules.cpu import SCHEDULES, arithmetic, lanes, peak
@@ -19,10 +20,9 @@ def product(inputs, outputs, activation="none", residual=False, **more):
     return Task("sparse" if "density" in more else "dense", {**shape, **more})
 
 
-def attention(heads, size, **more):
-    return Task(
-        "attention", {"heads": heads, "head_size": size, "scale": 0.2, "bias": True, **more}
-    )
+def attention(heads, size, variant="all", **more):
+    shape = VARIANTS[variant].spec(heads, size, bias=True, scale=0.2).shape()
+    return Task("attention", {**shape, **more})
 
 
 def normalized(operation, channels, **more):
@@ -42,6 +42,7 @@ FP32 = [
     (attention(2, 24), 4),
     (attention(1, 7), 1),
     (attention(1, 12, writes="to_int8"), 2),
+    *((attention(2, 12, variant), 4) for variant in VARIANTS if variant != "all"),
     (normalized("layer_norm", 70), 3),
     (normalized("layer_norm", 31, kind="int8"), 2),
     (normalized("embedding", 26), 2),
@@ -72,6 +73,7 @@ BF16 = [
     (product(52, 36, precision="bf16", writes="to_bf16", values_from=24), 5),
     (product(80, 38, "gelu", residual=True, density=30, precision="bf16"), 3),
     (attention(2, 24, precision="bf16", writes="to_bf16"), 4),
+    *((attention(2, 12, v, precision="bf16", writes="to_bf16"), 4) for v in VARIANTS if v != "all"),
     (normalized("layer_norm", 31, kind="bf16"), 2),
 ]
 TASKS = {

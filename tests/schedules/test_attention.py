@@ -6,25 +6,29 @@ import re
 
 import numpy as np
 import pytest
+from helpers.attention_variants import VARIANTS
 
+from bertile.base.errors import ModelError
 from bertile.loader import token_blocks
+from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.attention import LOWEST, attention
 from bertile.schedules.cpu.lanes import LANES
-from bertile.schedules.reference import softmax
 from bertile.schedules.task import Task
 from bertile.targets import rows as targets
+from bertile.tune.log.chooser import must_fit
 
 # A softmax and a sum of up to 496 values of the size of 1 in float32.
 TOLERANCE = 5e-6
 FINFO_MIN = float(np.finfo("float32").min)
 
 
-def task_of(heads, size, bias=False):
-    shape = {"heads": heads, "head_size": size, "scale": size**-0.5, "bias": bias}
-    return Task("attention", shape)
+def task_of(heads, size, bias=False, variant="all"):
+    return Task("attention", VARIANTS[variant].spec(heads, size, bias).shape())
 
 
+ALL = pytest.mark.parametrize("variant", VARIANTS)
+OTHERS = pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "all"])
 BERT = [task_of(12, 64), task_of(16, 64), task_of(12, 32), task_of(12, 26), task_of(2, 64)]
 
 
@@ -39,10 +43,11 @@ def test_attention_equals_numpy_on_odd_head_sizes(kernels, size, bias):
     assert kernels.difference(task_of(3, size, bias), blocks=5) < TOLERANCE
 
 
+@ALL
 @pytest.mark.parametrize("blocks", [1, 2, 3, 7, 8, 31])
 @pytest.mark.parametrize("bias", [False, True])
-def test_attention_takes_any_number_of_blocks(kernels, blocks, bias):
-    assert kernels.difference(task_of(2, 26, bias), blocks) < TOLERANCE
+def test_attention_takes_any_number_of_blocks(kernels, blocks, bias, variant):
+    assert kernels.difference(task_of(2, 26, bias, variant), blocks) < TOLERANCE
 
 
 @pytest.mark.parametrize("changed", [{"key_tile": 2}, {"key_tile": 32}, {"keys": 2}], ids=str)
@@ -53,9 +58,10 @@ def test_attention_equals_numpy_at_edges_of_its_space(kernels, changed):
         assert kernels.difference(task, blocks, knobs) < TOLERANCE
 
 
-def test_attention_equals_numpy_at_random_points(kernels):
-    task = task_of(2, 26, bias=True)
-    for knobs in kernels.points(task, 4):
+@ALL
+def test_attention_equals_numpy_at_random_points(kernels, variant):
+    task = task_of(2, 26, True, variant)
+    for knobs in kernels.points(task, 4 if variant == "all" else 2):
         assert kernels.difference(task, 7, knobs) < TOLERANCE, knobs
 
 
@@ -69,9 +75,10 @@ def test_attention_equals_numpy_at_many_random_points(kernels, task):
 class Batch:
     """Sequences of the given lengths, packed into blocks, with the additive mask of their keys."""
 
-    def __init__(self, lengths, heads=2, size=26, scale=1.0):
+    def __init__(self, lengths, heads=2, size=26, scale=1.0, **fields):
         rng = np.random.default_rng(0)
-        self.task = task_of(heads, size)
+        self.spec = AttentionSpec(heads, heads, size, size**-0.5, **fields)
+        self.task = Task("attention", self.spec.shape())
         mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
         self.table = token_blocks(mask, LANES)
         self.qkv = rng.standard_normal((len(self.table) * LANES, 3 * heads * size)) * scale
@@ -83,40 +90,57 @@ class Batch:
     def run(self, kernels, knobs=None):
         """The result per sequence and head, (H, tokens, D)."""
         operands = [lanes.to_lanes(self.qkv), self.keys, self.table]
-        shape = self.task.shape
-        width = shape["heads"] * shape["head_size"]
+        width, _, _ = self.spec.channels()
         library = kernels.build(self.task, knobs)
         return lanes.from_lanes(kernels.call(library, operands, (len(self.table), width, LANES)))
 
     def expected(self):
         """The same by numpy in float64."""
-        heads, size = self.task.shape["heads"], self.task.shape["head_size"]
+        heads, size = self.spec.heads, self.spec.head_size
         parts = []
         for first, count in dict.fromkeys((int(f), int(n)) for _, _, f, n in self.table):
             rows = slice(first * LANES, (first + count) * LANES)
             q, k, v = (
                 part.reshape(-1, heads, size).transpose(1, 0, 2)
-                for part in np.split(self.qkv[rows].astype("float64"), 3, axis=1)
+                for part in np.split(self.qkv[rows], 3, axis=1)
             )
-            scores = q @ k.transpose(0, 2, 1) * self.task.shape["scale"]
-            scores += np.maximum(self.keys[first : first + count].reshape(-1), LOWEST)
-            context = softmax(scores) @ v
+            mask = np.maximum(self.keys[first : first + count].reshape(-1), LOWEST)
+            context = self.spec.reference(q, k, v, mask)
             parts.append(context.transpose(1, 0, 2).reshape(-1, heads * size))
         return np.concatenate(parts)
 
 
-def test_attention_keeps_sequences_of_unequal_lengths_apart(kernels):
-    batch = Batch([50, 1, 16, 17, 33, 49, 2])
+@ALL
+def test_attention_keeps_sequences_of_unequal_lengths_apart(kernels, variant):
+    batch = Batch([50, 1, 16, 17, 33, 49, 2], **VARIANTS[variant].fields)
     assert np.abs(batch.run(kernels) - batch.expected()).max() < TOLERANCE
 
 
+@OTHERS
+def test_attention_never_reads_what_no_query_of_a_block_sees(kernels, variant):
+    batch, count = Batch([10 * LANES], **VARIANTS[variant].fields), 10
+    i, j = np.indices((count * LANES, count * LANES))
+    seen = VARIANTS[variant].sees(i, j).reshape(count, LANES, count, LANES).any((1, 3))
+    unread, (q, _, _) = batch.run(kernels), batch.spec.channels()
+    block = int((~seen).sum(0).argmax())
+    batch.qkv[block * LANES : (block + 1) * LANES, q:] = np.nan
+    same = np.array_equal(
+        *(lanes.to_lanes(x)[~seen[:, block]] for x in (unread, batch.run(kernels)))
+    )
+    assert same and not seen[:, block].all()
+
+
+@ALL
 @pytest.mark.parametrize("masked", [-10000.0, FINFO_MIN, -np.inf], ids=str)
-def test_attention_ignores_masked_keys(kernels, masked):
-    batch = Batch([70, 20])
+def test_attention_ignores_masked_keys(kernels, masked, variant):
+    batch = Batch([70, 20], **VARIANTS[variant].fields)
     batch.keys[0, 3:9] = masked
     batch.keys[2] = masked  # a whole block in the middle
     with np.errstate(invalid="ignore"):
-        assert np.abs(batch.run(kernels) - batch.expected()).max() < TOLERANCE
+        found = batch.run(kernels)
+    # of the others some see masked keys alone, where -10000 leaves few digits of a score
+    queries = slice(None) if variant == "all" else batch.keys.reshape(-1) == 0
+    assert np.abs(found - batch.expected())[queries].max() < TOLERANCE
 
 
 def test_attention_forgets_a_masked_first_tile_when_real_keys_follow(kernels):
@@ -140,13 +164,17 @@ def test_attention_stays_exact_for_sharp_scores(kernels):
     assert np.abs(batch.run(kernels) - batch.expected()).max() < 5e-3
 
 
+@ALL
 @pytest.mark.parametrize("masked", [-10000.0, FINFO_MIN, -np.inf], ids=str)
-def test_attention_gives_finite_numbers_when_all_keys_are_masked(kernels, masked):
-    batch = Batch([16, 48, 5])
+def test_attention_gives_finite_numbers_when_all_keys_are_masked(kernels, masked, variant):
+    batch = Batch([16, 48, 5], **VARIANTS[variant].fields)
     batch.keys[...] = masked
     found = batch.run(kernels)
     assert np.isfinite(found).all()
     assert np.abs(found).max() <= np.abs(batch.qkv).max() * 1.001  # a mean of values
+    if variant != "all":  # of those that a query sees
+        expected = batch.expected()
+        assert np.abs(found - expected).max() < (2e-3 if masked == -10000.0 else TOLERANCE)
 
 
 @pytest.mark.parametrize("rows,heads", [(1, 1), (1, 2), (2, 1), (2, 2)])
@@ -163,10 +191,10 @@ def test_attention_broadcasts_a_bias_of_one_row_or_one_head(kernels, rows, heads
         tokens = count * LANES
         part = batch.qkv[first * LANES : first * LANES + tokens].astype("float64")
         q, k, v = (x.reshape(-1, 2, 26).transpose(1, 0, 2) for x in np.split(part, 3, axis=1))
-        scores = q @ k.transpose(0, 2, 1) * batch.task.shape["scale"]
-        scores += batch.keys[first : first + count].reshape(-1)
-        scores += bias[min(row, rows - 1), :, :tokens, :tokens]
-        expected.append((softmax(scores) @ v).transpose(1, 0, 2).reshape(-1, 52))
+        mask = batch.keys[first : first + count].reshape(-1)
+        spec = AttentionSpec.from_shape(batch.task.shape)
+        context = spec.reference(q, k, v, mask, bias[min(row, rows - 1), :, :tokens, :tokens])
+        expected.append(context.transpose(1, 0, 2).reshape(-1, 52))
     assert np.abs(lanes.from_lanes(found) - np.concatenate(expected)).max() < TOLERANCE
 
 
@@ -186,6 +214,23 @@ def test_flops_counts_both_products():
     assert attention.flops(task_of(12, 64), 128) == 2 * 2 * 128 * 128 * 768
 
 
+LACKED = {
+    "fewer heads of keys": {"kv_heads": 2},
+    "by distance": {"bias": "by_distance"},
+    "softcap 30": {"softcap": 30.0},
+}
+
+
+@pytest.mark.parametrize("lacked", LACKED)
+def test_what_no_kernel_has_is_refused_by_name_before_anything_is_built(lacked):
+    row = targets.resolve("x86-avx2", threads=1)
+    task = Task("attention", {**task_of(4, 64).shape, **LACKED[lacked]})
+    with pytest.raises(ModelError, match=f"x86-avx2 has no kernel for .*{lacked}.*{task.name}"):
+        must_fit(task, row)
+    with pytest.raises(ValueError, match=lacked):
+        attention.kernel(task, attention.default(task, row), row)
+
+
 @pytest.mark.parametrize("writes", ["to_fp32", "to_bf16", "to_int8"])
 @pytest.mark.parametrize(("size", "bias"), [(64, False), (28, True), (4, False)])
 @pytest.mark.parametrize("blocks", [1, 3, 17])
@@ -193,3 +238,17 @@ def test_bf16_products_are_near_float32(kernels_of, writes, size, bias, blocks):
     task = task_of(3, size, bias)
     task = Task("attention", {**task.shape, "precision": "bf16", "writes": writes})
     assert kernels_of("x86-avx512-bf16").mistake(task, blocks) is None
+
+
+@OTHERS
+@pytest.mark.parametrize("blocks", [1, 17])
+def test_bf16_products_of_other_variants_are_near_float32(kernels_of, blocks, variant):
+    shape = {**task_of(3, 28, True, variant).shape, "precision": "bf16", "writes": "to_bf16"}
+    assert kernels_of("x86-avx512-bf16").mistake(Task("attention", shape), blocks) is None
+
+
+@OTHERS
+@pytest.mark.parametrize("writes", ["to_bf16", "to_int8"])
+def test_other_variants_write_narrow_forms(kernels, writes, variant):
+    shape = {**task_of(2, 28, variant=variant).shape, "writes": writes}
+    assert kernels.mistake(Task("attention", shape), 5) is None

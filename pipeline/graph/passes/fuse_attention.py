@@ -19,6 +19,7 @@ from tvm import relax
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, rewrite, shape, static
+from bertile.schedules.attention_spec import AttentionSpec
 
 
 def fuse_attention(graph: Graph) -> Graph:
@@ -59,14 +60,16 @@ def _attention(flow: Dataflow, call: relax.Call) -> Any:
     biases = [term for term in scores.added if _is_bias(term, length)]
     if len(masks) + len(biases) < len(scores.added):
         return None
-    return ops.attention(
-        relax.op.concat([scores.q.x, scores.k.x, v.x], axis=2),
-        _sum(masks) if masks else _no_mask(call),
-        _sum(biases) if biases else None,
+    spec = AttentionSpec(
         heads=v.heads,
+        kv_heads=v.heads,
         head_size=v.size,
         scale=scores.scale * scores.q.scale * scores.k.scale,
+        bias="tensor" if biases else "none",
     )
+    qkv = relax.op.concat([scores.q.x, scores.k.x, v.x], axis=2)
+    mask = _sum(masks) if masks else _no_mask(call)
+    return ops.attention(spec, qkv, mask, *([_sum(biases)] if biases else []))
 
 
 def _consistent(flow: Dataflow, scores: _Scores, v: _Heads) -> bool:

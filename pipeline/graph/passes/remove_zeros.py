@@ -31,6 +31,7 @@ from bertile.graph.rewriting.dataflow import Dataflow, shape
 from bertile.graph.rewriting.resizing import Resized
 from bertile.numerics.eight_bit import quantize_input
 from bertile.numerics.zeros import BLOCKS, analyse
+from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.reference import apply_activation
 
 # What is left is a multiple of this: of the four lanes, each of four channels in 8 bits, that a
@@ -84,7 +85,7 @@ class _Cut:
         self.graph, self.pairs, self.one = graph, pairs, pairs[0]
         attention = self.one.attention
         self.what = "neurons" if attention is None else "attention heads"
-        self.size = 1 if attention is None else int(attention.attrs["head_size"])
+        self.size = 1 if attention is None else ops.attention_spec(attention).head_size
         # w (inputs, channels, or 3 channels for Q, K and V), v (channels, outputs)
         self.w, self.b = (self._value(one) for one in self.one.first.args[1:3])
         self.v, self.c = (self._value(one) for one in self.one.second.args[1:3])
@@ -142,9 +143,13 @@ class _Cut:
         for pair in self.pairs:
             inner = _with_weights(pair.first, pair.first.args[0], first)
             if pair.attention is not None:
-                inner = ops.with_heads(pair.attention, inner, int((~self.gone).sum()))
+                inner = ops.with_spec(pair.attention, self._cut_spec(pair.attention), inner)
             values[pair.var] = _with_weights(pair.second, inner, second)
         return self._replanned(made.write(values), kept)
+
+    def _cut_spec(self, attention: relax.Call) -> AttentionSpec:
+        heads = int((~self.gone).sum())
+        return dataclasses.replace(ops.attention_spec(attention), heads=heads, kv_heads=heads)
 
     def _folded(self, gone: np.ndarray) -> np.ndarray:
         """The second layer's bias with what the channels that go have always added to it."""
@@ -183,7 +188,7 @@ def _pair(flow: Dataflow, binding: relax.VarBinding) -> _Pair | None:
         return None
     first = flow.definition(second.args[0])
     if is_call(first, "bertile.attention"):
-        if not flow.used_once(first.args[0]) or _differs_by_head(first):
+        if not flow.used_once(first.args[0]) or _tells_heads_apart(first):
             return None
         attention, first = first, flow.definition(first.args[0])
     # a residual would be added to channels that are gone
@@ -196,8 +201,10 @@ def _is_layer(flow: Dataflow, value: Any) -> bool:
     return is_call(value, "bertile.dense") and value.args[1] in flow.weights
 
 
-def _differs_by_head(attention: relax.Call) -> bool:
-    return len(attention.args) > 2 and shape(attention.args[2])[1] != 1
+def _tells_heads_apart(attention: relax.Call) -> bool:
+    """Whether heads cannot go one by one: they share keys, or a bias has one for each."""
+    spec, bias = ops.attention_spec(attention), attention.args[2:]
+    return spec.kv_heads != spec.heads or any(shape(one)[1] != 1 for one in bias)
 
 
 def _with_weights(layer: relax.Call, x: Any, weights: list[Any]) -> relax.Call:

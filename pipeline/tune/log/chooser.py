@@ -88,9 +88,17 @@ class Chooser:
 
 
 def must_fit(task: Task, row: Target) -> None:
-    """Raise ModelError where the row is too small for every kernel of a task."""
-    space = schedules_for(row)[task.operation].space(task, row)
-    if not all(space.values()):
+    """Raise ModelError where a kind of machine has no kernel that does what a task asks for, or the
+    row is too small for every one.
+    """
+    schedule = schedules_for(row).get(task.operation)
+    lacks = task.operation if schedule is None else schedule.refuses(task)
+    if lacks:
+        raise ModelError(
+            f"{row.name} has no kernel for {lacks}, which the model needs ({task.name})",
+            "compile it for a CPU" if row.gpu else "this kind of attention is not done yet",
+        )
+    if not all(schedule.space(task, row).values()):
         raise ModelError(
             f"no kernel of {task.name} fits {row.name}",
             "compile in another precision, or for another target",

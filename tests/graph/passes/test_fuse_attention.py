@@ -8,6 +8,7 @@ from tvm.relax import op
 
 from bertile.graph import ops
 from bertile.graph.passes.fuse_attention import fuse_attention
+from bertile.schedules.attention_spec import AttentionSpec
 
 HEADS, SIZE, WIDTH = 2, 4, 8
 MASK = ("batch", 1, 1, "length")
@@ -62,10 +63,13 @@ def spelled_out(
 
 def fused(scale=0.5, mask=lambda *added: added[0], bias=lambda *added: None, heads=HEADS):
     def build(emit, ids, q, k, v, *added):
-        qkv = op.concat([q, k, v], axis=2)
-        return ops.attention(
-            qkv, mask(*added), bias(*added), heads=heads, head_size=WIDTH // heads, scale=scale
+        qkv, biases = (
+            op.concat([q, k, v], axis=2),
+            [one for one in [bias(*added)] if one is not None],
         )
+        kind = "tensor" if biases else "none"
+        spec = AttentionSpec(heads, heads, WIDTH // heads, scale, bias=kind)
+        return ops.attention(spec, qkv, mask(*added), *biases)
 
     return build
 

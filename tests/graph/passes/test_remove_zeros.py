@@ -16,6 +16,7 @@ from bertile.graph.passes.remove_zeros import remove_zeros
 from bertile.graph.rewriting.dataflow import Dataflow
 from bertile.numerics.precision import LayerPlan
 from bertile.numerics.zeros import analyse
+from bertile.schedules.attention_spec import AttentionSpec
 
 C, N, HEADS, SIZE = 32, 64, 4, 16
 WIDTH = HEADS * SIZE
@@ -36,8 +37,8 @@ def feed_forward(emit, ids, x, w, b, v, c, activation="gelu"):
 
 def attend(emit, ids, x, mask, w, b, v, c, *bias, heads=HEADS, size=SIZE):
     qkv = emit(ops.dense(x, w, b))
-    made = ops.attention(qkv, mask, *bias, heads=heads, head_size=size, scale=0.25)
-    return ops.dense(emit(made), v, c, x)
+    spec = AttentionSpec(heads, heads, size, 0.25, bias="tensor" if bias else "none")
+    return ops.dense(emit(ops.attention(spec, qkv, mask, *bias)), v, c, x)
 
 
 def neurons(left):
@@ -265,7 +266,7 @@ def test_channels_with_other_readers_stay(made):
 
     def with_other_readers_of_qkv(emit, ids, x, mask, w, b, v, c):
         qkv = emit(ops.dense(x, w, b))
-        context = ops.attention(qkv, mask, heads=HEADS, head_size=SIZE, scale=1.0)
+        context = ops.attention(AttentionSpec(HEADS, HEADS, SIZE, 1.0), qkv, mask)
         return relax.Tuple([ops.dense(emit(context), v, c), qkv])
 
     untouched(made(read_twice, NEURONS, change=UNREAD))

@@ -10,9 +10,10 @@ from bertile.tune.measure import roofline
 def test_work_counts_attention_by_sequence_and_a_pooler_by_first_tokens() -> None:
     pytest.importorskip("tvm")
     dense = {"inputs": 4, "outputs": 8, "activation": "none", "residual": False}
+    attention = {"heads": 2, "head_size": 4, "scale": 0.5, "bias": False}
     kernels = [
         {"operation": "dense", "shape": dense, "calls": 2},
-        {"operation": "attention", "shape": {"heads": 2, "head_size": 4}, "calls": 1},
+        {"operation": "attention", "shape": attention, "calls": 1},
         {"operation": "generic", "shape": {}, "calls": 3},
         {"operation": "first_token", "shape": {"channels": 4}, "calls": 1},
         {"operation": "dense", "shape": {**dense, "activation": "tanh"}, "calls": 1},

@@ -1,0 +1,33 @@
+"""Lists the variants of attention, one row each, that all its tests are parametrised by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bertile.schedules.attention_spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``fields`` are those of its spec beside the sizes. ``sees`` says the same for query i and key
+    j, of any arrays; ``closed`` is the canonical comparison of j - i that closes a key to a query.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    sees: Callable[[Any, Any], Any] = lambda i, j: (i == i) & (j == j)
+    closed: Callable[[Any, Callable[[int], Any]], Any] | None = None
+
+    def spec(
+        self, heads: int, size: int, bias: bool = False, scale: float | None = None
+    ) -> AttentionSpec:
+        """The variant of so many heads."""
+        scale = size**-0.5 if scale is None else scale
+        kind = "tensor" if bias else "none"
+        return AttentionSpec(heads, heads, size, scale, bias=kind, **self.fields)
+
+
+VARIANTS = {
+    "all": Variant(),
+}
