@@ -18,9 +18,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MAP = PROJECT["tool"]["setuptools"]["package-dir"]
 # Files that may be longer than 300 lines, each with its reason.
 LONG = {
-    "tests/cuda/test_cuda_loader.py": "tests of that one loader, which share a bundle",
+    "tests/cuda/test_cuda_loader.py": "tests of that one file, which share a bundle",
     "tests/lazy_driver.py": "one library's functions",
-    "tests/test_loader.py": "tests of that one loader, which share a bundle",
+    "tests/test_loader.py": "tests of that one file, which share a bundle",
     "tests/test_bad_input.py": "one list of mistakes, which share a bundle",
     "tests/test_normalizer.py": "one list of foreign forms, which share their builders",
     "tests/test_native_loader.py": "tests of that one program, which share a bundle",
