@@ -32,7 +32,7 @@ class Gpu:
 
 
 class Row(Protocol):
-    """The facts of a machine that schedules ask for (a row of ``bertile.targets.rows``)."""
+    """The facts of a machine that schedules ask for (a row of ``bertile.targets.rows.rows``)."""
 
     arch: str  # whose intrinsics
     registers: int  # architectural vector registers

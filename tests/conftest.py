@@ -1,11 +1,13 @@
-"""What all tests share: markers that skip with a reason, --update-golden, a cache of their own."""
+"""What all tests share: markers that skip with a reason, --update-golden, bare Python, a cache."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bertile.loader import cpu_features
@@ -31,6 +33,19 @@ def missing_features(name: str) -> list[str]:
     """What this CPU lacks of a target row's features, or of the one feature of that name."""
     rows = {row.name: row.features for row in TABLE}
     return sorted(set(rows.get(name, (name,))) - cpu_features())
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of a new virtual environment that has numpy and nothing else."""
+    home = tmp_path_factory.mktemp("bare") / "venv"
+    venv.create(home, with_pip=False, symlinks=True)
+    packages = next(home.glob("lib/python*/site-packages"))
+    installed = Path(np.__file__).parents[1]
+    for name in ("numpy", "numpy.libs"):
+        if (installed / name).exists():
+            (packages / name).symlink_to(installed / name)
+    return home / "bin" / "python"
 
 
 @pytest.fixture

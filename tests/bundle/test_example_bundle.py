@@ -6,7 +6,6 @@ import gc
 import os
 import subprocess
 import sys
-import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,19 +46,6 @@ def exported(directory, cache) -> ExportedModel:
 def model(directory):
     with bertile.load(directory) as loaded:
         yield loaded
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory) -> Path:
-    """The python of a new virtual environment that has numpy and nothing else."""
-    home = tmp_path_factory.mktemp("bare") / "venv"
-    venv.create(home, with_pip=False, symlinks=True)
-    packages = next(home.glob("lib/python*/site-packages"))
-    installed = Path(np.__file__).parents[1]
-    for name in ("numpy", "numpy.libs"):
-        if (installed / name).exists():
-            (packages / name).symlink_to(installed / name)
-    return home / "bin" / "python"
 
 
 def run_bare(python: Path, directory: Path, *arguments: str) -> str:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +14,6 @@ import pytest
 from helpers import tiny_bundle
 
 from bertile.bundle import writer
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory) -> Path:
-    """The python of a new virtual environment that has numpy and nothing else."""
-    home = tmp_path_factory.mktemp("bare") / "venv"
-    venv.create(home, with_pip=False, symlinks=True)
-    packages = next(home.glob("lib/python*/site-packages"))
-    installed = Path(np.__file__).parents[1]
-    for name in ("numpy", "numpy.libs"):
-        if (installed / name).exists():
-            (packages / name).symlink_to(installed / name)
-    return home / "bin" / "python"
 
 
 @pytest.fixture(scope="module")

@@ -565,19 +565,6 @@ def portable(library, tmp_path_factory):
     return writer.write(MANIFEST, library, PARAMS, [], output, add=writer.include_runtime)
 
 
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory):
-    """The python of a new virtual environment that has numpy and nothing else."""
-    home = tmp_path_factory.mktemp("bare") / "venv"
-    venv.create(home, with_pip=False, symlinks=True)
-    packages = next(home.glob("lib/python*/site-packages"))
-    installed = Path(np.__file__).parents[1]
-    for name in ("numpy", "numpy.libs"):
-        if (installed / name).exists():
-            (packages / name).symlink_to(installed / name)
-    return home / "bin" / "python"
-
-
 def run_bare(python, directory, *arguments):
     return subprocess.run(
         [python, "loader.py", *arguments],

@@ -1071,9 +1071,9 @@ def test_independent_steps_may_run_at_once():
 # -- by itself ---------------------------------------------------------------------------------
 
 
-def run(*arguments, **options):
+def run(*arguments, python=sys.executable, **options):
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, **options
+        [python, *arguments], capture_output=True, text=True, timeout=60, **options
     )
 
 
@@ -1234,19 +1234,18 @@ def test_emulated_kernels_give_the_same_numbers(emulated, monkeypatch, lazy):
         assert fake.fake_live(kind) == 0, kind
 
 
-def test_loader_runs_a_bundle_with_numpy_alone_on_a_gpu(emulated):
+def test_loader_runs_a_bundle_with_numpy_alone_on_a_gpu(emulated, bare):
     bundled, directory, kernels = emulated
     environment = {
-        **os.environ,
         "LD_LIBRARY_PATH": str(directory),
         "BERTILE_EMULATED_KERNELS": str(kernels),
     }
-    done = run("-I", "loader.py", "--ids", "1,2,3", cwd=bundled, env=environment)
+    done = run("-I", "loader.py", "--ids", "1,2,3", cwd=bundled, env=environment, python=bare)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[2].endswith(" ms, emulated sm_90"), done.stderr
     first = ", ".join(f"{value:.4f}" for value in expected([[1, 2, 3]])["pooled"][0, :4])
     assert f"output   pooled (1, 8): {first}, …" in lines
     assert lines[-1].startswith("on GPU   in ")
-    done = run("-I", "loader.py", "--device", "1", cwd=bundled, env=environment)
+    done = run("-I", "loader.py", "--device", "1", cwd=bundled, env=environment, python=bare)
     assert done.returncode == 2
     assert done.stderr == "loader.py: device is 1; this machine has GPU 0\n"
