@@ -334,15 +334,22 @@ def test_normalize_replaces_every_mask_by_key(tmp_path, masked):
     assert [one.below for one in exported.inputs] == [50, 2]
 
 
-def causal(scores, mask):
+def prefixed(scores, mask):
+    """Half of the real tokens are seen by all: no table of places says that."""
+    places, half = torch.arange(mask.shape[1]), mask.sum(1)[:, None, None, None] // 2
+    seen = (places[None, :] <= places[:, None]) | (places < half)
+    return torch.where(seen & (mask[:, None, None, :] > 0), scores, torch.tensor(-1e9))
+
+
+def blind(scores, mask):
+    """The first tokens see nothing: a softmax of equal numbers, whatever these are."""
     places = torch.arange(mask.shape[1])
-    seen = places[None, :] <= places[:, None]
-    open_ = (mask[:, None, None, :] > 0) & seen[None, None]
-    return torch.where(open_, scores, torch.tensor(-1e9))
+    return torch.where(places[None, :] < places[:, None] - 2, scores, torch.tensor(-1e9))
 
 
-def test_normalize_keeps_a_mask_that_differs_by_query(tmp_path):
-    path = write_attention(tmp_path / "m.onnx", causal)
+@pytest.mark.parametrize("masked", [prefixed, blind])
+def test_normalize_keeps_a_mask_that_places_do_not_decide(tmp_path, masked):
+    path = write_attention(tmp_path / "m.onnx", masked)
     exported = normalizer.normalize(path, tmp_path / "out", Config())
     assert "is kept as it is" in exported.notes[0]
     assert "Where" in operators(onnx.load(exported.onnx_path))

@@ -29,6 +29,7 @@ ALL = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
         ("scale", {"scale": float("nan")}),
         ("keys", {"keys": "some"}),
         ("window", {"window": 4}),
+        ("window", {"keys": "causal", "window": 4}),
         ("bias", {"bias": "yes"}),
         ("softcap", {"softcap": -1.0}),
     ],
