@@ -25,6 +25,7 @@ Reach = tuple[Optional[int], Optional[int]]
 REACH: dict[str, Callable[[int], Reach]] = {
     "all": lambda window: (None, None),
     "causal": lambda window: (None, 0),
+    "window": lambda window: (window, window),
 }
 BIASES = ("none", "tensor", "by_distance")
 

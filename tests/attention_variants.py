@@ -39,4 +39,12 @@ VARIANTS = {
         sees=lambda i, j: j <= i,
         closed=lambda distance: op.greater(distance, relax.const(0, "int64")),
     ),
+    "window": Variant(
+        {"keys": "window", "window": 5},
+        sees=lambda i, j: abs(i - j) <= 5,
+        closed=lambda distance: op.logical_or(
+            op.less(distance, relax.const(-5, "int64")),
+            op.greater(distance, relax.const(5, "int64")),
+        ),
+    ),
 }

@@ -154,6 +154,12 @@ def test_static_lengths_are_recognised(tmp_path, variant):
     assert exported.length == 24 and seen_keys(exported)["keys"] == variant
 
 
+@pytest.mark.parametrize("limit", [LIMIT, None])
+def test_a_window_that_shows_in_long_sequences_alone_is_recognised(tmp_path, limit):
+    path = write(tmp_path / "m.onnx", chosen(lambda i, j: abs(i - j) <= 40), limit=limit)
+    assert seen_keys(normalized(path)) == {"keys": "window", "window": 40, "bias": "none"}
+
+
 def test_a_window_that_no_sequence_leaves_is_the_mask_of_keys(tmp_path):
     path = write(tmp_path / "m.onnx", chosen(lambda i, j: abs(i - j) < LIMIT))
     assert seen_keys(normalized(path)) == {"keys": "all", "window": 0, "bias": "none"}

@@ -107,25 +107,30 @@ class _Sight:
     """
 
     def __init__(self, spec: AttentionSpec, own: Any, count: Any) -> None:
-        _, self.behind = spec.reach()
+        self.before, self.behind = spec.reach()
         self.own, self.count = own, count
 
     def blocks(self) -> tuple[Any, Any]:
         """The first block of keys that any of the queries sees, and the one behind the last."""
         low, stop = 0, self.count
+        if self.before is not None:
+            low = T.Bind(T.max(self.own - -(-self.before // LANES), 0))
         if self.behind is not None:
             stop = T.Bind(T.min(self.own + (-(-self.behind // LANES) + 1), self.count))
         return low, stop
 
     def score(self, value: Any, key: Any) -> Any:
         """The scores of the queries with one key, given by its place in the sequence."""
-        if self.behind is None:
+        if self.before is None and self.behind is None:
             return value
         queries, key = tirx.Ramp(self.own * LANES, 1, LANES), tirx.Broadcast(key, LANES)
         # not below LOWEST: a query whose keys are all masked takes the mean of those that it sees
         value = tirx.max(value, lanes.splat(LOWEST))
-        seen = key - queries <= tirx.Broadcast(self.behind, LANES)
-        return tirx.Select(seen, value, lanes.splat(NEVER))
+        for distance, most in ((key - queries, self.behind), (queries - key, self.before)):
+            if most is not None:
+                seen = distance <= tirx.Broadcast(most, LANES)
+                value = tirx.Select(seen, value, lanes.splat(NEVER))
+        return value
 
 
 class _Query:
