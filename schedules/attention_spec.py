@@ -24,6 +24,8 @@ from bertile.schedules.reference import softmax
 Reach = tuple[Optional[int], Optional[int]]
 REACH: dict[str, Callable[[int], Reach]] = {
     "all": lambda window: (None, None),
+    "causal": lambda window: (None, 0),
+    "window": lambda window: (window, window),
 }
 BIASES = ("none", "tensor", "by_distance")
 

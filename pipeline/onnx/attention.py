@@ -14,6 +14,7 @@ from collections.abc import Callable
 import onnx
 
 from bertile.onnx.graph import OnnxGraph, Sizes, attributes
+from bertile.onnx.masks import places_mask
 
 
 def expand_attention(graph: OnnxGraph, is_bool: Callable[[str], bool]) -> None:
@@ -27,7 +28,7 @@ def expand_attention(graph: OnnxGraph, is_bool: Callable[[str], bool]) -> None:
             continue
         given = attributes(node)
         mask = node.input[3] if len(node.input) > 3 else ""
-        unusual = any(node.input[4:]) or given.get("is_causal") or given.get("softcap")
+        unusual = any(node.input[4:]) or given.get("softcap")
         if unusual or "scale" not in given or "q_num_heads" in given:
             continue
         keys = graph.add("Transpose", [node.input[1]], perm=[0, 1, 3, 2])
@@ -37,6 +38,8 @@ def expand_attention(graph: OnnxGraph, is_bool: Callable[[str], bool]) -> None:
             scores = graph.add("Where", [mask, scores, graph.number(float("-inf"))])
         elif mask:
             scores = graph.add("Add", [scores, mask])
+        if given.get("is_causal"):
+            scores = graph.add("Add", [scores, places_mask(graph, (None, 0))])
         weights = graph.add("Softmax", [scores], axis=-1)
         graph.replace(node.output[0], graph.add("MatMul", [weights, node.input[2]]))
     graph.clean()

@@ -1,28 +1,44 @@
-"""What any exporter adds to the scores before a softmax comes in; one mask for all goes out.
+"""Gives what any exporter adds to the scores before a softmax one of three canonical forms.
 
     Where(And(GatherND(Cast(mask), …)), 0, -inf)  →  (1 - Cast(mask)[:, None, None, :]) * -10000
     Where(mask == 0, -inf, scores)                →  scores + the same
+    Where(j <= i & mask, scores, -inf)            →  scores + the same + Cast(j - i > 0) * -10000
+    any other that places alone decide            →  scores + a table of them, cut to the length
 
-A tensor is judged by its values over several random masks, not by how it is written.
+A tensor is judged by its values over several random masks and lengths, not by how it is written.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 
 from bertile.onnx.dependence import dependence
 from bertile.onnx.graph import OnnxGraph
-from bertile.onnx.probing import Probes
+from bertile.onnx.probing import Probes, evaluate
+from bertile.onnx.shapes import Axes
+from bertile.schedules.attention_spec import Reach
 
 MASKED = -10000.0  # as in the exporter: exp() of it is 0 in float32, and float16 can hold it
 CLOSED = -1e3  # what another exporter's mask must reach at padded keys
 SCALED = -500.0  # what ours must still be where the sum of scores and mask is scaled
+# What differs by query is looked at in these lengths too: a window shows only in longer sequences.
+LENGTHS = (37, 150)
+LONGEST = 4096  # and in the model's own limit, up to here
+LARGEST = 2048  # positions of a table of what is added to each pair of places
 
 
-def write_masks(graph: OnnxGraph, probes: Probes) -> tuple[str, ...]:
-    """Replace every mask that depends on the keys alone; return the names of those kept."""
-    masks = _Masks(graph, probes)
+def write_masks(
+    graph: OnnxGraph, probes: Probes, axes: Axes, limit: int | None, opset: int
+) -> tuple[str, ...]:
+    """Replace every mask that keys and places alone decide; return the names of those kept.
+
+    ``limit`` is how many positions the model has, None where nothing limits them.
+    """
+    masks = _Masks(graph, _Values(graph, probes, axes, limit, opset), axes)
     kinds, producers = dependence(graph), graph.producers()
     for softmax in [one for one in graph.nodes if one.op_type == "Softmax"]:
         name = softmax.input[0]
@@ -32,20 +48,198 @@ def write_masks(graph: OnnxGraph, probes: Probes) -> tuple[str, ...]:
     return tuple(masks.kept)
 
 
+def places_mask(graph: OnnxGraph, reach: Reach) -> str:
+    """Add the canonical mask (batch, 1, length, length) of queries that see keys in their reach.
+
+        places = CumSum(Cast(Equal(input_ids, input_ids)))                        1, 2, 3, …
+        Cast(Or(Less(key - query, -before), Greater(key - query, behind))) * -10000
+
+    or one of the comparisons alone. ``passes.fuse_attention`` reads the reach from it.
+    """
+    add, integers = graph.add, graph.integers
+    same = add("Equal", ["input_ids", "input_ids"])
+    ones = add("Cast", [same], to=onnx.TensorProto.INT64)
+    places = add("CumSum", [ones, graph.constant(np.asarray(1, np.int64))])
+    keys, queries = (add("Unsqueeze", [places, integers(1, axis)]) for axis in (2, 3))
+    distance = add("Sub", [keys, queries])
+    before, behind = reach
+    closed = []
+    if before is not None:
+        closed.append(add("Less", [distance, graph.constant(np.asarray(-before, np.int64))]))
+    if behind is not None:
+        closed.append(add("Greater", [distance, graph.constant(np.asarray(behind, np.int64))]))
+    outside = closed[0] if len(closed) == 1 else add("Or", closed)
+    number = add("Cast", [outside], to=onnx.TensorProto.FLOAT)
+    return add("Mul", [number, graph.number(MASKED)])
+
+
+class _Added(NamedTuple):
+    """What a node before a softmax does to the scores: adds ``number`` of a tensor's value."""
+
+    name: str
+    scores: str
+    number: Callable[[np.ndarray], np.ndarray] | None  # None: not known
+
+
+class _Sample(NamedTuple):
+    """What is added to scores (B|1, H|1, S|1, S), where these keys (B, S) are real."""
+
+    real: np.ndarray
+    value: np.ndarray
+
+    @property
+    def closes(self) -> bool:
+        return bool((self.value <= CLOSED).any())
+
+    @property
+    def blinds(self) -> bool:
+        """Whether a real query sees no key: then numbers that close a key count, and no two ways to
+        write a mask are the same.
+        """
+        closed = (self.value <= CLOSED).all(-1)
+        return bool((closed & self.real[:, None, :]).any())
+
+    @property
+    def seen(self) -> np.ndarray:
+        return self.value == 0
+
+    def shows(self, seen: np.ndarray, padded: bool) -> bool:
+        """Say whether each query sees these keys (…, S, S), of them the real ones alone if
+        ``padded``; then a query that is padding may also see all or none.
+        """
+        length = self.real.shape[1]
+        expected = np.broadcast_to(seen, (*seen.shape[:-2], length, length))
+        if padded:
+            expected = expected & self.real[:, None, None, :]
+        found = np.broadcast_to(self.seen, np.broadcast_shapes(self.value.shape, expected.shape))
+        right = (found == expected).all(-1)
+        if padded:
+            right |= ~self.real[:, None, :] & (found.all(-1) | ~found.any(-1))
+        return bool(right.all())
+
+    def adds(self, table: np.ndarray, padded: bool) -> bool:
+        """Say whether places alone decide what is added, by a table (1, H|1, P, P); if ``padded``
+        padded keys are masked too, and queries that are padding do not count.
+        """
+        length = self.real.shape[1]
+        value, table = np.broadcast_arrays(self.value, table[:, :, :length, :length])
+        same = (value == table) | ((value <= CLOSED) & (table <= CLOSED))
+        if padded:
+            same = np.where(self.real[:, None, None, :], same, value <= CLOSED)
+            same = same | ~self.real[:, None, :, None]
+        return bool(same.all())
+
+
+class _Values:
+    """What tensors of the graph are, for the random batches of the probes and for longer ones."""
+
+    def __init__(
+        self, graph: OnnxGraph, probes: Probes, axes: Axes, limit: int | None, opset: int
+    ) -> None:
+        self.graph, self.probes, self.axes, self.limit = graph, probes, axes, limit
+        self.opset = opset
+        self._samples: dict[tuple[str, str], list[_Sample] | None] = {}
+
+    def samples(self, added: _Added, key: str) -> list[_Sample] | None:
+        """Return what a node adds in each batch, None where that cannot be told. The last sample
+        is the longest, and the first of its sequences has no padding.
+        """
+        if (added.name, key) not in self._samples:
+            self._samples[added.name, key] = self._sampled(added)
+        return self._samples[added.name, key]
+
+    def _sampled(self, added: _Added) -> list[_Sample] | None:
+        values = self._probed(added.name)
+        if values is None or added.number is None:
+            return None
+        found = [self._sample(feed, added, one) for feed, one in zip(self.probes.feeds, values)]
+        if None in found:
+            return None
+        of_keys = all(one.value.shape[2] == 1 for one in found)
+        bias = any(one.value.any() for one in found) and not any(one.closes for one in found)
+        if of_keys or bias or self.graph.is_constant(added.name):
+            return found
+        for length in self._lengths(added.name):
+            feed = self._feed(length)
+            value = self._evaluated(added.name, feed)
+            longer = None if value is None else self._sample(feed, added, value)
+            if longer is None:
+                return None
+            found.append(longer)
+        return found
+
+    def rank(self, name: str) -> int:
+        """Return how many axes a tensor has that was sampled."""
+        return self._probed(name)[0].ndim
+
+    def _probed(self, name: str) -> list[np.ndarray] | None:
+        if self.graph.is_constant(name):
+            return [self.graph.array(name)] * len(self.probes.feeds)
+        values = self.probes.of(name)
+        if values is None:  # made since
+            values = [self._evaluated(name, feed) for feed in self.probes.feeds]
+        return None if any(one is None for one in values) else values
+
+    def _sample(
+        self, feed: dict[str, np.ndarray], added: _Added, value: np.ndarray
+    ) -> _Sample | None:
+        batch, length = feed["input_ids"].shape
+        real = feed.get("attention_mask", np.ones((batch, length))) != 0
+        value = added.number(value)
+        fits = value.ndim <= 4 and value.shape[-1:] in ((), (1,), (length,))
+        value = value.reshape((1,) * (4 - value.ndim) + value.shape) if fits else value
+        if not fits or value.shape[0] not in (1, batch) or value.shape[2] not in (1, length):
+            return None
+        return _Sample(real, value)
+
+    def _lengths(self, name: str) -> list[int]:
+        """The lengths beyond those of the probes, up to the longest that the tensor is known in."""
+        static = self.axes.static("length")
+        if static is not None:
+            return [static]
+        longest = min(self.limit or LONGEST, LONGEST)
+        if self.limit is None and self._evaluated(name, self._feed(longest)) is None:
+            fine = max(self.axes.sizes["length"])  # the probes have been there
+            while longest - fine > 1:
+                middle = (fine + longest) // 2
+                if self._evaluated(name, self._feed(middle)) is None:
+                    longest = middle
+                else:
+                    fine = middle
+            longest = fine
+        return [*(length for length in LENGTHS if length < longest), longest]
+
+    def _feed(self, length: int) -> dict[str, np.ndarray]:
+        """Two sequences of that length where the batch allows it: one whole, one with gaps."""
+        batch = self.axes.static("batch") or (2 if length <= LARGEST // 2 else 1)
+        last = self.probes.feeds[-1]
+        feed = {name: np.resize(one, (batch, length)) for name, one in last.items()}
+        if "attention_mask" in feed:
+            feed["attention_mask"][0] = 1
+        return feed
+
+    def _evaluated(self, name: str, feed: dict[str, np.ndarray]) -> np.ndarray | None:
+        try:
+            return evaluate(self.graph, name, feed, self.opset)
+        except Exception:  # onnxruntime has no public base class for its errors
+            return None  # the graph cannot have that length: nothing is known of it there
+
+
 class _Masks:
-    def __init__(self, graph: OnnxGraph, probes: Probes):
-        self.graph, self.probes = graph, probes
+    def __init__(self, graph: OnnxGraph, values: _Values, axes: Axes) -> None:
+        self.graph, self.values, self.axes = graph, values, axes
         self.kept: dict[str, None] = {}
-        self._mask: str | None = None
+        self._canonical: dict[Any, str] = {}  # by what it is of
 
     def step(self, node: onnx.NodeProto, kinds: dict[str, str]) -> str:
         """Look at one node before a softmax; return the tensor to look at next, "" to stop."""
         light = [name for name in node.input if kinds.get(name) != "heavy"]
         heavy = [name for name in node.input if kinds.get(name) == "heavy"]
         if node.op_type == "Add" and len(light) == 1:
-            self._replace(node, light[0], heavy[0], self._values(light[0]))
+            self._replace(node, _Added(light[0], heavy[0], lambda value: value), "")
         elif node.op_type == "Where" and len(heavy) == 1 and node.input[0] in light:
-            self._replace(node, node.input[0], heavy[0], self._chosen(node, heavy[0]))
+            number = self._chosen(node, heavy[0])
+            self._replace(node, _Added(node.input[0], heavy[0], number), ",".join(node.input[1:]))
         elif node.op_type != "Add" and not self._scales(node, light):
             return ""
         return heavy[0] if heavy else ""
@@ -60,49 +254,137 @@ class _Masks:
         factor = number if node.op_type == "Mul" else 1 / number if number else 0.0
         return MASKED * factor <= SCALED
 
-    def _values(self, name: str) -> list[np.ndarray] | None:
-        if self.graph.is_constant(name):
-            return [self.graph.array(name)] * len(self.probes.feeds)
-        return self.probes.of(name)
-
-    def _chosen(self, node: onnx.NodeProto, scores: str) -> list[np.ndarray] | None:
-        """Return what a Where does to the scores as numbers to be added."""
-        condition = self._values(node.input[0])
+    def _chosen(
+        self, node: onnx.NodeProto, scores: str
+    ) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Return what turns the condition of a Where into numbers that are added to the scores."""
         other = next(name for name in node.input[1:] if name != scores)
-        if condition is None or not self.graph.is_constant(other):
+        if not self.graph.is_constant(other):
             return None
         fill = self.graph.array(other).astype(np.float64)
         keep = node.input[1] == scores
-        return [np.where(one == keep, 0.0, fill) for one in condition]
+        return lambda condition: np.where(condition == keep, 0.0, fill)
 
-    def _replace(
-        self, node: onnx.NodeProto, mask: str, scores: str, values: list[np.ndarray] | None
-    ) -> None:
-        if values is not None and not any(one.any() for one in values):
-            self.graph.replace(node.output[0], scores)
-        elif values is not None and self._is_by_key(values):
-            self._mask = self._mask or self._canonical()
-            node.CopyFrom(onnx.helper.make_node("Add", [scores, self._mask], list(node.output)))
-        elif values is None or any((one <= CLOSED).any() for one in values):
-            self.kept[mask] = None
+    def _replace(self, node: onnx.NodeProto, added: _Added, key: str) -> None:
+        scores = self.values.probes.of(added.scores)
+        heads = scores is None or scores[0].ndim == 4  # not seen: made since, of four axes
+        samples = self.values.samples(added, key) if heads else None
+        if samples is None:
+            self.kept[added.name] = None
+            return
+        terms = self._terms(samples)
+        if terms is not None:
+            total = added.scores
+            for term in terms[:-1]:
+                total = self.graph.add("Add", [total, term])
+            if terms:
+                node.CopyFrom(onnx.helper.make_node("Add", [total, terms[-1]], list(node.output)))
+            else:
+                self.graph.replace(node.output[0], total)
+        elif any(one.closes for one in samples):
+            self.kept[added.name] = None
+            self._as_bias(node, added, samples)
 
-    def _is_by_key(self, values: list[np.ndarray]) -> bool:
+    def _terms(self, samples: list[_Sample]) -> list[str] | None:
+        """Return canonical tensors whose sum is the same, None where there are none."""
+        if not any(one.value.any() for one in samples):
+            return []
+        if self._is_by_key(samples):
+            return [self._keys()]
+        finite = not any(one.closes for one in samples)
+        if finite or any(one.blinds for one in samples):
+            return None
+        return self._by_reach(samples) or self._by_table(samples)
+
+    def _is_by_key(self, samples: list[_Sample]) -> bool:
         """Say whether each value is 0 at real keys and very negative at padded ones."""
-        masks = [feed.get("attention_mask") for feed in self.probes.feeds]
-        if any(mask is None for mask in masks) or all(mask.all() for mask in masks):
+        if all(one.real.all() for one in samples):
             return False
-        for mask, value in zip(masks, values):
-            real = mask[:, None, None, :] != 0
-            try:
-                value, real = np.broadcast_arrays(value, real)
-            except ValueError:
-                return False
+        for one in samples:
+            value, real = np.broadcast_arrays(one.value, one.real[:, None, None, :])
             if (value[real] != 0).any() or not (value[~real] <= CLOSED).all():
                 return False
         return True
 
-    def _canonical(self) -> str:
+    def _by_reach(self, samples: list[_Sample]) -> list[str] | None:
+        """Queries that see all keys from so many before to so many behind their own place."""
+        if not all(((one.value == 0) | (one.value <= CLOSED)).all() for one in samples):
+            return None
+        last = samples[-1]
+        query, key = np.nonzero(np.broadcast_to(last.seen, last.value.shape)[0, 0])
+        if not len(query):
+            return None
+        length = last.real.shape[1]
+        most = int((query - key).max()), int((key - query).max())
+        reach = tuple(None if one == length - 1 else one for one in most)
+        for padded in (False, True):
+            if all(one.shows(_in_reach(reach, one.real.shape[1]), padded) for one in samples):
+                keys = [self._keys()] if padded else []
+                return [*keys, *([] if reach == (None, None) else [self._places(reach)])]
+        return None
+
+    def _by_table(self, samples: list[_Sample]) -> list[str] | None:
+        """What is added to a pair of places, however long the sequence is."""
+        last, limit = samples[-1], self.axes.static("length") or self.values.limit
+        length = last.real.shape[1]
+        if length != limit or length > LARGEST or last.value.shape[2:] != (length, length):
+            return None
+        table = last.value[:1]
+        for padded in (False, True):
+            if all(one.adds(table, padded) for one in samples):
+                return [*([self._keys()] if padded else []), self._table(table)]
+        return None
+
+    def _table(self, table: np.ndarray) -> str:
+        table = np.maximum(table, MASKED).astype(np.float32)
+        return self._once(table.tobytes(), lambda: self._cut(table))
+
+    def _cut(self, table: np.ndarray) -> str:
+        """Add a constant (1, H|1, P, P), cut to the length of the request."""
+        name = self.graph.constant(table, "bias")
+        if self.axes.static("length") is None:
+            zero, one = self.graph.integers(0), self.graph.integers(1)
+            for axis in (2, 3):
+                ends = [zero, self.axes.tensor("length"), self.graph.integers(axis), one]
+                name = self.graph.add("Slice", [name, *ends])
+        return name
+
+    def _as_bias(self, node: onnx.NodeProto, added: _Added, samples: list[_Sample]) -> None:
+        """Add what a Where puts in the place of scores, so that attention can take it as a bias."""
+        plain = all(((one.value == 0) | (one.value <= CLOSED)).all() for one in samples)
+        if node.op_type != "Where" or not plain or any(one.blinds for one in samples):
+            return
+        numbers = [
+            self.graph.number(0.0 if name == added.scores else MASKED) for name in node.input[1:]
+        ]
+        rank = self.values.rank(added.name)
+        condition = node.input[0]
+        if rank < 4:
+            missing = self.graph.integers(*range(4 - rank))
+            condition = self.graph.add("Unsqueeze", [condition, missing])
+        bias = self.graph.add("Where", [condition, *numbers])
+        node.CopyFrom(onnx.helper.make_node("Add", [added.scores, bias], list(node.output)))
+
+    def _places(self, reach: Reach) -> str:
+        return self._once(reach, lambda: places_mask(self.graph, reach))
+
+    def _keys(self) -> str:
+        return self._once("keys", self._keys_mask)
+
+    def _keys_mask(self) -> str:
         mask = self.graph.add("Cast", ["attention_mask"], to=onnx.TensorProto.FLOAT)
         keys = self.graph.add("Unsqueeze", [mask, self.graph.integers(1, 2)])
         padded = self.graph.add("Sub", [self.graph.number(1.0), keys])
         return self.graph.add("Mul", [padded, self.graph.number(MASKED)])
+
+    def _once(self, key: Any, make: Callable[[], str]) -> str:
+        if key not in self._canonical:
+            self._canonical[key] = make()
+        return self._canonical[key]
+
+
+def _in_reach(reach: Reach, length: int) -> np.ndarray:
+    """Which keys a query sees, (S, S)."""
+    before, behind = (length if one is None else one for one in reach)
+    query, key = np.indices((length, length))
+    return (query - key <= before) & (key - query <= behind)

@@ -57,16 +57,17 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     inputs = input_specs(graph)
     with quiet.quiet():
         probes = probe(graph, inputs, opset, batch, length)
-        max_length, notes = _rewrite(graph, probes, opset)
+        beside = _config_beside(path)
+        positions = length or beside.get("max_position_embeddings")
+        max_length, notes = _rewrite(graph, probes, opset, positions)
     check_operators(graph, rewritten=True)
     _name_axes(graph, probes)
     read_names = {one.name for one in graph.inputs}
     if quantized and not read_names.issuperset(one.name for one in inputs):
         quantized = (*quantized, _unread(inputs, read_names))
     inputs = tuple(one for one in inputs if one.name in read_names)
-    beside = _config_beside(path)
     family = table.of_type(beside.get("model_type"))
-    max_length = length or max_length or beside.get("max_position_embeddings")
+    max_length = length or max_length or positions
     longest = min(max_length or 37, 512)
     shapes = ((batch or 2, length or min(16, longest)), (batch or 3, length or min(37, longest)))
     shapes = (*shapes, (batch or 1, length or 1), (batch or 1, length or longest))
@@ -91,8 +92,13 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     ).write()
 
 
-def _rewrite(graph: OnnxGraph, probes: Probes, opset: int) -> tuple[int | None, tuple[str, ...]]:
-    """Rewrite the graph in place; return the number of positions, and notes."""
+def _rewrite(
+    graph: OnnxGraph, probes: Probes, opset: int, positions: int | None
+) -> tuple[int | None, tuple[str, ...]]:
+    """Rewrite the graph in place; return how many positions it has tables of, and notes.
+
+    ``positions`` are how many the model is said to have, where tables do not tell.
+    """
     notes = onnx_quantized.settle_quantization(graph, probes)
     # To opset 20: no other operator that TVM imports means something else there than in 13.
     rewrites.upgrade_reductions(graph)
@@ -103,7 +109,7 @@ def _rewrite(graph: OnnxGraph, probes: Probes, opset: int) -> tuple[int | None, 
     # Judged by values. Lookups and masks first: they need none of the shapes they were made of.
     axes = Axes(graph, probes)
     max_length = write_lookups(graph, probes, axes, max(opset, OPSET))
-    kept = write_masks(graph, probes)
+    kept = write_masks(graph, probes, axes, max_length or positions, max(opset, OPSET))
     attention.merge_transposes(graph, probes.sizes)
     rewrites.write_reshapes(graph, probes.sizes)
     fold_constants(graph, probes)

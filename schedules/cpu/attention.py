@@ -32,7 +32,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from bertile.schedules.attention_spec import AttentionSpec
+from bertile.schedules.attention_spec import REACH, AttentionSpec
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes, vector_math
 from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
@@ -42,11 +42,12 @@ from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
 
 LOWEST = -1e30  # below any score, and small enough that differences of two stay finite
+NEVER = -1e38  # its weight is nothing, even beside the lowest score
 
 
 def refuses(task: Task) -> str | None:
     """What of a task has no kernel here, None if nothing."""
-    return AttentionSpec.from_shape(task.shape).lacking(("all",), ("none", "tensor"))
+    return AttentionSpec.from_shape(task.shape).lacking(tuple(REACH), ("none", "tensor"))
 
 
 def space(task: Task, row: Row) -> Space:
@@ -111,10 +112,24 @@ class _Sight:
 
     def blocks(self) -> tuple[Any, Any]:
         """The first block of keys that any of the queries sees, and the one behind the last."""
-        return 0, self.count
+        low, stop = 0, self.count
+        if self.before is not None:
+            low = T.Bind(T.max(self.own - -(-self.before // LANES), 0))
+        if self.behind is not None:
+            stop = T.Bind(T.min(self.own + (-(-self.behind // LANES) + 1), self.count))
+        return low, stop
 
     def score(self, value: Any, key: Any) -> Any:
         """The scores of the queries with one key, given by its place in the sequence."""
+        if self.before is None and self.behind is None:
+            return value
+        queries, key = tirx.Ramp(self.own * LANES, 1, LANES), tirx.Broadcast(key, LANES)
+        # not below LOWEST: a query whose keys are all masked takes the mean of those that it sees
+        value = tirx.max(value, lanes.splat(LOWEST))
+        for distance, most in ((key - queries, self.behind), (queries - key, self.before)):
+            if most is not None:
+                seen = distance <= tirx.Broadcast(most, LANES)
+                value = tirx.Select(seen, value, lanes.splat(NEVER))
         return value
 
 

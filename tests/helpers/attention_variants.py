@@ -6,18 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tvm import relax
+from tvm.relax import op
+
 from bertile.schedules.attention_spec import AttentionSpec
 
 
 @dataclass(frozen=True)
 class Variant:
     """``fields`` are those of its spec beside the sizes. ``sees`` says the same for query i and key
-    j, of any arrays; ``closed`` is the canonical comparison of j - i that closes a key to a query.
+    j, of any arrays; ``closed`` is the canonical comparison of j - i that closes a key to a query,
+    where there are such keys.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     sees: Callable[[Any, Any], Any] = lambda i, j: (i == i) & (j == j)
-    closed: Callable[[Any, Callable[[int], Any]], Any] | None = None
+    closed: Callable[[Any], Any] | None = None
 
     def spec(
         self, heads: int, size: int, bias: bool = False, scale: float | None = None
@@ -30,4 +34,17 @@ class Variant:
 
 VARIANTS = {
     "all": Variant(),
+    "causal": Variant(
+        {"keys": "causal"},
+        sees=lambda i, j: j <= i,
+        closed=lambda distance: op.greater(distance, relax.const(0, "int64")),
+    ),
+    "window": Variant(
+        {"keys": "window", "window": 5},
+        sees=lambda i, j: abs(i - j) <= 5,
+        closed=lambda distance: op.logical_or(
+            op.less(distance, relax.const(-5, "int64")),
+            op.greater(distance, relax.const(5, "int64")),
+        ),
+    ),
 }

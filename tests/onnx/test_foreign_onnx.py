@@ -174,8 +174,8 @@ def test_attention_that_divides_after_its_mask_goes_the_generic_way(
     assert_equals_original(model, path, SHAPES)
 
 
-def test_mask_that_differs_by_query_is_refused_by_the_name_of_the_operator(tmp_path, compiled):
-    path = forms.write_attention(tmp_path / "m.onnx", forms.causal)  # a decoder's, in TorchScript
+def test_mask_that_rows_decide_is_refused_by_the_name_of_the_operator(tmp_path, compiled):
+    path = forms.write_attention(tmp_path / "m.onnx", forms.prefixed)
     with pytest.raises(ModelError, match=r"TVM cannot import operator [A-Z][a-z]+: "):
         compiled(path)
     assert not (tmp_path / "bundle").exists()

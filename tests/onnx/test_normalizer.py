@@ -9,8 +9,8 @@ import torch
 from helpers.family_models import has_types
 from helpers.foreign_forms import (
     TOLERANCE,
-    causal,
     operators,
+    prefixed,
     write,
     write_attention,
 )
@@ -231,8 +231,15 @@ def test_normalize_replaces_every_mask_by_key(tmp_path, masked):
     assert [one.below for one in exported.inputs] == [50, 2]
 
 
-def test_normalize_keeps_a_mask_that_differs_by_query(tmp_path):
-    path = write_attention(tmp_path / "m.onnx", causal)
+def blind(scores, mask):
+    """The first tokens see nothing: a softmax of equal numbers, whatever these are."""
+    places = torch.arange(mask.shape[1])
+    return torch.where(places[None, :] < places[:, None] - 2, scores, torch.tensor(-1e9))
+
+
+@pytest.mark.parametrize("masked", [prefixed, blind])
+def test_normalize_keeps_a_mask_that_places_do_not_decide(tmp_path, masked):
+    path = write_attention(tmp_path / "m.onnx", masked)
     exported = normalizer.normalize(path, tmp_path / "out", Config())
     assert "is kept as it is" in exported.notes[0]
     assert "Where" in operators(onnx.load(exported.onnx_path))

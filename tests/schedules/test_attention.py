@@ -116,6 +116,13 @@ def test_attention_keeps_sequences_of_unequal_lengths_apart(kernels, variant):
     assert np.abs(batch.run(kernels) - batch.expected()).max() < TOLERANCE
 
 
+# Around the blocks of 16 on which loops begin and end, and wider than the sequence.
+@pytest.mark.parametrize("window", [1, 16, 17, 200])
+def test_attention_sees_windows_of_any_width(kernels, window):
+    batch = Batch([150, 1, 40, 16, 17], keys="window", window=window)
+    assert np.abs(batch.run(kernels) - batch.expected()).max() < TOLERANCE
+
+
 @OTHERS
 def test_attention_never_reads_what_no_query_of_a_block_sees(kernels, variant):
     batch, count = Batch([10 * LANES], **VARIANTS[variant].fields), 10

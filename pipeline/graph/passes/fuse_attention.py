@@ -5,8 +5,10 @@
         →  bertile.attention(concat(q, k, v), mask, [bias])
 
 The scale may stand on q, on k, on both or on the scores, as a factor or a divisor. What is added to
-the
-scores is the mask where it is the same for all heads and queries, and a bias otherwise.
+the scores is the mask where it is the same for all heads and queries, which keys a query sees where
+it is the canonical comparison of places (``onnx_masks.places_mask``), and a bias otherwise:
+
+    (key - query < -before or key - query > behind) * -10000  →  {keys, window} of that reach
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from tvm import relax
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, rewrite, shape, static
-from bertile.schedules.attention_spec import AttentionSpec
+from bertile.schedules.attention_spec import AttentionSpec, Reach, keys_of_reach
+
+CLOSED = -1e3  # what closes a key to a query
 
 
 def fuse_attention(graph: Graph) -> Graph:
@@ -60,12 +64,14 @@ def _attention(flow: Dataflow, call: relax.Call) -> Any:
     biases = [term for term in scores.added if _is_bias(term, length)]
     if len(masks) + len(biases) < len(scores.added):
         return None
+    keys, biases = _keys(flow, biases)
     spec = AttentionSpec(
         heads=v.heads,
         kv_heads=v.heads,
         head_size=v.size,
         scale=scores.scale * scores.q.scale * scores.k.scale,
         bias="tensor" if biases else "none",
+        **keys,
     )
     qkv = relax.op.concat([scores.q.x, scores.k.x, v.x], axis=2)
     mask = _sum(masks) if masks else _no_mask(call)
@@ -78,6 +84,66 @@ def _consistent(flow: Dataflow, scores: _Scores, v: _Heads) -> bool:
     axes = (q.axes, k.axes, v.axes) == ((0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3))
     tokens = all(flow.is_tokens(h.x) for h in (q, k, v))
     return same_heads and axes and tokens and v.scale == 1.0
+
+
+def _keys(flow: Dataflow, biases: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """The fields of a spec that say which keys are seen, and the biases that say more than that."""
+    for place, term in enumerate(biases):
+        reach = _reach(flow, term)
+        fields = None if reach is None else keys_of_reach(reach)
+        if fields is not None:
+            return fields, biases[:place] + biases[place + 1 :]
+    return {}, biases
+
+
+def _reach(flow: Dataflow, term: Any) -> Reach | None:
+    """How far queries see by the canonical comparison of places; None for anything else."""
+    closed = flow.call(term, "multiply")
+    split = flow.split_scalar(closed) if closed is not None else None
+    number = flow.call(split[0], "astype") if split and split[1] <= CLOSED else None
+    if number is None:
+        return None
+    outside = flow.definition(number.args[0])
+    both = outside.args if flow.is_op(outside, "logical_or") else [outside]
+    before = behind = None
+    for side in both:
+        compared = flow.call(side, "less", "greater")
+        limit = flow.scalar(compared.args[1]) if compared is not None else None
+        if limit is None or limit != int(limit) or not _is_distance(flow, compared.args[0]):
+            return None
+        if flow.is_op(compared, "less") and before is None:
+            before = -int(limit)
+        elif flow.is_op(compared, "greater") and behind is None:
+            behind = int(limit)
+        else:
+            return None
+    return before, behind
+
+
+def _is_distance(flow: Dataflow, expr: Any) -> bool:
+    """key - query, of places that are counted along the request's ids."""
+    difference = flow.call(expr, "subtract")
+    if difference is None:
+        return False
+    keys, queries = difference.args
+    across = (shape(keys) or [])[1:3] == [1, 1]
+    down = (shape(queries) or [])[1::2] == [1, 1]
+    keys, queries = (_counted(flow, side) for side in (keys, queries))
+    return across and down and keys is not None and keys.same_as(queries)
+
+
+def _counted(flow: Dataflow, expr: Any) -> Any:
+    """The input whose tokens ``expr`` counts along each row: 1, 2, 3, …; None of anything else."""
+    while (wider := flow.call(expr, "expand_dims")) is not None:
+        expr = wider.args[0]
+    counted = flow.call(expr, "cumsum")
+    along_rows = counted is not None and int(counted.attrs.axis) == 1
+    ones = flow.call(counted.args[0], "astype") if along_rows else None
+    same = flow.call(ones.args[0], "equal") if ones is not None else None
+    if same is None or counted.attrs.exclusive:
+        return None
+    first, second = map(flow.definition, same.args)
+    return first if isinstance(first, relax.Var) and first.same_as(second) else None
 
 
 def _scores(flow: Dataflow, expr: Any) -> _Scores | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers.attention_variants import VARIANTS
 from tvm import relax
 from tvm.relax import op
 
@@ -147,6 +148,96 @@ def test_one_head_is_attention_too(becomes):
 
 def alone(before, **more):
     return before, inputs(**(more or {"mask": MASK}))
+
+
+def places_of(ids, **options):
+    """1, 2, 3, … along each row of ids."""
+    return op.cumsum(op.astype(op.equal(ids, ids), "int64"), **{"axis": 1, **options})
+
+
+def distances(emit, keys, queries=None):
+    """key - query (batch, 1, length, length) of their places."""
+    across = op.expand_dims(op.expand_dims(keys, 1), 2)
+    down = op.expand_dims(keys if queries is None else queries, [1, 3])
+    return op.subtract(across, down)
+
+
+def hidden(closed, number=-10000.0):
+    """What is added to the scores of keys that are closed."""
+    return op.multiply(op.astype(closed, "float32"), c(number))
+
+
+def with_places(closed, number=-10000.0, places=places_of, over=distances):
+    """Attention with a mask of keys, and one of places: of key - query, by ``closed``."""
+
+    def build(emit, ids, q, k, v, mask):
+        distance = emit(over(emit, emit(places(ids))))
+        added = emit(hidden(closed(distance), number))
+        whole = spelled_out(lambda s, m, p: op.add(op.add(op.multiply(s, c(0.5)), m), p))
+        return whole(emit, ids, q, k, v, mask, added)
+
+    return build
+
+
+def fused_with_places(bias, **fields):
+    """The same fused: with these fields of a spec, and a bias of places that do not say as much."""
+
+    def build(emit, ids, q, k, v, mask):
+        qkv = op.concat([q, k, v], axis=2)
+        spec = AttentionSpec(HEADS, HEADS, SIZE, 0.5, bias="tensor" if bias else "none", **fields)
+        return ops.attention(spec, qkv, mask, *([bias(emit, ids)] if bias else []))
+
+    return build
+
+
+@pytest.mark.parametrize("variant", [name for name, one in VARIANTS.items() if one.closed])
+def test_keys_that_are_seen_by_their_places_are_a_field(becomes, variant):
+    before = with_places(VARIANTS[variant].closed)
+    after = fused_with_places(None, **VARIANTS[variant].fields)
+    becomes(fuse_attention, before, after, activations=inputs(mask=MASK))
+
+
+def after_all(distance):
+    return op.greater(distance, relax.const(0, "int64"))
+
+
+BIASES_OF_PLACES = {
+    "another reach": dict(
+        closed=lambda d: op.logical_or(
+            op.less(d, relax.const(-4, "int64")), op.greater(d, relax.const(2, "int64"))
+        )
+    ),
+    "the past closed": dict(closed=lambda d: op.less(d, relax.const(0, "int64"))),
+    "not the own key": dict(closed=lambda d: op.greater(d, relax.const(-1, "int64"))),
+    "twice the same side": dict(closed=lambda d: op.logical_or(after_all(d), after_all(d))),
+    "a low number": dict(closed=after_all, number=-1.0),
+    "a high number": dict(closed=after_all, number=10000.0),
+    "query - key": dict(
+        closed=after_all,
+        over=lambda emit, p: op.multiply(distances(emit, p), relax.const(-1, "int64")),
+    ),
+    "two counts": dict(
+        closed=after_all,
+        over=lambda emit, p: distances(emit, p, op.add(p, relax.const(1, "int64"))),
+    ),
+    "places before": dict(closed=after_all, places=lambda ids: places_of(ids, exclusive=True)),
+    "along the batch": dict(closed=after_all, places=lambda ids: places_of(ids, axis=0)),
+    "a count of some": dict(
+        closed=after_all,
+        places=lambda ids: op.cumsum(
+            op.astype(op.equal(ids, relax.const(1, "int64")), "int64"), axis=1
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("options", BIASES_OF_PLACES.values(), ids=BIASES_OF_PLACES)
+def test_other_comparisons_of_places_are_a_bias(becomes, options):
+    def bias(emit, ids, places=places_of, over=distances, closed=None, number=-10000.0):
+        return emit(hidden(closed(emit(over(emit, emit(places(ids))))), number))
+
+    after = fused_with_places(lambda emit, ids: bias(emit, ids, **options))
+    becomes(fuse_attention, with_places(**options), after, activations=inputs(mask=MASK))
 
 
 LOOK_ALIKES = {

@@ -7,13 +7,16 @@ import itertools
 import numpy as np
 import pytest
 from helpers import cuda_kernels
+from helpers.attention_variants import VARIANTS
 from helpers.cuda_kernels import slow
 
+from bertile.base.errors import ModelError
 from bertile.cuda_loader import evaluate
 from bertile.schedules.cuda.attention import attention
 from bertile.schedules.cuda.attention_samples import sequences_sample
 from bertile.schedules.cuda.forms import LOWEST, from_rows
 from bertile.schedules.task import Task
+from bertile.tune.log.chooser import must_fit
 
 MIXED = [100, 1, 33, 16, 70]  # groups of four blocks that span up to four sequences
 
@@ -199,3 +202,13 @@ def test_attention_at_the_largest_knobs_spills_nothing(precision, size):
     task, row = task_of(12, size, precision), cuda_kernels.row_of("cuda-sm90")
     largest = {knob: max(values) for knob, values in attention.space(task, row).items()}
     cuda_kernels.assert_fits(task, "cuda-sm90", largest)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "all"])
+def test_variants_without_a_kernel_here_are_refused_by_name(variant):
+    task = Task("attention", {**VARIANTS[variant].spec(2, 64).shape(), "precision": "fp16"})
+    row = cuda_kernels.row_of("cuda-sm90")
+    with pytest.raises(ModelError, match=f"cuda-sm90 has no kernel for {variant} attention"):
+        must_fit(task, row)
+    with pytest.raises(ValueError, match=variant):
+        attention.kernel(task, attention.default(task, row), row)
