@@ -1,4 +1,4 @@
-"""Bertile compiles BERT-family encoders into small native libraries; names load on first use."""
+"""Compiles BERT-family encoders into small native libraries; names load on first use."""
 
 from __future__ import annotations
 

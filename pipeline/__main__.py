@@ -1,4 +1,4 @@
-"""`python -m bertile` is the command `bertile`."""
+"""Runs the command `bertile` as `python -m bertile`."""
 
 from bertile.cli.main import main
 

@@ -1,4 +1,4 @@
-"""What one compile is asked to do: a frozen dataclass, JSON in and out, bad values refused."""
+"""Holds what one compile is asked to do: frozen, JSON in and out, bad values refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole program: model in, bundle out. Each stage is a module; this is the order, and the
+"""Runs the whole program, model in, bundle out: each stage is a module; this is the order, and the
 cache.
 """
 

@@ -1,4 +1,4 @@
-"""How one kernel runs on one kind of machine: the schedules of a row's kind.
+"""Says how one kernel runs on one kind of machine: the schedules of a row's kind.
 
 May import: nothing else of Bertile; machines come as rows.
 """

@@ -1,4 +1,4 @@
-"""The maths of the operations in plain numpy (float64), that kernels are checked against."""
+"""Computes the operations in plain numpy (float64), which kernels are checked against."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What every schedule states: the maths of an operation, the knobs it may vary, and the kernel for
-a choice of knobs.
+"""Defines what every schedule states: the maths of an operation, the knobs it may vary, and the
+kernel for a choice of knobs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What one kernel computes: an operation and its shape. Goes into the tuning log as the key, and to
-a schedule as the order.
+"""Names what one kernel computes: an operation and its shape. Goes into the tuning log as the key,
+and to a schedule as the order.
 
 A task says nothing of how (register tiles, loop order): that is the schedule's knobs.
 """

@@ -62,6 +62,17 @@ def test_every_module_says_what_it_is() -> None:
     assert names(bare) == []
 
 
+def test_every_module_opens_with_what_it_does() -> None:
+    """One active sentence, "Chooses the layers that …", not what comes in and goes out."""
+    passive = []
+    for part in ("pipeline", "schedules"):
+        for file in sorted((ROOT / part).rglob("*.py")):
+            first = (ast.get_docstring(ast.parse(file.read_bytes())) or "").split(" ")[0]
+            if not re.fullmatch(r"[A-Z][a-z]+s,?", first):
+                passive.append(file)
+    assert names(passive) == []
+
+
 def test_ruff_finds_nothing() -> None:
     pytest.importorskip("ruff")
     for command in (["check"], ["format", "--check"]):

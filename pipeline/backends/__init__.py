@@ -1,4 +1,4 @@
-"""What differs between kinds of machine, behind one protocol (`backends.backend.Backend`).
+"""Holds what differs between kinds of machine, behind one protocol (`backends.backend.Backend`).
 
 May import: `run` and what stands before it; `cpu` and `cuda` nothing of each other. A third kind of
 machine is a folder here whose module `backend` has a `backend`, and a line in `of`.

@@ -1,4 +1,4 @@
-"""Errors, progress, tables, content hashes, the stage cache and the facts of this machine.
+"""Provides errors, progress, tables, content hashes, the stage cache and the facts of this machine.
 
 May import: `loading`.
 """

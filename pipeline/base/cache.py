@@ -1,4 +1,4 @@
-"""The stage cache: a content hash in, the directory that the stage made for it out."""
+"""Keeps what stages made, each in a directory under the hash of what went into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The errors that Bertile raises: what happened, what to do, and the exit code of the command."""
+"""Defines the errors that Bertile raises: what happened, what to do, the command's exit code."""
 
 from __future__ import annotations
 

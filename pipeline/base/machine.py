@@ -1,4 +1,4 @@
-"""What else the machine does while something is measured, and what machine it is."""
+"""Tells which machine this is, and what else it does while something is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees while Bertile works: stages and status lines on stderr."""
+"""Shows a person what Bertile is doing: stages and status lines on stderr."""
 
 from __future__ import annotations
 

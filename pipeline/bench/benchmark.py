@@ -1,6 +1,4 @@
-"""A bundle or a model, and other engines, come in; their times, measured in turn in one run, go
-out.
-"""
+"""Times bundles or models beside other engines, in turns and in one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bundle and what the user wants it compared with come in; the engines of a benchmark go out."""
+"""Finds the engines that a bundle is to be compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model file comes in; DeepSparse running it in a virtual environment of its own goes out.
+"""Runs a model in DeepSparse, in a virtual environment of its own.
 
 DeepSparse is closed source, and its last release wants Python 3.11 and a numpy before 2.
 """

@@ -1,6 +1,4 @@
-"""The canonical ONNX file comes in; the form of it that a peer's own documentation recommends for a
-precision goes out, from the cache where it was made before.
-"""
+"""Makes the form of a model that a peer's own documentation recommends for a precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine comes in, in a process of its own; a function that runs the model in it goes out."""
+"""Opens a model in each engine, as a function that runs it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A function and its inputs come in; how long its calls take goes out. Imports nothing of Bertile,
-since an engine that lives in another Python runs this file by its path.
+"""Times the calls of a function. Imports nothing of Bertile, since an engine that lives in another
+Python runs this file by its path.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A graph, its build and what was asked for come in; the manifest of the bundle goes out."""
+"""Describes a bundle: what was asked for, what was built, and what is known of it."""
 
 from __future__ import annotations
 

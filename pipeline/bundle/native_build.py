@@ -1,4 +1,4 @@
-"""The C loader's sources in, `bertile-run` and `libbertile.so` for one target row out."""
+"""Builds `bertile-run` and `libbertile.so` from the C loader's sources, for one target row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A target row in, the directory with TVM's two runtime libraries for that machine out."""
+"""Finds TVM's two runtime libraries for the machine of a target row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs a bundle without Bertile: TVM's libraries and our C loader, for one target row."""
+"""Finds what runs a bundle without Bertile, for a row: TVM's libraries and our C loader."""
 
 from __future__ import annotations
 

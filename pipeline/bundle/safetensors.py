@@ -1,4 +1,4 @@
-"""Named numpy arrays go in, a safetensors file with every tensor 64-byte aligned comes out."""
+"""Writes named arrays into a safetensors file in which every tensor is 64-byte aligned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A library, weights and a manifest go in, a bundle directory comes out: whole, or not at all."""
+"""Writes a bundle directory: whole, or not at all."""
 
 from __future__ import annotations
 

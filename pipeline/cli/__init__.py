@@ -1,4 +1,4 @@
-"""The command line, one command a module.
+"""Parses the command line and runs its commands.
 
 May import: `report` and what stands before it.
 """

@@ -1,4 +1,4 @@
-"""The flags of `bertile bench` come in; its reports and their text go out."""
+"""Runs `bertile bench`."""
 
 from __future__ import annotations
 

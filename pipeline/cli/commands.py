@@ -1,4 +1,4 @@
-"""One function per command: parsed options in, data and a text for a person out."""
+"""Runs the commands: parsed options in, data and a text for a person out."""
 
 from __future__ import annotations
 

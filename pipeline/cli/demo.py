@@ -1,4 +1,4 @@
-"""The first thing to try: minilm compiled, some sentences compared, timed beside ONNX Runtime."""
+"""Compiles minilm, compares sentences and times it beside ONNX Runtime: the first thing to try."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bertile device`: its options, and what it does with them."""
+"""Runs `bertile device`."""
 
 from __future__ import annotations
 

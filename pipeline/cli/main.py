@@ -1,4 +1,4 @@
-"""The command line: parse, build the Config, call one function, print what it gives."""
+"""Parses the command line, builds the Config, calls one function and prints what it gives."""
 
 from __future__ import annotations
 

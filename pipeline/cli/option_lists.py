@@ -1,4 +1,4 @@
-"""What a flag with several values was given comes in; words or whole numbers go out."""
+"""Splits what a flag with several values was given into words or whole numbers."""
 
 from __future__ import annotations
 

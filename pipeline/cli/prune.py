@@ -1,4 +1,4 @@
-"""The flags of `bertile prune` come in; what was pruned, and its text, go out."""
+"""Runs `bertile prune`."""
 
 from __future__ import annotations
 

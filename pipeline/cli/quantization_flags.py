@@ -1,4 +1,4 @@
-"""The flags of Config that say how a model is quantized, in the order of its fields."""
+"""Lists the flags of Config that say how a model is quantized, in the order of its fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bertile tune`: the flags of Config that say how it searches, and what it does instead of it."""
+"""Runs `bertile tune`: a search, or what its flags ask for instead of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From TIR to machine code: the one place that says with which of TVM's passes."""
+"""Compiles TIR to machine code: the one place that says with which of TVM's passes."""
 
 from __future__ import annotations
 

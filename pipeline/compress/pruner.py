@@ -1,4 +1,4 @@
-"""MODEL comes in; a Hugging Face directory with pruned weights, which compile takes, goes out."""
+"""Prunes a model into a Hugging Face directory, which `compile` takes."""
 
 from __future__ import annotations
 

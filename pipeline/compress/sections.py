@@ -1,5 +1,5 @@
-"""Labelled texts that every Debian machine has: the package index, whose descriptions belong to
-sections.
+"""Reads labelled texts that every Debian machine has: the package index, whose descriptions belong
+to sections.
 
     python -m bertile.compress.sections -o DIR
 """

@@ -1,7 +1,6 @@
-"""MiniLM, fine-tuned to tell the section of a Debian package from its description, comes out as a
-Hugging Face directory with the examples to test it with.
+"""Trains MiniLM to tell the section of a Debian package from its description.
 
-    python -m bertile.compress.train -o DIR
+python -m bertile.compress.train -o DIR
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A file of texts, labelled or not, and a bundle come in; how good its answers are goes out."""
+"""Reads texts, labelled or not, and says how good a bundle's answers to them are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Varied English sentences that every machine with Python has: first sentences of the docstrings of
+"""Finds varied English sentences on every machine with Python: first sentences of the docstrings of
 its standard library.
 
     python -m bertile.evaluation.sentences -o FILE

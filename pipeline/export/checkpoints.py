@@ -1,4 +1,4 @@
-"""What the user calls MODEL comes in; a torch model with its family, head and files goes out."""
+"""Loads what the user calls MODEL as a torch model, with its family, head and files."""
 
 from __future__ import annotations
 

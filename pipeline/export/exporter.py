@@ -1,4 +1,4 @@
-"""MODEL comes in; a canonical ONNX file, checked against torch, with its tokenizer goes out."""
+"""Exports a model to a canonical ONNX file, checks it against torch, and copies its tokenizer."""
 
 from __future__ import annotations
 

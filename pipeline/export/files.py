@@ -1,4 +1,4 @@
-"""A MODEL name comes in; the directory of its checkpoint, its files and their hash go out."""
+"""Finds the directory of a checkpoint by the name of its MODEL, and hashes its files."""
 
 from __future__ import annotations
 

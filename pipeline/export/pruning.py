@@ -1,4 +1,4 @@
-"""A torch encoder's linear layers lose their smallest weights, in a pattern, all at once.
+"""Sets the smallest weights of a torch encoder's linear layers to zero, in a pattern, all at once.
 
 One-shot magnitude pruning: blocks of each layer are ranked by the sum of their magnitudes (L1), and
 the smallest are set to zero. Nothing is trained, so accuracy suffers.

@@ -1,4 +1,4 @@
-"""A transformers model comes in; a torch module with plain inputs, outputs and masks goes out."""
+"""Wraps a transformers model into a torch module with plain inputs, outputs and masks."""
 
 from __future__ import annotations
 

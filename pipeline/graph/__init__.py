@@ -1,4 +1,4 @@
-"""The Relax graph with Bertile's operators: its import, its passes and their one order.
+"""Holds the Relax graph with Bertile's operators: its import, its passes and their one order.
 
 May import: `export` and what stands before it.
 """

@@ -1,4 +1,4 @@
-"""The artifact between import and build: a Relax module, its weights, and what the model is."""
+"""Defines what goes from import to build: a Relax module, its weights, and what the model is."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The canonical ONNX model in, a Relax module with its weights split off and symbolic batch and
-length out.
+"""Imports the canonical ONNX model as a Relax module with symbolic batch and length, its weights
+split off.
 """
 
 from __future__ import annotations

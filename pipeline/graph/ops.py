@@ -1,6 +1,5 @@
-"""The operators that graph passes fuse into, as Relax operators of their own. All are pure and act
-on row-major
-tensors; the layout that kernels use enters only when the builder lowers them.
+"""Defines the operators that graph passes fuse into, as Relax operators of their own. All are pure
+and act on row-major tensors; the layout that kernels use enters only when the builder lowers them.
 
     bertile.dense(x (…, K), w (K, N), b (N), [residual (…, N)]) {activation, [precision], [density]}
         = activation(x w + b) + residual

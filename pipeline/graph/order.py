@@ -1,5 +1,5 @@
-"""The graph passes, in the one order that counts. In and out: a Graph; the layout of kernels is not
-known here.
+"""Runs the graph passes, in the one order that counts. In and out: a Graph; the layout of kernels
+is not known here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""A linear layer's weights and its plan come in; the arrays that its kernel reads go out. And those
-of a kernel that writes what the layer reads.
-"""
+"""Makes the arrays that a linear layer's kernel reads, of its weights and its plan."""
 
 from __future__ import annotations
 

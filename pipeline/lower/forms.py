@@ -1,4 +1,5 @@
-"""In which forms the activations between fused operators lie, and the tasks that follow from that.
+"""Says in which forms the activations between fused operators lie, and which tasks follow from
+that.
 
 A layer in bfloat16 or bytes reads its input in fewer bits (see ``schedules.cpu.arithmetic``). Who
 computes the input writes it so, where nobody else needs more: dense layers and attention instead of

@@ -1,4 +1,4 @@
-"""The weights of a lowered module: packed for the kernel that reads them, one parameter each."""
+"""Packs the weights of a lowered module for the kernels that read them, one parameter each."""
 
 from __future__ import annotations
 

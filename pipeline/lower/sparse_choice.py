@@ -1,6 +1,4 @@
-"""A graph whose layers have their precision comes in; for each layer whether its weight's zeros are
-skipped, and why, goes out.
-"""
+"""Chooses, for each layer, whether the zeros of its weight are skipped, and says why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The task of a sparse kernel comes in; its time, as a share of the dense kernel's, goes out."""
+"""Estimates the time of a sparse kernel, as a share of the dense kernel's."""
 
 from __future__ import annotations
 

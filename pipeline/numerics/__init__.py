@@ -1,4 +1,5 @@
-"""Arithmetic on numbers of 8 bits, zeros in weights, histograms, and what a precision is.
+"""Does arithmetic on numbers of 8 bits, finds zeros in weights, counts values, and names
+precisions.
 
 May import: `base`, `schedules`.
 """

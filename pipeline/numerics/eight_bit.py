@@ -1,4 +1,4 @@
-"""The arithmetic of 8 bits in numpy: what the kernels are compared with and reports are made of.
+"""Does the arithmetic of 8 bits in numpy: kernels are compared with it, and reports made of it.
 
 Weights: symmetric per output channel, s8. Inputs: asymmetric, u8, per token or one range for all.
 """

@@ -1,4 +1,4 @@
-"""How often which values occur, in bins that widen as the values spread."""
+"""Counts how often which values occur, in bins that widen as the values spread."""
 
 from __future__ import annotations
 

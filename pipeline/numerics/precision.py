@@ -1,5 +1,5 @@
-"""How each linear layer is computed: its precision, the ranges that a quantized one uses, and what
-becomes of the zeros in its weight.
+"""Says how each linear layer is computed: its precision, the ranges that a quantized one uses, and
+what becomes of the zeros in its weight.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A linear layer's weight comes in; where its zeros lie, and how much a kernel can skip, go out."""
+"""Tells where the zeros of a linear layer's weight lie, and how much a kernel can skip."""
 
 from __future__ import annotations
 

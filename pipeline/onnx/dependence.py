@@ -1,4 +1,4 @@
-"""What each tensor of an ONNX graph depends on: weights, shapes, or the values of the inputs."""
+"""Finds what each tensor of an ONNX graph depends on: weights, shapes, or inputs' values."""
 
 from __future__ import annotations
 

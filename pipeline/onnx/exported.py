@@ -1,4 +1,4 @@
-"""What the export stage hands on: a directory with model.onnx, described by export.json."""
+"""Describes what the export stage hands on: a directory with model.onnx and export.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ONNX graph that can be edited: constants as arrays, uses followed, dead nodes dropped."""
+"""Edits an ONNX graph: constants as arrays, uses followed, dead nodes dropped."""
 
 from __future__ import annotations
 

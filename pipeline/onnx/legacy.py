@@ -1,4 +1,4 @@
-"""The canonical ONNX model comes in; the same model in the operators of opset 17 goes out.
+"""Writes the canonical ONNX model in the operators of opset 17.
 
 Tools made for what torch exported for years know GELU and LayerNorm by their parts and an attention
 mask by its two Unsqueezes: ONNX Runtime's optimizer fuses those, DeepSparse runs nothing newer.

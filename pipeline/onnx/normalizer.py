@@ -1,4 +1,4 @@
-"""An ONNX file that any exporter wrote comes in; the canonical form of the same model goes out."""
+"""Brings an ONNX file that any exporter wrote to the canonical form of the same model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ONNX graph comes in; what each of its tensors is for several random batches goes out."""
+"""Runs an ONNX graph to see what each of its tensors is for several random batches."""
 
 from __future__ import annotations
 

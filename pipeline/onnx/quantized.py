@@ -1,5 +1,5 @@
-"""An ONNX model that is quantized in any form comes in; a float model goes out, in which the inputs
-of quantized linear layers are marked.
+"""Turns an ONNX model that is quantized in any form into a float model, in which the inputs of
+quantized linear layers are marked.
 
     DequantizeLinear(integers)                              →  the floats, exactly scale · integers
     MatMul(DequantizeLinear(QuantizeLinear(x)), weight)     →  MatMul(marked x, weight)

@@ -1,4 +1,4 @@
-"""The path of an ONNX file comes in; a model that can be normalised, or one error, goes out."""
+"""Reads an ONNX file: a model that can be normalised, or one error."""
 
 from __future__ import annotations
 

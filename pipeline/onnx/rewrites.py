@@ -1,4 +1,4 @@
-"""Small rewrites of an ONNX graph that bring products, reshapes and reductions to one spelling.
+"""Brings products, reshapes and reductions of an ONNX graph to one spelling.
 
 Every public function changes the graph in place and is harmless where nothing matches.
 """

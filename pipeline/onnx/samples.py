@@ -1,4 +1,4 @@
-"""Padded random batches for comparing two forms of one model, and the comparison itself."""
+"""Draws padded random batches, and compares two forms of one model on them."""
 
 from __future__ import annotations
 

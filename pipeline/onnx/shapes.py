@@ -1,4 +1,4 @@
-"""Arithmetic on shapes in any spelling comes in; Shape(input_ids) and constants go out.
+"""Replaces arithmetic on shapes, in any spelling, by Shape(input_ids) and constants.
 
     Concat(Shape(Transpose(x))[0], -1, …)  →  Concat(Shape(input_ids)[0], 12, …)
     Sqrt(Cast(Shape(q)[3]))                →  8.0

@@ -1,4 +1,4 @@
-"""Quantized constants of an ONNX graph come in; constants in floats go out.
+"""Turns quantized constants of an ONNX graph into floats.
 
 DequantizeLinear(integers)                  →  scale · (integers - zero), in float32
 DequantizeLinear(QuantizeLinear(floats))    →  the same of the integers that they round to

@@ -1,4 +1,4 @@
-"""A file of texts or of the model's inputs comes in; requests to observe a model with go out."""
+"""Reads texts, or inputs of the model, as requests to observe a model with."""
 
 from __future__ import annotations
 

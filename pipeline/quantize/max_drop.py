@@ -1,6 +1,4 @@
-"""A plan in 8 bits and a way to score plans come in; the plan that keeps the score, with the layers
-that cost most in higher precision, goes out.
-"""
+"""Chooses the layers that stay in higher precision, so that a plan in 8 bits keeps its score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An optimized graph and requests in, what the input of each linear layer looks like out."""
+"""Observes what the input of each linear layer looks like over some requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An optimized graph comes in; how its linear layers are quantized and what that costs goes out."""
+"""Plans how the linear layers of a graph are quantized, and says what that costs."""
 
 from __future__ import annotations
 

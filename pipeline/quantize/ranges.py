@@ -1,6 +1,4 @@
-"""What was observed of a layer's input comes in; the ends of its 8-bit range, or the factors that
-smooth its channels, go out.
-"""
+"""Chooses the ends of a layer's 8-bit range, or the factors that smooth its channels."""
 
 from __future__ import annotations
 

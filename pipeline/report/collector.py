@@ -1,4 +1,4 @@
-"""A bundle or a tuning log comes in; one HTML page about its tuning and its kernels goes out."""
+"""Collects what a page about a bundle or a tuning log shows, and writes it."""
 
 from __future__ import annotations
 

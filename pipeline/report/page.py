@@ -1,4 +1,4 @@
-"""The contents of a report come in; one HTML page with its own CSS and SVG goes out.
+"""Writes the contents of a report as one HTML page with its own CSS and SVG.
 
 Nothing is fetched and nothing runs: the page can be mailed, kept and read without a network. The
 markup is well-formed XML too, which is how the tests read it.

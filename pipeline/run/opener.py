@@ -1,4 +1,4 @@
-"""A bundle in; what runs it on this machine out: the loader, or its own bertile-run under QEMU."""
+"""Opens a bundle for a processor: by the loader, or by its own bertile-run under QEMU."""
 
 from __future__ import annotations
 

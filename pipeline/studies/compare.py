@@ -1,4 +1,4 @@
-"""A model and a file to evaluate with come in; a table of what each precision costs goes out.
+"""Compares what each precision costs a model, on a file to evaluate with.
 
 python -m bertile.studies.compare MODEL --eval FILE --against onnxruntime-int8
 """

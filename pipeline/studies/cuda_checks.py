@@ -1,4 +1,4 @@
-"""What must hold of a bundle on a GPU: its numbers, its memory, calls at once, tensors in place.
+"""Checks a bundle on a GPU: its numbers, its memory, calls at once, tensors in place.
 
     python3 cuda_checks.py DIR
 

@@ -1,5 +1,5 @@
-"""What a machine with a GPU needs for ``cuda_bench``, or for ``cuda_checks``, in one small archive;
-and the result of the bench as a table.
+"""Packs what a machine with a GPU needs for ``cuda_bench`` or ``cuda_checks`` into one small
+archive, and makes a table of the bench's result.
 
     python -m bertile.studies.cuda_package -o bench.tar.xz --target cuda-sm90
     python -m bertile.studies.cuda_package --checks checks.tar.xz --target cuda-sm90

@@ -1,4 +1,4 @@
-"""This machine comes in; the constants of ``sparse_costs`` that it would have go out.
+"""Fits the constants of ``sparse_costs`` to this machine.
 
 python -m bertile.studies.fit_sparse_costs --threads 2
 """

@@ -1,5 +1,5 @@
-"""Target rows come in; what llvm-mca says of the loops in which their kernels spend most of their
-time goes out.
+"""Tells what llvm-mca says of the loops in which the kernels of target rows spend most of their
+time.
 
 python -m bertile.studies.inner_loops
 """

@@ -1,4 +1,4 @@
-"""This machine comes in; how well llvm-mca's estimate ranks what kernels really take here goes out.
+"""Measures how well llvm-mca's estimate ranks what kernels really take on this machine.
 
 python -m bertile.studies.mca_rank --threads 1
 """

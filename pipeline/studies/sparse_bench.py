@@ -1,5 +1,5 @@
-"""A synthetic model comes in, pruned to several degrees; how fast it is beside other engines on the
-same weights goes out: a table, a curve, and where the time goes.
+"""Times a synthetic model, pruned to several degrees, beside other engines on the same weights: a
+table, a curve, and where the time goes.
 
 python -m bertile.studies.sparse_bench --into pipeline/bench/RESULTS.md -o pipeline/studies
 """

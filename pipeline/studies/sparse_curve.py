@@ -1,5 +1,5 @@
-"""A synthetic model comes in; its time against the sparsity of its weights, beside that of dense
-kernels and of other engines on the same weights, goes out: as rows, and as a plot.
+"""Draws a synthetic model's time against the sparsity of its weights, beside that of dense kernels
+and of other engines on the same weights.
 """
 
 from __future__ import annotations

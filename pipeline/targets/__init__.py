@@ -1,4 +1,5 @@
-"""The machines that Bertile compiles for: their rows, their linkers, and the GPU that is here.
+"""Knows the machines that Bertile compiles for: their rows, their linkers, and the GPU that is
+here.
 
 May import: `loading`, `base`, `schedules`.
 """

@@ -1,4 +1,4 @@
-"""What of CUDA this machine has: a card, and a compiler for kernels."""
+"""Finds what of CUDA this machine has: a card, and a compiler for kernels."""
 
 from __future__ import annotations
 

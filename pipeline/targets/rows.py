@@ -1,4 +1,4 @@
-"""The machines that Bertile compiles for: one row each, and the way from a name to a row."""
+"""Lists the machines that Bertile compiles for, one row each, and finds a row by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compile says at its end: size, speed, difference to the reference, and which kernels are
+"""Sums up a compile at its end: size, speed, difference to the reference, and which kernels are
 tuned.
 """
 

@@ -1,4 +1,4 @@
-"""What one multiply-add is in each precision, and how activations lie in memory for it.
+"""Says what one multiply-add is in each precision, and how activations lie in memory for it.
 
 A lane is 32 bits of one token: one float32 channel, two neighbouring bfloat16 channels, or four
 neighbouring unsigned bytes. So an activation of C channels is

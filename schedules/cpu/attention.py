@@ -1,4 +1,4 @@
-"""Fused attention in lanes: scores, scale, mask, softmax and context in one pass, for sequences of
+"""Fuses attention in lanes: scores, scale, mask, softmax and context in one pass, for sequences of
 any lengths.
 
     qkv (m, 3 H D, 16), keys (m, 16) additive, table (m, 4), [bias (B, H, S/16, S, 16)]

@@ -1,5 +1,5 @@
-"""A matrix product in lanes with its epilogue: y = activation(x W + b) + residual, any number of
-tokens, in float32, bfloat16 or bytes (see ``arithmetic``: a lane is 1, 2 or 4 channels, G).
+"""Multiplies matrices in lanes, with the epilogue: y = activation(x W + b) + residual, any number
+of tokens, in float32, bfloat16 or bytes (see ``arithmetic``).
 
     x (m, K / G, 16), [range (m, 2, 16)], [residual (m, N, 16)], w (panels, K / G, width), b (N)
         →  y (m, N, 16)

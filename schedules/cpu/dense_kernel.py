@@ -1,4 +1,4 @@
-"""The loops of the matrix product in lanes; what it computes is said in ``dense``."""
+"""Writes the loops of the matrix product in lanes; what it computes is said in ``dense``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Embedding sum and its LayerNorm in one kernel: gathers rows, adds them, normalises, leaves the
-result in lanes.
+"""Sums embedding rows and normalises them in one kernel, which leaves the result in lanes.
 
     ids (B or 1, S) for each table, place (m, 4), tables (V, C), gamma (C), beta (C)
         →  y (m, C, 16)

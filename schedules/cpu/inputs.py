@@ -1,5 +1,5 @@
-"""How a matrix product reads its x: from memory, or from a buffer where a job has made a few blocks
-of tokens ready once for all its outputs.
+"""Reads a matrix product's x: from memory, or from a buffer where a job has made a few blocks of
+tokens ready once for all its outputs.
 
     signed   each byte less 128, which some instructions multiply instead (``Arithmetic.signed``)
     matrix   lanes 2 k and 2 k + 1 zipped: a register holds two tokens of two lanes, as an

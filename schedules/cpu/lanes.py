@@ -1,4 +1,5 @@
-"""The token-lane layout: vectors of 16 tokens of one channel, and the words kernels are written in.
+"""Defines the token-lane layout, vectors of 16 tokens of one channel, and the words kernels are
+written in.
 
 An activation of C channels is ``(m, C, 16)``: block of tokens, channel, token. One vector holds one
 channel of 16 tokens, so that weights are broadcast, and normalisation and softmax need no

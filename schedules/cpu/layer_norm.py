@@ -1,5 +1,5 @@
-"""LayerNorm in lanes: mean and variance in one pass over the channels, the result in another; all
-sums are vertical.
+"""Normalises layers in lanes: mean and variance in one pass over the channels, the result in
+another; all sums are vertical.
 
 x (m, C, 16), gamma (C), beta (C)  →  y (m, C, 16)
 

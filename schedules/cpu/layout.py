@@ -1,5 +1,5 @@
-"""Between row-major tensors and lanes: what ids, masks and results look like outside, and what
-kernels read.
+"""Converts between row-major tensors and lanes: what ids, masks and results look like outside, and
+what kernels read.
 
 ``table`` (m, 4) says of each block: row of the batch, first token, the sequence's first block, its
 number of blocks.

@@ -1,4 +1,5 @@
-"""Activations in lanes as fewer bits: what a layer in bfloat16 or bytes reads (see ``arithmetic``).
+"""Narrows activations in lanes to fewer bits: what a layer in bfloat16 or bytes reads (see
+``arithmetic``).
 
     quantize (m, C, 16), [smooth (C)], [limits (2)]  →  bytes (m, C / 4, 16), [range (m, 2, 16)]
     to_bf16  (m, C, 16)                              →  (m, C / 2, 16)

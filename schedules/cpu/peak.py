@@ -1,4 +1,6 @@
-"""The machine's limits: multiply-adds on registers alone, and bytes read, every thread at once."""
+"""Measures the machine's limits: multiply-adds on registers alone, and bytes read, every thread at
+once.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What matrix products have in common: how a task multiplies and stores, a kernel's arguments, and
-what becomes of a sum: y = activation(value) + residual, narrowed to what the reading layer wants.
+"""Holds what matrix products have in common: how a task multiplies and stores, a kernel's
+arguments, and what becomes of a sum: y = activation(value) + residual.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a kernel must give, in each form that a result can have."""
+"""Says what a kernel must give, in each form that a result can have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A matrix product in lanes that skips lanes of weights that are zero, with the epilogue of
+"""Multiplies matrices in lanes, skipping lanes of weights that are zero, with the epilogue of
 ``dense``: y = activation(x W + b) + residual, any number of tokens, in every precision.
 
 A lane of weights is what one multiply-add takes: 1, 2 or 4 inputs (G) of one output. So one kernel

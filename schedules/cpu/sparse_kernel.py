@@ -1,4 +1,4 @@
-"""The loops of the sparse matrix product in lanes; what it computes is said in ``sparse``."""
+"""Writes the loops of the sparse matrix product in lanes; ``sparse`` says what it computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Sparse weights as the kernel in ``sparse`` reads them: lists of the lanes that are not zero.
+"""Packs sparse weights as the kernel in ``sparse`` reads them: lists of the lanes that are not
+zero.
 
 The lanes of y are dealt to ``groups`` of about equal work, ``places`` outputs each, padded. For
 each group and part of K, the outputs are ordered by the lengths of their lists and taken as many

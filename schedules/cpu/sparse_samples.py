@@ -1,4 +1,4 @@
-"""Trial operands of the sparse matrix product: those of the dense one, most lanes of it zero."""
+"""Draws trial operands of the sparse matrix product: the dense one's, most lanes zero."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""exp, erf, tanh and the activations on 16 lanes, as polynomials: libm's scalar calls would cost 50
-times as much.
+"""Computes exp, erf, tanh and the activations on 16 lanes, as polynomials: libm's scalar calls
+would cost 50 times as much.
 
 Each takes and gives a float32x16 expression. The stated errors are measured by
 tests/schedules/test_vector_math.py.

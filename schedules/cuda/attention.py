@@ -1,4 +1,5 @@
-"""Fused attention with an online softmax (FlashAttention-2, Dao 2023), sequences of any lengths.
+"""Fuses attention with an online softmax (FlashAttention-2, Dao 2023), for sequences of any
+lengths.
 
     qkv (rows, pitch(3 H D)), keys (rows) additive, table (blocks, 4),
     [bias (B or 1, H or 1, S, S)], [limits (2)]  →  y (rows, pitch(H D))

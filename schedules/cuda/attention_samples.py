@@ -1,4 +1,4 @@
-"""Trial operands of attention in each precision, and its result by numpy."""
+"""Draws trial operands of attention in each precision, and computes its result by numpy."""
 
 from __future__ import annotations
 

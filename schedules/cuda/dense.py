@@ -1,5 +1,6 @@
-"""A matrix product on the GPU with its epilogue: y = activation(x W + b) + residual, any number of
-rows, in float16, bfloat16, tf32, float32 or bytes (formulas of bytes: ``schedules/cpu/dense.py``).
+"""Multiplies matrices on the GPU, with the epilogue: y = activation(x W + b) + residual, any number
+of rows, in float16, bfloat16, tf32, float32 or bytes (of these, ``schedules/cpu/dense.py`` has the
+formulas).
 
     x (rows, pitch(K)), [range (rows, 2)], [residual (rows, pitch(N))],
     w (panels of 128 bytes of K, pitch(N), 128 bytes), [scale (N), [shift (N)]], b (N), [limits (2)]

@@ -1,5 +1,6 @@
-"""How long a dense kernel takes by its bytes and multiply-adds, for choosing a default: cycles of a
-multiprocessor. The rates are vendors' and others' published ones; nothing here was measured.
+"""Estimates how long a dense kernel takes by its bytes and multiply-adds, for choosing a default:
+cycles of a multiprocessor. The rates are vendors' and others' published ones; nothing here was
+measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The text of a dense kernel: the constants of a task and of its tiles around ``dense.cuh``."""
+"""Writes the text of a dense kernel: a task's constants and tiles around ``dense.cuh``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trial operands of the matrix product in each precision, and the product by numpy."""
+"""Draws trial operands of the matrix product in each precision; multiplies them by numpy."""
 
 from __future__ import annotations
 

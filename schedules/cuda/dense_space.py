@@ -1,5 +1,5 @@
-"""The knobs of a dense layer: three tiles, for few, some and many rows, and where one takes over
-from the other. The default is what ``dense_cost`` thinks fastest for 128, 1024 and 4096 rows.
+"""Lists the knobs of a dense layer: three tiles, for few, some and many rows, and where one takes
+over from the other. The default is what ``dense_cost`` thinks fastest for 128, 1024 and 4096 rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a dense task is on a GPU in bytes, and the tile of its result that a block makes."""
+"""Says what a dense task is on a GPU in bytes, and which tile of its result a block makes."""
 
 from __future__ import annotations
 

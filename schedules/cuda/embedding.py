@@ -1,4 +1,4 @@
-"""Embedding sum and its LayerNorm in one kernel: a token's rows are added in registers.
+"""Sums embedding rows and normalises them in one kernel: a token's rows are added in registers.
 
     ids (B or 1, S or 1) for each table, place (blocks, 4), tables (V, C), gamma (C), beta (C),
     [smooth (C)], [limits (2)]  →  y (rows, pitch(C)), [q, [range]]

@@ -1,4 +1,4 @@
-"""Row-major activations on the GPU: (rows, pitch(C)), the padding columns are zero.
+"""Lays activations out row-major on the GPU: (rows, pitch(C)), the padding columns are zero.
 
 Rows are tokens in blocks of 16 (``rows`` = 16 × ``blocks``), or one for each sequence. Layers in
 bytes write and read float16 beside them.

@@ -1,5 +1,5 @@
-"""LayerNorm: a row stays in the registers of its warps from the load to the store; statistics in
-float32, the variance from the differences to the mean.
+"""Normalises layers: a row stays in the registers of its warps from the load to the store;
+statistics in float32, the variance from the differences to the mean.
 
     x (rows, pitch(C)), gamma (C), beta (C), [smooth (C)], [limits (2)]
         →  y (rows, pitch(C)), [q u8 (rows, pitch(C)), [range (rows, 2)]]

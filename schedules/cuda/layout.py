@@ -1,5 +1,5 @@
-"""Between row-major tensors and the GPU's activations: what ids, masks and results look like
-outside, and what kernels read.
+"""Converts between row-major tensors and the GPU's activations: what ids, masks and results look
+like outside, and what kernels read.
 
 ``table`` (blocks, 4) says of each block of 16 tokens: row of the batch, first token, the sequence's
 first block, its number of blocks. None of these has knobs: together they are a few microseconds of

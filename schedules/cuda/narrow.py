@@ -1,4 +1,5 @@
-"""Activations as unsigned bytes, which a layer in int8 reads: q = round((x smooth - low) / scale).
+"""Narrows activations to unsigned bytes, which a layer in int8 reads: q = round((x smooth - low) /
+scale).
 
     x (rows, pitch(C)), [smooth (C)], [limits (2)]  →  q u8 (rows, pitch(C)), [range (rows, 2)]
 

@@ -1,5 +1,5 @@
-"""The text of a kernel's one entry from its parts, each in a namespace of its own: all kernels of a
-model are compiled as one program.
+"""Joins the parts of a kernel's one entry into its text, each in a namespace of its own: all
+kernels of a model are compiled as one program.
 """
 
 from __future__ import annotations

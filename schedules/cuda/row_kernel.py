@@ -1,5 +1,5 @@
-"""What the kernels share that hold one row of channels in the registers of a few warps
-(``rows.cuh``): how a row is cut, and the bytes that they may write beside it.
+"""Cuts rows of channels for the kernels that hold one in the registers of a few warps
+(``rows.cuh``), and writes the bytes beside it.
 
 There are two entries. Where rows are ``few``, all warps of a GPU have room, and more of them to a
 row make it faster; where there are many, a warp to a row waits for no barrier.

@@ -1,4 +1,4 @@
-"""Running sums along the rows of a matrix: where RoBERTa's positions come from.
+"""Sums along the rows of a matrix, running: where RoBERTa's positions come from.
 
     x (N, S) int64  →  y (N, S), y[i, j] = x[i, 0] + … + x[i, j]
 

@@ -1,5 +1,5 @@
-"""A CUDA kernel as text, and how it is launched: what a schedule for CUDA gives in the place of a
-PrimFunc.
+"""Describes a CUDA kernel as text, and how it is launched: what a schedule for CUDA gives in the
+place of a PrimFunc.
 
 Extents are written as arithmetic over symbols, which the loader evaluates for each shape of a
 request: ``rows`` (what the kernel is run on: tokens in whole blocks of 16, or sequences),

@@ -1,0 +1,1 @@
+"""Names instructions that TVM cannot."""

@@ -1,4 +1,4 @@
-"""ARM instructions that TVM cannot name, as lines of LLVM IR that a kernel links and inlines.
+"""Writes ARM instructions that TVM cannot name as lines of LLVM IR that a kernel links and inlines.
 
 Operands are vectors of 16 lanes of 32 bits, in four registers, whatever the lanes hold.
 

@@ -1,4 +1,4 @@
-"""x86 instructions that TVM cannot name, as lines of LLVM IR that a kernel links and inlines.
+"""Writes x86 instructions that TVM cannot name as lines of LLVM IR that a kernel links and inlines.
 
 Operands are vectors of 16 lanes of 32 bits, whatever the lanes hold: TVM has no bf16 vectors, and a
 lane of four bytes is loaded, and broadcast, as one number.

@@ -1,1 +1,1 @@
-"""The backend for processors."""
+"""Answers for processors."""

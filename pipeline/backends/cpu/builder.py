@@ -1,4 +1,4 @@
-"""From an optimized graph and chosen knobs to lib.so and its packed weights."""
+"""Builds lib.so and its packed weights from an optimized graph and chosen knobs."""
 
 from __future__ import annotations
 

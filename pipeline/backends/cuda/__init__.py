@@ -1,1 +1,1 @@
-"""The backend for NVIDIA GPUs."""
+"""Answers for NVIDIA GPUs."""

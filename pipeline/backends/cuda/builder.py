@@ -1,6 +1,4 @@
-"""From an optimized graph and chosen knobs to a plan, the kernels' machine code and their packed
-weights: ``bertile.backends.cpu.builder`` for a GPU.
-"""
+"""Builds a plan, the kernels' machine code and their packed weights from an optimized graph."""
 
 from __future__ import annotations
 

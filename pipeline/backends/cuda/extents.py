@@ -1,4 +1,6 @@
-"""TVM's symbolic integers as the arithmetic that a plan holds: text over batch, length, blocks."""
+"""Writes TVM's symbolic integers as the arithmetic that a plan holds: text over batch, length and
+blocks.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""In which forms activations lie on a GPU: row-major, all tokens in one type, bytes where a layer
-in int8 reads them. What has one row a sequence (a pooler, a classifier) is float32.
+"""Says in which forms activations lie on a GPU: row-major, all tokens in one type, bytes where a
+layer in int8 reads them. What has one row a sequence (a pooler, a classifier) is float32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""A bundle for a GPU comes in; its kernels with what each takes of the GPU go out, and where the
-GPU is here, how long a request takes.
-"""
+"""Lists what each kernel of a bundle takes of the GPU; times a request where the GPU is here."""
 
 from __future__ import annotations
 

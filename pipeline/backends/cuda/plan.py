@@ -1,5 +1,5 @@
-"""A lowered module comes in; what a loader does for a request goes out: the launches with their
-arguments, the buffers between them, and the text of every kernel.
+"""Writes the plan that a loader follows for a request: the launches with their arguments, the
+buffers between them, and the text of every kernel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A task and knobs come in, the code of their kernel for one kind of GPU goes out."""
+"""Compiles the kernel of a task and knobs for one kind of GPU."""
 
 from __future__ import annotations
 

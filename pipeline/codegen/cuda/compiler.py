@@ -1,5 +1,5 @@
-"""CUDA C++ text and a row of GPUs come in; machine code for the row, and PTX for newer cards, go
-out. No GPU is needed, nor a driver: nvcc compiles where there is one, else NVRTC, which pip has.
+"""Compiles CUDA C++ text to machine code for a row of GPUs, and to PTX for newer cards. No GPU is
+needed, nor a driver: nvcc compiles where there is one, else NVRTC, which pip has.
 """
 
 from __future__ import annotations

@@ -1,1 +1,3 @@
-"""The passes over the graph, one a module; `bertile.graph.order` says in which order they run."""
+"""Holds the passes over the graph, one a module; `bertile.graph.order` says in which order they
+run.
+"""

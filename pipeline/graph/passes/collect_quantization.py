@@ -1,4 +1,4 @@
-"""What a quantized model says of its linear layers moves from the graph into the plan.
+"""Moves what a quantized model says of its linear layers from the graph into the plan.
 
     dense(fake_quantize(x) {low, high}, w, …)      →  dense(x, w, …), plan[w] = int8, low, high
     dense(fake_quantize(x · s) {low, high}, w, …)  →  dense(x, w · s, …), and smooth = s besides

@@ -1,4 +1,4 @@
-"""What is computed of weights alone is computed once, at build time.
+"""Computes once, at build time, what is computed of weights alone.
 
     concat(wq, wk, wv), permute_dims(w), reshape(p) …  →  one more weight
 

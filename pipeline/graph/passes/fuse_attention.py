@@ -1,4 +1,4 @@
-"""Attention as exporters write it becomes one operator on Q, K and V side by side.
+"""Makes one operator on Q, K and V side by side of attention as exporters write it.
 
     q, k, v (B, S, H D) → reshape, permute → matmul · scale + masks → softmax → matmul → permute,
     reshape

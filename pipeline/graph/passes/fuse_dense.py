@@ -1,4 +1,4 @@
-"""Linear layers with what follows them.
+"""Fuses linear layers with what follows them.
 
     x w + b                    →  bertile.dense(x, w, b)
     gelu(bertile.dense(…))     →  bertile.dense(…) {activation = gelu}; gelu_tanh, relu, tanh alike

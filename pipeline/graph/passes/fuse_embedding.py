@@ -1,4 +1,4 @@
-"""The sum of embedding rows and its LayerNorm in one kernel.
+"""Fuses the sum of embedding rows with its LayerNorm.
 
     layer_norm(take(words, ids) + take(types, token_types) + take(positions, p))
         →  bertile.embedding(ids, token_types, p, words, types, positions)

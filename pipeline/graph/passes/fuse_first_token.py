@@ -1,4 +1,5 @@
-"""The [CLS] token straight from the encoder's layout, without making the whole output row-major.
+"""Takes the [CLS] token straight from the encoder's layout, without making the whole output
+row-major.
 
 take(x, 0, axis=1), or x[:, 0:1] squeezed  →  bertile.first_token(x)
 """

@@ -1,4 +1,4 @@
-"""GELU spelled out, in any order of its factors, becomes one operator.
+"""Makes one operator of GELU that is spelled out, in any order of its factors.
 
     x · ½ · (1 + erf(x / √2))                         →  relax.nn.gelu(x)
     x · ½ · (1 + tanh(√(2/π) (x + 0.044715 x³)))      →  relax.nn.gelu_tanh(x)

@@ -1,4 +1,4 @@
-"""LayerNorm, one operator or spelled out (exports before opset 17), becomes bertile.layer_norm.
+"""Makes bertile.layer_norm of LayerNorm, one operator or spelled out (exports before opset 17).
 
 nn.layer_norm(x, gamma, beta, axes=[-1])                       →  bertile.layer_norm(x, …)
 d = x - mean(x); d / sqrt(mean(d²) + epsilon) · gamma + beta   →  the same

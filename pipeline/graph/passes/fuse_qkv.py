@@ -1,4 +1,4 @@
-"""Q, K and V of the same input in one matrix product.
+"""Joins Q, K and V of the same input into one matrix product.
 
     concat(x Wq + bq, x Wk + bk, x Wv + bv)  →  x concat(Wq, Wk, Wv) + concat(bq, bk, bv)
 

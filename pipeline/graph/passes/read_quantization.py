@@ -1,4 +1,4 @@
-"""The marks of a quantized model, as TVM's frontend spells them, become one operator.
+"""Makes one operator of the marks of a quantized model, as TVM's frontend spells them.
 
 dequantize(quantize(x, scale, zero), scale, zero)      →  bertile.fake_quantize(x) {low, high}
 the same with scale and zero computed of max x, min x  →  bertile.fake_quantize(x) {dynamic}

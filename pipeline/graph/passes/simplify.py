@@ -1,4 +1,5 @@
-"""TVM's own clean-up passes, and the index arithmetic that every imported Gather drags along.
+"""Runs TVM's own clean-up passes, and folds the index arithmetic that every imported Gather drags
+along.
 
 where(i < 0, i + n, i)   →   i          ids are never negative: the loader checks them
 where(false, a, b)       →   b

@@ -1,1 +1,1 @@
-"""What passes share: walking and rewriting a dataflow, folding, resizing, linear layers."""
+"""Holds what passes share: walking and rewriting a dataflow, folding, resizing, linear layers."""

@@ -1,4 +1,4 @@
-"""What graph passes are written with: where a value comes from, who uses it, and replacing it."""
+"""Tells graph passes where a value comes from and who uses it, and replaces it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators that are evaluated at build time where all their operands are weights.
+"""Lists the operators that are evaluated at build time where all their operands are weights.
 
 Only what is computed by these counts as a weight: a kernel could not get any other packed.
 """

@@ -1,4 +1,4 @@
-"""What a linear layer looks like in an imported graph, for the passes that fuse around one."""
+"""Recognises a linear layer in an imported graph, for the passes that fuse around one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What a pass is written with that gives weights other sizes: the graph with new values in the
-place of old ones, everything computed of them inferred anew.
-"""
+"""Gives weights of a graph other sizes, and infers everything computed of them anew."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A bundle for a GPU comes in; a callable as ``loader.load`` gives it goes out, which runs every
-launch of the plan on the CPU, with every access to memory checked.
+"""Runs every launch of a GPU bundle's plan on the CPU, with every access to memory checked.
 
 It is for small models: a kernel takes thousands of times as long as on a GPU.
 """

@@ -1,4 +1,4 @@
-"""CUDA kernels on the CPU, with every access to memory checked, and counted where asked."""
+"""Runs CUDA kernels on the CPU, with every access to memory checked, and counted where asked."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""CUDA kernels' text comes in, a library of them for the CPU goes out, by the host's C++ compiler
-and the words of emulation.h; and one in the place of the NVIDIA driver's.
+"""Compiles the text of CUDA kernels for the CPU, by the host's C++ compiler and the words of
+emulation.h; and a library in the place of the NVIDIA driver's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A bundle for a GPU comes in, what can run it on this machine goes out."""
+"""Finds what can run a bundle for a GPU on this machine."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""An archive of candidate kernels for a machine with a GPU that the network does not reach: a zip
-that Python runs.
+"""Packs candidate kernels for a machine with a GPU that no network reaches, in a zip that Python
+runs.
 
     __main__.py      python3 ARCHIVE --output RESULT, with numpy and the driver, nothing else
     bertile/…        what it takes of this package: the trial makes operands by seed, packs weights

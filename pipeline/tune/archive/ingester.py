@@ -1,5 +1,5 @@
-"""What a device wrote of an archive (`bertile-run --measure`, or a GPU's archive itself) comes in;
-records of the tuning log go out.
+"""Reads what a device wrote of an archive (`bertile-run --measure`, or a GPU's archive itself) into
+the tuning log.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the log says of a task comes in; the candidates that are worth measuring next go out.
+"""Proposes the candidates of a task that are worth measuring next, by what the log says.
 
 For devices that answer in rounds: the local search asks for a time and goes on, here a whole round
 of candidates leaves at once. XGBoost learns from the knobs and times that are known, as the cost

@@ -1,4 +1,4 @@
-"""A kernel comes in; the same with a comment wherever its machine code may branch goes out.
+"""Puts a comment into a kernel wherever its machine code may branch.
 
     for i in range(n):          for i in range(n):
         y[i] = …          →         mark(1)

@@ -1,5 +1,5 @@
-"""A marked kernel and its arguments come in; how often each mark is passed, and how many cache
-lines each cache lacks meanwhile, go out.
+"""Counts how often each mark of a kernel is passed, and how many cache lines each cache lacks
+meanwhile.
 
     for i in range(n):              for i in range(n):
         mark(1)               →         counts[1] += 1

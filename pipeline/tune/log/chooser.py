@@ -1,4 +1,4 @@
-"""Which knobs a kernel is built with: its own from the log, a near task's, or the default."""
+"""Chooses a kernel's knobs: its own from the log, a near task's, or the default."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A tuning log comes in; what it holds, for a person, or a log with other logs' records, goes
-out.
-"""
+"""Shows what a tuning log holds, and adds other logs' records to it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Measured schedule decisions, keyed by what a kernel computes; append-only files that a person can
-read.
+"""Keeps measured schedule decisions, keyed by what a kernel computes, in append-only files that a
+person can read.
 
 One JSON record a line, in ``<directory>/<target log>/<operation>.jsonl``. A line is one write under
 a lock, so

@@ -1,5 +1,5 @@
-"""A board's part of tuning: a server on it that runs candidates, the tracker that shares servers
-out, and the list of them. All three are TVM's own RPC.
+"""Runs a board's part of tuning: a server on it that runs candidates, the tracker that shares
+servers out, and the list of them. All three are TVM's own RPC.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""A bundle's kernels come in; the floating-point operations of a request, and the machine's limit,
-go out.
-"""
+"""Counts the floating-point operations of a request, and measures the machine's limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A target row and a configuration come in; who answers how long a candidate takes goes out."""
+"""Finds who answers how long a candidate takes, for a row and a configuration."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The other process of a tuner, whatever it measures on: requests as JSON lines in, results as JSON
-lines out.
+"""Serves a tuner from a process of its own, whatever it measures on: requests as JSON lines in,
+results as JSON lines out.
 
 A candidate that crashes or hangs costs only its own trial. A result is either {"microseconds": [one
 per repeat]} or {"error": "what happened"}.

@@ -1,5 +1,5 @@
-"""MetaSchedule's evolutionary search with its XGBoost cost model, over the knobs that a schedule
-states.
+"""Runs MetaSchedule's evolutionary search with its XGBoost cost model, over the knobs that a
+schedule states.
 
 A schedule of ours is a space of named knobs, not a trace of schedule primitives. So MetaSchedule
 gets a

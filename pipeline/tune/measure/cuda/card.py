@@ -1,4 +1,4 @@
-"""An NVIDIA GPU for those who measure kernels: memory, graphs of launches, and their times.
+"""Gives those who measure kernels an NVIDIA GPU: memory, graphs of launches, and their times.
 
 A launch that fails leaves the context of its process unusable: whoever tries candidates does so in
 a process of its own.

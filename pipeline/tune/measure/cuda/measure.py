@@ -1,4 +1,6 @@
-"""What an archive of candidates does on the machine that it was carried to (see ``cuda.pack``)."""
+"""Measures an archive of candidates on the machine that it was carried to (see
+``archive.cuda_packer``).
+"""
 
 from __future__ import annotations
 

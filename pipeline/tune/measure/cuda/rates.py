@@ -1,5 +1,5 @@
-"""What the tensor cores of a GPU give by themselves: warps that multiply registers and wait for
-nothing, with dense operands and with 2:4 sparse ones.
+"""Measures what the tensor cores of a GPU give by themselves: warps that multiply registers and
+wait for nothing, with dense operands and with 2:4 sparse ones.
 
 A sparse product counts the multiply-adds of the dense one that it stands for.
 """

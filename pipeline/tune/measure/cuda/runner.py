@@ -1,5 +1,5 @@
-"""The tuner's way to a GPU of this machine, or to those of a tracker's devices: kernels are
-compiled here side by side, and tried one at a time on each GPU, in another process.
+"""Tries candidates on a GPU of this machine, or on those of a tracker's devices: kernels are
+compiled here side by side, and tried one at a time on each GPU.
 """
 
 from __future__ import annotations

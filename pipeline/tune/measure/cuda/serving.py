@@ -1,5 +1,4 @@
-"""The GPU of a device that serves tuners: a session brings a compiled candidate, the trial's answer
-goes back.
+"""Tries, on the GPU of a device that serves tuners, the compiled candidates that a session brings.
 
 Of each session TVM makes a process. The one that tries candidates belongs to none of them: it
 outlives them, with the driver open and a task's reference made. A kernel that fails takes it down,
