@@ -4,6 +4,7 @@ along.
 where(i < 0, i + n, i)   →   i          ids are never negative: the loader checks them
 where(false, a, b)       →   b
 take(x, i, mode=fast)    →   mode=clip  an index out of range reads a wrong row, not foreign memory
+astype(x, x's own)       →   x          TorchScript writes a Cast for `.to(device)`, as ERNIE's
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from bertile.graph.rewriting.dataflow import Dataflow, rewrite, same_shape
 def simplify(graph: Graph) -> Graph:
     """Fold constants, merge equal expressions, drop what is unused."""
     graph = _fold(rewrite(graph, _clip))  # clip first: TVM warns of every unchecked index it folds
-    return _fold(rewrite(rewrite(graph, _plain_index), _decided))
+    for rule in (_plain_index, _decided, _own_type):
+        graph = rewrite(graph, rule)
+    return _fold(graph)
 
 
 def _fold(graph: Graph) -> Graph:
@@ -60,3 +63,8 @@ def _decided(flow: Dataflow, call: relax.Call) -> Any:
         return None
     chosen = call.args[1] if decided else call.args[2]
     return chosen if same_shape(chosen, call) else None
+
+
+def _own_type(flow: Dataflow, call: relax.Call) -> Any:
+    same = flow.is_op(call, "astype") and call.args[0].ty.dtype == call.attrs["dtype"]
+    return call.args[0] if same else None

@@ -130,3 +130,29 @@ def test_what_nobody_reads_is_dropped(becomes):
         return op.nn.relu(x)
 
     becomes(simplify, before, lambda emit, ids, x: op.nn.relu(x))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_cast_to_its_own_type_disappears(becomes, again):
+    """`.to(device)` between the words' lookup and the sum, as TorchScript exports it."""
+
+    def before(emit, ids, words):
+        rows = emit(op.astype(lookup(words, ids, "clip"), "float32"))
+        return op.exp(op.astype(rows, "float32") if again else rows)
+
+    becomes(
+        simplify,
+        before,
+        lambda emit, ids, words: op.exp(emit(lookup(words, ids, "clip"))),
+        activations={},
+        weights=WORDS,
+    )
+
+
+def test_cast_to_another_type_is_left_alone(leaves_alone):
+    leaves_alone(
+        simplify,
+        lambda emit, ids, words: op.astype(emit(lookup(words, ids, "clip")), "float16"),
+        activations={},
+        weights=WORDS,
+    )
