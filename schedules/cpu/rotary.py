@@ -1,4 +1,4 @@
-"""Rotary positions in lanes: turns pairs of channels of some heads by the angle of a token's place.
+"""Turns pairs of channels of some heads by the angle of a token's place: rotary positions in lanes.
 
     x (m, C, 16), cos (m, D, 16), sin (m, D, 16)  →  y (m, C, 16), with e = d + D / 2
     y[d] = x[d] cos[d] - x[e] sin[d],  y[e] = x[e] cos[e] + x[d] sin[e]

@@ -189,7 +189,7 @@ def test_weights_are_packed_once_for_equal_kernels():
     found = lowered(build)
     assert list(found.params) == ["w@dense_8_8", "b@dense_8_8"]
     assert [p.name for p in found.mod["main"].params[7:]] == list(found.params)
-    for param in found.mod["main"].params[6:]:
+    for param in found.mod["main"].params[7:]:
         assert tuple(int(e) for e in param.ty.shape) == found.params[param.name].shape
 
 
