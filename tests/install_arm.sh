@@ -34,8 +34,9 @@ if [ ! -e "$1/musl/lib/ld-musl-aarch64.so.1" ]; then
 fi
 exec "$2" - "$1/runtime" <<'END'
 import shutil, sys, tempfile
-from bertile import runtime_libraries, targets
+from bertile.bundle import runtime_libraries
+from bertile.targets import rows
 with tempfile.TemporaryDirectory() as cache:
-    found = runtime_libraries.find(targets.resolve("aarch64"), None, cache)
+    found = runtime_libraries.find(rows.resolve("aarch64"), None, cache)
     shutil.copytree(found, sys.argv[1], dirs_exist_ok=True)
 END
