@@ -132,6 +132,8 @@ class Forms:
                 found["precision"] = "bf16"
             return found | _writes(output)
         found = {"channels": shape(call)[-1]}
+        if name == "rotary":
+            return found | {"heads": int(call.attrs["heads"]), "head_size": shape(call.args[1])[-1]}
         if name in ("layer_norm", "embedding"):
             found["epsilon"] = _epsilon(call)
         if name == "embedding":

@@ -156,6 +156,10 @@ class Lowering:
         weights = narrowing(output, self.graph.plan)
         self.lanes[var, output] = self._kernel(task, activations, weights, [(var, output)])
 
+    def _rotary(self, var: relax.Var, call: relax.Call) -> None:
+        activations = [self._in_lanes(x) for x in call.args]  # cos and sin once for all layers
+        self.lanes[var, FP32] = self._kernel(self.forms.task(var), activations, [], [(var, FP32)])
+
     def _layer_norm(self, var: relax.Var, call: relax.Call) -> None:
         x, *norm = call.args
         self._normalised(var, [self._in_lanes(x)], [self._value(w) for w in norm])

@@ -6,6 +6,8 @@ tensors; the layout that kernels use enters only when the builder lowers them.
         = activation(x w + b) + residual
     bertile.attention(qkv (B, S, 3 H D), mask (B|1, 1, 1, S), [bias (B|1, H|1, S, S)]) {heads,
     head_size, scale, [precision]} and what else an AttentionSpec says that is not its default
+    bertile.rotary(x (B, S, C), cos (B|1, S, D), sin (B|1, S, D)) {heads}
+        its first heads of D channels turned by the places of tokens, the rest as it is
     bertile.layer_norm(x (…, C), gamma (C), beta (C)) {epsilon}
     bertile.embedding(ids (B|1, S)…, table (V, C)…, gamma (C), beta (C)) {tables, epsilon,
     [precision]}
@@ -44,6 +46,11 @@ def attention_spec(call: relax.Call) -> AttentionSpec:
     """What an attention computes."""
     attrs = {name: call.attrs[name] for name in call.attrs.keys()}
     return AttentionSpec.from_shape({"bias": len(call.args) > 2, **attrs})
+
+
+def rotary(x: Any, cos: Any, sin: Any, heads: int) -> relax.Call:
+    """Channels d and d + D / 2 of each of the first heads turned by the angle of their token."""
+    return _call("rotary", [x, cos, sin], heads=heads)
 
 
 def layer_norm(x: Any, gamma: Any, beta: Any, epsilon: float) -> relax.Call:
@@ -160,6 +167,7 @@ def _first_token_type(call: relax.Call, _context: Any) -> relax.TensorType:
 _TYPES: dict[str, Callable[[relax.Call, Any], relax.TensorType]] = {
     "dense": lambda call, _: _like(call.args[0], call.args[1].ty.shape[1]),
     "attention": _attention_type,
+    "rotary": lambda call, _: _like(call.args[0]),
     "layer_norm": lambda call, _: _like(call.args[0]),
     "embedding": _embedding_type,
     "first_token": _first_token_type,

@@ -39,6 +39,14 @@ def layer_norm(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, epsilon: floa
     return (x - mean) / np.sqrt(variance + epsilon) * gamma + beta
 
 
+def rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Channel pairs (d, d + D / 2) of x (…, D) turned by the angle of their place, Su et al. 2021;
+    cos and sin (…, D).
+    """
+    first, second = np.split(x, 2, axis=-1)
+    return x * cos + np.concatenate([-second, first], axis=-1) * sin
+
+
 def byte_limits(low: float, high: float) -> np.ndarray:
     """What a kernel that writes bytes of a given range reads: low, and steps per unit."""
     return np.array([low, LEVELS / (high - low)], "float32")

@@ -41,6 +41,7 @@ def graph_of(build) -> Graph:
         "rows": [batch, 8],
         "mask": [batch, 1, 1, length],
         "bias": [1, 2, length, length],
+        "angles": [1, length, 4],
     }
     dtypes = {"ids": "int64"}
     named = {
@@ -83,6 +84,7 @@ CALLS = {
     "dense_8_8_residual": lambda emit, n: ops.dense(n["x"], n["w"], n["b"], n["x"]),
     "attention_2_4_0p5": lambda emit, n: attention(n, emit(qkv(n))),
     "attention_2_4_0p5_bias": lambda emit, n: attention(n, emit(qkv(n)), n["bias"]),
+    "rotary_24_4_4": lambda emit, n: ops.rotary(emit(qkv(n)), n["angles"], n["angles"], heads=4),
     "layer_norm_8_1em12": lambda emit, n: ops.layer_norm(n["x"], n["b"], n["b"], 1e-12),
     "embedding_8_1em05_int64_int64_100_64": lambda emit, n: ops.embedding(
         [n["ids"], n["ids"]], [n["words"], n["places"]], (n["b"], n["b"]), 1e-5
@@ -96,6 +98,20 @@ def test_task_says_what_the_operator_computes(name):
     task = task_of_last(CALLS[name])
     assert task.name == name
     assert task.operation in SCHEDULES
+
+
+def test_angles_come_into_lanes_once_for_all_layers():
+    def build(emit, n):
+        x = emit(ops.rotary(emit(qkv(n)), n["angles"], n["angles"], heads=4))
+        return ops.rotary(x, n["angles"], n["angles"], heads=4)
+
+    assert {task.name: count for task, count in lowered(build).tasks.items()} == {
+        "tokens_in_8": 1,
+        "tokens_in_4": 1,
+        "tokens_out_24": 1,
+        "dense_8_24": 1,
+        "rotary_24_4_4": 2,
+    }
 
 
 def test_task_ignores_how_an_exporter_rounds():
@@ -171,8 +187,8 @@ def test_weights_are_packed_once_for_equal_kernels():
 
     found = lowered(build)
     assert list(found.params) == ["w@dense_8_8", "b@dense_8_8"]
-    assert [p.name for p in found.mod["main"].params[6:]] == list(found.params)
-    for param in found.mod["main"].params[6:]:
+    assert [p.name for p in found.mod["main"].params[7:]] == list(found.params)
+    for param in found.mod["main"].params[7:]:
         assert tuple(int(e) for e in param.ty.shape) == found.params[param.name].shape
 
 

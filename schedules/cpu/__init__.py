@@ -6,6 +6,7 @@ from bertile.schedules.cpu.dense import dense
 from bertile.schedules.cpu.embedding import embedding
 from bertile.schedules.cpu.layer_norm import layer_norm
 from bertile.schedules.cpu.narrow import narrow
+from bertile.schedules.cpu.rotary import rotary
 from bertile.schedules.cpu.sparse import sparse
 from bertile.schedules.schedule import Schedule
 
@@ -18,6 +19,7 @@ SCHEDULES: dict[str, Schedule] = {
         layer_norm,
         embedding,
         narrow,
+        rotary,
         layout.tokens_in,
         layout.tokens_out,
         layout.rows_in,

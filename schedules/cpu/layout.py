@@ -27,7 +27,7 @@ def _zero() -> Any:
 
 
 def _tokens_in(task: Task, knobs: Knobs, row: Row) -> Any:
-    """x (B, S, C), table  →  y (m, C, 16); lanes past the sequence's end are zero."""
+    """x (B or 1, S, C), table  →  y (m, C, 16); lanes past the sequence's end are zero."""
     channels = task.shape["channels"]
     with lanes.kernel(task.name) as made:
         batch, length = T.int32(), T.int32()
@@ -36,7 +36,8 @@ def _tokens_in(task: Task, knobs: Knobs, row: Row) -> Any:
         y = made.activation("y", channels)
         with T.parallel(made.blocks) as block, T.serial(LANES) as lane, T.serial(channels) as c:
             at = table[block, 1] + lane
-            value = tirx.if_then_else(at < length, x[table[block, 0], at, c], _zero())
+            row_of = T.min(table[block, 0], batch - 1)
+            value = tirx.if_then_else(at < length, x[row_of, at, c], _zero())
             T.buffer_store(y, value, [block, c, lane])
     return made.func
 

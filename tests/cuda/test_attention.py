@@ -212,3 +212,9 @@ def test_variants_without_a_kernel_here_are_refused_by_name(variant):
         must_fit(task, row)
     with pytest.raises(ValueError, match=variant):
         attention.kernel(task, attention.default(task, row), row)
+
+
+def test_rotary_positions_are_refused_by_name():
+    task = Task("rotary", {"channels": 24, "heads": 4, "head_size": 4, "precision": "fp16"})
+    with pytest.raises(ModelError, match="cuda-sm90 has no kernel for rotary"):
+        must_fit(task, cuda_kernels.row_of("cuda-sm90"))

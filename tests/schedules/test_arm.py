@@ -47,6 +47,7 @@ FP32 = [
     (normalized("layer_norm", 31, kind="int8"), 2),
     (normalized("embedding", 26), 2),
     (normalized("embedding", 26, precision="fp16", kind="int8_static"), 2),
+    (Task("rotary", {"channels": 30, "heads": 2, "head_size": 10}), 3),
     (Task("narrow", {"channels": 26, "kind": "int8", "smooth": True}), 3),
     (Task("narrow", {"channels": 26, "kind": "int8_static"}), 2),
     *((Task(name, {"channels": 26}), 3) for name in ("tokens_in", "tokens_out", "first_token")),

@@ -15,6 +15,7 @@ TASKS = [
     Task("attention", {"heads": 12, "head_size": 26, "scale": 0.2, "bias": True}),
     Task("layer_norm", {"channels": 313, "epsilon": 1e-12}),
     Task("embedding", {"channels": 26, "epsilon": 1e-5, "ids": "int64", "rows": "100"}),
+    Task("rotary", {"channels": 78, "heads": 2, "head_size": 26}),
     *(Task(name, {"channels": 26}) for name in ("tokens_in", "tokens_out", "first_token")),
     *(Task(name, {"channels": 26}) for name in ("rows_in", "rows_out")),
     Task("narrow", {"channels": 26, "kind": "int8"}),
