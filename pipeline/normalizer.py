@@ -18,6 +18,7 @@ from bertile.model_files import TOKENIZER_FILES, fingerprint
 from bertile.onnx_graph import OnnxGraph, save
 from bertile.onnx_lookups import write_lookups
 from bertile.onnx_masks import write_masks
+from bertile.onnx_places import write_place_tables
 from bertile.onnx_quantized import drop_marks
 from bertile.onnx_reader import check_operators, input_specs, read, static_axes
 from bertile.onnx_shapes import Axes, fold_constants, write_shapes
@@ -106,6 +107,10 @@ def _rewrite(
     axes = Axes(graph, probes)
     max_length = write_lookups(graph, probes, axes, max(opset, OPSET))
     kept = write_masks(graph, probes, axes, max_length or positions, max(opset, OPSET))
+    max_length = max_length or positions
+    max_length = (
+        write_place_tables(graph, probes, axes, max_length, max(opset, OPSET)) or max_length
+    )
     onnx_attention.merge_transposes(graph, probes.sizes)
     onnx_rewrites.write_reshapes(graph, probes.sizes)
     fold_constants(graph, probes)

@@ -19,7 +19,7 @@ import onnx
 from bertile.onnx_dependence import dependence
 from bertile.onnx_graph import OnnxGraph
 from bertile.onnx_shapes import Axes
-from bertile.probing import Probes, evaluate
+from bertile.probing import Probes, evaluated
 from bertile.schedules.attention_spec import Reach
 
 MASKED = -10000.0  # as in the exporter: exp() of it is 0 in float32, and float16 can hold it
@@ -219,10 +219,7 @@ class _Values:
         return feed
 
     def _evaluated(self, name: str, feed: dict[str, np.ndarray]) -> np.ndarray | None:
-        try:
-            return evaluate(self.graph, name, feed, self.opset)
-        except Exception:  # onnxruntime has no public base class for its errors
-            return None  # the graph cannot have that length: nothing is known of it there
+        return evaluated(self.graph, name, feed, self.opset)
 
 
 class _Masks:
