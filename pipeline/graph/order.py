@@ -17,6 +17,7 @@ from bertile.graph.passes.fuse_first_token import fuse_first_token
 from bertile.graph.passes.fuse_gelu import fuse_gelu
 from bertile.graph.passes.fuse_layer_norm import fuse_layer_norm
 from bertile.graph.passes.fuse_qkv import fuse_qkv
+from bertile.graph.passes.fuse_rotary import fuse_rotary
 from bertile.graph.passes.read_quantization import read_quantization
 from bertile.graph.passes.remove_zeros import remove_zeros
 from bertile.graph.passes.simplify import simplify
@@ -31,6 +32,7 @@ PHASES: tuple[tuple[str, tuple[Pass, ...]], ...] = (
         (
             fuse_layer_norm,
             fuse_gelu,
+            fuse_rotary,  # brings positions before the heads, where attention does not see them
             fuse_attention,
             fuse_qkv,  # joins what attention gathered, so after it
             fuse_embedding,  # starts from a LayerNorm that is one operator

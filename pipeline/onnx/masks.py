@@ -18,7 +18,7 @@ import onnx
 
 from bertile.onnx.dependence import dependence
 from bertile.onnx.graph import OnnxGraph
-from bertile.onnx.probing import Probes, evaluate
+from bertile.onnx.probing import Probes, evaluated
 from bertile.onnx.shapes import Axes
 from bertile.schedules.attention_spec import Reach
 
@@ -219,10 +219,7 @@ class _Values:
         return feed
 
     def _evaluated(self, name: str, feed: dict[str, np.ndarray]) -> np.ndarray | None:
-        try:
-            return evaluate(self.graph, name, feed, self.opset)
-        except Exception:  # onnxruntime has no public base class for its errors
-            return None  # the graph cannot have that length: nothing is known of it there
+        return evaluated(self.graph, name, feed, self.opset)
 
 
 class _Masks:

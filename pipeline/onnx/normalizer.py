@@ -20,6 +20,7 @@ from bertile.onnx.exported import TOKENIZER_FILES, ExportedModel, InputSpec
 from bertile.onnx.graph import OnnxGraph, save
 from bertile.onnx.lookups import write_lookups
 from bertile.onnx.masks import write_masks
+from bertile.onnx.places import write_place_tables
 from bertile.onnx.probing import Probes, opened, probe
 from bertile.onnx.quantized import drop_marks
 from bertile.onnx.reader import check_operators, input_specs, read, static_axes
@@ -110,6 +111,10 @@ def _rewrite(
     axes = Axes(graph, probes)
     max_length = write_lookups(graph, probes, axes, max(opset, OPSET))
     kept = write_masks(graph, probes, axes, max_length or positions, max(opset, OPSET))
+    max_length = max_length or positions
+    max_length = (
+        write_place_tables(graph, probes, axes, max_length, max(opset, OPSET)) or max_length
+    )
     attention.merge_transposes(graph, probes.sizes)
     rewrites.write_reshapes(graph, probes.sizes)
     fold_constants(graph, probes)

@@ -82,6 +82,16 @@ def evaluate(graph: OnnxGraph, name: str, feed: dict[str, np.ndarray], opset: in
         return runner.run([name], wanted)[0]
 
 
+def evaluated(
+    graph: OnnxGraph, name: str, feed: dict[str, np.ndarray], opset: int
+) -> np.ndarray | None:
+    """As ``evaluate``; None where the graph cannot have a batch of that size."""
+    try:
+        return evaluate(graph, name, feed, opset)
+    except Exception:  # onnxruntime has no public base class for its errors
+        return None
+
+
 @contextlib.contextmanager
 def opened(model: onnx.ModelProto, optimize: bool = True) -> Iterator[Any]:
     """Open a model in ONNX Runtime; one past protobuf's 2 GiB goes through a file."""

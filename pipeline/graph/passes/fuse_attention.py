@@ -4,6 +4,8 @@
     reshape
         →  bertile.attention(concat(q, k, v), mask, [bias])
 
+Rotary positions of q and of k by the same angles become those of the first heads of all three.
+
 The scale may stand on q, on k, on both or on the scores, as a factor or a divisor. What is added to
 the scores is the mask where it is the same for all heads and queries, which keys a query sees where
 it is the canonical comparison of places (``onnx_masks.places_mask``), and a bias otherwise:
@@ -73,7 +75,7 @@ def _attention(flow: Dataflow, call: relax.Call) -> Any:
         bias="tensor" if biases else "none",
         **keys,
     )
-    qkv = relax.op.concat([scores.q.x, scores.k.x, v.x], axis=2)
+    qkv = _joined(flow, scores.q.x, scores.k.x, v)
     mask = _sum(masks) if masks else _no_mask(call)
     return ops.attention(spec, qkv, mask, *([_sum(biases)] if biases else []))
 
@@ -84,6 +86,21 @@ def _consistent(flow: Dataflow, scores: _Scores, v: _Heads) -> bool:
     axes = (q.axes, k.axes, v.axes) == ((0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3))
     tokens = all(flow.is_tokens(h.x) for h in (q, k, v))
     return same_heads and axes and tokens and v.scale == 1.0
+
+
+def _joined(flow: Dataflow, q: Any, k: Any, v: _Heads) -> Any:
+    """Q, K and V side by side, and behind that the rotary positions that Q and K have in common."""
+    turned = [flow.call(one, "bertile.rotary") for one in (q, k)]
+    if any(one is None for one in turned) or not _same_angles(flow, *turned):
+        return relax.op.concat([q, k, v.x], axis=2)
+    (q, cos, sin), (k, _, _) = (one.args for one in turned)
+    return ops.rotary(relax.op.concat([q, k, v.x], axis=2), cos, sin, 2 * v.heads)
+
+
+def _same_angles(flow: Dataflow, q: relax.Call, k: relax.Call) -> bool:
+    """Whether both are turned by the same variables, or by the same part of them."""
+    pairs = zip(q.args[1:], k.args[1:])
+    return all(tvm_ffi.structural_equal(*map(flow.definition, pair)) for pair in pairs)
 
 
 def _keys(flow: Dataflow, biases: list[Any]) -> tuple[dict[str, Any], list[Any]]:
