@@ -12,10 +12,12 @@ import torch
 from helpers import foreign_forms as forms
 
 import bertile
+from bertile import backends
 from bertile.config import Config
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.lower import lowering, precision_choice
+from bertile.lower.forms import Forms
 from bertile.onnx import normalizer
 from bertile.onnx.samples import largest_difference, session
 from bertile.targets.rows import resolve
@@ -166,7 +168,7 @@ def test_static_sizes_have_rotary_positions_too(tmp_path):
 def test_angles_of_a_buffer_are_found(tmp_path):
     path = write(tmp_path / "m.onnx", Model(cached=True))
     exported = normalizer.normalize(path, tmp_path / "out", Config())
-    found = [task.operation for task in lowering.tasks(optimize(import_onnx(exported)))]
+    found = [task.operation for task in lowering.tasks(Forms(optimize(import_onnx(exported))))]
     assert "rotary" in found and exported.max_length == LIMIT
 
 
@@ -183,7 +185,7 @@ def test_attention_behind_rotary_positions_stays_in_float32_beside_bfloat16(tmp_
     row = resolve("x86-avx512-bf16", threads=1)
     log = TuningLog([tmp_path], print)
     graph = precision_choice.plan_layers(optimize(import_onnx(exported)), "bf16", row, log, "off")
-    shapes = {task.operation: task.shape for task in lowering.tasks(graph, row)}
+    shapes = {task.operation: task.shape for task in lowering.tasks(backends.of(row).forms(graph))}
     assert "precision" not in shapes["attention"] and shapes["dense"]["precision"] == "bf16"
 
 
