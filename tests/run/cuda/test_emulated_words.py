@@ -10,10 +10,12 @@ import pytest
 
 from bertile.codegen.cuda import compiler
 from bertile.run.cuda import emulator
+from bertile.schedules.cuda import source
 from bertile.schedules.cuda.source import Kernel, Launch
 from bertile.targets import rows as targets
 
-WORDS = Path(compiler.__file__).parent
+WORDS = Path(emulator.__file__).with_name("emulation.h")
+PRELUDE = Path(source.__file__).with_name("prelude.cuh")
 G, T = np.divmod(np.arange(32), 4)  # "groupID" and "threadID_in_group" of the manual
 
 
@@ -206,8 +208,8 @@ def test_both_files_say_the_same_words() -> None:
         found = re.findall(r"^(?:template <[^>]*>\s*)*(?:WORD|inline) [\w ]+?(\w+)\(", text, re.M)
         return {name for name in found if not re.match(r"_|emulated|make_|min$|max$|rsqrtf$", name)}
 
-    prelude = words(WORDS.parent.parent / "schedules" / "cuda" / "prelude.cuh")
-    assert prelude == words(WORDS / "emulation.h")
+    prelude = words(PRELUDE)
+    assert prelude == words(WORDS)
     assert {"mma_16816", "load_matrix_x4_trans", "copy_async_16", "wgmma"} <= prelude
 
 
