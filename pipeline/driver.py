@@ -87,7 +87,6 @@ def _compile_cached(
     exported: ExportedModel, row: Target, config: Config, progress: Progress
 ) -> Path:
     """A checked bundle of the exported model, from the cache where nothing has changed."""
-
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
     run = _Run(exported, row, config, progress, log)
     if config.tune != "none":

@@ -11,8 +11,7 @@ from transformers import activations
 from bertile.export.checkpoints import Checkpoint
 from bertile.export.files import Pooling
 from bertile.families import embeddings, table
-
-MASKED = -10000.0  # exp() of it is 0 in float32, and float16 can hold it
+from bertile.onnx.masks import MASKED
 
 
 class Exportable(nn.Module):

@@ -22,8 +22,8 @@ from bertile.onnx.probing import Probes, evaluated
 from bertile.onnx.shapes import Axes
 from bertile.schedules.attention_spec import Reach
 
-MASKED = -10000.0  # as in the exporter: exp() of it is 0 in float32, and float16 can hold it
-CLOSED = -1e3  # what another exporter's mask must reach at padded keys
+MASKED = -10000.0  # what closes a key: exp() of it is 0 in float32, and float16 can hold it
+CLOSED = -1e3  # what any other mask must reach where it closes a key
 SCALED = -500.0  # what ours must still be where the sum of scores and mask is scaled
 # What differs by query is looked at in these lengths too: a window shows only in longer sequences.
 LENGTHS = (37, 150)

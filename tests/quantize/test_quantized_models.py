@@ -4,13 +4,13 @@ import numpy as np
 import onnx
 import pytest
 from helpers import foreign_forms as forms
+from helpers.bytes_here import sums_are_exact
 from onnx import numpy_helper
 
 import bertile
 from bertile.base.errors import NumericMismatchError
 from bertile.config import Config
 from bertile.graph import importer, order
-from bertile.loader import cpu_features
 from bertile.onnx import normalizer
 from bertile.onnx.samples import sample, session
 
@@ -58,10 +58,8 @@ def quantize(source, path, form, **options):
     for name in ("weight_type", "activation_type"):
         if name in options:
             options[name] = kinds[options[name]]
-    # Without VNNI, ONNX Runtime adds two products of bytes in 16 bits: wrong where that overflows,
-    # which weights of seven bits never do. Unsigned ones are added in 32 bits everywhere.
     signed = options.get("weight_type", kinds["s8"]) == kinds["s8"]
-    options["reduce_range"] = signed and not {"avx512_vnni", "avx_vnni"} & cpu_features()
+    options["reduce_range"] = signed and not sums_are_exact()
     if form == "dynamic":
         quantization.quantize_dynamic(source, path, **options)
         return path

@@ -23,9 +23,8 @@ from tvm import relax
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, rewrite, shape, static
+from bertile.onnx.masks import CLOSED
 from bertile.schedules.attention_spec import AttentionSpec, Reach, keys_of_reach
-
-CLOSED = -1e3  # what closes a key to a query
 
 
 def fuse_attention(graph: Graph) -> Graph:
