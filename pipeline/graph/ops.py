@@ -71,7 +71,7 @@ def first_token(x: Any) -> relax.Call:
 
 def precision(call: relax.Call) -> str:
     """What a dense layer or attention multiplies in; float32 where nothing is said."""
-    return str(call.attrs["precision"]) if "precision" in call.attrs else "fp32"
+    return str(call.attrs["precision"]) if call.attrs and "precision" in call.attrs else "fp32"
 
 
 def with_precision(call: relax.Call, precision: str) -> relax.Call:
@@ -116,6 +116,11 @@ def is_ours(expr: Any) -> bool:
         and isinstance(expr.op, tvm.ir.Op)
         and expr.op.name.startswith("bertile.")
     )
+
+
+def name(call: relax.Call) -> str:
+    """The name of an operator of this module, without the prefix."""
+    return call.op.name.removeprefix("bertile.")
 
 
 def _call(name: str, operands: Sequence[Any], **attrs: Any) -> relax.Call:

@@ -14,10 +14,11 @@ from helpers import foreign_forms as forms
 
 import bertile
 from bertile import backends
+from bertile.backends.cpu import precision_plan
 from bertile.config import Config
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
-from bertile.lower import lowering, precision_choice
+from bertile.lower import lowering
 from bertile.lower.forms import Forms
 from bertile.onnx import normalizer
 from bertile.onnx.samples import largest_difference, session
@@ -216,7 +217,7 @@ def test_attention_behind_rotary_positions_stays_in_float32_beside_bfloat16(tmp_
     exported = normalizer.normalize(write(tmp_path / "m.onnx", Model()), tmp_path / "out", Config())
     row = resolve("x86-avx512-bf16", threads=1)
     log = TuningLog([tmp_path], print)
-    graph = precision_choice.plan_layers(optimize(import_onnx(exported)), "bf16", row, log, "off")
+    graph = precision_plan.plan_layers(optimize(import_onnx(exported)), "bf16", row, log, "off")
     shapes = {task.operation: task.shape for task in lowering.tasks(backends.of(row).forms(graph))}
     assert "precision" not in shapes["attention"] and shapes["dense"]["precision"] == "bf16"
 

@@ -13,7 +13,8 @@ from tvm import relax
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import shape
 from bertile.lower.dense_weights import Arrays
-from bertile.lower.forms import FP32, GROUPS, Form, Forms
+from bertile.lower.form import FP32, Form
+from bertile.lower.forms import Forms
 from bertile.lower.lowering import Choice, Lowered, Lowering
 from bertile.schedules.cpu.generic import KERNEL
 from bertile.schedules.task import Task
@@ -33,10 +34,10 @@ class _CpuLowering(Lowering):
         *outer, channels = shape(old)
         lanes = self.row.lanes
         blocks = self.table.ty.shape[0] if len(outer) == 2 else (outer[0] + (lanes - 1)) // lanes
-        wide = -(-channels // GROUPS[form.kind])
+        wide = -(-channels // form.group)
         dtype = "float32" if form == FP32 else "int32"
         types = [relax.TensorType([blocks, wide, lanes], dtype)]
-        if form.kind == "int8":  # scale and low of each token
+        if form.ranges:  # scale and low of each token
             types.append(relax.TensorType([blocks, 2, lanes], "float32"))
         return types
 
