@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bertile.cli import commands, main
+from bertile.graph import order
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -189,3 +190,11 @@ def test_readme_quotes_the_results() -> None:
         name = {"MiniLM": "minilm", "BERT-base": "synthetic:bert-base"}[model]
         for engine, median in (("Bertile", ours), (peer, best)):
             assert medians[name, versions[engine], precision, batch, length] == median
+
+
+def test_table_of_passes_is_their_order():
+    table = (ROOT / "pipeline" / "graph" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| ((?:`\w+`(?:, )?)+) \|$", table, re.MULTILINE)
+    assert [(phase, CODE.findall(names)) for phase, names in rows] == [
+        (phase, [apply.__name__ for apply in passes]) for phase, passes in order.PHASES
+    ]

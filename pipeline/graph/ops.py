@@ -168,7 +168,8 @@ def _first_token_type(call: relax.Call, _context: Any) -> relax.TensorType:
     return relax.TensorType([batch, channels], call.args[0].ty.dtype)
 
 
-_TYPES: dict[str, Callable[[relax.Call, Any], relax.TensorType]] = {
+# A row each: what type a call has.
+TYPES: dict[str, Callable[[relax.Call, Any], relax.TensorType]] = {
     "dense": lambda call, _: _like(call.args[0], call.args[1].ty.shape[1]),
     "attention": _attention_type,
     "rotary": lambda call, _: _like(call.args[0]),
@@ -180,7 +181,7 @@ _TYPES: dict[str, Callable[[relax.Call, Any], relax.TensorType]] = {
 
 
 def _register() -> None:
-    for name, infer in _TYPES.items():
+    for name, infer in TYPES.items():
         _ffi_api.RegisterOp(f"bertile.{name}", "see bertile.graph.ops")
         register_op_attr(f"bertile.{name}", "FInferType", infer)
         register_op_attr(f"bertile.{name}", "FPurity", True)

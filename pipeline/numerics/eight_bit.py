@@ -120,7 +120,7 @@ def computed(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray,
 
     A smoothed layer's operands are given as they are without smoothing.
     """
-    return _SEEN[plan.precision](x, w, plan)
+    return SEEN[plan.precision](x, w, plan)
 
 
 def _in_bytes(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +132,7 @@ def _in_bytes(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray
     return inputs, quantize_weights(smoothed, scale) * scale * column
 
 
-_SEEN: Mapping[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
+SEEN: Mapping[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
     "fp32": lambda x, w, plan: (x, w),
     "fp16": lambda x, w, plan: (x, w.astype(np.float16).astype(np.float32)),
     "bf16": lambda x, w, plan: (round_to_bf16(x), round_to_bf16(w)),
