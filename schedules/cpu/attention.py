@@ -78,26 +78,26 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     math = arithmetic("bf16" if halves else "fp32", row)
     writes = str(task.shape.get("writes", "to_fp32"))
     packed = {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes]
-    with lanes.kernel(task.name) as made:
-        qkv = made.activation("qkv", sum(spec.channels()) // math.group, math.lane)
-        keys = made.tensor("keys", made.blocks, LANES)
-        table = made.tensor("table", made.blocks, 4, dtype="int32")
+    with lanes.kernel(task.name) as builder:
+        qkv = builder.activation("qkv", sum(spec.channels()) // math.group, math.lane)
+        keys = builder.tensor("keys", builder.blocks, LANES)
+        table = builder.tensor("table", builder.blocks, 4, dtype="int32")
         bias = None
         if spec.bias == "tensor":
             extents = [T.int32() for _ in range(4)]
-            bias = made.tensor("bias", *extents, LANES)
-        limits = made.tensor("limits", 2) if writes == "to_int8" else None
+            bias = builder.tensor("bias", *extents, LANES)
+        limits = builder.tensor("limits", 2) if writes == "to_int8" else None
         dtype = "float32" if packed == 1 else "int32"
-        y = made.activation("y", spec.channels()[0] // packed, dtype)
-        made.link(math.llvm)
+        y = builder.activation("y", spec.channels()[0] // packed, dtype)
+        builder.link(math.llvm)
         kind = _HalfQuery if halves else _Query
         # registers of four: LLVM makes one load and products by its lanes of four broadcasts
         unroll = 4 if row.vector_bits == 128 else 1
-        with T.parallel(spec.heads * made.blocks) as job:
-            head = T.Bind(job // made.blocks)
-            query = T.Bind(job % made.blocks)
+        with T.parallel(spec.heads * builder.blocks) as job:
+            head = T.Bind(job // builder.blocks)
+            query = T.Bind(job % builder.blocks)
             kind(spec, knobs, math, unroll, qkv, keys, table, bias, limits, y, head, query).emit()
-    return made.func
+    return builder.func
 
 
 class _Sight:
@@ -324,8 +324,8 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
         context = spec.reference(q, k, v, mask, added)
         expected.append(context.transpose(1, 0, 2).reshape(-1, heads * size))
         first += count
-    given = arithmetics.bf16_qkv_lanes(qkv) if halves else lanes.to_lanes(qkv)
-    activations = [given, keys, table] + ([bias] if spec.bias == "tensor" else [])
+    in_lanes = arithmetics.bf16_qkv_lanes(qkv) if halves else lanes.to_lanes(qkv)
+    activations = [in_lanes, keys, table] + ([bias] if spec.bias == "tensor" else [])
     return result_sample(
         task,
         activations,

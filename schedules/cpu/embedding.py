@@ -41,37 +41,38 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     channels = task.shape["channels"]
     dtypes = str(task.shape["ids"]).split("_")
     rows = [int(v) for v in str(task.shape["rows"]).split("_")]
-    with lanes.kernel(task.name) as made:
+    with lanes.kernel(task.name) as builder:
         ids = [
-            made.tensor(f"ids{i}", T.int32(), T.int32(), dtype=dtype)
+            builder.tensor(f"ids{i}", T.int32(), T.int32(), dtype=dtype)
             for i, dtype in enumerate(dtypes)
         ]
-        place = made.tensor("place", made.blocks, 4, dtype="int32")
+        place = builder.tensor("place", builder.blocks, 4, dtype="int32")
         dtype = "float16" if halves(task) else "float32"
         tables = [
-            made.tensor(f"table{i}", count, channels, dtype=dtype) for i, count in enumerate(rows)
+            builder.tensor(f"table{i}", count, channels, dtype=dtype)
+            for i, count in enumerate(rows)
         ]
-        gamma, beta = (made.tensor(name, channels) for name in ("gamma", "beta"))
+        gamma, beta = (builder.tensor(name, channels) for name in ("gamma", "beta"))
         narrow = Narrow.of(task)
         if narrow:
-            narrow.declare_inputs(made, bool(task.shape.get("smooth")))
-        y = made.activation("y", channels)
+            narrow.declare_inputs(builder, bool(task.shape.get("smooth")))
+        y = builder.activation("y", channels)
         if narrow:
-            narrow.declare_results(made)
-        with T.parallel(made.blocks) as block:
+            narrow.declare_results(builder)
+        with T.parallel(builder.blocks) as block:
             with T.serial(LANES) as lane:
-                found = [
+                token_rows = [
                     T.Bind(_row(index, place, block, lane, count))
                     for index, count in zip(ids, rows)
                 ]
                 with T.serial(channels) as c:
-                    value = tables[0][found[0], c].astype("float32")
-                    for table, at in zip(tables[1:], found[1:]):
+                    value = tables[0][token_rows[0], c].astype("float32")
+                    for table, at in zip(tables[1:], token_rows[1:]):
                         value = value + table[at, c].astype("float32")
                     T.buffer_store(y, value, [block, c, lane])
             operands = (y, block, y, block, gamma, beta)
             normalize_and_narrow(*operands, channels, task.shape["epsilon"], knobs["sums"], narrow)
-    return made.func
+    return builder.func
 
 
 def halves(task: Task) -> bool:

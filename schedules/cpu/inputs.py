@@ -75,9 +75,9 @@ def unzipped(first: Any, second: Any, dtype: str) -> tuple[Any, Any]:
     return _both("bertile_even", "bertile_odd", first, second, dtype)
 
 
-def _both(one: str, other: str, a: Any, b: Any, dtype: str) -> tuple[Any, Any]:
+def _both(first: str, second: str, a: Any, b: Any, dtype: str) -> tuple[Any, Any]:
     """What two functions on lanes of int32 make of two vectors of any lanes of 32 bits."""
     lane, dtype = f"int32x{lanes.LANES}", f"{dtype}x{lanes.LANES}"
     a, b = (T.Bind(tirx.reinterpret(lane, v)) for v in (a, b))
-    made = [tirx.call_extern(lane, name, a, b) for name in (one, other)]
-    return T.Bind(tirx.reinterpret(dtype, made[0])), T.Bind(tirx.reinterpret(dtype, made[1]))
+    halves = [tirx.call_extern(lane, name, a, b) for name in (first, second)]
+    return T.Bind(tirx.reinterpret(dtype, halves[0])), T.Bind(tirx.reinterpret(dtype, halves[1]))

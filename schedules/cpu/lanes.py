@@ -22,7 +22,7 @@ RAMP = tirx.Ramp(0, 1, LANES)
 CACHE_LINE = 64  # bytes
 
 
-class Kernel:
+class KernelBuilder:
     """A kernel under construction; ``func`` is the finished PrimFunc after the ``with`` block."""
 
     func: tirx.PrimFunc
@@ -48,16 +48,16 @@ class Kernel:
 
 
 @contextmanager
-def kernel(name: str) -> Iterator[Kernel]:
+def kernel(name: str) -> Iterator[KernelBuilder]:
     """Open a kernel; statements inside go into its body."""
-    with IRBuilder() as builder:
+    with IRBuilder() as ir:
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"tirx.noalias": True})
-            made = Kernel()
-            with made.frames:
-                yield made
-    made.func = builder.get()
+            builder = KernelBuilder()
+            with builder.frames:
+                yield builder
+    builder.func = ir.get()
 
 
 def load(buffer: Any, *index: Any) -> Any:

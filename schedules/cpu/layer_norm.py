@@ -38,18 +38,18 @@ def default(task: Task, row: Row) -> Knobs:
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     """The PrimFunc (x, gamma, beta, [smooth], [limits], y, [values, [range]])."""
     channels, narrow = task.shape["channels"], Narrow.of(task)
-    with lanes.kernel(task.name) as made:
-        x = made.activation("x", channels)
-        gamma, beta = made.tensor("gamma", channels), made.tensor("beta", channels)
+    with lanes.kernel(task.name) as builder:
+        x = builder.activation("x", channels)
+        gamma, beta = builder.tensor("gamma", channels), builder.tensor("beta", channels)
         if narrow:
-            narrow.declare_inputs(made, bool(task.shape.get("smooth")))
-        y = made.activation("y", channels)
+            narrow.declare_inputs(builder, bool(task.shape.get("smooth")))
+        y = builder.activation("y", channels)
         if narrow:
-            narrow.declare_results(made)
-        with T.parallel(made.blocks) as block:
+            narrow.declare_results(builder)
+        with T.parallel(builder.blocks) as block:
             operands = (x, block, y, block, gamma, beta)
             normalize_and_narrow(*operands, channels, task.shape["epsilon"], knobs["sums"], narrow)
-    return made.func
+    return builder.func
 
 
 def normalize_and_narrow(

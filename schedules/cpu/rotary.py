@@ -35,11 +35,11 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     """The PrimFunc (x, cos, sin, y)."""
     channels, heads, size = (int(task.shape[name]) for name in ("channels", "heads", "head_size"))
     half = size // 2
-    with lanes.kernel(task.name) as made:
-        x = made.activation("x", channels)
-        cos, sin = made.activation("cos", size), made.activation("sin", size)
-        y = made.activation("y", channels)
-        with T.parallel(made.blocks) as block:
+    with lanes.kernel(task.name) as builder:
+        x = builder.activation("x", channels)
+        cos, sin = builder.activation("cos", size), builder.activation("sin", size)
+        y = builder.activation("y", channels)
+        with T.parallel(builder.blocks) as block:
             with T.serial(heads) as head, T.serial(half) as d:
                 low, high = head * size + d, head * size + d + half
                 first, second = (T.Bind(lanes.load(x, block, c)) for c in (low, high))
@@ -49,7 +49,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
                 lanes.store(y, second * c + first * s, block, high)
             with T.serial(channels - heads * size) as c:
                 lanes.store(y, lanes.load(x, block, heads * size + c), block, heads * size + c)
-    return made.func
+    return builder.func
 
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
@@ -65,7 +65,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     turned = expected[:, : heads * size].reshape(-1, heads, size)
     turned = reference.rotary(turned, cos[:, None], sin[:, None])
     expected[:, : heads * size] = turned.reshape(len(x), -1)
-    operands = [lanes.to_lanes(one) for one in (x, cos, sin)]
+    operands = [lanes.to_lanes(array) for array in (x, cos, sin)]
     return Sample(operands, [], lanes.to_lanes(expected.astype("float32")))
 
 

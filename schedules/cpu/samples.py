@@ -31,9 +31,9 @@ def result_sample(
     if writes == "to_bf16":
         split = int(task.shape.get("values_from", outputs))
 
-        def decode(found: list[np.ndarray]) -> np.ndarray:
-            rows = arithmetic.bf16_rows(found[0][:, : split // 2])
-            values = arithmetic.bf16_values(found[0][:, split // 2 :])  # (m, N / 2, 32)
+        def decode(buffers: list[np.ndarray]) -> np.ndarray:
+            rows = arithmetic.bf16_rows(buffers[0][:, : split // 2])
+            values = arithmetic.bf16_values(buffers[0][:, split // 2 :])  # (m, N / 2, 32)
             values = values.reshape(blocks, outputs - split, LANES)
             return np.concatenate([rows, lanes.from_lanes(values)], 1)
 
@@ -44,8 +44,8 @@ def result_sample(
         step = (high - low) / LEVELS
         expected = np.clip(expected, low, high)
 
-        def decode(found: list[np.ndarray]) -> np.ndarray:
-            return low + step * arithmetic.ungrouped(found[0], "uint8").astype("float32")
+        def decode(buffers: list[np.ndarray]) -> np.ndarray:
+            return low + step * arithmetic.ungrouped(buffers[0], "uint8").astype("float32")
 
         results = np.zeros((blocks, outputs // 4, LANES), "int32")
         rounding = 0.51 * step / max(1.0, float(np.abs(expected).max()))

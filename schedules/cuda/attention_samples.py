@@ -70,9 +70,9 @@ def sequences_sample(
         expected[part] = context.transpose(1, 0, 2).reshape(-1, heads * size)
         expected[part][own:] = 0.0  # of padding nothing is asked but a finite number
     inside = np.concatenate([np.arange(16 * (-(-n // 16))) < n for n in lengths])
-    given = symbols(rows, len(lengths), length, bias_0=batch, bias_1=of)
+    extents = symbols(rows, len(lengths), length, bias_0=batch, bias_1=of)
     activations = [qkv, keys, table] + ([bias] if spec.bias == "tensor" else [])
-    return _result(task, activations, expected.astype("float32"), inside, given)
+    return _result(task, activations, expected.astype("float32"), inside, extents)
 
 
 def _result(
@@ -80,7 +80,7 @@ def _result(
     activations: list[np.ndarray],
     expected: np.ndarray,
     inside: np.ndarray,
-    given: dict[str, int],
+    extents: dict[str, int],
 ) -> Sample:
     channels, weights, kind = expected.shape[1], [], element(task)
     # the softmax's weights and the result are rounded; tf32 has the fraction of float16
@@ -94,14 +94,14 @@ def _result(
         expected, kind = np.clip(expected, low, high), "u8"
         rounding += 0.51 * (high - low) / LEVELS / max(1.0, float(np.abs(expected).max()))
 
-    def decode(found: list[np.ndarray]) -> np.ndarray:
-        values = from_rows(found[0], channels)
+    def decode(buffers: list[np.ndarray]) -> np.ndarray:
+        values = from_rows(buffers[0], channels)
         if to_bytes:
             values = np.float32(low) + np.float32((high - low) / LEVELS) * values
         return np.where(inside[:, None] | ~np.isfinite(values), values, np.float32(0))
 
     results = [empty_rows(len(expected), channels, kind)]
-    return Sample(activations, weights, expected, results, decode, rounding, given)
+    return Sample(activations, weights, expected, results, decode, rounding, extents)
 
 
 def flops(task: Task, tokens: int) -> float:

@@ -43,8 +43,8 @@ def row_sample(task: Task, rows: int, rng: np.random.Generator) -> Sample:
         low, step = 0.0, 1.0
         tolerance += ROUNDING[of.wide]
 
-    def decode(found: list[np.ndarray]) -> np.ndarray:
-        return low + step * from_rows(found[0], of.outputs)
+    def decode(buffers: list[np.ndarray]) -> np.ndarray:
+        return low + step * from_rows(buffers[0], of.outputs)
 
     return Sample(activations, weights, expected, results, decode, tolerance, symbols(rows))
 

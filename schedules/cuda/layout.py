@@ -163,15 +163,15 @@ def _sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     pooled["rows"] = length
     rounding = 2 * ROUNDING[kind]
     if operation in ("tokens_in", "rows_in"):
-        given = [values, table] if operation == "tokens_in" else [values[0]]
+        activations = [values, table] if operation == "tokens_in" else [values[0]]
         expected = np.concatenate(rows) if operation == "tokens_in" else values[0]
         result = empty_rows(len(expected), channels, kind)
 
-        def decode(found: list[np.ndarray]) -> np.ndarray:
-            return from_rows(found[0], channels)
+        def decode(buffers: list[np.ndarray]) -> np.ndarray:
+            return from_rows(buffers[0], channels)
 
         of = of if operation == "tokens_in" else pooled
-        return Sample(given, [], expected, [result], decode, rounding, of)
+        return Sample(activations, [], expected, [result], decode, rounding, of)
     if operation == "rows_out":
         stored = to_rows(values[0], kind)
         return Sample([stored], [], values[0], tolerance=rounding, symbols=pooled)

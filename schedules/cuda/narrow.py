@@ -101,14 +101,14 @@ def narrow_sample(
         if kind == "int8":
             results.append(np.zeros((rows, 2), "float32"))
 
-    def decode(found: list[np.ndarray]) -> np.ndarray:
-        decoded = [from_rows(found[0], channels)] if wide else []
+    def decode(buffers: list[np.ndarray]) -> np.ndarray:
+        decoded = [from_rows(buffers[0], channels)] if wide else []
         if kind == "int8":
-            q, range_ = found[-2:]
+            q, range_ = buffers[-2:]
             decoded.append(range_[:, 1:] + range_[:, :1] * from_rows(q, channels))
         elif kind:
             step = np.float32((high - low) / LEVELS)
-            decoded.append(np.float32(low) + step * from_rows(found[-1], channels))
+            decoded.append(np.float32(low) + step * from_rows(buffers[-1], channels))
         return np.stack(decoded)
 
     tolerance = rounding + (2 * ROUNDING[element(task)] if wide else 0.0) + 1e-5

@@ -28,7 +28,10 @@ def program(
     """
     operands = tuple(operand for _, operand in pointers)
     signature = ", ".join(
-        [*(f"{kind}* {one}" for kind, one in pointers), *(f"int {one}" for one in extents)]
+        [
+            *(f"{kind}* {operand}" for kind, operand in pointers),
+            *(f"int {extent}" for extent in extents),
+        ]
     )
     source = f"""
 namespace parts_of_{name} {{

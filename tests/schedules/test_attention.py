@@ -144,10 +144,10 @@ def test_attention_ignores_masked_keys(kernels, masked, variant):
     batch.keys[0, 3:9] = masked
     batch.keys[2] = masked  # a whole block in the middle
     with np.errstate(invalid="ignore"):
-        found = batch.run(kernels)
+        context = batch.run(kernels)
     # of the others some see masked keys alone, where -10000 leaves few digits of a score
     queries = slice(None) if variant == "all" else batch.keys.reshape(-1) == 0
-    assert np.abs(found - batch.expected())[queries].max() < TOLERANCE
+    assert np.abs(context - batch.expected())[queries].max() < TOLERANCE
 
 
 def test_attention_forgets_a_masked_first_tile_when_real_keys_follow(kernels):
@@ -176,12 +176,12 @@ def test_attention_stays_exact_for_sharp_scores(kernels):
 def test_attention_gives_finite_numbers_when_all_keys_are_masked(kernels, masked, variant):
     batch = Batch([16, 48, 5], **VARIANTS[variant].fields)
     batch.keys[...] = masked
-    found = batch.run(kernels)
-    assert np.isfinite(found).all()
-    assert np.abs(found).max() <= np.abs(batch.qkv).max() * 1.001  # a mean of values
+    context = batch.run(kernels)
+    assert np.isfinite(context).all()
+    assert np.abs(context).max() <= np.abs(batch.qkv).max() * 1.001  # a mean of values
     if variant != "all":  # of those that a query sees
         expected = batch.expected()
-        assert np.abs(found - expected).max() < (2e-3 if masked == -10000.0 else TOLERANCE)
+        assert np.abs(context - expected).max() < (2e-3 if masked == -10000.0 else TOLERANCE)
 
 
 @pytest.mark.parametrize("rows,heads", [(1, 1), (1, 2), (2, 1), (2, 2)])
@@ -192,7 +192,7 @@ def test_attention_broadcasts_a_bias_of_one_row_or_one_head(kernels, rows, heads
     bias = rng.standard_normal((rows, heads, 32, 32)).astype("float32")  # (B, H, query, key)
     packed = bias.reshape(rows, heads, 2, LANES, 32).transpose(0, 1, 2, 4, 3)
     operands = [lanes.to_lanes(batch.qkv), batch.keys, batch.table, np.ascontiguousarray(packed)]
-    found = kernels.call(kernels.build(batch.task), operands, (3, 52, LANES))
+    packed_context = kernels.call(kernels.build(batch.task), operands, (3, 52, LANES))
     expected = []
     for row, (first, count) in enumerate([(0, 2), (2, 1)]):
         tokens = count * LANES
@@ -202,7 +202,7 @@ def test_attention_broadcasts_a_bias_of_one_row_or_one_head(kernels, rows, heads
         spec = AttentionSpec.from_shape(batch.task.shape)
         context = spec.reference(q, k, v, mask, bias[min(row, rows - 1), :, :tokens, :tokens])
         expected.append(context.transpose(1, 0, 2).reshape(-1, 52))
-    assert np.abs(lanes.from_lanes(found) - np.concatenate(expected)).max() < TOLERANCE
+    assert np.abs(lanes.from_lanes(packed_context) - np.concatenate(expected)).max() < TOLERANCE
 
 
 def test_attention_never_calls_the_scalar_exponential(kernels):

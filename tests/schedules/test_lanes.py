@@ -39,33 +39,33 @@ def test_vector_capacity_counts_vectors_of_16_floats(row, vectors):
 
 def allocations(func):
     """The bytes of each buffer that a PrimFunc allocates."""
-    found = []
-    tvm_ffi.structural_walk(func.body, (tirx.AllocBuffer, lambda node: found.append(node.buffer)))
-    return [4 * int(np.prod([int(extent) for extent in buffer.shape])) for buffer in found]
+    buffers = []
+    tvm_ffi.structural_walk(func.body, (tirx.AllocBuffer, lambda node: buffers.append(node.buffer)))
+    return [4 * int(np.prod([int(extent) for extent in buffer.shape])) for buffer in buffers]
 
 
 @pytest.mark.parametrize("vectors", [1, 15, 16, 30, 31])
 def test_registers_are_buffers_that_become_stack_slots(vectors):
-    with lanes.kernel("sums") as made:
-        x = made.activation("x", vectors)
-        y = made.activation("y", vectors)
-        with T.serial(made.blocks) as block:
+    with lanes.kernel("sums") as builder:
+        x = builder.activation("x", vectors)
+        y = builder.activation("y", vectors)
+        with T.serial(builder.blocks) as block:
             total = lanes.registers(vectors)
             for i, register in enumerate(total):
                 lanes.write(register, lanes.load(x, block, i))
             for i, register in enumerate(total):
                 lanes.store(y, lanes.read(register), block, i)
-    sizes = allocations(made.func)
+    sizes = allocations(builder.func)
     assert sum(sizes) == vectors * LANES * 4
     assert all(size < 1024 for size in sizes)
 
 
 def test_kernel_solves_the_number_of_blocks_from_its_argument(kernels):
-    with lanes.kernel("double") as made:
-        x, y = made.activation("x", 3), made.activation("y", 3)
-        with T.serial(made.blocks) as block, T.serial(3) as c:
+    with lanes.kernel("double") as builder:
+        x, y = builder.activation("x", 3), builder.activation("y", 3)
+        with T.serial(builder.blocks) as block, T.serial(3) as c:
             lanes.store(y, lanes.load(x, block, c) * lanes.splat(2.0), block, c)
-    library = kernels.compile(made.func)
+    library = kernels.compile(builder.func)
     for blocks in (1, 5):
         x = np.random.default_rng(0).standard_normal((blocks, 3, LANES)).astype("float32")
         assert np.array_equal(kernels.call(library, [x], x.shape), 2 * x)

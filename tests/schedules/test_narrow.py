@@ -67,12 +67,12 @@ def test_values_outside_a_static_range_are_clipped(kernels):
     limits = np.array([-5.0, 25.5], "float32")
     form = [np.zeros((1, 1, lanes.LANES), "int32")]
     (packed,) = kernels.call_all(kernels.build(narrow(4, "int8_static")), [x, limits], form)
-    found = arithmetic.ungrouped(packed, "uint8")
+    levels = arithmetic.ungrouped(packed, "uint8")
     expected = np.rint(np.clip((lanes.from_lanes(x) + 5) * 25.5, 0, 255))
-    assert np.array_equal(found, expected)
+    assert np.array_equal(levels, expected)
 
 
 def test_bf16_is_rounded_to_the_nearest_value():
     x = np.random.default_rng(0).standard_normal((100, 8)).astype("float32")
-    found = arithmetic.bf16_values(arithmetic.bf16_pairs(x))
-    assert np.abs(found - x).max() <= np.abs(x).max() * 2.0**-9
+    rounded = arithmetic.bf16_values(arithmetic.bf16_pairs(x))
+    assert np.abs(rounded - x).max() <= np.abs(x).max() * 2.0**-9

@@ -35,12 +35,12 @@ def evaluate(kernels):
 
 
 def elementwise(function):
-    with lanes.kernel("elementwise") as made:
-        x = made.tensor("x", made.blocks, LANES)
-        y = made.tensor("y", made.blocks, LANES)
-        with T.serial(made.blocks) as block:
+    with lanes.kernel("elementwise") as builder:
+        x = builder.tensor("x", builder.blocks, LANES)
+        y = builder.tensor("y", builder.blocks, LANES)
+        with T.serial(builder.blocks) as block:
             lanes.store(y, function(lanes.load(x, block)), block)
-    return made.func
+    return builder.func
 
 
 def grid(low, high):
@@ -76,8 +76,8 @@ def test_gelu_of_few_digits_holds_its_error(evaluate, name):
 
 
 def test_exp_stays_positive_and_tiny_below_its_range(evaluate):
-    found = evaluate("exp", [-87.0, -88.0, -1e4, -1e30, np.finfo("float32").min, -np.inf])
-    assert np.all(found > 0) and np.all(found < 1.7e-38)
+    powers = evaluate("exp", [-87.0, -88.0, -1e4, -1e30, np.finfo("float32").min, -np.inf])
+    assert np.all(powers > 0) and np.all(powers < 1.7e-38)
 
 
 def test_exp_is_exactly_one_at_zero(evaluate):
