@@ -13,6 +13,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.inputs import Inputs, unzipped, zipped
@@ -70,7 +71,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         chunk = knobs["chunk"]
         chunks = T.Bind((builder.blocks + (chunk - 1)) // chunk)
         with T.parallel(groups * chunks) as job:
-            scratch = T.alloc_buffer((of.width * knobs["token_blocks"], lanes.LANES), "float32")
+            scratch = T.alloc_buffer((of.width * knobs["token_blocks"], BLOCK_TOKENS), "float32")
             inputs = Inputs(x, math, knobs["token_blocks"], bool(math.matrix))
             scratch = scratch if packed(task) > 1 else None
             tile = _Tile(task, knobs, of, inputs, w, epilogue, scratch)

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from bertile.schedules import reference
+from bertile.schedules import BLOCK_TOKENS, reference
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.cpu.layer_norm import normalize_and_narrow, normalized_sample
 from bertile.schedules.cpu.narrow import Narrow, sample_weights
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
@@ -60,7 +59,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         if narrow:
             narrow.declare_results(builder)
         with T.parallel(builder.blocks) as block:
-            with T.serial(LANES) as lane:
+            with T.serial(BLOCK_TOKENS) as lane:
                 token_rows = [
                     T.Bind(_row(index, place, block, lane, count))
                     for index, count in zip(ids, rows)
@@ -98,7 +97,7 @@ def _row(ids: Any, place: Any, block: Any, lane: Any, count: int) -> Any:
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """One sequence that fills the blocks."""
-    channels, tokens = task.shape["channels"], blocks * LANES
+    channels, tokens = task.shape["channels"], blocks * BLOCK_TOKENS
     rows = [int(v) for v in str(task.shape["rows"]).split("_")]
     tables = [rng.standard_normal((count, channels)).astype("float32") for count in rows]
     scale = [rng.standard_normal(channels).astype("float32") for _ in range(2)]
@@ -107,7 +106,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
         rng.integers(0, count, (1, tokens)).astype(dtype)
         for count, dtype in zip(rows, str(task.shape["ids"]).split("_"))
     ]
-    place = np.array([[0, i * LANES, 0, blocks] for i in range(blocks)], "int32")
+    place = np.array([[0, i * BLOCK_TOKENS, 0, blocks] for i in range(blocks)], "int32")
     if halves(task):
         tables = [table.astype("float16") for table in tables]
     total = sum(table[index[0]].astype("float64") for table, index in zip(tables, ids))

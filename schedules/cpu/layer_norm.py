@@ -17,9 +17,8 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from bertile.schedules import reference
+from bertile.schedules import BLOCK_TOKENS, reference
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.cpu.narrow import Narrow, narrow_sample, sample_weights
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
@@ -107,7 +106,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     channels = task.shape["channels"]
     gamma, beta = (rng.standard_normal(channels).astype("float32") for _ in range(2))
     weights = [gamma, beta, *sample_weights(task, rng)]
-    x = (rng.standard_normal((blocks * LANES, channels)) * 3 + 5).astype("float32")
+    x = (rng.standard_normal((blocks * BLOCK_TOKENS, channels)) * 3 + 5).astype("float32")
     expected = reference.layer_norm(x.astype("float64"), gamma, beta, task.shape["epsilon"])
     return normalized_sample(task, [lanes.to_lanes(x)], weights, expected.astype("float32"))
 

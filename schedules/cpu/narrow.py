@@ -20,8 +20,9 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import arithmetic, lanes
-from bertile.schedules.cpu.lanes import LANES, KernelBuilder
+from bertile.schedules.cpu.lanes import KernelBuilder
 from bertile.schedules.reference import LEVELS, byte_limits
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
@@ -166,7 +167,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Values off centre, whose ranges differ between tokens."""
     channels = int(task.shape["channels"])
     weights = sample_weights(task, rng)
-    x = rng.standard_normal((blocks * LANES, channels)).astype("float32")
+    x = rng.standard_normal((blocks * BLOCK_TOKENS, channels)).astype("float32")
     x = x * rng.uniform(0.1, 2.0, (len(x), 1)).astype("float32") + np.float32(0.3)
     smooth = weights[0] if task.shape.get("smooth") else 1.0
     return narrow_sample(task, [lanes.to_lanes(x)], weights, (x * smooth).astype("float32"))
@@ -194,9 +195,9 @@ def narrow_sample(
     ``wide`` in float32 where that is given.
     """
     kind, (tokens, channels) = str(task.shape["kind"]), narrowed.shape
-    blocks, group = tokens // LANES, 2 if kind == "bf16" else 4
-    results = [] if wide is None else [np.zeros((blocks, channels, LANES), "float32")]
-    results.append(np.zeros((blocks, -(-channels // group), LANES), "int32"))
+    blocks, group = tokens // BLOCK_TOKENS, 2 if kind == "bf16" else 4
+    results = [] if wide is None else [np.zeros((blocks, channels, BLOCK_TOKENS), "float32")]
+    results.append(np.zeros((blocks, -(-channels // group), BLOCK_TOKENS), "int32"))
     low, high = STATIC
     if kind == "int8_static":
         narrowed = np.clip(narrowed, low, high)
@@ -205,7 +206,7 @@ def narrow_sample(
     if kind == "bf16":
         tolerance = 2.0**-8
     elif kind == "int8":
-        results.append(np.zeros((blocks, 2, LANES), "float32"))
+        results.append(np.zeros((blocks, 2, BLOCK_TOKENS), "float32"))
         spread = float((narrowed.max(1) - narrowed.min(1)).max())
         tolerance = 0.51 * spread / LEVELS / largest
     else:

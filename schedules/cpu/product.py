@@ -12,6 +12,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
@@ -87,8 +88,8 @@ class Epilogue:
         if self.scale is None:
             return total
         if self.offset is not None:
-            total = total + tirx.Broadcast(self.offset[place], lanes.LANES)
-        value = total.astype("float32x16") * lanes.splat(self.scale[place])
+            total = total + tirx.Broadcast(self.offset[place], BLOCK_TOKENS)
+        value = total.astype(f"float32x{BLOCK_TOKENS}") * lanes.splat(self.scale[place])
         if self.range is None:
             return value + lanes.splat(self.b[place])
         scale, low = lanes.load(self.range, block, 0), lanes.load(self.range, block, 1)
@@ -129,7 +130,7 @@ class Epilogue:
             with T.Else():
                 for i, value in enumerate(values):
                     half = T.Bind(arithmetics.pack_bf16_tokens(value))
-                    width = lanes.LANES // 2
+                    width = BLOCK_TOKENS // 2
                     ramp = tirx.Ramp(i * width, 1, width)
                     T.buffer_store(self.y, half, [block, lane, ramp])
 

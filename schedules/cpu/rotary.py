@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from bertile.schedules import reference
+from bertile.schedules import BLOCK_TOKENS, reference
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
 
@@ -55,9 +54,9 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Two sequences where the blocks allow it, the second of which starts at place 0 again."""
     channels, heads, size = (int(task.shape[name]) for name in ("channels", "heads", "head_size"))
-    x = rng.standard_normal((blocks * LANES, channels)).astype("float32")
+    x = rng.standard_normal((blocks * BLOCK_TOKENS, channels)).astype("float32")
     counts = [blocks] if blocks < 3 else [blocks - blocks // 3, blocks // 3]
-    places = np.concatenate([np.arange(count * LANES) for count in counts])
+    places = np.concatenate([np.arange(count * BLOCK_TOKENS) for count in counts])
     angles = places[:, None] * 10000.0 ** (-np.arange(size // 2) / (size // 2))
     angles = np.concatenate([angles, angles], axis=1)
     cos, sin = np.cos(angles).astype("float32"), np.sin(angles).astype("float32")

@@ -11,6 +11,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.inputs import Inputs
@@ -48,7 +49,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         with T.parallel(shares) as share:
             # the sums of a group's outputs; too long for registers, short enough for the caches
             room = of.places * knobs["token_blocks"]
-            sums = T.alloc_buffer((room, lanes.LANES), math.total)
+            sums = T.alloc_buffer((room, BLOCK_TOKENS), math.total)
             inputs = Inputs(x, math, knobs["token_blocks"])
             tile = _Tile(task, of, math, inputs, lists, epilogue, sums)
             for group, first, count in _work(share, shares, builder.blocks, of.groups):
@@ -136,11 +137,11 @@ class _Entries:
         if not self.shuffle or count < 4:
             return lambda n: self.math.spread(self.values[first + n])
         four = tirx.reinterpret("int32x4", self.values[tirx.Ramp(first, 1, 4)])
-        four = T.Bind(tirx.call_extern("int32x16", "bertile_four", four))
+        four = T.Bind(tirx.call_extern(f"int32x{BLOCK_TOKENS}", "bertile_four", four))
 
         def spread(n: int) -> Any:
-            w = tirx.call_extern("int32x16", f"bertile_pick{n}", four)
-            return tirx.reinterpret(f"{self.math.lane}x16", w)
+            w = tirx.call_extern(f"int32x{BLOCK_TOKENS}", f"bertile_pick{n}", four)
+            return tirx.reinterpret(f"{self.math.lane}x{BLOCK_TOKENS}", w)
 
         return spread
 

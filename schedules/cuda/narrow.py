@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cuda import row_kernel
 from bertile.schedules.cuda.forms import (
-    BLOCK,
     ROUNDING,
     element,
     empty_rows,
@@ -56,7 +56,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Values off centre, whose ranges differ between rows."""
     channels = int(task.shape["channels"])
     weights = sample_weights(task, rng)
-    x = rng.standard_normal((blocks * BLOCK, channels))
+    x = rng.standard_normal((blocks * BLOCK_TOKENS, channels))
     x = x * rng.uniform(0.1, 2.0, (len(x), 1)) + 0.3
     stored = to_rows(x, element(task))
     return narrow_sample(task, [stored], weights, from_rows(stored, channels), symbols(len(x)))

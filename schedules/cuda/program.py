@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cuda.source import Extent, Kernel, Launch
 
 
@@ -35,6 +36,7 @@ def program(
     )
     source = f"""
 namespace parts_of_{name} {{
+constexpr int BLOCK_TOKENS = {BLOCK_TOKENS};
 {helpers}
 __device__ inline void run({signature}) {{{body}
 }}

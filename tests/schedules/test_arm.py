@@ -9,8 +9,8 @@ import pytest
 from helpers.attention_variants import VARIANTS
 from helpers.emulated import Emulated, need_qemu
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import SCHEDULES, arithmetic, lanes, peak
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.task import Task
 from bertile.targets import rows
 
@@ -99,7 +99,7 @@ def integers(row, operation):
     knobs = schedule.default(task, row)
     w = rng.integers(-128, 128, (60, 8)).astype("int8")
     w[:, :3] = -128, -127, 127
-    x = rng.integers(0, 256, (3 * LANES, 60)).astype("uint8")
+    x = rng.integers(0, 256, (3 * BLOCK_TOKENS, 60)).astype("uint8")
     x[0], x[1], x[2] = 0, 255, 128
     vectors = [np.ones(8, "float32"), np.zeros(8, "float32")]
     operands = [arithmetic.grouped(x, 4), *schedule.pack(task, knobs, [w, *vectors], row)]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes, vector_math
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.reference import apply_activation
 
 POINTS = 1 << 18
@@ -27,7 +27,7 @@ def evaluate(kernels):
             function = vector_math.ACTIVATIONS.get(name) or getattr(vector_math, name)
             built[name] = kernels.compile(elementwise(function))
         x = np.asarray(x, "float32")
-        padded = np.zeros((-(-x.size // LANES), LANES), "float32")
+        padded = np.zeros((-(-x.size // BLOCK_TOKENS), BLOCK_TOKENS), "float32")
         padded.reshape(-1)[: x.size] = x
         return kernels.call(built[name], [padded], padded.shape).reshape(-1)[: x.size]
 
@@ -36,8 +36,8 @@ def evaluate(kernels):
 
 def elementwise(function):
     with lanes.kernel("elementwise") as builder:
-        x = builder.tensor("x", builder.blocks, LANES)
-        y = builder.tensor("y", builder.blocks, LANES)
+        x = builder.tensor("x", builder.blocks, BLOCK_TOKENS)
+        y = builder.tensor("y", builder.blocks, BLOCK_TOKENS)
         with T.serial(builder.blocks) as block:
             lanes.store(y, function(lanes.load(x, block)), block)
     return builder.func

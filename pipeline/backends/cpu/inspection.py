@@ -148,7 +148,7 @@ def _profile(
     return {name: seen[name] for name in names}, float(np.median(wholes))
 
 
-def _sizes(args: Sequence[Any], stored: set[int], lanes: int) -> _Seen:
+def _sizes(args: Sequence[Any], stored: set[int], block_tokens: int) -> _Seen:
     """Tokens and bytes of one call, from its tensors."""
     tensors = [arg for arg in args if hasattr(arg, "data_ptr")]
     found = _Seen()
@@ -159,7 +159,7 @@ def _sizes(args: Sequence[Any], stored: set[int], lanes: int) -> _Seen:
         else:
             found.activations += size
     if tensors and len(tensors[-1].shape) == 3:
-        found.tokens = int(tensors[-1].shape[0]) * lanes
+        found.tokens = int(tensors[-1].shape[0]) * block_tokens
     return found
 
 

@@ -18,6 +18,7 @@ from bertile.graph.order import optimize
 from bertile.loader import token_blocks
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import largest_difference, run_onnx
+from bertile.schedules import BLOCK_TOKENS
 from bertile.targets import rows
 from bertile.tune.log.chooser import Chooser
 from bertile.tune.log.tuning_log import TuningLog
@@ -46,7 +47,7 @@ class Program:
         """The largest difference to ONNX Runtime over all results, at real tokens."""
         shape = next(iter(arrays.values())).shape
         mask = arrays.get("attention_mask", np.ones(shape, "int64"))
-        table = token_blocks(mask, 16).astype("int32")
+        table = token_blocks(mask, BLOCK_TOKENS).astype("int32")
         inputs = [tvm.runtime.tensor(arrays[tensor.name]) for tensor in self.exported.inputs]
         results = self.main(*inputs, tvm.runtime.tensor(table), *self.params)
         want = run_onnx(self.exported.onnx_path, arrays)
