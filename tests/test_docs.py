@@ -74,8 +74,8 @@ def target(page: Path, link: str) -> tuple[Path, str]:
 
 def words(line: str) -> list[str]:
     """The words of a line of a shell, without its comment and without where a program lies."""
-    found = shlex.split(line, comments=True)
-    return [found[0].removeprefix(".venv/bin/"), *found[1:]] if found else []
+    parts = shlex.split(line, comments=True)
+    return [parts[0].removeprefix(".venv/bin/"), *parts[1:]] if parts else []
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -93,8 +93,8 @@ def test_links_and_anchors_lead_somewhere(page: Path) -> None:
         if link.startswith(("http:", "https:")):
             continue
         path, anchor = target(page, link)
-        here = path.exists() and path.is_relative_to(ROOT)
-        if not here or (anchor and anchor not in anchors(path)):
+        inside = path.exists() and path.is_relative_to(ROOT)
+        if not inside or (anchor and anchor not in anchors(path)):
             broken.append(link)
     assert broken == []
 

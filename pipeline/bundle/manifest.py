@@ -17,6 +17,7 @@ from bertile.graph.graph import Graph
 from bertile.lower import sparse_choice
 from bertile.lower.built import Built
 from bertile.onnx.exported import ExportedModel
+from bertile.schedules import BLOCK_TOKENS
 from bertile.targets.rows import Target
 
 
@@ -35,7 +36,7 @@ def describe(
         "entry": "main",
         "model": {**model, "max_length": exported.max_length, "labels": list(exported.labels)},
         "target": {"name": row.name, "arch": row.arch, "features": list(row.features)},
-        "lanes": row.lanes,
+        "lanes": BLOCK_TOKENS,
         "config": {**chosen, "target": row.name, "log_dir": None, **_file_names(config)},
         "versions": {**_versions(), **built.versions},
         "inputs": [dataclasses.asdict(spec) for spec in exported.inputs],

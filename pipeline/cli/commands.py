@@ -186,6 +186,7 @@ def _sparsity(options: Namespace) -> Outcome:
 def targets(options: Namespace, progress: Progress) -> Outcome:
     """Every row, and which of them this machine can run."""
     from bertile.loader import cpu_features
+    from bertile.schedules import BLOCK_TOKENS
     from bertile.targets import detect
     from bertile.targets.rows import TABLE, fits, native
     from bertile.targets.table import as_text
@@ -193,7 +194,10 @@ def targets(options: Namespace, progress: Progress) -> Outcome:
     found, card = cpu_features(), detect.gpu()
     runs = [row.name for row in TABLE if fits(row, found)]
     runs += [] if isinstance(card, str) else [row.name for row in detect.rows(card)]
-    data = [dataclasses.asdict(row) | {"here": row.name in runs} for row in TABLE]
+    data = [
+        {**dataclasses.asdict(row), "lanes": BLOCK_TOKENS, "here": row.name in runs}
+        for row in TABLE
+    ]
     return Outcome(data, as_text(runs, native().name if runs else None))
 
 

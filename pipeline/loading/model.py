@@ -58,9 +58,9 @@ class Model:
         mask = given.get("attention_mask")
         ends = np.full(batch, length) if mask is None else sequence_ends(mask)
         values = [given.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
-        lanes = self.manifest["lanes"]
+        block_tokens = self.manifest["lanes"]
         pieces = []
-        for first, count in passes(ends, lanes, PASS_BLOCKS * self.threads, step):
+        for first, count in passes(ends, block_tokens, PASS_BLOCKS * self.threads, step):
             room = (step or count, width)
             arrays = [
                 fit(value, first, (count, length), room, spec["dtype"])
@@ -68,7 +68,7 @@ class Model:
             ]
             last = np.ones(room[0], np.int64)
             last[:count] = ends[first : first + count]
-            pieces.append(self._run(arrays, blocks_of(last, lanes)))
+            pieces.append(self._run(arrays, blocks_of(last, block_tokens)))
         return {
             spec["name"]: cut(spec["axes"], [piece[index] for piece in pieces], length, ends)
             for index, spec in enumerate(self.manifest["outputs"])

@@ -18,10 +18,10 @@ def driver() -> Path:
         pytest.skip(reason)
     folder = _folder()
     name = folder / "libcuda.so.1"
-    made = emulator.driver(folder)
-    if not name.exists() or name.resolve() != made.resolve():
+    library = emulator.driver(folder)
+    if not name.exists() or name.resolve() != library.resolve():
         name.unlink(missing_ok=True)
-        name.symlink_to(made)
+        name.symlink_to(library)
     return name
 
 

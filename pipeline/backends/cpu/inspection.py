@@ -150,7 +150,7 @@ def _profile(
     return {name: seen[name] for name in names}, float(np.median(wholes))
 
 
-def _sizes(args: Sequence[Any], stored: set[int], lanes: int) -> _Seen:
+def _sizes(args: Sequence[Any], stored: set[int], block_tokens: int) -> _Seen:
     """Tokens and bytes of one call, from its tensors."""
     tensors = [arg for arg in args if hasattr(arg, "data_ptr")]
     seen = _Seen()
@@ -161,7 +161,7 @@ def _sizes(args: Sequence[Any], stored: set[int], lanes: int) -> _Seen:
         else:
             seen.activations += size
     if tensors and len(tensors[-1].shape) == 3:
-        seen.tokens = int(tensors[-1].shape[0]) * lanes
+        seen.tokens = int(tensors[-1].shape[0]) * block_tokens
     return seen
 
 

@@ -20,7 +20,8 @@ from bertile.graph.rewriting.dataflow import shape
 from bertile.lower.dense_weights import Arrays
 from bertile.lower.form import FP32, Form
 from bertile.lower.lowering import Lowered, Lowering
-from bertile.schedules.cuda.forms import BLOCK, pitch
+from bertile.schedules import BLOCK_TOKENS
+from bertile.schedules.cuda.forms import pitch
 from bertile.schedules.task import Task
 
 PREFIX = "prefix"  # what Relax sees as a function, and a plan as the same place
@@ -42,7 +43,7 @@ class _GpuLowering(Lowering):
         return types
 
     def _rows(self) -> Any:
-        return self.table.ty.shape[0] * BLOCK
+        return self.table.ty.shape[0] * BLOCK_TOKENS
 
     def _in_form(self, old: Any, form: Form) -> list[Any]:
         if form == FP32 and (old, form) not in self.lanes and _as_it_is(old):
@@ -108,4 +109,4 @@ def _is_prefix(value: Any) -> bool:
 def _as_it_is(old: Any) -> bool:
     """Whether a tensor is the same row-major and as an activation."""
     extents = shape(old)
-    return len(extents) == 2 and extents[-1] % BLOCK == 0
+    return len(extents) == 2 and extents[-1] % BLOCK_TOKENS == 0

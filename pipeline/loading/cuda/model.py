@@ -18,7 +18,7 @@ from bertile.loading.cuda.device_array import Results, stream_handle
 from bertile.loading.cuda.driver import open_driver
 from bertile.loading.cuda.gpu import Gpu, OutOfMemory
 from bertile.loading.cuda.graph import Graph
-from bertile.loading.cuda.plan import PLAN, TOKENS, Plan, read_plan
+from bertile.loading.cuda.plan import BLOCK_TOKENS, PLAN, Plan, read_plan
 from bertile.loading.cuda.request import Request
 from bertile.loading.cuda.workspace import Workspace
 from bertile.loading.errors import BertileError, InputError, PlatformError
@@ -194,7 +194,7 @@ class Model:
         if (batch, length) != wanted:
             raise InputError(f"the input is {(batch, length)}, this bundle takes exactly {wanted}")
         check_length(length, self.max_length)
-        blocks = batch * -(-length // TOKENS)
+        blocks = batch * -(-length // BLOCK_TOKENS)
         key = ("device", batch, length, blocks, names)
         with self._workspace(stream, key) as at:
             graph = self._graph(at, key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bertile.loading.blocks import blocks_of, passes, sequence_ends
-from bertile.loading.cuda.plan import TOKENS
+from bertile.loading.cuda.plan import BLOCK_TOKENS
 from bertile.loading.errors import InputError
 from bertile.loading.inputs import FILL, check_inputs
 
@@ -31,13 +31,13 @@ class Request:
             )
         self.ends = np.full(batch, self.length) if mask is None else sequence_ends(mask)
         self._values = [given.get(spec["name"], FILL.get(spec["default"])) for spec in self._specs]
-        self.passes = passes(self.ends, TOKENS, PASS_BLOCKS, self._step)
+        self.passes = passes(self.ends, BLOCK_TOKENS, PASS_BLOCKS, self._step)
 
     def room(self, first: int, count: int) -> tuple[tuple[int, int], np.ndarray]:
         """The (batch, length) of a pass, and its table of blocks."""
         ends = np.ones(self._step or count, np.int64)
         ends[:count] = self.ends[first : first + count]
-        return (len(ends), self._width), blocks_of(ends, TOKENS)
+        return (len(ends), self._width), blocks_of(ends, BLOCK_TOKENS)
 
     def fill(self, views: list[np.ndarray], first: int, count: int, table: np.ndarray) -> None:
         """Write a pass into the staging memory: what the rows lack is 0."""

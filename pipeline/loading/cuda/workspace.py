@@ -12,7 +12,7 @@ from bertile.loading.cuda.code import Code
 from bertile.loading.cuda.gpu import NO_TIMING, OWN_STREAM, Gpu, host_memory
 from bertile.loading.cuda.graph import Graph, view
 from bertile.loading.cuda.layout import Layout
-from bertile.loading.cuda.plan import GRAPHS, TOKENS, Plan
+from bertile.loading.cuda.plan import BLOCK_TOKENS, GRAPHS, Plan
 from bertile.loading.inputs import FILL
 
 
@@ -78,7 +78,7 @@ class Workspace:
         for array, name, fill in zip(layout.inputs, self._names, self._fills):
             if name not in given:
                 view(memory, array, layout.output_bytes).fill(fill)
-        table = blocks_of(np.full(batch, length), TOKENS)
+        table = blocks_of(np.full(batch, length), BLOCK_TOKENS)
         view(memory, layout.inputs[-1], layout.output_bytes)[...] = table
         address = self._gpu.allocate(len(memory), "the inputs")
         try:

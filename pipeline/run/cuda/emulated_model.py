@@ -14,7 +14,7 @@ import numpy as np
 
 from bertile import loader
 from bertile.bundle import safetensors
-from bertile.cuda_loader import PLAN, TOKENS, evaluate
+from bertile.cuda_loader import BLOCK_TOKENS, PLAN, evaluate
 from bertile.run.cuda import emulator
 
 SOURCE = "kernels.cu"  # the kernels of a bundle as text, in the words of prelude.cuh
@@ -43,7 +43,7 @@ class Model:
             for spec in specs
         ]
         mask = given.get("attention_mask", np.ones(shape, np.int64))
-        arrays.append(loader.token_blocks(mask, TOKENS))
+        arrays.append(loader.token_blocks(mask, BLOCK_TOKENS))
         symbols = dict(zip(("batch", "length", "blocks"), (*shape, len(arrays[-1]))))
         known = {
             "input": [

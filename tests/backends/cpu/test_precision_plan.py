@@ -45,9 +45,9 @@ def test_bf16_needs_its_instructions(graph):
 
 def test_int8_takes_every_layer_on_tokens(graph):
     planned = precision_plan.plan_layers(graph, "int8", PLAIN)
-    found = {weight_name(call): ops.precision(call) for _, call in layers(planned)}
+    precisions = {weight_name(call): ops.precision(call) for _, call in layers(planned)}
     by_tokens = {weight_name(c): Forms(graph).flow.is_tokens(c.args[0]) for _, c in layers(graph)}
-    assert by_tokens and found == {
+    assert by_tokens and precisions == {
         name: "int8" if tokens else "fp32" for name, tokens in by_tokens.items()
     }
     rest = [planned.plan[name].why for name, tokens in by_tokens.items() if not tokens]
@@ -58,8 +58,8 @@ def test_a_layers_own_plan_counts_more_than_what_is_asked_for(graph):
     name = weight_name(layers(graph)[0][1])
     own = dataclasses.replace(graph, plan={name: LayerPlan("fp32", why="it hurts")})
     planned = precision_plan.plan_layers(own, "int8", PLAIN)
-    found = {weight_name(call): ops.precision(call) for _, call in layers(planned)}
-    assert found[name] == "fp32" and "int8" in found.values()
+    precisions = {weight_name(call): ops.precision(call) for _, call in layers(planned)}
+    assert precisions[name] == "fp32" and "int8" in precisions.values()
     assert planned.plan[name].why == "it hurts"
 
 
@@ -125,10 +125,10 @@ def test_the_input_of_an_operator_depends_on_its_precision(graph):
 
 def run(graph, row, tmp_path, exported, batch=2, length=21):
     """Outputs of a graph beside those of ONNX Runtime."""
-    found, arrays = compiled(graph, row, tmp_path, exported)(batch, length)
+    outputs, arrays = compiled(graph, row, tmp_path, exported)(batch, length)
     want = session(exported.onnx_path).run(None, arrays)
     mask = arrays["attention_mask"]
-    return [(f, w[mask > 0] if w.ndim == 3 else w) for f, w in zip(found, want)]
+    return [(f, w[mask > 0] if w.ndim == 3 else w) for f, w in zip(outputs, want)]
 
 
 def cosine(a, b):
@@ -148,8 +148,8 @@ def cosine(a, b):
 )
 def test_the_model_is_close_to_float32(graph, exported, tmp_path, precision, row, least):
     planned = precision_plan.plan_layers(graph, precision, row)
-    for found, want in run(planned, row, tmp_path, exported):
-        assert cosine(found, want) > least
+    for output, want in run(planned, row, tmp_path, exported):
+        assert cosine(output, want) > least
 
 
 def test_layers_of_every_precision_work_side_by_side(graph, exported, tmp_path):
@@ -162,8 +162,8 @@ def test_layers_of_every_precision_work_side_by_side(graph, exported, tmp_path):
     ]
     plan = {name: kinds[i % len(kinds)] for i, name in enumerate(names)}
     mixed = precision_plan.plan_layers(dataclasses.replace(graph, plan=plan), "int8", BF16)
-    for found, want in run(mixed, BF16, tmp_path, exported):
-        assert cosine(found, want) > 0.999
+    for output, want in run(mixed, BF16, tmp_path, exported):
+        assert cosine(output, want) > 0.999
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -179,5 +179,5 @@ def test_smoothing_keeps_the_function(graph, exported, tmp_path, static):
         for _, c in layers(graph)
     }
     smoothed = precision_plan.plan_layers(dataclasses.replace(graph, plan=plan), "int8", VNNI)
-    for found, want in run(smoothed, VNNI, tmp_path, exported):
-        assert cosine(found, want) > 0.998
+    for output, want in run(smoothed, VNNI, tmp_path, exported):
+        assert cosine(output, want) > 0.998
