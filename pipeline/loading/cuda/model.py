@@ -187,9 +187,9 @@ class Model:
 
     def _call_on_device(self, inputs: dict, stream: int) -> dict:
         specs, static = self.manifest["inputs"], self.manifest["static"]
-        given = borrow_all(inputs, specs, self.gpu, stream)
-        names = tuple(spec["name"] for spec in specs if spec["name"] in given)
-        batch, length = given[names[0]].shape
+        borrowed = borrow_all(inputs, specs, self.gpu, stream)
+        names = tuple(spec["name"] for spec in specs if spec["name"] in borrowed)
+        batch, length = borrowed[names[0]].shape
         wanted = (static.get("batch") or batch, static.get("length") or length)
         if (batch, length) != wanted:
             raise InputError(f"the input is {(batch, length)}, this bundle takes exactly {wanted}")
@@ -200,7 +200,7 @@ class Model:
             graph = self._graph(at, key)
             outputs = [self._results.take(array, stream) for array in graph.layout.outputs]
             graph.point(
-                [given[name].pointer if name in given else None for name in self.inputs],
+                [borrowed[name].pointer if name in borrowed else None for name in self.inputs],
                 [output.pointer for output in outputs],
             )
             at.launch(graph, stream)
@@ -214,8 +214,8 @@ class Model:
             with self._turn:
                 idle, self._idle = self._idle, []
                 self._made -= len(idle)
-            for one in idle:
-                one.close()
+            for other in idle:
+                other.close()
             self._results.clear()
             return workspace.graph(key)
 
@@ -228,7 +228,9 @@ class Model:
             if self._closed:
                 raise BertileError("the model is closed", "load the bundle again")
             self._busy += 1
-            order = [(one.is_free(stream), key in one.graphs) for one in self._idle]
+            order = [
+                (candidate.is_free(stream), key in candidate.graphs) for candidate in self._idle
+            ]
             best = max(range(len(order)), key=order.__getitem__, default=None)
             workspace = None
             if self._made < self._streams and (best is None or not order[best][0]):

@@ -71,12 +71,12 @@ class Workspace:
                 self._gpu.drop("cuMemFree_v2", constants)
             raise
 
-    def _constants(self, layout: Layout, given: tuple[str, ...]) -> tuple[int, list[int]]:
+    def _constants(self, layout: Layout, present: tuple[str, ...]) -> tuple[int, list[int]]:
         """Bring up the table, and what inputs that are not given are filled with."""
         batch, length = layout.inputs[0].shape
         memory = np.zeros(layout.input_bytes, np.uint8)
         for array, name, fill in zip(layout.inputs, self._names, self._fills):
-            if name not in given:
+            if name not in present:
                 view(memory, array, layout.output_bytes).fill(fill)
         table = blocks_of(np.full(batch, length), TOKENS)
         view(memory, layout.inputs[-1], layout.output_bytes)[...] = table
