@@ -35,7 +35,9 @@ def find(row: Target, source: str | None = None, cache_dir: str | None = None) -
         key = cache.key(
             "bundle.runtime_libraries", row.arch, str(Path(source).absolute()), _state(source)
         )
-        return _cached(key, cache_dir, lambda directory: _extract(_given(source), directory, row))
+        return _cached(
+            key, cache_dir, lambda directory: _extract(_parts_of(source), directory, row)
+        )
     if "musl" in row.triple:
         raise PlatformError(
             "there are no TVM runtime libraries for musl",
@@ -79,7 +81,7 @@ def _state(source: str) -> list[tuple[str, int, int]]:
     ]
 
 
-def _given(source: str) -> list[Path]:
+def _parts_of(source: str) -> list[Path]:
     """The wheels and libraries of a directory, or a wheel with those that lie beside it."""
     path = Path(source)
     if not path.exists():

@@ -27,15 +27,15 @@ class Axes:
             "batch": np.asarray([batch for batch, _ in shapes]),
             "length": np.asarray([length for _, length in shapes]),
         }
-        self._made: dict[str, str] = {}
+        self._vectors: dict[str, str] = {}
 
     def tensor(self, name: str) -> str:
         """Return a vector of one element, the size of axis "batch" or "length"."""
-        if name not in self._made:
+        if name not in self._vectors:
             axis = list(self.sizes).index(name)
             vector = self.graph.add("Shape", ["input_ids"], start=axis, end=axis + 1)
-            self._made[name] = vector
-        return self._made[name]
+            self._vectors[name] = vector
+        return self._vectors[name]
 
     def static(self, name: str) -> int | None:
         """Return the size of an axis that does not vary."""

@@ -88,7 +88,7 @@ class Model:
         self._results = Results(gpu)
         self._turn = threading.Condition()
         self._idle: list[Workspace] = []
-        self._made = self._busy = 0
+        self._workspaces = self._busy = 0
         self._closed = False
 
     def _start(self, files: Mapping[str, Path]) -> None:
@@ -213,7 +213,7 @@ class Model:
         except OutOfMemory:
             with self._turn:
                 idle, self._idle = self._idle, []
-                self._made -= len(idle)
+                self._workspaces -= len(idle)
             for other in idle:
                 other.close()
             self._results.clear()
@@ -224,7 +224,9 @@ class Model:
         """Lend a workspace: one where nothing runs on another stream, and that has the graph."""
         with self._turn:
             self.gpu.check()
-            self._turn.wait_for(lambda: self._closed or self._idle or self._made < self._streams)
+            self._turn.wait_for(
+                lambda: self._closed or self._idle or self._workspaces < self._streams
+            )
             if self._closed:
                 raise BertileError("the model is closed", "load the bundle again")
             self._busy += 1
@@ -233,8 +235,8 @@ class Model:
             ]
             best = max(range(len(order)), key=order.__getitem__, default=None)
             workspace = None
-            if self._made < self._streams and (best is None or not order[best][0]):
-                self._made += 1
+            if self._workspaces < self._streams and (best is None or not order[best][0]):
+                self._workspaces += 1
             else:
                 workspace = self._idle.pop(best)
         try:
@@ -246,7 +248,7 @@ class Model:
             with self._turn:
                 self._busy -= 1
                 if workspace is None:
-                    self._made -= 1
+                    self._workspaces -= 1
                 else:
                     self._idle.append(workspace)
                 self._turn.notify_all()

@@ -48,7 +48,7 @@ class Workspace:
             self.settle()
             layout = self._plan.layout(*key[1:4])
             self._grow(layout, staging=key[0] != "device")
-            graph = self._made(key, layout)
+            graph = self._build(key, layout)
             while len(self.graphs) >= GRAPHS:
                 self.graphs.popitem(last=False)[1].close()
             self.graphs[key] = graph
@@ -56,7 +56,7 @@ class Workspace:
             self.graphs.move_to_end(key)
         return graph
 
-    def _made(self, key: tuple, layout: Layout) -> Graph:
+    def _build(self, key: tuple, layout: Layout) -> Graph:
         base, constants = self._arena, None
         inputs = [base + array.offset for array in layout.inputs]
         if key[0] == "device":
