@@ -63,8 +63,12 @@ def _outputs(graph: Any) -> list[dict[str, Any]]:
     ret = graph.main.ret_ty
     types = list(ret.fields) if hasattr(ret, "fields") else [ret]
     return [
-        {"name": name, "dtype": str(one.dtype), "axes": _axes(graph.exported, name, one.shape)}
-        for name, one in zip(graph.exported.outputs, types)
+        {
+            "name": name,
+            "dtype": str(tensor.dtype),
+            "axes": _axes(graph.exported, name, tensor.shape),
+        }
+        for name, tensor in zip(graph.exported.outputs, types)
     ]
 
 

@@ -49,15 +49,15 @@ class Model:
         name, rank, type or shape, for ids that the model does not have and for too many tokens.
         """
         specs, static = self.manifest["inputs"], self.manifest["static"]
-        given = check_inputs(inputs, specs, self.max_length)
-        batch, length = next(iter(given.values())).shape
+        checked = check_inputs(inputs, specs, self.max_length)
+        batch, length = next(iter(checked.values())).shape
         step, width = static.get("batch"), static.get("length") or length
         if length > width or (length < width and "attention_mask" not in self.inputs):
             exactly = "at most" if length > width else "exactly"
             raise InputError(f"the input has {length} tokens, this bundle takes {exactly} {width}")
-        mask = given.get("attention_mask")
+        mask = checked.get("attention_mask")
         ends = np.full(batch, length) if mask is None else sequence_ends(mask)
-        values = [given.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
+        values = [checked.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
         block_tokens = self.manifest["lanes"]
         pieces = []
         for first, count in passes(ends, block_tokens, PASS_BLOCKS * self.threads, step):

@@ -19,10 +19,10 @@ class Request:
 
     def __init__(self, inputs: dict, manifest: dict, max_length: int | None):
         self._specs, static = manifest["inputs"], manifest["static"]
-        given = check_inputs(inputs, self._specs, max_length)
-        batch, self.length = next(iter(given.values())).shape
+        checked = check_inputs(inputs, self._specs, max_length)
+        batch, self.length = next(iter(checked.values())).shape
         self._step, self._width = static.get("batch"), static.get("length") or self.length
-        mask = given.get("attention_mask")
+        mask = checked.get("attention_mask")
         exact = "attention_mask" not in (spec["name"] for spec in self._specs)
         if self.length > self._width or (self.length < self._width and exact):
             at_most = "at most" if self.length > self._width else "exactly"
@@ -30,7 +30,9 @@ class Request:
                 f"the input has {self.length} tokens, this bundle takes {at_most} {self._width}"
             )
         self.ends = np.full(batch, self.length) if mask is None else sequence_ends(mask)
-        self._values = [given.get(spec["name"], FILL.get(spec["default"])) for spec in self._specs]
+        self._values = [
+            checked.get(spec["name"], FILL.get(spec["default"])) for spec in self._specs
+        ]
         self.passes = passes(self.ends, BLOCK_TOKENS, PASS_BLOCKS, self._step)
 
     def room(self, first: int, count: int) -> tuple[tuple[int, int], np.ndarray]:

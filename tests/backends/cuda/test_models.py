@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 from helpers import family_models
+from helpers.fake_driver import build_driver
 
 from bertile import cuda_loader, driver, loader
 from bertile.backends.cuda.backend import TOLERANCES_ON_GPU
@@ -36,7 +37,7 @@ def fake_driver(tmp_path_factory):
     """A library in the place of the driver's, on which kernels are emulated."""
     if lacks := emulator.missing():
         pytest.skip(lacks)
-    return emulator.driver(tmp_path_factory.mktemp("driver"))
+    return build_driver(tmp_path_factory.mktemp("driver"))
 
 
 @pytest.fixture(scope="module")
