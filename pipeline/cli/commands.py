@@ -68,8 +68,8 @@ def tune(options: Namespace, progress: Progress) -> Outcome:
     if options.list or options.best or options.merge:
         return _tuning_log(options, config, progress)
     if options.ingest:
-        found = tune_command.ingest(options, config, progress)
-        return Outcome(found, "\n\n".join(map(lines, found)))
+        counts = tune_command.ingest(options, config, progress)
+        return Outcome(counts, "\n\n".join(map(lines, counts)))
     if options.model is None:
         raise UsageError("there is no MODEL to tune", "name one, or give --list, --best or --merge")
     if config.tune == "none":
@@ -170,8 +170,8 @@ def _quantization(options: Namespace) -> Outcome:
     from bertile import loader
     from bertile.quantize import quantizer
 
-    found = loader.read_manifest(Path(options.bundle)).get("quantization", {})
-    return Outcome(found, quantizer.as_text(found))
+    quantization = loader.read_manifest(Path(options.bundle)).get("quantization", {})
+    return Outcome(quantization, quantizer.as_text(quantization))
 
 
 def _sparsity(options: Namespace) -> Outcome:
@@ -179,8 +179,8 @@ def _sparsity(options: Namespace) -> Outcome:
     from bertile.lower import sparse_choice
 
     manifest = loader.read_manifest(Path(options.bundle))
-    found = manifest.get("sparsity", [])
-    return Outcome(found, sparse_choice.as_text(found, manifest["config"].get("sparse", "off")))
+    layers = manifest.get("sparsity", [])
+    return Outcome(layers, sparse_choice.as_text(layers, manifest["config"].get("sparse", "off")))
 
 
 def targets(options: Namespace, progress: Progress) -> Outcome:
@@ -190,8 +190,8 @@ def targets(options: Namespace, progress: Progress) -> Outcome:
     from bertile.targets.rows import TABLE, fits, native
     from bertile.targets.table import as_text
 
-    found, card = cpu_features(), detect.gpu()
-    runs = [row.name for row in TABLE if fits(row, found)]
+    features, card = cpu_features(), detect.gpu()
+    runs = [row.name for row in TABLE if fits(row, features)]
     runs += [] if isinstance(card, str) else [row.name for row in detect.rows(card)]
     data = [dataclasses.asdict(row) | {"here": row.name in runs} for row in TABLE]
     return Outcome(data, as_text(runs, native().name if runs else None))
@@ -227,7 +227,7 @@ def demo(options: Namespace, progress: Progress) -> Outcome:
 def read_config(options: Namespace) -> Config:
     """The Config of --config, overridden by the flags that were given; saved by --save-config."""
     fields = [field.name for field in dataclasses.fields(Config)]
-    given = {name: getattr(options, name) for name in fields if hasattr(options, name)}
+    flags = {name: getattr(options, name) for name in fields if hasattr(options, name)}
     config = Config()
     if getattr(options, "config", None):
         try:
@@ -235,7 +235,7 @@ def read_config(options: Namespace) -> Config:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--config {options.config} cannot be read: {error}") from error
         config = Config.from_json(text)
-    config = dataclasses.replace(config, **given)
+    config = dataclasses.replace(config, **flags)
     if getattr(options, "mcpu", None):
         from bertile.targets.rows import with_processor
 
@@ -245,10 +245,10 @@ def read_config(options: Namespace) -> Config:
     return dataclasses.replace(config, cache_dir=cache_directory(config.cache_dir))
 
 
-def cache_directory(given: str | None) -> str | None:
+def cache_directory(asked: str | None) -> str | None:
     """The cache that was asked for, else XDG_CACHE_HOME's: no stage reads the environment."""
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    return given or (str(Path(shared) / "bertile") if os.path.isabs(shared) else None)
+    return asked or (str(Path(shared) / "bertile") if os.path.isabs(shared) else None)
 
 
 def compile_text(summary: dict[str, Any]) -> str:

@@ -61,7 +61,7 @@ def neighbours(texts: list[str], cosine: list[list[float]]) -> list[dict[str, An
 
 def as_text(result: dict[str, Any]) -> str:
     """What `bertile demo` prints: neighbours, then latency and size."""
-    found = [(one["text"], one["nearest"], one["cosine"]) for one in result["neighbours"]]
+    pairs = [(entry["text"], entry["nearest"], entry["cosine"]) for entry in result["neighbours"]]
     difference = result["compile"]["max_abs_difference"]
     times = {name: [] for name in result["bench"]["versions"]}
     for row in result["bench"]["rows"]:
@@ -78,7 +78,7 @@ def as_text(result: dict[str, Any]) -> str:
     header = ("engine", *(f"ms, {length} tokens" for length in LENGTHS), "model", "runtime")
     return "\n".join(
         [
-            table(("sentence", "nearest", "cosine"), found),
+            table(("sentence", "nearest", "cosine"), pairs),
             "",
             table(header, rows),
             "",

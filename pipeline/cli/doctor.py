@@ -90,11 +90,11 @@ def _safely(name: str, look: Callable[[], Check]) -> Check:
 
 
 def _python() -> Check:
-    found = f"{platform.python_version()} on {platform.machine()}, glibc {platform.libc_ver()[1]}"
+    system = f"{platform.python_version()} on {platform.machine()}, glibc {platform.libc_ver()[1]}"
     if sys.version_info < (3, 11):
         remedy = "loading bundles works; to compile, use Python 3.11 or later"
-        return Check("python", "note", found, remedy)
-    return Check("python", "ok", found)
+        return Check("python", "note", system, remedy)
+    return Check("python", "ok", system)
 
 
 def _cpu() -> Check:
@@ -118,18 +118,18 @@ def _cores() -> Check:
 
 
 def _thread_variables() -> Check:
-    given = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
-    if not given:
+    variables = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
+    if not variables:
         return Check("threads", "ok", "no variable limits them")
-    found = ", ".join(f"{name}={value}" for name, value in given.items())
-    remedy = f"unset {' '.join(given)}, unless you mean it; --threads does it for one command"
-    return Check("threads", "note", found, remedy)
+    text = ", ".join(f"{name}={value}" for name, value in variables.items())
+    remedy = f"unset {' '.join(variables)}, unless you mean it; --threads does it for one command"
+    return Check("threads", "note", text, remedy)
 
 
 def _tvm() -> Check:
-    found = {name: _version(name) for name in PINS}
-    text = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
-    if found == PINS:
+    versions = {name: _version(name) for name in PINS}
+    text = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
+    if versions == PINS:
         return Check("tvm", "ok", text)
     wanted = " ".join(f"{name}=={version}" for name, version in PINS.items())
     return Check("tvm", "fails", text, f"pip install {wanted}")
@@ -139,11 +139,11 @@ def _llvm() -> Check:
     # In a process of its own: a broken library may crash, and importing takes a second.
     code = "import tvm.target.codegen as c; print('LLVM', c.llvm_version_major())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    found = run.stdout.strip()
+    text = run.stdout.strip()
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or ["TVM cannot be imported"])[-1]
         return Check("llvm", "fails", reason, "pip install 'bertile[compile]'")
-    return Check("llvm", "ok", found)
+    return Check("llvm", "ok", text)
 
 
 def _runtime() -> Check:
@@ -185,22 +185,22 @@ def _link_something(command: list[str], row: Target) -> None:
 
 def _extra(extra: str) -> Check:
     versions = {module: _version_of_module(module) for module in EXTRAS[extra]}
-    found = ", ".join(f"{module} {version or 'missing'}" for module, version in versions.items())
+    text = ", ".join(f"{module} {version or 'missing'}" for module, version in versions.items())
     if all(versions.values()):
-        return Check(extra, "ok", found)
-    return Check(extra, "note", found, f"to {extra}: pip install 'bertile[{extra}]'")
+        return Check(extra, "ok", text)
+    return Check(extra, "note", text, f"to {extra}: pip install 'bertile[{extra}]'")
 
 
 def _cache(directory: Path) -> Check:
-    there = next(one for one in (directory, *directory.parents) if one.is_dir())
+    there = next(parent for parent in (directory, *directory.parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     used = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    found = f"{directory}: {size(used)} used, {size(free)} free"
+    text = f"{directory}: {size(used)} used, {size(free)} free"
     if not os.access(there, os.W_OK):
         return Check("cache", "fails", f"{there} is not writable", "choose another: --cache-dir")
     if free < CACHE_ROOM:
-        return Check("cache", "note", found, "make room, or choose another disk: --cache-dir")
-    return Check("cache", "ok", found)
+        return Check("cache", "note", text, "make room, or choose another disk: --cache-dir")
+    return Check("cache", "ok", text)
 
 
 def _version(package: str) -> str | None:

@@ -133,7 +133,7 @@ def _refuse(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
 
     from bertile.base.errors import UsageError
 
-    flag = next((one for one in unknown if one.startswith("-")), None)
+    flag = next((argument for argument in unknown if argument.startswith("-")), None)
     if flag is None:
         raise UsageError(f"'{unknown[0]}' is one argument too many", f"see: {parser.prog} --help")
     name = flag.partition("=")[0]

@@ -40,9 +40,9 @@ def pack(options: argparse.Namespace, config: Any, progress: Any) -> dict[str, A
     tasks, others = driver.tasks(options.model, log, row, config, progress)
     with progress.stage("pack") as stage:
         kind = backends.of(row).pack()
-        found = packer.pack(tasks, others, log, row, config, Path(options.pack), progress, kind)
-        stage.detail = f"{found['candidates']} candidates of {found['tasks']} tasks"
-    return found
+        counts = packer.pack(tasks, others, log, row, config, Path(options.pack), progress, kind)
+        stage.detail = f"{counts['candidates']} candidates of {counts['tasks']} tasks"
+    return counts
 
 
 def ingest(options: argparse.Namespace, config: Any, progress: Any) -> list[dict[str, Any]]:
@@ -51,4 +51,4 @@ def ingest(options: argparse.Namespace, config: Any, progress: Any) -> list[dict
     from bertile.tune.log.tuning_log import TuningLog
 
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
-    return [ingester.ingest(Path(one), log, progress) for one in options.ingest]
+    return [ingester.ingest(Path(path), log, progress) for path in options.ingest]

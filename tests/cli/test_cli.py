@@ -212,8 +212,8 @@ def test_errors_are_one_line_with_their_exit_code(
     message: str,
 ) -> None:
     driver.error = error
-    found, out, err = call(capsys, "compile", "-q", "minilm", "-o", "out")
-    assert (found, out) == (code, "")
+    exit_code, out, err = call(capsys, "compile", "-q", "minilm", "-o", "out")
+    assert (exit_code, out) == (code, "")
     assert message in err and "Traceback" not in err
 
 

@@ -12,9 +12,13 @@ from bertile.cli import demo
 
 def test_neighbours_leave_the_sentence_itself_out() -> None:
     cosine = [[1.0, 0.2, 0.9], [0.2, 1.0, 0.4], [0.9, 0.4, 1.0]]
-    found = demo.neighbours(["a", "b", "c"], cosine)
-    assert [(one["text"], one["nearest"]) for one in found] == [("a", "c"), ("b", "c"), ("c", "a")]
-    assert found[0]["cosine"] == 0.9
+    nearest = demo.neighbours(["a", "b", "c"], cosine)
+    assert [(entry["text"], entry["nearest"]) for entry in nearest] == [
+        ("a", "c"),
+        ("b", "c"),
+        ("c", "a"),
+    ]
+    assert nearest[0]["cosine"] == 0.9
 
 
 def test_sizes_count_the_runtime_once(tmp_path: Path, monkeypatch) -> None:
@@ -51,4 +55,4 @@ def test_demo_runs_end_to_end_on_the_real_model(tmp_path):
     result = demo.demo(tmp_path / "out", config, Progress(verbosity=-1))
     text = demo.as_text(result)
     assert "ONNX Runtime" in text and "Someone makes music outdoors." in text
-    assert all(one["runtime"] > 0 for one in result["bytes"].values())
+    assert all(sizes["runtime"] > 0 for sizes in result["bytes"].values())
