@@ -1,7 +1,8 @@
-"""Looks at this machine: what Bertile needs, what is there, and what to do about the rest."""
+"""Runs `bertile doctor`: what Bertile needs, what is there, and what to do about the rest."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -10,15 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from bertile.base.errors import BertileError, PlatformError
+from bertile.base.progress import Progress
 from bertile.base.tables import size, table
-from bertile.loader import available_cores, cpu_features, find_runtime
-from bertile.targets.linker import link_command
-from bertile.targets.rows import TABLE, Target, native, of_arch
+from bertile.cli.command import Outcome
+from bertile.cli.config_flags import cache_directory
 
 # The stage that each extra serves, and what it imports. bertile's own metadata has the versions.
 EXTRAS = {
@@ -32,7 +33,7 @@ CACHE_ROOM = 5 * 10**9
 THREAD_VARIABLES = ("TVM_NUM_THREADS", "TVM_BIND_THREADS", "OMP_NUM_THREADS")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Check:
     """One thing looked at; `status` is ok, note (works, with a limit) or fails."""
 
@@ -40,6 +41,19 @@ class Check:
     status: str
     found: str
     remedy: str = ""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Whose free space and right to write are looked at."""
+    parser.add_argument("--cache-dir", metavar="DIR", help="where stage results are kept")
+
+
+def run(options: Namespace, progress: Progress) -> Outcome:
+    """Exit code 3 where something keeps Bertile from working here."""
+    checks = examine(cache_directory(options.cache_dir))
+    blocked = any(check.status == "fails" for check in checks)
+    data = [dataclasses.asdict(check) for check in checks]
+    return Outcome(data, as_text(checks), 3 if blocked else 0)
 
 
 def examine(cache_dir: str | None = None) -> list[Check]:
@@ -98,6 +112,9 @@ def _python() -> Check:
 
 
 def _cpu() -> Check:
+    from bertile.loader import cpu_features
+    from bertile.targets.rows import native, of_arch
+
     row = native()
     best = of_arch(row.arch)[0]
     missing = sorted(set(best.features) - cpu_features())
@@ -113,6 +130,8 @@ def _cpu_name() -> str:
 
 
 def _cores() -> Check:
+    from bertile.loader import available_cores
+
     usable, present = available_cores(), os.cpu_count() or 1
     return Check("cores", "ok", f"{usable} of {present} may be used")
 
@@ -147,15 +166,19 @@ def _llvm() -> Check:
 
 
 def _runtime() -> Check:
+    from bertile.loader import find_runtime
+
     paths = find_runtime()
     total = sum(os.path.getsize(path) for path in paths)
     return Check("runtime", "ok", f"libtvm_ffi and libtvm_runtime, {size(total)}")
 
 
 def _linker() -> Check:
-    row = next(iter(of_arch(platform.machine())), TABLE[0])
-    command = link_command(row)
-    _link_something(command, row)
+    from bertile.targets import linker
+    from bertile.targets.rows import TABLE, of_arch
+
+    command = linker.link_command(next(iter(of_arch(platform.machine())), TABLE[0]))
+    _link_something(command)
     return Check("linker", "ok", " ".join(command))
 
 
@@ -171,7 +194,7 @@ def _cuda() -> Check:
         return Check("cuda", "note", f"no compiler; {runs}", f"for GPUs: {error.remedy}")
 
 
-def _link_something(command: list[str], row: Target) -> None:
+def _link_something(command: list[str]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory, "empty.c")
         source.write_text("int bertile_doctor(void) { return 0; }\n", encoding="ascii")

@@ -18,7 +18,7 @@ from bertile.base.errors import UsageError, nearest, require
 from bertile.base.progress import Progress
 from bertile.base.quiet import quiet
 from bertile.base.tables import size, table
-from bertile.cli.commands import cache_directory
+from bertile.cli.config_flags import cache_directory
 from bertile.cli.option_lists import words
 from bertile.config import Config
 from bertile.evaluation import datasets

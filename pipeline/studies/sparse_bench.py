@@ -22,7 +22,7 @@ from bertile.backends.cpu import inspection
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.bench import benchmark, result_tables
-from bertile.cli.commands import cache_directory
+from bertile.cli.config_flags import cache_directory
 from bertile.cli.option_lists import words
 from bertile.config import Config
 from bertile.studies import sparse_curve

@@ -9,6 +9,7 @@ import pytest
 
 from bertile.base.errors import PlatformError
 from bertile.cli import doctor, main
+from bertile.targets import linker
 
 
 def by_name(checks: list[doctor.Check]) -> dict[str, doctor.Check]:
@@ -40,13 +41,13 @@ def test_missing_linker_is_a_check_that_fails(monkeypatch: pytest.MonkeyPatch) -
     def none(row: object) -> list[str]:
         raise PlatformError("no linker was found", "pip install ziglang")
 
-    monkeypatch.setattr(doctor, "link_command", none)
+    monkeypatch.setattr(linker, "link_command", none)
     check = doctor._safely("linker", doctor._linker)
     assert (check.status, check.remedy) == ("fails", "pip install ziglang")
 
 
 def test_linker_that_cannot_link_fails_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "link_command", lambda row: ["python3", "-c", "raise OSError('x')"])
+    monkeypatch.setattr(linker, "link_command", lambda row: ["python3", "-c", "raise OSError('x')"])
     check = doctor._safely("linker", doctor._linker)
     assert check.status == "fails" and "OSError: x" in check.found
 
