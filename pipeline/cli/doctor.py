@@ -39,7 +39,7 @@ class Check:
 
     name: str
     status: str
-    found: str
+    detail: str
     remedy: str = ""
 
 
@@ -52,7 +52,9 @@ def run(options: Namespace, progress: Progress) -> Outcome:
     """Exit code 3 where something keeps Bertile from working here."""
     checks = examine(cache_directory(options.cache_dir))
     blocked = any(check.status == "fails" for check in checks)
-    data = [dataclasses.asdict(check) for check in checks]
+    data = [
+        {"name": c.name, "status": c.status, "found": c.detail, "remedy": c.remedy} for c in checks
+    ]
     return Outcome(data, as_text(checks), 3 if blocked else 0)
 
 
@@ -86,7 +88,7 @@ def extra_of(module: str) -> str | None:
 
 def as_text(checks: list[Check]) -> str:
     """One line per check and, below, one line for each problem with its remedy."""
-    lines = [table(("check", "status", "found"), [(c.name, c.status, c.found) for c in checks])]
+    lines = [table(("check", "status", "found"), [(c.name, c.status, c.detail) for c in checks])]
     problems = [check for check in checks if check.remedy]
     lines += [f"\n{check.name}: {check.remedy}" for check in problems]
     if not problems:
