@@ -98,8 +98,8 @@ def _compile_cached(
     places = dict.fromkeys(("cache_dir", "dump_ir", "log_dir", "rpc_tracker", "rpc_key"))
     decides = dataclasses.replace(config, runner="local", **places, **files)
     surroundings = (hash_path(SOURCES), backends.of(row).surroundings(row))
-    given = (exported.to_json(), dataclasses.asdict(row), decides, log.digest(row), surroundings)
-    key = cache.key("driver", *given, modules=(*STAGES, *backends.of(row).stages))
+    inputs = (exported.to_json(), dataclasses.asdict(row), decides, log.digest(row), surroundings)
+    key = cache.key("driver", *inputs, modules=(*STAGES, *backends.of(row).stages))
     if config.dump_ir:
         run.optimized()  # what is asked for is the dump, whether or not the rest is cached
     path, cached = cache.Cache(config.cache_dir).get_or_make(key, run.make)
@@ -134,8 +134,8 @@ class _Run:
         """The graph whose layers know their precision and their kind of kernel."""
         if self._planned is None:
             graph, config = self._quantized(), self.config
-            given = (config.precision, self.row, self.log, config.sparse)
-            self._planned = self.backend.plan_layers(graph, *given)
+            choices = (config.precision, self.row, self.log, config.sparse)
+            self._planned = self.backend.plan_layers(graph, *choices)
         return self._planned
 
     def _quantized(self) -> Any:
@@ -172,26 +172,26 @@ class _Run:
         self.backend.must_run(self.row)
         self.progress.status(f"compile, and evaluate on {len(dataset.texts)} texts")
         with tempfile.TemporaryDirectory() as directory:
-            made = self._bundle(graph, self._build(graph, Path(directory)), Path(directory))
-            return datasets.answers(made, dataset, self.row.threads, self._parts)
+            bundle = self._bundle(graph, self._build(graph, Path(directory)), Path(directory))
+            return datasets.answers(bundle, dataset, self.row.threads, self._parts)
 
     def tasks(self) -> tuple[Any, list[Any]]:
         from bertile.lower import lowering, sparse_choice
         from bertile.tune.log import chooser
 
         graph = self.optimized()
-        found = lowering.tasks(self.backend.forms(graph))
-        for task in found:
+        task_counts = lowering.tasks(self.backend.forms(graph))
+        for task in task_counts:
             chooser.must_fit(task, self.row)
-        return found, sparse_choice.alternatives(graph)
+        return task_counts, sparse_choice.alternatives(graph)
 
     def tune(self) -> dict[str, Any]:
         from bertile.tune.search import tuner
 
         tasks, others = self.tasks()
         with self.progress.stage("tune") as stage:
-            given = (tasks, self.log, self.row, self.config, self.progress, others)
-            result = tuner.tune(*given, self.backend.open_runner)
+            arguments = (tasks, self.log, self.row, self.config, self.progress, others)
+            result = tuner.tune(*arguments, self.backend.open_runner)
             stage.cached, stage.detail = result["trials"] == 0, result["text"]
         self._planned = None
         return result
@@ -209,9 +209,9 @@ class _Run:
         with self.progress.stage("verify") as stage:
 
             def check(path: Path) -> dict[str, Any]:
-                found = verifier.checked(path, self.exported, self.row, self._parts)
-                stage.detail = verifier.as_text(found)
-                return found
+                verdict = verifier.checked(path, self.exported, self.row, self._parts)
+                stage.detail = verifier.as_text(verdict)
+                return verdict
 
             quantization = self._quantizer.report(graph.plan)
             self._bundle(graph, built, directory, check, quantization, add)

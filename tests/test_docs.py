@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bertile.cli import commands, main
+from bertile.cli import config_flags, main
 from bertile.graph import order
 
 ROOT = Path(__file__).parent.parent
@@ -121,11 +121,11 @@ def test_commands_in_code_blocks_parse(page: Path) -> None:
         if words(line)[:1] == ["bertile"]:
             options = main._parse(words(line)[1:])
             if options.command in ("compile", "export", "tune", "bench", "demo"):
-                commands.read_config(options)
+                config_flags.read_config(options)
 
 
 def test_flags_of_commands_in_sentences_exist(page: Path) -> None:
-    _, parsers = main._parser()
+    _, parsers = main._parser(*main.COMMANDS)
     for text in CODE.findall(prose(page)):
         if re.match(r"bertile [a-z]", text):
             name = text.split()[1]

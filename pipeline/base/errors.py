@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
-from bertile.loader import BertileError, BundleError, InputError, PlatformError
+from bertile.loading.errors import BertileError, BundleError, InputError, PlatformError
 
 __all__ = [
     "BertileError",

@@ -95,10 +95,12 @@ def bench(
     if startup:
         weights = manifest["files"][loader.WEIGHTS]["bytes"]
         ready = [engine for engine in engines if engine.name in versions]
-        one = sizes.index(STARTUP_SIZE) if STARTUP_SIZE in sizes else 0
-        found = measure_startup(ready, inputs[one], weights, threads, cache_dir, progress)
-        size = dict(zip(("batch", "length"), sizes[one]))
-        report["startup"] = [{"model": model, **size, **row} for row in found]
+        chosen = sizes.index(STARTUP_SIZE) if STARTUP_SIZE in sizes else 0
+        first_results = measure_startup(
+            ready, inputs[chosen], weights, threads, cache_dir, progress
+        )
+        size = dict(zip(("batch", "length"), sizes[chosen]))
+        report["startup"] = [{"model": model, **size, **row} for row in first_results]
     return report
 
 
@@ -147,7 +149,7 @@ def _references(
     engines: Sequence[Engine], inputs: Sequence[Arrays], threads: int
 ) -> list[list[np.ndarray] | None]:
     """Float32's outputs, where not all compute in it and there is an ONNX file."""
-    if engines[0].source.onnx is None or all(one.precision == "fp32" for one in engines):
+    if engines[0].source.onnx is None or all(engine.precision == "fp32" for engine in engines):
         return [None] * len(inputs)
     return [*turns.float_outputs(engines[0], inputs, threads)]
 

@@ -43,20 +43,20 @@ def engines(
     """
     precision = precision_of(manifest)
     wanted = list(dict.fromkeys(parse(name, precision) for name in against if name != "none"))
-    peers, notes = possible([one for one in wanted if one[1] != "bertile"], manifest)
-    found = source(directory, manifest, [kind for _, kind, _ in peers], onnx, cache_dir)
+    peers, notes = possible([choice for choice in wanted if choice[1] != "bertile"], manifest)
+    ours = source(directory, manifest, [kind for _, kind, _ in peers], onnx, cache_dir)
     exported = _exported(directory, manifest)
-    made = [Engine("bertile", "bertile", precision, found)]
+    ready = [Engine("bertile", "bertile", precision, ours)]
     for name, kind, its_precision in wanted:
         if kind == "bertile":
-            made.append(_bundle(name, manifest, found))
+            ready.append(_bundle(name, manifest, ours))
         elif (name, kind, its_precision) in peers:
-            peer = Engine(name, kind, its_precision, found)
+            peer = Engine(name, kind, its_precision, ours)
             try:
-                made.append(_prepared(peer, exported, cache_dir, progress))
+                ready.append(_prepared(peer, exported, cache_dir, progress))
             except LeftOut as reason:
                 notes.append(str(reason))
-    return made, notes
+    return ready, notes
 
 
 def precision_of(manifest: dict[str, Any]) -> str:
@@ -76,16 +76,18 @@ def parse(name: str, precision: str) -> tuple[str, str, str]:
     """
     if (Path(name) / loader.MANIFEST).exists():
         return name, "bertile", ""
-    kind, _, given = name.partition(":")
+    kind, _, its_precision = name.partition(":")
     if kind not in PEERS:
         hint = f"{nearest(kind, (*PEERS, 'none'))}; or give the directory of another bundle"
         raise UsageError(f"engine '{kind}' is unknown{hint}")
-    known = sorted({one for precisions in PEERS.values() for one in precisions})
-    if given and given not in known:
-        raise UsageError(f"precision '{given}' of '{name}' is unknown{nearest(given, known)}")
+    known = sorted({other for precisions in PEERS.values() for other in precisions})
+    if its_precision and its_precision not in known:
+        raise UsageError(
+            f"precision '{its_precision}' of '{name}' is unknown{nearest(its_precision, known)}"
+        )
     # fp16 is a way to store weights: its products are those of float32
     ours = PRECISIONS[precision].peer or precision
-    return kind if given in ("", ours) else name, kind, given or ours
+    return kind if its_precision in ("", ours) else name, kind, its_precision or ours
 
 
 def possible(
@@ -152,21 +154,23 @@ def _exported(directory: Path, manifest: dict[str, Any]) -> ExportedModel:
         family=model["family"],
         head=model["head"],
         max_length=model["max_length"],
-        inputs=tuple(InputSpec(**one) for one in manifest["inputs"]),
-        outputs=tuple(one["name"] for one in manifest["outputs"]),
+        inputs=tuple(InputSpec(**entry) for entry in manifest["inputs"]),
+        outputs=tuple(entry["name"] for entry in manifest["outputs"]),
         batch=manifest["static"]["batch"],
         length=manifest["static"]["length"],
     )
 
 
-def _bundle(name: str, manifest: dict[str, Any], found: Source) -> Engine:
+def _bundle(name: str, manifest: dict[str, Any], ours: Source) -> Engine:
     theirs = loader.read_manifest(Path(name))
     for part in ("inputs", "outputs"):
-        names, wanted = ([one["name"] for one in given[part]] for given in (theirs, manifest))
+        names, wanted = (
+            [entry["name"] for entry in its_manifest[part]] for its_manifest in (theirs, manifest)
+        )
         if names != wanted:
             raise UsageError(
-                f"{name} has the {part} {', '.join(names)}, {found.bundle} has {', '.join(wanted)}",
+                f"{name} has the {part} {', '.join(names)}, {ours.bundle} has {', '.join(wanted)}",
                 "compare two bundles of one model",
             )
-    own = dataclasses.replace(found, bundle=Path(name))
+    own = dataclasses.replace(ours, bundle=Path(name))
     return Engine(name, "bertile", precision_of(theirs), own)

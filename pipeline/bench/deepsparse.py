@@ -39,11 +39,11 @@ def environment(cache_dir: str | None, progress: Progress | None = None) -> Path
         progress.say(f"bench     DeepSparse {VERSION} is installed into {directory}, once")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".deepsparse-", dir=directory.parent) as beside:
-        made = Path(beside) / "made"
-        _run(_base_python(), "-m", "venv", str(made))
-        _run(str(made / "bin" / "python"), "-m", "pip", "install", "--quiet", *PACKAGES)
+        fresh = Path(beside) / "made"
+        _run(_base_python(), "-m", "venv", str(fresh))
+        _run(str(fresh / "bin" / "python"), "-m", "pip", "install", "--quiet", *PACKAGES)
         if not directory.exists():  # another process may have been first
-            made.rename(directory)
+            fresh.rename(directory)
     return python
 
 
@@ -105,10 +105,10 @@ class DeepSparse:
 def _base_python() -> str:
     """A Python that DeepSparse has been built for."""
     name = ".".join(map(str, PYTHON))
-    found = sys.executable if sys.version_info[:2] == PYTHON else shutil.which(f"python{name}")
-    if found is None:
+    python = sys.executable if sys.version_info[:2] == PYTHON else shutil.which(f"python{name}")
+    if python is None:
         raise LeftOut(f"deepsparse is left out: it needs Python {name}, which is not installed")
-    return found
+    return python
 
 
 def _run(*line: str) -> None:

@@ -84,8 +84,8 @@ def main(path: str, threads: str) -> None:
                 times = timed(model, inputs, header["count"])
                 write(answers, {"kind": "times", "value": times})
             else:
-                found = {f"output{n:03}": array for n, array in enumerate(model(inputs))}
-                write(answers, {"kind": "outputs"}, found)
+                outputs = {f"output{n:03}": array for n, array in enumerate(model(inputs))}
+                write(answers, {"kind": "outputs"}, outputs)
     except (EOFError, BrokenPipeError):
         return
     except Exception as error:

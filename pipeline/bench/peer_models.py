@@ -82,20 +82,20 @@ def _onnxruntime_int8(onnx: Path, exported: ExportedModel, target: Path) -> None
     optimizer.optimize_model(
         str(legacy), model_type="bert", num_heads=0, hidden_size=0, opt_level=0
     ).save_model_to_file(str(fused))
-    found = {}
+    by_milliseconds = {}
     for source in (legacy, fused):
-        made = source.with_suffix(".int8.onnx")
+        quantized = source.with_suffix(".int8.onnx")
         quantize_dynamic(
             source,
-            made,
+            quantized,
             per_channel=True,
             reduce_range=False,
             weight_type=QuantType.QInt8,
             # behind its own fused operators it cannot tell the type of a tensor
             extra_options={"DefaultTensorType": FLOAT},
         )
-        found[_milliseconds(made, exported)] = made
-    found[min(found)].rename(target)
+        by_milliseconds[_milliseconds(quantized, exported)] = quantized
+    by_milliseconds[min(by_milliseconds)].rename(target)
     for path in target.parent.glob("*.onnx"):
         if path != target:
             path.unlink()
@@ -146,7 +146,7 @@ def _samples(exported: ExportedModel) -> list[dict[str, np.ndarray]]:
     """Single sequences to calibrate on: sentences, or random ids where there is no tokenizer."""
     if (exported.directory / "tokenizer.json").is_file():
         rows = calibration.tokenized(sentences(CALIBRATION_SAMPLES), exported)
-        return [one for row in rows for one in calibration.batches([row], exported)]
+        return [sample for row in rows for sample in calibration.batches([row], exported)]
     length = min(exported.length or RANDOM_LENGTH, exported.max_length or RANDOM_LENGTH)
     seeds = range(CALIBRATION_SAMPLES)
     return [sample(exported.inputs, exported.batch or 1, length, 0, seed) for seed in seeds]

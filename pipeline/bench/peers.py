@@ -73,12 +73,12 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
 
     def infer(inputs: Arrays) -> list[np.ndarray]:
         with torch.inference_mode():
-            given = {name: torch.from_numpy(array) for name, array in inputs.items()}
-            found = model(**given)
+            tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+            outputs = model(**tensors)
             if checkpoint.pooling is None:
-                return [found[name].float().numpy() for name in source.outputs]
-            mask = given["attention_mask"].float()
-            hidden = found.last_hidden_state.float()
+                return [outputs[name].float().numpy() for name in source.outputs]
+            mask = tensors["attention_mask"].float()
+            hidden = outputs.last_hidden_state.float()
             return [pool(hidden, mask, checkpoint.pooling).numpy()]
 
     return infer, f"PyTorch {torch.__version__.partition('+')[0]}"

@@ -123,13 +123,13 @@ def write_block(path: Path, name: str, content: str) -> None:
 
 def _peaks(reports: Sequence[Report]) -> str:
     """The least and the most that was measured in each precision."""
-    found: dict[str, set[int]] = {}
+    peaks_of: dict[str, set[int]] = {}
     for report in reports:
         for precision, peak in report["peaks_gflops"].items():
-            found.setdefault(precision, set()).add(round(peak))
+            peaks_of.setdefault(precision, set()).add(round(peak))
     texts = [
         f"{name} {min(peaks)}" + (f"-{max(peaks)}" if len(peaks) > 1 else "")
-        for name, peaks in found.items()
+        for name, peaks in peaks_of.items()
     ]
     return f"peak GFLOP/s: {', '.join(texts)}"
 

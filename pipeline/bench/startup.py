@@ -32,12 +32,12 @@ def startup(
     loading included, files in the page cache) and the resident megabytes after it (10**6 bytes);
     "weights_mb" is what Bertile's weights take of that. The first engine is Bertile.
     """
-    found: dict[str, list[tuple[float, float]]] = {engine.name: [] for engine in engines}
+    results_of: dict[str, list[tuple[float, float]]] = {engine.name: [] for engine in engines}
     for turn in range(REPEAT):
         progress.status(f"startup   {turn} of {REPEAT}")
         for engine in engines:
-            found[engine.name].append(_first_result(engine, inputs, threads, cache_dir))
-    medians = {name: np.median(np.array(results), axis=0) for name, results in found.items()}
+            results_of[engine.name].append(_first_result(engine, inputs, threads, cache_dir))
+    medians = {name: np.median(np.array(results), axis=0) for name, results in results_of.items()}
     ours = medians[engines[0].name]
     return [
         {

@@ -84,9 +84,11 @@ def measure(
         for worker in (*workers[first:], *workers[:first]):
             time.sleep(PAUSE_SECONDS)
             times[worker.name] += worker.call(inputs, min(TURN, repeat - done))
-    medians = {name: float(np.median(found)) for name, found in times.items()}
+    medians = {name: float(np.median(milliseconds)) for name, milliseconds in times.items()}
     ours = medians[workers[0].name]
-    others = [medians[one.name] for one in workers[1:] if _rivals(workers[0].engine, one.engine)]
+    others = [
+        medians[worker.name] for worker in workers[1:] if _rivals(workers[0].engine, worker.engine)
+    ]
     return [
         {
             "engine": worker.name,
@@ -113,12 +115,12 @@ def _rivals(ours: Engine, theirs: Engine) -> bool:
 
 def cosine(ours: Outputs, theirs: Outputs) -> float:
     """The mean over all vectors along the last axis, of all outputs."""
-    found = []
+    cosines = []
     for pair in zip(ours, theirs, strict=True):
-        a, b = (one.reshape(-1, one.shape[-1]).astype(np.float64) for one in pair)
+        a, b = (output.reshape(-1, output.shape[-1]).astype(np.float64) for output in pair)
         lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        found.append((a * b).sum(axis=1) / np.maximum(lengths, 1e-30))
-    return float(np.concatenate(found).mean())
+        cosines.append((a * b).sum(axis=1) / np.maximum(lengths, 1e-30))
+    return float(np.concatenate(cosines).mean())
 
 
 def _difference(ours: Outputs, theirs: Outputs) -> float:

@@ -77,8 +77,8 @@ def _serve(pipe: Connection, engine: Engine, threads: int) -> None:
         pipe.send(("ready", version))
         while True:
             inputs, count = pipe.recv()
-            found = timed(infer, inputs, count) if count else infer(inputs)
-            pipe.send(("done", found))
+            answer = timed(infer, inputs, count) if count else infer(inputs)
+            pipe.send(("done", answer))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except BertileError as error:

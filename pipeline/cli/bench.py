@@ -1,12 +1,15 @@
-"""Runs `bertile bench`."""
+"""Runs `bertile bench`: times bundles or models and their peers in turn on the same inputs."""
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+
+from bertile.base.progress import Progress
+from bertile.cli.command import Outcome
+from bertile.cli.config_flags import add_some_config, read_config
 
 CONFIG = ("threads", "precision", "sparse", "log-dir", "shipped-log", "cache-dir")
 PEERS = (
@@ -19,8 +22,8 @@ INTO = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that are the benchmark's own; those of CONFIG come beside them."""
+def add_arguments(parser: ArgumentParser) -> None:
+    """The flags that are the benchmark's own, and those of CONFIG."""
     add = parser.add_argument
     add("targets", metavar="BUNDLE|MODEL", nargs="+", help="a model is compiled first")
     add("--onnx", metavar="FILE", help="the exported model (default: as compiled)")
@@ -33,16 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form("--csv", action="store_true", help="print every number of the first table as CSV")
     add("--startup", action="store_true", help="a second table: new processes, time and memory")
     add("--into", "--update-readme", metavar="FILE[#NAME]", help=INTO)
+    add_some_config(parser, *CONFIG)
 
 
-def run(options: argparse.Namespace, config: Any, progress: Any) -> tuple[Any, str]:
-    """One report, or a list of one each; and what is printed of them."""
+def run(options: Namespace, progress: Progress) -> Outcome:
+    """One report, or a list of one each; and their tables."""
     from bertile.bench import benchmark, result_tables
     from bertile.cli.option_lists import numbers, words
 
     reports = benchmark.bench_models(
         options.targets,
-        config,
+        read_config(options),
         progress,
         onnx=options.onnx and Path(options.onnx),
         against=words(options.against),
@@ -59,4 +63,4 @@ def run(options: argparse.Namespace, config: Any, progress: Any) -> tuple[Any, s
         if options.csv
         else result_tables.as_table(reports, markdown=options.markdown)
     )
-    return (reports[0] if len(reports) == 1 else reports), text
+    return Outcome(reports[0] if len(reports) == 1 else reports, text)

@@ -1,21 +1,20 @@
-"""Compiles minilm, compares sentences and times it beside ONNX Runtime: the first thing to try."""
+"""Runs `bertile demo`: compiles minilm, compares sentences, times it beside ONNX Runtime."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from bertile import driver, loader
 from bertile.base.progress import Progress
 from bertile.base.tables import size, table
-from bertile.bench import benchmark
-from bertile.config import Config
-from bertile.export import cached
-from bertile.run import texts as runner
+from bertile.cli.command import Outcome, dry_run
+from bertile.cli.config_flags import add_config, read_config
+
+if TYPE_CHECKING:
+    from bertile.config import Config
 
 SENTENCES = (
     "A man is playing a guitar on the street.",
@@ -30,8 +29,29 @@ SENTENCES = (
 LENGTHS = (16, 128)
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """Where the bundle is written, and every choice of a compile."""
+    parser.add_argument("-o", "--output", metavar="DIR", default="out/minilm", help="the bundle")
+    add_config(parser)
+
+
+def run(options: Namespace, progress: Progress) -> Outcome:
+    """The first thing to try: from a model to a bundle, an answer and a time."""
+    config = read_config(options)
+    if options.dry_run:
+        options.model = "minilm"
+        return dry_run(options, config)
+    result = demo(Path(options.output), config, progress)
+    return Outcome(result, as_text(result))
+
+
 def demo(output: Path, config: Config, progress: Progress) -> dict[str, Any]:
     """Compile minilm into `output`, find each sentence's nearest neighbour, time both engines."""
+    from bertile import driver
+    from bertile.bench import benchmark
+    from bertile.export import cached
+    from bertile.run import texts as runner
+
     summary = driver.compile("minilm", output, config, progress)
     with progress.stage("run"):
         result = runner.run(output, SENTENCES, threads=config.threads)
@@ -50,6 +70,8 @@ def demo(output: Path, config: Config, progress: Progress) -> dict[str, Any]:
 
 def neighbours(texts: list[str], cosine: list[list[float]]) -> list[dict[str, Any]]:
     """For each text the one most like it, itself left out."""
+    import numpy as np
+
     similar = np.array(cosine)
     np.fill_diagonal(similar, -np.inf)
     nearest = similar.argmax(axis=1)
@@ -61,7 +83,7 @@ def neighbours(texts: list[str], cosine: list[list[float]]) -> list[dict[str, An
 
 def as_text(result: dict[str, Any]) -> str:
     """What `bertile demo` prints: neighbours, then latency and size."""
-    found = [(one["text"], one["nearest"], one["cosine"]) for one in result["neighbours"]]
+    pairs = [(entry["text"], entry["nearest"], entry["cosine"]) for entry in result["neighbours"]]
     difference = result["compile"]["max_abs_difference"]
     times = {name: [] for name in result["bench"]["versions"]}
     for row in result["bench"]["rows"]:
@@ -78,7 +100,7 @@ def as_text(result: dict[str, Any]) -> str:
     header = ("engine", *(f"ms, {length} tokens" for length in LENGTHS), "model", "runtime")
     return "\n".join(
         [
-            table(("sentence", "nearest", "cosine"), found),
+            table(("sentence", "nearest", "cosine"), pairs),
             "",
             table(header, rows),
             "",
@@ -89,6 +111,8 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def _sizes(bundle: Path, onnx: Path) -> dict[str, dict[str, int]]:
+    from bertile import loader
+
     ours = sum(os.path.getsize(path) for path in loader.find_runtime())
     spec = importlib.util.find_spec("onnxruntime")
     theirs = _size(Path(spec.origin).parent) if spec and spec.origin else 0

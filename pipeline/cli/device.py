@@ -1,11 +1,12 @@
-"""Runs `bertile device`."""
+"""Runs `bertile device`: serves this machine as a device, lists devices, or shares them out."""
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from argparse import ArgumentParser, Namespace
 
+from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
+from bertile.cli.command import Outcome
 
 ACTIONS = {
     "serve": "run candidates that a tuner sends, on this machine",
@@ -14,7 +15,7 @@ ACTIONS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command."""
     add = parser.add_argument
     listing = "; ".join(f"{name}: {what}" for name, what in ACTIONS.items())
@@ -26,9 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", metavar="N", type=int, help="of serve and tracker: the port to listen on")
 
 
-def run(options: argparse.Namespace, progress: Progress) -> tuple[Any, str]:
+def run(options: Namespace, progress: Progress) -> Outcome:
     """Data and text of the answer; serve and tracker give none before Ctrl-C."""
-    from bertile.base.errors import UsageError
     from bertile.tune.measure import device
 
     wanted = {"serve": ("tracker", "key"), "list": ("tracker",), "tracker": ()}[options.action]
@@ -37,10 +37,10 @@ def run(options: argparse.Namespace, progress: Progress) -> tuple[Any, str]:
             raise UsageError(f"device {options.action} lacks --{name}", "give it")
     if options.action == "list":
         rows = device.fleet(options.tracker)
-        return rows, device.as_text(rows)
+        return Outcome(rows, device.as_text(rows))
     if options.action == "tracker":
         device.run_tracker(options.host, options.port or device.TRACKER_PORT, progress)
     else:
         port = options.port or device.SERVER_PORT
         device.serve(options.tracker, options.key, port, options.threads, progress)
-    return None, ""
+    return Outcome(None, "")

@@ -1,7 +1,8 @@
-"""Looks at this machine: what Bertile needs, what is there, and what to do about the rest."""
+"""Runs `bertile doctor`: what Bertile needs, what is there, and what to do about the rest."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -10,15 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from bertile.base.errors import BertileError, PlatformError
+from bertile.base.progress import Progress
 from bertile.base.tables import size, table
-from bertile.loader import available_cores, cpu_features, find_runtime
-from bertile.targets.linker import link_command
-from bertile.targets.rows import TABLE, Target, native, of_arch
+from bertile.cli.command import Outcome
+from bertile.cli.config_flags import cache_directory
 
 # The stage that each extra serves, and what it imports. bertile's own metadata has the versions.
 EXTRAS = {
@@ -32,14 +33,29 @@ CACHE_ROOM = 5 * 10**9
 THREAD_VARIABLES = ("TVM_NUM_THREADS", "TVM_BIND_THREADS", "OMP_NUM_THREADS")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Check:
     """One thing looked at; `status` is ok, note (works, with a limit) or fails."""
 
     name: str
     status: str
-    found: str
+    detail: str
     remedy: str = ""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Whose free space and right to write are looked at."""
+    parser.add_argument("--cache-dir", metavar="DIR", help="where stage results are kept")
+
+
+def run(options: Namespace, progress: Progress) -> Outcome:
+    """Exit code 3 where something keeps Bertile from working here."""
+    checks = examine(cache_directory(options.cache_dir))
+    blocked = any(check.status == "fails" for check in checks)
+    data = [
+        {"name": c.name, "status": c.status, "found": c.detail, "remedy": c.remedy} for c in checks
+    ]
+    return Outcome(data, as_text(checks), 3 if blocked else 0)
 
 
 def examine(cache_dir: str | None = None) -> list[Check]:
@@ -72,7 +88,7 @@ def extra_of(module: str) -> str | None:
 
 def as_text(checks: list[Check]) -> str:
     """One line per check and, below, one line for each problem with its remedy."""
-    lines = [table(("check", "status", "found"), [(c.name, c.status, c.found) for c in checks])]
+    lines = [table(("check", "status", "found"), [(c.name, c.status, c.detail) for c in checks])]
     problems = [check for check in checks if check.remedy]
     lines += [f"\n{check.name}: {check.remedy}" for check in problems]
     if not problems:
@@ -90,14 +106,17 @@ def _safely(name: str, look: Callable[[], Check]) -> Check:
 
 
 def _python() -> Check:
-    found = f"{platform.python_version()} on {platform.machine()}, glibc {platform.libc_ver()[1]}"
+    system = f"{platform.python_version()} on {platform.machine()}, glibc {platform.libc_ver()[1]}"
     if sys.version_info < (3, 11):
         remedy = "loading bundles works; to compile, use Python 3.11 or later"
-        return Check("python", "note", found, remedy)
-    return Check("python", "ok", found)
+        return Check("python", "note", system, remedy)
+    return Check("python", "ok", system)
 
 
 def _cpu() -> Check:
+    from bertile.loader import cpu_features
+    from bertile.targets.rows import native, of_arch
+
     row = native()
     best = of_arch(row.arch)[0]
     missing = sorted(set(best.features) - cpu_features())
@@ -113,23 +132,25 @@ def _cpu_name() -> str:
 
 
 def _cores() -> Check:
+    from bertile.loader import available_cores
+
     usable, present = available_cores(), os.cpu_count() or 1
     return Check("cores", "ok", f"{usable} of {present} may be used")
 
 
 def _thread_variables() -> Check:
-    given = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
-    if not given:
+    variables = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
+    if not variables:
         return Check("threads", "ok", "no variable limits them")
-    found = ", ".join(f"{name}={value}" for name, value in given.items())
-    remedy = f"unset {' '.join(given)}, unless you mean it; --threads does it for one command"
-    return Check("threads", "note", found, remedy)
+    text = ", ".join(f"{name}={value}" for name, value in variables.items())
+    remedy = f"unset {' '.join(variables)}, unless you mean it; --threads does it for one command"
+    return Check("threads", "note", text, remedy)
 
 
 def _tvm() -> Check:
-    found = {name: _version(name) for name in PINS}
-    text = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
-    if found == PINS:
+    versions = {name: _version(name) for name in PINS}
+    text = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
+    if versions == PINS:
         return Check("tvm", "ok", text)
     wanted = " ".join(f"{name}=={version}" for name, version in PINS.items())
     return Check("tvm", "fails", text, f"pip install {wanted}")
@@ -139,23 +160,27 @@ def _llvm() -> Check:
     # In a process of its own: a broken library may crash, and importing takes a second.
     code = "import tvm.target.codegen as c; print('LLVM', c.llvm_version_major())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    found = run.stdout.strip()
+    text = run.stdout.strip()
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or ["TVM cannot be imported"])[-1]
         return Check("llvm", "fails", reason, "pip install 'bertile[compile]'")
-    return Check("llvm", "ok", found)
+    return Check("llvm", "ok", text)
 
 
 def _runtime() -> Check:
+    from bertile.loader import find_runtime
+
     paths = find_runtime()
     total = sum(os.path.getsize(path) for path in paths)
     return Check("runtime", "ok", f"libtvm_ffi and libtvm_runtime, {size(total)}")
 
 
 def _linker() -> Check:
-    row = next(iter(of_arch(platform.machine())), TABLE[0])
-    command = link_command(row)
-    _link_something(command, row)
+    from bertile.targets import linker
+    from bertile.targets.rows import TABLE, of_arch
+
+    command = linker.link_command(next(iter(of_arch(platform.machine())), TABLE[0]))
+    _link_something(command)
     return Check("linker", "ok", " ".join(command))
 
 
@@ -171,7 +196,7 @@ def _cuda() -> Check:
         return Check("cuda", "note", f"no compiler; {runs}", f"for GPUs: {error.remedy}")
 
 
-def _link_something(command: list[str], row: Target) -> None:
+def _link_something(command: list[str]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory, "empty.c")
         source.write_text("int bertile_doctor(void) { return 0; }\n", encoding="ascii")
@@ -185,22 +210,22 @@ def _link_something(command: list[str], row: Target) -> None:
 
 def _extra(extra: str) -> Check:
     versions = {module: _version_of_module(module) for module in EXTRAS[extra]}
-    found = ", ".join(f"{module} {version or 'missing'}" for module, version in versions.items())
+    text = ", ".join(f"{module} {version or 'missing'}" for module, version in versions.items())
     if all(versions.values()):
-        return Check(extra, "ok", found)
-    return Check(extra, "note", found, f"to {extra}: pip install 'bertile[{extra}]'")
+        return Check(extra, "ok", text)
+    return Check(extra, "note", text, f"to {extra}: pip install 'bertile[{extra}]'")
 
 
 def _cache(directory: Path) -> Check:
-    there = next(one for one in (directory, *directory.parents) if one.is_dir())
+    there = next(parent for parent in (directory, *directory.parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     used = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    found = f"{directory}: {size(used)} used, {size(free)} free"
+    text = f"{directory}: {size(used)} used, {size(free)} free"
     if not os.access(there, os.W_OK):
         return Check("cache", "fails", f"{there} is not writable", "choose another: --cache-dir")
     if free < CACHE_ROOM:
-        return Check("cache", "note", found, "make room, or choose another disk: --cache-dir")
-    return Check("cache", "ok", found)
+        return Check("cache", "note", text, "make room, or choose another disk: --cache-dir")
+    return Check("cache", "ok", text)
 
 
 def _version(package: str) -> str | None:

@@ -14,10 +14,10 @@ def words(values: Sequence[str]) -> list[str]:
 
 def numbers(flag: str, values: Sequence[str]) -> list[int]:
     """The same as whole numbers; UsageError, naming the flag, where there is something else."""
-    found = words(values)
-    for word in found:
+    texts = words(values)
+    for word in texts:
         if not word.isdecimal():
             raise UsageError(f"{flag} is '{word}'", "give whole numbers, like: 1 8 or 1,8")
-    if not found:
+    if not texts:
         raise UsageError(f"{flag} has no number", "give whole numbers, like: 1 8 or 1,8")
-    return list(map(int, found))
+    return list(map(int, texts))

@@ -1,10 +1,14 @@
-"""Runs `bertile prune`."""
+"""Runs `bertile prune`: sets the smallest weights of a model to zero."""
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from typing import Any
+
+from bertile.base.progress import Progress
+from bertile.base.tables import table
+from bertile.cli.command import Outcome
 
 MODEL = "a directory or hub id of Hugging Face, minilm, or synthetic:NAME"
 PATTERN = (
@@ -13,7 +17,7 @@ PATTERN = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """All that the command takes."""
     add = parser.add_argument
     add("model", metavar="MODEL", help=MODEL)
@@ -22,20 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pattern", metavar="NAME", default="4x1", help=PATTERN)
 
 
-def run(options: argparse.Namespace, progress: Any) -> tuple[Any, str]:
-    """The report of what was pruned, and what is printed of it."""
+def run(options: Namespace, progress: Progress) -> Outcome:
+    """Write the model as a Hugging Face directory; gives the report of what was pruned."""
     from bertile.compress import pruner
 
     report = pruner.prune(
         options.model, options.output, options.sparsity, options.pattern, progress
     )
-    return report, as_text(report)
+    return Outcome(report, as_text(report))
 
 
 def as_text(report: dict[str, Any]) -> str:
     """A row for all layers of the same place, size and pattern; then what to do about accuracy."""
-    from bertile.base.tables import table
-
     groups = defaultdict(list)
     for row in report["layers"]:
         place = ".".join(part for part in row["layer"].split(".") if not part.isdigit())

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-TUNING_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
-    ("--tune", "none|quick|full", str, "how long to search for faster kernels"),
-    ("--trials", "N", int, "kernels to try while tuning, instead of what --tune says"),
-    ("--timeout", "SECONDS", float, "stop tuning after this time"),
-    ("--runner", "local|mca", str, "tune by running kernels here, or by llvm-mca's estimate"),
-    ("--rpc-tracker", "HOST:PORT", str, "tune on the devices of this RPC tracker"),
-    ("--rpc-key", "KEY", str, "which of its devices"),
-)
+from bertile.base.errors import UsageError
+from bertile.base.progress import Progress
+from bertile.base.tables import lines
+from bertile.cli.command import Outcome, add_model, dry_run
+from bertile.cli.config_flags import add_config, read_config
+
+if TYPE_CHECKING:
+    from bertile.config import Config
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What takes the place of a search."""
+def add_arguments(parser: ArgumentParser) -> None:
+    """A model, what takes the place of a search, and every choice of a compile."""
+    add_model(parser, nargs="?")
     group = parser.add_argument_group("the log, in place of tuning")
     add = group.add_mutually_exclusive_group().add_argument
     add("--list", action="store_true", help="what has been tuned: a line per task")
@@ -25,9 +27,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--merge", metavar="FILE|DIR", nargs="+", help="add the records of other logs to yours")
     add("--pack", metavar="FILE", help="write candidates to be measured on a device")
     add("--ingest", metavar="RESULT", nargs="+", help="add what a device measured")
+    add_config(parser)
 
 
-def pack(options: argparse.Namespace, config: Any, progress: Any) -> dict[str, Any]:
+def run(options: Namespace, progress: Progress) -> Outcome:
+    """The tuning stage by itself; the log is what stays. Or what the log holds, and no tuning."""
+    config = read_config(options)
+    if options.list or options.best or options.merge:
+        return _log(options, config, progress)
+    if options.ingest:
+        return _ingest(options, config, progress)
+    if options.model is None:
+        raise UsageError("there is no MODEL to tune", "name one, or give --list, --best or --merge")
+    if config.tune == "none":
+        config = dataclasses.replace(config, tune="quick")
+    if options.dry_run:
+        return dry_run(options, config)
+    if options.pack:
+        return _pack(options, config, progress)
+    from bertile import driver
+
+    summary = driver.tune_model(options.model, config, progress)
+    return Outcome(summary, lines(summary))
+
+
+def _log(options: Namespace, config: Config, progress: Progress) -> Outcome:
+    """What the log holds, or what came into it from others."""
+    from bertile.tune.log import log_commands
+    from bertile.tune.log.tuning_log import TuningLog
+
+    if options.model is not None:
+        raise UsageError(f"'{options.model}' is one argument too many", "the log is no model's")
+    log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
+    if options.merge:
+        summary = log_commands.merge(log, list(map(Path, options.merge)), progress)
+        return Outcome(summary, lines(summary))
+    named = config.target if hasattr(options, "target") else None
+    rows = log_commands.best(log, named) if options.best else log_commands.tasks(log, named)
+    return Outcome(rows, log_commands.as_text(rows))
+
+
+def _pack(options: Namespace, config: Config, progress: Progress) -> Outcome:
     """Write the next round of candidates for MODEL, for bertile-run --measure or a GPU's Python."""
     from bertile import backends, driver, loader
     from bertile.targets import rows
@@ -40,15 +80,16 @@ def pack(options: argparse.Namespace, config: Any, progress: Any) -> dict[str, A
     tasks, others = driver.tasks(options.model, log, row, config, progress)
     with progress.stage("pack") as stage:
         kind = backends.of(row).pack()
-        found = packer.pack(tasks, others, log, row, config, Path(options.pack), progress, kind)
-        stage.detail = f"{found['candidates']} candidates of {found['tasks']} tasks"
-    return found
+        counts = packer.pack(tasks, others, log, row, config, Path(options.pack), progress, kind)
+        stage.detail = f"{counts['candidates']} candidates of {counts['tasks']} tasks"
+    return Outcome(counts, lines(counts))
 
 
-def ingest(options: argparse.Namespace, config: Any, progress: Any) -> list[dict[str, Any]]:
+def _ingest(options: Namespace, config: Config, progress: Progress) -> Outcome:
     """Bring the times of devices into the log."""
     from bertile.tune.archive import ingester
     from bertile.tune.log.tuning_log import TuningLog
 
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
-    return [ingester.ingest(Path(one), log, progress) for one in options.ingest]
+    counts = [ingester.ingest(Path(path), log, progress) for path in options.ingest]
+    return Outcome(counts, "\n\n".join(map(lines, counts)))

@@ -56,10 +56,10 @@ def tokenized(texts: Sequence[str], exported: ExportedModel) -> list[Row]:
             "calibrate it with an .npz of its inputs instead of texts",
         )
     limits = (exported.max_length, exported.length, LONGEST)
-    limit = min(one for one in limits if one)
+    limit = min(limit for limit in limits if limit)
     encodings = runner.encode(exported.directory, texts, limit, truncate=True)
     names = [spec.name for spec in exported.inputs]
-    return [{n: np.array(getattr(one, FIELDS[n])) for n in names} for one in encodings]
+    return [{n: np.array(getattr(encoding, FIELDS[n])) for n in names} for encoding in encodings]
 
 
 def batches(rows: Sequence[Row], exported: ExportedModel) -> list[Arrays]:
@@ -124,9 +124,9 @@ def _arrays(path: Path, exported: ExportedModel) -> list[Row]:
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise UsageError(f"'{path}' is no .npz of arrays: {error}") from error
     specs = [dataclasses.asdict(spec) for spec in exported.inputs]
-    given = loader.check_inputs(arrays, specs, exported.max_length)
-    shape = next(iter(given.values())).shape
+    inputs = loader.check_inputs(arrays, specs, exported.max_length)
+    shape = next(iter(inputs.values())).shape
     for spec in exported.inputs:
-        if spec.name not in given:
-            given[spec.name] = np.full(shape, int(spec.default == "ones"))
-    return [{name: array[index] for name, array in given.items()} for index in range(shape[0])]
+        if spec.name not in inputs:
+            inputs[spec.name] = np.full(shape, int(spec.default == "ones"))
+    return [{name: array[index] for name, array in inputs.items()} for index in range(shape[0])]

@@ -38,9 +38,9 @@ def search(
     tried: list[tuple[int, str, float]] = []
 
     def good(kept: int, precision: str) -> bool:
-        found = score(_keeping(plan, order[:kept], precision, ""))
-        tried.append((kept, precision, found))
-        return baseline - found <= max_drop
+        value = score(_keeping(plan, order[:kept], precision, ""))
+        tried.append((kept, precision, value))
+        return baseline - value <= max_drop
 
     if good(0, higher[0]):
         return Search(plan, tuple(tried))
@@ -50,7 +50,7 @@ def search(
         if kept is not None:
             why = f"{cost}; of the {kept} with the most noise"
             return Search(_keeping(plan, order[:kept], precision, why), tuple(tried))
-    best = max(found for _, _, found in tried)
+    best = max(value for _, _, value in tried)
     raise BertileError(
         f"no plan keeps the metric within {max_drop:g} of {baseline:.4f}: the best has {best:.4f}",
         "allow a larger --max-drop, or compile with --precision fp32",

@@ -90,13 +90,17 @@ class Observer:
 
         The inputs of a layer in `smooth` are seen multiplied by its factors (K,).
         """
-        smooth, found = smooth or {}, {}
+        smooth, observations = smooth or {}, {}
         keep = -(-KEPT_ROWS // max(1, len(requests)))
         for request in requests:
             for name, x in self._inputs(request):
-                one = Observation.of(x * smooth[name] if name in smooth else x, keep)
-                found[name] = found[name].with_more(one) if name in found else one
-        return found
+                observation = Observation.of(x * smooth[name] if name in smooth else x, keep)
+                observations[name] = (
+                    observations[name].with_more(observation)
+                    if name in observations
+                    else observation
+                )
+        return observations
 
     def _inputs(self, request: Arrays) -> Iterator[tuple[str, np.ndarray]]:
         """The input (tokens, K) of each layer for one request, without its padding."""
@@ -105,7 +109,7 @@ class Observer:
         table = loader.token_blocks(mask, BLOCK_TOKENS).astype("int32")
         roofline.use_threads(self.row.threads)
         results = self._main(*map(tvm.runtime.tensor, [*arrays, table]), *self._params)
-        values = [one.numpy() for one in results]
+        values = [tensor.numpy() for tensor in results]
         for name, place in self.places:
             x = values[place]
             yield name, x[mask != 0] if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
@@ -124,8 +128,8 @@ def layer_inputs(graph: Graph) -> list[tuple[str, relax.Var]]:
     """The weight's name and the input of every linear layer, in the order of their computation."""
     flow = Dataflow(graph.main)
     calls = [b.value for b in flow.bindings if ops.is_call(b.value, "bertile.dense")]
-    found = [(flow.definition(call.args[1]), call.args[0]) for call in calls]
-    return [(w.name, x) for w, x in found if isinstance(w, relax.Var)]
+    operands = [(flow.definition(call.args[1]), call.args[0]) for call in calls]
+    return [(w.name, x) for w, x in operands if isinstance(w, relax.Var)]
 
 
 def _giving(graph: Graph, seen: Iterable[relax.Var]) -> Graph:
@@ -136,8 +140,8 @@ def _giving(graph: Graph, seen: Iterable[relax.Var]) -> Graph:
     binding = relax.VarBinding(result, relax.Tuple(list(seen)))
     blocks[-1] = type(blocks[-1])([*blocks[-1].bindings, binding])
     body = relax.SeqExpr(blocks, result)
-    made = relax.Function(main.params, body, result.ty, True, main.attrs)
-    return dataclasses.replace(graph.with_main(normalized(made)), plan={})
+    function = relax.Function(main.params, body, result.ty, True, main.attrs)
+    return dataclasses.replace(graph.with_main(normalized(function)), plan={})
 
 
 def _ignore(_text: str) -> None:

@@ -55,11 +55,11 @@ class Quantizer:
         seen = self._observed
         if smooth and self.config.ranges != "dynamic":
             seen = self._observer.observe(self._requests, smooth)
-        made = {
-            name: LayerPlan("int8", *self._ends(one), smooth.get(name))
-            for name, one in seen.items()
+        int8_layers = {
+            name: LayerPlan("int8", *self._ends(observation), smooth.get(name))
+            for name, observation in seen.items()
         }
-        return {**made, **self.graph.plan}
+        return {**int8_layers, **self.graph.plan}
 
     def _kept(self, plan: Plan, answers: Answers) -> Plan:
         """The plan with as many layers in higher precision as `max_drop` takes."""
@@ -68,15 +68,15 @@ class Quantizer:
         datasets.output_of(exported.head, dataset)  # refused before anything is compiled
         reference = answers(self._planned({}, "fp32"), dataset)
 
-        def score(found: np.ndarray) -> float:
-            return dataset.score(found, reference, exported.labels)
+        def score(outputs: np.ndarray) -> float:
+            return dataset.score(outputs, reference, exported.labels)
 
         whole = self._planned(plan, "int8").plan
         rows = self.report(whole)["layers"]
-        found = max_drop.search(
+        search = max_drop.search(
             whole,
             {row["layer"]: row["output dB"] for row in rows if whole[row["layer"]].quantized},
-            lambda one: score(answers(self._planned(one, "int8"), dataset)),
+            lambda candidate: score(answers(self._planned(candidate, "int8"), dataset)),
             baseline=score(reference),
             max_drop=float(self.config.max_drop or 0),
             higher=backends.of(self.row).higher_precisions(self.row),
@@ -87,10 +87,10 @@ class Quantizer:
             "max_drop": self.config.max_drop,
             "tried": [
                 {"kept": kept, "in": precision, "score": value}
-                for kept, precision, value in found.tried
+                for kept, precision, value in search.tried
             ],
         }
-        return found.plan
+        return search.plan
 
     def _planned(self, plan: Plan, precision: str) -> Graph:
         """All on dense kernels: those that skip zeros give the same integers."""
@@ -152,13 +152,15 @@ def smoothable(graph: Graph) -> list[str]:
     LayerNorm multiplies each channel anyway, so that there smoothing costs nothing.
     """
     flow = Dataflow(graph.main)
-    found: dict[str, bool] = {}
+    normalised_of: dict[str, bool] = {}
     for binding in flow.bindings:
         if ops.is_call(binding.value, "bertile.dense"):
             x, w = binding.value.args[:2]
             name = getattr(flow.definition(w), "name", "")
-            found[name] = found.get(name, True) and flow.is_op(x, *NORMALISERS)
-    return [name for name, normalised in found.items() if normalised and name in graph.params]
+            normalised_of[name] = normalised_of.get(name, True) and flow.is_op(x, *NORMALISERS)
+    return [
+        name for name, normalised in normalised_of.items() if normalised and name in graph.params
+    ]
 
 
 def as_text(quantization: Mapping[str, Any]) -> str:
@@ -168,10 +170,11 @@ def as_text(quantization: Mapping[str, Any]) -> str:
         return "no layer is quantized"
     columns = list(layers[0])
     text = table(columns, [[row[name] for name in columns] for row in layers])
-    found = quantization.get("accuracy")
-    if found is None:
+    accuracy = quantization.get("accuracy")
+    if accuracy is None:
         return text
     tried = [
-        f"{one['score']:.4f} with {one['kept']} layers in {one['in']}" for one in found["tried"]
+        f"{trial['score']:.4f} with {trial['kept']} layers in {trial['in']}"
+        for trial in accuracy["tried"]
     ]
-    return f"{text}\n\n{found['metric']}: {found['fp32']:.4f} in fp32; {'; '.join(tried)}"
+    return f"{text}\n\n{accuracy['metric']}: {accuracy['fp32']:.4f} in fp32; {'; '.join(tried)}"

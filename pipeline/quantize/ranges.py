@@ -85,5 +85,5 @@ def _edges(histogram: Histogram) -> np.ndarray:
 
 def _clipping(centers: np.ndarray, counts: np.ndarray, ends: np.ndarray, bins: np.ndarray):
     """The squared error of moving the values of the first `bins` bins up to `ends`, for each."""
-    zero, one, two = (np.append(0, np.cumsum(counts * centers**power)) for power in range(3))
-    return two[bins] - 2 * ends * one[bins] + ends**2 * zero[bins]
+    zeroth, first, second = (np.append(0, np.cumsum(counts * centers**power)) for power in range(3))
+    return second[bins] - 2 * ends * first[bins] + ends**2 * zeroth[bins]

@@ -62,27 +62,27 @@ def curves(
     log: TuningLog, target: str | None = None, calls: dict[Task, int] | None = None
 ) -> tuple[Curve, ...]:
     """A curve per task and number of threads; `calls` limits them to a model's tasks."""
-    found = []
+    all_curves = []
     # the model's own spelling of a shape, whatever order the log has its keys in
     spelt = {task: task.name for task in calls or ()}
     for name, threads, task, records in log_commands.groups(log, target):
         if calls is not None and task not in calls:
             continue
-        ordered = sorted(records, key=lambda one: one.time)
-        works = [one for one in ordered if one.microseconds]
-        best = min(works, key=lambda one: one.median, default=None)
-        found.append(
+        ordered = sorted(records, key=lambda record: record.time)
+        measured = [record for record in ordered if record.microseconds]
+        best = min(measured, key=lambda record: record.median, default=None)
+        all_curves.append(
             Curve(
                 name=spelt.get(task) or f"{task.name}, {name}",
                 threads=threads,
-                trials=tuple(one.median if one.microseconds else None for one in ordered),
-                default=_default(task, name, threads, works),
+                trials=tuple(record.median if record.microseconds else None for record in ordered),
+                default=_default(task, name, threads, measured),
                 best=best.median if best else None,
                 knobs=dict(best.knobs) if best else {},
                 calls=calls[task] if calls is not None else None,
             )
         )
-    return tuple(found)
+    return tuple(all_curves)
 
 
 def _of_bundle(
@@ -109,16 +109,16 @@ def _of_bundle(
     kernels: Sequence[dict[str, Any]] = ()
     notes = []
     backend = backends.of_bundle(manifest)
-    found = backend.inspect(directory, batch, length, threads, progress, measure)
-    if found and "peak_gflops" not in found:
-        notes.append(backend.summary(found))
-    elif found:
-        kernels = found["kernels"]
+    inspected = backend.inspect(directory, batch, length, threads, progress, measure)
+    if inspected and "peak_gflops" not in inspected:
+        notes.append(backend.summary(inspected))
+    elif inspected:
+        kernels = inspected["kernels"]
         facts["processor"] = machine.cpu_name()
-        facts["request"] = f"{batch} x {length} tokens, {found['threads']} threads"
-        facts["time"] = f"{found['total_ms']:.2f} ms a request"
-        facts["peak"] = f"{found['peak_gflops']:.0f} GFLOP/s, measured in the same run"
-        between = max(0.0, found["between_kernels_ms"])
+        facts["request"] = f"{batch} x {length} tokens, {inspected['threads']} threads"
+        facts["time"] = f"{inspected['total_ms']:.2f} ms a request"
+        facts["peak"] = f"{inspected['peak_gflops']:.0f} GFLOP/s, measured in the same run"
+        between = max(0.0, inspected["between_kernels_ms"])
         notes.append(
             f"Between the kernels: {between:.2f} ms. A kernel measured by itself also pays for the"
             " clock that measures it."
@@ -139,17 +139,17 @@ def _of_bundle(
 def _of_log(directory: Path, progress: Progress) -> Page:
     if not directory.is_dir():
         raise BundleError(f"there is no bundle and no log '{directory}'")
-    here = any(directory.glob("*.jsonl"))  # one target's part of a log
-    log = TuningLog([directory.parent if here else directory], progress.say)
-    names = [directory.name] if here else log.targets()
+    of_one_target = any(directory.glob("*.jsonl"))  # one target's part of a log
+    log = TuningLog([directory.parent if of_one_target else directory], progress.say)
+    names = [directory.name] if of_one_target else log.targets()
     records = [record for name in names for record in log.all_records(name)]
     if not records:
         raise UsageError(
             f"'{directory}' is no bundle and has no tuning records",
             "give a directory that `bertile compile` or `bertile tune` has written",
         )
-    found = tuple(curve for name in names for curve in curves(log, name))
-    return Page(f"Bertile: {directory.name}", _log_facts(records), found)
+    drawn = tuple(curve for name in names for curve in curves(log, name))
+    return Page(f"Bertile: {directory.name}", _log_facts(records), drawn)
 
 
 def _log_facts(records: Sequence[Record]) -> dict[str, str]:
@@ -157,16 +157,16 @@ def _log_facts(records: Sequence[Record]) -> dict[str, str]:
         return ", ".join(sorted({str(value) for value in values}))
 
     return {
-        "target": distinct(one.target for one in records),
-        "processor": distinct(one.machine.get("cpu", "unknown") for one in records),
-        "TVM": distinct(one.versions.get("apache-tvm", "unknown") for one in records),
+        "target": distinct(record.target for record in records),
+        "processor": distinct(record.machine.get("cpu", "unknown") for record in records),
+        "TVM": distinct(record.versions.get("apache-tvm", "unknown") for record in records),
         "records": f"{len(records)}, of which {sum(not r.microseconds for r in records)} failed",
-        "from": min(one.time for one in records),
-        "to": max(one.time for one in records),
+        "from": min(record.time for record in records),
+        "to": max(record.time for record in records),
     }
 
 
-def _default(task: Task, target: str, threads: int, works: Sequence[Record]) -> float | None:
+def _default(task: Task, target: str, threads: int, measured: Sequence[Record]) -> float | None:
     """Microseconds of the schedule's default, where it is known and was measured."""
     from bertile.schedules import schedules_for
     from bertile.targets import rows as targets
@@ -180,5 +180,9 @@ def _default(task: Task, target: str, threads: int, works: Sequence[Record]) -> 
         knobs = json.dumps(schedules[task.operation].default(task, row), sort_keys=True)
     except (KeyError, TypeError, ValueError):  # a shape of another version's schedule
         return None
-    same = [one.median for one in works if json.dumps(dict(one.knobs), sort_keys=True) == knobs]
+    same = [
+        record.median
+        for record in measured
+        if json.dumps(dict(record.knobs), sort_keys=True) == knobs
+    ]
     return min(same, default=None)

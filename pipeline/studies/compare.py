@@ -18,7 +18,7 @@ from bertile.base.errors import UsageError, nearest, require
 from bertile.base.progress import Progress
 from bertile.base.quiet import quiet
 from bertile.base.tables import size, table
-from bertile.cli.commands import cache_directory
+from bertile.cli.config_flags import cache_directory
 from bertile.cli.option_lists import words
 from bertile.config import Config
 from bertile.evaluation import datasets
@@ -60,23 +60,23 @@ def compare(
     _check("peer", against, PEERS)
     model_files = cached.export_cached(model, config, progress)
     datasets.output_of(model_files.head, dataset)
-    order = ["fp32", *(one for one in dict.fromkeys(precisions) if one != "fp32")]
+    order = ["fp32", *(precision for precision in dict.fromkeys(precisions) if precision != "fp32")]
     rows, reference = [], None
     with tempfile.TemporaryDirectory() as scratch:
         for precision in order:
             path = Path(scratch) / precision
             driver.compile(model, path, _with_precision(config, precision), progress)
-            found = datasets.answers(path, dataset, config.threads)
-            reference = found if reference is None else reference
+            answers = datasets.answers(path, dataset, config.threads)
+            reference = answers if reference is None else reference
             bytes_ = (path / loader.WEIGHTS).stat().st_size
             rows.append(
-                _row(f"bertile {precision}", bytes_, dataset, found, reference, model_files)
+                _row(f"bertile {precision}", bytes_, dataset, answers, reference, model_files)
             )
         for peer in against:
             path = quantized_by_onnxruntime(model_files, Path(scratch) / "int8.onnx")
-            found = _answers(OnnxModel(path, model_files), model_files, dataset)
+            answers = _answers(OnnxModel(path, model_files), model_files, dataset)
             bytes_ = path.stat().st_size
-            rows.append(_row(peer, bytes_, dataset, found, reference, model_files))
+            rows.append(_row(peer, bytes_, dataset, answers, reference, model_files))
     return rows
 
 
@@ -108,21 +108,21 @@ def _with_precision(config: Config, precision: str) -> Config:
 
 
 def _answers(model: OnnxModel, files: ExportedModel, dataset: Dataset) -> np.ndarray:
-    limit = min(one for one in (files.max_length, files.length, 512) if one)
+    limit = min(bound for bound in (files.max_length, files.length, 512) if bound)
     encodings = texts.encode(files.directory, dataset.texts, limit, truncate=True)
     output = datasets.output_of(files.head, dataset)
-    return np.stack([one[output] for one in texts.infer(model, encodings)])
+    return np.stack([outputs[output] for outputs in texts.infer(model, encodings)])
 
 
 def _row(
     engine: str,
     bytes_: int,
     dataset: Dataset,
-    found: np.ndarray,
+    answers: np.ndarray,
     reference: np.ndarray,
     model: ExportedModel,
 ) -> dict[str, Any]:
-    metrics = dataset.metrics(found, reference, model.labels)
+    metrics = dataset.metrics(answers, reference, model.labels)
     return {"engine": engine, "bytes": bytes_, **metrics}
 
 

@@ -73,21 +73,24 @@ class Bundle:
         self.name = name
         self._model = _loader(directory).load(directory)
 
-    def output(self, given: dict[str, np.ndarray]) -> np.ndarray:
+    def output(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """The first output."""
-        return next(iter(self._model(**given).values()))
+        return next(iter(self._model(**arrays).values()))
 
-    def milliseconds(self, given: dict[str, np.ndarray], calls: int) -> list[float]:
+    def milliseconds(self, arrays: dict[str, np.ndarray], calls: int) -> list[float]:
         """Of each call."""
         if hasattr(self._model, "time"):
-            return [float(one) for one in self._model.time(repeats=calls, warm=WARM, **given)]
-        return _timed("cpu", lambda: self._model(**given), calls)
+            return [
+                float(milliseconds)
+                for milliseconds in self._model.time(repeats=calls, warm=WARM, **arrays)
+            ]
+        return _timed("cpu", lambda: self._model(**arrays), calls)
 
-    def waited(self, given: dict[str, np.ndarray], device: str, calls: int) -> list[float]:
+    def waited(self, arrays: dict[str, np.ndarray], device: str, calls: int) -> list[float]:
         """Of calls that are waited for; none with a mask: what is on a GPU is not packed."""
-        if "attention_mask" in given:
+        if "attention_mask" in arrays:
             return []
-        tensors = _tensors(given, device) if device == "cuda" else given
+        tensors = _tensors(arrays, device) if device == "cuda" else arrays
         return _waited(device, lambda: self._model(**tensors), calls)
 
 
@@ -106,18 +109,18 @@ class Peer:
             self._model = torch.compile(self._model, mode="max-autotune", dynamic=False)
         self.name = name
 
-    def output(self, given: dict[str, np.ndarray]) -> np.ndarray:
+    def output(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """The hidden states of the last layer."""
-        return self._call(_tensors(given, self._device)).float().cpu().numpy()
+        return self._call(_tensors(arrays, self._device)).float().cpu().numpy()
 
-    def milliseconds(self, given: dict[str, np.ndarray], calls: int) -> list[float]:
+    def milliseconds(self, arrays: dict[str, np.ndarray], calls: int) -> list[float]:
         """Of each call, on tensors that are on the device."""
-        tensors = _tensors(given, self._device)
+        tensors = _tensors(arrays, self._device)
         return _timed(self._device, lambda: self._call(tensors), calls)
 
-    def waited(self, given: dict[str, np.ndarray], device: str, calls: int) -> list[float]:
+    def waited(self, arrays: dict[str, np.ndarray], device: str, calls: int) -> list[float]:
         """Of calls that are waited for."""
-        tensors = _tensors(given, device)
+        tensors = _tensors(arrays, device)
         return _waited(device, lambda: self._call(tensors), calls)
 
     def _call(self, tensors: dict[str, Any]) -> Any:
@@ -135,19 +138,19 @@ def compare(
     calls: int,
 ) -> list[dict[str, Any]]:
     """A row per engine; the first is ours, the reference is in float32."""
-    given = inputs(case, vocabulary)
-    real = given.get("attention_mask", np.ones((case.batch, case.length))) != 0
-    want = reference.output(given)[real]
-    outputs = {one.name: one.output(given)[real] for one in engines}
-    times: dict[str, list[float]] = {one.name: [] for one in engines}
-    waited: dict[str, list[float]] = {one.name: [] for one in engines}
+    arrays = inputs(case, vocabulary)
+    real = arrays.get("attention_mask", np.ones((case.batch, case.length))) != 0
+    want = reference.output(arrays)[real]
+    outputs = {engine.name: engine.output(arrays)[real] for engine in engines}
+    times: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    waited: dict[str, list[float]] = {engine.name: [] for engine in engines}
     for turn in range(rounds):
         for place in range(len(engines)):  # nobody always works behind the same engine
             engine = engines[(turn + place) % len(engines)]
-            times[engine.name] += engine.milliseconds(given, calls)
-            waited[engine.name] += engine.waited(given, device, calls)
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    best = min((medians[one.name] for one in engines[1:]), default=None)
+            times[engine.name] += engine.milliseconds(arrays, calls)
+            waited[engine.name] += engine.waited(arrays, device, calls)
+    medians = {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
+    best = min((medians[engine.name] for engine in engines[1:]), default=None)
     return [
         {
             "case": case.name,
@@ -184,12 +187,12 @@ def first_result(directory: Path) -> list[float]:
         "m = loader.load(sys.argv[1]); r = m(input_ids=np.ones((1, 128), np.int64));"
         "assert np.isfinite(next(iter(r.values()))).all()"
     )
-    found = []
+    seconds = []
     for _ in range(STARTS):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", code, str(directory)], check=True)
-        found.append(time.perf_counter() - began)
-    return found
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -211,10 +214,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for case in cases:
         engines = [ours[case.precision], *peers]
-        given = (config["vocab_size"], device, options.rounds, options.calls)
-        found = compare(case, engines, reference, *given)
-        rows += found
-        for row in found:
+        settings = (config["vocab_size"], device, options.rounds, options.calls)
+        compared = compare(case, engines, reference, *settings)
+        rows += compared
+        for row in compared:
             said = f"{row['median_ms']:.3f} ms, a call {row['call_ms'] or 0:.3f} ms"
             print(f"{case.name}: {row['engine']} {said}, cosine {row['cosine']:.5f}", flush=True)
     return {
@@ -261,8 +264,8 @@ def _waited(device: str, call: Callable[[], Any], calls: int) -> list[float]:
     return _timed("cpu", wait, calls)
 
 
-def _tensors(given: dict[str, np.ndarray], device: str) -> dict[str, Any]:
-    return {name: torch.from_numpy(one).to(device) for name, one in given.items()}
+def _tensors(arrays: dict[str, np.ndarray], device: str) -> dict[str, Any]:
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -286,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--int8", metavar="BUNDLE")
     parser.add_argument("--model", metavar="DIR", required=True, help="what they were made of")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--cases", nargs="+", choices=[one.name for one in CASES])
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES])
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--calls", type=int, default=CALLS)

@@ -32,9 +32,9 @@ def numbers(model: Any, answers: Path) -> str:
         for number in range(int(file["requests"])):
             names = [name for name in file.files if name.startswith(f"{number}.")]
             arrays = {name.split(".", 2)[2]: file[name] for name in names if ".in." in name}
-            found = model(**arrays)
-            for name in (one for one in names if ".out." in one):
-                want, got = file[name], found[name.split(".", 2)[2]]
+            outputs = model(**arrays)
+            for name in (entry for entry in names if ".out." in entry):
+                want, got = file[name], outputs[name.split(".", 2)[2]]
                 assert got.shape == want.shape, f"{name}: {got.shape}, not {want.shape}"
                 real = arrays["attention_mask"] != 0
                 if want.shape[:2] == real.shape:
@@ -48,7 +48,7 @@ def numbers(model: Any, answers: Path) -> str:
 def memory(model: Any, calls: int = CALLS) -> str:
     """Calls of changing shapes hold the memory of the device that a tenth of them took."""
     requests = [_request(model, batch, length) for batch, length in SHAPES]
-    wanted = [_first(model(**one)) for one in requests]
+    wanted = [_first(model(**request)) for request in requests]
     taken = 0
     for number in range(calls):
         place = number % len(requests)
@@ -64,10 +64,10 @@ def memory(model: Any, calls: int = CALLS) -> str:
 def streams(model: Any, threads: int = 4, calls: int = 50) -> str:
     """Threads that call at once get what each gets alone."""
     requests = [_request(model, *SHAPES[number % len(SHAPES)]) for number in range(threads)]
-    wanted = [_first(model(**one)) for one in requests]
+    wanted = [_first(model(**request)) for request in requests]
     wrong: list[str] = []
 
-    def work(number: int) -> None:
+    def call_often(number: int) -> None:
         try:
             for _ in range(calls):
                 if not np.array_equal(_first(model(**requests[number])), wanted[number]):
@@ -75,11 +75,11 @@ def streams(model: Any, threads: int = 4, calls: int = 50) -> str:
         except Exception as error:
             wrong.append(f"thread {number}: {error}")
 
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
-    for one in workers:
-        one.start()
-    for one in workers:
-        one.join()
+    workers = [threading.Thread(target=call_often, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     assert not wrong, wrong[0]
     return f"{threads} threads"
 
@@ -88,14 +88,14 @@ def tensors(model: Any) -> str:
     """torch's tensors on the device are read in place, on its stream, and its own come back."""
     import torch
 
-    given = _request(model, 3, 32)
-    want = _first(model(**given))
+    request = _request(model, 3, 32)
+    want = _first(model(**request))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        placed = {name: torch.from_numpy(one).cuda() for name, one in given.items()}
-        found = torch.from_dlpack(_first(model(stream=stream, **placed)))
-        doubled = (found.double() * 2).cpu().numpy()
-    assert found.is_cuda and np.abs(doubled - 2 * want).max() <= 1e-3 * np.abs(want).max()
+        placed = {name: torch.from_numpy(array).cuda() for name, array in request.items()}
+        output = torch.from_dlpack(_first(model(stream=stream, **placed)))
+        doubled = (output.double() * 2).cpu().numpy()
+    assert output.is_cuda and np.abs(doubled - 2 * want).max() <= 1e-3 * np.abs(want).max()
     return f"torch {torch.__version__}"
 
 
@@ -108,7 +108,7 @@ def free(model: Any) -> int:
 
 
 def _request(model: Any, batch: int, length: int) -> Arrays:
-    below = min(one["below"] or 1000 for one in model.manifest["inputs"][:1])
+    below = min(entry["below"] or 1000 for entry in model.manifest["inputs"][:1])
     draw = np.random.default_rng(batch * length)
     return {model.inputs[0]: draw.integers(2, below, (batch, length))}
 
@@ -128,9 +128,9 @@ def check(directory: Path) -> list[str]:
         if directory.name.endswith("-fp16"):
             todo += [("memory", lambda: memory(model)), ("streams", lambda: streams(model))]
             todo.append(("tensors", lambda: tensors(model)))
-        for name, one in todo:
+        for name, attempt in todo:
             try:
-                lines.append(f"ok      {directory.name}  {name}: {one()}")
+                lines.append(f"ok      {directory.name}  {name}: {attempt()}")
             except Exception as error:
                 lines.append(f"FAILED  {directory.name}  {name}: {error}")
     return lines
@@ -139,13 +139,13 @@ def check(directory: Path) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the bundles of a directory; the exit code is 1 where a check fails."""
     (place,) = arguments if arguments is not None else sys.argv[1:]
-    found = []
+    verdicts = []
     for directory in sorted(path.parent for path in Path(place).glob(f"*/{ANSWERS}")):
-        found += check(directory)
-        print("\n".join(found[-4:]), flush=True)
-    failed = sum(line.startswith("FAILED") for line in found)
-    print(f"{len(found)} checks, {failed} failed")
-    return int(failed > 0 or not found)
+        verdicts += check(directory)
+        print("\n".join(verdicts[-4:]), flush=True)
+    failed = sum(line.startswith("FAILED") for line in verdicts)
+    print(f"{len(verdicts)} checks, {failed} failed")
+    return int(failed > 0 or not verdicts)
 
 
 if __name__ == "__main__":

@@ -58,11 +58,11 @@ def write(
         root = Path(place)
         model(name, root / "model")
         for precision in ("fp16", "int8"):
-            given = {"target": target, "precision": precision, "runtime": "include"}
+            choices = {"target": target, "precision": precision, "runtime": "include"}
             bertile.compile(
                 str(root / "model"),
                 root / precision,
-                bertile.Config(**given, **(config or {})),
+                bertile.Config(**choices, **(config or {})),
                 Progress(),
             )
         shutil.copyfile(cuda_bench.__file__, root / "cuda_bench.py")
@@ -75,8 +75,8 @@ def write_checks(path: Path, target: str, cases: Sequence[tuple[str, str]] = CHE
         root = Path(place)
         for name, precision in cases:
             directory = root / f"{name}-{precision}"
-            given = {"target": target, "precision": precision, "runtime": "include"}
-            config = bertile.Config(**given)
+            choices = {"target": target, "precision": precision, "runtime": "include"}
+            config = bertile.Config(**choices)
             bertile.compile(f"synthetic:{name}", directory, config, Progress())
             exported = cached.export_cached(f"synthetic:{name}", config)
             answer(exported, precision, directory / cuda_checks.ANSWERS)
@@ -94,10 +94,10 @@ def answer(
     arrays: dict[str, Any] = {"tolerance": TOLERANCES[precision], "requests": len(shapes)}
     padding = json.loads((exported.onnx_path.parent / "config.json").read_text())["pad_token_id"]
     for number, (batch, length) in enumerate(shapes):
-        given = samples.sample(exported.inputs, batch, length, padding or 0, number)
-        found = samples.run_onnx(exported.onnx_path, given)
-        arrays |= {f"{number}.in.{name}": one for name, one in given.items()}
-        arrays |= {f"{number}.out.{name}": one for name, one in found.items()}
+        inputs = samples.sample(exported.inputs, batch, length, padding or 0, number)
+        outputs = samples.run_onnx(exported.onnx_path, inputs)
+        arrays |= {f"{number}.in.{name}": array for name, array in inputs.items()}
+        arrays |= {f"{number}.out.{name}": array for name, array in outputs.items()}
     np.savez(path, **arrays)
 
 
@@ -115,21 +115,21 @@ def _archive(root: Path, path: Path) -> int:
 def model(name: str, directory: Path) -> None:
     """A Hugging Face directory of a synthetic model in 16 bits, made of few distinct values."""
     torch, transformers = require("export", "torch", "transformers")
-    made = synthetic.build(transformers.AutoModel, synthetic.config(name)).to(torch.float16)
-    layers = made.encoder.layer
+    network = synthetic.build(transformers.AutoModel, synthetic.config(name)).to(torch.float16)
+    layers = network.encoder.layer
     with torch.no_grad():
         for layer in layers[1:]:
             layer.load_state_dict(layers[0].state_dict())
-        words = made.embeddings.word_embeddings.weight
+        words = network.embeddings.word_embeddings.weight
         words.copy_(words[torch.arange(len(words)) % WORDS])
-    made.save_pretrained(directory)
+    network.save_pretrained(directory)
 
 
 def flops(config: dict[str, Any], lengths: Sequence[int]) -> float:
     """Of the matrix products of sequences of these lengths."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     weights = 4 * hidden * hidden + 2 * hidden * inner
-    each = sum(2.0 * weights * one + 4.0 * hidden * one**2 for one in lengths)
+    each = sum(2.0 * weights * length + 4.0 * hidden * length**2 for length in lengths)
     return config["num_hidden_layers"] * each
 
 
@@ -185,9 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def merged(paths: Sequence[str]) -> dict[str, Any]:
     """Results of one machine, whose cases were measured by several runs."""
-    first, *rest = (json.loads(Path(one).read_text(encoding="utf-8")) for one in paths)
-    for one in rest:
-        first["rows"] += one["rows"]
+    first, *rest = (json.loads(Path(path).read_text(encoding="utf-8")) for path in paths)
+    for other in rest:
+        first["rows"] += other["rows"]
     return first
 
 

@@ -59,13 +59,13 @@ def measure(precisions: Sequence[str], row: Any, log: TuningLog, say: Any) -> It
     with TrialRunner(row) as trials:
 
         def times(task: Task) -> dict[int, float] | None:
-            found = trials.run(task, choose(task).knobs, tuner.BLOCKS, row.also_blocks)
-            if "error" in found:
-                say(f"{task.name}: {found['error']}")
+            outcome = trials.run(task, choose(task).knobs, tuner.BLOCKS, row.also_blocks)
+            if "error" in outcome:
+                say(f"{task.name}: {outcome['error']}")
                 return None
             # the fastest of the repeats: what else the machine does only adds to them
-            also = {int(tokens): min(repeats) for tokens, repeats in found["also"].items()}
-            return {tuner.BLOCKS * BLOCK_TOKENS: min(found["microseconds"]), **also}
+            also = {int(tokens): min(repeats) for tokens, repeats in outcome["also"].items()}
+            return {tuner.BLOCKS * BLOCK_TOKENS: min(outcome["microseconds"]), **also}
 
         for precision in precisions:
             for layer in LAYERS:
@@ -87,20 +87,20 @@ def fit(points: Sequence[Point]) -> Fit:
     for place, (task, share) in enumerate(points):
         matrix[place, precisions.index(_precision(task))] = task.shape["density"] / 100 / share
         matrix[place, -1] = 1 / -(-task.shape["inputs"] // group(task)) / share
-    found = np.linalg.lstsq(matrix, np.ones(len(points)), rcond=None)[0]
-    errors = np.abs(np.log(np.maximum(matrix @ found, 1e-3)))
-    step = dict(zip(precisions, map(float, found)))
-    return Fit(step, float(found[-1]), float(np.exp(np.median(errors))))
+    costs = np.linalg.lstsq(matrix, np.ones(len(points)), rcond=None)[0]
+    errors = np.abs(np.log(np.maximum(matrix @ costs, 1e-3)))
+    step = dict(zip(precisions, map(float, costs)))
+    return Fit(step, float(costs[-1]), float(np.exp(np.median(errors))))
 
 
-def as_text(points: Sequence[Point], found: Fit) -> str:
+def as_text(points: Sequence[Point], fitted: Fit) -> str:
     """What was measured beside what the constants in use say, then the constants that fit."""
     rows = [(task.name, share, sparse_costs.relative_time(task)) for task, share in points]
-    steps = ", ".join(f"{name} {value:.2f}" for name, value in found.step.items())
+    steps = ", ".join(f"{name} {value:.2f}" for name, value in fitted.step.items())
     return (
         f"{table(('task', 'measured', 'in use'), rows)}\n\n"
-        f"STEP {steps}; LIST {found.start:.1f}; half of the points within a factor of"
-        f" {found.error:.2f}"
+        f"STEP {steps}; LIST {fitted.start:.1f}; half of the points within a factor of"
+        f" {fitted.error:.2f}"
     )
 
 
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     loader.set_thread_defaults()
     row, say = targets.resolve("native", options.threads), Progress().say
-    precisions = [one for one in options.precision if one != "bf16" or row.bf16]
+    precisions = [precision for precision in options.precision if precision != "bf16" or row.bf16]
     points = list(measure(precisions, row, TuningLog.open(options.log_dir, say), say))
     print(as_text(points, fit(points)))
 

@@ -85,7 +85,7 @@ def inner_loop(task: Task, row: targets.Target, knobs: dict[str, int]) -> Loop:
         instruction=name,
         instructions=len(lines),
         cycles=cycles[hot],
-        multiply_adds=sum(MULTIPLY_ADDS[one] * count for one, count in used.items()),
+        multiply_adds=sum(MULTIPLY_ADDS[multiply] * count for multiply, count in used.items()),
         peak=_peak(name, lines, model),
         share=float(spent[hot] / spent.sum()),
     )
@@ -93,21 +93,21 @@ def inner_loop(task: Task, row: targets.Target, knobs: dict[str, int]) -> Loop:
 
 def _peak(name: str, lines: Sequence[str], model: mca.Model) -> float:
     """What the pipes do of this loop's multiply-adds where they are alone and wait for nothing."""
-    found = next(line for line in lines if line.split()[0] == name)
+    product = next(line for line in lines if line.split()[0] == name)
     arm = model.triple.startswith("aarch64")
     register = re.compile(r"\bv\d+" if arm else r"(?<=mm)\d+")
-    count = len(register.findall(found))
+    count = len(register.findall(product))
     total = 0 if arm else count - 1  # the operand that is added to
     apart = []
     for n in range(CHAINS):
         numbers = [n if place == total else CHAINS for place in range(count)]
-        names = iter([f"v{one}" if arm else str(one) for one in numbers])
-        apart.append(register.sub(lambda _, names=names: next(names), found))
+        names = iter([f"v{number}" if arm else str(number) for number in numbers])
+        apart.append(register.sub(lambda _, names=names: next(names), product))
     (alone,) = mca.analyse([apart], model)
     return MULTIPLY_ADDS[name] * len(apart) / alone.cycles
 
 
-def as_text(found: Sequence[tuple[str, str, Loop]], markdown: bool = False) -> str:
+def as_text(loops: Sequence[tuple[str, str, Loop]], markdown: bool = False) -> str:
     """A row per kernel."""
     header = ("processor", "kernel", "multiplies by", "instructions", "cycles")
     header += ("multiply-adds a cycle", "peak", "% of peak", "% of the kernel")
@@ -123,7 +123,7 @@ def as_text(found: Sequence[tuple[str, str, Loop]], markdown: bool = False) -> s
             round(100 * loop.per_cycle / loop.peak),
             round(100 * loop.share),
         )
-        for processor, kernel, loop in found
+        for processor, kernel, loop in loops
     ]
     return table(header, rows, markdown)
 
@@ -138,15 +138,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     say = Progress().say
     log = TuningLog.open(options.log_dir, say)
-    found = []
-    for name, precision in [one.split(":") for one in options.case or ()] or CASES:
+    loops = []
+    for name, precision in [case.split(":") for case in options.case or ()] or CASES:
         row = targets.resolve(name, 1)
-        given = {} if precision == "fp32" else {"precision": precision}
-        task = Task("dense", {**LAYER, **given})
+        of_precision = {} if precision == "fp32" else {"precision": precision}
+        task = Task("dense", {**LAYER, **of_precision})
         knobs = Chooser(log, row, say).choose(task).knobs
         loop = inner_loop(task, row, knobs)
-        found.append((mca.model_of(row).processor, f"dense {precision}", loop))
-    print(as_text(found, options.markdown))
+        loops.append((mca.model_of(row).processor, f"dense {precision}", loop))
+    print(as_text(loops, options.markdown))
 
 
 if __name__ == "__main__":

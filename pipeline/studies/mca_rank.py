@@ -64,13 +64,13 @@ class Ranking(NamedTuple):
 
 def tasks(precisions: Sequence[str]) -> list[Task]:
     """The layers in each precision."""
-    found = []
+    all_tasks = []
     for precision in precisions:
         for layer in LAYERS:
             shape = dict(zip(("inputs", "outputs", "activation", "residual"), layer))
-            given = {} if precision == "fp32" else {"precision": precision}
-            found.append(Task("dense", {**shape, **given}))
-    return found
+            of_precision = {} if precision == "fp32" else {"precision": precision}
+            all_tasks.append(Task("dense", {**shape, **of_precision}))
+    return all_tasks
 
 
 def measure(task: Task, row: Any, settings: int, say: Any) -> list[Point]:
@@ -85,11 +85,11 @@ def measure(task: Task, row: Any, settings: int, say: Any) -> list[Point]:
     with Estimator(row) as estimator:
         for number, knobs in enumerate(chosen):
             say(f"{task.name}  estimate {number + 1} of {settings}")
-            found = estimator.run(task, knobs, tuner.BLOCKS, row.also_blocks)
-            also = {int(tokens): times[0] for tokens, times in found["also"].items()}
-            guesses.append({tuner.BLOCKS * BLOCK_TOKENS: found["microseconds"][0], **also})
+            estimate = estimator.run(task, knobs, tuner.BLOCKS, row.also_blocks)
+            also = {int(tokens): times[0] for tokens, times in estimate["also"].items()}
+            guesses.append({tuner.BLOCKS * BLOCK_TOKENS: estimate["microseconds"][0], **also})
     say(f"{task.name}  build and measure {settings}")
-    return [Point(*one) for one in zip(chosen, guesses, measured(task, row, chosen))]
+    return [Point(*columns) for columns in zip(chosen, guesses, measured(task, row, chosen))]
 
 
 def measured(task: Task, row: Any, chosen: Sequence[Knobs]) -> list[dict[int, float]]:
@@ -102,17 +102,19 @@ def measured(task: Task, row: Any, chosen: Sequence[Knobs]) -> list[dict[int, fl
     samples = [trial_sample(task, count, row) for count in (tuner.BLOCKS, *row.also_blocks)]
     pack = SCHEDULES[task.operation].pack
     packed = [pack(task, knobs, samples[0].weights, row) for knobs in chosen]
-    given = [[tvm.runtime.tensor(array) for array in one.activations] for one in samples]
-    results = [[tvm.runtime.tensor(array) for array in one.buffers()] for one in samples]
+    activations = [
+        [tvm.runtime.tensor(array) for array in sample.activations] for sample in samples
+    ]
+    results = [[tvm.runtime.tensor(array) for array in sample.buffers()] for sample in samples]
     best = np.full((len(chosen), len(samples)), np.inf)
     for _ in range(ROUNDS):
         for times, run, weights in zip(best, built, packed):
             cold = trial.copies(weights)
             for n in range(len(samples)):
-                arguments = [[*given[n], *one] for one in cold]
+                arguments = [[*activations[n], *copied] for copied in cold]
                 times[n] = min(times[n], trial.repeat(run, arguments, results[n]))
     tokens = [count * BLOCK_TOKENS for count in (tuner.BLOCKS, *row.also_blocks)]
-    return [dict(zip(tokens, map(float, one))) for one in best]
+    return [dict(zip(tokens, map(float, milliseconds))) for milliseconds in best]
 
 
 def rank(points: Sequence[Point], tokens: int | None) -> Ranking:
@@ -134,16 +136,16 @@ def rank(points: Sequence[Point], tokens: int | None) -> Ranking:
     )
 
 
-def as_text(found: dict[Task, list[Point]], markdown: bool = False) -> str:
+def as_text(by_task: dict[Task, list[Point]], markdown: bool = False) -> str:
     """A row per task and number of tokens, and one for what the tuner goes by."""
     header = ("task", "tokens", "settings", "rank correlation", "regret %", "of best five %")
     header += ("default %", "taken %", "median error %", "promised too much %")
     rows = []
-    for task, points in found.items():
+    for task, points in by_task.items():
         for tokens in (*sorted(points[0].measured), None):
-            one = rank(points, tokens)
-            shares = (round(100 * value, 1) for value in one[1:])
-            rows.append((task.name, tokens or "all", len(points), round(one[0], 2), *shares))
+            ranked = rank(points, tokens)
+            shares = (round(100 * value, 1) for value in ranked[1:])
+            rows.append((task.name, tokens or "all", len(points), round(ranked[0], 2), *shares))
     return table(header, rows, markdown)
 
 
@@ -169,10 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loader.set_thread_defaults()
     row, progress = targets.resolve("native", options.threads), Progress()
     mca.tool(mca.model_of(row))
-    able = [one for one in options.precision if one != "bf16" or row.bf16]
-    found = {task: measure(task, row, options.settings, progress.status) for task in tasks(able)}
+    able = [precision for precision in options.precision if precision != "bf16" or row.bf16]
+    by_task = {task: measure(task, row, options.settings, progress.status) for task in tasks(able)}
     progress.close()
-    print(as_text(found, options.markdown))
+    print(as_text(by_task, options.markdown))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from bertile.backends.cpu import inspection
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.bench import benchmark, result_tables
-from bertile.cli.commands import cache_directory
+from bertile.cli.config_flags import cache_directory
 from bertile.cli.option_lists import words
 from bertile.config import Config
 from bertile.studies import sparse_curve
@@ -70,7 +70,7 @@ def run_cases(
     together: dict[tuple, list[Case]] = defaultdict(list)  # what one run of the engines answers
     for case in cases:
         together[case.precision, case.sparsity, case.pattern, case.batch].append(case)
-    found: dict[Case, dict[str, Any]] = {}
+    reports: dict[Case, dict[str, Any]] = {}
     for (precision, sparsity, pattern, batch), some in together.items():
         asked = dataclasses.replace(config, precision=precision)
         source, lengths = named(model, sparsity, pattern), [case.length for case in some]
@@ -78,8 +78,8 @@ def run_cases(
         (report,) = benchmark.bench_models([source], asked, progress, **sizes, **choices)
         for case in some:
             rows = [row for row in report["rows"] if row["length"] == case.length]
-            found[case] = {**report, "rows": rows}
-    return [(case, found[case]) for case in cases]
+            reports[case] = {**report, "rows": rows}
+    return [(case, reports[case]) for case in cases]
 
 
 def as_table(results: Sequence[tuple[Case, dict[str, Any]]], markdown: bool = False) -> str:
@@ -111,11 +111,12 @@ def as_table(results: Sequence[tuple[Case, dict[str, Any]]], markdown: bool = Fa
 def shares(model: str, case: Case, config: Config, progress: Progress) -> list[tuple[str, float]]:
     """Percent of a request's time by kind of kernel, the longest first."""
     asked = dataclasses.replace(config, precision=case.precision)
-    with TemporaryDirectory(prefix="bertile-shares-") as work:
-        directory = Path(work) / "bundle"
+    with TemporaryDirectory(prefix="bertile-shares-") as parent:
+        directory = Path(parent) / "bundle"
         driver.compile(named(model, case.sparsity, case.pattern), directory, asked, progress)
         kinds = {
-            one["name"]: one["operation"] for one in loader.read_manifest(directory)["kernels"]
+            kernel["name"]: kernel["operation"]
+            for kernel in loader.read_manifest(directory)["kernels"]
         }
         report = inspection.inspect(directory, case.batch, case.length, config.threads, progress)
     totals: dict[str, float] = defaultdict(float)
@@ -126,9 +127,9 @@ def shares(model: str, case: Case, config: Config, progress: Progress) -> list[t
     return [(kind, 100 * totals[kind] / whole) for kind in ordered]
 
 
-def sentence(found: Sequence[tuple[str, float]], case: Case) -> str:
+def sentence(of_kinds: Sequence[tuple[str, float]], case: Case) -> str:
     """Where the time goes, in words."""
-    parts = [f"{kind} {share:.0f}%" for kind, share in found if share >= 0.5]
+    parts = [f"{kind} {share:.0f}%" for kind, share in of_kinds if share >= 0.5]
     what = f"{case.precision} {100 * case.sparsity:g}% {case.pattern}, {case.length} tokens"
     return f"Time by kind of kernel ({what}): {', '.join(parts)}."
 
@@ -137,8 +138,8 @@ def crossovers(curves: Sequence[Sequence[Row]]) -> str:
     """Where each curve gets under its dense kernels, in words."""
     parts = []
     for rows in curves:
-        found = sparse_curve.crossover(rows)
-        where = "never" if found is None else f"from {100 * found:.0f}%"
+        sparsity = sparse_curve.crossover(rows)
+        where = "never" if sparsity is None else f"from {100 * sparsity:.0f}%"
         parts.append(f"{rows[0].precision} {rows[0].pattern} {where}")
     return (
         f"The sparse kernels are faster than the dense ones: {', '.join(parts)} of the weights zero"

@@ -58,24 +58,24 @@ def measure(
     config = dataclasses.replace(config, precision=series.precision)
     threads = config.threads or loader.available_cores()
     with ExitStack() as stack:
-        work = Path(stack.enter_context(TemporaryDirectory(prefix="bertile-curve-")))
-        found = dict(_engines(model, series, config, work, progress))
-        manifest = loader.read_manifest(work / "dense")
+        directory = Path(stack.enter_context(TemporaryDirectory(prefix="bertile-curve-")))
+        engines = dict(_engines(model, series, config, directory, progress))
+        manifest = loader.read_manifest(directory / "dense")
         inputs = requests.random_inputs(manifest, 1, length)
         workers, versions, notes = stack.enter_context(
-            turns.started([*found.values()], inputs, threads, config.cache_dir)
+            turns.started([*engines.values()], inputs, threads, config.cache_dir)
         )
         for note in notes:
             progress.say(note)
         rows = turns.measure(workers, inputs, repeat, progress)
-    names = {engine.name: key for key, engine in found.items()}
-    made = []
+    names = {engine.name: key for key, engine in engines.items()}
+    curve = []
     for row in rows:
         sparsity, kind = names[row["engine"]]
         name = kind if kind in (DENSE, SPARSE) else versions[row["engine"]]
         times = (row["median_ms"], row["p90_ms"])
-        made.append(Row(series.precision, series.pattern, sparsity, name, *times))
-    return made
+        curve.append(Row(series.precision, series.pattern, sparsity, name, *times))
+    return curve
 
 
 def crossover(rows: Sequence[Row]) -> float | None:
@@ -137,22 +137,22 @@ def named(model: str, sparsity: float, pattern: str) -> str:
 
 
 def _engines(
-    model: str, series: Series, config: Config, work: Path, progress: Progress
+    model: str, series: Series, config: Config, parent: Path, progress: Progress
 ) -> Iterator[tuple[tuple[float, str], Engine]]:
     """Engines by sparsity and kind, each with a name of its own."""
 
     def compiled(name: str, sparsity: float, sparse: str) -> Engine:
         asked = dataclasses.replace(config, sparse=sparse)
         source = named(model, sparsity, series.pattern)
-        driver.compile(source, work / name, asked, progress)
-        return Engine(name, "bertile", series.precision, Source(work / name))
+        driver.compile(source, parent / name, asked, progress)
+        return Engine(name, "bertile", series.precision, Source(parent / name))
 
     first = series.points[0]
     yield (first, DENSE), compiled("dense", first, "off")
     for sparsity in series.points:
         yield (sparsity, SPARSE), compiled(f"sparse-{sparsity:g}", sparsity, "always")
     for sparsity in series.peer_points:
-        directory = work / f"sparse-{sparsity:g}"
+        directory = parent / f"sparse-{sparsity:g}"
         manifest = loader.read_manifest(directory)
         peers, notes = competitors.engines(
             directory, manifest, series.against, None, config.cache_dir, progress

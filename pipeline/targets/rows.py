@@ -81,7 +81,7 @@ def _arm(name: str, processor: str, *features: str) -> Target:
             "kind": "llvm",
             "mtriple": "aarch64-linux-gnu",
             "mcpu": processor,
-            "mattr": [f"-{one}" for one in (*known, *_ARM_OTHERS)],
+            "mattr": [f"-{feature}" for feature in (*known, *_ARM_OTHERS)],
         },
         vector_bits=128,
         registers=32,
@@ -205,12 +205,12 @@ def resolve(name: str = "native", threads: int | None = None) -> Target:
 def native(features: Collection[str] | None = None, arch: str | None = None) -> Target:
     """The first row whose features are all in `features` (default: this processor's)."""
     arch = arch or platform.machine()
-    found = cpu_features() if features is None else frozenset(features)
+    present = cpu_features() if features is None else frozenset(features)
     mine = of_arch(arch)
     for row in mine:
-        if fits(row, found, arch):
+        if fits(row, present, arch):
             return row
-    lacks = [one for row in mine[-1:] for one in row.features if one not in found]
+    lacks = [feature for row in mine[-1:] for feature in row.features if feature not in present]
     reason = f"lacks {' '.join(lacks)}" if mine else f"is {arch}"
     raise PlatformError(
         f"no target fits this machine: it {reason}", f"name a target: {', '.join(names())}"
@@ -267,7 +267,7 @@ def _processor(processor: str) -> Target:
     import tvm
 
     target = tvm.target.Target({**_row(GENERIC).tvm, "mattr": []})
-    known = [str(one) for one in tvm.get_global_func("target.llvm_get_cpu_archlist")(target)]
+    known = [str(name) for name in tvm.get_global_func("target.llvm_get_cpu_archlist")(target)]
     if processor not in known:
         raise UsageError(f"processor '{processor}' is unknown{nearest(processor, known)}")
     target = tvm.target.Target({**_row(GENERIC).tvm, "mcpu": processor, "mattr": []})

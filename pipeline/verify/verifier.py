@@ -79,10 +79,10 @@ def as_text(check: dict[str, Any]) -> str:
     return f"at most {check['max_abs_difference']:.1e} from ONNX Runtime{by}"
 
 
-def _onnx(directory: Path, given: str | Path | None, progress: Progress | None) -> Path:
+def _onnx(directory: Path, path: str | Path | None, progress: Progress | None) -> Path:
     """The model to compare a bundle with: what was given, else what it was made of."""
-    if given is not None:
-        return Path(given)
+    if path is not None:
+        return Path(path)
     from bertile.config import Config
     from bertile.export import cached
 
@@ -109,11 +109,11 @@ def _compare(
         arrays = sample(specs, batch, length, _padding_id(onnx.parent), seed=length)
         want, got = peer.run(names, arrays), model(**arrays)
         mask = arrays.get("attention_mask", arrays[specs[0].name] * 0 + 1)
-        found = 0.0
+        largest = 0.0
         for name, reference in zip(names, want):
             difference = largest_difference(got[name], reference, mask)
             tolerance = relative * max(1.0, float(abs(reference).max()))
-            found = max(found, difference)
+            largest = max(largest, difference)
             if worst["max_abs_difference"] < 0 or difference / tolerance > (
                 worst["max_abs_difference"] / worst["tolerance"]
             ):
@@ -122,14 +122,17 @@ def _compare(
                     "tolerance": tolerance,
                     "worst": [batch, length],
                 }
-        cases.append({"batch": batch, "length": length, "max_abs_difference": found})
+        cases.append({"batch": batch, "length": length, "max_abs_difference": largest})
     return {"reference": f"onnxruntime {runtime.__version__}", **worst, "cases": cases}
 
 
 def _precisions(manifest: dict[str, Any]) -> set[str]:
     """The one asked for, and those of layers that a quantized model brought along."""
     layers = {kernel["shape"].get("precision", "fp32") for kernel in manifest["kernels"]}
-    return {manifest["config"]["precision"], *(one.removesuffix("_static") for one in layers)}
+    return {
+        manifest["config"]["precision"],
+        *(precision.removesuffix("_static") for precision in layers),
+    }
 
 
 def _cases(manifest: dict[str, Any], wanted: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

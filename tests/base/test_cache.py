@@ -258,7 +258,7 @@ def keys(tmp_path: Path) -> Callable[..., list[str]]:
 def test_compile_is_keyed_on_what_it_runs_and_no_more(keys: Callable[..., list[str]]) -> None:
     cpu, gpu = keys()
     assert cpu != gpu
-    for elsewhere in ("tune/measure/device.py", "cli/commands.py", "report/page.py"):
+    for elsewhere in ("tune/measure/device.py", "cli/compile.py", "report/page.py"):
         assert keys(f"pipeline/{elsewhere}") == [cpu, gpu], elsewhere
     for everywhere in ("pipeline/graph/passes/fuse_dense.py", "pipeline/driver.py"):
         assert not {cpu, gpu} & set(keys(everywhere)), everywhere

@@ -32,7 +32,9 @@ MANIFEST = {
 }
 
 
-def made(monkeypatch: pytest.MonkeyPatch, precisions: dict[str, str], **choices: Any) -> dict:
+def measured_report(
+    monkeypatch: pytest.MonkeyPatch, precisions: dict[str, str], **choices: Any
+) -> dict:
     """A report in which nothing was measured: engines take 2 ms, 3 ms, … and give one vector."""
     source = Source(Path("out"), Path("model.onnx"))
     engines = [Engine(name, name, precision, source) for name, precision in precisions.items()]
@@ -66,14 +68,14 @@ def made(monkeypatch: pytest.MonkeyPatch, precisions: dict[str, str], **choices:
     monkeypatch.setattr("bertile.bench.startup.start", Worker)
     monkeypatch.setattr("bertile.bench.startup._resident_mb", lambda pid: 7.0)
     monkeypatch.setattr(benchmark.loader, "read_manifest", lambda directory: MANIFEST)
-    monkeypatch.setattr(benchmark.competitors, "engines", lambda *given: (engines, ["a note"]))
+    monkeypatch.setattr(benchmark.competitors, "engines", lambda *arguments: (engines, ["a note"]))
     monkeypatch.setattr(benchmark.roofline, "facts_in_own_process", facts)
     return benchmark.bench(Path("out"), threads=2, repeat=3, **choices)
 
 
 def test_report_has_a_row_per_engine_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     precisions = {"bertile": "fp32", "onnxruntime": "fp32"}
-    report = made(monkeypatch, precisions, lengths=[8, 16], batches=[1, 2])
+    report = measured_report(monkeypatch, precisions, lengths=[8, 16], batches=[1, 2])
     sizes = [(row["batch"], row["length"], row["engine"]) for row in report["rows"]]
     assert len(set(sizes)) == 8 and report["notes"] == ["a note"]
     ours, theirs = report["rows"][:2]
@@ -84,7 +86,7 @@ def test_report_has_a_row_per_engine_and_size(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_lower_precisions_are_compared_with_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = made(monkeypatch, {"bertile": "int8", "openvino:bf16": "bf16"}, lengths=[8])
+    report = measured_report(monkeypatch, {"bertile": "int8", "openvino:bf16": "bf16"}, lengths=[8])
     ours, theirs = report["rows"]
     assert ours["cosine"] == pytest.approx(np.cos(0.1))
     assert theirs["cosine"] == pytest.approx(np.cos(0.01))
@@ -94,7 +96,9 @@ def test_lower_precisions_are_compared_with_float32(monkeypatch: pytest.MonkeyPa
 
 def test_outputs_of_another_model_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "SAME", {"fp32": 0.9999, "int8": 0.999})
-    report = made(monkeypatch, {"bertile": "fp32", "onnxruntime:int8": "int8"}, lengths=[8])
+    report = measured_report(
+        monkeypatch, {"bertile": "fp32", "onnxruntime:int8": "int8"}, lengths=[8]
+    )
     (_, note) = report["notes"]
     assert (
         note
@@ -104,7 +108,7 @@ def test_outputs_of_another_model_are_noted(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_startup_is_a_second_list_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     precisions = {"bertile": "fp32", "onnxruntime": "fp32"}
-    report = made(monkeypatch, precisions, lengths=[8, 16], startup=True)
+    report = measured_report(monkeypatch, precisions, lengths=[8, 16], startup=True)
     ours, theirs = report["startup"]
     assert (ours["engine"], theirs["engine"]) == ("bertile", "onnxruntime")
     assert (ours["batch"], ours["length"], ours["model"]) == (1, 8, "minilm")
@@ -140,12 +144,12 @@ def test_bad_choices_are_refused_before_anything_starts(choice: dict, message: s
 
 
 def test_bench_of_a_model_compiles_it_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple] = []
-    monkeypatch.setattr("bertile.driver.compile", lambda *given: made.append(given))
+    compiled: list[tuple] = []
+    monkeypatch.setattr("bertile.driver.compile", lambda *arguments: compiled.append(arguments))
     monkeypatch.setattr(benchmark, "bench", lambda directory, onnx, **choices: (directory, choices))
     config = Config(threads=2, cache_dir="cache")
     ((directory, choices),) = benchmark.bench_models(["minilm"], config, Progress(-1), repeat=3)
-    assert made[0][:2] == ("minilm", directory) and not directory.parent.exists()
+    assert compiled[0][:2] == ("minilm", directory) and not directory.parent.exists()
     assert {**choices, "progress": None} == {
         "threads": 2,
         "cache_dir": "cache",
@@ -157,7 +161,7 @@ def test_bench_of_a_model_compiles_it_first(monkeypatch: pytest.MonkeyPatch) -> 
 def test_unknown_peer_is_refused_before_the_model_is_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bertile.driver.compile", lambda *given: pytest.fail("compiled"))
+    monkeypatch.setattr("bertile.driver.compile", lambda *arguments: pytest.fail("compiled"))
     with pytest.raises(UsageError, match="did you mean 'onnxruntime'"):
         benchmark.bench_models(["minilm"], Config(), Progress(-1), against=["none", "onnxruntim"])
 

@@ -48,8 +48,8 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 
 def find(against: list[str], manifest: dict[str, Any] = MANIFEST) -> tuple[list, list[str]]:
-    given = (Path("out"), manifest, against, Path("model.onnx"), None, Progress(-1))
-    return competitors.engines(*given)
+    arguments = (Path("out"), manifest, against, Path("model.onnx"), None, Progress(-1))
+    return competitors.engines(*arguments)
 
 
 def bundle(directory: Path, **changes: Any) -> str:
@@ -92,7 +92,7 @@ def test_unknown_peers_are_refused(name: str, message: str) -> None:
 def test_each_peer_gets_its_form_of_the_model(exports: list[tuple]) -> None:
     manifest = {**MANIFEST, "config": {"precision": "int8"}}
     engines, notes = find(["onnxruntime", "openvino:bf16", "openvino:bf16", "none"], manifest)
-    assert [(one.name, one.precision) for one in engines] == [
+    assert [(engine.name, engine.precision) for engine in engines] == [
         ("bertile", "int8"),
         ("onnxruntime", "int8"),
         ("openvino:bf16", "bf16"),
@@ -106,7 +106,7 @@ def test_each_peer_gets_its_form_of_the_model(exports: list[tuple]) -> None:
 def test_another_bundle_is_a_peer_by_its_path(exports: list[tuple], tmp_path: Path) -> None:
     other = bundle(tmp_path / "other", config={"precision": "int8"})
     engines, _ = find([other])
-    assert [(one.name, one.kind, one.precision) for one in engines] == [
+    assert [(engine.name, engine.kind, engine.precision) for engine in engines] == [
         ("bertile", "bertile", "fp32"),
         (other, "bertile", "int8"),
     ]
@@ -121,7 +121,7 @@ def test_bundle_of_another_model_is_refused(exports: list[tuple], tmp_path: Path
 
 def test_precision_that_a_peer_lacks_is_a_note(exports: list[tuple]) -> None:
     engines, notes = find(["onnxruntime:bf16", "onnxruntime"])
-    assert [one.name for one in engines] == ["bertile", "onnxruntime"]
+    assert [engine.name for engine in engines] == ["bertile", "onnxruntime"]
     assert notes == [
         "onnxruntime:bf16 is left out: it computes in fp32 and int8 on a CPU, not in bf16"
     ]

@@ -43,11 +43,11 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(deepsparse_server, "__file__", str(script))
     (tmp_path / "model.onnx").write_text("model", encoding="utf-8")
     source = Source(tmp_path, tmp_path / "model.onnx")
-    made = deepsparse.DeepSparse(
+    peer = deepsparse.DeepSparse(
         Engine("deepsparse:int8", "deepsparse", "int8", source), 2, Path(sys.executable)
     )
-    yield made
-    made.close()
+    yield peer
+    peer.close()
 
 
 def inputs(*shape: int) -> dict[str, np.ndarray]:

@@ -22,10 +22,10 @@ QUIET = Progress(-1)
 
 
 def form(kind: str, precision: str, exported: ExportedModel, tmp_path: Path) -> Path:
-    given = (kind, precision, exported.onnx_path, exported, str(tmp_path), QUIET)
-    found = peer_models.prepared(*given)
-    assert found is not None
-    return found
+    arguments = (kind, precision, exported.onnx_path, exported, str(tmp_path), QUIET)
+    path = peer_models.prepared(*arguments)
+    assert path is not None
+    return path
 
 
 def test_file_is_used_as_it_is_where_the_engine_takes_it(exported: ExportedModel) -> None:
@@ -54,26 +54,26 @@ def test_int8_form_computes_nearly_the_same_in_bytes(
     kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert products <= kinds
     inputs = sample(exported.inputs, 1, 24, padding_id=0)
-    want, got = (list(run_onnx(one, inputs).values()) for one in (exported.onnx_path, path))
+    want, got = (list(run_onnx(model, inputs).values()) for model in (exported.onnx_path, path))
     assert 0.98 < cosine(want, got) < 0.999999
-    assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_form_is_made_in_another_process_and_kept(exported: ExportedModel, tmp_path: Path) -> None:
     first = form("deepsparse", "fp32", exported, tmp_path)
-    made = first.stat().st_mtime_ns
+    made_at = first.stat().st_mtime_ns
     assert form("deepsparse", "fp32", exported, tmp_path) == first
-    assert first.stat().st_mtime_ns == made
+    assert first.stat().st_mtime_ns == made_at
     inputs = sample(exported.inputs, 1, 24, padding_id=0)
-    want, got = (list(run_onnx(one, inputs).values()) for one in (exported.onnx_path, first))
+    want, got = (list(run_onnx(model, inputs).values()) for model in (exported.onnx_path, first))
     assert cosine(want, got) == pytest.approx(1)
 
 
 def test_samples_are_the_models_inputs(exported: ExportedModel) -> None:
-    found = peer_models._samples(exported)
-    assert len(found) == peer_models.CALIBRATION_SAMPLES
-    assert all(set(one) == {spec.name for spec in exported.inputs} for one in found)
-    assert not np.array_equal(found[0]["input_ids"], found[1]["input_ids"])
+    samples = peer_models._samples(exported)
+    assert len(samples) == peer_models.CALIBRATION_SAMPLES
+    assert all(set(arrays) == {spec.name for spec in exported.inputs} for arrays in samples)
+    assert not np.array_equal(samples[0]["input_ids"], samples[1]["input_ids"])
 
 
 @pytest.mark.slow
@@ -117,11 +117,11 @@ def test_int8_form_keeps_the_zeros_of_a_pruned_model(
     monkeypatch.setattr(peer_models, "CALIBRATION_SAMPLES", 4)
     peer_models.FORMS[kind, "int8"][1](pruned.onnx_path, pruned, tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx").graph
-    values = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     names = [node.input[places[node.op_type]] for node in graph.node if node.op_type in places]
-    found = [values[name] for name in names if name in values]
-    assert {one.dtype for one in found} == {np.dtype("int8")}
-    assert elements_with_zero_blocks(found) == PRUNED_ELEMENTS
+    weights = [values[name] for name in names if name in values]
+    assert {array.dtype for array in weights} == {np.dtype("int8")}
+    assert elements_with_zero_blocks(weights) == PRUNED_ELEMENTS
 
 
 @pytest.mark.slow
@@ -132,7 +132,11 @@ def test_openvinos_int8_form_keeps_the_zeros_of_a_pruned_model(
     pytest.importorskip("nncf")
     path = form("openvino", "int8", pruned, tmp_path)
     operators = openvino.Core().read_model(path).get_ops()
-    constants = [one for one in operators if one.get_type_name() == "Constant"]
-    found = [one.data for one in constants if one.get_element_type().get_type_name() == "i8"]
-    weights = [one for one in found if one.ndim == 2 and len(one) % 4 == 0]
+    constants = [operator for operator in operators if operator.get_type_name() == "Constant"]
+    arrays = [
+        operator.data
+        for operator in constants
+        if operator.get_element_type().get_type_name() == "i8"
+    ]
+    weights = [array for array in arrays if array.ndim == 2 and len(array) % 4 == 0]
     assert elements_with_zero_blocks(weights) == PRUNED_ELEMENTS

@@ -34,10 +34,10 @@ def test_torch_rounds_as_its_precision_says(exported: ExportedModel, precision: 
     source = Source(Path(), None, "synthetic:bert-tiny", "encoder", exported.outputs)
     inputs = sample(exported.inputs, 2, 16, padding_id=0)
     inputs["attention_mask"][:] = 1
-    found = outputs(Engine("torch", "torch", precision, source), inputs)
+    got = outputs(Engine("torch", "torch", precision, source), inputs)
     want = list(run_onnx(exported.onnx_path, inputs).values())
-    assert [one.dtype for one in found] == [np.float32] * len(want)
-    away = 1 - cosine(want, found)
+    assert [output.dtype for output in got] == [np.float32] * len(want)
+    away = 1 - cosine(want, got)
     least, most = {"fp32": (-1e-6, 1e-6), "bf16": (1e-7, 1e-3), "int8": (1e-6, 1e-2)}[precision]
     assert least < away < most
 
@@ -47,10 +47,10 @@ def test_torch_rounds_as_its_precision_says(exported: ExportedModel, precision: 
 def test_torch_embeds_with_every_family(family: str) -> None:
     source = Source(Path(), None, f"synthetic:{family}-tiny", "embedding", ("sentence_embedding",))
     inputs = {"input_ids": np.array([[5, 6, 7, 1]]), "attention_mask": np.array([[1, 1, 1, 0]])}
-    (found,) = outputs(Engine("torch", "torch", "fp32", source), inputs)
+    (embedding,) = outputs(Engine("torch", "torch", "fp32", source), inputs)
     model = family_models.untouched(f"{family}-tiny")
     want = family_models.torch_outputs(model, "embedding", inputs)["sentence_embedding"]
-    assert np.abs(found - want).max() < 1e-5
+    assert np.abs(embedding - want).max() < 1e-5
 
 
 def test_openvino_computes_in_the_precision_that_is_asked_for(exported: ExportedModel) -> None:

@@ -24,14 +24,14 @@ ROW = {
 
 
 def row(engine: str, median: float, ratio: float, best: float | None) -> dict[str, Any]:
-    found = {"engine": engine, "median_ms": median, "ratio": ratio, "best_ratio": best}
+    measured = {"engine": engine, "median_ms": median, "ratio": ratio, "best_ratio": best}
     rest = {
         "tokens_per_s": 16e3 / median,
         "peak_percent": 50.0,
         "max_abs_difference": 1e-6,
         "cosine": 0.99999,
     }
-    return {**ROW, **found, **rest}
+    return {**ROW, **measured, **rest}
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def test_another_bundle_is_named_by_its_path_and_precisions_have_their_peaks() -
     rows = [{**row(name, 2.0, 1.0, None), "precision": "int8"} for name in versions]
     rows[2]["peak_percent"] = None
     peaks = [{"fp32": 235.2, "int8": 930.0}, {"fp32": 236.4}]
-    reports = [report(rows=rows, versions=versions, peaks_gflops=one) for one in peaks]
+    reports = [report(rows=rows, versions=versions, peaks_gflops=peak) for peak in peaks]
     text = result_tables.as_table(reports)
     assert "peak GFLOP/s: fp32 235-236, int8 930" in text
     names = [re.split(r"  +", line)[1] for line in text.splitlines()[2:5]]
@@ -116,7 +116,7 @@ def test_page_is_changed_between_the_markers_alone(tmp_path: Path) -> None:
 def test_page_has_a_place_for_each_precision_and_for_any_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / "RESULTS.md"
     path.write_text(f"<!-- bench -->\n<!-- /bench -->\n<!-- {name} -->\n<!-- /{name} -->\n")
-    rows = [{**one, "precision": "int8"} for one in report()["rows"]]
+    rows = [{**row, "precision": "int8"} for row in report()["rows"]]
     place = str(path) if name == "bench-int8" else f"{path}#{name}"
     result_tables.write_table(place, [report(rows=rows)], "bertile bench --precision int8")
     before, after = path.read_text().split(f"<!-- {name} -->")

@@ -51,9 +51,9 @@ def refused(capfd) -> Callable[..., None]:
     """Type a command that has to fail."""
 
     def type_command(code: int, message: str, *arguments: str) -> None:
-        found = main.main(["-q", *arguments])
+        exit_code = main.main(["-q", *arguments])
         out, err = capfd.readouterr()
-        assert (found, out) == (code, ""), err
+        assert (exit_code, out) == (code, ""), err
         assert err.startswith("bertile: ") and err.count("\n") == 1 and len(err) < 600, err
         assert message in err and "unexpected" not in err, err
 
@@ -67,9 +67,9 @@ def at(cache: str) -> tuple[str, str]:
 def tokenizer(path: Path) -> Path:
     tokenizers = pytest.importorskip("tokenizers", reason="texts need a tokenizer")
     words = {word: number for number, word in enumerate(WORDS)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.save(str(path))
+    word_level = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    word_level.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    word_level.save(str(path))
     return path
 
 
@@ -380,15 +380,15 @@ def test_compile_writes_nothing_when_the_numbers_differ(tmp_path, monkeypatch, c
 
     monkeypatch.setitem(backend.TOLERANCES, "fp32", 1e-12)
     command = ("compile", MODEL, "-o", str(tmp_path / "out"), *at(cache), "--runtime", "include")
-    made = [one.name for one in Path(cache).glob("driver-*")]
+    bundles = [path.name for path in Path(cache).glob("driver-*")]
     refused(4, "the compiled model differs from ONNX Runtime by", *command)
     assert leftovers(tmp_path) == []
-    assert [one.name for one in Path(cache).glob("driver-*")] == made
+    assert [path.name for path in Path(cache).glob("driver-*")] == bundles
 
 
 def test_verify_says_that_another_model_is_different(compiled, tmp_path, exported, capfd):
     model = onnx.load_from_string(exported)
-    weight = next(one for one in model.graph.initializer if one.name.endswith("bias"))
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("bias"))
     values = onnx.numpy_helper.to_array(weight) + np.float32(0.5)
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(model, tmp_path / "other.onnx")

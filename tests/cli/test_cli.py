@@ -15,7 +15,7 @@ import pytest
 
 from bertile.base.errors import NumericMismatchError, PlatformError
 from bertile.base.progress import Progress
-from bertile.cli import commands, main
+from bertile.cli import config_flags, main
 from bertile.config import HEADS, PRECISIONS, RUNTIMES, TUNE_EFFORTS, Config
 
 SUMMARY = {
@@ -56,32 +56,38 @@ def call(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]
     return code, captured.out, captured.err
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_help_imports_nothing_heavy_and_no_other_command(name: str) -> None:
     code = (
         "import sys; from bertile.cli import main\n"
-        "try: main.main(['compile', '--help'])\n"
+        f"try: main.main(['{name}', '--help'])\n"
         "except SystemExit: pass\n"
+        "print(sorted(c for c in main.COMMANDS if f'bertile.cli.{c}' in sys.modules))\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy', 'tvm', 'tvm_ffi', 'torch',"
         " 'onnx', 'transformers', 'onnxruntime', 'multiprocessing', 'ctypes'}))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == "[]"
-    assert "--tune" in run.stdout
+    assert run.stdout.splitlines()[-2:] == [f"['{name}']", "[]"]
+    assert "--json" in run.stdout
 
 
 def test_help_names_the_values_that_config_allows() -> None:
-    metavars = {flag: metavar for flag, metavar, _, _ in main.CONFIG_FLAGS}
+    metavars = {flag: metavar for flag, metavar, _, _ in config_flags.CONFIG_FLAGS}
     assert metavars["--precision"] == "|".join(PRECISIONS)
     assert metavars["--tune"] == "|".join(TUNE_EFFORTS)
     assert metavars["--runtime"] == "|".join(RUNTIMES)
-    assert [flag for flag, *_ in main.CONFIG_FLAGS] == [
+    assert [flag for flag, *_ in config_flags.CONFIG_FLAGS] == [
         f"--{name.replace('_', '-')}" for name in Config().to_dict()
     ]
 
 
-def test_every_command_has_a_function() -> None:
-    for name, _, _ in main.COMMANDS:
-        assert callable(getattr(commands, name))
+def test_every_command_is_a_module_that_runs_it() -> None:
+    for name in main.COMMANDS:
+        module = main._command(name)
+        assert callable(module.add_arguments) and callable(module.run)
+    files = Path(main.__file__).parent.glob("*.py")
+    runs = {file.stem for file in files if "\ndef add_arguments(" in file.read_text("utf-8")}
+    assert runs == set(main.COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +218,8 @@ def test_errors_are_one_line_with_their_exit_code(
     message: str,
 ) -> None:
     driver.error = error
-    found, out, err = call(capsys, "compile", "-q", "minilm", "-o", "out")
-    assert (found, out) == (code, "")
+    exit_code, out, err = call(capsys, "compile", "-q", "minilm", "-o", "out")
+    assert (exit_code, out) == (code, "")
     assert message in err and "Traceback" not in err
 
 

@@ -6,15 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from bertile import loader
 from bertile.base.progress import Progress
 from bertile.cli import demo
+from bertile.config import Config
 
 
 def test_neighbours_leave_the_sentence_itself_out() -> None:
     cosine = [[1.0, 0.2, 0.9], [0.2, 1.0, 0.4], [0.9, 0.4, 1.0]]
-    found = demo.neighbours(["a", "b", "c"], cosine)
-    assert [(one["text"], one["nearest"]) for one in found] == [("a", "c"), ("b", "c"), ("c", "a")]
-    assert found[0]["cosine"] == 0.9
+    nearest = demo.neighbours(["a", "b", "c"], cosine)
+    assert [(entry["text"], entry["nearest"]) for entry in nearest] == [
+        ("a", "c"),
+        ("b", "c"),
+        ("c", "a"),
+    ]
+    assert nearest[0]["cosine"] == 0.9
 
 
 def test_sizes_count_the_runtime_once(tmp_path: Path, monkeypatch) -> None:
@@ -22,7 +28,7 @@ def test_sizes_count_the_runtime_once(tmp_path: Path, monkeypatch) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * count)
     library = str(tmp_path / "runtime" / "libtvm_ffi.so")
-    monkeypatch.setattr(demo.loader, "find_runtime", lambda: (library,))
+    monkeypatch.setattr(loader, "find_runtime", lambda: (library,))
     sizes = demo._sizes(tmp_path, tmp_path / "model.onnx")
     assert sizes["bertile"] == {"model": 17, "runtime": 5}
     assert sizes["onnxruntime"]["model"] == 7
@@ -47,8 +53,8 @@ def test_text_ends_with_a_table_of_latency_and_size() -> None:
 
 @pytest.mark.slow
 def test_demo_runs_end_to_end_on_the_real_model(tmp_path):
-    config = demo.driver.Config(cache_dir=str(tmp_path / "cache"))
+    config = Config(cache_dir=str(tmp_path / "cache"))
     result = demo.demo(tmp_path / "out", config, Progress(verbosity=-1))
     text = demo.as_text(result)
     assert "ONNX Runtime" in text and "Someone makes music outdoors." in text
-    assert all(one["runtime"] > 0 for one in result["bytes"].values())
+    assert all(sizes["runtime"] > 0 for sizes in result["bytes"].values())

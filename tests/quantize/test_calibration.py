@@ -58,7 +58,7 @@ def test_of_a_long_file_some_lines_are_taken_evenly(minilm, tmp_path, monkeypatc
     monkeypatch.setattr(calibration, "SEQUENCES", 3)
     (tmp_path / "texts.txt").write_text("".join("yes " * n + "\n" for n in range(1, 10)))
     requests = read_requests(tmp_path / "texts.txt", minilm)
-    assert [one["attention_mask"].sum(1).tolist() for one in requests] == [[3, 7, 11]]
+    assert [request["attention_mask"].sum(1).tolist() for request in requests] == [[3, 7, 11]]
 
 
 def test_arrays_are_taken_as_they_are_and_filled_in(tmp_path):
@@ -72,15 +72,15 @@ def test_arrays_are_taken_as_they_are_and_filled_in(tmp_path):
 
 def test_sequences_are_joined_by_length():
     rows = [{"input_ids": np.ones(n), "attention_mask": np.ones(n)} for n in (9, 3, 30, 3, 4)]
-    found = batches(rows, model(Path(), batch=None))
-    assert [one["input_ids"].shape for one in found] == [(5, 30)]
-    assert found[0]["attention_mask"].sum(1).tolist() == [3, 3, 4, 9, 30]
+    joined = batches(rows, model(Path(), batch=None))
+    assert [request["input_ids"].shape for request in joined] == [(5, 30)]
+    assert joined[0]["attention_mask"].sum(1).tolist() == [3, 3, 4, 9, 30]
 
 
 def test_model_without_mask_is_given_no_padding():
     rows = [{"input_ids": np.full(n, n)} for n in (9, 3, 30, 3)]
-    found = batches(rows, model(Path(), ("input_ids",)))
-    assert [one["input_ids"].shape for one in found] == [(2, 3), (1, 9), (1, 30)]
+    joined = batches(rows, model(Path(), ("input_ids",)))
+    assert [request["input_ids"].shape for request in joined] == [(2, 3), (1, 9), (1, 30)]
     with pytest.raises(InputError, match="has 3 tokens, the model takes exactly 16"):
         batches(rows, model(Path(), ("input_ids",), length=16))
 
@@ -131,10 +131,10 @@ def test_texts_for_a_model_without_tokenizer_are_refused(tmp_path):
 
 def test_without_a_file_there_are_sentences_or_random_ids(minilm, tmp_path):
     sentences = usual_requests(minilm)
-    assert sum(len(one["input_ids"]) for one in sentences) == 64
-    assert all((one["input_ids"][:, 0] == 101).all() for one in sentences)  # [CLS]
+    assert sum(len(request["input_ids"]) for request in sentences) == 64
+    assert all((request["input_ids"][:, 0] == 101).all() for request in sentences)  # [CLS]
     random = usual_requests(model(tmp_path, max_length=20))
-    assert {one["input_ids"].shape for one in random} == {(8, 20)}
+    assert {request["input_ids"].shape for request in random} == {(8, 20)}
 
 
 def test_every_refusal_is_an_error_of_ours(tmp_path):

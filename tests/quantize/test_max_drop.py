@@ -28,7 +28,7 @@ class Score:
         return BASELINE - sum(cost[plan[name].precision] for name in self.harmful)
 
 
-def found(score, max_drop=0.005, higher=("bf16", "fp32")):
+def searched(score, max_drop=0.005, higher=("bf16", "fp32")):
     return search(PLAN, DECIBELS, score, BASELINE, max_drop, higher)
 
 
@@ -40,24 +40,24 @@ def kept(result) -> dict[str, str]:
 
 def test_plan_that_is_good_enough_stays_as_it_is():
     score = Score([])
-    result = found(score)
+    result = searched(score)
     assert result.plan is PLAN and score.calls == 1 and result.tried == ((0, "bf16", BASELINE),)
 
 
 @pytest.mark.parametrize("worst", [0, 1, 6, 23, 46, 47])
 def test_as_few_layers_are_kept_as_it_takes(worst):
     score = Score([f"w{worst}"])
-    result = found(score)
+    result = searched(score)
     assert kept(result) == {f"w{index}": "bf16" for index in range(worst + 1)}
     assert score.calls <= 2 + math.ceil(math.log2(LAYERS)) == 8
 
 
 def test_some_drop_is_allowed():
-    assert list(kept(found(Score(["w0", "w9"]), max_drop=0.1))) == ["w0"]
+    assert list(kept(searched(Score(["w0", "w9"]), max_drop=0.1))) == ["w0"]
 
 
 def test_the_reason_names_the_drop():
-    result = found(Score(["w1"]))
+    result = searched(Score(["w1"]))
     assert result.plan["w0"].why == (
         "all in int8 drop by 0.1000, more than 0.005; of the 2 with the most noise"
     )
@@ -65,15 +65,15 @@ def test_the_reason_names_the_drop():
 
 
 def test_layers_that_bf16_does_not_help_are_kept_in_fp32():
-    assert kept(found(Score(["w2"], in_bf16=0.5))) == {f"w{i}": "fp32" for i in range(3)}
-    assert kept(found(Score(["w2"]), higher=("fp32",))) == {f"w{i}": "fp32" for i in range(3)}
+    assert kept(searched(Score(["w2"], in_bf16=0.5))) == {f"w{i}": "fp32" for i in range(3)}
+    assert kept(searched(Score(["w2"]), higher=("fp32",))) == {f"w{i}": "fp32" for i in range(3)}
 
 
 def test_metric_that_no_plan_keeps_is_an_error():
     with pytest.raises(BertileError, match=r"within 0.005 of 0.9000: the best has 0.8500"):
-        found(Score(["w2"], in_bf16=0.5), higher=("bf16",))
+        searched(Score(["w2"], in_bf16=0.5), higher=("bf16",))
 
 
 def test_plan_that_is_returned_was_scored():
-    result = found(Score(["w5", "w12"]))
+    result = searched(Score(["w5", "w12"]))
     assert (len(kept(result)), "bf16", pytest.approx(BASELINE)) in result.tried

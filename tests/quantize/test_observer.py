@@ -72,16 +72,18 @@ LAYERS = [
 
 
 def test_every_layer_is_observed_as_torch_computes_it(graph, observer, requests, wanted):
-    found = observer.observe(requests)
+    observations = observer.observe(requests)
     names = [name for name, _ in layer_inputs(graph)]
-    assert list(found) == names and len(names) == len(LAYERS)
+    assert list(observations) == names and len(names) == len(LAYERS)
     for name, layer in zip(names, LAYERS):
-        one, x = found[name], wanted[layer]
-        np.testing.assert_allclose((one.low, one.high), (x.min(), x.max()), **CLOSE)
-        np.testing.assert_allclose(one.channels, np.abs(x).max(0), **CLOSE)
-        assert one.histogram.counts.sum() == x.size
+        observation, x = observations[name], wanted[layer]
+        np.testing.assert_allclose((observation.low, observation.high), (x.min(), x.max()), **CLOSE)
+        np.testing.assert_allclose(observation.channels, np.abs(x).max(0), **CLOSE)
+        assert observation.histogram.counts.sum() == x.size
         np.testing.assert_allclose(
-            one.histogram.counts @ one.histogram.centers / x.size, x.mean(), atol=1e-2
+            observation.histogram.counts @ observation.histogram.centers / x.size,
+            x.mean(),
+            atol=1e-2,
         )
 
 
@@ -93,8 +95,9 @@ def test_rows_are_tokens_of_all_requests(graph, observer, requests, wanted):
 
 def test_rows_are_at_most_so_many(graph, observer, exported):
     many = [sample(exported.inputs, 4, 100, 0, seed) for seed in range(3)]
-    found = observer.observe(many)
-    assert {len(one.rows) for one in found.values()} == {KEPT_ROWS, 12}  # the pooler sees 4 each
+    observations = observer.observe(many)
+    rows = {len(observation.rows) for observation in observations.values()}
+    assert rows == {KEPT_ROWS, 12}  # the pooler sees 4 each
 
 
 def test_smoothed_inputs_are_observed_where_asked_for(graph, observer, requests):
@@ -115,7 +118,7 @@ def test_layers_that_share_a_weight_share_an_observation(tmp_path):
     names = [name for name, _ in layer_inputs(graph)]
     assert len(set(names)) < len(names)
     request = sample(exported.inputs, 1, 9, 0)
-    found = observe(graph, [request], targets.resolve("native", threads=1))
-    assert set(found) == set(names)
+    observations = observe(graph, [request], targets.resolve("native", threads=1))
+    assert set(observations) == set(names)
     twice = next(name for name in names if names.count(name) == 2)
-    assert found[twice].histogram.counts.sum() == 2 * 9 * len(found[twice].channels)
+    assert observations[twice].histogram.counts.sum() == 2 * 9 * len(observations[twice].channels)

@@ -73,13 +73,13 @@ def quantize(source, path, form, **options):
 def file_ranges(path):
     """(low, high) of the input of every product with a constant, as the file has them."""
     graph = onnx.load(path).graph
-    arrays = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     makers = {node.output[0]: node for node in graph.node}
-    found = []
+    ranges = []
     for node in graph.node:
         if node.op_type in ("MatMul", "Gemm"):
             sides = [makers.get(name) for name in node.input[:2]]
-            if any(one is None or one.op_type != "DequantizeLinear" for one in sides):
+            if any(maker is None or maker.op_type != "DequantizeLinear" for maker in sides):
                 continue
             scale, zero, weight = *sides[0].input[1:], sides[1].input[0]
         elif node.op_type in ("QLinearMatMul", "QGemm"):
@@ -90,8 +90,8 @@ def file_ranges(path):
             scale, zero = arrays[scale], arrays[zero]
             limits = np.iinfo(zero.dtype)
             ends = [float(scale) * (end - int(zero)) for end in (limits.min, limits.max)]
-            found.append(tuple(ends))
-    return found
+            ranges.append(tuple(ends))
+    return ranges
 
 
 def assert_same_ranges(got, want):
@@ -109,7 +109,7 @@ def distance(path, exported, output="last_hidden_state"):
     """Of the canonical model from the file, at real tokens."""
     arrays = sample(exported.inputs, 3, 16, 1, 0)
     mask = arrays["attention_mask"] != 0
-    got, want = (session(one).run([output], arrays)[0] for one in (exported.onnx_path, path))
+    got, want = (session(model).run([output], arrays)[0] for model in (exported.onnx_path, path))
     return np.linalg.norm((got - want)[mask]) / np.linalg.norm(want[mask])
 
 
@@ -138,7 +138,7 @@ def test_static_ranges_of_the_file_are_in_the_plan(form, floats, tmp_path):
     plan = plan_of(exported).plan
     want = set(file_ranges(path))  # Q, K and V share theirs
     got = [(layer.low, layer.high) for layer in plan.values()]
-    pooler = [one for one in want if not any(np.allclose(one, other) for other in got)]
+    pooler = [ends for ends in want if not any(np.allclose(ends, other) for other in got)]
     assert len(pooler) == 1  # one row a sequence: it stays in floats
     assert_same_ranges(got, want - set(pooler))
     if "everything" not in form:
@@ -152,7 +152,7 @@ def test_dynamic_model_has_a_dynamic_plan(kind, floats, tmp_path):
     exported = normalizer.normalize(path, tmp_path / "out", Config())
     plan = plan_of(exported).plan
     assert len(plan) == 8
-    assert {(one.precision, one.static, one.smooth) for one in plan.values()} == {
+    assert {(layer.precision, layer.static, layer.smooth) for layer in plan.values()} == {
         ("int8", False, None)
     }
     assert any("leave -127" in note for note in exported.notes) == (kind == "u8")
@@ -164,17 +164,17 @@ def test_weights_are_exactly_scale_times_integers(form, floats, tmp_path):
     path = quantize(floats, tmp_path / "quantized.onnx", form, per_channel=True)
     exported = normalizer.normalize(path, tmp_path / "out", Config())
     graph = onnx.load(path).graph
-    arrays = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     integers = [
-        (name, one)
-        for name, one in arrays.items()
-        if one.dtype == np.int8 and one.shape == (128, 512)
+        (name, array)
+        for name, array in arrays.items()
+        if array.dtype == np.int8 and array.shape == (128, 512)
     ]
-    found = [one for one in plan_of(exported).params.values() if one.shape == (128, 512)]
-    assert len(found) == len(integers) == 2
-    for name, one in integers:
+    weights = [array for array in plan_of(exported).params.values() if array.shape == (128, 512)]
+    assert len(weights) == len(integers) == 2
+    for name, array in integers:
         scale = arrays[name.replace("_quantized", "_scale")]
-        assert any(np.array_equal(one * scale, other) for other in found)
+        assert any(np.array_equal(array * scale, other) for other in weights)
 
 
 def test_model_whose_masks_are_quantized_away_is_refused(floats, tmp_path):
@@ -213,7 +213,7 @@ def assert_compiled(path, tmp_path, tolerance):
     with bertile.load(tmp_path / "bundle") as model:
         got = model(**arrays)["last_hidden_state"]
         kernels = model.manifest["kernels"]
-    assert sum("int8" in one["shape"].get("precision", "") for one in kernels) == 4
+    assert sum("int8" in kernel["shape"].get("precision", "") for kernel in kernels) == 4
     want = session(exported.onnx_path).run(["last_hidden_state"], arrays)[0]
     mask = arrays["attention_mask"] != 0
     assert np.linalg.norm((got - want)[mask]) < tolerance * np.linalg.norm(want[mask])
@@ -222,12 +222,14 @@ def assert_compiled(path, tmp_path, tolerance):
 @pytest.mark.slow
 def test_nncf_model_is_compiled_with_its_smoothing(floats, tmp_path):
     nncf = pytest.importorskip("nncf", reason="nncf is not installed")
-    batches = [{name: one[:1] for name, one in batch.items()} for batch in reader().batches]
+    batches = [{name: array[:1] for name, array in batch.items()} for batch in reader().batches]
     quantized = nncf.quantize(
         onnx.load(floats), nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER
     )
     path = tmp_path / "quantized.onnx"
     onnx.save(quantized, path)
     plan = plan_of(normalizer.normalize(path, tmp_path / "out", Config())).plan
-    assert len(plan) == 8 and all(one.static and one.smooth is not None for one in plan.values())
+    assert len(plan) == 8 and all(
+        layer.static and layer.smooth is not None for layer in plan.values()
+    )
     assert_compiled(path, tmp_path, 0.02)

@@ -49,7 +49,7 @@ def test_mse_finds_what_a_search_on_the_values_finds(tailed):
         for low in np.linspace(tailed.min(), 0, 20)
         for high in np.linspace(1, tailed.max(), 60)
     ]
-    best = min(error(tailed, one) for one in ends)
+    best = min(error(tailed, end) for end in ends)
     assert error(tailed, mse(seen(tailed))) <= 1.05 * best
 
 

@@ -52,9 +52,9 @@ def parsed(page: Page) -> ElementTree.Element:
 
 
 def rows(root: ElementTree.Element, table: str) -> list[list[str]]:
-    found = root.find(f".//table[@id='{table}']/tbody")
-    assert found is not None
-    return [["".join(cell.itertext()) for cell in row] for row in found]
+    body = root.find(f".//table[@id='{table}']/tbody")
+    assert body is not None
+    return [["".join(cell.itertext()) for cell in row] for row in body]
 
 
 def write_log(directory: Path) -> None:
@@ -101,7 +101,7 @@ def test_page_is_well_formed_and_has_a_curve_per_task() -> None:
 
 
 def test_curve_falls_at_the_trials_that_improve_it() -> None:
-    path = next(one for one in parsed(PAGE).iter("path") if one.get("class") == "steps")
+    path = next(element for element in parsed(PAGE).iter("path") if element.get("class") == "steps")
     numbers = re.findall(r"([MHV])([\d.]+)(?: ([\d.]+))?", path.get("d") or "")
     across = [float(value) for kind, value, _ in numbers if kind != "V"]
     heights = [float(rest or value) for kind, value, rest in numbers if kind != "H"]
@@ -192,10 +192,10 @@ def test_report_of_a_bundle_takes_the_records_of_its_kernels(
     assert "0.24 ms before, 0.13 ms after" in "".join(root.itertext())  # 12 × 20 µs, 12 × 11 µs
 
 
-@pytest.mark.parametrize("made", [True, False])
-def test_directory_that_is_neither_is_refused(tmp_path: Path, made: bool) -> None:
+@pytest.mark.parametrize("exists", [True, False])
+def test_directory_that_is_neither_is_refused(tmp_path: Path, exists: bool) -> None:
     source = tmp_path / "empty"
-    if made:
+    if exists:
         source.mkdir()
     with pytest.raises(BertileError, match="no bundle"):
         collector.write(source, tmp_path / "report.html")

@@ -30,26 +30,26 @@ class StandIn:
         self.name = name
         self._peer = cuda_bench.Peer("peer", directory, "cpu", "float32", False)
 
-    def output(self, given):
-        return self._peer.output(given) * np.float32(1.001)
+    def output(self, arrays):
+        return self._peer.output(arrays) * np.float32(1.001)
 
-    def milliseconds(self, given, calls):
+    def milliseconds(self, arrays, calls):
         return [0.5] * calls
 
-    def waited(self, given, device, calls):
-        return [] if "attention_mask" in given else [0.75] * calls
+    def waited(self, arrays, device, calls):
+        return [] if "attention_mask" in arrays else [0.75] * calls
 
 
 def test_rows_and_table_of_a_run_on_this_processor(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cuda_bench, "Bundle", StandIn)
     chosen = ("batch 1", "batch 32, lengths 8-128")
     small = {"batch 32, lengths 8-128": cuda_bench.Case(chosen[1], 4, ragged=True, limit=0.6)}
-    cases = tuple(small.get(one.name, one) for one in cuda_bench.CASES)
+    cases = tuple(small.get(case.name, case) for case in cuda_bench.CASES)
     monkeypatch.setattr(cuda_bench, "CASES", cases)
     output = tmp_path / "result.json"
-    given = ["--fp16", str(model), "--model", str(model), "--device", "cpu", "--no-compile"]
+    arguments = ["--fp16", str(model), "--model", str(model), "--device", "cpu", "--no-compile"]
     cuda_bench.main(
-        [*given, "--rounds", "2", "--calls", "2", "--cases", *chosen, "-o", str(output)]
+        [*arguments, "--rounds", "2", "--calls", "2", "--cases", *chosen, "-o", str(output)]
     )
     rows = json.loads(output.read_text())["rows"]
     assert [row["case"] for row in rows] == [chosen[0]] * 2 + [chosen[1]] * 2

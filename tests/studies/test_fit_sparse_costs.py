@@ -16,7 +16,7 @@ STEP, LIST = {"fp32": 2.0, "int8": 1.5}, 12.0
 
 def points() -> list[Point]:
     """Shares as the model has them, a tenth beside them to and fro."""
-    found = []
+    measured = []
     for precision, step in STEP.items():
         for inputs in (384, 768, 3072):
             for density in (3, 10, 40):
@@ -26,16 +26,16 @@ def points() -> list[Point]:
                 share = step * density / 100 + LIST / depth
                 for noise in (1.1, 1 / 1.1):
                     task = sparse_task(Task("dense", shape), density)
-                    found.append(Point(task, share * noise))
-    return found
+                    measured.append(Point(task, share * noise))
+    return measured
 
 
 def test_constants_that_made_the_points_are_found() -> None:
-    found = fit(points())
-    assert found.step == {name: pytest.approx(value, rel=0.03) for name, value in STEP.items()}
-    assert found.start == pytest.approx(LIST, rel=0.05)
-    assert found.error == pytest.approx(1.1, abs=0.02)
-    text = as_text(points()[:1], found)
+    fitted = fit(points())
+    assert fitted.step == {name: pytest.approx(value, rel=0.03) for name, value in STEP.items()}
+    assert fitted.start == pytest.approx(LIST, rel=0.05)
+    assert fitted.error == pytest.approx(1.1, abs=0.02)
+    text = as_text(points()[:1], fitted)
     assert "sparse_384_768_residual_3" in text and "STEP fp32 1.97, int8 1.48; LIST 11.8" in text
 
 

@@ -22,10 +22,10 @@ def place(tmp_path):
         file = tmp_path / f"{script}.py"
         file.write_text(STUB.format(name=script))
         with lzma.open(tmp_path / f"{archive}.tar.xz", "wb") as packed:
-            with tarfile.open(fileobj=packed, mode="w") as made:
-                made.add(file, file.name)
-    with zipfile.ZipFile(tmp_path / "round-fp16.pyz", "w") as made:
-        made.writestr("__main__.py", STUB.format(name="round"))
+            with tarfile.open(fileobj=packed, mode="w") as tar:
+                tar.add(file, file.name)
+    with zipfile.ZipFile(tmp_path / "round-fp16.pyz", "w") as round_archive:
+        round_archive.writestr("__main__.py", STUB.format(name="round"))
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.parent.mkdir()
     smi.write_text("#!/bin/sh\necho a card\n")

@@ -15,7 +15,7 @@ def test_fp32_on_a_cortex_a72_keeps_its_pipe_busy(capsys):
     """One fmla of four floats a cycle is all that it does; the table says how near the loop is."""
     inner_loops.main(["--case", "arm-a72:fp32"])
     header, line = (
-        one for one in capsys.readouterr().out.splitlines() if "cortex" in one or "peak" in one
+        line for line in capsys.readouterr().out.splitlines() if "cortex" in line or "peak" in line
     )
     assert "% of peak" in header
     processor, *kernel, name, _count, _cycles, _per, peak, share, _whole = line.split()

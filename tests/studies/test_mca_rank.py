@@ -14,24 +14,24 @@ def points(*pairs: tuple[float, float]) -> list[Point]:
 
 
 def test_equal_order_correlates_fully_whatever_the_values():
-    found = rank(points((3, 30), (1, 11), (2, 12), (9, 99)), 128)
-    assert found.correlation == pytest.approx(1) and found.regret == 0 == found.of_five
-    assert found.default == pytest.approx(30 / 11 - 1)
+    ranked = rank(points((3, 30), (1, 11), (2, 12), (9, 99)), 128)
+    assert ranked.correlation == pytest.approx(1) and ranked.regret == 0 == ranked.of_five
+    assert ranked.default == pytest.approx(30 / 11 - 1)
 
 
 def test_regret_is_of_the_candidate_that_looked_best():
-    found = rank(points((2, 10), (1, 15), (3, 20)), None)
-    assert found.regret == pytest.approx(0.5) and found.of_five == pytest.approx(0)
-    assert found.correlation == pytest.approx(0.5)
-    assert found.error == pytest.approx(1 - 3 / 20)
+    ranked = rank(points((2, 10), (1, 15), (3, 20)), None)
+    assert ranked.regret == pytest.approx(0.5) and ranked.of_five == pytest.approx(0)
+    assert ranked.correlation == pytest.approx(0.5)
+    assert ranked.error == pytest.approx(1 - 3 / 20)
 
 
 def test_small_promise_is_not_taken_and_a_large_one_is():
     """The default is estimated at 100 and takes 10; the other takes 20 whatever is promised."""
     for guess, taken in ((100 / SURE + 1, 0.0), (100 / SURE - 1, 1.0)):
-        found = rank(points((100, 10), (guess, 20)), 128)
-        assert found.taken == pytest.approx(taken) and found.regret == pytest.approx(1.0)
-        assert found.promised == pytest.approx(1 + 0.9 * (100 / guess * 2 - 1) - 1)
+        ranked = rank(points((100, 10), (guess, 20)), 128)
+        assert ranked.taken == pytest.approx(taken) and ranked.regret == pytest.approx(1.0)
+        assert ranked.promised == pytest.approx(1 + 0.9 * (100 / guess * 2 - 1) - 1)
 
 
 @pytest.mark.usefixtures("llvm_mca")

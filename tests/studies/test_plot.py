@@ -35,9 +35,9 @@ def test_every_line_is_named_and_levels_are_dashed() -> None:
 
 def test_panels_stand_side_by_side() -> None:
     panel = Panel("one", (Line("line", ((0, 1), (1, 2))),))
-    one, two = (ElementTree.fromstring(svg([panel] * count)) for count in (1, 2))
-    assert float(two.get("width")) == 2 * float(one.get("width"))
-    assert one.get("height") == two.get("height")
+    single, double = (ElementTree.fromstring(svg([panel] * count)) for count in (1, 2))
+    assert float(double.get("width")) == 2 * float(single.get("width"))
+    assert single.get("height") == double.get("height")
 
 
 @pytest.mark.parametrize(

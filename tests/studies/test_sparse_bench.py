@@ -45,8 +45,8 @@ def test_curve_is_linked_by_its_way_from_the_page() -> None:
 
 def test_cases_of_one_model_and_batch_are_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = answer(monkeypatch)
-    given = (Config(sparse="off"), Progress(-1))
-    results = run_cases("bert-tiny", [SOME[0], OTHER, SOME[1]], *given, repeat=3)
+    settings = (Config(sparse="off"), Progress(-1))
+    results = run_cases("bert-tiny", [SOME[0], OTHER, SOME[1]], *settings, repeat=3)
     assert [case for case, _ in results] == [SOME[0], OTHER, SOME[1]]
     assert asked == [
         (

@@ -25,8 +25,8 @@ from bertile.studies.sparse_curve import (
 def rows(dense: float, **sparse: float) -> list[Row]:
     """Of one series: the dense kernels' time, and the sparse ones' as at50=3.0."""
     points = {float(name.removeprefix("at")) / 100: time for name, time in sparse.items()}
-    made = [Row("int8", "4x1", share, SPARSE, time, time) for share, time in points.items()]
-    return [Row("int8", "4x1", 0.0, DENSE, dense, dense), *made]
+    others = [Row("int8", "4x1", share, SPARSE, time, time) for share, time in points.items()]
+    return [Row("int8", "4x1", 0.0, DENSE, dense, dense), *others]
 
 
 @pytest.mark.parametrize(
@@ -40,16 +40,16 @@ def rows(dense: float, **sparse: float) -> list[Row]:
     ],
 )
 def test_crossover_lies_between_two_points(times: dict[str, float], where: float | None) -> None:
-    found = crossover(rows(10.0, **times))
-    assert found == (where if where is None else pytest.approx(where))
+    sparsity = crossover(rows(10.0, **times))
+    assert sparsity == (where if where is None else pytest.approx(where))
 
 
 def test_files_hold_every_row() -> None:
-    found = [*rows(10.0, at0=12.0, at90=3.0), Row("int8", "4x1", 0.9, "Peer 1", 5.0, 6.0)]
-    read = list(csv.DictReader(as_csv(found).splitlines()))
-    assert [one["engine"] for one in read] == [DENSE, SPARSE, SPARSE, "Peer 1"]
-    assert [float(one["sparsity"]) for one in read] == [0.0, 0.0, 0.9, 0.9]
-    text = as_svg([*found, Row("fp32", "unstructured", 0.0, DENSE, 99.0, 99.0)], "a model")
+    curve = [*rows(10.0, at0=12.0, at90=3.0), Row("int8", "4x1", 0.9, "Peer 1", 5.0, 6.0)]
+    read = list(csv.DictReader(as_csv(curve).splitlines()))
+    assert [line["engine"] for line in read] == [DENSE, SPARSE, SPARSE, "Peer 1"]
+    assert [float(line["sparsity"]) for line in read] == [0.0, 0.0, 0.9, 0.9]
+    text = as_svg([*curve, Row("fp32", "unstructured", 0.0, DENSE, 99.0, 99.0)], "a model")
     ElementTree.fromstring(text)
     for name in ("int8, a model", "fp32, a model", f"Bertile, {DENSE}", "Bertile, 4x1", "Peer 1"):
         assert f">{name}<" in text
@@ -64,11 +64,11 @@ def test_zero_sparsity_is_the_model_itself() -> None:
 def test_curve_of_a_small_model(tmp_path) -> None:
     config = Config(threads=1, cache_dir=str(tmp_path))
     series = Series("int8", "4x1", (0.0, 0.9), (0.9,), ("onnxruntime",))
-    found = measure("bert-tiny", series, config, 16, 2, Progress(-1))
-    assert [(row.sparsity, row.engine.split()[0]) for row in found] == [
+    curve = measure("bert-tiny", series, config, 16, 2, Progress(-1))
+    assert [(row.sparsity, row.engine.split()[0]) for row in curve] == [
         (0.0, "dense"),
         (0.0, "sparse"),
         (0.9, "sparse"),
         (0.9, "ONNX"),
     ]
-    assert all(0 < row.median_ms <= row.p90_ms for row in found)
+    assert all(0 < row.median_ms <= row.p90_ms for row in curve)

@@ -91,7 +91,7 @@ def test_rows_have_different_names_and_a_log_that_is_a_row() -> None:
 
 def test_rows_with_one_log_agree_on_what_fp32_schedules_ask() -> None:
     for row in TABLE:
-        owner = next(one for one in TABLE if one.name == row.log)
+        owner = next(other for other in TABLE if other.name == row.log)
         assert (row.vector_bits, row.registers) == (owner.vector_bits, owner.registers)
         assert set(row.features) >= set(owner.features)
 
@@ -124,8 +124,8 @@ def test_a_processor_that_llvm_knows_is_a_row_with_its_features(processor, facts
     assert (row.dot_product, row.bf16) == facts
     assert str(tvm_target(row).attrs["mcpu"]) == processor
     has = tvm.get_global_func("target.target_has_feature")
-    found = {key for key, llvm in targets.ARM_FEATURES.items() if has(llvm, tvm_target(row))}
-    assert found == set(row.features)
+    features = {key for key, llvm in targets.ARM_FEATURES.items() if has(llvm, tvm_target(row))}
+    assert features == set(row.features)
 
 
 def test_a_processor_is_refused_for_a_row_that_has_its_own() -> None:
@@ -141,7 +141,7 @@ def test_tvm_target_has_the_features_of_the_row_and_no_others(row: Target) -> No
     assert int(target.attrs["num-cores"]) == 3
     ours = {LLVM_NAMES.get(name, name).replace("sse4_", "sse4.") for name in row.features}
     assert [name for name in ours if not has(name, target)] == []
-    others = {LLVM_NAMES.get(name, name) for one in TABLE for name in one.features} - ours
+    others = {LLVM_NAMES.get(name, name) for other in TABLE for name in other.features} - ours
     assert [name for name in (*FOREIGN, *others) if has(name, target)] == []
 
 
@@ -157,7 +157,10 @@ def test_a_vectorized_loop_uses_the_widest_registers_of_the_row(row: Target) -> 
 @pytest.mark.parametrize("row", AVX512, ids=by_name)
 def test_llvm_prefers_512_bits_where_it_vectorizes_by_itself(row: Target) -> None:
     tvm = pytest.importorskip("tvm")
-    halves = {**row.tvm, "mattr": [one for one in row.tvm["mattr"] if "prefer" not in one]}
+    halves = {
+        **row.tvm,
+        "mattr": [attribute for attribute in row.tvm["mattr"] if "prefer" not in attribute],
+    }
     loop = _copy_loop(tvm, lanes=1)
     counts = []
     for target in (tvm_target(row), tvm.target.Target(halves)):

@@ -79,15 +79,15 @@ class CudaPack:
         is measured before the time is up serves all of them.
         """
         by_task = [
-            [one for one in self.candidates if one["task"] == number]
+            [candidate for candidate in self.candidates if candidate["task"] == number]
             for number in range(len(self.tasks))
         ]
-        turns = (one for turn in zip_longest(*by_task) for one in turn if one)
+        in_turn = (candidate for turn in zip_longest(*by_task) for candidate in turn if candidate)
         manifest = {
             **header,
             "blocks": [tuner.BLOCKS, *self._row.also_blocks],
             "tasks": self.tasks,
-            "candidates": list(turns),
+            "candidates": list(in_turn),
         }
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("__main__.py", MAIN)

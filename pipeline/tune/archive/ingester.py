@@ -38,7 +38,7 @@ def ingest(path: Path, log: TuningLog, progress: Progress) -> dict[str, Any]:
         )
     result = _Result(header, list(lines))
     counts = {"added": 0, "known": 0, "failed": 0}
-    known = {one.to_line() for one in log.all_records(result.log)}
+    known = {record.to_line() for record in log.all_records(result.log)}
     for record in result.records():
         if record.to_line() in known:
             counts["known"] += 1
@@ -58,8 +58,8 @@ class _Result:
         self._row = resolve(self._pack["target"]["name"], self._pack["threads"])
         self.machine = {**header["machine"], "row": self._pack["target"]["name"]}
         self.device = self.machine.get("gpu") or self.machine["cpu"]
-        self._outputs = {one["output"]: one["base64"] for one in lines if "output" in one}
-        self._answers = {one["candidate"]: one for one in lines if "candidate" in one}
+        self._outputs = {line["output"]: line["base64"] for line in lines if "output" in line}
+        self._answers = {line["candidate"]: line for line in lines if "candidate" in line}
         self._verdicts: dict[tuple[int, int, str], str | None] = {}
 
     def records(self) -> Iterator[Record]:
@@ -72,9 +72,9 @@ class _Result:
     def _record(self, candidate: Mapping[str, Any], answer: Mapping[str, Any]) -> Record:
         task = Task(**{name: self._task(candidate)[name] for name in ("operation", "shape")})
         error, times = answer.get("error"), {}
-        for one in answer.get("sets", ()):
-            error = error or self._mistake(candidate, one)
-            times[one["tokens"]] = tuple(one["microseconds"])
+        for measured in answer.get("sets", ()):
+            error = error or self._mistake(candidate, measured)
+            times[measured["tokens"]] = tuple(measured["microseconds"])
         tokens = BLOCKS * BLOCK_TOKENS
         error = error or (None if tokens in times else "the device gave no time")
         return Record(
@@ -86,7 +86,7 @@ class _Result:
             dtype=str(task.shape.get("precision", "float32")),
             knobs=candidate["knobs"],
             microseconds=() if error else times.pop(tokens),
-            also={} if error else {str(count): found for count, found in times.items()},
+            also={} if error else {str(count): repeats for count, repeats in times.items()},
             machine=self.machine,
             versions=self._pack["versions"],
             time=self._time,
@@ -96,27 +96,27 @@ class _Result:
     def _task(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
         return self._pack["tasks"][candidate["task"]]
 
-    def _mistake(self, candidate: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    def _mistake(self, candidate: Mapping[str, Any], measured: Mapping[str, Any]) -> str | None:
         """What is wrong with a candidate's output, which most share with others of their task."""
-        digest = found.get("output")
-        key = (candidate["task"], found["tokens"], digest)
+        digest = measured.get("output")
+        key = (candidate["task"], measured["tokens"], digest)
         if digest and key not in self._verdicts:
-            self._verdicts[key] = self._verdict(self._task(candidate), found["tokens"], digest)
+            self._verdicts[key] = self._verdict(self._task(candidate), measured["tokens"], digest)
         return self._verdicts.get(key)
 
     def _verdict(self, task: Mapping[str, Any], tokens: int, digest: str) -> str | None:
         data = base64.b64decode(self._outputs.get(digest, ""))
         if hashlib.sha256(data).hexdigest() != digest:
             return "the output that the device wrote is damaged"
-        described = next(one["results"] for one in task["sets"] if one["tokens"] == tokens)
+        described = next(entry["results"] for entry in task["sets"] if entry["tokens"] == tokens)
         results, at = [], 0
-        for one in described:
-            kind = np.dtype(one["dtype"])
-            count = int(np.prod(one["shape"]))
-            results.append(np.frombuffer(data, kind, count, at).reshape(one["shape"]))
+        for result in described:
+            kind = np.dtype(result["dtype"])
+            count = int(np.prod(result["shape"]))
+            results.append(np.frombuffer(data, kind, count, at).reshape(result["shape"]))
             at += count * kind.itemsize
-        made = Task(task["operation"], task["shape"])
-        mistake = trial_sample(made, tokens // BLOCK_TOKENS, self._row).mistake(results)
+        kernel_task = Task(task["operation"], task["shape"])
+        mistake = trial_sample(kernel_task, tokens // BLOCK_TOKENS, self._row).mistake(results)
         return f"{mistake} on {tokens // BLOCK_TOKENS} blocks" if mistake else None
 
 
@@ -127,11 +127,11 @@ def _lines(path: Path, progress: Progress) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                found = json.loads(line)
+                entry = json.loads(line)
             except ValueError:
                 bad.append(number)  # a candidate was ended while it wrote
                 continue
-            if isinstance(found, dict):
-                yield found
+            if isinstance(entry, dict):
+                yield entry
     if bad:
         progress.say(f"{path}: line {', '.join(map(str, bad))} is cut off and is skipped")

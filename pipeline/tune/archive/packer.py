@@ -67,14 +67,16 @@ def _header(row: Target) -> dict[str, Any]:
         "target": {"name": row.name, "arch": row.arch, "features": list(row.features)},
         "log": row.log,
         "threads": row.threads,
-        "versions": {one: version(one) for one in ("bertile", "apache-tvm", "apache-tvm-ffi")},
+        "versions": {
+            package: version(package) for package in ("bertile", "apache-tvm", "apache-tvm-ffi")
+        },
     }
 
 
 def _known(task: Task, log: TuningLog, row: Target) -> list:
     """What was measured of a task on as many threads."""
     records = log.records(task, row)
-    return [one for one in records if one.threads == row.threads and not one.estimated]
+    return [record for record in records if record.threads == row.threads and not record.estimated]
 
 
 def _next(task: Task, log: TuningLog, row: Target, count: int) -> list[Knobs]:

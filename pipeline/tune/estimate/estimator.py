@@ -65,7 +65,7 @@ class Estimator:
             raise
         except Exception as error:  # a candidate that cannot be built is its own result
             return {"error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
-        times = [[one / self._model.gigahertz / 1e3] for one in cycles]
+        times = [[total / self._model.gigahertz / 1e3] for total in cycles]
         rest = {str(count * BLOCK_TOKENS): time for count, time in zip(also, times[1:])}
         machine = {"cpu": f"{self._model.processor} by llvm-mca", "row": self._row.name}
         return {"microseconds": times[0], "also": rest, "machine": machine}
@@ -79,14 +79,14 @@ class Estimator:
         walk = Walk(code.func, code.marks, sizes, self._row.threads, self._here)
         weights = trial_sample(task, counts[0], self._row).weights
         packed = SCHEDULES[task.operation].pack(task, knobs, weights, self._row)
-        found = []
+        totals = []
         for count in counts:
             sample = trial_sample(task, count, self._row)
             passes = walk.passes([*sample.activations, *packed, *sample.buffers()])
-            work = sum(one * times for one, times in zip(each, code.times(passes.marks)))
+            computing = sum(cost * times for cost, times in zip(each, code.times(passes.marks)))
             moved = [lines * cache.cycles for lines, cache in zip(passes.fetched, caches)]
-            found.append(together(work, *moved))
-        return found
+            totals.append(together(computing, *moved))
+        return totals
 
 
 def together(*cycles: float) -> float:
@@ -95,7 +95,7 @@ def together(*cycles: float) -> float:
     The exponent is from dense kernels whose first-level cache fetches for as long as they compute:
     they take a tenth longer than either.
     """
-    return sum(one**OVERLAP for one in cycles) ** (1 / OVERLAP)
+    return sum(part**OVERLAP for part in cycles) ** (1 / OVERLAP)
 
 
 @dataclass
@@ -125,7 +125,9 @@ class Code:
 
     def cycles(self, model: mca.Model) -> list[float]:
         """What one pass of each block takes."""
-        return [one.cycles for one in mca.analyse([b.instructions for b in self.blocks], model)]
+        return [
+            stretch.cycles for stretch in mca.analyse([b.instructions for b in self.blocks], model)
+        ]
 
     def times(self, passes: Sequence[int]) -> list[float]:
         """How often each block is passed, where each mark is passed so often.
@@ -136,18 +138,18 @@ class Code:
         before it.
         """
         copies = Counter(mark for block in self.blocks for mark in block.marks)
-        at = {label: place for place, one in enumerate(self.blocks) for label in one.labels}
+        at = {label: place for place, block in enumerate(self.blocks) for label in block.labels}
         likely = [self._likely(n, at, passes, copies) for n in range(len(self.blocks))]
         total: Counter[int] = Counter()
         for block, weight in zip(self.blocks, likely):
             for mark in block.marks:
                 total[mark] += weight
-        found, last = [], 0.0
+        block_passes, last = [], 0.0
         for block, weight in zip(self.blocks, likely):
             if block.marks:
                 last = max(passes[mark] * weight / total[mark] for mark in block.marks)
-            found.append(last)
-        return found
+            block_passes.append(last)
+        return block_passes
 
     def _likely(
         self,
@@ -178,16 +180,16 @@ def assembly(func: tvm.tirx.PrimFunc, row: Target) -> str:
 
 def blocks(text: str) -> list[Block]:
     """The text cut at labels and behind branches; directives are left out."""
-    found = [Block()]
+    pieces = [Block()]
     for line in text.splitlines():
         if mark := _MARK.match(line):
-            found[-1].marks.append(int(mark[1]))
+            pieces[-1].marks.append(int(mark[1]))
         elif _LABEL.match(line):
-            if found[-1].instructions or found[-1].marks:
-                found.append(Block())
-            found[-1].labels.append(line.split(":")[0])
+            if pieces[-1].instructions or pieces[-1].marks:
+                pieces.append(Block())
+            pieces[-1].labels.append(line.split(":")[0])
         elif _INSTRUCTION.match(line):
-            found[-1].instructions.append(line)
+            pieces[-1].instructions.append(line)
             if _BRANCH.match(line):
-                found.append(Block())
-    return [block for block in found if block.instructions or block.marks]
+                pieces.append(Block())
+    return [block for block in pieces if block.instructions or block.marks]

@@ -73,7 +73,7 @@ class _Marks:
 
     def _inside(self, stmt: Any) -> Any:
         if isinstance(stmt, tirx.SeqStmt):
-            return sequence([part for one in stmt.seq for part in self._behind(one)])
+            return sequence([part for inner in stmt.seq for part in self._behind(inner)])
         if isinstance(stmt, tirx.For):
             unrolled = stmt.kind == tirx.ForKind.UNROLLED
             body = self._inside(stmt.body) if unrolled else self.region(stmt.body)

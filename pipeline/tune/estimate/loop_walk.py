@@ -41,23 +41,23 @@ class Walk:
     """A kernel as the thread with the most jobs goes through its loops and its memory."""
 
     def __init__(
-        self, func: tirx.PrimFunc, marks: int, caches: Sequence[int], threads: int, here: Target
+        self, func: tirx.PrimFunc, marks: int, caches: Sequence[int], threads: int, host: Target
     ) -> None:
-        """``caches`` are bytes, the nearest first; ``here`` is a row of this machine."""
+        """``caches`` are bytes, the nearest first; ``host`` is a row of this machine."""
         self._marks, self._caches = marks, tuple(caches)
         counts = tirx.decl_buffer((marks,), "int64", "counts")
         state = tirx.decl_buffer((self._size(),), "int64", "state")
         body = linked(_Counter(func, counts, state, threads).of(func.body), _touch(caches))
         counter = tirx.PrimFunc([*func.params, counts, state], body, attrs=func.attrs)
-        self._run = llvm.build_kernel(counter, here)
+        self._run = llvm.build_kernel(counter, host)
 
     def passes(self, arguments: Sequence[np.ndarray]) -> Passes:
         """Go through the kernel with these arguments, from empty caches."""
         counts, state = (np.zeros(size, "int64") for size in (self._marks, self._size()))
-        found = [tvm.runtime.tensor(array) for array in (counts, state)]
-        self._run(*map(tvm.runtime.tensor, arguments), *found)
-        fetched = found[1].numpy()[: len(self._caches)]
-        return Passes(found[0].numpy(), tuple(map(int, fetched)))
+        tensors = [tvm.runtime.tensor(array) for array in (counts, state)]
+        self._run(*map(tvm.runtime.tensor, arguments), *tensors)
+        fetched = tensors[1].numpy()[: len(self._caches)]
+        return Passes(tensors[0].numpy(), tuple(map(int, fetched)))
 
     def _size(self) -> int:
         return len(self._caches) + sum(size // LINE for size in self._caches)
@@ -150,18 +150,18 @@ class _Counter:
     def _touches(self, value: Any) -> list[Any]:
         loads: list[Any] = []
         tvm_ffi.structural_walk(value, (tvm.ir.TensorLoad, loads.append))
-        return [touch for one in loads for touch in self._touch(one.source, one.indices)]
+        return [touch for load in loads for touch in self._touch(load.source, load.indices)]
 
     def _touch(self, buffer: Any, indices: Sequence[Any]) -> list[Any]:
         """A look at an element's line; none where it is of a kernel's own, which stay near."""
         if not any(buffer.same_as(argument) for argument in self._arguments):
             return []
-        first = tuple(one.base if isinstance(one, tirx.Ramp) else one for one in indices)
+        first = tuple(index.base if isinstance(index, tirx.Ramp) else index for index in indices)
         names: list[Any] = []
         tvm_ffi.structural_walk(first, (tirx.Var, names.append))
-        if any(name.same_as(one) for name in names for one in self._unknown):
+        if any(name.same_as(unknown) for name in names for unknown in self._unknown):
             return []
-        places = [tirx.address_of(one) for one in (self._state[0], buffer[first])]
+        places = [tirx.address_of(element) for element in (self._state[0], buffer[first])]
         return [tirx.Evaluate(tirx.call_extern("int32", _TOUCH, *places))]
 
 
@@ -174,7 +174,7 @@ def _extern(value: Any) -> str | None:
 def _once(stmts: Iterable[Any]) -> Iterator[Any]:
     """Without the second of two equal statements that nothing but straight code lies between."""
     seen: set[int] = set()
-    for stmt in (one for some in stmts for one in _flat(some)):
+    for stmt in (part for whole in stmts for part in _flat(whole)):
         if isinstance(stmt, (tirx.For, tirx.IfThenElse)):
             seen = set()
         elif isinstance(stmt, tirx.Evaluate):
@@ -187,7 +187,7 @@ def _once(stmts: Iterable[Any]) -> Iterator[Any]:
 
 def _flat(stmt: Any) -> Iterator[Any]:
     if isinstance(stmt, tirx.SeqStmt):
-        for one in stmt.seq:
-            yield from _flat(one)
+        for part in stmt.seq:
+            yield from _flat(part)
     else:
         yield stmt

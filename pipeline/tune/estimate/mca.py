@@ -97,9 +97,9 @@ MODELS = {
 
 def model_of(row: Any) -> Model:
     """The model for a row; UsageError where no processor stands for it."""
-    same = [one for one in MODELS.values() if one.processor == row.tvm["mcpu"]]
-    if found := MODELS.get(row.name) or next(iter(same), None):
-        return found
+    same = [model for model in MODELS.values() if model.processor == row.tvm["mcpu"]]
+    if model := MODELS.get(row.name) or next(iter(same), None):
+        return model
     known = ", ".join(MODELS)
     raise UsageError(f"llvm-mca's times are not known for '{row.name}'", f"known: {known}")
 
@@ -107,18 +107,22 @@ def model_of(row: Any) -> Model:
 def tool(model: Model) -> str:
     """The llvm-mca on the PATH that knows the model; PlatformError where there is none."""
     names = [*(f"llvm-mca-{version}" for version in VERSIONS), "llvm-mca"]
-    found = {path: _version(path) for name in names if (path := shutil.which(name))}
-    for path, version in found.items():
+    versions = {path: _version(path) for name in names if (path := shutil.which(name))}
+    for path, version in versions.items():
         if version >= model.since:
             return path
-    have = f"is of LLVM {max(found.values())}" if found else "was not found"
+    have = f"is of LLVM {max(versions.values())}" if versions else "was not found"
     wants = f"the model of {model.processor} wants LLVM {model.since}"
     raise PlatformError(f"llvm-mca {have}; {wants}", INSTALL)
 
 
 def analyse(stretches: Sequence[Sequence[str]], model: Model) -> list[Stretch]:
     """What each list of instructions takes, again and again; operands in the first-level cache."""
-    lines = [line for number, one in enumerate(stretches) for line in _region(number, one)]
+    lines = [
+        line
+        for number, instructions in enumerate(stretches)
+        for line in _region(number, instructions)
+    ]
     for pattern, instead in model.reads:
         lines = [re.sub(pattern, instead, line) for line in lines]
     command = [tool(model), f"-mtriple={model.triple}", f"-mcpu={model.processor}"]
@@ -133,7 +137,7 @@ def analyse(stretches: Sequence[Sequence[str]], model: Model) -> list[Stretch]:
     if run.returncode:
         reason = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr)
         raise BertileError(f"llvm-mca cannot read the kernel: {reason.strip()[-200:]}")
-    regions = {int(one["Name"]): one for one in json.loads(run.stdout)["CodeRegions"]}
+    regions = {int(region["Name"]): region for region in json.loads(run.stdout)["CodeRegions"]}
     return [_stretch(regions.get(number)) for number in range(len(stretches))]
 
 
@@ -152,5 +156,5 @@ def _stretch(region: Any) -> Stretch:
 @lru_cache
 def _version(path: str) -> int:
     text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"LLVM version (\d+)", text)
-    return int(found[1]) if found else 0
+    match = re.search(r"LLVM version (\d+)", text)
+    return int(match[1]) if match else 0

@@ -70,7 +70,7 @@ class Chooser:
             if (record := self.log.best(other, self.row)) is not None
         ]
         # measured ones first, however near an estimated one may be
-        for _, _, _, record in sorted(near, key=lambda one: one[:3]):
+        for _, _, _, record in sorted(near, key=lambda entry: entry[:3]):
             if valid(task, self.row, record.knobs):
                 yield "nearest", record
 

@@ -29,11 +29,13 @@ def tasks(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
             "target": name,
             "threads": threads,
             "trials": len(records),
-            "failed": sum(not one.microseconds for one in records),
-            "estimated": sum(one.estimated for one in records),
-            "best_us": _finite(min(one.median for one in records)),
-            "when": max(one.time for one in records),
-            "tvm": ", ".join(sorted({one.versions.get("apache-tvm", "?") for one in records})),
+            "failed": sum(not record.microseconds for record in records),
+            "estimated": sum(record.estimated for record in records),
+            "best_us": _finite(min(record.median for record in records)),
+            "when": max(record.time for record in records),
+            "tvm": ", ".join(
+                sorted({record.versions.get("apache-tvm", "?") for record in records})
+            ),
         }
         for name, threads, task, records in groups(log, target)
     ]
@@ -43,20 +45,20 @@ def best(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
     """One row per task and number of threads that any candidate worked for, with its knobs."""
     rows = []
     for name, threads, task, records in groups(log, target):
-        found = min(records, key=lambda one: (one.estimated, one.median))
-        row = next((one for one in targets.TABLE if one.log == name), None)
-        if found.estimated and row is not None:
-            found = surely(found, records, row)
-        if found.microseconds:
+        fastest = min(records, key=lambda record: (record.estimated, record.median))
+        row = next((row for row in targets.TABLE if row.log == name), None)
+        if fastest.estimated and row is not None:
+            fastest = surely(fastest, records, row)
+        if fastest.microseconds:
             rows.append(
                 {
                     "operation": task.operation,
                     "shape": _shape(task),
                     "target": name,
                     "threads": threads,
-                    "best_us": found.median,
-                    "estimated": found.estimated,
-                    "knobs": dict(found.knobs),
+                    "best_us": fastest.median,
+                    "estimated": fastest.estimated,
+                    "knobs": dict(fastest.knobs),
                 }
             )
     return rows
@@ -68,11 +70,11 @@ def groups(
     """The records by target log, number of threads and task; `target` is a row's name or None."""
     names = log.targets() if target is None else [targets.resolve(target).log]
     for name in names:
-        found: dict[tuple[int, Task], list[Record]] = defaultdict(list)
+        by_task: dict[tuple[int, Task], list[Record]] = defaultdict(list)
         for record in log.all_records(name):
-            found[record.threads, record.task].append(record)
+            by_task[record.threads, record.task].append(record)
         for (threads, task), records in sorted(
-            found.items(), key=lambda one: (one[0][1].operation, one[0][1].key, one[0][0])
+            by_task.items(), key=lambda entry: (entry[0][1].operation, entry[0][1].key, entry[0][0])
         ):
             yield name, threads, task, records
 
@@ -96,7 +98,7 @@ def merge(log: TuningLog, sources: Sequence[Path], progress: Progress) -> dict[s
                     continue
                 ours = known.get(record.target)
                 if ours is None:
-                    ours = {one.to_line() for one in log.all_records(record.target)}
+                    ours = {logged.to_line() for logged in log.all_records(record.target)}
                     known[record.target] = ours
                 if record.to_line() in ours:
                     counts["known"] += 1
@@ -136,15 +138,15 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _files(sources: Sequence[Path]) -> list[Path]:
-    found: list[Path] = []
+    paths: list[Path] = []
     for source in sources:
         if not source.exists():
             raise UsageError(f"there is no log '{source}'", "give .jsonl files or directories")
         files = sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]
         if not files:
             raise UsageError(f"'{source}' has no .jsonl file in it")
-        found += files
-    return found
+        paths += files
+    return paths
 
 
 def _shape(task: Task) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def _shape(task: Task) -> dict[str, Any]:
 
 def _cell(value: Any) -> Any:
     if isinstance(value, dict):
-        return " ".join(f"{name}={_short(one)}" for name, one in value.items()) or None
+        return " ".join(f"{name}={_short(knob)}" for name, knob in value.items()) or None
     return value
 
 

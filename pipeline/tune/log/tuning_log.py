@@ -142,13 +142,15 @@ class TuningLog:
         """
         records = self.records(task, row)
         failed = [dict(r.knobs) for r in records if not r.microseconds and not r.estimated]
-        found = [
+        candidates = [
             r for r in records if r.microseconds and not (r.estimated and dict(r.knobs) in failed)
         ]
         best = min(
-            found, key=lambda r: (r.estimated, r.threads != row.threads, r.median), default=None
+            candidates,
+            key=lambda r: (r.estimated, r.threads != row.threads, r.median),
+            default=None,
         )
-        return surely(best, found, row) if best is not None and best.estimated else best
+        return surely(best, candidates, row) if best is not None and best.estimated else best
 
     def append(self, record: Record) -> None:
         """Write a record to the user's log, now and for good."""
@@ -166,8 +168,8 @@ class TuningLog:
 
     def targets(self) -> list[str]:
         """The target logs that there are."""
-        found = (path for directory in self.directories for path in directory.glob("*/*.jsonl"))
-        return sorted({path.parent.name for path in found})
+        paths = (path for directory in self.directories for path in directory.glob("*/*.jsonl"))
+        return sorted({path.parent.name for path in paths})
 
     def all_records(self, target: str) -> list[Record]:
         """Every record of a target log, task by task, each task's in the order of their making."""
@@ -178,8 +180,8 @@ class TuningLog:
         best = {task.key: self.best(task, row) for task in self.tasks(row)}
         # times too: they decide which of two kernels a layer gets
         choices = {
-            key: (dict(one.knobs), one.median, one.estimated) if one else None
-            for key, one in best.items()
+            key: (dict(record.knobs), record.median, record.estimated) if record else None
+            for key, record in best.items()
         }
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
 

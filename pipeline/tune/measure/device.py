@@ -68,13 +68,13 @@ def run_tracker(host: str, port: int, progress: Progress) -> None:
 
 def fleet(tracker: str) -> list[dict[str, Any]]:
     """One row per kind of device: its key, how many servers, how many of them free, who waits."""
-    found = _summary(tracker)
+    summary = _summary(tracker)
     servers: Counter[str] = Counter()
-    for server in found["server_info"]:
+    for server in summary["server_info"]:
         servers[server["key"].partition(":")[2]] += 1
     rows = []
-    for key in sorted({*servers, *found["queue_info"]}):
-        queue = found["queue_info"].get(key, {"free": 0, "pending": 0})
+    for key in sorted({*servers, *summary["queue_info"]}):
+        queue = summary["queue_info"].get(key, {"free": 0, "pending": 0})
         if servers[key] or queue["pending"]:
             rows.append({"key": key, "devices": servers[key], **queue})
     return rows
@@ -86,9 +86,9 @@ def session(tracker: str, key: str, seconds: float, file: Path) -> Any:
     """
     from tvm import rpc
 
-    found = rpc.connect_tracker(*address(tracker)).request(key, session_timeout=seconds)
-    found.upload(str(file))
-    return found
+    board = rpc.connect_tracker(*address(tracker)).request(key, session_timeout=seconds)
+    board.upload(str(file))
+    return board
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:
@@ -128,8 +128,12 @@ def _register() -> None:
 
     @tvm.register_global_func("bertile.facts", override=True)
     def facts() -> str:
-        found = {"cpu": cpu_name(), "cores": available_cores(), "features": sorted(cpu_features())}
-        return json.dumps({**found, "threads": int(os.environ["TVM_NUM_THREADS"])})
+        machine = {
+            "cpu": cpu_name(),
+            "cores": available_cores(),
+            "features": sorted(cpu_features()),
+        }
+        return json.dumps({**machine, "threads": int(os.environ["TVM_NUM_THREADS"])})
 
 
 def main(tracker: str, key: str, port: str) -> None:
@@ -140,8 +144,8 @@ def main(tracker: str, key: str, port: str) -> None:
     _register()
     serving.register()
     first = int(port)
-    given = {"tracker_addr": address(tracker), "key": key, "silent": True}
-    state = PopenRPCServerState("0.0.0.0", first, first + PORTS, **given)
+    settings = {"tracker_addr": address(tracker), "key": key, "silent": True}
+    state = PopenRPCServerState("0.0.0.0", first, first + PORTS, **settings)
     state.thread.join()
     sys.exit(1)
 

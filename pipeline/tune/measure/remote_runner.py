@@ -28,8 +28,8 @@ class RemoteRunner:
         """``module`` runs in the processes. Raises BertileError where there is no such device."""
         self._tracker, self._key = tracker, key
         self.parallel = self._devices()
-        given = (row, WAIT_SECONDS + session_seconds, (module, tracker, key))
-        self._workers = [TrialRunner(*given) for _ in range(self.parallel)]
+        settings = (row, WAIT_SECONDS + session_seconds, (module, tracker, key))
+        self._workers = [TrialRunner(*settings) for _ in range(self.parallel)]
         self._free: queue.SimpleQueue[TrialRunner] = queue.SimpleQueue()
         for worker in self._workers:
             self._free.put(worker)
@@ -66,7 +66,7 @@ class RemoteRunner:
         """How many the tracker has of the key; BertileError where for so long it has none."""
         end = time.monotonic() + patience
         while True:
-            fleet = {one["key"]: one["devices"] for one in device.fleet(self._tracker)}
+            fleet = {kind["key"]: kind["devices"] for kind in device.fleet(self._tracker)}
             if fleet.get(self._key):
                 return fleet[self._key]
             if time.monotonic() >= end:

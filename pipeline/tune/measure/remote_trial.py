@@ -68,7 +68,7 @@ def _checked(board: Any, row: Target) -> dict[str, Any]:
     """What the device is; ValueError where it cannot run the row's code on so many threads."""
     facts = json.loads(board.get_function("bertile.facts")())
     features, threads = facts.pop("features"), facts.pop("threads")
-    lacks = [one for one in row.features if one not in features]
+    lacks = [feature for feature in row.features if feature not in features]
     if lacks:
         raise ValueError(f"the device lacks {' '.join(lacks)}, which {row.name} needs")
     if threads < row.threads:

@@ -43,13 +43,13 @@ def open_runner(row: Target, config: Config) -> Runner:
         from bertile.tune.measure.remote_runner import RemoteRunner
         from bertile.tune.measure.remote_trial import SESSION_SECONDS
 
-        given = (
+        session = (
             config.rpc_tracker,
             config.rpc_key,
             "bertile.tune.measure.remote_trial",
             SESSION_SECONDS,
         )
-        return RemoteRunner(row, *given)
+        return RemoteRunner(row, *session)
     if not fits(row, cpu_features()):
         raise PlatformError(
             f"kernels for {row.name} cannot be measured on this machine",
@@ -71,6 +71,6 @@ def answers(
         return
     pool = ThreadPoolExecutor(runner.parallel)
     try:
-        yield from pool.map(lambda one: runner.run(*one, blocks, also), candidates)
+        yield from pool.map(lambda candidate: runner.run(*candidate, blocks, also), candidates)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -93,10 +93,10 @@ class TrialRunner:
                     f"run `bertile doctor`, or `python -m {' '.join(self._module)}` to see why",
                 )
             return {"error": f"the candidate crashed with code {code}"}
-        found = json.loads(line)
-        if found.pop("ended", False):  # it cannot try anything after this
+        outcome = json.loads(line)
+        if outcome.pop("ended", False):  # it cannot try anything after this
             self._stop()
-        return found
+        return outcome
 
     def _seconds(self) -> float:
         """How long an answer may take; a process that has just started imports first."""

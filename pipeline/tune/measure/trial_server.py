@@ -42,11 +42,11 @@ def answer(
 
     ``times`` says the microseconds of each repeat on a sample, or what is wrong with the result.
     """
-    found: dict[int, list[float]] = {}
+    by_count: dict[int, list[float]] = {}
     for count in counts:
-        one = times(trial_sample(task, count, row))
-        if isinstance(one, str):
-            return {"error": f"{one} on {count} blocks"}
-        found[count] = one
-    also = {str(count * BLOCK_TOKENS): found[count] for count in counts[1:]}
-    return {"microseconds": found[counts[0]], "also": also}
+        measured = times(trial_sample(task, count, row))
+        if isinstance(measured, str):
+            return {"error": f"{measured} on {count} blocks"}
+        by_count[count] = measured
+    also = {str(count * BLOCK_TOKENS): by_count[count] for count in counts[1:]}
+    return {"microseconds": by_count[counts[0]], "also": also}

@@ -69,11 +69,11 @@ def search(
             raise
 
     try:
-        with tempfile.TemporaryDirectory(prefix="bertile-tune-") as work:
+        with tempfile.TemporaryDirectory(prefix="bertile-tune-") as directory:
             ms.tune.tune_tasks(
                 tasks=tasks,
                 task_weights=weights,
-                work_dir=work,
+                work_dir=directory,
                 max_trials_global=trials,
                 max_trials_per_task=trials_per_task,
                 num_trials_per_iter=batch,
@@ -159,8 +159,8 @@ def _builder(ms: Any) -> type:
         """Nothing is built here: the runner's process builds what it times."""
 
         def build(self, build_inputs: Any) -> Any:
-            found = [json.dumps(_knobs(one.mod)) for one in build_inputs]
-            return [ms.builder.BuilderResult(one, None) for one in found]
+            texts = [json.dumps(_knobs(build_input.mod)) for build_input in build_inputs]
+            return [ms.builder.BuilderResult(text, None) for text in texts]
 
     return PassOn
 
@@ -187,7 +187,9 @@ def _runner(
         """Has the candidates of one batch timed."""
 
         def run(self, runner_inputs: Any) -> Any:
-            candidates = [tuple(json.loads(str(one.artifact_path))) for one in runner_inputs]
+            candidates = [
+                tuple(json.loads(str(runner_input.artifact_path))) for runner_input in runner_inputs
+            ]
             return [Done(self._result(times)) for times in measure(candidates)]
 
         def _result(self, microseconds: Sequence[float]) -> Any:
@@ -233,9 +235,9 @@ def _mutator(ms: Any) -> type:
             drawn = [i for i in drawn if len(i.attrs[0]) > 1]
             if not drawn:
                 return None
-            one = self._random.choice(drawn)
-            choice = self._random.randrange(len(one.attrs[0]))
-            return trace.with_decision(one, choice, remove_postproc=True)
+            instruction = self._random.choice(drawn)
+            choice = self._random.randrange(len(instruction.attrs[0]))
+            return trace.with_decision(instruction, choice, remove_postproc=True)
 
         def clone(self) -> Any:
             return MutateKnob(self._random.randrange(1 << 30))

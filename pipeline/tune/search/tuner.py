@@ -101,7 +101,9 @@ def _search(
     schedules = schedules_for(row)
     try:
         all_tasks = (*open_tasks, *others)
-        session.measure([(one, schedules[one.operation].default(one, row)) for one in all_tasks])
+        session.measure(
+            [(task, schedules[task.operation].default(task, row)) for task in all_tasks]
+        )
         if not open_tasks:
             return ""
         spaces = [
@@ -133,13 +135,16 @@ class _Session:
 
     def measure(self, candidates: Sequence[tuple[Task, Knobs]]) -> list[list[float]]:
         """Each record's median microseconds; empty for a candidate that failed."""
-        known = [self._known(*one) for one in candidates]
-        fresh = [one for one, record in zip(candidates, known) if record is None]
-        found = answers(self.trials, fresh, BLOCKS, self.row.also_blocks)
+        known = [self._known(*candidate) for candidate in candidates]
+        fresh = [candidate for candidate, record in zip(candidates, known) if record is None]
+        outcomes = answers(self.trials, fresh, BLOCKS, self.row.also_blocks)
         try:
-            records = [record or self._tried(*one, found) for one, record in zip(candidates, known)]
+            records = [
+                record or self._tried(*candidate, outcomes)
+                for candidate, record in zip(candidates, known)
+            ]
         finally:
-            found.close()
+            outcomes.close()
         return [[record.median] if record.microseconds else [] for record in records]
 
     def _known(self, task: Task, knobs: Knobs) -> Record | None:
@@ -148,7 +153,7 @@ class _Session:
         known = [r for r in known if r.threads == self.row.threads]
         return next((r for r in reversed(known) if self.estimates or not r.estimated), None)
 
-    def _tried(self, task: Task, knobs: Knobs, found: Iterator[dict[str, Any]]) -> Record:
+    def _tried(self, task: Task, knobs: Knobs, outcomes: Iterator[dict[str, Any]]) -> Record:
         """The record of the candidate whose answer comes next."""
         began = time.monotonic()
         if began > self.deadline:
@@ -156,7 +161,7 @@ class _Session:
         if self.patience and self.idle >= self.patience * ROUND:
             raise _Enough(f"no task improved by 1% in {self.patience} rounds")
         before = self.log.best(task, self.row)
-        record = self._record(task, knobs, next(found))
+        record = self._record(task, knobs, next(outcomes))
         self.count += 1
         better = record.median < IMPROVEMENT * (before.median if before else float("inf"))
         self.idle = 0 if better else self.idle + 1
@@ -164,7 +169,7 @@ class _Session:
         self._show(task, time.monotonic() - began)
         return record
 
-    def _record(self, task: Task, knobs: Knobs, found: dict[str, Any]) -> Record:
+    def _record(self, task: Task, knobs: Knobs, outcome: dict[str, Any]) -> Record:
         return Record(
             operation=task.operation,
             shape=dict(task.shape),
@@ -173,12 +178,12 @@ class _Session:
             tokens=BLOCKS * BLOCK_TOKENS,
             dtype=str(task.shape.get("precision", "float32")),
             knobs=dict(knobs),
-            microseconds=_rounded(found.get("microseconds", ())),
-            also={tokens: _rounded(times) for tokens, times in found.get("also", {}).items()},
-            machine=found.get("machine") or machine_facts(self.row),
+            microseconds=_rounded(outcome.get("microseconds", ())),
+            also={tokens: _rounded(times) for tokens, times in outcome.get("also", {}).items()},
+            machine=outcome.get("machine") or machine_facts(self.row),
             versions={name: version(name) for name in ("bertile", "apache-tvm", "apache-tvm-ffi")},
             time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            error=found.get("error"),
+            error=outcome.get("error"),
             estimated=self.estimates,
         )
 

@@ -56,8 +56,8 @@ def command(tmp_path_factory) -> Path:
 def archive(tmp_path_factory) -> Path:
     """Two candidates of a dense layer and one of a layer norm, for an empty log."""
     path = tmp_path_factory.mktemp("pack") / "round1.tar"
-    found = packed(path, open_log(path.parent / "log"))
-    assert (found["tasks"], found["candidates"]) == (2, 3)
+    counts = packed(path, open_log(path.parent / "log"))
+    assert (counts["tasks"], counts["candidates"]) == (2, 3)
     return path
 
 
@@ -78,12 +78,12 @@ def test_times_come_home_once_and_the_next_round_goes_on(command, archive, tmp_p
     done = measure(command, archive, tmp_path / "result")
     assert done.returncode == 0, done.stderr
     log = open_log(tmp_path / "log")
-    found = ingester.ingest(tmp_path / "result", log, QUIET)
-    assert (found["added"], found["known"], found["failed"]) == (3, 0, 0)
+    counts = ingester.ingest(tmp_path / "result", log, QUIET)
+    assert (counts["added"], counts["known"], counts["failed"]) == (3, 0, 0)
     again = ["tune", "--ingest", str(tmp_path / "result"), "--log-dir", str(tmp_path / "log")]
     assert main.main([*again, "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)
-    assert (found["added"], found["known"]) == (0, 3)
+    (counts,) = json.loads(capsys.readouterr().out)
+    assert (counts["added"], counts["known"]) == (0, 3)
     records = log.records(DENSE, ROW)
     assert dict(records[0].knobs) == SCHEDULES["dense"].default(DENSE, ROW)
     for record in (*records, *log.records(NORM, ROW)):
@@ -95,7 +95,8 @@ def test_times_come_home_once_and_the_next_round_goes_on(command, archive, tmp_p
     with tarfile.open(tmp_path / "round2.tar") as file:
         manifest = json.load(file.extractfile("manifest.json"))
     assert all(
-        one["knobs"] not in [dict(r.knobs) for r in records] for one in manifest["candidates"]
+        candidate["knobs"] not in [dict(r.knobs) for r in records]
+        for candidate in manifest["candidates"]
     )
 
 
@@ -144,8 +145,8 @@ def test_round_for_an_arm_row_runs_as_arm_code(tmp_path, precision):
     line += ["--measure", tmp_path / "pack.tar", "--output", tmp_path / "result"]
     line += ["--runtime", arm_code.RUNTIME]
     subprocess.run(list(map(str, line)), check=True)
-    found = ingester.ingest(tmp_path / "result", log, QUIET)
-    assert (found["added"], found["failed"]) == (3, 0)
+    counts = ingester.ingest(tmp_path / "result", log, QUIET)
+    assert (counts["added"], counts["failed"]) == (3, 0)
     assert log.best(task, row).target == "arm-a76"
 
 
@@ -174,8 +175,8 @@ def test_candidates_begin_with_the_default_and_are_new():
     default = SCHEDULES["dense"].default(DENSE, ROW)
     first, second, third = propose(DENSE, ROW, [], 3)
     assert first == default and second != third
-    found = propose(DENSE, ROW, [record(first, 5.0), record(second, 6.0)], 50)
-    assert first not in found and second not in found
+    candidates = propose(DENSE, ROW, [record(first, 5.0), record(second, 6.0)], 50)
+    assert first not in candidates and second not in candidates
     failed = replace(record(third, 1.0), microseconds=())
     assert third not in propose(DENSE, ROW, [failed], 50)
 
@@ -188,5 +189,5 @@ def test_model_learns_which_candidates_are_fast():
         for chunk in (4, 8, 16, 32)
         for wide in (8, 12, 16, 20)
     ]
-    found = propose(DENSE, ROW, known, 16)
-    assert sum(one["chunk"] == 4 for one in found[:12]) >= 10
+    proposed = propose(DENSE, ROW, known, 16)
+    assert sum(knobs["chunk"] == 4 for knobs in proposed[:12]) >= 10

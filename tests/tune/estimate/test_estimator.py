@@ -64,26 +64,30 @@ def test_sparse_loops_are_as_long_as_their_lists():
 
 
 def test_assembly_is_cut_at_labels_and_branches():
-    found = blocks(
+    pieces = blocks(
         "f:\n\t.cfi_startproc\n\t//APP\n\t// bertile-mark 0\n\t//NO_APP\n\tmov x0, x1\n"
         "\tcbz x0, .LBB0_2\n\tadd x0, x0, #1\n.LBB0_2:\n\tret\n"
     )
-    assert [(len(one.instructions), one.marks) for one in found] == [(2, [0]), (1, []), (1, [])]
-    code = Code(None, 1, found)
+    assert [(len(block.instructions), block.marks) for block in pieces] == [
+        (2, [0]),
+        (1, []),
+        (1, []),
+    ]
+    code = Code(None, 1, pieces)
     assert code.times([5]) == [5, 5, 5]
 
 
 def test_copied_loop_is_passed_as_often_as_what_comes_behind_it():
     """The loop (mark 0) of 6 full panels (mark 1), and LLVM's copy of it for a padded one (2)."""
     loop = "\t# bertile-mark 0\n\tadd %eax, %ebx\n\tjne .L{0}\n"
-    found = blocks(
+    pieces = blocks(
         ".La:\n" + loop.format("a") + "\tjmp .Lc\n.Lb:\n" + loop.format("b") + ".Ld:\n"
         "\t# bertile-mark 2\n\tnop\n\tretq\n.Lc:\n\t# bertile-mark 1\n\tnop\n\tjmp .Lb\n"
     )
-    names = [(one.labels, one.marks) for one in found if one.marks]
+    names = [(block.labels, block.marks) for block in pieces if block.marks]
     assert names == [([".La"], [0]), ([".Lb"], [0]), ([".Ld"], [2]), ([".Lc"], [1])]
-    times = Code(None, 3, found).times([70, 6, 1])
-    passes = {one.labels[0]: count for one, count in zip(found, times) if one.labels}
+    times = Code(None, 3, pieces).times([70, 6, 1])
+    passes = {block.labels[0]: count for block, count in zip(pieces, times) if block.labels}
     assert passes == pytest.approx({".La": 60, ".Lb": 10, ".Ld": 1, ".Lc": 6})
 
 
@@ -94,8 +98,8 @@ def test_padded_panels_are_not_thought_to_be_faster():
     shape = {**DENSE.shape, "inputs": 256, "outputs": 98, "precision": "int8"}
     knobs = {**KNOBS, "accumulators": 10, "unroll": 1, "panels": 8, "chunk": 4}
     with Estimator(row) as estimator:
-        found = estimator.run(Task("dense", shape), knobs, 8)["microseconds"][0]
-    assert found > 128 * 256 * 98 / 64 / mca.model_of(row).gigahertz / 1e3
+        microseconds = estimator.run(Task("dense", shape), knobs, 8)["microseconds"][0]
+    assert microseconds > 128 * 256 * 98 / 64 / mca.model_of(row).gigahertz / 1e3
 
 
 def test_two_limits_at_once_cost_more_than_one():
@@ -111,11 +115,11 @@ def test_estimate_lies_near_the_peak_of_the_pipes(row):
     per_cycle = {"arm-a72": 4, "arm-a76": 8, "x86-avx512": 16}[row]
     default = SCHEDULES["dense"].default(task, target)
     with Estimator(target) as estimator:
-        found = estimator.run(task, default, 8, (1,))
+        estimate = estimator.run(task, default, 8, (1,))
         clock = estimator._model.gigahertz
     best = 128 * 256 * 96 / per_cycle / clock / 1e3
-    assert "llvm-mca" in found["machine"]["cpu"] and set(found["also"]) == {"16"}
-    assert best < found["microseconds"][0] < 1.34 * best
+    assert "llvm-mca" in estimate["machine"]["cpu"] and set(estimate["also"]) == {"16"}
+    assert best < estimate["microseconds"][0] < 1.34 * best
 
 
 @pytest.mark.usefixtures("llvm_mca")

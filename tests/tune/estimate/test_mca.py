@@ -59,8 +59,8 @@ def test_registers_multiply_as_fast_as_memory_does_on_zen4():
     zen = mca.MODELS["x86-avx512-vnni"]
     loads = ["\tvpbroadcastd -4(%rbp,%r10), %zmm31"]
     sums = [f"\tvpdpbusd %zmm30, %zmm31, %zmm{n}" for n in range(12)]
-    (found,) = mca.analyse([loads + sums], zen)
-    assert found.cycles == pytest.approx(12.0, rel=0.05)
+    (stretch,) = mca.analyse([loads + sums], zen)
+    assert stretch.cycles == pytest.approx(12.0, rel=0.05)
 
 
 @pytest.mark.usefixtures("llvm_mca")

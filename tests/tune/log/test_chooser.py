@@ -38,8 +38,8 @@ def said() -> list[str]:
 def chosen(tmp_path, said):
     def choose(of: Task, *records: Record) -> chooser.Choice:
         log = TuningLog([tmp_path], said.append)
-        for one in records:
-            log.append(one)
+        for added in records:
+            log.append(added)
         return Chooser(log, ROW, said.append).choose(of)
 
     return choose
@@ -53,25 +53,25 @@ def test_estimated_record_is_named_so_and_comes_behind_measured_ones(chosen):
     guess = replace(record(task(), chunk=8), estimated=True, microseconds=(1.0,))
     assert chosen(task(), guess) == ("estimated", guess.knobs)
     far, near = record(task(768, 3072), chunk=4), record(task(768, 1536), chunk=32)
-    found = chosen(task(768, 1024), far, replace(near, estimated=True))
-    assert found.source == "nearest" and found.knobs["chunk"] == 4
+    choice = chosen(task(768, 1024), far, replace(near, estimated=True))
+    assert choice.source == "nearest" and choice.knobs["chunk"] == 4
 
 
 def test_own_record_comes_first(chosen):
-    found = chosen(task(), record(task(), chunk=8), record(task(768, 3072), chunk=32))
-    assert found.source == "tuned" and found.knobs["chunk"] == 8
+    choice = chosen(task(), record(task(), chunk=8), record(task(768, 3072), chunk=32))
+    assert choice.source == "tuned" and choice.knobs["chunk"] == 8
 
 
 def test_nearest_shape_comes_before_the_default(chosen):
-    found = chosen(task(1024, 1024), record(task(), chunk=8), record(task(768, 3072), chunk=32))
-    assert found.source == "nearest" and found.knobs["chunk"] == 8
+    choice = chosen(task(1024, 1024), record(task(), chunk=8), record(task(768, 3072), chunk=32))
+    assert choice.source == "nearest" and choice.knobs["chunk"] == 8
 
 
 def test_nearest_with_invalid_knobs_is_passed_over(chosen):
     # 13 inputs cannot be unrolled by 4, which the nearest record wants
     bad, good = record(task(26, 768), unroll=2), record(task(39, 768), unroll=1, chunk=32)
-    found = chosen(task(13, 768), bad, good)
-    assert found.source == "nearest" and found.knobs["chunk"] == 32
+    choice = chosen(task(13, 768), bad, good)
+    assert choice.source == "nearest" and choice.knobs["chunk"] == 32
 
 
 def test_far_shape_is_not_taken(chosen):

@@ -23,7 +23,7 @@ SILENT = Progress(-1)
 
 
 def record(first: float = 5.0, task: Task = DENSE, **changes) -> Record:
-    made = Record(
+    default = Record(
         operation=task.operation,
         shape=dict(task.shape),
         target="x86-avx512",
@@ -35,7 +35,7 @@ def record(first: float = 5.0, task: Task = DENSE, **changes) -> Record:
         versions={"apache-tvm": "0.27.0"},
         time="2026-01-01T00:00:00+00:00",
     )
-    return replace(made, **changes)
+    return replace(default, **changes)
 
 
 def open_log(directory: Path) -> TuningLog:
@@ -59,8 +59,8 @@ def test_best_of_estimates_is_what_a_build_takes(tmp_path: Path) -> None:
     knobs = SCHEDULES["dense"].default(DENSE, row)
     log.append(record(10.0, estimated=True, target=row.log))
     log.append(record(10.1, estimated=True, target=row.log, knobs=knobs))
-    (found,) = log_commands.best(open_log(tmp_path))
-    assert found["knobs"] == knobs == log.best(DENSE, row).knobs and found["estimated"]
+    (chosen,) = log_commands.best(open_log(tmp_path))
+    assert chosen["knobs"] == knobs == log.best(DENSE, row).knobs and chosen["estimated"]
 
 
 def test_list_has_a_row_per_task_and_threads(tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def test_merge_adds_what_is_missing_and_nothing_twice(tmp_path: Path) -> None:
     assert (again["added"], again["known"]) == (0, 6)
     merged, theirs = open_log(tmp_path / "ours"), open_log(tmp_path / "theirs")
     for target in ("x86-avx512", "x86-avx2"):
-        lines = sorted(one.to_line() for one in merged.all_records(target))
-        assert lines == sorted(one.to_line() for one in theirs.all_records(target))
+        lines = sorted(record.to_line() for record in merged.all_records(target))
+        assert lines == sorted(record.to_line() for record in theirs.all_records(target))
 
 
 def test_merge_of_one_file_twice_in_a_command_adds_it_once(tmp_path: Path) -> None:

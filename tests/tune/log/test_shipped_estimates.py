@@ -30,10 +30,12 @@ def test_records_are_estimates_of_points_of_the_space(log, row):
 
 def test_every_kind_of_kernel_and_precision_of_the_row_is_there(log, row):
     tasks = log.tasks(row)
-    assert {"dense", "layer_norm", "embedding"} <= {one.operation for one in tasks}
-    found = {one.shape.get("precision", "fp32") for one in tasks if one.operation == "dense"}
-    assert found >= {"fp32", *(["bf16", "int8"] if row.bf16 else [])}
-    widths = {one.shape["inputs"] for one in tasks if one.operation == "dense"}
+    assert {"dense", "layer_norm", "embedding"} <= {task.operation for task in tasks}
+    precisions = {
+        task.shape.get("precision", "fp32") for task in tasks if task.operation == "dense"
+    }
+    assert precisions >= {"fp32", *(["bf16", "int8"] if row.bf16 else [])}
+    widths = {task.shape["inputs"] for task in tasks if task.operation == "dense"}
     assert widths == {384, 768, 1536, 3072}  # MiniLM's and BERT-base's
 
 
@@ -41,7 +43,7 @@ def test_what_is_chosen_is_estimated_to_be_faster_than_the_default(log, row):
     better = 0
     for task in log.tasks(row):
         best, knobs = log.best(task, row), SCHEDULES[task.operation].default(task, row)
-        (default,) = [one for one in log.records(task, row) if dict(one.knobs) == knobs]
+        (default,) = [record for record in log.records(task, row) if dict(record.knobs) == knobs]
         assert Chooser(log, row, pytest.fail).choose(task) == ("estimated", dict(best.knobs))
         if best != default:
             assert default.median >= SURE * best.median, task.name

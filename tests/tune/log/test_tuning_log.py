@@ -48,8 +48,8 @@ def test_record_comes_back_from_its_line():
 
 def test_append_is_found_by_a_new_log(tmp_path):
     open_log(tmp_path).append(record(unroll=2))
-    found = open_log(tmp_path).best(TASK, ROW)
-    assert dict(found.knobs) == {"unroll": 2} and found.median == 6.0
+    best = open_log(tmp_path).best(TASK, ROW)
+    assert dict(best.knobs) == {"unroll": 2} and best.median == 6.0
 
 
 @pytest.mark.parametrize(("times", "sure"), [(SURE + 0.01, True), (SURE - 0.01, False)])
@@ -68,16 +68,16 @@ def test_estimate_of_a_task_that_no_schedule_knows_is_kept(tmp_path):
     """Of another version: it has no default, and does no harm."""
     log = open_log(tmp_path)
     for changes in ({"operation": "convolution"}, {"shape": {"inputs": 3}}):
-        one = replace(record(), estimated=True, **changes)
-        log.append(one)
-        assert log.best(one.task, ROW) == one
+        estimate = replace(record(), estimated=True, **changes)
+        log.append(estimate)
+        assert log.best(estimate.task, ROW) == estimate
     assert log.digest(ROW)
 
 
 def test_best_is_the_fastest_of_the_same_threads(tmp_path):
     log = open_log(tmp_path)
-    for one in (record(9.0, unroll=1), record(3.0, unroll=2), record(1.0, threads=1, unroll=4)):
-        log.append(one)
+    for trial in (record(9.0, unroll=1), record(3.0, unroll=2), record(1.0, threads=1, unroll=4)):
+        log.append(trial)
     assert dict(log.best(TASK, ROW).knobs) == {"unroll": 2}
 
 
@@ -127,9 +127,9 @@ def test_digest_changes_with_the_best_time(tmp_path):
 
 
 def test_times_are_medians_by_number_of_tokens():
-    made = dataclasses.replace(record(5.0), tokens=128, also={"16": (3.0, 1.0, 2.0)})
-    assert made.times == {128: 6.0, 16: 2.0} and made.median == pytest.approx(12**0.5)
-    assert dataclasses.replace(made, microseconds=()).times == {}
+    measured = dataclasses.replace(record(5.0), tokens=128, also={"16": (3.0, 1.0, 2.0)})
+    assert measured.times == {128: 6.0, 16: 2.0} and measured.median == pytest.approx(12**0.5)
+    assert dataclasses.replace(measured, microseconds=()).times == {}
 
 
 def test_unwritable_directory_is_one_sentence(tmp_path):
@@ -148,22 +148,22 @@ def test_two_writers_and_kill_9_lose_and_mix_nothing(tmp_path):
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_write_forever, args=(str(tmp_path), i)) for i in (0, 1)]
     path = tmp_path / ROW.log / "dense.jsonl"
-    for one in writers:
-        one.start()
+    for writer in writers:
+        writer.start()
     _wait(lambda: _writers(path) == {0, 1} and path.stat().st_size > 50_000)
     os.kill(writers[0].pid, signal.SIGKILL)
     killed_at = len(path.read_bytes())
     _wait(lambda: len(path.read_bytes()) > killed_at + 20_000)  # the other one goes on
     os.kill(writers[1].pid, signal.SIGKILL)
-    for one in writers:
-        one.join()
+    for writer in writers:
+        writer.join()
     said: list[str] = []
-    found = open_log(tmp_path, said).records(TASK, ROW)
+    records = open_log(tmp_path, said).records(TASK, ROW)
     lines = path.read_bytes().count(b"\n")
-    torn = lines + (not path.read_bytes().endswith(b"\n")) - len(found)
+    torn = lines + (not path.read_bytes().endswith(b"\n")) - len(records)
     assert torn <= 2  # at most the line that each was killed in
     for writer in (0, 1):
-        numbers = [r.knobs["number"] for r in found if r.knobs["writer"] == writer]
+        numbers = [r.knobs["number"] for r in records if r.knobs["writer"] == writer]
         assert numbers == list(range(len(numbers)))  # none lost, none twice, in order
 
 

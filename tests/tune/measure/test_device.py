@@ -29,8 +29,8 @@ ROW, QUIET = resolve(native().name, 1), Progress(verbosity=-1)
 
 @pytest.fixture(scope="module")
 def fleet():
-    with two_servers() as found:
-        yield found
+    with two_servers() as tracker_and_servers:
+        yield tracker_and_servers
 
 
 def tune(tracker: str, directory: Path, tasks: list[Task]) -> tuple[dict, TuningLog]:
@@ -66,10 +66,12 @@ def test_device_that_dies_costs_its_trial_alone(fleet, tmp_path, monkeypatch):
         session = tuner._Session(log, ROW, trials, QUIET, time.monotonic() + 60, None)
         times = session.measure(candidates)
     assert len(answered) == 4 and sum(map(bool, times)) >= 3
-    good = [one for one in log.records(DENSE, ROW) if not one.error]
-    assert len(good) == sum(map(bool, times)) and not any(one.estimated for one in good)
-    assert all(len(one.microseconds) == 5 and sorted(one.also) == ["16", "384"] for one in good)
-    assert all(one.machine["row"] == ROW.name and one.machine["cpu"] for one in good)
+    good = [record for record in log.records(DENSE, ROW) if not record.error]
+    assert len(good) == sum(map(bool, times)) and not any(record.estimated for record in good)
+    assert all(
+        len(record.microseconds) == 5 and sorted(record.also) == ["16", "384"] for record in good
+    )
+    assert all(record.machine["row"] == ROW.name and record.machine["cpu"] for record in good)
 
 
 def test_absent_tracker_and_device_are_said_with_what_to_do(tmp_path):

@@ -42,13 +42,13 @@ def server(tmp_path_factory):
         pytest.skip(f"there is no {PYTHON}; as root: make test-arm")
     if shutil.which("qemu-aarch64") is None:
         pytest.skip("qemu-aarch64 is not installed; make test-arm")
-    work = tmp_path_factory.mktemp("server")
-    package = installed(work / "packages")
+    directory = tmp_path_factory.mktemp("server")
+    package = installed(directory / "packages")
     (ROOT / "proc").mkdir(exist_ok=True)
     (ROOT / "proc/cpuinfo").write_text(CPUINFO, encoding="ascii")
     # a process that the server starts anew is a program of this machine's: QEMU with Python
     qemu = [shutil.which("qemu-aarch64"), "-L", ROOT, "-cpu", emulator.processor(ROW), PYTHON]
-    python = work / "python"
+    python = directory / "python"
     python.write_text(f'#!/bin/sh\nexec {" ".join(map(str, qemu))} "$@"\n', encoding="utf-8")
     python.chmod(0o755)
     port = free_port()
@@ -59,16 +59,16 @@ def server(tmp_path_factory):
         line = [python, "-c", SERVE, python, "device", "serve", "--tracker", tracker]
         line += ["--key", "board", "--threads", "1", "--port", str(free_port())]
         env = {**os.environ, "PYTHONPATH": str(package)}
-        log = work.joinpath("log").open("w")
+        log = directory.joinpath("log").open("w")
         started.append(
             subprocess.Popen(line, env=env, stdout=log, stderr=log, start_new_session=True)
         )
         wait_for(lambda: devices(tracker) == 1, SECONDS)
         yield tracker
     finally:
-        for one in started:
-            os.killpg(one.pid, signal.SIGKILL)
-            one.wait()
+        for process in started:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def installed(directory: Path) -> Path:

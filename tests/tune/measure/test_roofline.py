@@ -30,5 +30,5 @@ def test_a_sparse_kernel_counts_the_multiply_adds_that_it_does() -> None:
     shape = {"inputs": 64, "outputs": 8, "activation": "none", "residual": False}
     kernel = {"operation": "sparse", "calls": 3, "nonzeros": 20}
     for precision, lane in (("fp32", 1), ("bf16", 2), ("int8", 4), ("int8_static", 4)):
-        given = {**kernel, "shape": {**shape, "precision": precision, "density": 10}}
-        assert roofline.flops(given, 5, 1, 5) == 2 * 5 * 20 * lane
+        sparse_kernel = {**kernel, "shape": {**shape, "precision": precision, "density": 10}}
+        assert roofline.flops(sparse_kernel, 5, 1, 5) == 2 * 5 * 20 * lane

@@ -164,10 +164,10 @@ class Memory:
 
     def download(self, address: int, like: np.ndarray) -> np.ndarray:
         """A buffer's content as an array of another's form."""
-        found = np.empty(like.shape, like.dtype)
-        if found.nbytes:
-            self._card.call("cuMemcpyDtoH_v2", found.ctypes.data, address, found.nbytes)
-        return found
+        array = np.empty(like.shape, like.dtype)
+        if array.nbytes:
+            self._card.call("cuMemcpyDtoH_v2", array.ctypes.data, address, array.nbytes)
+        return array
 
     def free(self) -> None:
         """Give everything back."""

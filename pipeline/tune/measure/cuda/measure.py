@@ -56,7 +56,7 @@ def measure(archive: Path, output: Path, seconds: float | None = None) -> str:
     end = time.monotonic() + seconds if seconds else float("inf")
     with tempfile.TemporaryDirectory(prefix="bertile-measure-") as place:
         with zipfile.ZipFile(archive) as file:
-            names = [one for one in file.namelist() if one.endswith(".cubin")]
+            names = [name for name in file.namelist() if name.endswith(".cubin")]
             file.extractall(place, names)
             manifest = json.loads(file.read("manifest.json"))
         row = resolve(manifest["target"]["name"], manifest["threads"])
@@ -88,10 +88,10 @@ def _answers(
                 return
             task = Task(**manifest["tasks"][candidate["task"]])
             image = str(place / candidate["image"])
-            found = trials.run(task, candidate["knobs"], blocks, also, image=image)
-            if "error" in found:
-                yield {"candidate": candidate["id"], "error": found["error"]}
+            outcome = trials.run(task, candidate["knobs"], blocks, also, image=image)
+            if "error" in outcome:
+                yield {"candidate": candidate["id"], "error": outcome["error"]}
                 continue
-            times = {blocks * BLOCK_TOKENS: found["microseconds"], **found["also"]}
-            sets = [{"tokens": int(one), "microseconds": us} for one, us in times.items()]
+            times = {blocks * BLOCK_TOKENS: outcome["microseconds"], **outcome["also"]}
+            sets = [{"tokens": int(tokens), "microseconds": us} for tokens, us in times.items()]
             yield {"candidate": candidate["id"], "sets": sets}

@@ -34,7 +34,7 @@ class Instruction:
         sums = ", ".join(f'"+{kind}"(d[c][{n}])' for n in range(4))
         values = [*(f"a[{n}]" for n in range(4)), *(f"b[{n}]" for n in range(len(b.split())))]
         values += ["0x44444444u"] if self.sparse else []  # the first two of each four
-        given = ", ".join(f'"r"({one})' for one in values)
+        inputs = ", ".join(f'"r"({value})' for value in values)
         return f"""
 extern "C" __global__ void __launch_bounds__({32 * WARPS}) {entry}(float* y) {{
   {self.result} d[{CHAINS}][4] = {{}};
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__({32 * WARPS}) {entry}(float* y) {{
   for (int i = 0; i < {ROUNDS}; ++i)
 #pragma unroll
     for (int c = 0; c < {CHAINS}; ++c)
-      asm volatile("{self.words} {operands};" : {sums} : {given});
+      asm volatile("{self.words} {operands};" : {sums} : {inputs});
   {self.result} sum = 0;
   for (int c = 0; c < {CHAINS}; ++c) sum += d[c][0] + d[c][1] + d[c][2] + d[c][3];
   if (sum == 12345) y[0] = sum;  // so that the products are wanted
@@ -64,21 +64,21 @@ def build(row: Target) -> bytes:
     """The cubin of all of them; the row is one with asynchronous copies, from cuda-sm80 on."""
     from bertile.codegen.cuda import compiler  # where this measures there is none
 
-    text = "".join(one.text(f"rate_{name}") for name, one in INSTRUCTIONS.items())
+    text = "".join(instruction.text(f"rate_{name}") for name, instruction in INSTRUCTIONS.items())
     return compiler.find().run(compiler.prelude() + text, compiler.machine(row))
 
 
 def measure(card: Card, image: bytes) -> dict[str, float]:
     """TFLOP/s (or 10^12 integer operations a second) of each kind of product."""
-    found = {}
+    rates = {}
     grid = BLOCKS * card.facts()["multiprocessors"]
     with card, card.memory() as memory, card.module(image) as module:
         place = {"y": memory.empty(4)}
-        for name, one in INSTRUCTIONS.items():
+        for name, instruction in INSTRUCTIONS.items():
             launch = Launch(f"rate_{name}", (grid, 1, 1), 32 * WARPS, 0, ("y",))
             with card.graph(module, [(Kernel("", ("y",), (launch,)), place, {})]) as graph:
                 card.milliseconds(graph, 3)
                 times = sorted(card.milliseconds(graph, 3) / 3 for _ in range(5))
-            work = 2.0 * 16 * 8 * one.depth * CHAINS * ROUNDS * WARPS * grid
-            found[name] = round(work / times[2] / 1e9, 1)
-    return found
+            operations = 2.0 * 16 * 8 * instruction.depth * CHAINS * ROUNDS * WARPS * grid
+            rates[name] = round(operations / times[2] / 1e9, 1)
+    return rates

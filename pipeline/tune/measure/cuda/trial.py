@@ -59,8 +59,8 @@ def measure(
         def times(sample: Sample) -> list[float] | str:
             return _times(card, module, kernel, sample, copies)
 
-        found = answer(task, row, (blocks, *also), times)
-    return {**found, "machine": {**card.facts(), "row": row.name}}
+        outcome = answer(task, row, (blocks, *also), times)
+    return {**outcome, "machine": {**card.facts(), "row": row.name}}
 
 
 def answered(**request: Any) -> dict[str, Any]:
@@ -85,11 +85,11 @@ def open_card() -> Card:
 
 def check(card: Card, row: Target) -> None:
     """PlatformError where a device cannot run a row's code."""
-    found = card.facts()["capability"]
-    if found != row.gpu.capability:
+    capability = card.facts()["capability"]
+    if capability != row.gpu.capability:
         raise PlatformError(
-            f"{card.name} is sm_{found}, the kernels are for {row.name}",
-            f"give --target cuda-sm{found}",
+            f"{card.name} is sm_{capability}, the kernels are for {row.name}",
+            f"give --target cuda-sm{capability}",
         )
 
 
@@ -128,10 +128,10 @@ def _times(
             card.milliseconds(graph)
             first = max(card.milliseconds(graph), 1e-3)
             replays = max(1, min(MOST_REPLAYS, round(REPEAT_MILLISECONDS / first)))
-            found = [card.milliseconds(graph, replays) for _ in range(REPEATS)]
+            milliseconds = [card.milliseconds(graph, replays) for _ in range(REPEATS)]
         if mistake := sample.mistake(_read(memory, places, results)):
             return f"{mistake}, called again"
-    return [1e3 * one / (replays * count) for one in found]
+    return [1e3 * total / (replays * count) for total in milliseconds]
 
 
 def _read(memory: Memory, places: Sequence[int], results: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -19,9 +19,9 @@ def test_code_multiplies_as_often_as_it_is_counted(name):
         compiler.find()
     except PlatformError as error:
         pytest.skip(str(error))
-    found = cubin.read(rates.build(resolve(name)))
-    assert set(found) == {f"rate_{kind}" for kind in rates.INSTRUCTIONS}
-    for entry, used in found.items():
+    kernels = cubin.read(rates.build(resolve(name)))
+    assert set(kernels) == {f"rate_{kind}" for kind in rates.INSTRUCTIONS}
+    for entry, used in kernels.items():
         product = "IMMA" if "int8" in entry else "HMMA"
         assert used.instructions[product] % rates.CHAINS == 0 < used.instructions[product]
         assert used.local == 0
@@ -37,7 +37,7 @@ class Clock:
     def memory(self):
         yield self
 
-    module = graph = lambda self, *given: contextlib.nullcontext(given)
+    module = graph = lambda self, *arguments: contextlib.nullcontext(arguments)
 
     def empty(self, size):
         return 256
@@ -53,8 +53,8 @@ class Clock:
 
 
 def test_sparse_products_count_what_they_stand_for():
-    found = rates.measure(Clock(), b"")
-    work = 2 * 16 * 8 * 16 * rates.CHAINS * rates.ROUNDS * rates.WARPS * rates.BLOCKS * 132
-    assert found["fp16"] == pytest.approx(work / 2e-3 / 1e12, abs=0.1)
-    assert found["fp16_2_4"] == pytest.approx(2 * found["fp16"], abs=0.2)
-    assert found["int8_2_4"] == pytest.approx(2 * found["int8"], abs=0.2)
+    measured = rates.measure(Clock(), b"")
+    operations = 2 * 16 * 8 * 16 * rates.CHAINS * rates.ROUNDS * rates.WARPS * rates.BLOCKS * 132
+    assert measured["fp16"] == pytest.approx(operations / 2e-3 / 1e12, abs=0.1)
+    assert measured["fp16_2_4"] == pytest.approx(2 * measured["fp16"], abs=0.2)
+    assert measured["int8_2_4"] == pytest.approx(2 * measured["int8"], abs=0.2)

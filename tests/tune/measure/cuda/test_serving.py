@@ -34,14 +34,14 @@ pytestmark = pytest.mark.slow  # servers, trackers and their processes
 
 @pytest.fixture(scope="module")
 def fleet():
-    with two_servers(LD_LIBRARY_PATH=str(pretended.driver().parent)) as found:
-        yield found
+    with two_servers(LD_LIBRARY_PATH=str(pretended.driver().parent)) as tracker_and_servers:
+        yield tracker_and_servers
 
 
 @pytest.fixture(scope="module")
 def trials(fleet):
-    with opened(fleet) as found:
-        yield found
+    with opened(fleet) as remote_runner:
+        yield remote_runner
 
 
 def opened(fleet, row=ROW):
@@ -51,16 +51,18 @@ def opened(fleet, row=ROW):
 
 def servers(fleet) -> list[str]:
     """The processes that listen, which their commands start again when they end."""
-    return [Path(f"/proc/{one.pid}/task/{one.pid}/children").read_text() for one in fleet[1]]
+    return [
+        Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text() for process in fleet[1]
+    ]
 
 
 def test_kernel_that_fails_costs_its_trial_and_no_server(fleet, trials, monkeypatch):
     before = servers(fleet)
     good, broken = (pretended.image(NORM, KNOBS, ROW, broken=bad) for bad in (False, True))
-    monkeypatch.setattr(runner, "build", lambda *given: broken)
+    monkeypatch.setattr(runner, "build", lambda *arguments: broken)
     for answer in runners.answers(trials, [(NORM, KNOBS)] * 2, 1, ()):
         assert "a kernel failed on emulated sm_90" in answer["error"]
-    monkeypatch.setattr(runner, "build", lambda *given: good)
+    monkeypatch.setattr(runner, "build", lambda *arguments: good)
     for answer in runners.answers(trials, [(NORM, KNOBS)] * 2, 1, (3,)):
         assert min(answer["microseconds"]) > 0 and list(answer["also"]) == ["48"]
         assert answer["machine"]["gpu"] == "emulated sm_90"
@@ -68,7 +70,7 @@ def test_kernel_that_fails_costs_its_trial_and_no_server(fleet, trials, monkeypa
 
 
 def test_gpu_of_another_kind_is_refused_by_name(fleet, monkeypatch):
-    monkeypatch.setattr(runner, "build", lambda *given: b"code that nothing loads")
+    monkeypatch.setattr(runner, "build", lambda *arguments: b"code that nothing loads")
     with opened(fleet, resolve("cuda-sm80")) as others:
         error = others.run(NORM, KNOBS, 1)["error"]
     assert "sm_90, the kernels are for cuda-sm80; give --target cuda-sm90" in error
@@ -89,6 +91,6 @@ def test_device_that_dies_costs_its_trial_alone(fleet, trials, tmp_path, monkeyp
     session = tuner._Session(log, ROW, trials, QUIET, time.monotonic() + 60, None)
     times = session.measure(candidates)
     assert len(answered) == 4 and sum(map(bool, times)) >= 3
-    good = [one for one in log.records(NORM, ROW) if not one.error]
-    assert len(good) == sum(map(bool, times)) and not any(one.estimated for one in good)
-    assert all(one.machine["row"] == ROW.name and list(one.also) == ["16"] for one in good)
+    good = [record for record in log.records(NORM, ROW) if not record.error]
+    assert len(good) == sum(map(bool, times)) and not any(record.estimated for record in good)
+    assert all(record.machine["row"] == ROW.name and list(record.also) == ["16"] for record in good)

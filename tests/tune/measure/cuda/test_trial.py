@@ -59,17 +59,17 @@ def open_log(directory: Path) -> TuningLog:
 def tried(task: Task, path: Path, made_of: Task | None = None, row=ROW) -> dict:
     knobs = schedules_for(row)[task.operation].default(task, row)
     path.write_bytes(pretended.image(made_of or task, knobs, row))
-    given = (task.operation, dict(task.shape), knobs, row.name, 1)
-    return trial.measure(*given, 1, (3,), image=str(path))
+    arguments = (task.operation, dict(task.shape), knobs, row.name, 1)
+    return trial.measure(*arguments, 1, (3,), image=str(path))
 
 
 def test_trial_gives_times_for_each_number_of_tokens_and_gives_memory_back(device, tmp_path):
     free = free_memory(device)
     for task in (DENSE, NORM):
-        found = tried(task, tmp_path / "image")
-        assert len(found["microseconds"]) == trial.REPEATS and min(found["microseconds"]) > 0
-        assert list(found["also"]) == ["48"]
-        assert found["machine"]["gpu"] == "emulated sm_90"
+        outcome = tried(task, tmp_path / "image")
+        assert len(outcome["microseconds"]) == trial.REPEATS and min(outcome["microseconds"]) > 0
+        assert list(outcome["also"]) == ["48"]
+        assert outcome["machine"]["gpu"] == "emulated sm_90"
     assert free_memory(device) == free
 
 
@@ -99,8 +99,8 @@ def test_result_that_nobody_writes_is_found(device, tmp_path, monkeypatch):
         return replace(kernel, launches=tuple(launches))
 
     monkeypatch.setitem(schedules_for(ROW), "layer_norm", replace(schedule, kernel=half))
-    given = (NORM.operation, dict(NORM.shape), knobs, ROW.name, 1)
-    assert "wrong result" in trial.measure(*given, 8, image=str(tmp_path / "image"))["error"]
+    arguments = (NORM.operation, dict(NORM.shape), knobs, ROW.name, 1)
+    assert "wrong result" in trial.measure(*arguments, 8, image=str(tmp_path / "image"))["error"]
 
 
 def test_kernels_of_another_row_are_refused_by_name(device):
@@ -143,7 +143,7 @@ def test_kernel_that_fails_costs_itself_and_its_process_alone(device, monkeypatc
     with runner.open_runner(ROW, Config()) as trials:
         good = pretended.image(NORM, knobs, ROW)
         images = iter([pretended.image(NORM, knobs, ROW, broken=True), good])
-        monkeypatch.setattr(runner, "build", lambda *given: next(images))
+        monkeypatch.setattr(runner, "build", lambda *arguments: next(images))
         assert "a kernel failed on emulated sm_90" in trials.run(NORM, knobs, 1)["error"]
         assert "microseconds" in trials.run(NORM, knobs, 1)
 
@@ -160,9 +160,9 @@ def test_machine_without_a_gpu_is_told_the_ways_out(tmp_path):
 @pytest.fixture
 def archive(device, tmp_path) -> Path:
     path = tmp_path / "round1.pyz"
-    given = (TASKS, [NORM], open_log(tmp_path / "log"), ROW, Config(trials=2), path, QUIET)
-    found = packer.pack(*given, cuda_packer.CudaPack)
-    assert (found["tasks"], found["candidates"]) == (2, 3) and found["size_bytes"] < 1 << 20
+    arguments = (TASKS, [NORM], open_log(tmp_path / "log"), ROW, Config(trials=2), path, QUIET)
+    counts = packer.pack(*arguments, cuda_packer.CudaPack)
+    assert (counts["tasks"], counts["candidates"]) == (2, 3) and counts["size_bytes"] < 1 << 20
     return path
 
 
@@ -184,8 +184,8 @@ def test_times_come_home_once_and_the_next_round_goes_on(archive, tmp_path, caps
     assert done.returncode == 0, done.stderr
     assert "3 candidates measured, 0 of them failed" in done.stderr
     log = open_log(tmp_path / "log")
-    found = ingester.ingest(tmp_path / "result", log, QUIET)
-    assert (found["added"], found["failed"]) == (3, 0) and found["device"] == "emulated sm_90"
+    counts = ingester.ingest(tmp_path / "result", log, QUIET)
+    assert (counts["added"], counts["failed"]) == (3, 0) and counts["device"] == "emulated sm_90"
     again = ["tune", "--ingest", str(tmp_path / "result"), "--log-dir", str(tmp_path / "log")]
     assert main.main([*again, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["known"] == 3
@@ -195,20 +195,20 @@ def test_times_come_home_once_and_the_next_round_goes_on(archive, tmp_path, caps
         assert len(record.microseconds) == trial.REPEATS and list(record.also) == ["16"]
         assert record.machine["row"] == ROW.name and record.machine["l2_bytes"]
     second = tmp_path / "round2.pyz"
-    found = packer.pack(
+    counts = packer.pack(
         TASKS, [NORM], log, ROW, Config(trials=2), second, QUIET, cuda_packer.CudaPack
     )
-    assert (found["tasks"], found["candidates"]) == (1, 2)
+    assert (counts["tasks"], counts["candidates"]) == (1, 2)
     with zipfile.ZipFile(second) as file:
         manifest = json.loads(file.read("manifest.json"))
     known = [dict(record.knobs) for record in records]
-    assert all(one["knobs"] not in known for one in manifest["candidates"])
+    assert all(candidate["knobs"] not in known for candidate in manifest["candidates"])
 
 
 def test_archive_begins_with_the_first_candidate_of_each_task(archive):
     with zipfile.ZipFile(archive) as file:
         candidates = json.loads(file.read("manifest.json"))["candidates"]
-    assert [one["task"] for one in candidates] == [0, 1, 0]
+    assert [candidate["task"] for candidate in candidates] == [0, 1, 0]
 
 
 def test_archive_ends_in_time_and_with_what_it_has(archive, tmp_path):

@@ -1,0 +1,65 @@
+"""Runs `bertile inspect`: the kernels of a bundle, or what its layers lose or leave out."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from bertile.base.progress import Progress
+from bertile.base.tables import table
+from bertile.cli.command import Outcome, add_bundle
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """A bundle, which of its sides to look at, and the call that is measured."""
+    add_bundle(parser)
+    add = parser.add_argument
+    only = parser.add_mutually_exclusive_group().add_argument
+    only("--quant", action="store_true", help="the noise of each quantized layer, and no times")
+    only("--sparse", action="store_true", help="each layer's zeros and kernel, and no times")
+    add("--batch", metavar="N", type=int, default=1, help="sequences in the measured call")
+    add("--length", metavar="N", type=int, default=128, help="tokens in a sequence")
+    add("--threads", metavar="N", type=int, help="cores to use")
+
+
+def run(options: Namespace, progress: Progress) -> Outcome:
+    """The kernels of a bundle, measured here; or what quantization costs each layer, or where the
+    zeros of each layer lie.
+    """
+    if options.quant:
+        return _quantization(options)
+    if options.sparse:
+        return _sparsity(options)
+    from bertile import backends, loader
+
+    bundle = Path(options.bundle)
+    backend = backends.of_bundle(loader.read_manifest(bundle))
+    report = backend.inspect(bundle, options.batch, options.length, options.threads, progress)
+    kernels = report.get("kernels", [])
+    plain = (str, int, float, type(None))
+    columns = [name for name in (kernels or [{}])[0] if isinstance(kernels[0][name], plain)]
+    rows = [[kernel.get(name) for name in columns] for kernel in kernels]
+    fallen = report.get("fallthrough", [])
+    text = table([name.replace("_", " ") for name in columns], rows) if rows else "no kernels"
+    if rows:
+        text += f"\n\n{backend.summary(report)}"
+    if fallen:
+        text += f"\nfell through to the generic path: {', '.join(fallen)}"
+    return Outcome(report, text)
+
+
+def _quantization(options: Namespace) -> Outcome:
+    from bertile import loader
+    from bertile.quantize import quantizer
+
+    quantization = loader.read_manifest(Path(options.bundle)).get("quantization", {})
+    return Outcome(quantization, quantizer.as_text(quantization))
+
+
+def _sparsity(options: Namespace) -> Outcome:
+    from bertile import loader
+    from bertile.lower import sparse_choice
+
+    manifest = loader.read_manifest(Path(options.bundle))
+    layers = manifest.get("sparsity", [])
+    return Outcome(layers, sparse_choice.as_text(layers, manifest["config"].get("sparse", "off")))

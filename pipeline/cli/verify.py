@@ -1,0 +1,37 @@
+"""Runs `bertile verify`: compares a bundle with ONNX Runtime."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from bertile.base.progress import Progress
+from bertile.cli.command import Outcome, add_bundle
+from bertile.cli.config_flags import add_some_config, read_config
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """A bundle, the model that it is compared with, and how it is run."""
+    add_bundle(parser)
+    parser.add_argument("--onnx", metavar="FILE", help="the exported model (default: as compiled)")
+    parser.add_argument("--threads", metavar="N", type=int, help="cores to use")
+    add_some_config(parser, "runtime-from")
+
+
+def run(options: Namespace, progress: Progress) -> Outcome:
+    """Compare; exit code 4 where the difference is past the tolerance."""
+    from bertile.run import opener
+    from bertile.verify import verifier
+
+    bundle, source = Path(options.bundle), read_config(options).runtime_from
+    check = verifier.verify(
+        bundle, options.onnx, options.threads, progress, opener.parts_of(bundle, source)
+    )
+    close = check["max_abs_difference"] <= check["tolerance"]
+    verdict = "equal" if close else "DIFFERENT"
+    text = (
+        f"{verdict}: at most {check['max_abs_difference']:.2g} from {check['reference']}"
+        f" (tolerance {check['tolerance']:.2g})"
+        + (f", run by {check['emulator']}" if "emulator" in check else "")
+    )
+    return Outcome(check, text, 0 if close else 4)
