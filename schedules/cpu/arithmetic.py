@@ -15,7 +15,7 @@ folded into the weights of the layer that reads them where all tokens share them
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,8 @@ from tvm.tirx.script import builder as T
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu.lanes import splat
 from bertile.schedules.cpu.vector_math import ROUND
-from bertile.schedules.intrinsics import arm, llvm, x86
+from bertile.schedules.intrinsics import llvm, x86
 from bertile.schedules.reference import LEVELS
-from bertile.schedules.schedule import Row
 
 ROUND_BITS = 0x4B400000  # of ``vector_math.ROUND``
 
@@ -103,31 +102,6 @@ class Arithmetic:
 FP32 = Arithmetic(1, "float32", "float32")
 FP16 = Arithmetic(1, "float32", "float32", "", llvm.HALF, "int16")
 BF16 = Arithmetic(2, "int32", "float32", "bertile_dot2", x86.DOT2_BF16)
-
-
-def arithmetic(precision: str, row: Row) -> Arithmetic:
-    """The arithmetic of ``fp32``, ``fp16``, ``bf16`` or ``int8`` on a machine."""
-    if row.arch == "aarch64" and precision != "fp32":
-        return _arm(precision, row)
-    if precision == "int8":
-        wide = x86.DOT4_AVX512 if row.vector_bits == 512 else x86.DOT4_AVX2
-        text = x86.DOT4_VNNI if row.dot_product == "vnni" else wide
-        return Arithmetic(4, "int32", "int32", "bertile_dot4", text)
-    return {"fp32": FP32, "fp16": FP16, "bf16": BF16}[precision]
-
-
-def _arm(precision: str, row: Row) -> Arithmetic:
-    if precision == "fp16":
-        return replace(FP16, llvm=llvm.HALF + arm.HALVES + arm.LANES, by_lane=True)
-    if precision == "bf16":
-        matrix = arm.MATRIX_BF16 + arm.SHUFFLES
-        return replace(BF16, llvm=arm.DOT2_BF16, matrix=matrix)
-    if row.dot_product == "usmmla":
-        matrix = arm.MATRIX_INT8 + arm.SHUFFLES
-        return Arithmetic(4, "int32", "int32", "bertile_dot4", arm.DOT4_USDOT, matrix=matrix)
-    sdot, neon = arm.DOT4_SDOT + arm.SIGNED, arm.DOT4_NEON + arm.SIGNED_NEON
-    text = (sdot if row.dot_product == "sdot" else neon) + arm.LANES
-    return Arithmetic(4, "int32", "int32", "bertile_dot4", text, signed=True, by_lane=True)
 
 
 # On vectors of a kernel.

@@ -35,8 +35,8 @@ from tvm.tirx.script import builder as T
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.attention_spec import REACH, AttentionSpec
 from bertile.schedules.cpu import arithmetic as arithmetics
-from bertile.schedules.cpu import lanes, vector_math
-from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
+from bertile.schedules.cpu import lanes, precisions, product, vector_math
+from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.samples import result_sample
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
@@ -74,10 +74,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     if lacks := refuses(task):
         raise ValueError(f"there is no kernel for {lacks}")
     spec = AttentionSpec.from_shape(task.shape)
-    halves = task.shape.get("precision") == "bf16"
-    math = arithmetic("bf16" if halves else "fp32", row)
-    writes = str(task.shape.get("writes", "to_fp32"))
-    packed = {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes]
+    math, packed = product.multiplies(task, row), product.packed(task)
     with lanes.kernel(task.name) as builder:
         qkv = builder.activation("qkv", sum(spec.channels()) // math.group, math.lane)
         keys = builder.tensor("keys", builder.blocks, BLOCK_TOKENS)
@@ -86,11 +83,11 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         if spec.bias == "tensor":
             extents = [T.int32() for _ in range(4)]
             bias = builder.tensor("bias", *extents, BLOCK_TOKENS)
-        limits = builder.tensor("limits", 2) if writes == "to_int8" else None
+        limits = builder.tensor("limits", 2) if packed == 4 else None
         dtype = "float32" if packed == 1 else "int32"
         y = builder.activation("y", spec.channels()[0] // packed, dtype)
         builder.link(math.llvm)
-        kind = _HalfQuery if halves else _Query
+        kind = _QUERIES[precisions.name(task)]
         # registers of four: LLVM makes one load and products by its lanes of four broadcasts
         unroll = 4 if row.vector_bits == 128 else 1
         with T.parallel(spec.heads * builder.blocks) as job:
@@ -300,13 +297,16 @@ class _HalfQuery(_Query):
         return self.qkv[block, channel // 2, channel % 2 * (BLOCK_TOKENS // 2) + j]
 
 
+_QUERIES = {"fp32": _Query, "bf16": _HalfQuery}
+
+
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Two sequences where the blocks allow it, the last few keys of each masked."""
     spec = AttentionSpec.from_shape(task.shape)
     heads, size = spec.heads, spec.head_size
     counts = [blocks] if blocks < 3 else [blocks - blocks // 3, blocks // 3]
     qkv = rng.standard_normal((blocks * BLOCK_TOKENS, 3 * heads * size)).astype("float32")
-    halves = task.shape.get("precision") == "bf16"
+    halves = product.group(task) == 2
     if halves:
         qkv = arithmetics.bf16_values(arithmetics.bf16_pairs(qkv))
     keys = np.zeros((blocks, BLOCK_TOKENS), "float32")

@@ -32,7 +32,6 @@ from bertile.schedules.cpu.product import (
     byte_offset,
     group,
     multiplies,
-    precision,
     weight_lanes,
     writes,
 )
@@ -48,7 +47,7 @@ def space(task: Task, row: Row) -> Space:
     """
     math = multiplies(task, row)
     steps = step_count(task, math)
-    halves = precision(task) in ("fp32", "fp16") and writes(task) == "to_fp32"
+    in_floats = group(task) == 1 and writes(task) == "to_fp32"
     fits = _accumulators(task, row)
     unrolls = (1, 2, 4, 8) if row.dot_product == "sdot" and math.signed else (1, 2, 4)
     ready = math.signed or bool(math.matrix)  # for one block, and better for more outputs
@@ -56,7 +55,7 @@ def space(task: Task, row: Row) -> Space:
         "accumulators": tuple(range(min(4, fits), fits + 1, 2 if math.matrix else 1)),
         "token_blocks": (1,) if ready else tuple(b for b in (1, 2, 3, 4) if b <= fits // 2),
         "unroll": tuple(u for u in unrolls if steps % u == 0),
-        "passes": (1, 2) if halves and steps % 2 == 0 and steps >= 256 else (1,),
+        "passes": (1, 2) if in_floats and steps % 2 == 0 and steps >= 256 else (1,),
         "panels": (2, 4, 8, 16) if ready else (1, 2, 4, 8),
         "chunk": (4, 8, 16, 32),
     }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 
 from bertile.schedules import BLOCK_TOKENS
-from bertile.schedules.cpu import arithmetic, lanes
+from bertile.schedules.cpu import arithmetic, lanes, precisions
 from bertile.schedules.cpu.samples import result_sample
 from bertile.schedules.reference import LEVELS, apply_activation
 from bertile.schedules.schedule import Sample
@@ -30,52 +33,78 @@ def product_sample(
     """Random activations for these weights, and the product by numpy in float64."""
     inputs, outputs = w.shape
     x = rng.standard_normal((blocks * BLOCK_TOKENS, inputs)).astype("float32")
-    activations, weights, product = _operands(task, x, w, b)
+    trial = TRIALS[precisions.name(task)]
+    activations, weights, product = trial.operands(x, w, b)
     expected = apply_activation(task.shape["activation"], product)
     if task.shape["residual"]:
         r = rng.standard_normal((blocks * BLOCK_TOKENS, outputs)).astype("float32")
         activations.append(lanes.to_lanes(r))
         expected = expected + r
-    return result_sample(task, activations, weights, expected.astype("float32"), _tolerance(task))
+    of_gelu = trial.of_gelu if task.shape["activation"] == "gelu" else 0.0
+    tolerance = max(trial.tolerance, of_gelu)
+    return result_sample(task, activations, weights, expected.astype("float32"), tolerance)
 
 
-def _tolerance(task: Task) -> float:
-    """What the sums, and the activation as that precision computes it, may be off by."""
-    precision = str(task.shape.get("precision", "fp32"))
-    if precision.startswith("int8") and task.shape["activation"] == "gelu":
-        return 6e-4
-    return 1e-4 if precision in ("fp32", "fp16") else 2e-4
+Operands = tuple[list[np.ndarray], list[np.ndarray], np.ndarray]
 
 
-def _operands(
-    task: Task, x: np.ndarray, w: np.ndarray, b: np.ndarray
-) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """Activations and weights as the kernel reads them, and x w + b of what they stand for."""
-    precision = task.shape.get("precision", "fp32")
-    if precision == "fp32":
-        return [lanes.to_lanes(x)], [w, b], x.astype("float64") @ w + b
-    if precision == "fp16":
-        return [lanes.to_lanes(x)], [w, b], x.astype("float64") @ w.astype("float16") + b
-    if precision == "bf16":
-        x_, w_ = (arithmetic.bf16_values(arithmetic.bf16_pairs(_even(a))) for a in (x, w))
-        x_, w_ = x_[:, : x.shape[1]], w_[:, : w.shape[1]]
-        return [arithmetic.bf16_lanes(_even(x))], [w, b], x_.astype("float64") @ w_ + b
+def _floats(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
+    return [lanes.to_lanes(x)], [w, b], x.astype("float64") @ w + b
+
+
+def _stored_halves(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
+    return [lanes.to_lanes(x)], [w, b], x.astype("float64") @ w.astype("float16") + b
+
+
+def _bf16(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
+    x_, w_ = (arithmetic.bf16_values(arithmetic.bf16_pairs(_even(a))) for a in (x, w))
+    x_, w_ = x_[:, : x.shape[1]], w_[:, : w.shape[1]]
+    return [arithmetic.bf16_lanes(_even(x))], [w, b], x_.astype("float64") @ w_ + b
+
+
+def _int8(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
+    q, scale = _quantized(w)
+    bytes_, x_scale, low = arithmetic.quantized_rows(x)
+    x_ = low[:, None].astype("float64") + x_scale[:, None].astype("float64") * bytes_
+    shift = (q.astype("float64").sum(0) * scale).astype("float32")
+    activations = [arithmetic.grouped(bytes_, 4), arithmetic.range_lanes(x_scale, low)]
+    return activations, [q, scale, shift, b], x_ @ (q * scale.astype("float64")) + b
+
+
+def _int8_static(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
+    q, scale = _quantized(w)
+    low, step = -4.0, 8.0 / LEVELS
+    bytes_ = np.rint(np.clip((x - low) / step, 0, LEVELS)).astype("uint8")
+    folded = (low * (q.astype("float64") * scale).sum(0) + b).astype("float32")
+    weights = [q, (scale * step).astype("float32"), folded]
+    product = (low + step * bytes_.astype("float64")) @ (q * scale.astype("float64")) + b
+    return [arithmetic.grouped(bytes_, 4)], weights, product
+
+
+def _quantized(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     largest = np.abs(w).max(0)
     scale = np.where(largest > 0, largest, np.float32(1)) / 127
-    q = np.rint(w / scale).astype("int8")
-    if precision == "int8":
-        bytes_, x_scale, low = arithmetic.quantized_rows(x)
-        ranges = [arithmetic.range_lanes(x_scale, low)]
-        x_ = low[:, None].astype("float64") + x_scale[:, None].astype("float64") * bytes_
-        vectors = [scale, (q.astype("float64").sum(0) * scale).astype("float32"), b]
-    else:
-        low, x_scale, ranges = -4.0, 8.0 / LEVELS, []
-        bytes_ = np.rint(np.clip((x - low) / x_scale, 0, LEVELS)).astype("uint8")
-        x_ = low + x_scale * bytes_.astype("float64")
-        folded = low * (q.astype("float64") * scale).sum(0) + b
-        vectors = [(scale * x_scale).astype("float32"), folded.astype("float32")]
-    product = x_ @ (q * scale.astype("float64")) + b
-    return [arithmetic.grouped(bytes_, 4), *ranges], [q, *vectors], product
+    return np.rint(w / scale).astype("int8"), scale
+
+
+class Trial(NamedTuple):
+    """A row: how a precision is tried. ``operands`` of x, w and b are activations and weights as
+    the kernel reads them, and x w + b of what they stand for; ``tolerance`` is what the sums, and
+    the activations as that precision computes them, may be off by, ``of_gelu`` where that is more.
+    """
+
+    operands: Callable[[np.ndarray, np.ndarray, np.ndarray], Operands]
+    tolerance: float = 2e-4
+    of_gelu: float = 0.0
+
+
+TRIALS = {
+    "fp32": Trial(_floats, 1e-4),
+    "fp16": Trial(_stored_halves, 1e-4),
+    "bf16": Trial(_bf16),
+    "int8": Trial(_int8, of_gelu=6e-4),
+    "int8_static": Trial(_int8_static, of_gelu=6e-4),
+}
 
 
 def _even(x: np.ndarray) -> np.ndarray:

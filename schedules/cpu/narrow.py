@@ -11,10 +11,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tvm import tirx
@@ -27,62 +28,80 @@ from bertile.schedules.reference import LEVELS, byte_limits
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
 
-KINDS = ("bf16", "int8", "int8_static")
 HIGHEST = 3e38  # above any value
 STATIC = (-5.0, 5.0)  # the range of a sample's values
+STATIC_STEP = (STATIC[1] - STATIC[0]) / LEVELS
 
 
 @dataclass
-class Narrow:
-    """The extra operands and results of a kernel that writes its values in a narrow form too.
+class Narrow(ABC):
+    """A kind: the extra operands and results of a kernel that writes its values in it too.
 
     Inputs are declared before the results, as the kernel's signature has them.
     """
 
-    kind: str
     channels: int
     smooth: Any = None
-    limits: Any = None
     values: Any = None
-    range: Any = None
-    watched: list[Any] = field(default_factory=list)
+
+    group: ClassVar[int]  # channels that share a lane
 
     @staticmethod
     def of(task: Task) -> Narrow | None:
         """What the task's ``kind`` asks for; None for a task that has none."""
         kind = task.shape.get("kind")
-        return Narrow(str(kind), int(task.shape["channels"])) if kind else None
+        return KINDS[str(kind)](int(task.shape["channels"])) if kind else None
 
     def declare_inputs(self, builder: KernelBuilder, smooth: bool) -> None:
-        """``smooth`` (C) and ``limits`` (2), where the kind has them."""
+        """``smooth`` (C) where it is asked for, and what else the kind reads."""
         if smooth:
             self.smooth = builder.tensor("smooth", self.channels)
-        if self.kind == "int8_static":
-            self.limits = builder.tensor("limits", 2)
 
     def declare_results(self, builder: KernelBuilder) -> None:
-        """The packed values, and the range that was found."""
-        group = 2 if self.kind == "bf16" else 4
-        self.values = builder.activation("values", -(-self.channels // group), "int32")
-        if self.kind == "int8":
-            self.range = builder.activation("range", 2)
+        """The packed values, and what else the kind writes."""
+        self.values = builder.activation("values", -(-self.channels // self.group), "int32")
 
+    @abstractmethod
     def emit(self, value: Callable[[Any], Any], block: Any) -> None:
         """Narrow a block; ``value(c)`` is channel c's vector, and may be asked for twice."""
-        if self.kind == "bf16":
-            self._bf16(value, block)
-            return
 
-        def smoothed(c: Any) -> Any:
-            return self._smoothed(value(c), c)
+    def watch(self) -> Callable[[Any, Any], None]:
+        """To be called with every value and its channel while a kernel makes them, before ``emit``:
+        so that the range of each token, where it is wanted, needs no pass of its own.
+        """
+        return lambda value, c: None
 
-        if self.kind == "int8_static":
-            low, inverse = (lanes.splat(self.limits[i]) for i in range(2))
-        else:
-            low, inverse = self._range(smoothed, block)
-        self._bytes(smoothed, block, low, inverse)
+    def weights(self) -> list[np.ndarray]:
+        """Of a sample, what the kind reads beside ``smooth``."""
+        return []
 
-    def _bf16(self, value: Callable[[Any], Any], block: Any) -> None:
+    def seen(self, values: np.ndarray) -> np.ndarray:
+        """What is left of a sample's values (tokens, C) before they are rounded."""
+        return values
+
+    def results(self, tokens: int) -> list[np.ndarray]:
+        """Zeros in the form of the results."""
+        wide = -(-self.channels // self.group)
+        return [np.zeros((tokens // BLOCK_TOKENS, wide, BLOCK_TOKENS), "int32")]
+
+    @abstractmethod
+    def rows(self, results: list[np.ndarray]) -> np.ndarray:
+        """(tokens, C) float32 that results stand for."""
+
+    @abstractmethod
+    def tolerance(self, values: np.ndarray, largest: float) -> float:
+        """What rounding a sample's values may change, relative to the largest expected one."""
+
+    def _smoothed(self, value: Any, c: Any) -> Any:
+        return value if self.smooth is None else value * lanes.splat(self.smooth[c])
+
+
+class Halves(Narrow):
+    """bfloat16."""
+
+    group = 2
+
+    def emit(self, value: Callable[[Any], Any], block: Any) -> None:
         with T.serial(self.channels // 2) as i:
             packed = arithmetic.pack_bf16(value(2 * i), value(2 * i + 1))
             lanes.store(self.values, packed, block, i)
@@ -90,17 +109,46 @@ class Narrow:
             packed = arithmetic.pack_bf16(value(self.channels - 1), lanes.splat(0.0))
             lanes.store(self.values, packed, block, self.channels // 2)
 
+    def rows(self, results: list[np.ndarray]) -> np.ndarray:
+        return arithmetic.bf16_rows(results[0])
+
+    def tolerance(self, values: np.ndarray, largest: float) -> float:
+        return 2.0**-8
+
+
+@dataclass
+class Bytes(Narrow):
+    """Bytes in the range of each token."""
+
+    range: Any = None
+    watched: list[Any] = field(default_factory=list)
+
+    group = 4
+
+    def declare_results(self, builder: KernelBuilder) -> None:
+        super().declare_results(builder)
+        self.range = builder.activation("range", 2)
+
+    def emit(self, value: Callable[[Any], Any], block: Any) -> None:
+        def smoothed(c: Any) -> Any:
+            return self._smoothed(value(c), c)
+
+        low, inverse = self._range(smoothed, block)
+        self._bytes(lambda c: arithmetic.steps(smoothed(c), low, inverse), block)
+
     def watch(self) -> Callable[[Any, Any], None]:
-        """To be called with every value and its channel while a kernel makes them, before ``emit``:
-        so that the range of each token, where it is wanted, needs no pass of its own.
-        """
-        if self.kind != "int8":
-            return lambda value, c: None
         self._open(1)
         return lambda value, c: self._see(self._smoothed(value, c), 0)
 
-    def _smoothed(self, value: Any, c: Any) -> Any:
-        return value if self.smooth is None else value * lanes.splat(self.smooth[c])
+    def results(self, tokens: int) -> list[np.ndarray]:
+        blocks = tokens // BLOCK_TOKENS
+        return [*super().results(tokens), np.zeros((blocks, 2, BLOCK_TOKENS), "float32")]
+
+    def rows(self, results: list[np.ndarray]) -> np.ndarray:
+        return arithmetic.dequantized_rows(*results)
+
+    def tolerance(self, values: np.ndarray, largest: float) -> float:
+        return 0.51 * float((values.max(1) - values.min(1)).max()) / LEVELS / largest
 
     def _open(self, chains: int) -> None:
         """So many smallest values, then so many largest ones."""
@@ -129,11 +177,8 @@ class Narrow:
         low, high = reduce(tirx.min, ends[:chains]), reduce(tirx.max, ends[chains:])
         return arithmetic.store_range(self.range, block, T.Bind(low), T.Bind(high))
 
-    def _bytes(self, value: Callable[[Any], Any], block: Any, low: Any, inverse: Any) -> None:
-        def steps(c: Any) -> Any:
-            level = arithmetic.steps(value(c), low, inverse)
-            return arithmetic.clamp(level) if self.range is None else level
-
+    def _bytes(self, steps: Callable[[Any], Any], block: Any) -> None:
+        """Pack each channel's steps, four to a lane."""
         with T.serial(self.channels // 4) as i:
             packed = arithmetic.pack_bytes([steps(4 * i + j) for j in range(4)])
             lanes.store(self.values, packed, block, i)
@@ -141,6 +186,51 @@ class Narrow:
             first = self.channels - rest
             packed = arithmetic.pack_bytes([steps(first + j) for j in range(rest)])
             lanes.store(self.values, packed, block, self.channels // 4)
+
+
+@dataclass
+class StaticBytes(Bytes):
+    """Bytes in one range for all tokens."""
+
+    limits: Any = None
+
+    def declare_inputs(self, builder: KernelBuilder, smooth: bool) -> None:
+        super().declare_inputs(builder, smooth)
+        self.limits = builder.tensor("limits", 2)
+
+    def declare_results(self, builder: KernelBuilder) -> None:
+        Narrow.declare_results(self, builder)
+
+    def emit(self, value: Callable[[Any], Any], block: Any) -> None:
+        low, inverse = (lanes.splat(self.limits[i]) for i in range(2))
+
+        def steps(c: Any) -> Any:
+            smoothed = self._smoothed(value(c), c)
+            return arithmetic.clamp(arithmetic.steps(smoothed, low, inverse))
+
+        self._bytes(steps, block)
+
+    def watch(self) -> Callable[[Any, Any], None]:
+        return Narrow.watch(self)
+
+    def weights(self) -> list[np.ndarray]:
+        return [byte_limits(*STATIC)]
+
+    def seen(self, values: np.ndarray) -> np.ndarray:
+        return np.clip(values, *STATIC)
+
+    def results(self, tokens: int) -> list[np.ndarray]:
+        return Narrow.results(self, tokens)
+
+    def rows(self, results: list[np.ndarray]) -> np.ndarray:
+        levels = arithmetic.ungrouped(results[0], "uint8").astype("float32")
+        return STATIC[0] + STATIC_STEP * levels
+
+    def tolerance(self, values: np.ndarray, largest: float) -> float:
+        return 0.51 * STATIC_STEP / largest
+
+
+KINDS: dict[str, type[Narrow]] = {"bf16": Halves, "int8": Bytes, "int8_static": StaticBytes}
 
 
 def _no_space(task: Task, row: Row) -> Space:
@@ -178,10 +268,8 @@ def sample_weights(task: Task, rng: np.random.Generator) -> list[np.ndarray]:
     weights = []
     if task.shape.get("smooth"):
         weights.append(rng.uniform(0.5, 2.0, int(task.shape["channels"])).astype("float32"))
-    if task.shape.get("kind") == "int8_static":
-        low, high = STATIC
-        weights.append(byte_limits(low, high))
-    return weights
+    form = Narrow.of(task)
+    return [*weights, *(form.weights() if form else [])]
 
 
 def narrow_sample(
@@ -194,37 +282,19 @@ def narrow_sample(
     """The sample of a kernel that writes ``narrowed`` (tokens, C) in the task's kind, behind
     ``wide`` in float32 where that is given.
     """
-    kind, (tokens, channels) = str(task.shape["kind"]), narrowed.shape
-    blocks, group = tokens // BLOCK_TOKENS, 2 if kind == "bf16" else 4
-    results = [] if wide is None else [np.zeros((blocks, channels, BLOCK_TOKENS), "float32")]
-    results.append(np.zeros((blocks, -(-channels // group), BLOCK_TOKENS), "int32"))
-    low, high = STATIC
-    if kind == "int8_static":
-        narrowed = np.clip(narrowed, low, high)
+    form, (tokens, channels) = Narrow.of(task), narrowed.shape
+    in_lanes = (tokens // BLOCK_TOKENS, channels, BLOCK_TOKENS)
+    results = [] if wide is None else [np.zeros(in_lanes, "float32")]
+    narrowed = form.seen(narrowed)
     expected = narrowed if wide is None else np.stack([wide, narrowed])
-    largest = max(1.0, float(np.abs(expected).max()))
-    if kind == "bf16":
-        tolerance = 2.0**-8
-    elif kind == "int8":
-        results.append(np.zeros((blocks, 2, BLOCK_TOKENS), "float32"))
-        spread = float((narrowed.max(1) - narrowed.min(1)).max())
-        tolerance = 0.51 * spread / LEVELS / largest
-    else:
-        tolerance = 0.51 * (high - low) / LEVELS / largest
+    tolerance = form.tolerance(narrowed, max(1.0, float(np.abs(expected).max())))
 
     def decode(buffers: list[np.ndarray]) -> np.ndarray:
-        first = 0 if wide is None else 1
-        if kind == "bf16":
-            rows = arithmetic.bf16_rows(buffers[first])
-        elif kind == "int8":
-            rows = arithmetic.dequantized_rows(buffers[first], buffers[first + 1])
-        else:
-            step = (high - low) / LEVELS
-            rows = low + step * arithmetic.ungrouped(buffers[first], "uint8").astype("float32")
-        rows = rows[:, :channels]
+        rows = form.rows(buffers[len(results) :])[:, :channels]
         return rows if wide is None else np.stack([lanes.from_lanes(buffers[0]), rows])
 
-    return Sample(activations, weights, expected, results, decode, tolerance)
+    places = [*results, *form.results(tokens)]
+    return Sample(activations, weights, expected, places, decode, tolerance)
 
 
 def flops(task: Task, tokens: int) -> float:

@@ -15,7 +15,8 @@ from tvm.tirx.script import builder as T
 
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
+from bertile.schedules.cpu.arithmetic import Arithmetic
+from bertile.schedules.cpu.precisions import arithmetic
 from bertile.schedules.schedule import Row
 
 CHAINS = 12  # independent accumulators: more than latency × throughput of any core so far

@@ -14,22 +14,16 @@ from tvm.tirx.script import builder as T
 
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import arithmetic as arithmetics
-from bertile.schedules.cpu import lanes
+from bertile.schedules.cpu import lanes, precisions
 from bertile.schedules.cpu.arithmetic import Arithmetic
-from bertile.schedules.cpu.vector_math import ACTIVATIONS, ACTIVATIONS_BF16, ACTIVATIONS_INT8
 from bertile.schedules.intrinsics import llvm
 from bertile.schedules.schedule import Row
 from bertile.schedules.task import Task
 
 
-def precision(task: Task) -> str:
-    """How the task multiplies: fp32, fp16 (as fp32, of stored halves), bf16, int8, int8_static."""
-    return str(task.shape.get("precision", "fp32"))
-
-
 def multiplies(task: Task, row: Row) -> Arithmetic:
     """The arithmetic of a task on a machine."""
-    return arithmetics.arithmetic(precision(task).removesuffix("_static"), row)
+    return precisions.of(task).arithmetic(row)
 
 
 def writes(task: Task) -> str:
@@ -39,7 +33,7 @@ def writes(task: Task) -> str:
 
 def group(task: Task) -> int:
     """Channels of one lane of x."""
-    return {"fp32": 1, "fp16": 1, "bf16": 2}.get(precision(task), 4)
+    return precisions.of(task).group
 
 
 def packed(task: Task) -> int:
@@ -49,11 +43,7 @@ def packed(task: Task) -> int:
 
 def weight_lanes(task: Task, w: np.ndarray) -> np.ndarray:
     """w (K, N), float32 or int8 → (K / G, N) in the kernel's form of a lane; zeros behind K."""
-    each = group(task)
-    if precision(task) == "bf16":
-        w = arithmetics.bf16_pairs(w[..., None].repeat(2, -1)).view("uint16")[..., 0]
-    elif precision(task) == "fp16":
-        w = w.astype("float16").view("int16")
+    each, w = group(task), precisions.of(task).stored(w)
     if each == 1:
         return w
     w = np.pad(w, ((0, -len(w) % each), (0, 0)))
@@ -98,8 +88,7 @@ class Epilogue:
 
     def activation(self) -> Callable[[Any], Any]:
         """The activation on a vector, as exact as the operands are."""
-        known = {1: ACTIVATIONS, 2: ACTIVATIONS_BF16, 4: ACTIVATIONS_INT8}
-        return known[group(self.task)][self.task.shape["activation"]]
+        return precisions.of(self.task).activations[self.task.shape["activation"]]
 
     def finished(self, value: Any, block: Any, channel: Any) -> Any:
         """A value with activation and residual."""
@@ -149,12 +138,12 @@ def arguments(
     Gives x, what ``weights`` gave, and the rest.
     """
     outputs = task.shape["outputs"]
-    bytes_, per_token = math.group == 4, precision(task) == "int8"
+    in_bytes, per_token = precisions.of(task).in_bytes, precisions.of(task).per_token
     x = builder.activation("x", math.lanes(task.shape["inputs"]), math.lane)
     range_ = builder.activation("range", 2) if per_token else None
     residual = builder.activation("residual", outputs) if task.shape["residual"] else None
     w = weights()
-    scale = builder.tensor("scale", places) if bytes_ else None
+    scale = builder.tensor("scale", places) if in_bytes else None
     shift = builder.tensor("shift", places) if per_token else None
     b = builder.tensor("b", places)
     limits = builder.tensor("limits", 2) if writes(task) == "to_int8" else None

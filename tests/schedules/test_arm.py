@@ -10,7 +10,7 @@ from helpers.attention_variants import VARIANTS
 from helpers.emulated import Emulated, need_qemu
 
 from bertile.schedules import BLOCK_TOKENS
-from bertile.schedules.cpu import SCHEDULES, arithmetic, lanes, peak
+from bertile.schedules.cpu import SCHEDULES, arithmetic, lanes, peak, precisions
 from bertile.schedules.task import Task
 from bertile.targets import rows
 
@@ -169,7 +169,7 @@ def test_inner_loop_multiplies_from_registers(kernels_of, name, precision, instr
 )
 def test_peak_is_of_the_instruction_that_kernels_use(kernels_of, precision, instruction):
     kernels = kernels_of("arm-v1")
-    func = peak._multiply_adds(arithmetic.arithmetic(precision, kernels.row), 6, 1)
+    func = peak._multiply_adds(precisions.arithmetic(precision, kernels.row), 6, 1)
     asm = kernels.compile(func).inspect_source("asm")
     assert len(re.findall(rf"\s{instruction}\s", asm)) >= 24
 
