@@ -185,7 +185,7 @@ def _check_quantization(config: Config) -> None:
         if getattr(config, flag) is not None
     ]
     chosen += ["ranges"] if config.ranges != "dynamic" else []
-    if chosen and config.precision != "int8":
+    if chosen and not PRECISIONS[config.precision].quantized:
         raise UsageError(f"{chosen[0]} is for quantized models", "give precision int8 with it")
     if config.calibrate is None and {"smooth", "ranges"} & set(chosen):
         raise UsageError(f"{chosen[-1]} needs texts to observe", "give a file with --calibrate")

@@ -12,13 +12,14 @@ from bertile.loading.cuda.extents import Extent, evaluate
 from bertile.loading.cuda.gpu import DriverError, Gpu, OutOfMemory
 from bertile.loading.cuda.layout import ALIGNMENT, Layout, order, place_buffers
 from bertile.loading.cuda.model import STREAMS, Model, load
-from bertile.loading.cuda.plan import GRAPHS, PLAN, SCHEMA, TOKENS, Plan
+from bertile.loading.cuda.plan import BLOCK_TOKENS, GRAPHS, PLAN, SCHEMA, Plan
 from bertile.loading.cuda.request import PASS_BLOCKS
 from bertile.loading.errors import AGAIN, BertileError, BundleError, InputError, PlatformError
 
 __all__ = [
     "AGAIN",
     "ALIGNMENT",
+    "BLOCK_TOKENS",
     "CACHED",
     "CUBIN",
     "DRIVER",
@@ -29,7 +30,6 @@ __all__ = [
     "PTX",
     "SCHEMA",
     "STREAMS",
-    "TOKENS",
     "BertileError",
     "BundleError",
     "DeviceArray",

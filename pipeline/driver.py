@@ -20,6 +20,7 @@ from bertile.bundle import runtime_parts, writer
 from bertile.bundle.native_build import SOURCES
 from bertile.config import Config
 from bertile.export.cached import export_cached
+from bertile.numerics.precision import PRECISIONS
 from bertile.onnx.exported import ExportedModel, read
 from bertile.targets import rows
 from bertile.targets.rows import Target
@@ -103,7 +104,7 @@ def _compile_cached(
         run.optimized()  # what is asked for is the dump, whether or not the rest is cached
     path, cached = cache.Cache(config.cache_dir).get_or_make(key, run.make)
     if cached:
-        quantize = ("quantize",) if config.precision == "int8" else ()
+        quantize = ("quantize",) if PRECISIONS[config.precision].quantized else ()
         for name in ("import", "optimize", *quantize, "build", "verify"):
             with progress.stage(name) as stage:
                 stage.cached = True
@@ -156,11 +157,11 @@ class _Run:
         from bertile.quantize import quantizer
 
         self._quantizer = quantizer.Quantizer(graph, self.row, self.config)
-        if self.config.precision == "int8":
+        if PRECISIONS[self.config.precision].quantized:
             with self.progress.stage("quantize") as stage:
                 plan = self._quantizer.plan(self._answers)
                 graph = dataclasses.replace(graph, plan=plan)
-                kept = sum(layer.precision != "int8" for layer in plan.values())
+                kept = sum(not layer.quantized for layer in plan.values())
                 stage.detail = f"{kept} layers kept in higher precision" if kept else ""
         return graph
 

@@ -1,5 +1,10 @@
 """Says how one kernel runs on one kind of machine: the schedules of a row's kind.
 
+Kernels work on tokens in blocks of ``BLOCK_TOKENS``, which ``bertile.loader.token_blocks`` cuts a
+batch into. A block is not a register: on a CPU its tokens are the lanes of one vector of TIR, which
+fills one register of AVX-512, two of AVX2 and four of NEON (``Row.vector_bits``); on a GPU they are
+rows, as many as one ``mma`` instruction of tensor cores takes.
+
 May import: nothing else of Bertile; machines come as rows.
 """
 
@@ -12,6 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bertile.schedules.schedule import Row, Sample, Schedule
     from bertile.schedules.task import Task
+
+BLOCK_TOKENS = 16
 
 
 def schedules_for(row: Row) -> dict[str, Schedule]:

@@ -93,21 +93,21 @@ class AttentionSpec:
         is always said and all else only where it is not the default, so that the keys of tuning
         logs stay those that they were.
         """
-        found: dict[str, Any] = {
+        shape: dict[str, Any] = {
             "heads": self.heads,
             "head_size": self.head_size,
             "scale": self.scale,
             "bias": {"none": False, "tensor": True}.get(self.bias, self.bias),
         }
         if self.kv_heads != self.heads:
-            found["kv_heads"] = self.kv_heads
+            shape["kv_heads"] = self.kv_heads
         if self.keys != "all":
-            found["keys"] = self.keys
+            shape["keys"] = self.keys
         if self.window:
-            found["window"] = self.window
+            shape["window"] = self.window
         if self.softcap:
-            found["softcap"] = self.softcap
-        return found
+            shape["softcap"] = self.softcap
+        return shape
 
     def operands(self) -> tuple[str, ...]:
         """What attention reads: qkv (B, S, (H + 2 KV) D), mask (B|1, 1, 1, S), and its bias."""

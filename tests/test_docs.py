@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bertile.cli import config_flags, main
+from bertile.graph import order
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -73,8 +74,8 @@ def target(page: Path, link: str) -> tuple[Path, str]:
 
 def words(line: str) -> list[str]:
     """The words of a line of a shell, without its comment and without where a program lies."""
-    found = shlex.split(line, comments=True)
-    return [found[0].removeprefix(".venv/bin/"), *found[1:]] if found else []
+    parts = shlex.split(line, comments=True)
+    return [parts[0].removeprefix(".venv/bin/"), *parts[1:]] if parts else []
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -92,8 +93,8 @@ def test_links_and_anchors_lead_somewhere(page: Path) -> None:
         if link.startswith(("http:", "https:")):
             continue
         path, anchor = target(page, link)
-        here = path.exists() and path.is_relative_to(ROOT)
-        if not here or (anchor and anchor not in anchors(path)):
+        inside = path.exists() and path.is_relative_to(ROOT)
+        if not inside or (anchor and anchor not in anchors(path)):
             broken.append(link)
     assert broken == []
 
@@ -189,3 +190,11 @@ def test_readme_quotes_the_results() -> None:
         name = {"MiniLM": "minilm", "BERT-base": "synthetic:bert-base"}[model]
         for engine, median in (("Bertile", ours), (peer, best)):
             assert medians[name, versions[engine], precision, batch, length] == median
+
+
+def test_table_of_passes_is_their_order():
+    table = (ROOT / "pipeline" / "graph" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| ((?:`\w+`(?:, )?)+) \|$", table, re.MULTILINE)
+    assert [(phase, CODE.findall(names)) for phase, names in rows] == [
+        (phase, [apply.__name__ for apply in passes]) for phase, passes in order.PHASES
+    ]

@@ -45,10 +45,10 @@ def test_no_file_imports_a_package_by_its_directory() -> None:
     wrong = []
     for file in sources():
         for node in ast.walk(ast.parse(file.read_bytes())):
-            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
-                found = [node.module or ""] if not node.level else ["relative"]
-            if {name.split(".")[0] for name in found} & {*MAP.values(), "relative"}:
+                imported = [node.module or ""] if not node.level else ["relative"]
+            if {name.split(".")[0] for name in imported} & {*MAP.values(), "relative"}:
                 wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert wrong == []
 
@@ -83,12 +83,14 @@ def test_ruff_finds_nothing() -> None:
 
 def test_extras_pin_every_version_and_the_base_needs_numpy_alone() -> None:
     project = PROJECT["project"]
-    assert [re.split(r"[<>=!~]", one)[0] for one in project["dependencies"]] == ["numpy"]
+    assert [re.split(r"[<>=!~]", requirement)[0] for requirement in project["dependencies"]] == [
+        "numpy"
+    ]
     loose = [
-        one
+        requirement
         for extra in project["optional-dependencies"].values()
-        for one in extra
-        if not one.startswith("bertile[") and "==" not in one
+        for requirement in extra
+        if not requirement.startswith("bertile[") and "==" not in requirement
     ]
     assert loose == []
 
@@ -96,10 +98,10 @@ def test_extras_pin_every_version_and_the_base_needs_numpy_alone() -> None:
 def test_extras_agree_on_versions() -> None:
     versions: dict[str, set[str]] = {}
     for extra in PROJECT["project"]["optional-dependencies"].values():
-        for one in extra:
-            if "==" in one:
-                versions.setdefault(one.split("==")[0], set()).add(one)
-    assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+        for requirement in extra:
+            if "==" in requirement:
+                versions.setdefault(requirement.split("==")[0], set()).add(requirement)
+    assert {name: pins for name, pins in versions.items() if len(pins) > 1} == {}
 
 
 def test_wheels_of_other_machines_are_of_the_pinned_versions() -> None:
@@ -111,7 +113,9 @@ def test_wheels_of_other_machines_are_of_the_pinned_versions() -> None:
 
 def test_makefile_installs_the_torch_that_the_extra_pins() -> None:
     torch = next(
-        one for one in PROJECT["project"]["optional-dependencies"]["export"] if "torch" in one
+        requirement
+        for requirement in PROJECT["project"]["optional-dependencies"]["export"]
+        if "torch" in requirement
     )
     assert f"$(PIP) {torch}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
@@ -141,8 +145,8 @@ def test_wheel_holds_every_module_the_c_loader_and_the_tuning_logs(tmp_path: Pat
 
 
 def _data(package: str) -> list[Path]:
-    found = {"bertile.tuning_logs": "*.json*", "bertile": "native/**/*.*"}.get(package)
-    files = directory(package).rglob(found) if found else ()
+    pattern = {"bertile.tuning_logs": "*.json*", "bertile": "native/**/*.*"}.get(package)
+    files = directory(package).rglob(pattern) if pattern else ()
     return [path for path in files if path.is_file()]
 
 

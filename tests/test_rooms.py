@@ -51,12 +51,12 @@ APART = ("bertile.backends.cpu", "bertile.backends.cuda")
 
 def modules() -> dict[str, Path]:
     """Every module of the package, with its file."""
-    found = {}
+    files = {}
     for folder, package in (("pipeline", "bertile"), ("schedules", "bertile.schedules")):
         for file in (ROOT / folder).rglob("*.py"):
             parts = file.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join([package, *(part for part in parts if part != "__init__")])] = file
-    return found
+            files[".".join([package, *(part for part in parts if part != "__init__")])] = file
+    return files
 
 
 MODULES = modules()
@@ -143,14 +143,14 @@ def test_every_room_says_what_it_is_for_and_what_it_may_import():
 def test_kinds_of_machine_are_told_apart_in_one_place(pattern):
     """Elsewhere a backend is asked; what knows of a GPU already (a folder `cuda`) may use it."""
     may = ("backends", "targets", "loading")
-    found = [
+    lines = [
         f"{file.relative_to(ROOT)}:{number}"
         for file in (ROOT / "pipeline").rglob("*.py")
         if file.relative_to(ROOT / "pipeline").parts[0] not in may and not is_of_cuda(file)
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
         if re.search(pattern, line)
     ]
-    assert found == []
+    assert lines == []
 
 
 def is_of_cuda(file: Path) -> bool:
@@ -164,13 +164,13 @@ def test_tests_lie_in_the_rooms_of_what_they_test():
 
 
 def test_no_test_imports_another_test():
-    found = []
+    imported = []
     for path in files_of_tests():
         for node in ast.walk(ast.parse((ROOT / "tests" / path).read_bytes())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            found += [f"{path}: {name}" for name in names if re.match(r"(.*\.)?test_", name)]
-    assert found == []
+            imported += [f"{path}: {name}" for name in names if re.match(r"(.*\.)?test_", name)]
+    assert imported == []
 
 
 def files_of_tests() -> list[Path]:

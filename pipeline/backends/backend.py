@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bertile.base.errors import PlatformError
+from bertile.numerics.precision import PRECISIONS
 from bertile.targets.rows import Target
 
 if TYPE_CHECKING:
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
     from bertile.tune.log.tuning_log import TuningLog
     from bertile.tune.measure.runners import Runner
 
-# Largest difference at a real token, relative to the largest magnitude of the reference output (at
-# least 1), by precision.
-# float32 sums of a thousand products in another order differ by about 1e-6 a layer.
-TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 0.05, "int8": 0.25}
+# As ``Precision.tolerance``, by precision; a backend may have others.
+TOLERANCES = {name: precision.tolerance for name, precision in PRECISIONS.items()}
 
 
 class NotHere(PlatformError):

@@ -50,8 +50,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     The question is left out where nothing is near, the list where nothing is known.
     """
-    names = [str(one) for one in known]
-    folded = {one.casefold(): one for one in reversed(names)}
+    names = [str(choice) for choice in known]
+    folded = {choice.casefold(): choice for choice in reversed(names)}
     close = difflib.get_close_matches(str(name).casefold(), list(folded), n=1)
     question = f" did you mean '{folded[close[0]]}'?" if close else ""
     listing = f" known: {', '.join(names)}" if names else ""
@@ -60,10 +60,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def require(extra: str, *modules: str) -> tuple[ModuleType, ...]:
     """Import `modules` and return them, or name the one that is missing and the extra it is in."""
-    found = []
+    imported = []
     for module in modules:
         try:
-            found.append(importlib.import_module(module))
+            imported.append(importlib.import_module(module))
         except ImportError as error:
             package = module.partition(".")[0]
             absent = isinstance(error, ModuleNotFoundError) and error.name == package
@@ -71,4 +71,4 @@ def require(extra: str, *modules: str) -> tuple[ModuleType, ...]:
             raise MissingExtraError(
                 f"this step {what}", f"install it with: pip install 'bertile[{extra}]'"
             ) from error
-    return tuple(found)
+    return tuple(imported)

@@ -72,5 +72,5 @@ def cpu_name() -> str:
     pairs = [line.partition(":") for line in text.split("\n\n", 1)[0].splitlines()]
     fields = {name.strip(): value.strip() for name, _, value in pairs}
     family = ("cpu family", "model")
-    found = [fields.get("model name", ""), *(f"{part} {fields.get(part, '')}" for part in family)]
-    return ", ".join(part for part in found if part.strip() not in ("", *family))
+    parts = [fields.get("model name", ""), *(f"{part} {fields.get(part, '')}" for part in family)]
+    return ", ".join(part for part in parts if part.strip() not in ("", *family))

@@ -18,11 +18,10 @@ from bertile.bench import competitors, turns
 from bertile.bench.engines import Arrays, Engine
 from bertile.bench.startup import startup as measure_startup
 from bertile.config import Config
+from bertile.numerics.precision import PRECISIONS
 from bertile.run.requests import random_inputs
 from bertile.tune.measure import roofline
 
-# The least mean cosine to float32 that rounding explains; other weights give far less.
-SAME = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.99, "int8": 0.7}
 STARTUP_SIZE = (1, 128)  # of the call that a new process makes, where it is among those timed
 # Float32 outputs are near each value too: a cosine does not see a factor.
 SAME_FP32 = 1e-2
@@ -157,7 +156,7 @@ def _references(
 
 def _doubt(row: dict[str, Any]) -> str | None:
     """Why an engine cannot have computed the same model, None where it may have."""
-    if not row["cosine"] >= SAME[row["precision"]]:
+    if not row["cosine"] >= PRECISIONS[row["precision"]].cosine:
         return DIFFERS.format(**row)
     if row["precision"] == "fp32" and not row["max_abs_difference"] <= SAME_FP32:
         return APART.format(**row)

@@ -13,6 +13,7 @@ from bertile.base.progress import Progress
 from bertile.bench import deepsparse, peer_models
 from bertile.bench.engines import Engine, LeftOut, Source
 from bertile.config import Config
+from bertile.numerics.precision import PRECISIONS
 from bertile.onnx.exported import ExportedModel, InputSpec
 
 # Which precisions a peer computes in on a CPU.
@@ -85,7 +86,7 @@ def parse(name: str, precision: str) -> tuple[str, str, str]:
             f"precision '{its_precision}' of '{name}' is unknown{nearest(its_precision, known)}"
         )
     # fp16 is a way to store weights: its products are those of float32
-    ours = "fp32" if precision == "fp16" else precision
+    ours = PRECISIONS[precision].peer or precision
     return kind if its_precision in ("", ours) else name, kind, its_precision or ours
 
 

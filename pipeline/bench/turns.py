@@ -14,6 +14,7 @@ import numpy as np
 from bertile.base.progress import Progress
 from bertile.bench.engines import Arrays, Engine, LeftOut
 from bertile.bench.workers import Worker, start
+from bertile.numerics.precision import PRECISIONS
 
 # Calls that one engine makes before it is the next one's turn: few enough that all see the same
 # weather on a shared machine.
@@ -107,8 +108,8 @@ def measure(
 
 
 def _rivals(ours: Engine, theirs: Engine) -> bool:
-    """Another library in the same arithmetic: fp16 is a way to store weights, computed in fp32."""
-    same = theirs.precision in (ours.precision, "fp32" if ours.precision == "fp16" else "")
+    """Another library in the same arithmetic."""
+    same = theirs.precision in (ours.precision, PRECISIONS[ours.precision].peer)
     return theirs.kind != "bertile" and same
 
 

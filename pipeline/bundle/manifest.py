@@ -17,6 +17,7 @@ from bertile.graph.graph import Graph
 from bertile.lower import sparse_choice
 from bertile.lower.built import Built
 from bertile.onnx.exported import ExportedModel
+from bertile.schedules import BLOCK_TOKENS
 from bertile.targets.rows import Target
 
 
@@ -35,7 +36,7 @@ def describe(
         "entry": "main",
         "model": {**model, "max_length": exported.max_length, "labels": list(exported.labels)},
         "target": {"name": row.name, "arch": row.arch, "features": list(row.features)},
-        "lanes": row.lanes,
+        "lanes": BLOCK_TOKENS,
         "config": {**chosen, "target": row.name, "log_dir": None, **_file_names(config)},
         "versions": {**_versions(), **built.versions},
         "inputs": [dataclasses.asdict(spec) for spec in exported.inputs],
@@ -62,8 +63,12 @@ def _outputs(graph: Any) -> list[dict[str, Any]]:
     ret = graph.main.ret_ty
     types = list(ret.fields) if hasattr(ret, "fields") else [ret]
     return [
-        {"name": name, "dtype": str(one.dtype), "axes": _axes(graph.exported, name, one.shape)}
-        for name, one in zip(graph.exported.outputs, types)
+        {
+            "name": name,
+            "dtype": str(tensor.dtype),
+            "axes": _axes(graph.exported, name, tensor.shape),
+        }
+        for name, tensor in zip(graph.exported.outputs, types)
     ]
 
 

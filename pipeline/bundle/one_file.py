@@ -203,7 +203,7 @@ def _read(name: str, text: str) -> _Module:
     heading = [f"# -- {name.rpartition('.')[2]} ".ljust(96, "-")]
     heading += [f"# {line}".rstrip() for line in (docstring or "").splitlines()]
     table = symtable.symtable(text, name, "exec")
-    names = {one.get_name() for one in table.get_symbols() if _is_defined(one)}
+    names = {symbol.get_name() for symbol in table.get_symbols() if _is_defined(symbol)}
     return _Module(imports, names, "\n".join([*heading, *kept]).rstrip("\n") + "\n")
 
 
@@ -264,4 +264,6 @@ def _import_line(source: str, names: list[str]) -> str:
 
 
 def _texts(modules: tuple[ModuleType, ...]) -> dict[str, str]:
-    return {one.__name__: Path(one.__file__).read_text(encoding="utf-8") for one in modules}
+    return {
+        module.__name__: Path(module.__file__).read_text(encoding="utf-8") for module in modules
+    }

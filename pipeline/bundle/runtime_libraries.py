@@ -35,7 +35,9 @@ def find(row: Target, source: str | None = None, cache_dir: str | None = None) -
         key = cache.key(
             "bundle.runtime_libraries", row.arch, str(Path(source).absolute()), _state(source)
         )
-        return _cached(key, cache_dir, lambda directory: _extract(_given(source), directory, row))
+        return _cached(
+            key, cache_dir, lambda directory: _extract(_parts_of(source), directory, row)
+        )
     if "musl" in row.triple:
         raise PlatformError(
             "there are no TVM runtime libraries for musl",
@@ -74,19 +76,21 @@ def _state(source: str) -> list[tuple[str, int, int]]:
     """What changes when a file that was given changes; hashing 95 MB at each compile is slow."""
     path = Path(source)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files if one.exists()]
+    return [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()
+    ]
 
 
-def _given(source: str) -> list[Path]:
+def _parts_of(source: str) -> list[Path]:
     """The wheels and libraries of a directory, or a wheel with those that lie beside it."""
     path = Path(source)
     if not path.exists():
         raise UsageError(f"--runtime-from {source} does not exist", "give a wheel or a directory")
     if path.is_dir():
-        found = [one for one in sorted(path.rglob("*")) if _is_part(one)]
+        parts = [file for file in sorted(path.rglob("*")) if _is_part(file)]
     else:
-        found = [path, *sorted(path.parent.glob("apache_tvm*.whl"))]
-    return found
+        parts = [path, *sorted(path.parent.glob("apache_tvm*.whl"))]
+    return parts
 
 
 def _is_part(path: Path) -> bool:
@@ -102,11 +106,11 @@ def _fetch(directory: Path, row: Target) -> None:
             "--only-binary=:all:",
             "--python-version=3.11",
         ]
-        command += [f"--platform={one}_{row.arch}" for one in _PLATFORMS]
+        command += [f"--platform={platform}_{row.arch}" for platform in _PLATFORMS]
         command += ["--require-hashes", "-r", str(PINS[row.arch]), "-d", folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            lines = [one for one in done.stderr.splitlines() if one.strip()] or ["pip failed"]
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
             raise PlatformError(
                 f"cannot fetch the TVM runtime for {row.arch}: {lines[-1].strip()}",
                 "connect to a package index once, or give the wheels with --runtime-from",

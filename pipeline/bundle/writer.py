@@ -139,8 +139,8 @@ def _check_target(target: Path, marker: str = MANIFEST) -> None:
     if not any(target.iterdir()):
         return
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        found = json.loads((target / marker).read_text(encoding="utf-8"))
-        if marker != MANIFEST or (isinstance(found.get("schema"), int) and "bertile" in found):
+        content = json.loads((target / marker).read_text(encoding="utf-8"))
+        if marker != MANIFEST or (isinstance(content.get("schema"), int) and "bertile" in content):
             return
     raise UsageError(
         f"{target} exists and was not made by Bertile, so it is left alone",
@@ -151,7 +151,7 @@ def _check_target(target: Path, marker: str = MANIFEST) -> None:
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """Give an empty directory next to `target`; it is gone at the end unless it was renamed."""
-    made = [parent for parent in target.parents if not parent.exists()]
+    missing = [parent for parent in target.parents if not parent.exists()]
     directory = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def _beside(target: Path) -> Iterator[Path]:
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
         if not target.exists():
-            for parent in made:
+            for parent in missing:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
 
@@ -236,5 +236,5 @@ def _exchange(first: Path, second: Path) -> bool:
         function = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return function(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+    cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return function(cwd, os.fsencode(first), cwd, os.fsencode(second), exchange) == 0

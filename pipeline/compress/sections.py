@@ -54,8 +54,8 @@ def split(index: str | None = None) -> Split:
             f"the package index has fewer than {TRAIN + TEST} packages in {SECTIONS} sections",
             "fetch all of it with: apt-get update",
         )
-    test = [one for found in chosen for one in found[:TEST]]
-    train = [one for found in chosen for one in found[TEST : TEST + TRAIN]]
+    test = [example for section in chosen for example in section[:TEST]]
+    train = [example for section in chosen for example in section[TEST : TEST + TRAIN]]
     return Split(tuple(sorted(train, key=_order)), tuple(sorted(test, key=_order)))
 
 
@@ -104,9 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="where to write")
     directory = Path(parser.parse_args(arguments).output)
     directory.mkdir(parents=True, exist_ok=True)
-    found = split()
-    write(directory / "train.tsv", found.train)
-    write(directory / "test.tsv", found.test)
+    examples = split()
+    write(directory / "train.tsv", examples.train)
+    write(directory / "test.tsv", examples.test)
 
 
 if __name__ == "__main__":

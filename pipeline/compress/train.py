@@ -47,13 +47,13 @@ def train(output: Path, examples: Split, progress: Progress, epochs: int = EPOCH
             schedule.step()
             total += float(loss.detach()) * len(batch["labels"])
         progress.say(f"epoch {epoch + 1}: loss {total / len(examples.train):.3f}")
-    found = accuracy(model, tokenizer, examples.test)
+    score = accuracy(model, tokenizer, examples.test)
     output.mkdir(parents=True, exist_ok=True)
     with quiet():
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
     sections.write(output / "test.tsv", examples.test)
-    return found
+    return score
 
 
 def accuracy(model: Any, tokenizer: Any, examples: Sequence[Example]) -> float:
@@ -95,7 +95,7 @@ def _batches(
     room = BATCH * 16
     groups = []
     for start in range(0, len(order), room):
-        near = sorted(order[start : start + room], key=lambda one: len(one[0]))
+        near = sorted(order[start : start + room], key=lambda example: len(example[0]))
         groups += [near[first : first + BATCH] for first in range(0, len(near), BATCH)]
     if chance:
         chance.shuffle(groups)
@@ -114,8 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", metavar="N", type=int, default=EPOCHS, help="default: 3")
     options = parser.parse_args(arguments)
     output = Path(options.output)
-    found = train(output, sections.split(), Progress(), options.epochs)
-    print(f"accuracy {found:.4f} of torch's model on {output / 'test.tsv'}")
+    score = train(output, sections.split(), Progress(), options.epochs)
+    print(f"accuracy {score:.4f} of torch's model on {output / 'test.tsv'}")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ class Dataset:
 
     def score(self, answers: np.ndarray, reference: np.ndarray, names: Sequence[str]) -> float:
         """One number for how good answers are: accuracy, or the lower of cosine and Spearman."""
-        found = self.metrics(answers, reference, names)
-        return found["accuracy"] if self.labels else min(found.values())
+        scores = self.metrics(answers, reference, names)
+        return scores["accuracy"] if self.labels else min(scores.values())
 
     def metrics(
         self, answers: np.ndarray, reference: np.ndarray, names: Sequence[str]
@@ -56,7 +56,7 @@ class Dataset:
                 f"'{self.path}' has the label '{unknown[0]}', which the model does not know",
                 f"known: {', '.join(names)}",
             )
-        chosen, theirs = ([names[i] for i in one.argmax(1)] for one in (answers, reference))
+        chosen, theirs = ([names[i] for i in rows.argmax(1)] for rows in (answers, reference))
         return {"accuracy": accuracy(chosen, self.labels), "agreement": accuracy(chosen, theirs)}
 
 
@@ -108,7 +108,7 @@ def answers(
         output = output_of(head, dataset)
         limit = runner.max_tokens(model.manifest)
         encodings = runner.encode(Path(directory), dataset.texts, limit, truncate=True)
-        return np.stack([one[output] for one in runner.infer(model, encodings)])
+        return np.stack([arrays[output] for arrays in runner.infer(model, encodings)])
 
 
 def output_of(head: str, dataset: Dataset) -> str:

@@ -7,24 +7,24 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def accuracy(found: Sequence[str], wanted: Sequence[str]) -> float:
+def accuracy(chosen: Sequence[str], wanted: Sequence[str]) -> float:
     """The share of labels that are the wanted ones."""
-    return float(np.mean([one == other for one, other in zip(found, wanted)]))
+    return float(np.mean([label == other for label, other in zip(chosen, wanted)]))
 
 
-def mean_cosine(found: np.ndarray, wanted: np.ndarray) -> float:
+def mean_cosine(vectors: np.ndarray, wanted: np.ndarray) -> float:
     """The mean cosine of the angle between the rows of two arrays (N, C)."""
-    return float((_unit(found) * _unit(wanted)).sum(1).mean())
+    return float((_unit(vectors) * _unit(wanted)).sum(1).mean())
 
 
-def similarity_spearman(found: np.ndarray, wanted: np.ndarray) -> float:
+def similarity_spearman(vectors: np.ndarray, wanted: np.ndarray) -> float:
     """Spearman's correlation of the cosines of all pairs of rows of one array with the other's.
 
     It is 1 where both order the pairs of texts alike, which is what a search needs. Arrays are
     (N, C) with at least three rows.
     """
-    pairs = np.triu_indices(len(found), 1)
-    return spearman(*((_unit(one) @ _unit(one).T)[pairs] for one in (found, wanted)))
+    pairs = np.triu_indices(len(vectors), 1)
+    return spearman(*((_unit(rows) @ _unit(rows).T)[pairs] for rows in (vectors, wanted)))
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

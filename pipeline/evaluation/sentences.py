@@ -32,14 +32,14 @@ def sentences(count: int = COUNT) -> list[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in sorted(library.rglob("*.py")) if _is_ours(path, library)]
     chance.shuffle(files)
-    found: dict[str, None] = {}
+    chosen: dict[str, None] = {}
     for path in files:
-        new = [one for one in dict.fromkeys(_sentences(path)) if one not in found]
-        found.update(dict.fromkeys(chance.sample(new, min(PER_FILE, len(new)))))
-        if len(found) >= count:
-            return list(found)[:count]
+        new = [sentence for sentence in dict.fromkeys(_sentences(path)) if sentence not in chosen]
+        chosen.update(dict.fromkeys(chance.sample(new, min(PER_FILE, len(new)))))
+        if len(chosen) >= count:
+            return list(chosen)[:count]
     raise BertileError(
-        f"the standard library in {library} has {len(found)} sentences in docstrings, {count} are"
+        f"the standard library in {library} has {len(chosen)} sentences in docstrings, {count} are"
         " wanted",
         "give texts of your own",
     )
@@ -58,9 +58,9 @@ def _sentences(path: Path) -> Iterator[str]:
         return
     for node in ast.walk(tree):
         text = ast.get_docstring(node) if isinstance(node, kinds) else None
-        found = first_sentence(text or "")
-        if found:
-            yield found
+        sentence = first_sentence(text or "")
+        if sentence:
+            yield sentence
 
 
 def first_sentence(text: str) -> str | None:
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="what to write")
     parser.add_argument("--count", metavar="N", type=int, default=COUNT, help="how many (500)")
     options = parser.parse_args(arguments)
-    text = "".join(f"{one}\n" for one in sentences(options.count))
+    text = "".join(f"{sentence}\n" for sentence in sentences(options.count))
     Path(options.output).write_text(text, encoding="utf-8")
 
 

@@ -95,7 +95,7 @@ def _padding_id(checkpoint: checkpoints.Checkpoint) -> int:
 def _module(checkpoint: checkpoints.Checkpoint, exported: ExportedModel) -> Any:
     from bertile.export.torch_module import Exportable  # imports torch, which only this stage needs
 
-    return Exportable(checkpoint, tuple(one.name for one in exported.inputs), exported.outputs)
+    return Exportable(checkpoint, tuple(spec.name for spec in exported.inputs), exported.outputs)
 
 
 def _write_onnx(module: Any, exported: ExportedModel) -> None:
@@ -104,14 +104,14 @@ def _write_onnx(module: Any, exported: ExportedModel) -> None:
     length = torch.export.Dim("length", min=1, max=exported.max_length)
     # Sizes 2 and 16, because torch.export makes a constant of an axis that it sees as 1.
     arrays = sample(exported.inputs, batch=2, length=min(16, exported.max_length), padding_id=0)
-    arguments = tuple(torch.from_numpy(arrays[one.name]) for one in exported.inputs)
+    arguments = tuple(torch.from_numpy(arrays[spec.name]) for spec in exported.inputs)
     try:
         program = torch.onnx.export(
             module,
             arguments,
             dynamo=True,
             opset_version=OPSET,
-            input_names=[one.name for one in exported.inputs],
+            input_names=[spec.name for spec in exported.inputs],
             output_names=list(exported.outputs),
             dynamic_shapes=tuple({0: batch, 1: length} for _ in arguments),
             verbose=False,
@@ -128,7 +128,7 @@ def _write_canonical(proto: Any, path: Path) -> None:
     from bertile.onnx.graph import OnnxGraph, save
 
     graph = OnnxGraph(proto)
-    sizes = {one.name: _sizes(one) for one in [*graph.inputs, *proto.graph.value_info]}
+    sizes = {value.name: _sizes(value) for value in [*graph.inputs, *proto.graph.value_info]}
     for node in graph.nodes:
         del node.metadata_props[:]
         node.doc_string = ""
@@ -154,7 +154,7 @@ def _check(module: Any, exported: ExportedModel, padding_id: int) -> float:
     shapes = [(2, min(16, exported.max_length)), (3, min(37, exported.max_length))]
     for seed, (batch, length) in enumerate(shapes):
         arrays = sample(exported.inputs, batch, length, padding_id, seed)
-        want = module(*(torch.from_numpy(arrays[one.name]) for one in exported.inputs))
+        want = module(*(torch.from_numpy(arrays[spec.name]) for spec in exported.inputs))
         got = run_onnx(exported.onnx_path, arrays)
         mask = arrays["attention_mask"]
         for name, tensor in zip(exported.outputs, want, strict=True):

@@ -112,10 +112,10 @@ def _fetch(model: str) -> Path:
             cached = Path(hub.snapshot_download(model, local_files_only=True))
             if (cached / "config.json").is_file():
                 return cached
-        found = Path(hub.snapshot_download(model, allow_patterns=[*text, "*.safetensors"]))
-        if not any(found.glob("*.safetensors")):
+        directory = Path(hub.snapshot_download(model, allow_patterns=[*text, "*.safetensors"]))
+        if not any(directory.glob("*.safetensors")):
             hub.snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
-        return found
+        return directory
     except errors.RepositoryNotFoundError as error:
         raise ModelError(f"the Hugging Face hub has no model '{model}'{question}") from error
     except Exception as error:  # the hub's client raises many kinds for "no network"
@@ -133,7 +133,7 @@ def _sentence_modules(directory: Path) -> list[tuple[str, Path]]:
         return []
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))
-        return [(one["type"].rpartition(".")[2], directory / one["path"]) for one in modules]
+        return [(entry["type"].rpartition(".")[2], directory / entry["path"]) for entry in modules]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"'{path}' cannot be read: {error!r}") from error
 

@@ -36,17 +36,17 @@ def check(sparsity: float | None, pattern: str) -> float:
     if pattern not in PATTERNS:
         raise UsageError(f"pattern '{pattern}' is unknown{nearest(pattern, PATTERNS)}")
     wanted = TWO_OF_FOUR if pattern == "2:4" else DEFAULT
-    found = wanted if sparsity is None else sparsity
-    if not 0 < found < 1:
+    share = wanted if sparsity is None else sparsity
+    if not 0 < share < 1:
         raise UsageError(
-            f"sparsity {found:g} is not between 0 and 1", "give the share of zeros, such as 0.9"
+            f"sparsity {share:g} is not between 0 and 1", "give the share of zeros, such as 0.9"
         )
-    if pattern == "2:4" and found != TWO_OF_FOUR:
+    if pattern == "2:4" and share != TWO_OF_FOUR:
         raise UsageError(
-            f"sparsity {found:g} is not that of pattern 2:4, which is {TWO_OF_FOUR:g}",
+            f"sparsity {share:g} is not that of pattern 2:4, which is {TWO_OF_FOUR:g}",
             "leave --sparsity out, or choose another pattern",
         )
-    return found
+    return share
 
 
 def prune(model: Any, family: str, sparsity: float, pattern: str) -> list[Pruned]:
@@ -109,20 +109,20 @@ def _prune_blocks(layer: dict[str, Any], sparsity: float, pattern: str) -> None:
 
 def _prune_units(into: list[Any], out: Any, count: int, sparsity: float) -> None:
     """Zero the weights of whole heads or neurons in the layers around them, and their biases."""
-    sums = [np.abs(_array(one.weight)).sum(1, dtype="float64") for one in into]
+    sums = [np.abs(_array(linear.weight)).sum(1, dtype="float64") for linear in into]
     sums.append(np.abs(_array(out.weight)).sum(0, dtype="float64"))
     stays = largest(sum(sums).reshape(count, -1).sum(1), sparsity)
     gone = ~stays.repeat(out.in_features // count)
     _array(out.weight)[:, gone] = 0
-    for one in into:
-        _array(one.weight)[gone] = 0
-        _array(one.bias)[gone] = 0
+    for linear in into:
+        _array(linear.weight)[gone] = 0
+        _array(linear.bias)[gone] = 0
 
 
 def _row(name: str, linear: Any) -> Pruned:
     w = _array(linear.weight).T
-    found = analyse(w)
-    return Pruned(name, *w.shape, found.zeros, found.pattern)
+    analysis = analyse(w)
+    return Pruned(name, *w.shape, analysis.zeros, analysis.pattern)
 
 
 def _array(parameter: Any) -> np.ndarray:

@@ -44,10 +44,10 @@ class Exportable(nn.Module):
             keywords["token_type_ids"] = token_type_ids
         if self.padding_id is not None:
             keywords["position_ids"] = _positions_after(self.padding_id, input_ids)
-        found = self.model(input_ids=input_ids, **keywords)
+        results = self.model(input_ids=input_ids, **keywords)
         if self.pooling is not None:
-            return (pool(found.last_hidden_state, mask, self.pooling),)
-        return tuple(found[name] for name in self.outputs)
+            return (pool(results.last_hidden_state, mask, self.pooling),)
+        return tuple(results[name] for name in self.outputs)
 
 
 def _positions_after(padding_id: int, ids: Tensor) -> Tensor:

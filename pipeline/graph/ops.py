@@ -71,7 +71,7 @@ def first_token(x: Any) -> relax.Call:
 
 def precision(call: relax.Call) -> str:
     """What a dense layer or attention multiplies in; float32 where nothing is said."""
-    return str(call.attrs["precision"]) if "precision" in call.attrs else "fp32"
+    return str(call.attrs["precision"]) if call.attrs and "precision" in call.attrs else "fp32"
 
 
 def with_precision(call: relax.Call, precision: str) -> relax.Call:
@@ -116,6 +116,11 @@ def is_ours(expr: Any) -> bool:
         and isinstance(expr.op, tvm.ir.Op)
         and expr.op.name.startswith("bertile.")
     )
+
+
+def name(call: relax.Call) -> str:
+    """The name of an operator of this module, without the prefix."""
+    return call.op.name.removeprefix("bertile.")
 
 
 def _call(name: str, operands: Sequence[Any], **attrs: Any) -> relax.Call:
@@ -163,7 +168,8 @@ def _first_token_type(call: relax.Call, _context: Any) -> relax.TensorType:
     return relax.TensorType([batch, channels], call.args[0].ty.dtype)
 
 
-_TYPES: dict[str, Callable[[relax.Call, Any], relax.TensorType]] = {
+# A row each: what type a call has.
+TYPES: dict[str, Callable[[relax.Call, Any], relax.TensorType]] = {
     "dense": lambda call, _: _like(call.args[0], call.args[1].ty.shape[1]),
     "attention": _attention_type,
     "rotary": lambda call, _: _like(call.args[0]),
@@ -175,7 +181,7 @@ _TYPES: dict[str, Callable[[relax.Call, Any], relax.TensorType]] = {
 
 
 def _register() -> None:
-    for name, infer in _TYPES.items():
+    for name, infer in TYPES.items():
         _ffi_api.RegisterOp(f"bertile.{name}", "see bertile.graph.ops")
         register_op_attr(f"bertile.{name}", "FInferType", infer)
         register_op_attr(f"bertile.{name}", "FPurity", True)

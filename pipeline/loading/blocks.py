@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 
-def passes(ends: np.ndarray, lanes: int, limit: int, step: int | None) -> list[tuple[int, int]]:
+def passes(
+    ends: np.ndarray, block_tokens: int, limit: int, step: int | None
+) -> list[tuple[int, int]]:
     """Cut a batch into (first row, rows): `step` rows each, or at most `limit` blocks."""
     if step:
         return [(first, min(step, len(ends) - first)) for first in range(0, len(ends), step)]
     starts, room = [], 0
-    for row, blocks in enumerate(((ends + (lanes - 1)) // lanes).tolist()):
+    for row, blocks in enumerate(((ends + (block_tokens - 1)) // block_tokens).tolist()):
         if not starts or blocks > room:
             starts.append(row)
             room = limit
@@ -25,22 +27,22 @@ def sequence_ends(attention_mask: np.ndarray) -> np.ndarray:
     return np.where(used.any(axis=1), length - used[:, ::-1].argmax(axis=1), 1)
 
 
-def token_blocks(attention_mask: np.ndarray, lanes: int) -> np.ndarray:
-    """Return the table (m, 4) int32 of the blocks of `lanes` tokens for a (batch, length) mask.
+def token_blocks(attention_mask: np.ndarray, block_tokens: int) -> np.ndarray:
+    """Return the table (m, 4) int32 of the blocks of so many tokens for a (batch, length) mask.
 
     A line is [row of the batch, position of the block's first token, index of the first block of
     its sequence, number of blocks of its sequence]. What is behind the last token needs no block.
     """
-    return blocks_of(sequence_ends(attention_mask), lanes)
+    return blocks_of(sequence_ends(attention_mask), block_tokens)
 
 
-def blocks_of(ends: np.ndarray, lanes: int) -> np.ndarray:
+def blocks_of(ends: np.ndarray, block_tokens: int) -> np.ndarray:
     """Return the table of `token_blocks` for sequences that end before the positions `ends`."""
-    counts = (ends + (lanes - 1)) // lanes
+    counts = (ends + (block_tokens - 1)) // block_tokens
     sequences = np.empty((len(ends), 4), np.int32)
     sequences[:, 0] = np.arange(len(ends))
     sequences[:, 2] = np.cumsum(counts) - counts
     sequences[:, 3] = counts
     table = np.repeat(sequences, counts, axis=0)
-    table[:, 1] = (np.arange(len(table)) - table[:, 2]) * lanes
+    table[:, 1] = (np.arange(len(table)) - table[:, 2]) * block_tokens
     return table

@@ -27,8 +27,8 @@ def check_files(root: Path, files: dict, verify: bool) -> dict[str, Path]:
     if verify:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             hashes = dict(zip(paths, pool.map(sha256, paths.values())))
-        for name, found in hashes.items():
-            if found != files[name]["sha256"]:
+        for name, digest in hashes.items():
+            if digest != files[name]["sha256"]:
                 raise BundleError(
                     f"{root / name} has changed since it was compiled",
                     "copy or compile the bundle again",

@@ -14,17 +14,17 @@ FILL = {"ones": 1, "zeros": 0}
 def check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dict:
     """Return the given inputs as integer arrays of one shape (batch, length), checked."""
     known = {spec["name"]: spec for spec in specs}
-    given = {name: _integers(name, one) for name, one in check_names(inputs, specs).items()}
-    first, shape = next((name, array.shape) for name, array in given.items())
+    arrays = {name: _integers(name, value) for name, value in check_names(inputs, specs).items()}
+    first, shape = next((name, array.shape) for name, array in arrays.items())
     if 0 in shape:
         raise InputError(f"{first} has shape {shape}", "give at least one row and one token")
-    for name, array in given.items():
+    for name, array in arrays.items():
         if array.shape != shape:
             raise InputError(f"{name} has shape {array.shape}, but {first} has {shape}")
     check_length(shape[1], max_length)
-    for name, array in given.items():
+    for name, array in arrays.items():
         _check_range(name, array, known[name])
-    return given
+    return arrays
 
 
 def check_names(inputs: dict, specs: list[dict]) -> dict:
@@ -37,13 +37,13 @@ def check_names(inputs: dict, specs: list[dict]) -> dict:
             raise InputError(
                 f"the model has no input '{name}'", f"{question}known: {', '.join(known)}"
             )
-    given = {name: value for name, value in inputs.items() if value is not None}
+    named = {name: value for name, value in inputs.items() if value is not None}
     for spec in specs:
-        if spec["name"] not in given and spec["default"] not in FILL:
+        if spec["name"] not in named and spec["default"] not in FILL:
             raise InputError(f"the input {spec['name']} is missing")
-    if not given:
+    if not named:
         raise InputError("no input was given", f"known: {', '.join(known)}")
-    return given
+    return named
 
 
 def check_length(length: int, limit: int | None) -> None:

@@ -49,18 +49,18 @@ class Model:
         name, rank, type or shape, for ids that the model does not have and for too many tokens.
         """
         specs, static = self.manifest["inputs"], self.manifest["static"]
-        given = check_inputs(inputs, specs, self.max_length)
-        batch, length = next(iter(given.values())).shape
+        checked = check_inputs(inputs, specs, self.max_length)
+        batch, length = next(iter(checked.values())).shape
         step, width = static.get("batch"), static.get("length") or length
         if length > width or (length < width and "attention_mask" not in self.inputs):
             exactly = "at most" if length > width else "exactly"
             raise InputError(f"the input has {length} tokens, this bundle takes {exactly} {width}")
-        mask = given.get("attention_mask")
+        mask = checked.get("attention_mask")
         ends = np.full(batch, length) if mask is None else sequence_ends(mask)
-        values = [given.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
-        lanes = self.manifest["lanes"]
+        values = [checked.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
+        block_tokens = self.manifest["lanes"]
         pieces = []
-        for first, count in passes(ends, lanes, PASS_BLOCKS * self.threads, step):
+        for first, count in passes(ends, block_tokens, PASS_BLOCKS * self.threads, step):
             room = (step or count, width)
             arrays = [
                 fit(value, first, (count, length), room, spec["dtype"])
@@ -68,7 +68,7 @@ class Model:
             ]
             last = np.ones(room[0], np.int64)
             last[:count] = ends[first : first + count]
-            pieces.append(self._run(arrays, blocks_of(last, lanes)))
+            pieces.append(self._run(arrays, blocks_of(last, block_tokens)))
         return {
             spec["name"]: cut(spec["axes"], [piece[index] for piece in pieces], length, ends)
             for index, spec in enumerate(self.manifest["outputs"])

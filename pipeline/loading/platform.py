@@ -14,10 +14,10 @@ def check_platform(target: dict) -> None:
     Done before the library is opened, so that an illegal instruction is never reached.
     """
     names = {"amd64": "x86_64", "arm64": "aarch64"}
-    here = names.get(platform.machine().lower(), platform.machine())
-    if target["arch"] != here:
+    machine = names.get(platform.machine().lower(), platform.machine())
+    if target["arch"] != machine:
         raise PlatformError(
-            f"the bundle is for {target['arch']}, this machine is {here}",
+            f"the bundle is for {target['arch']}, this machine is {machine}",
             "compile the model for this machine",
         )
     missing = sorted(set(target["features"]) - cpu_features())
@@ -38,5 +38,5 @@ def cpu_features() -> set[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
-    found = (line.partition(":") for line in lines)
-    return next((set(rest.split()) for key, _, rest in found if key.strip() in _FLAGS), set())
+    pairs = (line.partition(":") for line in lines)
+    return next((set(rest.split()) for key, _, rest in pairs if key.strip() in _FLAGS), set())

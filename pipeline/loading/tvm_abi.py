@@ -123,8 +123,8 @@ class Runtime:
         cpu, device, lanes = 1, 0, 1
         inner = DLTensor(address_of(memory), cpu, device, len(shape), code, bits, lanes, sizes)
         managed, handle = DLManagedTensor(inner), ctypes.c_void_p()
-        made = self._from_dlpack(ctypes.byref(managed), ALIGNMENT, 1, ctypes.byref(handle))
-        self._check(made)
+        status = self._from_dlpack(ctypes.byref(managed), ALIGNMENT, 1, ctypes.byref(handle))
+        self._check(status)
         return Object(_TENSOR, handle.value, self._release, (memory, sizes, managed))
 
     def arrays(self, result: Object, count: int) -> list[np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bertile.lower.forms import Form
+from bertile.lower.form import Form
 from bertile.numerics.eight_bit import quantize_weights, weight_scales
 from bertile.numerics.precision import LayerPlan, Plan
 from bertile.schedules.reference import LEVELS, byte_limits
@@ -13,24 +13,22 @@ from bertile.schedules.task import Task
 Arrays = list[tuple[str, np.ndarray]]
 
 
-def dense_weights(
-    task: Task, name: str, w: np.ndarray, bias_name: str, b: np.ndarray, plan: LayerPlan
-) -> Arrays:
-    """Names and values in the order of the kernel's arguments, not yet packed. What is zero in w is
-    zero in them, whatever the precision.
+def dense_weights(task: Task, weights: Arrays, plan: LayerPlan) -> Arrays:
+    """Names and values in the order of the kernel's arguments, not yet packed; ``weights`` are
+    w (K, N) and b (N). What is zero in w is zero in them, whatever the precision.
 
     Bytes: x ≈ low + s q, w ≈ scale v, so x w + b ≈ s scale Σ q v + low shift + b with
     shift = scale Σ v. With one range for all tokens, s goes into scale, and low shift into b.
     """
-    precision = task.shape.get("precision", "fp32")
-    if not str(precision).startswith("int8"):
-        return [(name, w), (bias_name, b)]
+    if not str(task.shape.get("precision", "fp32")).startswith("int8"):
+        return weights
+    (name, w), (bias_name, b) = weights
     if plan.smooth is not None:
         w = w / plan.smooth[:, None]
     scale = weight_scales(w)
     v = quantize_weights(w, scale)
     shift = (v.sum(0, dtype="int64") * scale.astype("float64")).astype("float32")
-    if precision == "int8":
+    if not plan.static:
         return [(name, v), (f"{name}.scale", scale), (f"{name}.shift", shift), (bias_name, b)]
     low, step = plan.low, (plan.high - plan.low) / LEVELS
     folded = (b + np.float64(low) * shift).astype("float32")
@@ -48,7 +46,7 @@ def narrowing(form: Form, plan: Plan) -> Arrays:
     if not form.owner:
         return []
     owner = plan[form.owner]
-    found = [] if owner.smooth is None else [(f"{form.owner}.smooth", owner.smooth)]
-    if form.kind == "int8_static":
-        found.append((f"{form.owner}.limits", byte_limits(owner.low, owner.high)))
-    return found
+    arrays = [] if owner.smooth is None else [(f"{form.owner}.smooth", owner.smooth)]
+    if form.in_bytes and not form.ranges:
+        arrays.append((f"{form.owner}.limits", byte_limits(owner.low, owner.high)))
+    return arrays

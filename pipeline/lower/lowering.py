@@ -24,8 +24,10 @@ from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.importer import TABLE
 from bertile.graph.rewriting.dataflow import shape
-from bertile.lower.dense_weights import Arrays, dense_weights, narrowing
-from bertile.lower.forms import FP32, Form, Forms
+from bertile.lower import operators
+from bertile.lower.dense_weights import Arrays, narrowing
+from bertile.lower.form import FP32, Form
+from bertile.lower.forms import Forms
 from bertile.lower.packed_weights import PackedWeights
 from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
@@ -103,16 +105,45 @@ class Lowering(ABC):
         )
         weights = self.weights
         kernels = {task.name: kernel for task, kernel in self.kernels.items()}
-        found = (self.tasks, weights.nonzeros, self.fallthrough, kernels)
-        return Lowered(mod, weights.values, *found)
+        return Lowered(mod, weights.values, self.tasks, weights.nonzeros, self.fallthrough, kernels)
 
     def _binding(self, var: relax.Var, value: Any) -> None:
-        if ops.is_ours(value):
-            getattr(self, "_" + value.op.name.removeprefix("bertile."))(var, value)
+        if operator := operators.of(value):
+            self._operator(var, value, operator)
         elif isinstance(value, relax.Var) and (value, FP32) in self.lanes:
             self.lanes[var, FP32] = self.lanes[value, FP32]
         elif not (var.same_as(self.graph.main.body.body) and isinstance(value, relax.Tuple)):
             self._generic(var, value)  # the tuple of results is emitted at the end
+
+    def _operator(self, var: relax.Var, call: relax.Call, operator: operators.Operator) -> None:
+        """Call the kernel of one of our operators, as its row says."""
+        task, output = self.forms.task(var), self.forms.output(var)
+        handed = [self._handed(how, value, call) for how, value in operator.operands(call)]
+        activations = list(itertools.chain.from_iterable(handed))
+        if operator.leaves:
+            self.rows[var] = self._single(task, activations, call.ty)
+            return
+        weights = operator.weights(call)
+        arrays = self._once(
+            ("weights", *weights, task),
+            lambda: operator.arrays(task, [*map(self._value, weights)], self.forms.plan_of(call)),
+        )
+        beside = operator.narrows(call) == operators.BESIDE and output != FP32
+        forms = [FP32, output] if beside else [output]
+        arrays = [*arrays, *narrowing(output, self.graph.plan)]
+        self._kernel(task, activations, arrays, [(var, form) for form in forms])
+
+    def _handed(self, how: str, value: Any, call: relax.Call) -> list[Any]:
+        """An operand in the way that a kernel reads it (see ``operators``)."""
+        ways: dict[str, Callable[[], list[Any]]] = {
+            operators.READS: lambda: self._in_form(value, self.forms.input(call)),
+            operators.LANES: lambda: [self._in_lanes(value)],
+            operators.ROWS: lambda: [self._row_major(value)],
+            operators.KEYS: lambda: [self._keys(value)],
+            operators.BIASES: lambda: [self._biases(value)],
+            operators.TABLE: lambda: [self.table],
+        }
+        return ways[how]()
 
     def _generic(self, var: relax.Var, value: Any) -> None:
         """An operator that is not ours, on row-major operands."""
@@ -121,55 +152,6 @@ class Lowering(ABC):
             is_loops = ops.is_call(value, "relax.call_tir")
             name = value.args[0].name_hint if is_loops else value.op.name.removeprefix("relax.")
             self.fallthrough.append(f"{name} ({var.name})")
-
-    # The operators, by name.
-
-    def _dense(self, var: relax.Var, call: relax.Call) -> None:
-        x, w, b, *residual = call.args
-        task, output = self.forms.task(var), self.forms.output(var)
-        activations = [*self._in_form(x, self.forms.input(call))]
-        activations += [self._in_lanes(r) for r in residual]
-        weights = self._once(
-            ("weights", w, task),
-            lambda: dense_weights(task, *self._value(w), *self._value(b), self.forms.plan_of(call)),
-        )
-        weights = [*weights, *narrowing(output, self.graph.plan)]
-        self.lanes[var, output] = self._kernel(task, activations, weights, [(var, output)])
-
-    def _attention(self, var: relax.Var, call: relax.Call) -> None:
-        qkv, mask, *bias = call.args
-        task, output = self.forms.task(var), self.forms.output(var)
-        activations = [*self._in_form(qkv, self.forms.input(call)), self._keys(mask), self.table]
-        activations += [self._biases(b) for b in bias]
-        weights = narrowing(output, self.graph.plan)
-        self.lanes[var, output] = self._kernel(task, activations, weights, [(var, output)])
-
-    def _rotary(self, var: relax.Var, call: relax.Call) -> None:
-        activations = [self._in_lanes(x) for x in call.args]  # cos and sin once for all layers
-        self.lanes[var, FP32] = self._kernel(self.forms.task(var), activations, [], [(var, FP32)])
-
-    def _layer_norm(self, var: relax.Var, call: relax.Call) -> None:
-        x, *norm = call.args
-        self._normalised(var, [self._in_lanes(x)], [self._value(w) for w in norm])
-
-    def _embedding(self, var: relax.Var, call: relax.Call) -> None:
-        count = int(call.attrs["tables"])
-        ids = [self._row_major(i) for i in call.args[:count]]
-        self._normalised(var, [*ids, self.table], [self._value(w) for w in call.args[count:]])
-
-    def _normalised(self, var: relax.Var, activations: list[Any], weights: Arrays) -> None:
-        """A kernel that writes float32, and beside it the form that a layer reads."""
-        task, output = self.forms.task(var), self.forms.output(var)
-        results = [(var, FP32)] + ([(var, output)] if output != FP32 else [])
-        weights = [*weights, *narrowing(output, self.graph.plan)]
-        wide, *narrow = self._kernel(task, activations, weights, results)
-        self.lanes[var, FP32] = [wide]
-        if narrow:
-            self.lanes[var, output] = narrow
-
-    def _first_token(self, var: relax.Var, call: relax.Call) -> None:
-        activations = [self._in_lanes(call.args[0]), self.table]
-        self.rows[var] = self._single(self.forms.task(var), activations, call.ty)
 
     # What a backend says.
 
@@ -206,7 +188,7 @@ class Lowering(ABC):
         else:
             task = self.forms.narrow(old, form)
             operands, weights = [self._in_lanes(old)], narrowing(form, self.graph.plan)
-        self.lanes[old, form] = self._kernel(task, operands, weights, [(old, form)])
+        self._kernel(task, operands, weights, [(old, form)])
         return self.lanes[old, form]
 
     def _row_major(self, expr: Any) -> Any:
@@ -249,13 +231,18 @@ class Lowering(ABC):
         activations: Sequence[Any],
         weights: Arrays,
         results: Sequence[tuple[Any, Form]],
-    ) -> list[Any]:
-        """Call a task's kernel; ``results`` are old variables and the forms to give them in."""
-        types = [one for var, form in results for one in self.types(var, form)]
-        call = self._call(task, activations, weights, types if len(types) > 1 else types[0])
-        if len(types) == 1:
-            return [call]
-        return [self.builder.emit(relax.TupleGetItem(call, i)) for i in range(len(types))]
+    ) -> None:
+        """Call a task's kernel; ``results`` are old variables, with the forms to give them in."""
+        types = [self.types(var, form) for var, form in results]
+        flat = list(itertools.chain.from_iterable(types))
+        call = self._call(task, activations, weights, flat if len(flat) > 1 else flat[0])
+        places = iter(range(len(flat)))
+        for (var, form), parts in zip(results, types):
+            self.lanes[var, form] = [self._part(call, next(places), len(flat)) for _ in parts]
+
+    def _part(self, call: Any, place: int, count: int) -> Any:
+        """One of the tensors that a kernel gives."""
+        return self.builder.emit(relax.TupleGetItem(call, place)) if count > 1 else call
 
     def _single(self, task: Task, activations: Sequence[Any], out: relax.TensorType) -> Any:
         """Call a kernel that has no weights, and one result that is not in lanes."""
@@ -263,7 +250,7 @@ class Lowering(ABC):
 
     def _value(self, old: Any) -> tuple[str, np.ndarray]:
         """Name and value of a weight: a parameter, or a constant that a pass made."""
-        found = self.flow.definition(old)
-        if isinstance(found, relax.Var):
-            return found.name, self.graph.params[found.name]
-        return f"constant_{next(self.constants)}", found.value.numpy()
+        weight = self.flow.definition(old)
+        if isinstance(weight, relax.Var):
+            return weight.name, self.graph.params[weight.name]
+        return f"constant_{next(self.constants)}", weight.value.numpy()

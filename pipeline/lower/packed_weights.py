@@ -36,10 +36,10 @@ class PackedWeights:
         names, values = zip(*weights)
         if (task, names) not in self._made:
             self._made[task, names] = self._pack(task, knobs, names, values)
-        made = self._made[task, names]
+        parameters = self._made[task, names]
         if self.schedules[task.operation].parts:
-            self.nonzeros[task] += len(self.values[made[0].name])
-        return made
+            self.nonzeros[task] += len(self.values[parameters[0].name])
+        return parameters
 
     def _pack(
         self, task: Task, knobs: Knobs, names: Sequence[str], values: Sequence[np.ndarray]

@@ -146,7 +146,7 @@ def _total(records: Sequence[Record]) -> dict[int, float]:
 
 def rounded(share: float) -> int:
     """The density of a task: percent, up to the next of DENSITIES."""
-    return next(one for one in DENSITIES if share * 100 <= one * NEAR)
+    return next(percent for percent in DENSITIES if share * 100 <= percent * NEAR)
 
 
 def sparse_task(task: Task, percent: int) -> Task:
@@ -157,15 +157,15 @@ def sparse_task(task: Task, percent: int) -> Task:
 def alternatives(graph: Graph) -> list[Task]:
     """For each layer where there was a choice, the task of the kernel that it did not get."""
     forms = Forms(graph)
-    found = []
+    others = []
     for var, name in _layers(forms):
         task, known = forms.task(var), graph.plan[name].sparse
         if task.operation == "sparse":
             shape = {key: value for key, value in task.shape.items() if key != "density"}
-            found.append(Task("dense", shape))
+            others.append(Task("dense", shape))
         elif known is not None and known.why:
-            found.append(sparse_task(task, rounded(known.lanes)))
-    return list(dict.fromkeys(found))
+            others.append(sparse_task(task, rounded(known.lanes)))
+    return list(dict.fromkeys(others))
 
 
 def report(plan: Plan) -> list[dict[str, Any]]:
@@ -175,15 +175,15 @@ def report(plan: Plan) -> list[dict[str, Any]]:
     return [
         {
             "layer": name,
-            "precision": one.precision,
-            "pattern": one.sparse.pattern,
-            "zeros %": round(100 * one.sparse.zeros, 1),
-            "lanes %": round(100 * one.sparse.lanes, 1),
-            "kernel": "dense" if one.sparse.density is None else "sparse",
-            "why": one.sparse.why or None,
+            "precision": layer.precision,
+            "pattern": layer.sparse.pattern,
+            "zeros %": round(100 * layer.sparse.zeros, 1),
+            "lanes %": round(100 * layer.sparse.lanes, 1),
+            "kernel": "dense" if layer.sparse.density is None else "sparse",
+            "why": layer.sparse.why or None,
         }
-        for name, one in plan.items()
-        if one.sparse is not None
+        for name, layer in plan.items()
+        if layer.sparse is not None
     ]
 
 

@@ -5,7 +5,7 @@ Weights: symmetric per output channel, s8. Inputs: asymmetric, u8, per token or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,9 +84,9 @@ def _steps(w: np.ndarray, largest: np.ndarray) -> np.ndarray:
         keep = exact.all(0)
         columns, steps, factors = columns[keep], steps[keep], factors[keep]
         row += count
-    found = np.zeros(w.shape[1], np.int64)
-    found[columns[::-1]] = steps[::-1]  # of several the first, which is the smallest, stays
-    return found
+    smallest = np.zeros(w.shape[1], np.int64)
+    smallest[columns[::-1]] = steps[::-1]  # of several the first, which is the smallest, stays
+    return smallest
 
 
 def _nearest_scale(column: np.ndarray, scale: np.float32) -> np.float32:
@@ -96,7 +96,7 @@ def _nearest_scale(column: np.ndarray, scale: np.float32) -> np.float32:
         near = np.nextafter(scale, end)
         around += [near, np.nextafter(near, end)]
     integers = np.rint(column / scale)
-    return max(around, key=lambda one: int(np.sum(one * integers == column)))
+    return max(around, key=lambda near: int(np.sum(near * integers == column)))
 
 
 def round_to_bf16(x: np.ndarray) -> np.ndarray:
@@ -106,10 +106,10 @@ def round_to_bf16(x: np.ndarray) -> np.ndarray:
     return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def signal_to_noise(x: np.ndarray, found: np.ndarray) -> float:
-    """10 log10(sum x² / sum (x - found)²) in dB, at most LOSSLESS."""
+def signal_to_noise(x: np.ndarray, rounded: np.ndarray) -> float:
+    """10 log10(sum x² / sum (x - rounded)²) in dB, at most LOSSLESS."""
     signal = float(np.square(x, dtype=np.float64).sum())
-    noise = float(np.square(np.subtract(x, found, dtype=np.float64)).sum())
+    noise = float(np.square(np.subtract(x, rounded, dtype=np.float64)).sum())
     if noise <= signal * 10 ** (-LOSSLESS / 10):
         return LOSSLESS
     return float(10 * np.log10(signal / noise)) if signal else 0.0
@@ -120,18 +120,24 @@ def computed(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray,
 
     A smoothed layer's operands are given as they are without smoothing.
     """
-    if plan.precision == "fp32":
-        return x, w
-    if plan.precision == "fp16":
-        return x, w.astype(np.float16).astype(np.float32)
-    if plan.precision == "bf16":
-        return round_to_bf16(x), round_to_bf16(w)
+    return SEEN[plan.precision](x, w, plan)
+
+
+def _in_bytes(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray, np.ndarray]:
     smooth = np.float32(1) if plan.smooth is None else plan.smooth
     inputs = quantize_input(x * smooth, plan.low, plan.high).values() / smooth
     column = np.reshape(smooth, (-1, 1))
     smoothed = w / column
     scale = weight_scales(smoothed)
     return inputs, quantize_weights(smoothed, scale) * scale * column
+
+
+SEEN: Mapping[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
+    "fp32": lambda x, w, plan: (x, w),
+    "fp16": lambda x, w, plan: (x, w.astype(np.float16).astype(np.float32)),
+    "bf16": lambda x, w, plan: (round_to_bf16(x), round_to_bf16(w)),
+    "int8": _in_bytes,
+}
 
 
 def layer_report(
@@ -145,14 +151,14 @@ def layer_report(
     "precision", "range" (of an 8-bit input: dynamic, or its two ends), "smooth" (yes, no), "input
     dB", "weight dB", "output dB", "why"; what a layer in float32 has none of is None.
     """
-    rows = [_row(name, one, weights[name], inputs[name]) for name, one in plan.items()]
+    rows = [_row(name, layer, weights[name], inputs[name]) for name, layer in plan.items()]
     return sorted(rows, key=lambda row: row["output dB"] or LOSSLESS)
 
 
 def _row(name: str, plan: LayerPlan, w: np.ndarray, x: np.ndarray) -> dict[str, Any]:
     row = {"layer": name, "precision": plan.precision, "range": None, "smooth": None}
     decibels = (None, None, None)
-    if plan.precision == "int8":
+    if plan.quantized:
         row["range"] = f"{plan.low:.3g} … {plan.high:.3g}" if plan.static else "dynamic"
         row["smooth"] = "yes" if plan.smooth is not None else "no"
     if plan.precision != "fp32":

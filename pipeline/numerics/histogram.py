@@ -37,7 +37,10 @@ class Histogram:
 
     def with_more(self, other: Histogram) -> Histogram:
         """Both together, in bins that hold the values of both."""
-        ends = [(one.first * one.width, one._end * one.width) for one in (self, other)]
+        ends = [
+            (histogram.first * histogram.width, histogram._end * histogram.width)
+            for histogram in (self, other)
+        ]
         low, high = min(end[0] for end in ends), max(end[1] for end in ends)
         width = max(self.width, other.width, _width(low, high))
         parts = [self._widened(width), other._widened(width)]

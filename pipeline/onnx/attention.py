@@ -26,19 +26,19 @@ def expand_attention(graph: OnnxGraph, is_bool: Callable[[str], bool]) -> None:
     for node in list(graph.nodes):
         if node.op_type != "Attention" or node.domain or len([o for o in node.output if o]) > 1:
             continue
-        given = attributes(node)
+        options = attributes(node)
         mask = node.input[3] if len(node.input) > 3 else ""
-        unusual = any(node.input[4:]) or given.get("softcap")
-        if unusual or "scale" not in given or "q_num_heads" in given:
+        unusual = any(node.input[4:]) or options.get("softcap")
+        if unusual or "scale" not in options or "q_num_heads" in options:
             continue
         keys = graph.add("Transpose", [node.input[1]], perm=[0, 1, 3, 2])
         scores = graph.add("MatMul", [node.input[0], keys])
-        scores = graph.add("Mul", [scores, graph.number(given["scale"])])
+        scores = graph.add("Mul", [scores, graph.number(options["scale"])])
         if mask and is_bool(mask):
             scores = graph.add("Where", [mask, scores, graph.number(float("-inf"))])
         elif mask:
             scores = graph.add("Add", [scores, mask])
-        if given.get("is_causal"):
+        if options.get("is_causal"):
             scores = graph.add("Add", [scores, places_mask(graph, (None, 0))])
         weights = graph.add("Softmax", [scores], axis=-1)
         graph.replace(node.output[0], graph.add("MatMul", [weights, node.input[2]]))
@@ -58,8 +58,8 @@ def unfold_softmax(graph: OnnxGraph, sizes: Sizes) -> None:
         if whole is None or not last or sizes(node.output[0]) != whole:
             continue
         if attributes(flatten).get("axis", 1) == len(whole) - 1:
-            made = graph.add("Softmax", [flatten.input[0]], axis=-1)
-            graph.replace(node.output[0], made)
+            unfolded = graph.add("Softmax", [flatten.input[0]], axis=-1)
+            graph.replace(node.output[0], unfolded)
     graph.clean()
 
 
@@ -104,7 +104,9 @@ def _unfold_transpose(
     merge = producers.get(swap.input[0]) if swap is not None else None
     if swap is None or merge is None or (swap.op_type, merge.op_type) != ("Transpose", "Reshape"):
         return
-    before, merged, after = (sizes(one) for one in (merge.input[0], swap.input[0], node.output[0]))
+    before, merged, after = (
+        sizes(name) for name in (merge.input[0], swap.input[0], node.output[0])
+    )
     if attributes(swap).get("perm") != [0, 2, 1] or None in (before, merged, after):
         return
     # The last two axes stay through the merge, the first two through the whole.
@@ -125,21 +127,21 @@ def scale_scores(graph: OnnxGraph) -> None:
 
     Only before a softmax, where it costs nothing and gives attention one spelling.
     """
-    for matmul in [one for one in graph.nodes if one.op_type == "MatMul"]:
+    for matmul in [node for node in graph.nodes if node.op_type == "MatMul"]:
         producers, consumers = graph.producers(), graph.consumers()
         if not _reaches_softmax(matmul.output[0], consumers):
             continue
         factor = 1.0
         for place, name in enumerate(matmul.input):
-            found = _scaled(graph, producers.get(name))
-            if found is not None:
-                matmul.input[place] = found[0]
-                factor *= found[1]
+            scaled = _scaled(graph, producers.get(name))
+            if scaled is not None:
+                matmul.input[place] = scaled[0]
+                factor *= scaled[1]
         last = matmul.output[0]
         after = consumers[last][0]
-        found = _scaled(graph, after)
-        if found is not None:
-            factor *= found[1]
+        scaled = _scaled(graph, after)
+        if scaled is not None:
+            factor *= scaled[1]
             last = after.output[0]
         elif factor == 1.0:
             continue

@@ -15,11 +15,11 @@ def dependence(graph: OnnxGraph) -> dict[str, str]:
     "constant": initializers alone; "shape": also the inputs' shapes; "light": also their values;
     "heavy": both values of an input and a weight, that is a float constant of two axes or more.
     """
-    kinds = {one.name: "light" for one in graph.inputs}
+    kinds = {value.name: "light" for value in graph.inputs}
     for node in graph.nodes:
         read = [name for name in node.input if name]
-        found = [kinds.get(name, "constant") for name in read]
-        kind = max(found, key=KINDS.index, default="constant")
+        read_kinds = [kinds.get(name, "constant") for name in read]
+        kind = max(read_kinds, key=KINDS.index, default="constant")
         if node.op_type in ("Shape", "Size"):
             kind = min(kind, "shape", key=KINDS.index)
         elif kind == "light" and any(_is_weight(graph, name) for name in read):

@@ -66,7 +66,7 @@ class ExportedModel:
     @classmethod
     def from_json(cls, directory: Path, fields: Mapping[str, Any]) -> ExportedModel:
         values = dict(fields)
-        values["inputs"] = tuple(InputSpec(**one) for one in values["inputs"])
+        values["inputs"] = tuple(InputSpec(**spec) for spec in values["inputs"])
         for name in ("outputs", "labels", "notes"):
             values[name] = tuple(values[name])
         return cls(directory=Path(directory), **values)

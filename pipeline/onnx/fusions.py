@@ -36,19 +36,19 @@ _Producers = dict[str, onnx.NodeProto]
 def fuse_layer_norms(graph: OnnxGraph) -> None:
     """(x - mean) / Sqrt(mean((x - mean)^2) + eps) * weight + bias → LayerNormalization."""
     producers, consumers = graph.producers(), graph.consumers()
-    for division in [one for one in graph.nodes if one.op_type == "Div"]:
-        found = _normalized(graph, division, producers)
+    for division in [node for node in graph.nodes if node.op_type == "Div"]:
+        normalized = _normalized(graph, division, producers)
         product = _only(consumers.get(division.output[0]), "Mul")
         total = _only(consumers.get(product.output[0]), "Add") if product is not None else None
-        if found is None or total is None:
+        if normalized is None or total is None:
             continue
         weight = _constant_vector(graph, product, division.output[0])
         bias = _constant_vector(graph, total, product.output[0])
         if weight is None or bias is None:
             continue
-        source, epsilon = found
-        made = graph.add("LayerNormalization", [source, weight, bias], axis=-1, epsilon=epsilon)
-        graph.replace(total.output[0], made)
+        source, epsilon = normalized
+        norm = graph.add("LayerNormalization", [source, weight, bias], axis=-1, epsilon=epsilon)
+        graph.replace(total.output[0], norm)
     graph.clean()
 
 
@@ -94,7 +94,7 @@ def _constant_vector(graph: OnnxGraph, node: onnx.NodeProto, other: str) -> str 
 
 def fuse_gelus(graph: OnnxGraph) -> None:
     """Any arithmetic around an Erf or Tanh that equals GELU of one tensor → Gelu."""
-    for start in [one for one in graph.nodes if one.op_type in ("Erf", "Tanh")]:
+    for start in [node for node in graph.nodes if node.op_type in ("Erf", "Tanh")]:
         producers, consumers = graph.producers(), graph.consumers()
         if start.output[0] not in producers:
             continue
@@ -105,8 +105,8 @@ def fuse_gelus(graph: OnnxGraph) -> None:
                 break
             kind, source = _is_gelu(graph, end, start, producers)
             if kind is not None:
-                made = graph.add("Gelu", [source], approximate=kind)
-                graph.replace(end.output[0], made)
+                gelu = graph.add("Gelu", [source], approximate=kind)
+                graph.replace(end.output[0], gelu)
                 break
     graph.clean()
 
@@ -124,15 +124,15 @@ def _is_gelu(
 
 def _sources(graph: OnnxGraph, start: onnx.NodeProto, producers: _Producers) -> list[str]:
     """Return the tensors before `start` through elementwise nodes, the nearest first."""
-    found, queue = [], list(start.input)
-    while queue and len(found) < 8:
+    sources, queue = [], list(start.input)
+    while queue and len(sources) < 8:
         name = queue.pop(0)
-        if graph.is_constant(name) or name in found:
+        if graph.is_constant(name) or name in sources:
             continue
-        found.append(name)
+        sources.append(name)
         if name in producers and producers[name].op_type in _ELEMENTWISE:
             queue.extend(producers[name].input)
-    return found
+    return sources
 
 
 def _evaluate(
@@ -147,7 +147,7 @@ def _evaluate(
     node = producers.get(name)
     if node is None or node.op_type not in _ELEMENTWISE or depth == 0:
         return None
-    values = [_evaluate(graph, one, source, producers, depth - 1) for one in node.input]
-    if any(one is None for one in values):
+    values = [_evaluate(graph, operand, source, producers, depth - 1) for operand in node.input]
+    if any(value is None for value in values):
         return None
     return _ELEMENTWISE[node.op_type](*values)

@@ -31,12 +31,12 @@ class OnnxGraph:
         graph.input.extend(model.graph.input)
         graph.output.extend(model.graph.output)
         self.nodes: list[onnx.NodeProto] = list(graph.node)
-        self._tensors = {one.name: one for one in model.graph.initializer}
+        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
         self._arrays: dict[str, np.ndarray] = {}
         weights = set(self._tensors)
-        self.inputs = [one for one in graph.input if one.name not in weights]
+        self.inputs = [value for value in graph.input if value.name not in weights]
         self.results = list(graph.output)
-        self.outputs = [one.name for one in self.results]
+        self.outputs = [result.name for result in self.results]
         self._named = 0
         # A file that Bertile wrote, quantized by somebody since, has names of ours already.
         self._taken = {name for node in self.nodes for name in node.output} | weights
@@ -118,11 +118,11 @@ class OnnxGraph:
         return {name: node for node in self.nodes for name in node.output if name}
 
     def consumers(self) -> dict[str, list[onnx.NodeProto]]:
-        found: dict[str, list[onnx.NodeProto]] = {}
+        consumers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
             for name in node.input:
-                found.setdefault(name, []).append(node)
-        return found
+                consumers.setdefault(name, []).append(node)
+        return consumers
 
     def replace(self, old: str, new: str) -> None:
         """Make every reader of `old` read `new`; a graph output keeps its name."""
@@ -146,7 +146,7 @@ class OnnxGraph:
             while stack:
                 node = stack[-1]
                 before = (producers[name] for name in node.input if name in producers)
-                waiting = [one for one in before if id(one) not in done]
+                waiting = [producer for producer in before if id(producer) not in done]
                 stack.extend(waiting)
                 if not waiting:
                     stack.pop()
@@ -155,8 +155,8 @@ class OnnxGraph:
                         order.append(node)
         self.nodes = order
         used = {name for node in order for name in node.input} | set(self.outputs)
-        self._tensors = {name: one for name, one in self._tensors.items() if name in used}
-        self._arrays = {name: one for name, one in self._arrays.items() if name in used}
+        self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in used}
+        self._arrays = {name: array for name, array in self._arrays.items() if name in used}
 
     def cut(self, name: str) -> OnnxGraph:
         """Return a copy that computes the tensor `name` alone, from the inputs that it needs."""
@@ -165,8 +165,8 @@ class OnnxGraph:
         part.results = [onnx.ValueInfoProto(name=name)]
         part.outputs = [name]
         part.clean()
-        read = {one for node in part.nodes for one in node.input}
-        part.inputs = [one for one in part.inputs if one.name in read]
+        read = {operand for node in part.nodes for operand in node.input}
+        part.inputs = [value for value in part.inputs if value.name in read]
         return part
 
     def to_model(self, opset: int, outputs: Iterable[str] = ()) -> onnx.ModelProto:
@@ -226,9 +226,9 @@ class OnnxGraph:
 def weight_bytes(model: onnx.ModelProto) -> int:
     """Return the size of all weights; protobuf's own answer takes as long as writing them."""
     return sum(
-        int(np.prod(one.dims, dtype=np.int64))
-        * helper.tensor_dtype_to_np_dtype(one.data_type).itemsize
-        for one in model.graph.initializer
+        int(np.prod(tensor.dims, dtype=np.int64))
+        * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in model.graph.initializer
     )
 
 
@@ -242,7 +242,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """Return a node's attributes as plain Python values."""
-    return {one.name: helper.get_attribute_value(one) for one in node.attribute}
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def _end(renamed: dict[str, str], name: str) -> str:

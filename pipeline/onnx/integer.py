@@ -44,8 +44,8 @@ def expand_integers(graph: OnnxGraph) -> None:
         expand = _EXPANSIONS.get(node.op_type)
         if expand is not None:
             graph.replace(node.output[0], expand(graph, node))
-    for node in [one for one in graph.nodes if one.op_type == "MatMulInteger"]:
-        _expand_product(graph, node)
+    for product in [node for node in graph.nodes if node.op_type == "MatMulInteger"]:
+        _expand_product(graph, product)
     graph.clean()
 
 
@@ -67,8 +67,8 @@ def _quantized(graph: OnnxGraph, value: str, scale: str, zero: str) -> str:
 def _of_triples(graph: OnnxGraph, node: onnx.NodeProto) -> str:
     """QLinearAdd, QLinearMul and QLinearMatMul: (a, b, scale and zero point of the result)."""
     inputs = _triples(graph, list(node.input[:6]))
-    made = graph.add(_BINARY[node.op_type], inputs)
-    return _quantized(graph, made, *node.input[6:8])
+    floats = graph.add(_BINARY[node.op_type], inputs)
+    return _quantized(graph, floats, *node.input[6:8])
 
 
 def _of_one(op: str) -> Callable[[OnnxGraph, onnx.NodeProto], str]:
@@ -76,7 +76,7 @@ def _of_one(op: str) -> Callable[[OnnxGraph, onnx.NodeProto], str]:
 
     def expand(graph: OnnxGraph, node: onnx.NodeProto) -> str:
         (value,) = _triples(graph, list(node.input[:3]))
-        kept = {key: one for key, one in attributes(node).items() if key in ("axis", "alpha")}
+        kept = {key: option for key, option in attributes(node).items() if key in ("axis", "alpha")}
         return _quantized(graph, graph.add(op, [value], **kept), *node.input[3:5])
 
     return expand
@@ -85,8 +85,8 @@ def _of_one(op: str) -> Callable[[OnnxGraph, onnx.NodeProto], str]:
 def _concat(graph: OnnxGraph, node: onnx.NodeProto) -> str:
     """(scale and zero point of the result, triples)."""
     inputs = _triples(graph, list(node.input[2:]))
-    made = graph.add("Concat", inputs, axis=attributes(node)["axis"])
-    return _quantized(graph, made, *node.input[:2])
+    joined = graph.add("Concat", inputs, axis=attributes(node)["axis"])
+    return _quantized(graph, joined, *node.input[:2])
 
 
 def _where(graph: OnnxGraph, node: onnx.NodeProto) -> str:
@@ -97,16 +97,18 @@ def _where(graph: OnnxGraph, node: onnx.NodeProto) -> str:
 
 def _gemm(graph: OnnxGraph, node: onnx.NodeProto) -> str:
     """QGemm: two triples, an int32 bias, scale and zero point of the result, where it has them."""
-    given = attributes(node)
+    options = attributes(node)
     names = [*node.input, *[""] * (9 - len(node.input))]
-    axis = 0 if given.get("transB") else 1
+    axis = 0 if options.get("transB") else 1
     x, w = dequantize(graph, *names[:3]), dequantize(graph, *names[3:6], axis=axis)
     inputs = [x, w]
     if names[6]:
-        scale = graph.array(names[1]) * graph.array(names[4]) * np.float32(given.get("alpha", 1.0))
+        scale = (
+            graph.array(names[1]) * graph.array(names[4]) * np.float32(options.get("alpha", 1.0))
+        )
         inputs.append(dequantize(graph, names[6], graph.constant(scale), axis=0))
-    made = graph.add("Gemm", inputs, **given)
-    return _quantized(graph, made, *names[7:9]) if names[7] else made
+    product = graph.add("Gemm", inputs, **options)
+    return _quantized(graph, product, *names[7:9]) if names[7] else product
 
 
 def _scaled_product(graph: OnnxGraph, node: onnx.NodeProto) -> str:
@@ -119,14 +121,14 @@ def _scaled_product(graph: OnnxGraph, node: onnx.NodeProto) -> str:
 def _dynamic_product(graph: OnnxGraph, node: onnx.NodeProto) -> str:
     """DynamicQuantizeMatMul: floats, integers with scale and zero point, a bias."""
     x, b, b_scale, b_zero, bias = [*node.input, *[""] * (5 - len(node.input))]
-    names = [graph.fresh(one) for one in ("quantized", "scale", "zero")]
+    names = [graph.fresh(hint) for hint in ("quantized", "scale", "zero")]
     graph.nodes.append(onnx.helper.make_node("DynamicQuantizeLinear", [x], names, name=names[0]))
     return _biased(graph, dequantize(graph, *names), dequantize(graph, b, b_scale, b_zero), bias)
 
 
 def _biased(graph: OnnxGraph, left: str, right: str, bias: str) -> str:
-    made = graph.add("MatMul", [left, right])
-    return graph.add("Add", [made, bias]) if bias else made
+    product = graph.add("MatMul", [left, right])
+    return graph.add("Add", [product, bias]) if bias else product
 
 
 _EXPANSIONS: dict[str, Callable[[OnnxGraph, onnx.NodeProto], str]] = {
@@ -159,19 +161,19 @@ def _expand_product(graph: OnnxGraph, node: onnx.NodeProto) -> None:
     elif not np.allclose(rest, 1.0, rtol=1e-5):
         raise _unscaled(node)
     inputs = [dequantize(graph, a, a_scale, a_zero), dequantize(graph, b, b_scale, b_zero)]
-    made = graph.add("MatMul", inputs)
+    product = graph.add("MatMul", inputs)
     if bias:
         value = (graph.array(bias) * whole).astype(np.float32)
-        made = graph.add("Add", [made, graph.constant(value, "bias")])
-    graph.replace(end, made)
+        product = graph.add("Add", [product, graph.constant(value, "bias")])
+    graph.replace(end, product)
 
 
 def _product(factors: Iterable[np.ndarray]) -> np.ndarray:
     """A number, or one per column."""
-    found = np.ones((), np.float64)
+    total = np.ones((), np.float64)
     for factor in factors:
-        found = found * (factor.reshape(()) if factor.size == 1 else factor.reshape(-1))
-    return found
+        total = total * (factor.reshape(()) if factor.size == 1 else factor.reshape(-1))
+    return total
 
 
 def _own_scale(name: str, producers: dict[str, onnx.NodeProto]) -> str:
@@ -198,7 +200,7 @@ def _scales(
         readers = consumers.get(last, [])
         if len(readers) != 1 or readers[0].op_type not in ("Add", "Cast", "Mul"):
             raise _unscaled(node)
-        other = next((one for one in readers[0].input if one != last), "")
+        other = next((name for name in readers[0].input if name != last), "")
         if readers[0].op_type == "Add":
             if not graph.is_constant(other) or graph.is_float(other):
                 raise _unscaled(node)
@@ -219,8 +221,8 @@ def _factors(name: str, producers: dict[str, onnx.NodeProto]) -> Iterator[str]:
     if node is None or node.op_type != "Mul":
         yield name
         return
-    for one in node.input:
-        yield from _factors(one, producers)
+    for operand in node.input:
+        yield from _factors(operand, producers)
 
 
 def _unscaled(node: onnx.NodeProto) -> ModelError:

@@ -25,9 +25,9 @@ def rewrite(source: Path, target: Path) -> None:
     graph = OnnxGraph(onnx.load(source))
     for node in list(graph.nodes):
         parts = _PARTS.get(node.op_type)
-        made = parts(graph, node) if parts else None
-        if made:
-            graph.replace(node.output[0], made)
+        replacement = parts(graph, node) if parts else None
+        if replacement:
+            graph.replace(node.output[0], replacement)
     graph.clean()
     model = graph.to_model(OPSET)
     model.ir_version = IR_VERSION
@@ -51,14 +51,14 @@ def _gelu(graph: OnnxGraph, node: Any) -> str | None:
 
 def _layer_norm(graph: OnnxGraph, node: Any) -> str | None:
     """(x - mean) / √(variance + ε) · gamma + beta over the last axis."""
-    found = attributes(node)
-    if found.get("axis", -1) != -1 or len(node.input) != 3:
+    options = attributes(node)
+    if options.get("axis", -1) != -1 or len(node.input) != 3:
         return None
     x, gamma, beta = node.input
     centred = graph.add("Sub", [x, graph.add("ReduceMean", [x], axes=[-1])])
     square = graph.add("Pow", [centred, graph.number(2)])
     variance = graph.add("ReduceMean", [square], axes=[-1])
-    epsilon = graph.number(found.get("epsilon", 1e-5))
+    epsilon = graph.number(options.get("epsilon", 1e-5))
     deviation = graph.add("Sqrt", [graph.add("Add", [variance, epsilon])])
     scaled = graph.add("Mul", [graph.add("Div", [centred, deviation]), gamma])
     return graph.add("Add", [scaled, beta])

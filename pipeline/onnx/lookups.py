@@ -23,9 +23,9 @@ def write_lookups(graph: OnnxGraph, probes: Probes, axes: Axes, opset: int) -> i
     """Rewrite the lookups that are understood; return how many positions the model has."""
     lookups = _Lookups(graph, probes, axes)
     kinds = dependence(graph)
-    inputs = {one.name for one in graph.inputs}
-    found = [one for one in graph.nodes if is_lookup(graph, one)]
-    others = [one for one in found if source_input(graph, one.input[1]) not in inputs]
+    inputs = {value.name for value in graph.inputs}
+    gathers = [node for node in graph.nodes if is_lookup(graph, node)]
+    others = [node for node in gathers if source_input(graph, node.input[1]) not in inputs]
     # In this order: a row goes into the table of positions, which also limits the distances.
     rest = [node for node in others if not lookups.positions(node)]
     rest = [node for node in rest if not lookups.single_row(node)]
@@ -44,7 +44,7 @@ class _Lookups:
 
     def positions(self, node: onnx.NodeProto) -> bool:
         index = self._index(node)
-        if index is None or not any(one.any() for one in index):
+        if index is None or not any(ids.any() for ids in index):
             return False
         if self._place(node, index) or self._after_padding(node, index):
             self._tables.append(node)
@@ -75,13 +75,13 @@ class _Lookups:
         length = self.axes.static("length")
         if length is not None:
             return self.graph.constant(table[:, :length], "positions")
-        zero, one = self.graph.integers(0), self.graph.integers(1)
+        zero, unit = self.graph.integers(0), self.graph.integers(1)
         whole = self.graph.constant(table, "positions")
-        return self.graph.add("Slice", [whole, zero, self.axes.tensor("length"), one, one])
+        return self.graph.add("Slice", [whole, zero, self.axes.tensor("length"), unit, unit])
 
     def _after_padding(self, node: onnx.NodeProto, index: list[np.ndarray]) -> bool:
         """Position = count of real tokens so far + padding id, as in RoBERTa and MPNet."""
-        padding = int(min(one.min() for one in index))
+        padding = int(min(ids.min() for ids in index))
         for feed, value in zip(self.probes.feeds, index):
             real = (feed["input_ids"] != padding).astype(np.int64)
             want = np.cumsum(real, axis=1) * real + padding
@@ -103,7 +103,7 @@ class _Lookups:
     def single_row(self, node: onnx.NodeProto) -> bool:
         """Row 0 is the only one ever looked up: add it to the positions, or make it a constant."""
         index = self._index(node)
-        if index is None or any(one.any() for one in index):
+        if index is None or any(ids.any() for ids in index):
             return False
         row = self.graph.array(node.input[0])[0]
         readers = self.graph.consumers().get(node.output[0], [])
@@ -125,7 +125,7 @@ class _Lookups:
         if other == position or (before is not None and self._adds(before, position)):
             return True
         after = self.graph.consumers().get(add.output[0], [])
-        return bool(after) and all(self._adds(one, position) for one in after)
+        return bool(after) and all(self._adds(reader, position) for reader in after)
 
     def _adds(self, node: onnx.NodeProto, name: str) -> bool:
         return node.op_type == "Add" and name in node.input
@@ -136,9 +136,11 @@ class _Lookups:
         if index is None or limit is None or self.axes.static("length") is not None:
             return
         sizes = self.axes.sizes["length"]
-        if any(one.shape[-2:] != (size, size) for one, size in zip(index, sizes)):
+        if any(ids.shape[-2:] != (size, size) for ids, size in zip(index, sizes)):
             return
-        feed = {name: np.ones((1, limit), one.dtype) for name, one in self.probes.feeds[0].items()}
+        feed = {
+            name: np.ones((1, limit), array.dtype) for name, array in self.probes.feeds[0].items()
+        }
         whole = evaluate(self.graph, node.input[1], feed, opset).reshape(-1, limit, limit)[0]
         rows = np.concatenate([whole[:0:-1, 0], whole[0]])
         places = np.arange(limit)
@@ -148,8 +150,8 @@ class _Lookups:
         down = self.graph.add("Transpose", [across], perm=[1, 0])
         distance = self.graph.add("Sub", [across, down])
         last = self.graph.constant(np.asarray(limit - 1, np.int64))
-        made = self.graph.add("Add", [distance, last])
+        row = self.graph.add("Add", [distance, last])
         if index[0].ndim == 3:
-            made = self.graph.add("Unsqueeze", [made, self.graph.integers(0)])
+            row = self.graph.add("Unsqueeze", [row, self.graph.integers(0)])
         table = self.graph.array(node.input[0])[rows]
-        node.input[:] = [self.graph.constant(table, "distances"), made]
+        node.input[:] = [self.graph.constant(table, "distances"), row]

@@ -40,7 +40,7 @@ def write_masks(
     """
     masks = _Masks(graph, _Values(graph, probes, axes, limit, opset), axes)
     kinds, producers = dependence(graph), graph.producers()
-    for softmax in [one for one in graph.nodes if one.op_type == "Softmax"]:
+    for softmax in [node for node in graph.nodes if node.op_type == "Softmax"]:
         name = softmax.input[0]
         while name in producers:
             name = masks.step(producers[name], kinds)
@@ -111,10 +111,10 @@ class _Sample(NamedTuple):
         expected = np.broadcast_to(seen, (*seen.shape[:-2], length, length))
         if padded:
             expected = expected & self.real[:, None, None, :]
-        found = np.broadcast_to(self.seen, np.broadcast_shapes(self.value.shape, expected.shape))
-        right = (found == expected).all(-1)
+        actual = np.broadcast_to(self.seen, np.broadcast_shapes(self.value.shape, expected.shape))
+        right = (actual == expected).all(-1)
         if padded:
-            right |= ~self.real[:, None, :] & (found.all(-1) | ~found.any(-1))
+            right |= ~self.real[:, None, :] & (actual.all(-1) | ~actual.any(-1))
         return bool(right.all())
 
     def adds(self, table: np.ndarray, padded: bool) -> bool:
@@ -152,21 +152,25 @@ class _Values:
         values = self._probed(added.name)
         if values is None or added.number is None:
             return None
-        found = [self._sample(feed, added, one) for feed, one in zip(self.probes.feeds, values)]
-        if None in found:
+        samples = [
+            self._sample(feed, added, value) for feed, value in zip(self.probes.feeds, values)
+        ]
+        if None in samples:
             return None
-        of_keys = all(one.value.shape[2] == 1 for one in found)
-        bias = any(one.value.any() for one in found) and not any(one.closes for one in found)
+        of_keys = all(sample.value.shape[2] == 1 for sample in samples)
+        bias = any(sample.value.any() for sample in samples) and not any(
+            sample.closes for sample in samples
+        )
         if of_keys or bias or self.graph.is_constant(added.name):
-            return found
+            return samples
         for length in self._lengths(added.name):
             feed = self._feed(length)
             value = self._evaluated(added.name, feed)
             longer = None if value is None else self._sample(feed, added, value)
             if longer is None:
                 return None
-            found.append(longer)
-        return found
+            samples.append(longer)
+        return samples
 
     def rank(self, name: str) -> int:
         """Return how many axes a tensor has that was sampled."""
@@ -178,7 +182,7 @@ class _Values:
         values = self.probes.of(name)
         if values is None:  # made since
             values = [self._evaluated(name, feed) for feed in self.probes.feeds]
-        return None if any(one is None for one in values) else values
+        return None if any(value is None for value in values) else values
 
     def _sample(
         self, feed: dict[str, np.ndarray], added: _Added, value: np.ndarray
@@ -213,7 +217,7 @@ class _Values:
         """Two sequences of that length where the batch allows it: one whole, one with gaps."""
         batch = self.axes.static("batch") or (2 if length <= LARGEST // 2 else 1)
         last = self.probes.feeds[-1]
-        feed = {name: np.resize(one, (batch, length)) for name, one in last.items()}
+        feed = {name: np.resize(array, (batch, length)) for name, array in last.items()}
         if "attention_mask" in feed:
             feed["attention_mask"][0] = 1
         return feed
@@ -278,34 +282,34 @@ class _Masks:
                 node.CopyFrom(onnx.helper.make_node("Add", [total, terms[-1]], list(node.output)))
             else:
                 self.graph.replace(node.output[0], total)
-        elif any(one.closes for one in samples):
+        elif any(sample.closes for sample in samples):
             self.kept[added.name] = None
             self._as_bias(node, added, samples)
 
     def _terms(self, samples: list[_Sample]) -> list[str] | None:
         """Return canonical tensors whose sum is the same, None where there are none."""
-        if not any(one.value.any() for one in samples):
+        if not any(sample.value.any() for sample in samples):
             return []
         if self._is_by_key(samples):
             return [self._keys()]
-        finite = not any(one.closes for one in samples)
-        if finite or any(one.blinds for one in samples):
+        finite = not any(sample.closes for sample in samples)
+        if finite or any(sample.blinds for sample in samples):
             return None
         return self._by_reach(samples) or self._by_table(samples)
 
     def _is_by_key(self, samples: list[_Sample]) -> bool:
         """Say whether each value is 0 at real keys and very negative at padded ones."""
-        if all(one.real.all() for one in samples):
+        if all(sample.real.all() for sample in samples):
             return False
-        for one in samples:
-            value, real = np.broadcast_arrays(one.value, one.real[:, None, None, :])
+        for sample in samples:
+            value, real = np.broadcast_arrays(sample.value, sample.real[:, None, None, :])
             if (value[real] != 0).any() or not (value[~real] <= CLOSED).all():
                 return False
         return True
 
     def _by_reach(self, samples: list[_Sample]) -> list[str] | None:
         """Queries that see all keys from so many before to so many behind their own place."""
-        if not all(((one.value == 0) | (one.value <= CLOSED)).all() for one in samples):
+        if not all(((sample.value == 0) | (sample.value <= CLOSED)).all() for sample in samples):
             return None
         last = samples[-1]
         query, key = np.nonzero(np.broadcast_to(last.seen, last.value.shape)[0, 0])
@@ -313,9 +317,11 @@ class _Masks:
             return None
         length = last.real.shape[1]
         most = int((query - key).max()), int((key - query).max())
-        reach = tuple(None if one == length - 1 else one for one in most)
+        reach = tuple(None if distance == length - 1 else distance for distance in most)
         for padded in (False, True):
-            if all(one.shows(_in_reach(reach, one.real.shape[1]), padded) for one in samples):
+            if all(
+                sample.shows(_in_reach(reach, sample.real.shape[1]), padded) for sample in samples
+            ):
                 keys = [self._keys()] if padded else []
                 return [*keys, *([] if reach == (None, None) else [self._places(reach)])]
         return None
@@ -328,7 +334,7 @@ class _Masks:
             return None
         table = last.value[:1]
         for padded in (False, True):
-            if all(one.adds(table, padded) for one in samples):
+            if all(sample.adds(table, padded) for sample in samples):
                 return [*([self._keys()] if padded else []), self._table(table)]
         return None
 
@@ -340,16 +346,16 @@ class _Masks:
         """Add a constant (1, H|1, P, P), cut to the length of the request."""
         name = self.graph.constant(table, "bias")
         if self.axes.static("length") is None:
-            zero, one = self.graph.integers(0), self.graph.integers(1)
+            zero, unit = self.graph.integers(0), self.graph.integers(1)
             for axis in (2, 3):
-                ends = [zero, self.axes.tensor("length"), self.graph.integers(axis), one]
+                ends = [zero, self.axes.tensor("length"), self.graph.integers(axis), unit]
                 name = self.graph.add("Slice", [name, *ends])
         return name
 
     def _as_bias(self, node: onnx.NodeProto, added: _Added, samples: list[_Sample]) -> None:
         """Add what a Where puts in the place of scores, so that attention can take it as a bias."""
-        plain = all(((one.value == 0) | (one.value <= CLOSED)).all() for one in samples)
-        if node.op_type != "Where" or not plain or any(one.blinds for one in samples):
+        plain = all(((sample.value == 0) | (sample.value <= CLOSED)).all() for sample in samples)
+        if node.op_type != "Where" or not plain or any(sample.blinds for sample in samples):
             return
         numbers = [
             self.graph.number(0.0 if name == added.scores else MASKED) for name in node.input[1:]
@@ -382,6 +388,6 @@ class _Masks:
 
 def _in_reach(reach: Reach, length: int) -> np.ndarray:
     """Which keys a query sees, (S, S)."""
-    before, behind = (length if one is None else one for one in reach)
+    before, behind = (length if distance is None else distance for distance in reach)
     query, key = np.indices((length, length))
     return (query - key <= before) & (key - query <= behind)

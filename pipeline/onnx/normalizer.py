@@ -63,10 +63,10 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         max_length, notes = _rewrite(graph, probes, opset, positions)
     check_operators(graph, rewritten=True)
     _name_axes(graph, probes)
-    read_names = {one.name for one in graph.inputs}
-    if quantized and not read_names.issuperset(one.name for one in inputs):
+    read_names = {value.name for value in graph.inputs}
+    if quantized and not read_names.issuperset(spec.name for spec in inputs):
         quantized = (*quantized, _unread(inputs, read_names))
-    inputs = tuple(one for one in inputs if one.name in read_names)
+    inputs = tuple(spec for spec in inputs if spec.name in read_names)
     family = table.of_type(beside.get("model_type"))
     max_length = length or max_length or positions
     longest = min(max_length or 37, 512)
@@ -135,14 +135,14 @@ def _rewrite(
 
 
 def _is_bool(probes: Probes, name: str) -> bool:
-    found = probes.of(name)
-    return found is not None and found[0].dtype == np.bool_
+    values = probes.of(name)
+    return values is not None and values[0].dtype == np.bool_
 
 
 def _name_axes(graph: OnnxGraph, probes: Probes) -> None:
     """Call the dynamic axes "batch" and "length", and drop inputs that nothing reads."""
     used = {name for node in graph.nodes for name in node.input}
-    graph.inputs = [one for one in graph.inputs if one.name in used]
+    graph.inputs = [value for value in graph.inputs if value.name in used]
     names = dict(zip(probes.sizes("input_ids"), ("batch", "length")))
     for value in [*graph.inputs, *graph.results]:
         sizes = probes.sizes(value.name)
@@ -159,7 +159,7 @@ def _name_axes(graph: OnnxGraph, probes: Probes) -> None:
 
 
 def _unread(inputs: tuple[InputSpec, ...], read: set[str]) -> str:
-    names = ", ".join(one.name for one in inputs if one.name not in read)
+    names = ", ".join(spec.name for spec in inputs if spec.name not in read)
     return f"{names} changes nothing in the quantized file (was it calibrated without padding?)"
 
 
@@ -178,14 +178,16 @@ def _check(
     """
     feeds = [sample(inputs, *shape, padding_id=1, seed=seed) for seed, shape in enumerate(shapes)]
     after = session(normalized)
-    names = [one.name for one in after.get_outputs()]
+    names = [output.name for output in after.get_outputs()]
     try:
         if lifted is not None:
-            found = []
+            results = []
             for model in (lifted, onnx.load(normalized)):
                 with opened(drop_marks(model)) as runner:
-                    found.append(_results(runner, names, feeds))
-            _refuse(_compare(*found, feeds)[0], TOLERANCE, "the original, both in floats,", _FAULT)
+                    results.append(_results(runner, names, feeds))
+            _refuse(
+                _compare(*results, feeds)[0], TOLERANCE, "the original, both in floats,", _FAULT
+            )
         want = _results(session(original), names, feeds)
         worst, relative = _compare(want, _results(after, names, feeds), feeds)
         if lifted is None:
@@ -215,7 +217,7 @@ def _results(
     runner: Any, names: list[str], feeds: list[dict[str, np.ndarray]]
 ) -> list[list[np.ndarray]]:
     """Run the batches; an input that the other model does not have is zero."""
-    zero = {one.name: one.type[len("tensor(") : -1] for one in runner.get_inputs()}
+    zero = {argument.name: argument.type[len("tensor(") : -1] for argument in runner.get_inputs()}
     for name in feeds[0]:
         zero.pop(name, None)
     shapes = [feed["input_ids"].shape for feed in feeds]
@@ -230,9 +232,9 @@ def _compare(
     worst, squares = 0.0, np.zeros(2)
     for before, after, feed in zip(want, got, feeds):
         mask = feed.get("attention_mask", np.ones_like(feed["input_ids"]))
-        for one, other in zip(after, before):
-            worst = max(worst, largest_difference(one, other, mask))
-            squares += squared_norms(one, other, mask)
+        for actual, expected in zip(after, before):
+            worst = max(worst, largest_difference(actual, expected, mask))
+            squares += squared_norms(actual, expected, mask)
     return worst, float(np.sqrt(squares[0] / max(squares[1], 1e-30)))
 
 
@@ -244,10 +246,10 @@ def _copy_files(path: Path, directory: Path) -> None:
 
 def _config_beside(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _labels(beside: dict[str, Any]) -> tuple[str, ...]:

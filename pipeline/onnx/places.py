@@ -30,17 +30,19 @@ def write_place_tables(
     if axes.static("length") is not None:
         return None  # they are constants, which are folded
     positions = min(limit or POSITIONS, LARGEST)
-    kinds, made = dependence(graph), {}
+    kinds, tables = dependence(graph), {}
     for node in list(graph.nodes):
         if kinds[node.output[0]] != "heavy":
             continue
         for name in dict.fromkeys(node.input):
-            if kinds.get(name) == "shape" and name not in made and _has_angles(graph, name):
-                made[name] = _table(graph, probes, axes, name, positions, opset)
-            if made.get(name):
-                node.input[:] = [made[name] if one == name else one for one in node.input]
+            if kinds.get(name) == "shape" and name not in tables and _has_angles(graph, name):
+                tables[name] = _table(graph, probes, axes, name, positions, opset)
+            if tables.get(name):
+                node.input[:] = [
+                    tables[name] if source == name else source for source in node.input
+                ]
     graph.clean()
-    return positions if any(made.values()) else None
+    return positions if any(tables.values()) else None
 
 
 def _has_angles(graph: OnnxGraph, name: str) -> bool:
@@ -70,7 +72,7 @@ def _table(
         return None
     others = [axis for axis in range(rank - 1) if axis != place]
     batch = axes.static("batch") or 1
-    feed = {key: np.ones((batch, positions), one.dtype) for key, one in probes.feeds[0].items()}
+    feed = {key: np.ones((batch, positions), array.dtype) for key, array in probes.feeds[0].items()}
     whole = evaluated(graph, name, feed, opset)
     if whole is None or whole.ndim != rank:
         return None
@@ -78,13 +80,13 @@ def _table(
     table = whole[first]  # (positions, D)
     if table.shape != (positions, values[0].shape[-1]) or not np.isfinite(table).all():
         return None
-    for one in values:  # the same in all rows, and whatever the length is
-        wanted = np.expand_dims(table[: one.shape[place]], others)
-        if not np.allclose(one, wanted, rtol=0, atol=1e-6):
+    for value in values:  # the same in all rows, and whatever the length is
+        wanted = np.expand_dims(table[: value.shape[place]], others)
+        if not np.allclose(value, wanted, rtol=0, atol=1e-6):
             return None
     whole = graph.constant(table[None], "places")
-    zero, one = graph.integers(0), graph.integers(1)
-    cut = graph.add("Slice", [whole, zero, axes.tensor("length"), one, one])
+    zero, unit = graph.integers(0), graph.integers(1)
+    cut = graph.add("Slice", [whole, zero, axes.tensor("length"), unit, unit])
     missing = [axis for axis in others if axis != (0 if place else rank)]
     if place == 0:
         cut = graph.add("Squeeze", [cut, zero])
@@ -92,4 +94,4 @@ def _table(
 
 
 def _is_length(values: list[np.ndarray], axis: int, axes: Axes) -> bool:
-    return all(one.shape[axis] == size for one, size in zip(values, axes.sizes["length"]))
+    return all(value.shape[axis] == size for value, size in zip(values, axes.sizes["length"]))

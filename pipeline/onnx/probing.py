@@ -30,29 +30,31 @@ class Probes:
 
     def of(self, name: str) -> list[np.ndarray] | None:
         """Return the tensor's value in each run, or None if no run saw it."""
-        if not all(name in one for one in self.values):
+        if not all(name in run for run in self.values):
             return None
-        return [one[name] for one in self.values]
+        return [run[name] for run in self.values]
 
     def constant(self, name: str) -> np.ndarray | None:
         """Return the tensor's value if it is the same in all runs."""
-        found = self.of(name)
-        if found is None or any(one.shape != found[0].shape for one in found):
+        values = self.of(name)
+        if values is None or any(value.shape != values[0].shape for value in values):
             return None
-        same = all(np.array_equal(one, found[0], equal_nan=one.dtype.kind == "f") for one in found)
-        return found[0] if same else None
+        same = all(
+            np.array_equal(value, values[0], equal_nan=value.dtype.kind == "f") for value in values
+        )
+        return values[0] if same else None
 
     def sizes(self, name: str) -> list[object] | None:
         """Return the tensor's shape; an axis that varies is a tuple of its size in each run."""
-        found = self.of(name)
-        if found is None or len({one.ndim for one in found}) != 1:
+        values = self.of(name)
+        if values is None or len({value.ndim for value in values}) != 1:
             return None
-        return [merge(column) for column in zip(*(one.shape for one in found))]
+        return [merge(column) for column in zip(*(value.shape for value in values))]
 
 
 def merge(column: Iterable[int]) -> object:
     """Return the one integer that all runs agree on, else the tuple of what each has."""
-    values = tuple(int(one) for one in column)
+    values = tuple(int(size) for size in column)
     return values[0] if len(set(values)) == 1 else values
 
 
@@ -69,7 +71,7 @@ def probe(
     feeds = tuple(_feed(inputs, shape, seed) for seed, shape in enumerate(shapes))
     model = graph.to_model(opset, outputs=names)
     with opened(model, optimize=False) as runner:
-        shown = [one.name for one in runner.get_outputs()]
+        shown = [output.name for output in runner.get_outputs()]
         values = tuple({**dict(zip(shown, _run(runner, shown, feed))), **feed} for feed in feeds)
     return Probes(feeds, values)
 
@@ -78,7 +80,7 @@ def evaluate(graph: OnnxGraph, name: str, feed: dict[str, np.ndarray], opset: in
     """Compute one tensor alone, from those inputs that it needs."""
     part = graph.cut(name)
     with opened(part.to_model(opset)) as runner:
-        wanted = {one.name: feed[one.name] for one in part.inputs}
+        wanted = {value.name: feed[value.name] for value in part.inputs}
         return runner.run([name], wanted)[0]
 
 
@@ -119,14 +121,16 @@ def _feed(
     inputs: tuple[InputSpec, ...], shape: tuple[int, int], seed: int
 ) -> dict[str, np.ndarray]:
     # Few different ids, so that every special id, the padding id for one, turns up at real tokens.
-    small = [replace(one, below=min(one.below or 12, 12)) for one in inputs]
+    small = [replace(spec, below=min(spec.below or 12, 12)) for spec in inputs]
     feed = sample(small, *shape, padding_id=-1, seed=seed)
     random = np.random.default_rng(seed)
-    for one in inputs:
-        if one.name == "input_ids":
-            feed[one.name] = random.integers(0, min(one.below or 12, 12), shape).astype(one.dtype)
-        elif one.name == "attention_mask" and shape[1] > 1:
+    for spec in inputs:
+        if spec.name == "input_ids":
+            feed[spec.name] = random.integers(0, min(spec.below or 12, 12), shape).astype(
+                spec.dtype
+            )
+        elif spec.name == "attention_mask" and shape[1] > 1:
             mask = random.integers(0, 2, shape)
             mask[:, random.integers(0, shape[1])] = 1
-            feed[one.name] = mask.astype(one.dtype)
+            feed[spec.name] = mask.astype(spec.dtype)
     return feed

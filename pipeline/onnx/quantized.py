@@ -74,8 +74,8 @@ def settle_quantization(graph: OnnxGraph, probes: Probes) -> tuple[str, ...]:
     """
     tokens, dropped = probes.sizes("input_ids"), 0
     for node in graph.nodes:
-        found = probes.of(node.input[0]) if node.output[0].startswith("bertile.relu.") else None
-        if found is not None and not any((one < 0).any() for one in found):
+        values = probes.of(node.input[0]) if node.output[0].startswith("bertile.relu.") else None
+        if values is not None and not any((value < 0).any() for value in values):
             node.op_type = "Identity"
         marked = node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear")
         sizes = probes.sizes(node.input[0]) if marked else None
@@ -116,8 +116,8 @@ def _take_pairs(graph: OnnxGraph) -> Ranges:
     """
     ranges: Ranges = {}
     producers = graph.producers()
-    for node in [one for one in graph.nodes if one.op_type == "DequantizeLinear"]:
-        ranges[node.output[0]] = _range(graph, node, producers)
+    for end in [node for node in graph.nodes if node.op_type == "DequantizeLinear"]:
+        ranges[end.output[0]] = _range(graph, end, producers)
     for node in list(graph.nodes):
         if node.op_type == "QuantizeLinear" and _begins_at_zero(graph, node):
             node.input[0] = graph.add("Relu", [node.input[0]])
@@ -156,7 +156,7 @@ def _range(
     if not graph.is_constant(node.input[1]):
         return None
     scale = graph.array(node.input[1])
-    zeros = [graph.array(one.input[2]) for one in (node, before) if len(one.input) > 2]
+    zeros = [graph.array(half.input[2]) for half in (node, before) if len(half.input) > 2]
     zero = zeros[0] if zeros else np.zeros((), np.uint8)
     shift = _SHIFT.get(zero.dtype)
     if shift is None or scale.size > 1 or not np.isfinite(scale).all():
@@ -189,7 +189,7 @@ class _Marks:
         self.graph, self.weights, self.ranges = graph, weights, ranges
         self.consumers = graph.consumers()
         self.layers: dict[tuple[str, bool], list[onnx.NodeProto]] = {}
-        self.found: dict[tuple[str, bool], _Range] = {}
+        self.joined: dict[tuple[str, bool], _Range] = {}
         self.widened = self.dropped = 0
 
     def write(self) -> tuple[str, ...]:
@@ -207,18 +207,18 @@ class _Marks:
 
     def _gather(self, mark: onnx.NodeProto) -> None:
         """Note the range of a mark for the tensor that it stands behind."""
-        found = self.ranges[mark.output[0]]
+        span = self.ranges[mark.output[0]]
         readers = self.consumers.get(mark.output[0], [])
         layers = [node for node in readers if self._is_layer(node, mark.output[0])]
-        self.dropped += found is None or len(layers) < len(readers)
-        if found is None or not layers:
+        self.dropped += span is None or len(layers) < len(readers)
+        if span is None or not layers:
             return
-        key = (mark.input[0], found.scale is None)
-        before = self.found.get(key, found)
-        if found != before:
+        key = (mark.input[0], span.scale is None)
+        before = self.joined.get(key, span)
+        if span != before:
             self.widened += 1
-            found = before.joined(found)
-        self.found[key] = found
+            span = before.joined(span)
+        self.joined[key] = span
         self.layers.setdefault(key, []).extend(layers)
 
     def _is_layer(self, node: onnx.NodeProto, source: str) -> bool:
@@ -228,14 +228,14 @@ class _Marks:
         return self.weights.largest(weight) is not None and not attributes(node).get("transA")
 
     def _static(self, source: str) -> str:
-        found = self.found[source, False]
-        scale = self.graph.constant(np.asarray(found.scale, np.float32))
-        zero = self.graph.constant(np.asarray(found.zero, np.uint8))
+        span = self.joined[source, False]
+        scale = self.graph.constant(np.asarray(span.scale, np.float32))
+        zero = self.graph.constant(np.asarray(span.zero, np.uint8))
         integers = self.graph.add("QuantizeLinear", [source, scale, zero])
         return self.graph.add("DequantizeLinear", [integers, scale, zero])
 
     def _dynamic(self, source: str) -> str:
-        names = [self.graph.fresh(one) for one in ("quantized", "scale", "zero")]
+        names = [self.graph.fresh(hint) for hint in ("quantized", "scale", "zero")]
         node = onnx.helper.make_node("DynamicQuantizeLinear", [source], names, name=names[0])
         self.graph.nodes.append(node)
         return self.graph.add("DequantizeLinear", names)

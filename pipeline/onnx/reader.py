@@ -44,7 +44,9 @@ def read(path: Path) -> tuple[onnx.ModelProto, int]:
 def _load_weights(model: onnx.ModelProto, path: Path) -> None:
     for tensor in model.graph.initializer:
         external = onnx.external_data_helper.uses_external_data(tensor)
-        location = next((one.value for one in tensor.external_data if one.key == "location"), "")
+        location = next(
+            (entry.value for entry in tensor.external_data if entry.key == "location"), ""
+        )
         try:
             if external:
                 onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
@@ -74,7 +76,9 @@ def _item_size(data_type: int) -> int:
 
 
 def _modern(model: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, int]:
-    opset = max(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
+    opset = max(
+        imported.version for imported in model.opset_import if imported.domain in ("", "ai.onnx")
+    )
     if opset >= 13:
         return model, opset
     try:  # before 13, Softmax and the axes of several operators mean something else
@@ -88,34 +92,34 @@ def _modern(model: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, int]:
 
 def static_axes(graph: OnnxGraph, path: Path) -> tuple[int | None, int | None]:
     """Check the inputs' names, types and ranks; return the sizes of the axes that are static."""
-    names = [one.name for one in graph.inputs]
+    names = [value.name for value in graph.inputs]
     if "input_ids" not in names:
         raise ModelError(f"'{path}' has no input 'input_ids' (it has {', '.join(names) or 'none'})")
-    for one in graph.inputs:
-        _check_input(one, path)
-    shapes = [one.type.tensor_type.shape.dim for one in graph.inputs]
+    for value in graph.inputs:
+        _check_input(value, path)
+    shapes = [value.type.tensor_type.shape.dim for value in graph.inputs]
     batch, length = ({dims[axis].dim_value for dims in shapes} - {0} for axis in (0, 1))
     if len(batch) > 1 or len(length) > 1:
         raise ModelError(f"the inputs of '{path}' have different static shapes")
     return next(iter(batch), None), next(iter(length), None)
 
 
-def _check_input(one: onnx.ValueInfoProto, path: Path) -> None:
-    kind = one.type.tensor_type
-    if one.name not in INPUT_NAMES:
+def _check_input(value: onnx.ValueInfoProto, path: Path) -> None:
+    kind = value.type.tensor_type
+    if value.name not in INPUT_NAMES:
         raise ModelError(
-            f"'{path}' has the input '{one.name}', which is unsupported"
-            f"{nearest(one.name, INPUT_NAMES)}"
+            f"'{path}' has the input '{value.name}', which is unsupported"
+            f"{nearest(value.name, INPUT_NAMES)}"
         )
     if kind.elem_type not in _DTYPES or len(kind.shape.dim) != 2:
         raise ModelError(
-            f"input '{one.name}' of '{path}' is no (batch, length) tensor of int32 or int64"
+            f"input '{value.name}' of '{path}' is no (batch, length) tensor of int32 or int64"
         )
 
 
 def input_specs(graph: OnnxGraph) -> tuple[InputSpec, ...]:
     """Describe the inputs in their canonical order, with the size of the table each looks up."""
-    given = {one.name: one.type.tensor_type.elem_type for one in graph.inputs}
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.inputs}
     below: dict[str, int] = {"attention_mask": 2}
     for node in graph.nodes:
         if is_lookup(graph, node):
@@ -123,9 +127,9 @@ def input_specs(graph: OnnxGraph) -> tuple[InputSpec, ...]:
             if source in ("input_ids", "token_type_ids"):
                 below[source] = graph.shape(node.input[0])[0]
     return tuple(
-        InputSpec(name, _DTYPES[given[name]], below.get(name), _DEFAULTS.get(name))
+        InputSpec(name, _DTYPES[types[name]], below.get(name), _DEFAULTS.get(name))
         for name in INPUT_NAMES
-        if name in given
+        if name in types
     )
 
 
@@ -144,6 +148,6 @@ def check_operators(graph: OnnxGraph, rewritten: bool = False) -> None:
                 " standard and cannot be imported",
                 "export the model without a runtime's own optimizations",
             )
-        subgraphs = any(one.type == onnx.AttributeProto.GRAPH for one in node.attribute)
+        subgraphs = any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute)
         if node.op_type not in known or subgraphs:
             raise ModelError(f"operator {node.op_type} (node '{name}') cannot be imported")

@@ -19,7 +19,7 @@ def upgrade_reductions(graph: OnnxGraph) -> None:
         axes = attributes(node).get("axes")
         if axes is not None:
             node.input.append(graph.constant(np.asarray(axes, np.int64)))
-            kept = [one for one in node.attribute if one.name != "axes"]
+            kept = [attribute for attribute in node.attribute if attribute.name != "axes"]
             del node.attribute[:]
             node.attribute.extend(kept)
 
@@ -77,34 +77,36 @@ def reshape_target(before: list[object] | None, after: list[object] | None) -> l
 
 def drop_expands(graph: OnnxGraph, sizes: Sizes) -> None:
     """Add(Expand(x), y) → Add(x, y) where y has the whole shape already."""
-    for node in [one for one in graph.nodes if one.op_type == "Expand"]:
-        name = node.output[0]
+    for expand in [node for node in graph.nodes if node.op_type == "Expand"]:
+        name = expand.output[0]
         readers = graph.consumers().get(name, [])
         whole = sizes(name)
         if name in graph.outputs or whole is None:
             continue
-        others = [next((o for o in one.input if o != name), "") for one in readers]
-        broadcast = all(one.op_type in ("Add", "Sub", "Mul") for one in readers)
+        others = [next((o for o in reader.input if o != name), "") for reader in readers]
+        broadcast = all(reader.op_type in ("Add", "Sub", "Mul") for reader in readers)
         if readers and broadcast and all(sizes(other) == whole for other in others):
-            graph.replace(name, node.input[0])
+            graph.replace(name, expand.input[0])
     graph.clean()
 
 
 def split_gemms(graph: OnnxGraph) -> None:
     """Gemm(x, w, b) with its weight in either layout → Add(MatMul(x, w as [in, out]), b)."""
     for node in list(graph.nodes):
-        given = attributes(node)
-        plain = given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0 and not given.get("transA")
+        options = attributes(node)
+        plain = options.get("alpha", 1.0) == options.get("beta", 1.0) == 1.0 and not options.get(
+            "transA"
+        )
         if node.op_type != "Gemm" or not plain or not graph.is_constant(node.input[1]):
             continue
         weight = node.input[1]
-        if given.get("transB"):
+        if options.get("transB"):
             transposed = np.ascontiguousarray(graph.array(weight).T)
             weight = graph.set_constant(f"{weight}.transposed", transposed)
-        made = graph.add("MatMul", [node.input[0], weight])
+        product = graph.add("MatMul", [node.input[0], weight])
         if len(node.input) > 2 and node.input[2]:
-            made = graph.add("Add", [made, node.input[2]])
-        graph.replace(node.output[0], made)
+            product = graph.add("Add", [product, node.input[2]])
+        graph.replace(node.output[0], product)
     graph.clean()
 
 

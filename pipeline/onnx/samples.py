@@ -25,22 +25,22 @@ def sample(
     real[0] = length
     mask = (np.arange(length) < real[:, None]).astype(np.int64)
     arrays = {}
-    for one in inputs:
-        if one.name == "attention_mask":
+    for spec in inputs:
+        if spec.name == "attention_mask":
             values = mask
         else:
-            values = random.integers(0, min(one.below or 1000, 1000), size=(batch, length))
-        if one.name == "input_ids":
+            values = random.integers(0, min(spec.below or 1000, 1000), size=(batch, length))
+        if spec.name == "input_ids":
             values = np.where(values == padding_id, padding_id + 1, values)
             values = np.where(mask == 1, values, padding_id)
-        arrays[one.name] = values.astype(one.dtype)
+        arrays[spec.name] = values.astype(spec.dtype)
     return arrays
 
 
 def run_onnx(path: Path | bytes, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Run one batch through ONNX Runtime and return its outputs by name."""
     runner = session(path)
-    names = [one.name for one in runner.get_outputs()]
+    names = [output.name for output in runner.get_outputs()]
     return dict(zip(names, runner.run(names, dict(arrays))))
 
 

@@ -27,15 +27,15 @@ class Axes:
             "batch": np.asarray([batch for batch, _ in shapes]),
             "length": np.asarray([length for _, length in shapes]),
         }
-        self._made: dict[str, str] = {}
+        self._vectors: dict[str, str] = {}
 
     def tensor(self, name: str) -> str:
         """Return a vector of one element, the size of axis "batch" or "length"."""
-        if name not in self._made:
+        if name not in self._vectors:
             axis = list(self.sizes).index(name)
-            made = self.graph.add("Shape", ["input_ids"], start=axis, end=axis + 1)
-            self._made[name] = made
-        return self._made[name]
+            vector = self.graph.add("Shape", ["input_ids"], start=axis, end=axis + 1)
+            self._vectors[name] = vector
+        return self._vectors[name]
 
     def static(self, name: str) -> int | None:
         """Return the size of an axis that does not vary."""
@@ -85,15 +85,15 @@ def write_shapes(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
     """Build each vector or number of sizes anew from the input's batch and length."""
     kinds = dependence(graph)
     known = {name for name, kind in kinds.items() if kind == "shape" and _is_small(name, probes)}
-    made: dict[str, str] = {}
+    rebuilt: dict[str, str] = {}
     for node in list(graph.nodes):
         if node.output[0] in known:
             continue
         for name in set(node.input) & known:
-            new = made.get(name) or _rebuilt(name, probes, axes)
+            new = rebuilt.get(name) or _rebuilt(name, probes, axes)
             if new is not None:
-                made[name] = new
-                node.input[:] = [new if one == name else one for one in node.input]
+                rebuilt[name] = new
+                node.input[:] = [new if source == name else source for source in node.input]
     graph.clean()
 
 
@@ -112,12 +112,12 @@ def _is_small(name: str, probes: Probes) -> bool:
     values = probes.of(name)
     if values is None or values[0].dtype != np.int64:
         return False
-    return all(one.ndim < 2 and one.shape == values[0].shape for one in values)
+    return all(value.ndim < 2 and value.shape == values[0].shape for value in values)
 
 
 def _rebuilt(name: str, probes: Probes, axes: Axes) -> str | None:
     values = probes.of(name)
-    parts = [axes.expression(merge(column)) for column in zip(*(one.flat for one in values))]
+    parts = [axes.expression(merge(column)) for column in zip(*(value.flat for value in values))]
     if not parts or None in parts:
         return None
     if values[0].ndim == 0:

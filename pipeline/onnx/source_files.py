@@ -24,9 +24,11 @@ def onnx_files(path: Path) -> list[Path]:
     locations = {path.name, "config.json", *TOKENIZER_FILES}
     with contextlib.suppress(Exception):  # a damaged file is named where it is read
         for tensor in onnx.load(path, load_external_data=False).graph.initializer:
-            locations.update(one.value for one in tensor.external_data if one.key == "location")
+            locations.update(
+                entry.value for entry in tensor.external_data if entry.key == "location"
+            )
     beside = (path.parent / name for name in sorted(locations))
-    return [path, *(one for one in beside if one.is_file() and one != path)]
+    return [path, *(file for file in beside if file.is_file() and file != path)]
 
 
 def digest_files(digest: Any, paths: list[Path]) -> None:

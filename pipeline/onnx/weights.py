@@ -30,7 +30,7 @@ class Weights:
         """
         transpose_weights(self.graph)  # also those of integers, so that axes are as they are read
         producers = self.graph.producers()
-        made: dict[tuple[str, ...], str] = {}
+        floats: dict[tuple[str, ...], str] = {}
         for node in list(self.graph.nodes):
             if node.op_type == "QuantizeLinear" and self.graph.is_constant(node.input[0]):
                 self.graph.replace(node.output[0], self._quantized(node))
@@ -39,9 +39,9 @@ class Weights:
             reader, base = self._base(node, producers)
             if base and not self.graph.is_float(base):
                 key = (base, *node.input[1:], str(attributes(node).get("axis")))
-                if key not in made:
-                    made[key] = self._floats(node, base)
-                reader.input[0] = made[key]
+                if key not in floats:
+                    floats[key] = self._floats(node, base)
+                reader.input[0] = floats[key]
             if base:
                 self.graph.replace(node.output[0], node.input[0])
         self.graph.clean()
@@ -75,7 +75,7 @@ class Weights:
         moved = base != node.input[0]
         if moved and scale.size > 1:
             raise _unknown(node, "has a scale for each channel of what another operator moved")
-        scale, zero = (_spread(one, integers, attributes(node)) for one in (scale, zero))
+        scale, zero = (_spread(numbers, integers, attributes(node)) for numbers in (scale, zero))
         integers = integers - zero.astype(np.int32)
         name = self.graph.set_constant(
             self.graph.fresh("weight"), integers.astype(np.float32) * scale.astype(np.float32)
@@ -86,7 +86,7 @@ class Weights:
     def _quantized(self, node: onnx.NodeProto) -> str:
         scale, zero = self._numbers(node)
         value, limits = self.graph.array(node.input[0]), np.iinfo(zero.dtype)
-        scale, wide = (_spread(one, value, attributes(node)) for one in (scale, zero))
+        scale, wide = (_spread(numbers, value, attributes(node)) for numbers in (scale, zero))
         integers = np.rint(value / scale) + wide
         integers = np.clip(integers, limits.min, limits.max).astype(zero.dtype)
         return self.graph.set_constant(self.graph.fresh("integers"), integers)
@@ -99,13 +99,13 @@ class Weights:
         return scale, self.graph.array(names[1]) if len(names) > 1 else np.zeros((), np.uint8)
 
 
-def _spread(numbers: np.ndarray, array: np.ndarray, given: dict[str, int]) -> np.ndarray:
+def _spread(numbers: np.ndarray, array: np.ndarray, options: dict[str, int]) -> np.ndarray:
     """Numbers per tensor, per channel or per block of an axis, shaped to fit `array`."""
     if numbers.size == 1:
         return numbers.reshape(())
-    axis = given.get("axis", 1) if array.ndim > 1 else 0
+    axis = options.get("axis", 1) if array.ndim > 1 else 0
     if numbers.ndim == array.ndim > 1:
-        places = np.arange(array.shape[axis]) // given["block_size"]
+        places = np.arange(array.shape[axis]) // options["block_size"]
         return np.take(numbers, places, axis)
     shape = [1] * array.ndim
     shape[axis] = -1

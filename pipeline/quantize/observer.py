@@ -18,6 +18,7 @@ from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, normalized
 from bertile.numerics.histogram import Histogram
+from bertile.schedules import BLOCK_TOKENS
 from bertile.targets.rows import Target, of_this_machine
 from bertile.tune.log.chooser import Chooser
 from bertile.tune.log.tuning_log import TuningLog
@@ -105,7 +106,7 @@ class Observer:
         """The input (tokens, K) of each layer for one request, without its padding."""
         arrays = [np.ascontiguousarray(request[name]) for name in self.names]
         mask = request.get("attention_mask", np.ones_like(arrays[0]))
-        table = loader.token_blocks(mask, self.row.lanes).astype("int32")
+        table = loader.token_blocks(mask, BLOCK_TOKENS).astype("int32")
         roofline.use_threads(self.row.threads)
         results = self._main(*map(tvm.runtime.tensor, [*arrays, table]), *self._params)
         values = [tensor.numpy() for tensor in results]

@@ -75,7 +75,7 @@ class Quantizer:
         rows = self.report(whole)["layers"]
         search = max_drop.search(
             whole,
-            {row["layer"]: row["output dB"] for row in rows if row["precision"] == "int8"},
+            {row["layer"]: row["output dB"] for row in rows if whole[row["layer"]].quantized},
             lambda candidate: score(answers(self._planned(candidate, "int8"), dataset)),
             baseline=score(reference),
             max_drop=float(self.config.max_drop or 0),
@@ -102,7 +102,7 @@ class Quantizer:
 
         Empty where no layer of `plan` is in 8 bits.
         """
-        if all(layer.precision != "int8" for layer in plan.values()):
+        if not any(layer.quantized for layer in plan.values()):
             return {}
         layers = {name: plan[name] for name in self._observed if name in plan}
         tokens = {name: self._observed[name].rows for name in layers}

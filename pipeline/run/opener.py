@@ -32,12 +32,12 @@ def opened(
     row = row_of(manifest)
     must_run(row)
     if (directory / native_build.COMMAND).is_file():
-        found = RuntimeParts(directory / "runtime", directory)
+        runtime = RuntimeParts(directory / "runtime", directory)
     else:
-        found = (parts or parts_of(directory))()
+        runtime = (parts or parts_of(directory))()
     if verify:
         loader.check_files(directory, manifest["files"], verify)
-    return qemu.Model(directory, found.native, found.libraries, row, threads)
+    return qemu.Model(directory, runtime.native, runtime.libraries, row, threads)
 
 
 def parts_of(directory: Path, source: str | None = None) -> Parts:

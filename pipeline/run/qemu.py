@@ -85,11 +85,11 @@ class Model:
 
     def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
         with tempfile.TemporaryDirectory() as folder:
-            given, made = Path(folder, "in.npz"), Path(folder, "out.npz")
-            np.savez(given, **{name: np.asarray(value) for name, value in inputs.items()})
-            self.run("--input", str(given), "--output", str(made))
-            with np.load(made) as found:
-                return {name: found[name] for name in found.files}
+            request, reply = Path(folder, "in.npz"), Path(folder, "out.npz")
+            np.savez(request, **{name: np.asarray(value) for name, value in inputs.items()})
+            self.run("--input", str(request), "--output", str(reply))
+            with np.load(reply) as outputs:
+                return {name: outputs[name] for name in outputs.files}
 
     def run(self, *arguments: str) -> str:
         """What bertile-run prints; its error is raised as the kind that its exit code says."""

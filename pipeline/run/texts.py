@@ -34,7 +34,11 @@ def run(
             )
         encodings = encode(Path(directory), texts, max_tokens(model.manifest), truncate)
         outputs = infer(model, encodings)
-    result = {"head": head, "texts": list(texts), "tokens": [len(one.ids) for one in encodings]}
+    result = {
+        "head": head,
+        "texts": list(texts),
+        "tokens": [len(encoding.ids) for encoding in encodings],
+    }
     return {**result, **_answers(head, outputs, encodings, model.manifest["model"]["labels"])}
 
 
@@ -91,12 +95,15 @@ def as_text(result: dict[str, Any]) -> str:
         rows = [(n, *row, text) for n, row, text in zip(numbers, result["cosine"], texts)]
         return table(("", *numbers, "text"), rows)
     if result["head"] == "sequence-classification":
-        labels = [(text, one["label"], one["score"]) for text, one in zip(texts, result["labels"])]
+        labels = [
+            (text, answer["label"], answer["score"])
+            for text, answer in zip(texts, result["labels"])
+        ]
         return table(("text", "label", "score"), labels)
     tokens = [
-        (number, one["token"], one["label"], one["score"])
+        (number, answer["token"], answer["label"], answer["score"])
         for number, row in enumerate(result["labels"], 1)
-        for one in row
+        for answer in row
     ]
     return table(("text", "token", "label", "score"), tokens)
 
@@ -116,18 +123,18 @@ def _answers(
     head: str, outputs: list[dict[str, np.ndarray]], encodings: list[Any], labels: list[str]
 ) -> dict[str, Any]:
     if head == "embedding":
-        vectors = np.stack([one["sentence_embedding"] for one in outputs])
+        vectors = np.stack([output["sentence_embedding"] for output in outputs])
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         unit = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
         return {"embeddings": vectors.tolist(), "cosine": (unit @ unit.T).tolist()}
     if head == "sequence-classification":
-        return {"labels": [_label(one["logits"], labels) for one in outputs]}
+        return {"labels": [_label(output["logits"], labels) for output in outputs]}
     rows = []
-    for one, encoding in zip(outputs, encodings):
+    for output, encoding in zip(outputs, encodings):
         special = encoding.special_tokens_mask
         real = [index for index in range(len(encoding.ids)) if not special[index]]
         rows.append(
-            [{"token": encoding.tokens[i], **_label(one["logits"][i], labels)} for i in real]
+            [{"token": encoding.tokens[i], **_label(output["logits"][i], labels)} for i in real]
         )
     return {"labels": rows}
 

@@ -16,6 +16,7 @@ from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.lower import sparse_costs
 from bertile.lower.sparse_choice import sparse_task
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu.product import group
 from bertile.schedules.task import Task
 from bertile.targets import rows as targets
@@ -64,7 +65,7 @@ def measure(precisions: Sequence[str], row: Any, log: TuningLog, say: Any) -> It
                 return None
             # the fastest of the repeats: what else the machine does only adds to them
             also = {int(tokens): min(repeats) for tokens, repeats in outcome["also"].items()}
-            return {tuner.BLOCKS * tuner.LANES: min(outcome["microseconds"]), **also}
+            return {tuner.BLOCKS * BLOCK_TOKENS: min(outcome["microseconds"]), **also}
 
         for precision in precisions:
             for layer in LAYERS:

@@ -16,7 +16,7 @@ import tvm
 from bertile import loader
 from bertile.base.progress import Progress
 from bertile.base.tables import table
-from bertile.schedules import trial_sample
+from bertile.schedules import BLOCK_TOKENS, trial_sample
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
@@ -87,7 +87,7 @@ def measure(task: Task, row: Any, settings: int, say: Any) -> list[Point]:
             say(f"{task.name}  estimate {number + 1} of {settings}")
             estimate = estimator.run(task, knobs, tuner.BLOCKS, row.also_blocks)
             also = {int(tokens): times[0] for tokens, times in estimate["also"].items()}
-            guesses.append({tuner.BLOCKS * tuner.LANES: estimate["microseconds"][0], **also})
+            guesses.append({tuner.BLOCKS * BLOCK_TOKENS: estimate["microseconds"][0], **also})
     say(f"{task.name}  build and measure {settings}")
     return [Point(*columns) for columns in zip(chosen, guesses, measured(task, row, chosen))]
 
@@ -113,7 +113,7 @@ def measured(task: Task, row: Any, chosen: Sequence[Knobs]) -> list[dict[int, fl
             for n in range(len(samples)):
                 arguments = [[*activations[n], *copied] for copied in cold]
                 times[n] = min(times[n], trial.repeat(run, arguments, results[n]))
-    tokens = [count * tuner.LANES for count in (tuner.BLOCKS, *row.also_blocks)]
+    tokens = [count * BLOCK_TOKENS for count in (tuner.BLOCKS, *row.also_blocks)]
     return [dict(zip(tokens, map(float, milliseconds))) for milliseconds in best]
 
 

@@ -35,7 +35,6 @@ class Target:
     log: str
     dot_product: str | None = None
     bf16: bool = False
-    lanes: int = 16
     triple: str = "x86_64-linux-gnu.2.28"
     threads: int = 1
     gpu: Gpu | None = None

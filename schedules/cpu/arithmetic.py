@@ -22,7 +22,8 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from bertile.schedules.cpu.lanes import LANES, splat
+from bertile.schedules import BLOCK_TOKENS
+from bertile.schedules.cpu.lanes import splat
 from bertile.schedules.cpu.vector_math import ROUND
 from bertile.schedules.intrinsics import arm, llvm, x86
 from bertile.schedules.reference import LEVELS
@@ -58,8 +59,8 @@ class Arithmetic:
         """One lane's weights in all lanes."""
         if self.weight != "int16":
             return splat(w)
-        halves = tirx.Broadcast(w, LANES)
-        return tirx.call_extern(f"float32x{LANES}", "bertile_half", halves)
+        halves = tirx.Broadcast(w, BLOCK_TOKENS)
+        return tirx.call_extern(f"float32x{BLOCK_TOKENS}", "bertile_half", halves)
 
     def spread_row(self, w: Any, index: tuple, count: int) -> Iterator[Any]:
         """Each of the weights ``w[*index, 0:count]`` in all lanes, from registers of several."""
@@ -75,24 +76,24 @@ class Arithmetic:
                 several = T.Bind(several)
                 for i in range(some):
                     name = f"bertile_lane{i}of{some}"
-                    value = tirx.call_extern(f"int32x{LANES}", name, several)
-                    yield T.Bind(tirx.reinterpret(f"{self.lane}x{LANES}", value))
+                    value = tirx.call_extern(f"int32x{BLOCK_TOKENS}", name, several)
+                    yield T.Bind(tirx.reinterpret(f"{self.lane}x{BLOCK_TOKENS}", value))
             at += some
 
     def multiply_add(self, total: Any, x: Any, w: Any) -> Any:
         """total + x · w, the product of each lane's channels."""
         if not self.function:
             return total + x * w
-        return tirx.call_extern(f"{self.total}x{LANES}", self.function, total, x, w)
+        return tirx.call_extern(f"{self.total}x{BLOCK_TOKENS}", self.function, total, x, w)
 
     def multiply_matrix(self, total: Any, x: Any, w: Any) -> Any:
         """total + x w of two lanes, by registers: x of two tokens, w of two outputs."""
         name = f"bertile_matrix{self.group}"
-        return tirx.call_extern(f"{self.total}x{LANES}", name, total, x, w)
+        return tirx.call_extern(f"{self.total}x{BLOCK_TOKENS}", name, total, x, w)
 
     def zero(self) -> Any:
         """A vector of zeros to add up on."""
-        return tirx.Broadcast(tirx.const(0, self.total), LANES)
+        return tirx.Broadcast(tirx.const(0, self.total), BLOCK_TOKENS)
 
     def lanes(self, channels: int) -> int:
         """Vectors that so many channels take."""
@@ -134,36 +135,36 @@ def _arm(precision: str, row: Row) -> Arithmetic:
 
 def pack_bf16(low: Any, high: Any) -> Any:
     """Two float32 vectors as pairs of bfloat16, rounded to nearest, ties away from zero."""
-    half = tirx.Broadcast(tirx.const(0x8000, "int32"), LANES)
-    low = tirx.reinterpret(f"int32x{LANES}", low) + half
-    high = tirx.reinterpret(f"int32x{LANES}", high) + half
-    mask = tirx.Broadcast(tirx.const(-65536, "int32"), LANES)
+    half = tirx.Broadcast(tirx.const(0x8000, "int32"), BLOCK_TOKENS)
+    low = tirx.reinterpret(f"int32x{BLOCK_TOKENS}", low) + half
+    high = tirx.reinterpret(f"int32x{BLOCK_TOKENS}", high) + half
+    mask = tirx.Broadcast(tirx.const(-65536, "int32"), BLOCK_TOKENS)
     # the sign that a right shift brings in from the left is masked away by the other half
     return (high & mask) | ((low >> _sixteen()) & ~mask)
 
 
 def pack_bf16_tokens(value: Any) -> Any:
     """A float32 vector as 8 pairs of bfloat16 of neighbouring tokens."""
-    half = tirx.Broadcast(tirx.const(0x8000, "int32"), LANES)
-    bits = (tirx.reinterpret(f"int32x{LANES}", value) + half) >> _sixteen()
-    return tirx.reinterpret(f"int32x{LANES // 2}", bits.astype(f"int16x{LANES}"))
+    half = tirx.Broadcast(tirx.const(0x8000, "int32"), BLOCK_TOKENS)
+    bits = (tirx.reinterpret(f"int32x{BLOCK_TOKENS}", value) + half) >> _sixteen()
+    return tirx.reinterpret(f"int32x{BLOCK_TOKENS // 2}", bits.astype(f"int16x{BLOCK_TOKENS}"))
 
 
 def _sixteen() -> Any:
-    return tirx.Broadcast(tirx.const(16, "int32"), LANES)
+    return tirx.Broadcast(tirx.const(16, "int32"), BLOCK_TOKENS)
 
 
 def pack_bytes(values: Sequence[Any]) -> Any:
     """Four vectors of floats between 0 and 255 as bytes, rounded to nearest."""
     total = None
     for place, value in enumerate(values):
-        bits = tirx.reinterpret(f"int32x{LANES}", value + splat(ROUND))
+        bits = tirx.reinterpret(f"int32x{BLOCK_TOKENS}", value + splat(ROUND))
         if place:
-            bits = bits << tirx.Broadcast(tirx.const(8 * place, "int32"), LANES)
+            bits = bits << tirx.Broadcast(tirx.const(8 * place, "int32"), BLOCK_TOKENS)
         total = bits if total is None else total + bits
     surplus = sum(ROUND_BITS << (8 * place) for place in range(len(values))) & 0xFFFFFFFF
     surplus -= (surplus >> 31) << 32  # as a signed number
-    return total - tirx.Broadcast(tirx.const(surplus, "int32"), LANES)
+    return total - tirx.Broadcast(tirx.const(surplus, "int32"), BLOCK_TOKENS)
 
 
 def steps(value: Any, low: Any, inverse: Any) -> Any:
@@ -179,7 +180,7 @@ def clamp(value: Any) -> Any:
 def store_range(made_range: Any, block: Any, low: Any, high: Any) -> tuple[Any, Any]:
     """Write scale and low of a block's tokens; gives (low, steps per unit) to quantize with."""
     spread = T.Bind(tirx.max(high - low, splat(1e-30)))
-    ramp = tirx.Ramp(0, 1, LANES)
+    ramp = tirx.Ramp(0, 1, BLOCK_TOKENS)
     T.buffer_store(made_range, spread * splat(1.0 / LEVELS), [block, 0, ramp])
     T.buffer_store(made_range, low, [block, 1, ramp])
     return low, T.Bind(splat(float(LEVELS)) / spread)
@@ -206,17 +207,17 @@ def grouped(rows: np.ndarray, group: int) -> np.ndarray:
     short.
     """
     tokens, channels = rows.shape
-    blocks, wide = -(-tokens // LANES), -(-channels // group)
-    padded = np.zeros((blocks * LANES, wide * group), rows.dtype)
+    blocks, wide = -(-tokens // BLOCK_TOKENS), -(-channels // group)
+    padded = np.zeros((blocks * BLOCK_TOKENS, wide * group), rows.dtype)
     padded[:tokens, :channels] = rows
     packed = np.ascontiguousarray(padded).view("int32")
-    return np.ascontiguousarray(packed.reshape(blocks, LANES, wide).transpose(0, 2, 1))
+    return np.ascontiguousarray(packed.reshape(blocks, BLOCK_TOKENS, wide).transpose(0, 2, 1))
 
 
 def ungrouped(lanes: np.ndarray, dtype: str) -> np.ndarray:
     """(m, C / group, 16) int32 → (m * 16, C) of ``dtype``, the inverse of :func:`grouped`."""
     blocks, wide, _ = lanes.shape
-    rows = np.ascontiguousarray(lanes.transpose(0, 2, 1).reshape(blocks * LANES, wide))
+    rows = np.ascontiguousarray(lanes.transpose(0, 2, 1).reshape(blocks * BLOCK_TOKENS, wide))
     return rows.view(dtype)
 
 
@@ -228,7 +229,7 @@ def bf16_lanes(rows: np.ndarray) -> np.ndarray:
 def bf16_rows(lanes: np.ndarray) -> np.ndarray:
     """(m, C / 2, 16) int32 → (m * 16, C) float32."""
     blocks, wide, _ = lanes.shape
-    rows = np.ascontiguousarray(lanes.transpose(0, 2, 1).reshape(blocks * LANES, wide))
+    rows = np.ascontiguousarray(lanes.transpose(0, 2, 1).reshape(blocks * BLOCK_TOKENS, wide))
     return bf16_values(rows)
 
 
@@ -244,7 +245,7 @@ def quantized_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def range_lanes(scale: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Scale and low of each token (m * 16,) → (m, 2, 16) float32."""
     both = np.stack([scale, low], 1).astype("float32")
-    return np.ascontiguousarray(both.reshape(-1, LANES, 2).transpose(0, 2, 1))
+    return np.ascontiguousarray(both.reshape(-1, BLOCK_TOKENS, 2).transpose(0, 2, 1))
 
 
 def dequantized_rows(bytes_: np.ndarray, range_: np.ndarray) -> np.ndarray:
@@ -257,9 +258,9 @@ def bf16_qkv_lanes(rows: np.ndarray) -> np.ndarray:
     """Q, K and V (tokens, 3 C) → (m, 3 C / 2, 16) int32: V in pairs of tokens."""
     tokens, channels = rows.shape
     split = channels // 3 * 2
-    blocks = -(-tokens // LANES)
-    values = np.zeros((blocks * LANES, channels - split), "float32")
+    blocks = -(-tokens // BLOCK_TOKENS)
+    values = np.zeros((blocks * BLOCK_TOKENS, channels - split), "float32")
     values[:tokens] = rows[:, split:]
-    by_token = values.reshape(blocks, LANES, -1).transpose(0, 2, 1)  # (m, C, 16)
-    paired = bf16_pairs(by_token).reshape(blocks, -1, LANES)
+    by_token = values.reshape(blocks, BLOCK_TOKENS, -1).transpose(0, 2, 1)  # (m, C, 16)
+    paired = bf16_pairs(by_token).reshape(blocks, -1, BLOCK_TOKENS)
     return np.concatenate([bf16_lanes(rows[:, :split]), paired], 1)

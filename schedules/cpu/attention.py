@@ -32,11 +32,11 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.attention_spec import REACH, AttentionSpec
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes, vector_math
 from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.cpu.samples import result_sample
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
@@ -78,26 +78,26 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     math = arithmetic("bf16" if halves else "fp32", row)
     writes = str(task.shape.get("writes", "to_fp32"))
     packed = {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes]
-    with lanes.kernel(task.name) as made:
-        qkv = made.activation("qkv", sum(spec.channels()) // math.group, math.lane)
-        keys = made.tensor("keys", made.blocks, LANES)
-        table = made.tensor("table", made.blocks, 4, dtype="int32")
+    with lanes.kernel(task.name) as builder:
+        qkv = builder.activation("qkv", sum(spec.channels()) // math.group, math.lane)
+        keys = builder.tensor("keys", builder.blocks, BLOCK_TOKENS)
+        table = builder.tensor("table", builder.blocks, 4, dtype="int32")
         bias = None
         if spec.bias == "tensor":
             extents = [T.int32() for _ in range(4)]
-            bias = made.tensor("bias", *extents, LANES)
-        limits = made.tensor("limits", 2) if writes == "to_int8" else None
+            bias = builder.tensor("bias", *extents, BLOCK_TOKENS)
+        limits = builder.tensor("limits", 2) if writes == "to_int8" else None
         dtype = "float32" if packed == 1 else "int32"
-        y = made.activation("y", spec.channels()[0] // packed, dtype)
-        made.link(math.llvm)
+        y = builder.activation("y", spec.channels()[0] // packed, dtype)
+        builder.link(math.llvm)
         kind = _HalfQuery if halves else _Query
         # registers of four: LLVM makes one load and products by its lanes of four broadcasts
         unroll = 4 if row.vector_bits == 128 else 1
-        with T.parallel(spec.heads * made.blocks) as job:
-            head = T.Bind(job // made.blocks)
-            query = T.Bind(job % made.blocks)
+        with T.parallel(spec.heads * builder.blocks) as job:
+            head = T.Bind(job // builder.blocks)
+            query = T.Bind(job % builder.blocks)
             kind(spec, knobs, math, unroll, qkv, keys, table, bias, limits, y, head, query).emit()
-    return made.func
+    return builder.func
 
 
 class _Sight:
@@ -114,21 +114,24 @@ class _Sight:
         """The first block of keys that any of the queries sees, and the one behind the last."""
         low, stop = 0, self.count
         if self.before is not None:
-            low = T.Bind(T.max(self.own - -(-self.before // LANES), 0))
+            low = T.Bind(T.max(self.own - -(-self.before // BLOCK_TOKENS), 0))
         if self.behind is not None:
-            stop = T.Bind(T.min(self.own + (-(-self.behind // LANES) + 1), self.count))
+            stop = T.Bind(T.min(self.own + (-(-self.behind // BLOCK_TOKENS) + 1), self.count))
         return low, stop
 
     def score(self, value: Any, key: Any) -> Any:
         """The scores of the queries with one key, given by its place in the sequence."""
         if self.before is None and self.behind is None:
             return value
-        queries, key = tirx.Ramp(self.own * LANES, 1, LANES), tirx.Broadcast(key, LANES)
+        queries, key = (
+            tirx.Ramp(self.own * BLOCK_TOKENS, 1, BLOCK_TOKENS),
+            tirx.Broadcast(key, BLOCK_TOKENS),
+        )
         # not below LOWEST: a query whose keys are all masked takes the mean of those that it sees
         value = tirx.max(value, lanes.splat(LOWEST))
         for distance, most in ((key - queries, self.behind), (queries - key, self.before)):
             if most is not None:
-                seen = distance <= tirx.Broadcast(most, LANES)
+                seen = distance <= tirx.Broadcast(most, BLOCK_TOKENS)
                 value = tirx.Select(seen, value, lanes.splat(NEVER))
         return value
 
@@ -146,14 +149,14 @@ class _Query:
         self.knobs = knobs
         self.first = T.Bind(self.table[self.query, 2])
         self.count = T.Bind(self.table[self.query, 3])
-        self.sight = _Sight(spec, self.table[self.query, 1] // LANES, self.count)
+        self.sight = _Sight(spec, self.table[self.query, 1] // BLOCK_TOKENS, self.count)
 
     def emit(self) -> None:
         tile = self.knobs["key_tile"]
-        scores = T.alloc_buffer((tile * LANES, LANES), "float32")
+        scores = T.alloc_buffer((tile * BLOCK_TOKENS, BLOCK_TOKENS), "float32")
         weights = self._weights(scores)
-        context = T.alloc_buffer((self.size, LANES), "float32")
-        state = T.alloc_buffer((3, LANES), "float32")  # running maximum, sum, tile's maximum
+        context = T.alloc_buffer((self.size, BLOCK_TOKENS), "float32")
+        state = T.alloc_buffer((3, BLOCK_TOKENS), "float32")  # running maximum, sum, tile's maximum
         lanes.store(state, lanes.splat(LOWEST), 0)
         lanes.store(state, lanes.splat(0.0), 1)
         with T.serial(self.size) as d:
@@ -197,7 +200,7 @@ class _Query:
         way.
         """
         per_tile = self.knobs["keys"]
-        for low in range(0, LANES, per_tile):
+        for low in range(0, BLOCK_TOKENS, per_tile):
             total = lanes.registers(per_tile)
             where = T.Bind(self.first + start + block)
             for j in range(per_tile):
@@ -210,14 +213,14 @@ class _Query:
             for j in range(per_tile):
                 value = lanes.read(total[j]) * lanes.splat(self.scale)
                 value = value + lanes.splat(self.keys[where, low + j])
-                key = (start + block) * LANES + low + j
+                key = (start + block) * BLOCK_TOKENS + low + j
                 if self.bias is not None:
                     value = value + self._bias(key)
                 value = self.sight.score(value, key)
-                lanes.store(scores, value, block * LANES + low + j)
+                lanes.store(scores, value, block * BLOCK_TOKENS + low + j)
             highest = lanes.load(state, 2)
             for j in range(per_tile):
-                highest = tirx.max(highest, lanes.load(scores, block * LANES + low + j))
+                highest = tirx.max(highest, lanes.load(scores, block * BLOCK_TOKENS + low + j))
             lanes.store(state, highest, 2)
 
     def _bias(self, key: Any) -> Any:
@@ -225,7 +228,7 @@ class _Query:
         row, start = self.table[self.query, 0], self.table[self.query, 1]
         rows, heads = self.bias.shape[0], self.bias.shape[1]
         return lanes.load(
-            self.bias, T.min(row, rows - 1), T.min(self.head, heads - 1), start // LANES, key
+            self.bias, T.min(row, rows - 1), T.min(self.head, heads - 1), start // BLOCK_TOKENS, key
         )
 
     def _rescale(self, context: Any, state: Any, step: Any) -> None:
@@ -239,7 +242,7 @@ class _Query:
 
     def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any) -> None:
         """Exponentials against the new maximum, and their sum."""
-        with T.serial(blocks * LANES) as j:
+        with T.serial(blocks * BLOCK_TOKENS) as j:
             weight = T.Bind(vector_math.exp(lanes.load(scores, j) - lanes.load(state, 0)))
             lanes.store(weights, weight, j)
             lanes.store(state, lanes.load(state, 1) + weight, 1)
@@ -254,7 +257,7 @@ class _Query:
             for d in range(width):
                 lanes.write(total[d], lanes.load(context, low + d))
             with T.serial(blocks) as block:
-                steps = LANES // self.math.group
+                steps = BLOCK_TOKENS // self.math.group
                 with lanes.loop(steps, self.unroll) as j:
                     weight = lanes.load(weights, block * steps + j)
                     for d in range(width):
@@ -279,11 +282,11 @@ class _HalfQuery(_Query):
     """In bfloat16: a lane of weights holds those of two neighbouring keys, one of V too."""
 
     def _weights(self, scores: Any) -> Any:
-        return T.alloc_buffer((self.knobs["key_tile"] * LANES // 2, LANES), "int32")
+        return T.alloc_buffer((self.knobs["key_tile"] * BLOCK_TOKENS // 2, BLOCK_TOKENS), "int32")
 
     def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any) -> None:
         highest = T.Bind(lanes.load(state, 0) * lanes.splat(vector_math.LOG2E))
-        with T.serial(blocks * (LANES // 2)) as j:
+        with T.serial(blocks * (BLOCK_TOKENS // 2)) as j:
             pair = []
             for i in range(2):
                 score = lanes.load(scores, 2 * j + i) * lanes.splat(vector_math.LOG2E)
@@ -294,7 +297,7 @@ class _HalfQuery(_Query):
     def _value(self, block: Any, d: Any, j: Any) -> Any:
         # two channels of 8 pairs of tokens share the place of one pair of channels
         channel = 2 * self.width + self.head * self.size + d
-        return self.qkv[block, channel // 2, channel % 2 * (LANES // 2) + j]
+        return self.qkv[block, channel // 2, channel % 2 * (BLOCK_TOKENS // 2) + j]
 
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
@@ -302,30 +305,34 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     spec = AttentionSpec.from_shape(task.shape)
     heads, size = spec.heads, spec.head_size
     counts = [blocks] if blocks < 3 else [blocks - blocks // 3, blocks // 3]
-    qkv = rng.standard_normal((blocks * LANES, 3 * heads * size)).astype("float32")
+    qkv = rng.standard_normal((blocks * BLOCK_TOKENS, 3 * heads * size)).astype("float32")
     halves = task.shape.get("precision") == "bf16"
     if halves:
         qkv = arithmetics.bf16_values(arithmetics.bf16_pairs(qkv))
-    keys = np.zeros((blocks, LANES), "float32")
+    keys = np.zeros((blocks, BLOCK_TOKENS), "float32")
     table = np.zeros((blocks, 4), "int32")
     longest = max(counts)
-    bias = rng.standard_normal((1, heads, longest, longest * LANES, LANES)).astype("float32")
+    bias = rng.standard_normal((1, heads, longest, longest * BLOCK_TOKENS, BLOCK_TOKENS)).astype(
+        "float32"
+    )
     expected, first = [], 0
     for row, count in enumerate(counts):
         keys[first + count - 1, -5:] = -10000.0
         for i in range(count):
-            table[first + i] = row, i * LANES, first, count
-        part = slice(first * LANES, (first + count) * LANES)
+            table[first + i] = row, i * BLOCK_TOKENS, first, count
+        part = slice(first * BLOCK_TOKENS, (first + count) * BLOCK_TOKENS)
         q, k, v = (a.reshape(-1, heads, size).transpose(1, 0, 2) for a in np.split(qkv[part], 3, 1))
         mask, added = keys[first : first + count].reshape(-1), None
         if spec.bias == "tensor":  # (H, query block, key, query) → (H, query, key)
-            mine = bias[0, :, :count, : count * LANES]
-            added = mine.transpose(0, 1, 3, 2).reshape(heads, count * LANES, count * LANES)
+            mine = bias[0, :, :count, : count * BLOCK_TOKENS]
+            added = mine.transpose(0, 1, 3, 2).reshape(
+                heads, count * BLOCK_TOKENS, count * BLOCK_TOKENS
+            )
         context = spec.reference(q, k, v, mask, added)
         expected.append(context.transpose(1, 0, 2).reshape(-1, heads * size))
         first += count
-    given = arithmetics.bf16_qkv_lanes(qkv) if halves else lanes.to_lanes(qkv)
-    activations = [given, keys, table] + ([bias] if spec.bias == "tensor" else [])
+    in_lanes = arithmetics.bf16_qkv_lanes(qkv) if halves else lanes.to_lanes(qkv)
+    activations = [in_lanes, keys, table] + ([bias] if spec.bias == "tensor" else [])
     return result_sample(
         task,
         activations,

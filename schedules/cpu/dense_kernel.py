@@ -13,6 +13,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.inputs import Inputs, unzipped, zipped
@@ -60,27 +61,27 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     group = min(knobs["panels"] * knobs["token_blocks"], of.panels)
     groups = -(-of.panels // group)
     numbers = of.width * (2 if math.matrix else 1)  # of a step
-    with lanes.kernel(task.name) as made:
+    with lanes.kernel(task.name) as builder:
 
         def weights() -> Any:
-            return made.tensor("w", of.panels, of.steps, numbers, dtype=math.weight)
+            return builder.tensor("w", of.panels, of.steps, numbers, dtype=math.weight)
 
         linked = replace(math, llvm=math.matrix or math.llvm)
-        x, w, epilogue = arguments(made, task, linked, of.panels * of.width, weights)
+        x, w, epilogue = arguments(builder, task, linked, of.panels * of.width, weights)
         chunk = knobs["chunk"]
-        chunks = T.Bind((made.blocks + (chunk - 1)) // chunk)
+        chunks = T.Bind((builder.blocks + (chunk - 1)) // chunk)
         with T.parallel(groups * chunks) as job:
-            scratch = T.alloc_buffer((of.width * knobs["token_blocks"], lanes.LANES), "float32")
+            scratch = T.alloc_buffer((of.width * knobs["token_blocks"], BLOCK_TOKENS), "float32")
             inputs = Inputs(x, math, knobs["token_blocks"], bool(math.matrix))
             scratch = scratch if packed(task) > 1 else None
             tile = _Tile(task, knobs, of, inputs, w, epilogue, scratch)
             # threads take their jobs in this order: each some panels of all tokens, so that no
             # thread is left with the shorter chunk
             first = T.Bind(job % chunks * chunk)
-            count = T.Bind(T.min(chunk, made.blocks - first))
+            count = T.Bind(T.min(chunk, builder.blocks - first))
             for part in range(knobs["passes"]):
                 _tiles(tile, job // chunks * group, group, first, count, part)
-    return made.func
+    return builder.func
 
 
 def _tiles(tile: _Tile, base: Any, group: int, first: Any, count: Any, part: int) -> None:
@@ -278,7 +279,7 @@ class _Tile:
 
 def _exchange(tile: list, both: Callable[..., tuple[Any, Any]], dtype: str) -> None:
     """The sums of two neighbouring outputs by token, as the two halves of a matrix, or back."""
-    for (one, *_), (other, *_) in zip(tile[::2], tile[1::2]):
-        first, second = both(lanes.read(one), lanes.read(other), dtype)
-        lanes.write(one, first)
-        lanes.write(other, second)
+    for (even, *_), (odd, *_) in zip(tile[::2], tile[1::2]):
+        first, second = both(lanes.read(even), lanes.read(odd), dtype)
+        lanes.write(even, first)
+        lanes.write(odd, second)

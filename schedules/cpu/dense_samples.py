@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import arithmetic, lanes
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.cpu.samples import result_sample
 from bertile.schedules.reference import LEVELS, apply_activation
 from bertile.schedules.schedule import Sample
@@ -29,11 +29,11 @@ def product_sample(
 ) -> Sample:
     """Random activations for these weights, and the product by numpy in float64."""
     inputs, outputs = w.shape
-    x = rng.standard_normal((blocks * LANES, inputs)).astype("float32")
+    x = rng.standard_normal((blocks * BLOCK_TOKENS, inputs)).astype("float32")
     activations, weights, product = _operands(task, x, w, b)
     expected = apply_activation(task.shape["activation"], product)
     if task.shape["residual"]:
-        r = rng.standard_normal((blocks * LANES, outputs)).astype("float32")
+        r = rng.standard_normal((blocks * BLOCK_TOKENS, outputs)).astype("float32")
         activations.append(lanes.to_lanes(r))
         expected = expected + r
     return result_sample(task, activations, weights, expected.astype("float32"), _tolerance(task))

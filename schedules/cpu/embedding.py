@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from bertile.schedules import reference
+from bertile.schedules import BLOCK_TOKENS, reference
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.cpu.layer_norm import normalize_and_narrow, normalized_sample
 from bertile.schedules.cpu.narrow import Narrow, sample_weights
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
@@ -41,37 +40,38 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     channels = task.shape["channels"]
     dtypes = str(task.shape["ids"]).split("_")
     rows = [int(v) for v in str(task.shape["rows"]).split("_")]
-    with lanes.kernel(task.name) as made:
+    with lanes.kernel(task.name) as builder:
         ids = [
-            made.tensor(f"ids{i}", T.int32(), T.int32(), dtype=dtype)
+            builder.tensor(f"ids{i}", T.int32(), T.int32(), dtype=dtype)
             for i, dtype in enumerate(dtypes)
         ]
-        place = made.tensor("place", made.blocks, 4, dtype="int32")
+        place = builder.tensor("place", builder.blocks, 4, dtype="int32")
         dtype = "float16" if halves(task) else "float32"
         tables = [
-            made.tensor(f"table{i}", count, channels, dtype=dtype) for i, count in enumerate(rows)
+            builder.tensor(f"table{i}", count, channels, dtype=dtype)
+            for i, count in enumerate(rows)
         ]
-        gamma, beta = (made.tensor(name, channels) for name in ("gamma", "beta"))
+        gamma, beta = (builder.tensor(name, channels) for name in ("gamma", "beta"))
         narrow = Narrow.of(task)
         if narrow:
-            narrow.declare_inputs(made, bool(task.shape.get("smooth")))
-        y = made.activation("y", channels)
+            narrow.declare_inputs(builder, bool(task.shape.get("smooth")))
+        y = builder.activation("y", channels)
         if narrow:
-            narrow.declare_results(made)
-        with T.parallel(made.blocks) as block:
-            with T.serial(LANES) as lane:
-                found = [
+            narrow.declare_results(builder)
+        with T.parallel(builder.blocks) as block:
+            with T.serial(BLOCK_TOKENS) as lane:
+                token_rows = [
                     T.Bind(_row(index, place, block, lane, count))
                     for index, count in zip(ids, rows)
                 ]
                 with T.serial(channels) as c:
-                    value = tables[0][found[0], c].astype("float32")
-                    for table, at in zip(tables[1:], found[1:]):
+                    value = tables[0][token_rows[0], c].astype("float32")
+                    for table, at in zip(tables[1:], token_rows[1:]):
                         value = value + table[at, c].astype("float32")
                     T.buffer_store(y, value, [block, c, lane])
             operands = (y, block, y, block, gamma, beta)
             normalize_and_narrow(*operands, channels, task.shape["epsilon"], knobs["sums"], narrow)
-    return made.func
+    return builder.func
 
 
 def halves(task: Task) -> bool:
@@ -97,7 +97,7 @@ def _row(ids: Any, place: Any, block: Any, lane: Any, count: int) -> Any:
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """One sequence that fills the blocks."""
-    channels, tokens = task.shape["channels"], blocks * LANES
+    channels, tokens = task.shape["channels"], blocks * BLOCK_TOKENS
     rows = [int(v) for v in str(task.shape["rows"]).split("_")]
     tables = [rng.standard_normal((count, channels)).astype("float32") for count in rows]
     scale = [rng.standard_normal(channels).astype("float32") for _ in range(2)]
@@ -106,7 +106,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
         rng.integers(0, count, (1, tokens)).astype(dtype)
         for count, dtype in zip(rows, str(task.shape["ids"]).split("_"))
     ]
-    place = np.array([[0, i * LANES, 0, blocks] for i in range(blocks)], "int32")
+    place = np.array([[0, i * BLOCK_TOKENS, 0, blocks] for i in range(blocks)], "int32")
     if halves(task):
         tables = [table.astype("float16") for table in tables]
     total = sum(table[index[0]].astype("float64") for table, index in zip(tables, ids))

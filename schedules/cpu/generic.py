@@ -16,7 +16,7 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir import dlight
 
-VECTOR = 16
+VECTOR = 16  # elements of the innermost axis, whatever that is: no tokens
 
 # What a kernel of ours carries: FuseOps leaves an opaque function (8) alone, and so does this
 # module. The pattern alone would not do, since TVM gives it to lookups and running sums as well.

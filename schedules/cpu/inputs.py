@@ -13,6 +13,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
 
@@ -30,7 +31,7 @@ class Inputs:
         self.buffer = None
         if matrix or math.signed:
             depth = self.depth + self.depth % 2 if matrix else self.depth
-            self.buffer = T.alloc_buffer((token_blocks, depth, lanes.LANES), math.lane)
+            self.buffer = T.alloc_buffer((token_blocks, depth, BLOCK_TOKENS), math.lane)
 
     def fill(self, block: Any, token_blocks: int) -> None:
         """Make ready what ``load`` gives of ``token_blocks`` blocks from ``block``."""
@@ -42,7 +43,7 @@ class Inputs:
                 return
             with T.serial(self.depth) as k:
                 value = lanes.load(self.x, block + t, k)
-                signed = tirx.call_extern(f"int32x{lanes.LANES}", "bertile_signed", value)
+                signed = tirx.call_extern(f"int32x{BLOCK_TOKENS}", "bertile_signed", value)
                 lanes.store(self.buffer, signed, t, k)
 
     def _zip(self, block: Any, t: Any) -> None:
@@ -55,7 +56,7 @@ class Inputs:
             pair(k, low, high)
         if self.depth % 2:
             last = lanes.load(self.x, block + t, self.depth - 1)
-            nothing = tirx.Broadcast(tirx.const(0, self.math.lane), lanes.LANES)
+            nothing = tirx.Broadcast(tirx.const(0, self.math.lane), BLOCK_TOKENS)
             pair(self.depth // 2, last, nothing)
 
     def load(self, block: Any, t: int, k: Any) -> Any:
@@ -75,9 +76,9 @@ def unzipped(first: Any, second: Any, dtype: str) -> tuple[Any, Any]:
     return _both("bertile_even", "bertile_odd", first, second, dtype)
 
 
-def _both(one: str, other: str, a: Any, b: Any, dtype: str) -> tuple[Any, Any]:
+def _both(first: str, second: str, a: Any, b: Any, dtype: str) -> tuple[Any, Any]:
     """What two functions on lanes of int32 make of two vectors of any lanes of 32 bits."""
-    lane, dtype = f"int32x{lanes.LANES}", f"{dtype}x{lanes.LANES}"
+    lane, dtype = f"int32x{BLOCK_TOKENS}", f"{dtype}x{BLOCK_TOKENS}"
     a, b = (T.Bind(tirx.reinterpret(lane, v)) for v in (a, b))
-    made = [tirx.call_extern(lane, name, a, b) for name in (one, other)]
-    return T.Bind(tirx.reinterpret(dtype, made[0])), T.Bind(tirx.reinterpret(dtype, made[1]))
+    halves = [tirx.call_extern(lane, name, a, b) for name in (first, second)]
+    return T.Bind(tirx.reinterpret(dtype, halves[0])), T.Bind(tirx.reinterpret(dtype, halves[1]))

@@ -2,8 +2,8 @@
 written in.
 
 An activation of C channels is ``(m, C, 16)``: block of tokens, channel, token. One vector holds one
-channel of 16 tokens, so that weights are broadcast, and normalisation and softmax need no
-horizontal reduction.
+channel of a block's tokens, a token a lane, so that weights are broadcast, and normalisation and
+softmax need no horizontal reduction. LLVM makes of it as many registers as the machine needs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-LANES = 16
-RAMP = tirx.Ramp(0, 1, LANES)
+from bertile.schedules import BLOCK_TOKENS
+
+RAMP = tirx.Ramp(0, 1, BLOCK_TOKENS)
 CACHE_LINE = 64  # bytes
 
 
-class Kernel:
+class KernelBuilder:
     """A kernel under construction; ``func`` is the finished PrimFunc after the ``with`` block."""
 
     func: tirx.PrimFunc
@@ -44,20 +45,20 @@ class Kernel:
 
     def activation(self, name: str, channels: int, dtype: str = "float32") -> Any:
         """An argument (m, channels, 16)."""
-        return self.tensor(name, self.blocks, channels, LANES, dtype=dtype)
+        return self.tensor(name, self.blocks, channels, BLOCK_TOKENS, dtype=dtype)
 
 
 @contextmanager
-def kernel(name: str) -> Iterator[Kernel]:
+def kernel(name: str) -> Iterator[KernelBuilder]:
     """Open a kernel; statements inside go into its body."""
-    with IRBuilder() as builder:
+    with IRBuilder() as ir:
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"tirx.noalias": True})
-            made = Kernel()
-            with made.frames:
-                yield made
-    made.func = builder.get()
+            builder = KernelBuilder()
+            with builder.frames:
+                yield builder
+    builder.func = ir.get()
 
 
 def load(buffer: Any, *index: Any) -> Any:
@@ -81,7 +82,7 @@ def splat(value: Any) -> Any:
     """A scalar in all 16 lanes."""
     if isinstance(value, (int, float)):
         value = tirx.const(float(value), "float32")
-    return tirx.Broadcast(value, LANES)
+    return tirx.Broadcast(value, BLOCK_TOKENS)
 
 
 def registers(vectors: int, dtype: str = "float32") -> list[Any]:
@@ -92,7 +93,7 @@ def registers(vectors: int, dtype: str = "float32") -> list[Any]:
     """
     per_buffer = 15
     buffers = [
-        T.alloc_buffer((min(per_buffer, vectors - start), LANES), dtype)
+        T.alloc_buffer((min(per_buffer, vectors - start), BLOCK_TOKENS), dtype)
         for start in range(0, vectors, per_buffer)
     ]
     return [(buffers[i // per_buffer], i % per_buffer) for i in range(vectors)]
@@ -121,19 +122,19 @@ def write(register: tuple[Any, int], value: Any) -> None:
 
 def vector_capacity(row: Any) -> int:
     """How many vectors of 16 floats the machine's registers hold (an AVX2 machine: 8)."""
-    return row.registers * row.vector_bits // (LANES * 32)
+    return row.registers * row.vector_bits // (BLOCK_TOKENS * 32)
 
 
 def to_lanes(rows: np.ndarray) -> np.ndarray:
     """(tokens, C) → (tokens / 16, C, 16), for tests and references; padded with zeros."""
     tokens, channels = rows.shape
-    blocks = -(-tokens // LANES)
-    padded = np.zeros((blocks * LANES, channels), rows.dtype)
+    blocks = -(-tokens // BLOCK_TOKENS)
+    padded = np.zeros((blocks * BLOCK_TOKENS, channels), rows.dtype)
     padded[:tokens] = rows
-    return np.ascontiguousarray(padded.reshape(blocks, LANES, channels).transpose(0, 2, 1))
+    return np.ascontiguousarray(padded.reshape(blocks, BLOCK_TOKENS, channels).transpose(0, 2, 1))
 
 
 def from_lanes(lanes: np.ndarray) -> np.ndarray:
     """(m, C, 16) → (m * 16, C), the inverse of :func:`to_lanes`."""
     blocks, channels, _ = lanes.shape
-    return np.ascontiguousarray(lanes.transpose(0, 2, 1).reshape(blocks * LANES, channels))
+    return np.ascontiguousarray(lanes.transpose(0, 2, 1).reshape(blocks * BLOCK_TOKENS, channels))

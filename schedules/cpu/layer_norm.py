@@ -17,9 +17,8 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from bertile.schedules import reference
+from bertile.schedules import BLOCK_TOKENS, reference
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.cpu.narrow import Narrow, narrow_sample, sample_weights
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
@@ -38,18 +37,18 @@ def default(task: Task, row: Row) -> Knobs:
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     """The PrimFunc (x, gamma, beta, [smooth], [limits], y, [values, [range]])."""
     channels, narrow = task.shape["channels"], Narrow.of(task)
-    with lanes.kernel(task.name) as made:
-        x = made.activation("x", channels)
-        gamma, beta = made.tensor("gamma", channels), made.tensor("beta", channels)
+    with lanes.kernel(task.name) as builder:
+        x = builder.activation("x", channels)
+        gamma, beta = builder.tensor("gamma", channels), builder.tensor("beta", channels)
         if narrow:
-            narrow.declare_inputs(made, bool(task.shape.get("smooth")))
-        y = made.activation("y", channels)
+            narrow.declare_inputs(builder, bool(task.shape.get("smooth")))
+        y = builder.activation("y", channels)
         if narrow:
-            narrow.declare_results(made)
-        with T.parallel(made.blocks) as block:
+            narrow.declare_results(builder)
+        with T.parallel(builder.blocks) as block:
             operands = (x, block, y, block, gamma, beta)
             normalize_and_narrow(*operands, channels, task.shape["epsilon"], knobs["sums"], narrow)
-    return made.func
+    return builder.func
 
 
 def normalize_and_narrow(
@@ -107,7 +106,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     channels = task.shape["channels"]
     gamma, beta = (rng.standard_normal(channels).astype("float32") for _ in range(2))
     weights = [gamma, beta, *sample_weights(task, rng)]
-    x = (rng.standard_normal((blocks * LANES, channels)) * 3 + 5).astype("float32")
+    x = (rng.standard_normal((blocks * BLOCK_TOKENS, channels)) * 3 + 5).astype("float32")
     expected = reference.layer_norm(x.astype("float64"), gamma, beta, task.shape["epsilon"])
     return normalized_sample(task, [lanes.to_lanes(x)], weights, expected.astype("float32"))
 

@@ -20,8 +20,9 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import arithmetic, lanes
-from bertile.schedules.cpu.lanes import LANES, Kernel
+from bertile.schedules.cpu.lanes import KernelBuilder
 from bertile.schedules.reference import LEVELS, byte_limits
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
@@ -52,19 +53,19 @@ class Narrow:
         kind = task.shape.get("kind")
         return Narrow(str(kind), int(task.shape["channels"])) if kind else None
 
-    def declare_inputs(self, made: Kernel, smooth: bool) -> None:
+    def declare_inputs(self, builder: KernelBuilder, smooth: bool) -> None:
         """``smooth`` (C) and ``limits`` (2), where the kind has them."""
         if smooth:
-            self.smooth = made.tensor("smooth", self.channels)
+            self.smooth = builder.tensor("smooth", self.channels)
         if self.kind == "int8_static":
-            self.limits = made.tensor("limits", 2)
+            self.limits = builder.tensor("limits", 2)
 
-    def declare_results(self, made: Kernel) -> None:
+    def declare_results(self, builder: KernelBuilder) -> None:
         """The packed values, and the range that was found."""
         group = 2 if self.kind == "bf16" else 4
-        self.values = made.activation("values", -(-self.channels // group), "int32")
+        self.values = builder.activation("values", -(-self.channels // group), "int32")
         if self.kind == "int8":
-            self.range = made.activation("range", 2)
+            self.range = builder.activation("range", 2)
 
     def emit(self, value: Callable[[Any], Any], block: Any) -> None:
         """Narrow a block; ``value(c)`` is channel c's vector, and may be asked for twice."""
@@ -124,14 +125,14 @@ class Narrow:
                 for chain in range(chains):
                     self._see(value(i * chains + chain), chain)
         chains = len(self.watched) // 2
-        found = [lanes.read(register) for register in self.watched]
-        low, high = reduce(tirx.min, found[:chains]), reduce(tirx.max, found[chains:])
+        ends = [lanes.read(register) for register in self.watched]
+        low, high = reduce(tirx.min, ends[:chains]), reduce(tirx.max, ends[chains:])
         return arithmetic.store_range(self.range, block, T.Bind(low), T.Bind(high))
 
     def _bytes(self, value: Callable[[Any], Any], block: Any, low: Any, inverse: Any) -> None:
         def steps(c: Any) -> Any:
-            found = arithmetic.steps(value(c), low, inverse)
-            return arithmetic.clamp(found) if self.range is None else found
+            level = arithmetic.steps(value(c), low, inverse)
+            return arithmetic.clamp(level) if self.range is None else level
 
         with T.serial(self.channels // 4) as i:
             packed = arithmetic.pack_bytes([steps(4 * i + j) for j in range(4)])
@@ -152,21 +153,21 @@ def _default(task: Task, row: Row) -> Knobs:
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     """The PrimFunc (x, [smooth], [limits], values, [range])."""
-    made_for = Narrow.of(task)
-    with lanes.kernel(task.name) as made:
-        x = made.activation("x", made_for.channels)
-        made_for.declare_inputs(made, bool(task.shape.get("smooth")))
-        made_for.declare_results(made)
-        with T.parallel(made.blocks) as block:
-            made_for.emit(lambda c: lanes.load(x, block, c), block)
-    return made.func
+    form = Narrow.of(task)
+    with lanes.kernel(task.name) as builder:
+        x = builder.activation("x", form.channels)
+        form.declare_inputs(builder, bool(task.shape.get("smooth")))
+        form.declare_results(builder)
+        with T.parallel(builder.blocks) as block:
+            form.emit(lambda c: lanes.load(x, block, c), block)
+    return builder.func
 
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Values off centre, whose ranges differ between tokens."""
     channels = int(task.shape["channels"])
     weights = sample_weights(task, rng)
-    x = rng.standard_normal((blocks * LANES, channels)).astype("float32")
+    x = rng.standard_normal((blocks * BLOCK_TOKENS, channels)).astype("float32")
     x = x * rng.uniform(0.1, 2.0, (len(x), 1)).astype("float32") + np.float32(0.3)
     smooth = weights[0] if task.shape.get("smooth") else 1.0
     return narrow_sample(task, [lanes.to_lanes(x)], weights, (x * smooth).astype("float32"))
@@ -194,9 +195,9 @@ def narrow_sample(
     ``wide`` in float32 where that is given.
     """
     kind, (tokens, channels) = str(task.shape["kind"]), narrowed.shape
-    blocks, group = tokens // LANES, 2 if kind == "bf16" else 4
-    results = [] if wide is None else [np.zeros((blocks, channels, LANES), "float32")]
-    results.append(np.zeros((blocks, -(-channels // group), LANES), "int32"))
+    blocks, group = tokens // BLOCK_TOKENS, 2 if kind == "bf16" else 4
+    results = [] if wide is None else [np.zeros((blocks, channels, BLOCK_TOKENS), "float32")]
+    results.append(np.zeros((blocks, -(-channels // group), BLOCK_TOKENS), "int32"))
     low, high = STATIC
     if kind == "int8_static":
         narrowed = np.clip(narrowed, low, high)
@@ -205,23 +206,23 @@ def narrow_sample(
     if kind == "bf16":
         tolerance = 2.0**-8
     elif kind == "int8":
-        results.append(np.zeros((blocks, 2, LANES), "float32"))
+        results.append(np.zeros((blocks, 2, BLOCK_TOKENS), "float32"))
         spread = float((narrowed.max(1) - narrowed.min(1)).max())
         tolerance = 0.51 * spread / LEVELS / largest
     else:
         tolerance = 0.51 * (high - low) / LEVELS / largest
 
-    def decode(found: list[np.ndarray]) -> np.ndarray:
+    def decode(buffers: list[np.ndarray]) -> np.ndarray:
         first = 0 if wide is None else 1
         if kind == "bf16":
-            rows = arithmetic.bf16_rows(found[first])
+            rows = arithmetic.bf16_rows(buffers[first])
         elif kind == "int8":
-            rows = arithmetic.dequantized_rows(found[first], found[first + 1])
+            rows = arithmetic.dequantized_rows(buffers[first], buffers[first + 1])
         else:
             step = (high - low) / LEVELS
-            rows = low + step * arithmetic.ungrouped(found[first], "uint8").astype("float32")
+            rows = low + step * arithmetic.ungrouped(buffers[first], "uint8").astype("float32")
         rows = rows[:, :channels]
-        return rows if wide is None else np.stack([lanes.from_lanes(found[0]), rows])
+        return rows if wide is None else np.stack([lanes.from_lanes(buffers[0]), rows])
 
     return Sample(activations, weights, expected, results, decode, tolerance)
 

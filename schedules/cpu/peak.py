@@ -13,6 +13,7 @@ import tvm
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic, arithmetic
 from bertile.schedules.schedule import Row
@@ -30,11 +31,11 @@ def peak_gflops(
     math = arithmetic(precision, row)
     chains = min(CHAINS, lanes.vector_capacity(row) - 2)
     run = _built(_multiply_adds(math, chains, threads), target)
-    factors = tvm.runtime.tensor(np.full((2, lanes.LANES), 0.5, "float32").view(math.lane))
-    out = tvm.runtime.tensor(np.zeros((threads, chains, lanes.LANES), math.total))
+    factors = tvm.runtime.tensor(np.full((2, BLOCK_TOKENS), 0.5, "float32").view(math.lane))
+    out = tvm.runtime.tensor(np.zeros((threads, chains, BLOCK_TOKENS), math.total))
     seconds = _best(run, [factors, out])
     outputs = 2 if math.matrix else 1  # of one multiply-add
-    return 2.0 * lanes.LANES * math.group * outputs * chains * STEPS * threads / seconds / 1e9
+    return 2.0 * BLOCK_TOKENS * math.group * outputs * chains * STEPS * threads / seconds / 1e9
 
 
 def read_gbs(
@@ -44,15 +45,15 @@ def read_gbs(
     or the memory.
     """
     run = _built(_reads(threads), target)
-    found = {}
+    speeds = {}
     for size in sizes:
-        vectors = max(8, size // threads // (4 * lanes.LANES) // 8 * 8)
-        data = tvm.runtime.tensor(np.ones((threads, vectors, lanes.LANES), "float32"))
-        out = tvm.runtime.tensor(np.zeros((threads, lanes.LANES), "float32"))
-        touched = 4 * threads * vectors * lanes.LANES
+        vectors = max(8, size // threads // (4 * BLOCK_TOKENS) // 8 * 8)
+        data = tvm.runtime.tensor(np.ones((threads, vectors, BLOCK_TOKENS), "float32"))
+        out = tvm.runtime.tensor(np.zeros((threads, BLOCK_TOKENS), "float32"))
+        touched = 4 * threads * vectors * BLOCK_TOKENS
         times = max(1, int(READ_SECONDS * 50e9 / touched))
-        found[size] = touched * times / _best(run, [data, times, out]) / 1e9
-    return found
+        speeds[size] = touched * times / _best(run, [data, times, out]) / 1e9
+    return speeds
 
 
 def _built(func: Any, target: tvm.target.Target) -> Any:
@@ -70,20 +71,22 @@ def _best(run: Any, arguments: list[Any]) -> float:
 
 
 def _multiply_adds(math: Arithmetic, chains: int, threads: int) -> Any:
-    with lanes.kernel("peak") as made:
-        factors = made.tensor("factors", 2, lanes.LANES, dtype=math.lane)
-        out = made.tensor("out", threads, chains, lanes.LANES, dtype=math.total)
-        made.link(math.matrix or math.llvm)
+    with lanes.kernel("peak") as builder:
+        factors = builder.tensor("factors", 2, BLOCK_TOKENS, dtype=math.lane)
+        out = builder.tensor("out", threads, chains, BLOCK_TOKENS, dtype=math.total)
+        builder.link(math.matrix or math.llvm)
         with T.parallel(threads) as thread:
             total = lanes.registers(chains, dtype=math.total)
             for chain in range(chains):
-                lanes.write(total[chain], tirx.Broadcast(tirx.const(chain, math.total), 16))
+                lanes.write(
+                    total[chain], tirx.Broadcast(tirx.const(chain, math.total), BLOCK_TOKENS)
+                )
             with T.serial(STEPS):
                 for chain in range(chains):
                     lanes.write(total[chain], _step(math, lanes.read(total[chain]), factors))
             for chain in range(chains):
                 lanes.store(out, lanes.read(total[chain]), thread, chain)
-    return made.func
+    return builder.func
 
 
 def _step(math: Arithmetic, total: Any, factors: Any) -> Any:
@@ -95,20 +98,22 @@ def _step(math: Arithmetic, total: Any, factors: Any) -> Any:
 
 
 def _reads(threads: int) -> Any:
-    with lanes.kernel("peak") as made:
+    with lanes.kernel("peak") as builder:
         vectors = T.int32()
-        data = made.tensor("data", threads, vectors, lanes.LANES)
+        data = builder.tensor("data", threads, vectors, BLOCK_TOKENS)
         times = T.arg("times", T.int32())
-        out = made.tensor("out", threads, lanes.LANES)
+        out = builder.tensor("out", threads, BLOCK_TOKENS)
         with T.parallel(threads) as thread:
             total = lanes.registers(8)
-            for one in total:
-                lanes.write(one, lanes.splat(0.0))
+            for register in total:
+                lanes.write(register, lanes.splat(0.0))
             with T.serial(times), T.serial(vectors // 8) as i:
-                for j, one in enumerate(total):
-                    lanes.write(one, lanes.read(one) + lanes.load(data, thread, 8 * i + j))
+                for j, register in enumerate(total):
+                    lanes.write(
+                        register, lanes.read(register) + lanes.load(data, thread, 8 * i + j)
+                    )
             result = lanes.read(total[0])
-            for one in total[1:]:
-                result = result + lanes.read(one)
+            for register in total[1:]:
+                result = result + lanes.read(register)
             lanes.store(out, result, thread)
-    return made.func
+    return builder.func

@@ -12,6 +12,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
@@ -87,8 +88,8 @@ class Epilogue:
         if self.scale is None:
             return total
         if self.offset is not None:
-            total = total + tirx.Broadcast(self.offset[place], lanes.LANES)
-        value = total.astype("float32x16") * lanes.splat(self.scale[place])
+            total = total + tirx.Broadcast(self.offset[place], BLOCK_TOKENS)
+        value = total.astype(f"float32x{BLOCK_TOKENS}") * lanes.splat(self.scale[place])
         if self.range is None:
             return value + lanes.splat(self.b[place])
         scale, low = lanes.load(self.range, block, 0), lanes.load(self.range, block, 1)
@@ -129,13 +130,17 @@ class Epilogue:
             with T.Else():
                 for i, value in enumerate(values):
                     half = T.Bind(arithmetics.pack_bf16_tokens(value))
-                    width = lanes.LANES // 2
+                    width = BLOCK_TOKENS // 2
                     ramp = tirx.Ramp(i * width, 1, width)
                     T.buffer_store(self.y, half, [block, lane, ramp])
 
 
 def arguments(
-    made: lanes.Kernel, task: Task, math: Arithmetic, places: int, weights: Callable[[], Any]
+    builder: lanes.KernelBuilder,
+    task: Task,
+    math: Arithmetic,
+    places: int,
+    weights: Callable[[], Any],
 ) -> tuple[Any, Any, Epilogue]:
     """Declare (x, [range], [residual], weights, [scale, [shift]], b, [limits], [offset], y).
 
@@ -145,16 +150,16 @@ def arguments(
     """
     outputs = task.shape["outputs"]
     bytes_, per_token = math.group == 4, precision(task) == "int8"
-    x = made.activation("x", math.lanes(task.shape["inputs"]), math.lane)
-    range_ = made.activation("range", 2) if per_token else None
-    residual = made.activation("residual", outputs) if task.shape["residual"] else None
+    x = builder.activation("x", math.lanes(task.shape["inputs"]), math.lane)
+    range_ = builder.activation("range", 2) if per_token else None
+    residual = builder.activation("residual", outputs) if task.shape["residual"] else None
     w = weights()
-    scale = made.tensor("scale", places) if bytes_ else None
-    shift = made.tensor("shift", places) if per_token else None
-    b = made.tensor("b", places)
-    limits = made.tensor("limits", 2) if writes(task) == "to_int8" else None
-    offset = made.tensor("offset", places, dtype="int32") if math.signed else None
+    scale = builder.tensor("scale", places) if bytes_ else None
+    shift = builder.tensor("shift", places) if per_token else None
+    b = builder.tensor("b", places)
+    limits = builder.tensor("limits", 2) if writes(task) == "to_int8" else None
+    offset = builder.tensor("offset", places, dtype="int32") if math.signed else None
     form = "float32" if writes(task) == "to_fp32" else "int32"
-    y = made.activation("y", outputs // packed(task), form)
-    made.link(math.llvm + llvm.PREFETCH)
+    y = builder.activation("y", outputs // packed(task), form)
+    builder.link(math.llvm + llvm.PREFETCH)
     return x, w, Epilogue(task, range_, residual, scale, shift, b, limits, offset, y)

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from bertile.schedules import reference
+from bertile.schedules import BLOCK_TOKENS, reference
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
 
@@ -35,11 +34,11 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     """The PrimFunc (x, cos, sin, y)."""
     channels, heads, size = (int(task.shape[name]) for name in ("channels", "heads", "head_size"))
     half = size // 2
-    with lanes.kernel(task.name) as made:
-        x = made.activation("x", channels)
-        cos, sin = made.activation("cos", size), made.activation("sin", size)
-        y = made.activation("y", channels)
-        with T.parallel(made.blocks) as block:
+    with lanes.kernel(task.name) as builder:
+        x = builder.activation("x", channels)
+        cos, sin = builder.activation("cos", size), builder.activation("sin", size)
+        y = builder.activation("y", channels)
+        with T.parallel(builder.blocks) as block:
             with T.serial(heads) as head, T.serial(half) as d:
                 low, high = head * size + d, head * size + d + half
                 first, second = (T.Bind(lanes.load(x, block, c)) for c in (low, high))
@@ -49,15 +48,15 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
                 lanes.store(y, second * c + first * s, block, high)
             with T.serial(channels - heads * size) as c:
                 lanes.store(y, lanes.load(x, block, heads * size + c), block, heads * size + c)
-    return made.func
+    return builder.func
 
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Two sequences where the blocks allow it, the second of which starts at place 0 again."""
     channels, heads, size = (int(task.shape[name]) for name in ("channels", "heads", "head_size"))
-    x = rng.standard_normal((blocks * LANES, channels)).astype("float32")
+    x = rng.standard_normal((blocks * BLOCK_TOKENS, channels)).astype("float32")
     counts = [blocks] if blocks < 3 else [blocks - blocks // 3, blocks // 3]
-    places = np.concatenate([np.arange(count * LANES) for count in counts])
+    places = np.concatenate([np.arange(count * BLOCK_TOKENS) for count in counts])
     angles = places[:, None] * 10000.0 ** (-np.arange(size // 2) / (size // 2))
     angles = np.concatenate([angles, angles], axis=1)
     cos, sin = np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
@@ -65,7 +64,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     turned = expected[:, : heads * size].reshape(-1, heads, size)
     turned = reference.rotary(turned, cos[:, None], sin[:, None])
     expected[:, : heads * size] = turned.reshape(len(x), -1)
-    operands = [lanes.to_lanes(one) for one in (x, cos, sin)]
+    operands = [lanes.to_lanes(array) for array in (x, cos, sin)]
     return Sample(operands, [], lanes.to_lanes(expected.astype("float32")))
 
 

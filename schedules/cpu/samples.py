@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import arithmetic, lanes
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.reference import LEVELS, byte_limits
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
@@ -27,26 +27,26 @@ def result_sample(
     writes = task.shape.get("writes", "to_fp32")
     if writes == "to_fp32":
         return Sample(activations, weights, lanes.to_lanes(expected), tolerance=tolerance)
-    blocks, outputs = len(expected) // LANES, expected.shape[1]
+    blocks, outputs = len(expected) // BLOCK_TOKENS, expected.shape[1]
     if writes == "to_bf16":
         split = int(task.shape.get("values_from", outputs))
 
-        def decode(found: list[np.ndarray]) -> np.ndarray:
-            rows = arithmetic.bf16_rows(found[0][:, : split // 2])
-            values = arithmetic.bf16_values(found[0][:, split // 2 :])  # (m, N / 2, 32)
-            values = values.reshape(blocks, outputs - split, LANES)
+        def decode(buffers: list[np.ndarray]) -> np.ndarray:
+            rows = arithmetic.bf16_rows(buffers[0][:, : split // 2])
+            values = arithmetic.bf16_values(buffers[0][:, split // 2 :])  # (m, N / 2, 32)
+            values = values.reshape(blocks, outputs - split, BLOCK_TOKENS)
             return np.concatenate([rows, lanes.from_lanes(values)], 1)
 
-        results, rounding = np.zeros((blocks, outputs // 2, LANES), "int32"), 2.0**-8
+        results, rounding = np.zeros((blocks, outputs // 2, BLOCK_TOKENS), "int32"), 2.0**-8
     else:
         low, high = BYTES
         weights.append(byte_limits(low, high))
         step = (high - low) / LEVELS
         expected = np.clip(expected, low, high)
 
-        def decode(found: list[np.ndarray]) -> np.ndarray:
-            return low + step * arithmetic.ungrouped(found[0], "uint8").astype("float32")
+        def decode(buffers: list[np.ndarray]) -> np.ndarray:
+            return low + step * arithmetic.ungrouped(buffers[0], "uint8").astype("float32")
 
-        results = np.zeros((blocks, outputs // 4, LANES), "int32")
+        results = np.zeros((blocks, outputs // 4, BLOCK_TOKENS), "int32")
         rounding = 0.51 * step / max(1.0, float(np.abs(expected).max()))
     return Sample(activations, weights, expected, [results], decode, tolerance + rounding)

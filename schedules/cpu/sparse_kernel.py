@@ -11,6 +11,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.inputs import Inputs
@@ -30,30 +31,30 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     shuffle = row.vector_bits == 512 and math.weight != "int16"
     math = replace(math, llvm=math.llvm + x86.INDEX + (x86.FOUR if shuffle else ""))
     of = Layout.of(task, knobs)
-    with lanes.kernel(task.name) as made:
+    with lanes.kernel(task.name) as builder:
 
         def weights() -> list[Any]:
             nonzeros = T.int32()
-            values = made.tensor("values", nonzeros, dtype=math.weight)
-            index = made.tensor("index", nonzeros, dtype=of.index)
+            values = builder.tensor("values", nonzeros, dtype=math.weight)
+            index = builder.tensor("index", nonzeros, dtype=of.index)
             return [
                 _Entries(math, shuffle, values, index),
-                made.tensor("starts", of.groups * of.parts * of.panels + 1, dtype="int32"),
-                made.tensor("slots", of.groups, of.parts, of.places, dtype=of.slot),
-                made.tensor("lanes", of.groups, of.places // of.packed, dtype="int32"),
+                builder.tensor("starts", of.groups * of.parts * of.panels + 1, dtype="int32"),
+                builder.tensor("slots", of.groups, of.parts, of.places, dtype=of.slot),
+                builder.tensor("lanes", of.groups, of.places // of.packed, dtype="int32"),
             ]
 
-        x, lists, epilogue = arguments(made, task, math, of.groups * of.places, weights)
+        x, lists, epilogue = arguments(builder, task, math, of.groups * of.places, weights)
         shares = SHARES * -(-row.threads // SHARES)
         with T.parallel(shares) as share:
             # the sums of a group's outputs; too long for registers, short enough for the caches
             room = of.places * knobs["token_blocks"]
-            sums = T.alloc_buffer((room, lanes.LANES), math.total)
+            sums = T.alloc_buffer((room, BLOCK_TOKENS), math.total)
             inputs = Inputs(x, math, knobs["token_blocks"])
             tile = _Tile(task, of, math, inputs, lists, epilogue, sums)
-            for group, first, count in _work(share, shares, made.blocks, of.groups):
+            for group, first, count in _work(share, shares, builder.blocks, of.groups):
                 _tiles(tile, group, first, count, knobs["token_blocks"])
-    return made.func
+    return builder.func
 
 
 # As many pieces of equal work as any number of threads, which take neighbouring ones, divides well;
@@ -136,13 +137,13 @@ class _Entries:
         if not self.shuffle or count < 4:
             return lambda n: self.math.spread(self.values[first + n])
         four = tirx.reinterpret("int32x4", self.values[tirx.Ramp(first, 1, 4)])
-        four = T.Bind(tirx.call_extern("int32x16", "bertile_four", four))
+        four = T.Bind(tirx.call_extern(f"int32x{BLOCK_TOKENS}", "bertile_four", four))
 
-        def one(n: int) -> Any:
-            w = tirx.call_extern("int32x16", f"bertile_pick{n}", four)
-            return tirx.reinterpret(f"{self.math.lane}x16", w)
+        def spread(n: int) -> Any:
+            w = tirx.call_extern(f"int32x{BLOCK_TOKENS}", f"bertile_pick{n}", four)
+            return tirx.reinterpret(f"{self.math.lane}x{BLOCK_TOKENS}", w)
 
-        return one
+        return spread
 
 
 class _Tile:

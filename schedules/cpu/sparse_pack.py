@@ -103,13 +103,13 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
     return [*_lists(of, w), lanes.astype("int32"), *vectors, *limits, *offset]
 
 
-def _dealt(of: Layout, work: np.ndarray) -> np.ndarray:
+def _dealt(of: Layout, lengths: np.ndarray) -> np.ndarray:
     """Lanes of y (groups, lanes of a group), ascending: like cards, the longest first, to and fro.
 
     ``of.lanes`` and above stand for padding.
     """
     each = of.places // of.packed
-    order = np.argsort(-work, kind="stable")
+    order = np.argsort(-lengths, kind="stable")
     order = np.concatenate([order, np.full(of.groups * each - of.lanes, of.lanes)])
     dealt = order.reshape(each, of.groups)
     dealt[1::2] = dealt[1::2, ::-1]

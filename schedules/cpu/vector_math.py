@@ -13,7 +13,8 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from bertile.schedules.cpu.lanes import LANES, splat
+from bertile.schedules import BLOCK_TOKENS
+from bertile.schedules.cpu.lanes import splat
 
 
 def _horner(x: Any, coefficients: Sequence[float]) -> Any:
@@ -57,16 +58,16 @@ def exp2_coarse(x: Any) -> Any:
 
 def _rounded(x: Any) -> tuple[Any, Any]:
     """The nearest whole number, in the lowest bits of an int32 and as a float32."""
-    bits = T.Bind(tirx.reinterpret(f"int32x{LANES}", x + splat(ROUND)))
+    bits = T.Bind(tirx.reinterpret(f"int32x{BLOCK_TOKENS}", x + splat(ROUND)))
     # by way of the bits, or TVM would take the addition and the subtraction for nothing
-    return bits, T.Bind(tirx.reinterpret(f"float32x{LANES}", bits) - splat(ROUND))
+    return bits, T.Bind(tirx.reinterpret(f"float32x{BLOCK_TOKENS}", bits) - splat(ROUND))
 
 
 def _scaled(value: Any, n: Any) -> Any:
     """A value between 1/2 and 2 times 2**n, n being the lowest bits of an int32."""
-    exponent = n << tirx.Broadcast(tirx.const(23, "int32"), LANES)
-    bits = tirx.reinterpret(f"int32x{LANES}", value) + exponent
-    return tirx.reinterpret(f"float32x{LANES}", bits)
+    exponent = n << tirx.Broadcast(tirx.const(23, "int32"), BLOCK_TOKENS)
+    bits = tirx.reinterpret(f"int32x{BLOCK_TOKENS}", value) + exponent
+    return tirx.reinterpret(f"float32x{BLOCK_TOKENS}", bits)
 
 
 def erf(x: Any) -> Any:

@@ -136,8 +136,8 @@ def _stride(task: Task) -> int:
 def _shared(task: Task, warps: int, split: int, keys: int, stages: int) -> int:
     row = _stride(task) * _width(task)
     tiles = stages * keys * (2 * row + 4)
-    found = (warps - warps // split) * 32 * 4 * (4 + _padded(task) // 2)
-    return 16 * (warps // split) * row + max(tiles, found)
+    sums = (warps - warps // split) * 32 * 4 * (4 + _padded(task) // 2)
+    return 16 * (warps // split) * row + max(tiles, sums)
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cuda.forms import (
-    BLOCK,
     LOWEST,
     ROUNDING,
     element,
@@ -32,7 +32,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
         counts = [blocks - blocks // 3, blocks // 3]
     else:
         counts = [USUAL] * (blocks // USUAL) + ([blocks % USUAL] if blocks % USUAL else [])
-    return sequences_sample(task, [count * BLOCK - 5 for count in counts], rng)
+    return sequences_sample(task, [count * BLOCK_TOKENS - 5 for count in counts], rng)
 
 
 def sequences_sample(
@@ -47,7 +47,7 @@ def sequences_sample(
     spec, kind = AttentionSpec.from_shape(task.shape), element(task)
     heads, size = spec.heads, spec.head_size
     table, length = token_table(lengths), max(lengths)
-    rows = len(table) * BLOCK
+    rows = len(table) * BLOCK_TOKENS
     qkv = to_rows(rng.standard_normal((rows, 3 * heads * size)), kind)
     values = from_rows(qkv, 3 * heads * size).astype("float64")
     keys = np.where(rng.random(rows) < 0.1, -10000.0, 0.0).astype("float32")
@@ -56,7 +56,7 @@ def sequences_sample(
     expected = np.zeros((rows, heads * size))
     for row, own in enumerate(lengths):
         mine = np.flatnonzero(table[:, 0] == row)
-        part = slice(mine[0] * BLOCK, (mine[-1] + 1) * BLOCK)
+        part = slice(mine[0] * BLOCK_TOKENS, (mine[-1] + 1) * BLOCK_TOKENS)
         keys[part][own:] = LOWEST
         keys[part][0] = 0.0
         added = None
@@ -69,10 +69,10 @@ def sequences_sample(
         context = spec.reference(q, k, v, keys[part], added)
         expected[part] = context.transpose(1, 0, 2).reshape(-1, heads * size)
         expected[part][own:] = 0.0  # of padding nothing is asked but a finite number
-    inside = np.concatenate([np.arange(16 * (-(-n // 16))) < n for n in lengths])
-    given = symbols(rows, len(lengths), length, bias_0=batch, bias_1=of)
+    inside = np.concatenate([np.arange(-(-n // BLOCK_TOKENS) * BLOCK_TOKENS) < n for n in lengths])
+    extents = symbols(rows, len(lengths), length, bias_0=batch, bias_1=of)
     activations = [qkv, keys, table] + ([bias] if spec.bias == "tensor" else [])
-    return _result(task, activations, expected.astype("float32"), inside, given)
+    return _result(task, activations, expected.astype("float32"), inside, extents)
 
 
 def _result(
@@ -80,7 +80,7 @@ def _result(
     activations: list[np.ndarray],
     expected: np.ndarray,
     inside: np.ndarray,
-    given: dict[str, int],
+    extents: dict[str, int],
 ) -> Sample:
     channels, weights, kind = expected.shape[1], [], element(task)
     # the softmax's weights and the result are rounded; tf32 has the fraction of float16
@@ -94,14 +94,14 @@ def _result(
         expected, kind = np.clip(expected, low, high), "u8"
         rounding += 0.51 * (high - low) / LEVELS / max(1.0, float(np.abs(expected).max()))
 
-    def decode(found: list[np.ndarray]) -> np.ndarray:
-        values = from_rows(found[0], channels)
+    def decode(buffers: list[np.ndarray]) -> np.ndarray:
+        values = from_rows(buffers[0], channels)
         if to_bytes:
             values = np.float32(low) + np.float32((high - low) / LEVELS) * values
         return np.where(inside[:, None] | ~np.isfinite(values), values, np.float32(0))
 
     results = [empty_rows(len(expected), channels, kind)]
-    return Sample(activations, weights, expected, results, decode, rounding, given)
+    return Sample(activations, weights, expected, results, decode, rounding, extents)
 
 
 def flops(task: Task, tokens: int) -> float:

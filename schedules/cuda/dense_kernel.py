@@ -29,15 +29,15 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
     of = Operands.of(task)
     parameters = _parameters(of)
     names = tuple(name for _, name in parameters)
-    launches, made, tiles, entries = [], [], [], []
+    launches, tiles, structs, entries = [], [], [], []
     for name, when in _ranges(knobs).items():
         of_entry = {key.removeprefix(f"{name}_"): value for key, value in knobs.items()}
         tile = Tile.of(task, of_entry, row.gpu)
-        made.append(tile)
+        tiles.append(tile)
         struct = name.title()
-        tiles.append(tile.constants(struct))
+        structs.append(tile.constants(struct))
         if tile.grouped:
-            tiles.append(tile.plain().constants(f"{struct}Plain"))
+            structs.append(tile.plain().constants(f"{struct}Plain"))
         entry = f"{task.name}_{name}"
         entries.append(_entry(parameters, tile, entry, task.name, struct))
         columns = -(-pitch(of.outputs) // tile.columns)
@@ -47,8 +47,8 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
         [
             f"namespace {task.name} {{",
             _types(of),
-            *_templates(of, any(tile.grouped for tile in made)),
-            *tiles,
+            *_templates(of, any(tile.grouped for tile in tiles)),
+            *structs,
             "}",
             *entries,
             "",
@@ -60,12 +60,12 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
 def _ranges(knobs: Knobs) -> dict[str, Extent]:
     """When each entry is launched: those that never are, are left out."""
     few, some = knobs["few"], max(knobs["few"], knobs["some"])
-    found: dict[str, Extent] = {}
+    ranges: dict[str, Extent] = {}
     if few:
-        found["few"] = f"rows < {few}"
+        ranges["few"] = f"rows < {few}"
     if some > few:
-        found["some"] = f"(rows >= {few}) * (rows < {some})" if few else f"rows < {some}"
-    return {**found, "many": f"rows >= {some}" if some else 1}
+        ranges["some"] = f"(rows >= {few}) * (rows < {some})" if few else f"rows < {some}"
+    return {**ranges, "many": f"rows >= {some}" if some else 1}
 
 
 def _parameters(of: Operands) -> list[tuple[str, str]]:
@@ -123,7 +123,7 @@ WORD void multiply_add(Sum (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
 }}
 WORD unsigned as_multiplied(unsigned x) {{ return {as_multiplied}; }}
 {code("dense_mma.cuh")}"""
-    found = [multiply, code("dense_finish.cuh"), code("dense.cuh")]
+    parts = [multiply, code("dense_finish.cuh"), code("dense.cuh")]
     if grouped:
         wgmma = "wgmma_u8s8<N>" if of.read == "u8" else f"wgmma<{of.read}, N>"
         group = f"""
@@ -131,8 +131,8 @@ template <int N>
 WORD void multiply_group(Sum (&d)[N / 2], unsigned long long a, unsigned long long b) {{
   {wgmma}(d, a, b, true);
 }}"""
-        found += [_WITHOUT, "#else", group, code("dense_wgmma.cuh"), "#endif"]
-    return found
+        parts += [_WITHOUT, "#else", group, code("dense_wgmma.cuh"), "#endif"]
+    return parts
 
 
 def _entry(

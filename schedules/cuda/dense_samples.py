@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cuda.dense_tile import Operands, rounded_tf32
-from bertile.schedules.cuda.forms import BLOCK, ROUNDING, empty_rows, from_rows, symbols, to_rows
+from bertile.schedules.cuda.forms import ROUNDING, empty_rows, from_rows, symbols, to_rows
 from bertile.schedules.reference import LEVELS, apply_activation, byte_limits
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
@@ -16,7 +17,7 @@ EPILOGUE = 2e-5  # what sums and activations may be off by
 
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Random operands, scaled as in a trained network, and the product by numpy in float64."""
-    return row_sample(task, blocks * BLOCK, rng)
+    return row_sample(task, blocks * BLOCK_TOKENS, rng)
 
 
 def row_sample(task: Task, rows: int, rng: np.random.Generator) -> Sample:
@@ -43,8 +44,8 @@ def row_sample(task: Task, rows: int, rng: np.random.Generator) -> Sample:
         low, step = 0.0, 1.0
         tolerance += ROUNDING[of.wide]
 
-    def decode(found: list[np.ndarray]) -> np.ndarray:
-        return low + step * from_rows(found[0], of.outputs)
+    def decode(buffers: list[np.ndarray]) -> np.ndarray:
+        return low + step * from_rows(buffers[0], of.outputs)
 
     return Sample(activations, weights, expected, results, decode, tolerance, symbols(rows))
 

@@ -42,31 +42,33 @@ TILES: dict[str, Space] = {
 
 def space(task: Task, row: Row) -> Space:
     """A tile that a GPU cannot run stands for the nearest one that it can."""
-    found = dict(ENDS)
+    choices = dict(ENDS)
     for name in ENTRIES:
-        found |= {f"{name}_{key}": values for key, values in _choices(task, row.gpu, name).items()}
-    return found
+        choices |= {
+            f"{name}_{key}": values for key, values in _choices(task, row.gpu, name).items()
+        }
+    return choices
 
 
 def default(task: Task, row: Row) -> Knobs:
     """The tile that the cost prefers for each entry, and the first number of rows from which it
     prefers the next one.
     """
-    found: Knobs = {}
+    chosen: Knobs = {}
     tiles = {}
     for name in ENTRIES:
         knobs, tiles[name] = _fastest(task, row.gpu, name)
-        found |= {f"{name}_{key}": value for key, value in knobs.items()}
+        chosen |= {f"{name}_{key}": value for key, value in knobs.items()}
     for name, following in itertools.pairwise(ENTRIES):
         ends = [
             rows
             for rows in ENDS[name][1:]
             if cycles(tiles[following], rows, row.gpu) < cycles(tiles[name], rows, row.gpu)
         ]
-        found[name] = min(ends, default=ENDS[name][-1])
+        chosen[name] = min(ends, default=ENDS[name][-1])
     if tiles["some"] == tiles["many"]:
-        found["some"] = 0  # one entry less to compile
-    return found
+        chosen["some"] = 0  # one entry less to compile
+    return chosen
 
 
 def _choices(task: Task, gpu: Gpu, name: str) -> Space:
@@ -82,9 +84,9 @@ def _fastest(task: Task, gpu: Gpu, name: str) -> tuple[Knobs, Tile]:
         tile = Tile.of(task, knobs, gpu)
         if any(getattr(tile, key) != knobs[key] for key in ("rows", "slices", "stages")):
             continue  # another point of the space is this tile
-        found = cycles(tile, ENTRIES[name], gpu)
-        if best is None or found < best[0]:
-            best = found, knobs, tile
+        taken = cycles(tile, ENTRIES[name], gpu)
+        if best is None or taken < best[0]:
+            best = taken, knobs, tile
     return best[1], best[2]
 
 

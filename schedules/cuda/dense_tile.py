@@ -128,15 +128,15 @@ class Tile:
             most = min(self.columns, pitch(self.operands.outputs))
             columns = next(n for n in GROUP_COLUMNS if n >= most)
             rows = max(64, min(self.rows, 256 if columns <= 192 else 128))
-            made = replace(self, rows=rows, columns=columns, tall=1, slices=1)
-            return replace(made, wide=columns // 8, stages=max(3, self.stages))
+            fitted = replace(self, rows=rows, columns=columns, tall=1, slices=1)
+            return replace(fitted, wide=columns // 8, stages=max(3, self.stages))
         columns = min(self.columns, pitch(self.operands.outputs))
         tall = min(self.tall, self.rows // 16)
         wide = next(w for w in range(self.wide, 0, -1) if w % 2 == 0 and columns // 8 % w == 0)
         most = min(self.slices, self.operands.panels)
         slices = next(s for s in range(most, 0, -1) if tall * wide % s == 0)
-        made = replace(self, columns=columns, tall=tall, wide=wide, slices=slices)
-        return replace(made, stages=max(2, min(self.stages, made.iterations + 1)))
+        fitted = replace(self, columns=columns, tall=tall, wide=wide, slices=slices)
+        return replace(fitted, stages=max(2, min(self.stages, fitted.iterations + 1)))
 
     def _fitted(self, gpu: Gpu) -> Tile:
         """Fewer stages, then fewer slices, then a smaller tile, until a block fits the GPU."""

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bertile.schedules import reference
+from bertile.schedules import BLOCK_TOKENS, reference
 from bertile.schedules.cuda import row_kernel
 from bertile.schedules.cuda.forms import (
-    BLOCK,
     element,
     from_rows,
     symbols,
@@ -38,9 +37,9 @@ LOOKUP = """
 template <typename I>
 __device__ inline long long wanted(const I* ids, int batch, int length, const int* place, int row,
                                    int vocabulary) {
-  const int* mine = place + row / 16 * 4;
+  const int* mine = place + row / BLOCK_TOKENS * 4;
   const int of = mine[0] < batch ? mine[0] : batch - 1;
-  const int at = mine[1] + row % 16;
+  const int at = mine[1] + row % BLOCK_TOKENS;
   const I id = ids[static_cast<long long>(of) * length + (at < length ? at : length - 1)];
   return id < 0 ? 0 : id < vocabulary ? static_cast<long long>(id) : vocabulary - 1;
 }
@@ -88,9 +87,9 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     tables = [rng.standard_normal((count, channels)).astype("float32") for count in _counts(task)]
     scale = [rng.standard_normal(channels).astype("float32") for _ in range(2)]
     weights = [*tables, *scale, *sample_weights(task, rng)]
-    lengths = [blocks * BLOCK] if blocks < 2 else [(blocks - 1) * BLOCK - 3, 7]
+    lengths = [blocks * BLOCK_TOKENS] if blocks < 2 else [(blocks - 1) * BLOCK_TOKENS - 3, 7]
     place, length = token_table(lengths), max(lengths)
-    ids, total, of = [], np.zeros((blocks * BLOCK, channels)), {}
+    ids, total, of = [], np.zeros((blocks * BLOCK_TOKENS, channels)), {}
     last = len(tables) - 1
     for i, (table, dtype) in enumerate(zip(tables, _ids(task))):
         batch = 1 if i == last and last > 0 else len(lengths)
@@ -98,10 +97,10 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
         ids.append(mine)
         of |= {f"ids{i}_0": batch, f"ids{i}_1": length}
         stored = from_rows(to_rows(table, element(task)), channels).astype("float64")
-        at = np.minimum(place[:, 1:2] + np.arange(BLOCK), length - 1)
+        at = np.minimum(place[:, 1:2] + np.arange(BLOCK_TOKENS), length - 1)
         total += stored[mine[np.minimum(place[:, :1], batch - 1), at].reshape(-1)]
     total = reference.layer_norm(total, *scale, task.shape["epsilon"])
-    of = symbols(blocks * BLOCK, len(lengths), length, **of)
+    of = symbols(blocks * BLOCK_TOKENS, len(lengths), length, **of)
     return narrow_sample(task, [*ids, place], weights, total, of, wide=True)
 
 

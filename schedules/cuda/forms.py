@@ -10,9 +10,9 @@ from importlib import resources
 
 import numpy as np
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.task import Task
 
-BLOCK = 16  # tokens
 LOWEST = -1e30  # below any score, and small enough that differences of two stay finite
 ROUNDING = {"f16": 2.0**-11, "bf16": 2.0**-8, "float": 2.0**-24}  # of a stored value, relative
 
@@ -71,15 +71,21 @@ def token_table(lengths: list[int]) -> np.ndarray:
     """
     lines, first = [], 0
     for row, length in enumerate(lengths):
-        count = -(-length // BLOCK)
-        lines += [[row, i * BLOCK, first, count] for i in range(count)]
+        count = -(-length // BLOCK_TOKENS)
+        lines += [[row, i * BLOCK_TOKENS, first, count] for i in range(count)]
         first += count
     return np.array(lines, "int32")
 
 
 def symbols(rows: int, batch: int = 1, length: int = 1, **extents: int) -> dict[str, int]:
     """What a launch on a sample may ask for."""
-    return {"rows": rows, "batch": batch, "length": length, "blocks": rows // BLOCK, **extents}
+    return {
+        "rows": rows,
+        "batch": batch,
+        "length": length,
+        "blocks": rows // BLOCK_TOKENS,
+        **extents,
+    }
 
 
 def code(name: str) -> str:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bertile.schedules import reference
+from bertile.schedules import BLOCK_TOKENS, reference
 from bertile.schedules.cuda import row_kernel
-from bertile.schedules.cuda.forms import BLOCK, element, from_rows, symbols, to_rows
+from bertile.schedules.cuda.forms import element, from_rows, symbols, to_rows
 from bertile.schedules.cuda.narrow import narrow_sample, sample_weights
 from bertile.schedules.cuda.row_kernel import Narrow, padded
 from bertile.schedules.cuda.source import Kernel
@@ -73,7 +73,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     channels = int(task.shape["channels"])
     gamma, beta = (rng.standard_normal(channels).astype("float32") for _ in range(2))
     weights = [gamma, beta, *sample_weights(task, rng)]
-    x = to_rows(rng.standard_normal((blocks * BLOCK, channels)) * 3 + 5, element(task))
+    x = to_rows(rng.standard_normal((blocks * BLOCK_TOKENS, channels)) * 3 + 5, element(task))
     values = from_rows(x, channels).astype("float64")
     expected = reference.layer_norm(values, gamma, beta, task.shape["epsilon"])
     return narrow_sample(task, [x], weights, expected, symbols(len(x)), wide=True)

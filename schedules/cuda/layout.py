@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cuda.forms import (
-    BLOCK,
     LOWEST,
     ROUNDING,
     code,
@@ -54,8 +54,8 @@ TOKENS_IN = Words(
     ("rows", 1, 1),
     """
   const long long row = blockIdx.x;
-  const int* of = table + row / 16 * 4;
-  const int at = of[1] + row % 16;
+  const int* of = table + row / BLOCK_TOKENS * 4;
+  const int at = of[1] + row % BLOCK_TOKENS;
   const float* from = x + (static_cast<long long>(of[0]) * length + at) * C;
   row_in(at < length ? from : nullptr, y + row * PITCH);""",
 )
@@ -68,11 +68,11 @@ TOKENS_OUT = Words(
     ("rows", 1, 1),
     """
   const long long row = blockIdx.x;
-  const int* of = table + row / 16 * 4;
-  const int at = of[1] + row % 16;
+  const int* of = table + row / BLOCK_TOKENS * 4;
+  const int at = of[1] + row % BLOCK_TOKENS;
   float* sequence = y + static_cast<long long>(of[0]) * length * C;
   if (at < length) row_out(x + row * PITCH, sequence + static_cast<long long>(at) * C);
-  for (int t = at + of[3] * 16; t < length; t += of[3] * 16)
+  for (int t = at + of[3] * BLOCK_TOKENS; t < length; t += of[3] * BLOCK_TOKENS)
     row_out(nullptr, sequence + static_cast<long long>(t) * C);""",
 )
 
@@ -104,7 +104,8 @@ FIRST_TOKEN = Words(
     """
   const long long block = blockIdx.x;
   const int* of = table + block * 4;
-  if (of[1] == 0) row_out(x + block * 16 * PITCH, y + static_cast<long long>(of[0]) * C);""",
+  const X* first = x + block * BLOCK_TOKENS * PITCH;
+  if (of[1] == 0) row_out(first, y + static_cast<long long>(of[0]) * C);""",
 )
 
 # mask (B or 1, 1, 1, S) additive, table → y (rows): keys past the end never win
@@ -115,8 +116,8 @@ KEY_MASK = Words(
     f"""
   const int row = blockIdx.x * {MOST_THREADS} + threadIdx.x;
   if (row >= rows) return;
-  const int* of = table + row / 16 * 4;
-  const int batch = of[0] < mask_0 ? of[0] : mask_0 - 1, at = of[1] + row % 16;
+  const int* of = table + row / BLOCK_TOKENS * 4;
+  const int batch = of[0] < mask_0 ? of[0] : mask_0 - 1, at = of[1] + row % BLOCK_TOKENS;
   const float value = at < length ? mask[static_cast<long long>(batch) * length + at] : {LOWEST}f;
   y[row] = fmaxf(value, {LOWEST}f);""",
 )
@@ -141,21 +142,21 @@ def _kernel(words: Words) -> Callable[[Task, Knobs, Row], Kernel]:
 def _sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Two sequences, the second one shorter (or of one token), neither a multiple of 16."""
     channels, operation = int(task.shape.get("channels", 1)), task.operation
-    length = max(1, (blocks - 1) * BLOCK - 3)
+    length = max(1, (blocks - 1) * BLOCK_TOKENS - 3)
     lengths = [length, 1]
     table = token_table(lengths)
-    of = symbols(len(table) * BLOCK, len(lengths), length, mask_0=len(lengths))
+    of = symbols(len(table) * BLOCK_TOKENS, len(lengths), length, mask_0=len(lengths))
     if operation == "key_mask":
         mask = rng.standard_normal((2, 1, 1, length)).astype("float32")
         mask[0, 0, 0, 0] = np.finfo("float32").min  # as some exporters write it
-        expected = np.full((len(table), BLOCK), LOWEST, "float32")
+        expected = np.full((len(table), BLOCK_TOKENS), LOWEST, "float32")
         for i, (row, start, _, _) in enumerate(table):
-            stop = min(length, start + BLOCK)
+            stop = min(length, start + BLOCK_TOKENS)
             expected[i, : stop - start] = np.maximum(mask[row, 0, 0, start:stop], LOWEST)
         return Sample([mask, table], [], expected.reshape(-1), tolerance=0.0, symbols=of)
     kind = element(task)
     values = rng.standard_normal((2, length, channels)).astype("float32")
-    rows = [np.zeros((-(-n // BLOCK) * BLOCK, channels), "float32") for n in lengths]
+    rows = [np.zeros((-(-n // BLOCK_TOKENS) * BLOCK_TOKENS, channels), "float32") for n in lengths]
     for mine, inside in zip(rows, values):
         mine[: min(length, len(mine))] = inside[: len(mine)]
     packed = to_rows(np.concatenate(rows), kind)
@@ -163,15 +164,15 @@ def _sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     pooled["rows"] = length
     rounding = 2 * ROUNDING[kind]
     if operation in ("tokens_in", "rows_in"):
-        given = [values, table] if operation == "tokens_in" else [values[0]]
+        activations = [values, table] if operation == "tokens_in" else [values[0]]
         expected = np.concatenate(rows) if operation == "tokens_in" else values[0]
         result = empty_rows(len(expected), channels, kind)
 
-        def decode(found: list[np.ndarray]) -> np.ndarray:
-            return from_rows(found[0], channels)
+        def decode(buffers: list[np.ndarray]) -> np.ndarray:
+            return from_rows(buffers[0], channels)
 
         of = of if operation == "tokens_in" else pooled
-        return Sample(given, [], expected, [result], decode, rounding, of)
+        return Sample(activations, [], expected, [result], decode, rounding, of)
     if operation == "rows_out":
         stored = to_rows(values[0], kind)
         return Sample([stored], [], values[0], tolerance=rounding, symbols=pooled)

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cuda import row_kernel
 from bertile.schedules.cuda.forms import (
-    BLOCK,
     ROUNDING,
     element,
     empty_rows,
@@ -56,7 +56,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Values off centre, whose ranges differ between rows."""
     channels = int(task.shape["channels"])
     weights = sample_weights(task, rng)
-    x = rng.standard_normal((blocks * BLOCK, channels))
+    x = rng.standard_normal((blocks * BLOCK_TOKENS, channels))
     x = x * rng.uniform(0.1, 2.0, (len(x), 1)) + 0.3
     stored = to_rows(x, element(task))
     return narrow_sample(task, [stored], weights, from_rows(stored, channels), symbols(len(x)))
@@ -101,14 +101,14 @@ def narrow_sample(
         if kind == "int8":
             results.append(np.zeros((rows, 2), "float32"))
 
-    def decode(found: list[np.ndarray]) -> np.ndarray:
-        decoded = [from_rows(found[0], channels)] if wide else []
+    def decode(buffers: list[np.ndarray]) -> np.ndarray:
+        decoded = [from_rows(buffers[0], channels)] if wide else []
         if kind == "int8":
-            q, range_ = found[-2:]
+            q, range_ = buffers[-2:]
             decoded.append(range_[:, 1:] + range_[:, :1] * from_rows(q, channels))
         elif kind:
             step = np.float32((high - low) / LEVELS)
-            decoded.append(np.float32(low) + step * from_rows(found[-1], channels))
+            decoded.append(np.float32(low) + step * from_rows(buffers[-1], channels))
         return np.stack(decoded)
 
     tolerance = rounding + (2 * ROUNDING[element(task)] if wide else 0.0) + 1e-5

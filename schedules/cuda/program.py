@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cuda.source import Extent, Kernel, Launch
 
 
@@ -28,10 +29,14 @@ def program(
     """
     operands = tuple(operand for _, operand in pointers)
     signature = ", ".join(
-        [*(f"{kind}* {one}" for kind, one in pointers), *(f"int {one}" for one in extents)]
+        [
+            *(f"{kind}* {operand}" for kind, operand in pointers),
+            *(f"int {extent}" for extent in extents),
+        ]
     )
     source = f"""
 namespace parts_of_{name} {{
+constexpr int BLOCK_TOKENS = {BLOCK_TOKENS};
 {helpers}
 __device__ inline void run({signature}) {{{body}
 }}

@@ -25,7 +25,7 @@ def test_lines_are_plain_when_there_is_no_terminal() -> None:
     assert lines[0].startswith("export    0.0 s") and lines[0].endswith("12 layers")
     assert lines[1] == "import    unchanged, not run again"
     assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
-    assert [(one["stage"], one["cached"]) for one in progress.summary()] == [
+    assert [(record["stage"], record["cached"]) for record in progress.summary()] == [
         ("export", False),
         ("import", True),
     ]

@@ -65,7 +65,7 @@ def cases(exported: ExportedModel, shapes) -> list[tuple[dict, list[np.ndarray]]
     """Inputs of those shapes and what ONNX Runtime makes of them."""
     peer = session(exported.onnx_path)
     arrays = [sample(exported.inputs, *shape, 0, seed) for seed, shape in enumerate(shapes)]
-    return [(one, peer.run(list(exported.outputs), one)) for one in arrays]
+    return [(feed, peer.run(list(exported.outputs), feed)) for feed in arrays]
 
 
 def assert_right(outputs: dict, want: list[np.ndarray], mask: np.ndarray) -> None:
@@ -93,17 +93,17 @@ def test_loader_typed_with_ids_prints_the_numbers_of_onnxruntime(bare, directory
     for line, name, reference in zip(lines, exported.outputs, want):
         head, _, numbers = line.partition(": ")
         assert head == f"output   {name} {reference.shape}"
-        shown = [float(one) for one in numbers.split(", ") if one != "…"]
+        shown = [float(number) for number in numbers.split(", ") if number != "…"]
         np.testing.assert_allclose(shown, reference.ravel()[:4], atol=1e-4)
 
 
 def test_one_model_called_from_four_threads_is_right_in_each(model, exported):
     shapes = [(1 + number % 3, 1 + 23 * number) for number in range(8)]
-    work = cases(exported, shapes)
+    pairs = cases(exported, shapes)
 
     def call(thread: int) -> int:
         for step in range(24):
-            arrays, want = work[(thread + step) % len(work)]
+            arrays, want = pairs[(thread + step) % len(pairs)]
             assert_right(model(**arrays), want, arrays["attention_mask"])
         return thread
 
@@ -147,22 +147,22 @@ np.savez(sys.argv[3], **outputs)
 
 
 def test_two_processes_on_one_bundle_are_both_right(directory, exported, tmp_path):
-    work = cases(exported, [(3, 100), (2, 61)])
+    pairs = cases(exported, [(3, 100), (2, 61)])
     running = []
-    for number, (arrays, _) in enumerate(work):
+    for number, (arrays, _) in enumerate(pairs):
         np.savez(tmp_path / f"in{number}.npz", **arrays)
         files = [str(tmp_path / f"{kind}{number}.npz") for kind in ("in", "out")]
         command = [sys.executable, "-c", PROCESS, str(directory), *files]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         running.append(subprocess.Popen(command, text=True, **pipes))
-    for one in running:
-        assert one.stdout.readline() == "ready\n"
-    for one in running:  # both have the bundle now; go
-        one.stdin.write("go\n")
-        one.stdin.flush()
-    for number, (one, (arrays, want)) in enumerate(zip(running, work)):
-        _, errors = one.communicate(timeout=120)
-        assert one.returncode == 0, errors
-        with np.load(tmp_path / f"out{number}.npz") as found:
-            outputs = {name: found[name] for name in exported.outputs}
+    for process in running:
+        assert process.stdout.readline() == "ready\n"
+    for process in running:  # both have the bundle now; go
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for number, (process, (arrays, want)) in enumerate(zip(running, pairs)):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        with np.load(tmp_path / f"out{number}.npz") as file:
+            outputs = {name: file[name] for name in exported.outputs}
         assert_right(outputs, want, arrays["attention_mask"])

@@ -26,9 +26,9 @@ def directory(tmp_path_factory) -> Path:
         f" s.loader.exec_module(m); m.build_library({str(place / 'lib.so')!r})"
     )
 
-    def add(made: Path) -> None:
-        writer.include_runtime(made)
-        writer.include_loaders(made)
+    def add(folder: Path) -> None:
+        writer.include_runtime(folder)
+        writer.include_loaders(folder)
 
     return writer.write(
         tiny_bundle.MANIFEST, place / "lib.so", tiny_bundle.PARAMS, [], place / "tiny", add
@@ -94,8 +94,8 @@ def test_joined_loader_runs_and_refuses_as_the_modules_do_with_numpy_alone(
     assert len(plain) > 10
     (tmp_path / "cases").write_text(json.dumps(cases))
     (tmp_path / "wrong").write_text(json.dumps(plain))
-    found = run(bare, ALONE, directory, tmp_path / "cases", tmp_path / "wrong")
-    assert ast.literal_eval(found) == ["loader", "numpy"]
+    modules = run(bare, ALONE, directory, tmp_path / "cases", tmp_path / "wrong")
+    assert ast.literal_eval(modules) == ["loader", "numpy"]
 
 
 BOTH = """
@@ -127,7 +127,9 @@ def test_joined_loader_is_typed_alone_as_a_command(bare, directory):
     line = [bare, "-I", "loader.py", "--ids", "1,2,3"]
     done = subprocess.run(line, cwd=directory, capture_output=True, text=True, env={}, timeout=60)
     assert done.returncode == 0, done.stderr
-    first = ", ".join(f"{one:.4f}" for one in tiny_bundle.expected([[1, 2, 3]])["pooled"][0, :4])
+    first = ", ".join(
+        f"{number:.4f}" for number in tiny_bundle.expected([[1, 2, 3]])["pooled"][0, :4]
+    )
     assert f"output   pooled (1, 8): {first}, …" in done.stdout
 
 

@@ -32,7 +32,7 @@ def test_bundle_for_musl_gives_the_numbers_of_glibc(tmp_path):
     assert b"libc.so.6" not in (musl / "lib.so").read_bytes()
     ids = np.random.default_rng(0).integers(1, 1000, (3, 37))
     np.savez(tmp_path / "in.npz", input_ids=ids)
-    found = {}
+    outputs = {}
     for bundle, start in (
         (musl, arm_code.musl_command(tmp_path, musl)),
         (glibc, [*qemu.command("aarch64", "cortex-a76"), str(glibc / "bertile-run")]),
@@ -42,7 +42,7 @@ def test_bundle_for_musl_gives_the_numbers_of_glibc(tmp_path):
         done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         with np.load(output) as arrays:
-            found[bundle.name] = dict(arrays)
-    assert found["musl"].keys() == found["glibc"].keys() != set()
-    for name, array in found["glibc"].items():
-        assert np.array_equal(found["musl"][name], array)
+            outputs[bundle.name] = dict(arrays)
+    assert outputs["musl"].keys() == outputs["glibc"].keys() != set()
+    for name, array in outputs["glibc"].items():
+        assert np.array_equal(outputs["musl"][name], array)

@@ -31,13 +31,13 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="this machine
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     """The bundle of the tiny model, with the runtime libraries."""
-    made = tmp_path_factory.mktemp("native")
+    folder = tmp_path_factory.mktemp("native")
     place = f"spec_from_file_location('built', {tiny_bundle.__file__!r})"
     tiny_bundle.python(
         f"import importlib.util as u; s = u.{place}; m = u.module_from_spec(s);"
-        f" s.loader.exec_module(m); m.build_library({str(made / 'lib.so')!r})"
+        f" s.loader.exec_module(m); m.build_library({str(folder / 'lib.so')!r})"
     )
-    parts = (tiny_bundle.MANIFEST, made / "lib.so", tiny_bundle.PARAMS, [], made / "tiny")
+    parts = (tiny_bundle.MANIFEST, folder / "lib.so", tiny_bundle.PARAMS, [], folder / "tiny")
     return writer.write(*parts, add=writer.include_runtime)
 
 
@@ -77,8 +77,8 @@ def run(built: Path, directory: Path, folder: Path, inputs: dict, *options: str)
     files = ("--input", folder / "in.npz", "--output", folder / "out.npz")
     done = start(built / "bertile-run", directory, *files, *options)
     assert (done.returncode, done.stderr) == (0, "")
-    with np.load(folder / "out.npz") as found:
-        return dict(found)
+    with np.load(folder / "out.npz") as arrays:
+        return dict(arrays)
 
 
 def refusal(built: Path, *arguments: object) -> tuple[int, str]:
@@ -198,8 +198,8 @@ def test_wrong_input_is_refused_with_the_same_sentence(built, directory, model, 
     with pytest.raises(BertileError) as caught:
         model(**inputs)
     np.savez(tmp_path / "in.npz", **inputs)
-    found = refusal(built, directory, "--input", tmp_path / "in.npz")
-    assert found == (2, str(caught.value))
+    refused = refusal(built, directory, "--input", tmp_path / "in.npz")
+    assert refused == (2, str(caught.value))
 
 
 def test_unknown_names_and_floats_are_refused(built, directory, tmp_path):
@@ -208,8 +208,8 @@ def test_unknown_names_and_floats_are_refused(built, directory, tmp_path):
     known = "input_ids, attention_mask, token_type_ids"
     assert (code, text) == (2, f"the model has no input 'input_idz'; known: {known}")
     np.savez(tmp_path / "in.npz", input_ids=np.ones((1, 1)))
-    found = refusal(built, directory, "--input", tmp_path / "in.npz")
-    assert found == (2, "input_ids does not hold integers; give integers")
+    refused = refusal(built, directory, "--input", tmp_path / "in.npz")
+    assert refused == (2, "input_ids does not hold integers; give integers")
 
 
 OPTIONS = {
@@ -335,8 +335,8 @@ def test_json_is_read_strictly_and_without_faults(built, directory):
         "1e+2",
     ]
     texts += ["nul", "truefalse", "[1 2]", '{"a" 1}', '"\t"', "[" * 300, "1e400", "", " null "]
-    found = start(program, "-", *texts).stdout.split()
-    assert found == [("yes" if _is_json(text) else "no") for text in texts]
+    answers = start(program, "-", *texts).stdout.split()
+    assert answers == [("yes" if _is_json(text) else "no") for text in texts]
 
 
 def _is_json(text: str) -> bool:
@@ -384,11 +384,11 @@ def test_cpp_header_runs_a_model_and_throws(built, directory):
 @pytest.fixture(scope="module")
 def whole(directory, tmp_path_factory) -> Path:
     """A bundle with both loaders, as `--runtime include` writes it."""
-    made = tmp_path_factory.mktemp("whole")
-    native_build.build(native(), made / "native")
-    add = partial(writer.include_runtime, native=made / "native")
+    folder = tmp_path_factory.mktemp("whole")
+    native_build.build(native(), folder / "native")
+    add = partial(writer.include_runtime, native=folder / "native")
     library = directory / "lib.so"
-    parts = (tiny_bundle.MANIFEST, library, tiny_bundle.PARAMS, [], made / "tiny")
+    parts = (tiny_bundle.MANIFEST, library, tiny_bundle.PARAMS, [], folder / "tiny")
     return writer.write(*parts, add=add)
 
 

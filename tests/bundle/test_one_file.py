@@ -57,7 +57,7 @@ def test_every_public_name_and_every_definition_is_in_the_file(name, directory, 
     monkeypatch.delitem(sys.modules, "loader", raising=False)
     module = imported(directory / name)
     monkeypatch.delitem(sys.modules, "loader", raising=False)
-    assert [one for one in PUBLIC[name].__all__ if not hasattr(module, one)] == []
+    assert [public for public in PUBLIC[name].__all__ if not hasattr(module, public)] == []
     assert len(PUBLIC[name].__all__) > 30
     for part in PARTS[name]:
         own = {key for key, value in vars(part).items() if _is_of(value, part)}
@@ -71,7 +71,7 @@ def _is_of(value: object, module: ModuleType) -> bool:
 def test_every_module_of_the_package_is_in_a_file():
     place = Path(loading.__file__).parent
     files = {path for path in place.rglob("*.py") if path.name != "__init__.py"}
-    assert {Path(one.__file__) for one in (*one_file.LOADER, *one_file.CUDA_LOADER)} == files
+    assert {Path(module.__file__) for module in (*one_file.LOADER, *one_file.CUDA_LOADER)} == files
 
 
 @pytest.mark.parametrize("name", JOINED)
@@ -84,7 +84,7 @@ def test_file_is_python_3_9_and_has_neither_our_imports_nor_a_branch_for_the_pac
         if isinstance(node, ast.ImportFrom):
             assert not node.level and node.module.partition(".")[0] != "bertile"
     headings = [line.split()[2] for line in text.splitlines() if line.startswith("# -- ")]
-    assert headings == [one.__name__.rpartition(".")[2] for one in PARTS[name]]
+    assert headings == [part.__name__.rpartition(".")[2] for part in PARTS[name]]
 
 
 @pytest.mark.parametrize("name", JOINED)

@@ -281,11 +281,11 @@ def test_read_manifest_refuses_a_directory_without_one(tmp_path):
 
 def test_weights_are_read_by_safetensors(tmp_path):
     path = weights.write(tmp_path / "w.safetensors", PARAMS)
-    found = safetensors.load_file(path)
+    stored = safetensors.load_file(path)
     for name, tensor in PARAMS.items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
-        np.testing.assert_array_equal(found[name], tensor)
-    assert all(name in PARAMS or name.startswith("padding.") for name in found)
+        assert stored[name].dtype == tensor.dtype and stored[name].shape == tensor.shape
+        np.testing.assert_array_equal(stored[name], tensor)
+    assert all(name in PARAMS or name.startswith("padding.") for name in stored)
 
 
 def test_weights_start_on_multiples_of_64_bytes(tmp_path):
@@ -301,14 +301,14 @@ def test_weights_start_on_multiples_of_64_bytes(tmp_path):
 
 def test_weights_keep_what_is_not_contiguous(tmp_path):
     tensor = np.arange(12, dtype=np.int32).reshape(3, 4).T[::2]
-    found = safetensors.load_file(weights.write(tmp_path / "w.safetensors", {"t": tensor}))
-    np.testing.assert_array_equal(found["t"], tensor)
+    stored = safetensors.load_file(weights.write(tmp_path / "w.safetensors", {"t": tensor}))
+    np.testing.assert_array_equal(stored["t"], tensor)
 
 
 def test_weights_keep_a_tensor_named_like_padding(tmp_path):
     tensors = {"odd": np.ones(1, np.float32), "padding.4": np.ones(5, np.float32)}
-    found = safetensors.load_file(weights.write(tmp_path / "w.safetensors", tensors))
-    np.testing.assert_array_equal(found["padding.4"], tensors["padding.4"])
+    stored = safetensors.load_file(weights.write(tmp_path / "w.safetensors", tensors))
+    np.testing.assert_array_equal(stored["padding.4"], tensors["padding.4"])
 
 
 def test_weights_refuse_a_dtype_without_a_name(tmp_path):

@@ -30,9 +30,9 @@ def call(capsys, *arguments):
 def layer_weights(model):
     """w (inputs, outputs) of every linear layer of a BERT's encoder."""
     return {
-        name: one.weight.detach().numpy().T
-        for name, one in model.base_model.encoder.named_modules()
-        if hasattr(one, "in_features")
+        name: module.weight.detach().numpy().T
+        for name, module in model.base_model.encoder.named_modules()
+        if hasattr(module, "in_features")
     }
 
 
@@ -41,9 +41,9 @@ def test_directory_keeps_all_but_the_weights(tmp_path, capsys):
     origin = files.find_directory("minilm")
     for name in ("tokenizer.json", "vocab.txt", "modules.json", "1_Pooling/config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (origin / name).read_bytes()
-    found, source = checkpoints.load(tmp_path / "out"), checkpoints.load("minilm")
-    assert (found.head, found.pooling) == (source.head, source.pooling)
-    for name, w in layer_weights(found.model).items():
+    pruned, source = checkpoints.load(tmp_path / "out"), checkpoints.load("minilm")
+    assert (pruned.head, pruned.pooling) == (source.head, source.pooling)
+    for name, w in layer_weights(pruned.model).items():
         assert analyse(w).pattern == "4x1", name
         assert analyse(w).zeros == pytest.approx(0.8, abs=1e-4)
         assert ((w == 0) | (w == layer_weights(source.model)[name])).all()
@@ -59,10 +59,10 @@ def test_weights_in_a_directory_of_their_own_stay_there(tmp_path):
     (source / "0_Transformer" / "vocab.txt").write_text("[PAD]\n")
     pruner.prune(str(source), tmp_path / "out", 0.5, "4x1")
     assert (tmp_path / "out" / "0_Transformer" / "vocab.txt").exists()
-    found = [
+    shares = [
         analyse(w).zeros for w in layer_weights(checkpoints.load(tmp_path / "out").model).values()
     ]
-    assert found == [0.5] * 12
+    assert shares == [0.5] * 12
     before = files.fingerprint(tmp_path / "out")
     pruner.prune(str(source), tmp_path / "out", 0.6, "4x1")
     assert files.fingerprint(tmp_path / "out") != before, "the weights count, wherever"
@@ -104,7 +104,7 @@ def test_compiled_model_is_smaller_by_what_was_pruned(tmp_path, pattern, precisi
     bertile.compile(tmp_path / "pruned", tmp_path / "out", config)
     manifest = loader.read_manifest(tmp_path / "out")
     names = (kernel["name"] for kernel in manifest["kernels"])
-    sizes = {re.match(r"[a-z]+_\d+_\d+", one)[0] for one in names if one.startswith(KINDS)}
+    sizes = {re.match(r"[a-z]+_\d+_\d+", name)[0] for name in names if name.startswith(KINDS)}
     assert sizes - {"dense_128_2"} == SMALLER[pattern]
     assert any("do not count and were removed" in note for note in manifest["notes"])
 
@@ -122,8 +122,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("code", "message", "arguments"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys, code, message, arguments):
-    found, out, err = call(capsys, *arguments, "-q", "-o", tmp_path / "out")
-    assert (found, out) == (code, "")
+    status, out, err = call(capsys, *arguments, "-q", "-o", tmp_path / "out")
+    assert (status, out) == (code, "")
     assert message in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -43,11 +43,13 @@ def test_descriptions_are_the_short_ones_with_their_sections():
 
 
 def test_split_takes_as_many_of_each_of_the_ten_largest():
-    found = split(index_of(600, 12))
-    assert found.labels == sorted(f"s{index}" for index in range(2, 12))
-    for part, count in ((found.train, 400), (found.test, 200)):
-        assert [sum(label == one for _, label in part) for one in found.labels] == [count] * 10
-    assert not {text for text, _ in found.train} & {text for text, _ in found.test}
+    chosen = split(index_of(600, 12))
+    assert chosen.labels == sorted(f"s{index}" for index in range(2, 12))
+    for part, count in ((chosen.train, 400), (chosen.test, 200)):
+        assert [sum(label == section for _, label in part) for section in chosen.labels] == [
+            count
+        ] * 10
+    assert not {text for text, _ in chosen.train} & {text for text, _ in chosen.test}
 
 
 def test_newer_index_moves_hardly_an_example():

@@ -23,8 +23,8 @@ EXAMPLES = tuple(
 @pytest.mark.slow
 def test_what_is_trained_compiles_and_keeps_its_accuracy(tmp_path: Path, cache: str):
     split = Split(EXAMPLES, EXAMPLES[::7])
-    found = train(tmp_path / "model", split, Progress(-1), epochs=4)
-    assert found == 1.0
+    score = train(tmp_path / "model", split, Progress(-1), epochs=4)
+    assert score == 1.0
     dataset = datasets.read(tmp_path / "model" / "test.tsv")
     assert list(zip(dataset.texts, dataset.labels)) == list(split.test)
     config = Config(precision="int8", cache_dir=cache)

@@ -19,8 +19,8 @@ LABELLED = (("a text", "good"), ("one, with a comma", "bad"), ("a\ttab", "good")
 def test_tsv_has_the_label_behind_the_last_tab(tmp_path):
     path = tmp_path / "x.tsv"
     path.write_text("".join(f"{text}\t{label}\n" for text, label in LABELLED) + "\n")
-    found = read(path)
-    assert list(zip(found.texts, found.labels)) == list(LABELLED)
+    dataset = read(path)
+    assert list(zip(dataset.texts, dataset.labels)) == list(LABELLED)
 
 
 def test_jsonl_has_text_and_label(tmp_path):
@@ -31,8 +31,8 @@ def test_jsonl_has_text_and_label(tmp_path):
 
 def test_txt_has_sentences(tmp_path):
     (tmp_path / "x.txt").write_text("One.\n\nTwo.\nThree.\n")
-    found = read(tmp_path / "x.txt")
-    assert found.texts == ("One.", "Two.", "Three.") and found.labels is None
+    dataset = read(tmp_path / "x.txt")
+    assert dataset.texts == ("One.", "Two.", "Three.") and dataset.labels is None
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
 
 def test_labels_are_scored_by_accuracy():
     dataset = Dataset(Path("x.tsv"), ("a", "b", "c", "d"), ("no", "yes", "no", "no"))
-    found = np.array([[2, 1], [0, 3], [0, 1], [9, 0]], "float32")
+    answers = np.array([[2, 1], [0, 3], [0, 1], [9, 0]], "float32")
     reference = np.array([[2, 1], [3, 0], [0, 1], [9, 0]], "float32")
-    metrics = dataset.metrics(found, reference, ("no", "yes"))
+    metrics = dataset.metrics(answers, reference, ("no", "yes"))
     assert metrics == {"accuracy": 0.75, "agreement": 0.75}
-    assert dataset.score(found, reference, ("no", "yes")) == 0.75
+    assert dataset.score(answers, reference, ("no", "yes")) == 0.75
 
 
 def test_label_that_the_model_does_not_know_is_an_error():
@@ -102,11 +102,11 @@ def test_file_must_fit_the_head(head, labelled, message):
 def test_answers_of_a_bundle_are_one_vector_a_text(tmp_path, cache):
     bertile.compile("minilm", tmp_path / "minilm", Config(cache_dir=cache))
     texts = ("A first sentence.", "Another, which is a little longer than the first.", "Third.")
-    found = datasets.answers(tmp_path / "minilm", Dataset(Path("x.txt"), texts))
+    vectors = datasets.answers(tmp_path / "minilm", Dataset(Path("x.txt"), texts))
     with bertile.load(tmp_path / "minilm") as model:
         from bertile.run.texts import encode
 
-        (one,) = encode(tmp_path / "minilm", texts[1:2])
-        want = model(input_ids=[one.ids])["sentence_embedding"][0]
-    assert found.shape == (3, 384)
-    np.testing.assert_allclose(found[1], want, atol=1e-5)
+        (encoding,) = encode(tmp_path / "minilm", texts[1:2])
+        want = model(input_ids=[encoding.ids])["sentence_embedding"][0]
+    assert vectors.shape == (3, 384)
+    np.testing.assert_allclose(vectors[1], want, atol=1e-5)

@@ -11,31 +11,31 @@ from bertile.evaluation.sentences import first_sentence, sentences
 
 
 @pytest.fixture(scope="module")
-def found() -> list[str]:
+def texts() -> list[str]:
     return sentences()
 
 
-def test_there_are_500_different_ones(found):
-    assert len(found) == len(set(found)) == 500
+def test_there_are_500_different_ones(texts):
+    assert len(texts) == len(set(texts)) == 500
 
 
-def test_they_are_sentences_of_5_to_40_words(found):
-    assert all(5 <= len(one.split()) <= 40 for one in found)
-    assert all(one[0].isupper() and one[-1] in ".!?" for one in found)
+def test_they_are_sentences_of_5_to_40_words(texts):
+    assert all(5 <= len(text.split()) <= 40 for text in texts)
+    assert all(text[0].isupper() and text[-1] in ".!?" for text in texts)
 
 
-def test_few_begin_alike(found):
-    assert len({one.split()[0] for one in found}) > 100
+def test_few_begin_alike(texts):
+    assert len({text.split()[0] for text in texts}) > 100
 
 
-def test_they_are_the_same_in_every_process(found, tmp_path):
+def test_they_are_the_same_in_every_process(texts, tmp_path):
     command = [sys.executable, "-m", "bertile.evaluation.sentences", "-o", tmp_path / "s.txt"]
     subprocess.run(command, check=True)
-    assert (tmp_path / "s.txt").read_text().splitlines() == found
+    assert (tmp_path / "s.txt").read_text().splitlines() == texts
 
 
-def test_fewer_are_the_first_of_them(found):
-    assert sentences(64) == found[:64]
+def test_fewer_are_the_first_of_them(texts):
+    assert sentences(64) == texts[:64]
 
 
 @pytest.mark.parametrize(

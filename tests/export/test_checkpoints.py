@@ -38,16 +38,16 @@ def test_config_has_the_size_of_its_name(name):
 
 def test_load_gives_the_same_random_weights_each_time():
     first, second = (checkpoints.load("synthetic:bert-tiny").model for _ in range(2))
-    for one, other in zip(first.parameters(), second.parameters()):
-        assert torch.equal(one, other)
+    for value, expected in zip(first.parameters(), second.parameters()):
+        assert torch.equal(value, expected)
 
 
 def test_load_prunes_the_same_random_weights_where_the_name_says_so():
     dense = dict(checkpoints.load("synthetic:roberta-tiny:masked-lm").model.named_parameters())
-    found = checkpoints.load("synthetic:roberta-tiny:masked-lm@0.75:4x1")
-    assert found.head == "masked-lm"
+    pruned = checkpoints.load("synthetic:roberta-tiny:masked-lm@0.75:4x1")
+    assert pruned.head == "masked-lm"
     changed = 0
-    for name, value in found.model.named_parameters():
+    for name, value in pruned.model.named_parameters():
         changed += not torch.equal(value, dense[name])
         assert torch.equal(value[value != 0], dense[name][value != 0])
     assert changed == 12
@@ -55,8 +55,8 @@ def test_load_prunes_the_same_random_weights_where_the_name_says_so():
 
 def test_load_randomises_biases_and_norms():
     model = checkpoints.load("synthetic:roberta-tiny:token-classification").model
-    vectors = [one for one in model.parameters() if one.ndim == 1]
-    assert vectors and all(one.std() > 0.01 for one in vectors)
+    vectors = [vector for vector in model.parameters() if vector.ndim == 1]
+    assert vectors and all(vector.std() > 0.01 for vector in vectors)
 
 
 def test_load_leaves_the_callers_random_state_alone():

@@ -36,7 +36,7 @@ def test_smallest_blocks_go_and_the_count_is_exact(pattern, sparsity):
 def test_two_largest_of_four_inputs_stay():
     w = normal(96, 64)
     stays = pruning.kept(w, 0.5, "2:4")
-    groups, kept = (one.reshape(24, 4, 64) for one in (np.abs(w), stays))
+    groups, kept = (array.reshape(24, 4, 64) for array in (np.abs(w), stays))
     assert (kept.sum(1) == 2).all()
     assert (np.where(kept, groups, np.inf).min(1) > np.where(kept, 0, groups).max(1)).all()
     assert analyse(w * stays).pattern == "2:4"
@@ -51,7 +51,7 @@ def test_something_always_stays():
 def pruned(family, sparsity, pattern):
     """A tiny model before and after: its parameters by name, and what is said of its layers."""
     model = checkpoints.load(f"synthetic:{family}-tiny").model
-    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
     rows = pruning.prune(model, family, sparsity, pattern)
     return before, dict(model.named_parameters()), rows
 

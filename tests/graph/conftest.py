@@ -76,8 +76,8 @@ def becomes() -> Callable[..., None]:
     """Checks that a pass turns the graph of one expression into that of another."""
 
     def check(apply, before, expected, **kwargs) -> None:
-        found = apply(make_graph(before, **kwargs))
-        tvm.ir.assert_structural_equal(tidy(found.main), make_graph(expected, **kwargs).main)
+        rewritten = apply(make_graph(before, **kwargs))
+        tvm.ir.assert_structural_equal(tidy(rewritten.main), make_graph(expected, **kwargs).main)
 
     return check
 

@@ -62,7 +62,7 @@ def test_scalars_are_bound_as_constants(tmp_path):
     calls = calls_of(import_onnx(written(tmp_path)))
     (product,) = (call for call in calls if call.op.name == "relax.multiply")
     constants = [a for a in product.args if isinstance(a, tvm.ir.GenericConst)]
-    assert [float(one.value.numpy()) for one in constants] == [0.5]
+    assert [float(constant.value.numpy()) for constant in constants] == [0.5]
 
 
 def test_block_table_stands_after_the_inputs(tmp_path):

@@ -33,8 +33,8 @@ def graph() -> Graph:
             y = builder.normalize(op.nn.gelu(op.add(op.matmul(x, weights[0]), weights[1])))
             result = builder.emit_output(y)
         builder.emit_func_output(result)
-    made = Graph(builder.finalize(), values, None)
-    return made.with_main(normalized(made.main))
+    layer = Graph(builder.finalize(), values, None)
+    return layer.with_main(normalized(layer.main))
 
 
 def test_every_pass_is_in_the_list_once():
@@ -53,8 +53,8 @@ def test_every_pass_has_the_name_of_its_file_and_a_test():
 
 
 def test_optimizing_fuses_the_layer(graph):
-    found = order.optimize(graph)
-    (block,) = found.main.body.blocks
+    optimized = order.optimize(graph)
+    (block,) = optimized.main.body.blocks
     (call,) = (b.value for b in block.bindings if isinstance(b.value, relax.Call))
     assert call.op.name == "bertile.dense" and call.attrs["activation"] == "gelu"
 
@@ -73,10 +73,10 @@ def test_optimizing_twice_changes_nothing(graph):
 
 def test_dump_is_called_after_each_phase(graph):
     seen = {}
-    found = order.optimize(graph, lambda phase, result: seen.update({phase: result}))
+    optimized = order.optimize(graph, lambda phase, result: seen.update({phase: result}))
     assert list(seen) == ["imported", "simplified", "fused", "folded"]
     assert seen["imported"] is graph
-    assert seen["folded"] is found
+    assert seen["folded"] is optimized
 
 
 def test_dump_to_writes_one_numbered_module_per_phase(graph, tmp_path):

@@ -14,10 +14,11 @@ from helpers import foreign_forms as forms
 
 import bertile
 from bertile import backends
+from bertile.backends.cpu import precision_plan
 from bertile.config import Config
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
-from bertile.lower import lowering, precision_choice
+from bertile.lower import lowering
 from bertile.lower.forms import Forms
 from bertile.onnx import normalizer
 from bertile.onnx.samples import largest_difference, session
@@ -68,11 +69,11 @@ class Layer(torch.nn.Module):
     def forward(self, x, mask, cos, sin):
         batch, length, width = x.shape
         q, k, v = (
-            one(x).view(batch, length, HEADS, SIZE).transpose(1, 2)
-            for one in (self.query, self.key, self.value)
+            project(x).view(batch, length, HEADS, SIZE).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
         )
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        q, k = (one * cos + rotate_half(one) * sin for one in (q, k))
+        q, k = (heads * cos + rotate_half(heads) * sin for heads in (q, k))
         scores = q @ k.transpose(2, 3) * SIZE**-0.5 + mask
         if self.window:
             places = torch.arange(length)
@@ -112,7 +113,7 @@ def write(path: Path, model: Model, dynamo=False, dynamic=True, limit: int | Non
     else:
         options |= {"dynamo": False, "opset_version": 17}
         if dynamic:
-            options["dynamic_axes"] = {one: {0: "b", 1: "s"} for one in (*names, output)}
+            options["dynamic_axes"] = {tensor: {0: "b", 1: "s"} for tensor in (*names, output)}
     if limit:
         text = json.dumps({"max_position_embeddings": limit})
         (path.parent / "config.json").write_text(text)
@@ -133,8 +134,8 @@ def equals_original(path: Path, directory: Path, shapes=SHAPES, **config):
         mask[0] = True
         arrays = {"input_ids": ids, "attention_mask": mask.astype("int64")}
         (want,) = original.run(None, arrays)
-        found = model(**arrays)["last_hidden_state"]
-        assert largest_difference(found, want, mask) < TOLERANCE, (batch, length)
+        hidden = model(**arrays)["last_hidden_state"]
+        assert largest_difference(hidden, want, mask) < TOLERANCE, (batch, length)
     return model
 
 
@@ -163,8 +164,8 @@ def test_modernbert_of_transformers_equals_onnxruntime(tmp_path, attention, dyna
             self.model = model
 
         def forward(self, input_ids, attention_mask):
-            found = self.model(input_ids=input_ids, attention_mask=attention_mask)
-            return found.last_hidden_state
+            outputs = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            return outputs.last_hidden_state
 
     equals_original(write(tmp_path / "m.onnx", Positional(), dynamo), tmp_path)
 
@@ -200,23 +201,23 @@ def test_static_sizes_have_rotary_positions_too(tmp_path):
 def test_angles_of_a_buffer_are_found(tmp_path):
     path = write(tmp_path / "m.onnx", Model(cached=True))
     exported = normalizer.normalize(path, tmp_path / "out", Config())
-    found = [task.operation for task in lowering.tasks(Forms(optimize(import_onnx(exported))))]
-    assert "rotary" in found and exported.max_length == LIMIT
+    operations = [task.operation for task in lowering.tasks(Forms(optimize(import_onnx(exported))))]
+    assert "rotary" in operations and exported.max_length == LIMIT
 
 
 def test_a_model_without_a_limit_gets_that_of_the_table(tmp_path):
     path = write(tmp_path / "m.onnx", Model(), limit=None)
     exported = normalizer.normalize(path, tmp_path / "out", Config())
     assert exported.max_length == 8192
-    found = [node.op_type for node in onnx.load(exported.onnx_path).graph.node]
-    assert not {"Range", "Sin", "Cos"} & set(found)
+    operators = [node.op_type for node in onnx.load(exported.onnx_path).graph.node]
+    assert not {"Range", "Sin", "Cos"} & set(operators)
 
 
 def test_attention_behind_rotary_positions_stays_in_float32_beside_bfloat16(tmp_path):
     exported = normalizer.normalize(write(tmp_path / "m.onnx", Model()), tmp_path / "out", Config())
     row = resolve("x86-avx512-bf16", threads=1)
     log = TuningLog([tmp_path], print)
-    graph = precision_choice.plan_layers(optimize(import_onnx(exported)), "bf16", row, log, "off")
+    graph = precision_plan.plan_layers(optimize(import_onnx(exported)), "bf16", row, log, "off")
     shapes = {task.operation: task.shape for task in lowering.tasks(backends.of(row).forms(graph))}
     assert "precision" not in shapes["attention"] and shapes["dense"]["precision"] == "bf16"
 

@@ -66,8 +66,8 @@ def musl_command(folder: Path, bundle: Path) -> list[str]:
     line = [*linker.link_command(row), "-shared", "-fPIC", "-O1", str(source), "-o", str(lacking)]
     subprocess.run(line, check=True)
     qemu = emulator.command("aarch64", "cortex-a76")[0]
-    given = (f"LD_PRELOAD={lacking}", f"LD_LIBRARY_PATH={libraries}")
-    where = [word for one in given for word in ("-E", one)]
+    variables = (f"LD_PRELOAD={lacking}", f"LD_LIBRARY_PATH={libraries}")
+    where = [word for variable in variables for word in ("-E", variable)]
     return [qemu, "-L", str(MUSL), *where, "-cpu", "cortex-a76", str(bundle / "bertile-run")]
 
 

@@ -24,7 +24,7 @@ def row_of(name):
     return rows.resolve(name, threads=1)
 
 
-def found(task, sample, row="cuda-sm90", knobs=None, seed=0, entry=None):
+def run(task, sample, row="cuda-sm90", knobs=None, seed=0, entry=None):
     """What a kernel makes of a sample, by the entry that is for it or by that of a number; it must
     write all of its results.
     """
@@ -47,7 +47,7 @@ def mistake(task, row="cuda-sm90", knobs=None, blocks=3, sample=None):
     """What is wrong with a kernel's result, None if nothing is."""
     schedule = SCHEDULES[task.operation]
     sample = sample or schedule.sample(task, blocks, np.random.default_rng(0))
-    return sample.mistake(found(task, sample, row, knobs))
+    return sample.mistake(run(task, sample, row, knobs))
 
 
 def points(task, row, count, seed=0):
@@ -71,9 +71,9 @@ def assert_fits(task, row, knobs=None):
     """Nothing is spilled, and registers and shared memory are there for one thread block; gives
     what each launch takes.
     """
-    found, gpu = resources(task, row, knobs), row_of(row).gpu
-    for taken, launch in found:
+    launches, gpu = resources(task, row, knobs), row_of(row).gpu
+    for taken, launch in launches:
         assert taken.local == 0, launch.entry
         assert taken.registers * launch.threads <= gpu.registers_per_sm, launch.entry
         assert taken.shared + launch.shared <= gpu.shared_per_block, launch.entry
-    return [taken for taken, _ in found]
+    return [taken for taken, _ in launches]

@@ -72,13 +72,15 @@ class Emulated:
 
     def run(self) -> list[list[np.ndarray]]:
         """The results of each call. A kernel that writes beside its arguments fails all."""
-        program, given, found = (self.directory / name for name in ("program", "given", "found"))
+        program, arguments, written = (
+            self.directory / name for name in ("program", "arguments", "results")
+        )
         self._link(program)
-        given.write_bytes(self._given())
-        line = [QEMU, "-cpu", PROCESSORS[self.row.name], str(program), str(given), str(found)]
+        arguments.write_bytes(self._arguments())
+        line = [QEMU, "-cpu", PROCESSORS[self.row.name], str(program), str(arguments), str(written)]
         done = subprocess.run(line, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{done.returncode}: {done.stderr}"
-        data, results = found.read_bytes(), []
+        data, results = written.read_bytes(), []
         for _, _, forms in self.calls:
             arrays = []
             for form in forms:
@@ -108,7 +110,7 @@ class Emulated:
         done = subprocess.run([*line, *map(str, sources)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    def _given(self) -> bytes:
+    def _arguments(self) -> bytes:
         parts = [struct.pack("<i", len(self.calls))]
         for kernel, operands, results in self.calls:
             parts.append(struct.pack("<2i", kernel, len(operands) + len(results)))

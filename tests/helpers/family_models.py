@@ -59,9 +59,9 @@ def torch_outputs(model, head: str, arrays: dict[str, np.ndarray]) -> dict[str, 
     import torch
 
     with torch.no_grad():
-        found = model(**{key: torch.from_numpy(value) for key, value in arrays.items()})
+        outputs = model(**{key: torch.from_numpy(value) for key, value in arrays.items()})
     if head == "embedding":
         weights = torch.from_numpy(arrays["attention_mask"])[:, :, None].float()
-        mean = (found.last_hidden_state * weights).sum(1) / weights.sum(1)
+        mean = (outputs.last_hidden_state * weights).sum(1) / weights.sum(1)
         return {"sentence_embedding": torch.nn.functional.normalize(mean, dim=1).numpy()}
-    return {key: value.numpy() for key, value in found.items()}
+    return {key: value.numpy() for key, value in outputs.items()}

@@ -15,9 +15,9 @@ from bertile.tune.measure import device
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def command(*words: str, **environment: str) -> subprocess.Popen:
@@ -38,7 +38,7 @@ def wait_for(condition, seconds: float = 30.0) -> None:
 
 def devices(tracker: str, key: str = "board") -> int:
     try:
-        return sum(one["free"] for one in device.fleet(tracker) if one["key"] == key)
+        return sum(server["free"] for server in device.fleet(tracker) if server["key"] == key)
     except BertileError:
         return -1
 
@@ -57,6 +57,6 @@ def two_servers(**environment: str):
         wait_for(lambda: devices(tracker) == 2)
         yield tracker, started[1:]
     finally:
-        for one in started:
-            os.killpg(one.pid, signal.SIGKILL)
-            one.wait()
+        for process in started:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -29,8 +29,8 @@ class Positional(torch.nn.Module):
         self.model, self.names = model, names
 
     def forward(self, *arrays):
-        found = self.model(**dict(zip(self.names, arrays)))
-        return tuple(value for value in found.values() if value is not None)
+        outputs = self.model(**dict(zip(self.names, arrays)))
+        return tuple(value for value in outputs.values() if value is not None)
 
 
 def write(
@@ -54,7 +54,7 @@ def write(
     names = INPUTS[: 3 if types else 2]
     ids = torch.arange(32).reshape(2, 16) + 5
     mask = (torch.arange(16) < torch.tensor([[16], [9]])).to(torch.int64)
-    arrays = tuple(one.to(dtype) for one in (ids, mask, ids % 2)[: len(names)])
+    arrays = tuple(array.to(dtype) for array in (ids, mask, ids % 2)[: len(names)])
     module = Positional(model, names).eval()
     with torch.no_grad():
         count = len(module(*arrays))
@@ -69,9 +69,9 @@ def write(
         options |= {"dynamo": False}
         if dynamic:
             axes = {0: "batch_size", 1: "sequence_length"}
-            options["dynamic_axes"] = {one: axes for one in (*names, *outputs)}
-            for one in ("pooler_output", *(["logits"] if "sequence" in head else [])):
-                options["dynamic_axes"][one] = {0: "batch_size"}
+            options["dynamic_axes"] = {tensor: axes for tensor in (*names, *outputs)}
+            for output in ("pooler_output", *(["logits"] if "sequence" in head else [])):
+                options["dynamic_axes"][output] = {0: "batch_size"}
     run_quietly(module, arrays, path, options)
     return path
 
@@ -104,7 +104,8 @@ class OneAttention(torch.nn.Module):
         hidden = self.words(input_ids)
         batch, length = input_ids.shape
         query, key = (
-            one(hidden).view(batch, length, 2, 8).transpose(1, 2) for one in (self.query, self.key)
+            linear(hidden).view(batch, length, 2, 8).transpose(1, 2)
+            for linear in (self.query, self.key)
         )
         scores = torch.matmul(query / 8**0.5, key.transpose(2, 3))
         weights = torch.softmax(self.masked(scores, attention_mask), dim=-1)
@@ -119,7 +120,7 @@ def write_attention(path, masked):
     options = {"dynamo": False, "opset_version": 14, "input_names": names}
     options |= {
         "output_names": ["hidden"],
-        "dynamic_axes": {one: axes for one in (*names, "hidden")},
+        "dynamic_axes": {tensor: axes for tensor in (*names, "hidden")},
     }
     run_quietly(OneAttention(masked), arrays, path, options)
     return path

@@ -22,22 +22,22 @@ def evaluate(graph: Graph, seed: int = 0) -> np.ndarray:
     """
     rng = np.random.default_rng(seed)
     extents = {"batch": BATCH, "length": LENGTH, "m": 1}
-    found = {}
+    values = {}
     for var in graph.main.params:
         shape = [extents[e.name] if hasattr(e, "name") else int(e) for e in var.ty.shape]
         random = rng.standard_normal(shape) if var.name not in graph.params else None
-        found[var] = graph.params[var.name].astype("float64") if random is None else random
+        values[var] = graph.params[var.name].astype("float64") if random is None else random
 
     def value(expr: Any) -> np.ndarray:
         if isinstance(expr, relax.Var):
-            return found[expr]
+            return values[expr]
         if isinstance(expr, tvm.ir.GenericConst):
             return expr.value.numpy().astype("float64")
         return COMPUTED[expr.op.name](graph, expr, *map(value, expr.args))
 
     for binding in graph.main.body.blocks[0].bindings:
-        found[binding.var] = value(binding.value)
-    return found[graph.main.body.body]
+        values[binding.var] = value(binding.value)
+    return values[graph.main.body.body]
 
 
 def _dense(graph, call, x, w, b, residual=0.0):

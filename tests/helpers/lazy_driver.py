@@ -36,17 +36,17 @@ class Stream:
     """Work that waits to be done, each piece numbered."""
 
     def __init__(self) -> None:
-        self.work: collections.deque[Callable[[], None]] = collections.deque()
+        self.waiting: collections.deque[Callable[[], None]] = collections.deque()
         self.put = self.done = 0
 
     def add(self, piece: Callable[[], None]) -> None:
-        self.work.append(piece)
+        self.waiting.append(piece)
         self.put += 1
 
     def run(self, until: int) -> None:
         while self.done < until:
             self.done += 1
-            self.work.popleft()()
+            self.waiting.popleft()()
 
 
 class Driver:
@@ -82,12 +82,12 @@ class Driver:
 
     def held(self) -> dict[str, int]:
         """What is not given back: bytes by kind of memory, and objects by kind."""
-        found: collections.Counter[str] = collections.Counter()
+        held: collections.Counter[str] = collections.Counter()
         for kind, buffer in self._buffers.values():
-            found[kind] += len(buffer)
-        for handle, one in self._objects.items():
-            found[type(one).__name__.lower()] += handle != 0
-        return {kind: count for kind, count in found.items() if count}
+            held[kind] += len(buffer)
+        for handle, resource in self._objects.items():
+            held[type(resource).__name__.lower()] += handle != 0
+        return {kind: count for kind, count in held.items() if count}
 
     def stream(self) -> int:
         """A stream of somebody else's."""
@@ -95,9 +95,9 @@ class Driver:
 
     def finish(self) -> None:
         """Do all work that waits."""
-        for one in list(self._objects.values()):
-            if isinstance(one, Stream):
-                one.run(one.put)
+        for resource in list(self._objects.values()):
+            if isinstance(resource, Stream):
+                resource.run(resource.put)
 
     def _enter(self, name: str, *arguments) -> int:
         with self._lock:
@@ -113,16 +113,16 @@ class Driver:
                 self.misuse.append(f"{name}: {error!r}")
                 return INVALID
 
-    def _new(self, one: object) -> int:
+    def _new(self, resource: object) -> int:
         handle = next(self._handles)
-        self._objects[handle] = one
+        self._objects[handle] = resource
         return handle
 
     def _get(self, handle: int | None, kind: type) -> object:
-        one = self._objects.get(handle or 0)
-        if not isinstance(one, kind):
+        resource = self._objects.get(handle or 0)
+        if not isinstance(resource, kind):
             raise Misuse(f"{handle} is no {kind.__name__}")
-        return one
+        return resource
 
     def _take(self, address: int, kind: str) -> None:
         if self._buffers.get(address, ("",))[0] != kind:
@@ -130,13 +130,13 @@ class Driver:
         del self._buffers[address]
 
     def _inside(self, address: int | None, size: int, kind: str) -> int:
-        for begin, (one, buffer) in self._buffers.items():
-            if one == kind and begin <= (address or 0) <= begin + len(buffer) - size:
+        for begin, (memory, buffer) in self._buffers.items():
+            if memory == kind and begin <= (address or 0) <= begin + len(buffer) - size:
                 return address
         raise Misuse(f"{size} bytes at {address} are not {kind} memory")
 
     def _allocate(self, place: int, size: int, kind: str, limit: int) -> int:
-        used = sum(len(buffer) for one, buffer in self._buffers.values() if one == kind)
+        used = sum(len(buffer) for memory, buffer in self._buffers.values() if memory == kind)
         if used + size > limit:
             return OUT_OF_MEMORY
         buffer = (ctypes.c_uint8 * (size + 256))()
@@ -239,8 +239,8 @@ class Driver:
         del self._objects[stream]
 
     def _cuStreamSynchronize(self, stream):
-        one = self._get(stream, Stream)
-        one.run(one.put)
+        queue = self._get(stream, Stream)
+        queue.run(queue.put)
 
     def _cuStreamWaitEvent(self, stream, event, flags):
         mark = self._get(event, Event).mark
@@ -254,8 +254,8 @@ class Driver:
         del self._objects[event]
 
     def _cuEventRecord(self, event, stream):
-        one = self._get(stream, Stream)
-        self._get(event, Event).mark = (one, one.put)
+        queue = self._get(stream, Stream)
+        self._get(event, Event).mark = (queue, queue.put)
 
     def _cuEventSynchronize(self, event):
         mark = self._get(event, Event).mark
@@ -316,19 +316,19 @@ class Driver:
         return _write(place, self._new(Executable(nodes)))
 
     def _cuGraphExecKernelNodeSetParams(self, executable, node, params):
-        one = self._get(executable, Executable)
+        instance = self._get(executable, Executable)
         if not any(isinstance(g, Graph) and node in g.nodes for g in self._objects.values()):
             raise Misuse("the node's graph is gone")
-        one.nodes = {**one.nodes, node: (one.nodes[node][0], self._kernel(params))}
+        instance.nodes = {**instance.nodes, node: (instance.nodes[node][0], self._kernel(params))}
 
     def _cuGraphExecDestroy(self, executable):
         self._get(executable, Executable)
         del self._objects[executable]
 
     def _cuGraphLaunch(self, executable, stream):
-        one, on = self._get(executable, Executable), self._get(stream, Stream)
-        nodes = one.nodes  # as they are now: later changes are for later launches
-        on.add(lambda: _run(nodes))
+        instance, queue = self._get(executable, Executable), self._get(stream, Stream)
+        nodes = instance.nodes  # as they are now: later changes are for later launches
+        queue.add(lambda: _run(nodes))
 
 
 class Module:

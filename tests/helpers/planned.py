@@ -8,6 +8,7 @@ import pytest
 from bertile import loader
 from bertile.backends.cpu import builder
 from bertile.onnx.samples import sample
+from bertile.schedules import BLOCK_TOKENS
 from bertile.targets.rows import resolve
 from bertile.tune.log.chooser import Chooser
 
@@ -34,9 +35,9 @@ def compiled(graph, row, directory, exported):
     def call(batch, length):
         arrays = sample(exported.inputs, batch, length, 0, seed=3)
         mask = arrays.get("attention_mask", np.ones((batch, length), "int64"))
-        blocks = loader.token_blocks(mask, row.lanes).astype("int32")
-        given = [*arrays.values(), blocks, *built.params.values()]
-        found = [one.numpy() for one in vm["main"](*map(tvm.runtime.tensor, given))]
-        return [one[mask > 0] if one.ndim == 3 else one for one in found], arrays
+        blocks = loader.token_blocks(mask, BLOCK_TOKENS).astype("int32")
+        arguments = [*arrays.values(), blocks, *built.params.values()]
+        outputs = [output.numpy() for output in vm["main"](*map(tvm.runtime.tensor, arguments))]
+        return [output[mask > 0] if output.ndim == 3 else output for output in outputs], arrays
 
     return call

@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 
 import pytest
+from helpers.fake_driver import build_driver
 
 from bertile.run.cuda import emulator
 from bertile.schedules import schedules_for
@@ -18,10 +19,10 @@ def driver() -> Path:
         pytest.skip(reason)
     folder = _folder()
     name = folder / "libcuda.so.1"
-    made = emulator.driver(folder)
-    if not name.exists() or name.resolve() != made.resolve():
+    library = build_driver(folder)
+    if not name.exists() or name.resolve() != library.resolve():
         name.unlink(missing_ok=True)
-        name.symlink_to(made)
+        name.symlink_to(library)
     return name
 
 

@@ -26,17 +26,17 @@ def integers(dtype, *shape):
 
 def graph_of(nodes, opset=OPSET, shape=("rows", 6), **arrays):
     """An OnnxGraph of x (rows, 6) → y; `nodes` are (operator, inputs, outputs, attributes)."""
-    made = []
-    for op, read, written, *given in nodes:
-        kept = given[0] if given else {}
-        made.append(
+    onnx_nodes = []
+    for op, read, written, *attributes in nodes:
+        named = attributes[0] if attributes else {}
+        onnx_nodes.append(
             helper.make_node(
-                op, read.split(), written.split(), name=f"{op}_{written.split()[0]}", **kept
+                op, read.split(), written.split(), name=f"{op}_{written.split()[0]}", **named
             )
         )
-    tensors = [numpy_helper.from_array(np.asarray(one), name) for name, one in arrays.items()]
+    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
     graph = helper.make_graph(
-        made,
+        onnx_nodes,
         "small",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
         [helper.make_empty_tensor_value_info("y")],

@@ -37,15 +37,18 @@ def _ranges(
     """The smallest and largest value of what products read and compute; zero is in between."""
     names = {name for node in model.graph.node if node.op_type == "MatMul" for name in node.input}
     names |= {node.output[0] for node in model.graph.node if node.op_type == "MatMul"}
-    names -= {one.name for one in model.graph.initializer}
+    names -= {tensor.name for tensor in model.graph.initializer}
     seen = onnx.ModelProto()
     seen.CopyFrom(model)
-    known = {one.name for one in seen.graph.output}
+    known = {output.name for output in seen.graph.output}
     seen.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in names - known)
     runner = session(seen.SerializeToString())
-    found = [dict(zip(names, runner.run(list(names), batch))) for batch in batches]
+    results = [dict(zip(names, runner.run(list(names), batch))) for batch in batches]
     return {
-        name: (min(0.0, *(one[name].min() for one in found)), max(one[name].max() for one in found))
+        name: (
+            min(0.0, *(arrays[name].min() for arrays in results)),
+            max(arrays[name].max() for arrays in results),
+        )
         for name in names
     }
 
@@ -56,7 +59,9 @@ class _Quantizing:
     ) -> None:
         self.source, self.integer, self.floats = model, form == "integer", form == "QDQ"
         self.ranges = ranges
-        self.arrays = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+        self.arrays = {
+            tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer
+        }
         self.nodes: list[onnx.NodeProto] = []
 
     def model(self) -> onnx.ModelProto:
@@ -75,67 +80,71 @@ class _Quantizing:
             elif not taken.intersection(node.output):
                 self.nodes.append(node)
         graph = self.source.graph
-        tensors = [numpy_helper.from_array(one, name) for name, one in self.arrays.items()]
-        made = helper.make_graph(self.nodes, graph.name, graph.input, graph.output, tensors)
+        tensors = [numpy_helper.from_array(array, name) for name, array in self.arrays.items()]
+        quantized = helper.make_graph(self.nodes, graph.name, graph.input, graph.output, tensors)
         imports = list(self.source.opset_import)
-        return helper.make_model(made, opset_imports=imports, ir_version=10)
+        return helper.make_model(quantized, opset_imports=imports, ir_version=10)
 
     def _linear(self, node: onnx.NodeProto, add: onnx.NodeProto) -> None:
-        (x, weight), made = node.input, node.output[0]
+        (x, weight), output = node.input, node.output[0]
         w = self.arrays.pop(weight)
         if not self.integer:
-            node.input[0], node.input[1] = self._pair(x, made), self._weight(made, w)
+            node.input[0], node.input[1] = self._pair(x, output), self._weight(output, w)
             self.nodes.append(node)
             return
-        name, scale, zero = self._integers(f"{made}.weight", w)
+        name, scale, zero = self._integers(f"{output}.weight", w)
         x_scale, x_zero = self._step(x)
-        self._node("QuantizeLinear", [x, x_scale, x_zero], f"{made}.x")
-        self._node("MatMulInteger", [f"{made}.x", name, x_zero, zero], f"{made}_quant")
+        self._node("QuantizeLinear", [x, x_scale, x_zero], f"{output}.x")
+        self._node("MatMulInteger", [f"{output}.x", name, x_zero, zero], f"{output}_quant")
         both = self.arrays[x_scale] * self.arrays[scale]
-        bias = next(self.arrays[one] for one in add.input if one in self.arrays)
-        bias = self._constant(f"{made}.bias", np.rint(bias / both).astype("int32"))
-        self._node("Add", [f"{made}_quant", bias], f"{made}_bias")
-        self._node("Cast", [f"{made}_bias"], f"{made}_cast", to=TensorProto.FLOAT)
-        rescale = self._constant(f"{made}.rescale", both)
-        self._node("Mul", [f"{made}_cast", rescale], add.output[0])
+        bias = next(self.arrays[term] for term in add.input if term in self.arrays)
+        bias = self._constant(f"{output}.bias", np.rint(bias / both).astype("int32"))
+        self._node("Add", [f"{output}_quant", bias], f"{output}_bias")
+        self._node("Cast", [f"{output}_bias"], f"{output}_cast", to=TensorProto.FLOAT)
+        rescale = self._constant(f"{output}.rescale", both)
+        self._node("Mul", [f"{output}_cast", rescale], add.output[0])
 
     def _product(self, node: onnx.NodeProto) -> None:
-        made = node.output[0]
+        output = node.output[0]
         if not self.integer:
-            read = [self._pair(one, f"{made}.{place}") for place, one in enumerate(node.input)]
-            self._node("MatMul", read, f"{made}.floats")
-            self._node("Identity", [self._pair(f"{made}.floats", made, made)], made)
+            read = [
+                self._pair(operand, f"{output}.{place}") for place, operand in enumerate(node.input)
+            ]
+            self._node("MatMul", read, f"{output}.floats")
+            self._node("Identity", [self._pair(f"{output}.floats", output, output)], output)
             return
         steps = []
-        for place, one in enumerate(node.input):
-            step = self._step(one)
-            self._node("QuantizeLinear", [one, *step], f"{made}.{place}")
-            steps += [f"{made}.{place}", *step]
-        self._node("QLinearMatMul", [*steps, *self._step(made)], f"{made}_quant")
-        self._node("DequantizeLinear", [f"{made}_quant", *self._step(made)], made)
+        for place, operand in enumerate(node.input):
+            step = self._step(operand)
+            self._node("QuantizeLinear", [operand, *step], f"{output}.{place}")
+            steps += [f"{output}.{place}", *step]
+        self._node("QLinearMatMul", [*steps, *self._step(output)], f"{output}_quant")
+        self._node("DequantizeLinear", [f"{output}_quant", *self._step(output)], output)
 
     def _lookup(self, node: onnx.NodeProto) -> None:
-        table, made = self.arrays.pop(node.input[0]), node.output[0]
+        table, output = self.arrays.pop(node.input[0]), node.output[0]
         if not self.integer:
-            node.input[0] = self._weight(made, table, transposed=False)
+            node.input[0] = self._weight(output, table, transposed=False)
             self.nodes.append(node)
             return
-        node.input[0], scale, zero = self._integers(f"{made}.table", table)
-        node.output[0] = f"{made}_quant"
+        node.input[0], scale, zero = self._integers(f"{output}.table", table)
+        node.output[0] = f"{output}_quant"
         self.nodes.append(node)
-        self._node("DequantizeLinear", [f"{made}_quant", scale, zero], made)
+        self._node("DequantizeLinear", [f"{output}_quant", scale, zero], output)
 
-    def _weight(self, made: str, w: np.ndarray, transposed: bool = True) -> str:
+    def _weight(self, prefix: str, w: np.ndarray, transposed: bool = True) -> str:
         """The floats that integers stand for."""
         if not self.floats:
-            integers = self._integers(f"{made}.weight", w)
-            return self._node("DequantizeLinear", integers, f"{made}.w")
-        _, scale, zero = self._integers(f"{made}.integers", w)
-        del self.arrays[f"{made}.integers"]
-        name = self._constant(f"{made}.weight", np.ascontiguousarray(w.T) if transposed else w)
-        self._node("QuantizeLinear", [name, scale, zero], f"{made}.q")
-        found = self._node("DequantizeLinear", [f"{made}.q", scale, zero], f"{made}.w")
-        return self._node("Transpose", [found], f"{made}.t", perm=[1, 0]) if transposed else found
+            integers = self._integers(f"{prefix}.weight", w)
+            return self._node("DequantizeLinear", integers, f"{prefix}.w")
+        _, scale, zero = self._integers(f"{prefix}.integers", w)
+        del self.arrays[f"{prefix}.integers"]
+        name = self._constant(f"{prefix}.weight", np.ascontiguousarray(w.T) if transposed else w)
+        self._node("QuantizeLinear", [name, scale, zero], f"{prefix}.q")
+        floats = self._node("DequantizeLinear", [f"{prefix}.q", scale, zero], f"{prefix}.w")
+        return (
+            self._node("Transpose", [floats], f"{prefix}.t", perm=[1, 0]) if transposed else floats
+        )
 
     def _integers(self, name: str, w: np.ndarray) -> tuple[str, str, str]:
         scale = np.float32(np.abs(w).max() / 127.5)
@@ -147,11 +156,11 @@ class _Quantizing:
             self._constant(f"{name}.zero", np.asarray(moved, dtype)),
         )
 
-    def _pair(self, x: str, made: str, ranged: str = "") -> str:
+    def _pair(self, x: str, prefix: str, ranged: str = "") -> str:
         """An activation, quantized and dequantized, with the range of `ranged`, or its own."""
         step = self._step(ranged or x)
-        self._node("QuantizeLinear", [x, *step], f"{made}.x.q")
-        return self._node("DequantizeLinear", [f"{made}.x.q", *step], f"{made}.x.dq")
+        self._node("QuantizeLinear", [x, *step], f"{prefix}.x.q")
+        return self._node("DequantizeLinear", [f"{prefix}.x.q", *step], f"{prefix}.x.dq")
 
     def _step(self, name: str) -> tuple[str, str]:
         low, high = self.ranges[name]

@@ -416,7 +416,7 @@ def test_models_may_be_called_from_several_threads(directory, count):
     models = [loader.load(directory) for _ in range(count)]
     failures = []
 
-    def work(number):
+    def ask(number):
         try:
             for step in range(50):
                 ids = random_ids(1 + number, 1 + step, seed=number)
@@ -424,7 +424,7 @@ def test_models_may_be_called_from_several_threads(directory, count):
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -446,8 +446,8 @@ allowed = [text.split("Cpus_allowed_list:")[1].split()[0] for text in status]
 
 def test_call_starts_as_many_threads_as_cores_and_pins_none(directory):
     own = Path("/proc/self/status").read_text().split("Cpus_allowed_list:")[1].split()[0]
-    found = python(POOL.format(directory=str(directory)) + "print(*allowed)").split()
-    assert len(found) == loader.available_cores() and set(found) == {own}
+    cores = python(POOL.format(directory=str(directory)) + "print(*allowed)").split()
+    assert len(cores) == loader.available_cores() and set(cores) == {own}
 
 
 def test_call_keeps_to_the_cores_of_its_process(directory):
@@ -578,8 +578,8 @@ def run_bare(python, directory, *arguments):
 
 def test_loader_runs_a_bundle_with_numpy_alone(bare, portable):
     find = "from importlib.util import find_spec as f; print([f(n) for n in ('tvm', 'tvm_ffi')])"
-    found = subprocess.run([bare, "-c", find], capture_output=True, text=True, check=True)
-    assert found.stdout == "[None, None]\n"
+    specs = subprocess.run([bare, "-c", find], capture_output=True, text=True, check=True)
+    assert specs.stdout == "[None, None]\n"
     run = run_bare(bare, portable)
     assert run.returncode == 0, run.stderr
     assert "model    tiny (bert, encoder, at most 64 tokens)" in run.stdout

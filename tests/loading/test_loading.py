@@ -21,13 +21,13 @@ FILES = [path for path in PLACE.rglob("*.py") if path.name != "__init__.py"]
 def imports(path: Path) -> list[str]:
     """The modules that a file imports, within functions too."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    plain = [one.name for node in nodes if isinstance(node, ast.Import) for one in node.names]
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     return plain + [node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PLACE).as_posix())
 def test_module_imports_numpy_the_standard_library_and_modules_further_down(path):
-    order = [one.__name__ for one in (*one_file.LOADER, *one_file.CUDA_LOADER)]
+    order = [module.__name__ for module in (*one_file.LOADER, *one_file.CUDA_LOADER)]
     own = ".".join(("bertile", "loading", *path.relative_to(PLACE).with_suffix("").parts))
     ours = {name for name in imports(path) if name.startswith("bertile")}
     if own == "bertile.loading.dispatch":  # finds the model for a GPU only once there is one

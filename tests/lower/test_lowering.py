@@ -57,8 +57,8 @@ def graph_of(build) -> Graph:
         with builder.dataflow():
             result = builder.emit_output(builder.normalize(build(builder.emit, named)))
         builder.emit_func_output(result)
-    made = Graph(builder.finalize(), values, None)
-    return made.with_main(normalized(made.main))
+    graph = Graph(builder.finalize(), values, None)
+    return graph.with_main(normalized(graph.main))
 
 
 def lowered(build):
@@ -137,8 +137,8 @@ def test_tasks_counts_calls_before_lowering():
     }
 
 
-def counts(found):
-    return {task.name: count for task, count in found.tasks.items()}
+def counts(program):
+    return {task.name: count for task, count in program.tasks.items()}
 
 
 def test_layout_changes_only_where_tokens_come_in_and_go_out():
@@ -147,9 +147,9 @@ def test_layout_changes_only_where_tokens_come_in_and_go_out():
         z = emit(ops.layer_norm(y, n["b"], n["b"], 1e-12))
         return ops.dense(z, n["w"], n["b"], y)
 
-    found = counts(lowered(build))
-    assert found["tokens_in_8"] == found["tokens_out_8"] == 1
-    assert sum(found.values()) == 5
+    calls = counts(lowered(build))
+    assert calls["tokens_in_8"] == calls["tokens_out_8"] == 1
+    assert sum(calls.values()) == 5
 
 
 def test_operator_in_between_reads_and_writes_rows():
@@ -157,9 +157,9 @@ def test_operator_in_between_reads_and_writes_rows():
         y = emit(ops.dense(n["x"], n["w"], n["b"]))
         return ops.dense(emit(op.nn.silu(y)), n["w"], n["b"])
 
-    found = lowered(build)
-    assert counts(found)["tokens_in_8"] == counts(found)["tokens_out_8"] == 2
-    assert [name.split(" (")[0] for name in found.fallthrough] == ["nn.silu"]
+    program = lowered(build)
+    assert counts(program)["tokens_in_8"] == counts(program)["tokens_out_8"] == 2
+    assert [name.split(" (")[0] for name in program.fallthrough] == ["nn.silu"]
 
 
 def test_everything_matched_falls_through_nowhere():
@@ -167,8 +167,8 @@ def test_everything_matched_falls_through_nowhere():
 
 
 def test_rows_of_a_matrix_have_a_layout_of_their_own():
-    found = lowered(lambda emit, n: ops.dense(n["rows"], n["w"], n["b"]))
-    assert counts(found) == {"rows_in_8": 1, "dense_8_8": 1, "rows_out_8": 1}
+    program = lowered(lambda emit, n: ops.dense(n["rows"], n["w"], n["b"]))
+    assert counts(program) == {"rows_in_8": 1, "dense_8_8": 1, "rows_out_8": 1}
 
 
 def test_mask_and_bias_change_layout_once_for_all_layers():
@@ -177,20 +177,20 @@ def test_mask_and_bias_change_layout_once_for_all_layers():
         second = emit(ops.dense(first, n["wide"], n["wb"]))
         return attention(n, second, n["bias"])
 
-    found = counts(lowered(build))
-    assert found["key_mask"] == found["query_bias"] == 1
-    assert found["attention_2_4_0p5_bias"] == 2
+    calls = counts(lowered(build))
+    assert calls["key_mask"] == calls["query_bias"] == 1
+    assert calls["attention_2_4_0p5_bias"] == 2
 
 
 def test_weights_are_packed_once_for_equal_kernels():
     def build(emit, n):
         return ops.dense(emit(ops.dense(n["x"], n["w"], n["b"])), n["w"], n["b"])
 
-    found = lowered(build)
-    assert list(found.params) == ["w@dense_8_8", "b@dense_8_8"]
-    assert [p.name for p in found.mod["main"].params[7:]] == list(found.params)
-    for param in found.mod["main"].params[7:]:
-        assert tuple(int(e) for e in param.ty.shape) == found.params[param.name].shape
+    program = lowered(build)
+    assert list(program.params) == ["w@dense_8_8", "b@dense_8_8"]
+    assert [p.name for p in program.mod["main"].params[7:]] == list(program.params)
+    for param in program.mod["main"].params[7:]:
+        assert tuple(int(e) for e in param.ty.shape) == program.params[param.name].shape
 
 
 def test_weight_that_a_generic_operator_reads_stays_as_it_is():
@@ -203,14 +203,14 @@ def test_weight_that_a_generic_operator_reads_stays_as_it_is():
 
 def test_weight_in_its_own_layout_is_not_copied():
     graph = graph_of(CALLS["layer_norm_8_1em12"])
-    found = lower(graph, ROW, lambda task: SCHEDULES[task.operation].default(task, ROW))
-    assert found.params["b"] is graph.params["b"]
+    program = lower(graph, ROW, lambda task: SCHEDULES[task.operation].default(task, ROW))
+    assert program.params["b"] is graph.params["b"]
 
 
 def test_constants_of_one_call_get_names_of_their_own():
     gamma, beta = (relax.const(np.full(8, value, "float32")) for value in (2.0, 3.0))
-    found = lowered(lambda emit, n: ops.layer_norm(n["x"], gamma, beta, 1e-12))
-    assert [value[0] for value in found.params.values()] == [2.0, 3.0]
+    program = lowered(lambda emit, n: ops.layer_norm(n["x"], gamma, beta, 1e-12))
+    assert [value[0] for value in program.params.values()] == [2.0, 3.0]
 
 
 def test_knobs_come_from_the_caller():
@@ -237,12 +237,12 @@ def test_every_kernel_is_marked_as_ours():
 
 
 def test_result_is_always_a_tuple():
-    one = lowered(CALLS["dense_8_24"]).mod["main"]
-    assert isinstance(one.ret_ty, relax.TupleType) and len(one.ret_ty.fields) == 1
-    two = lowered(lambda emit, n: relax.Tuple([emit(qkv(n)), emit(ops.first_token(n["x"]))])).mod[
-        "main"
-    ]
-    assert [len(t.shape) for t in two.ret_ty.fields] == [3, 2]
+    of_one = lowered(CALLS["dense_8_24"]).mod["main"]
+    assert isinstance(of_one.ret_ty, relax.TupleType) and len(of_one.ret_ty.fields) == 1
+    of_two = lowered(
+        lambda emit, n: relax.Tuple([emit(qkv(n)), emit(ops.first_token(n["x"]))])
+    ).mod["main"]
+    assert [len(t.shape) for t in of_two.ret_ty.fields] == [3, 2]
 
 
 def test_lowered_module_is_well_formed():

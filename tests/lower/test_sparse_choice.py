@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 from helpers.pruned_graphs import layers, pruned
 
+from bertile.backends.cpu import precision_plan
 from bertile.graph import importer, ops, order
-from bertile.lower import lowering, precision_choice, sparse_choice
+from bertile.lower import lowering, sparse_choice
 from bertile.lower.forms import Forms
 from bertile.lower.sparse_choice import SparseChoice, alternatives, rounded, sparse_task
 from bertile.lower.sparse_costs import relative_time
@@ -65,8 +66,8 @@ def test_attributes_of_a_call_survive_each_other(graph):
 
 
 def test_a_weight_without_zeros_stays_dense(graph):
-    planned = precision_choice.plan_layers(graph, "int8", ROW, sparse="auto")
-    plain = precision_choice.plan_layers(graph, "int8", ROW)
+    planned = precision_plan.plan_layers(graph, "int8", ROW, sparse="auto")
+    plain = precision_plan.plan_layers(graph, "int8", ROW)
     assert lowering.tasks(Forms(planned)) == lowering.tasks(Forms(plain))
     assert {one.sparse.pattern for one in planned.plan.values()} == {"dense"}
 
@@ -77,9 +78,7 @@ def test_a_weight_without_zeros_stays_dense(graph):
 )
 def test_density_counts_the_lanes_of_the_layers_precision(graph, precision, group, density):
     row = resolve("x86-avx512-bf16", threads=2)
-    planned = precision_choice.plan_layers(
-        pruned(graph, 0.9, group), precision, row, sparse="always"
-    )
+    planned = precision_plan.plan_layers(pruned(graph, 0.9, group), precision, row, sparse="always")
     found = {planned.plan[name].sparse for name in layers(graph)}
     assert {one.pattern for one in found} == {"4x1" if group == 4 else "unstructured"}
     assert {one.density for one in found} == {density}
@@ -87,14 +86,14 @@ def test_density_counts_the_lanes_of_the_layers_precision(graph, precision, grou
 
 
 def test_off_looks_at_nothing(graph):
-    planned = precision_choice.plan_layers(pruned(graph), "int8", ROW, Log(1.0), sparse="off")
+    planned = precision_plan.plan_layers(pruned(graph), "int8", ROW, Log(1.0), sparse="off")
     assert {operation for operation, _ in kernels(planned)} == {"dense"}
     assert sparse_choice.report(planned.plan) == []
 
 
 @pytest.mark.parametrize(("sparse", "operation"), [(94.0, "sparse"), (96.0, "dense")])
 def test_measured_times_decide(graph, sparse, operation):
-    planned = precision_choice.plan_layers(pruned(graph), "int8", ROW, Log(sparse), sparse="auto")
+    planned = precision_plan.plan_layers(pruned(graph), "int8", ROW, Log(sparse), sparse="auto")
     chosen = [planned.plan[name].sparse for name in layers(graph)]
     assert {one.density for one in chosen} == {10 if operation == "sparse" else None}
     why = f"measured: sparse {sparse:.0f} us, dense 100 (128 tokens)"
@@ -103,7 +102,7 @@ def test_measured_times_decide(graph, sparse, operation):
 
 def test_a_kernel_that_is_slower_for_short_requests_is_not_chosen(graph):
     given = (pruned(graph), "int8", ROW)
-    planned = precision_choice.plan_layers(
+    planned = precision_plan.plan_layers(
         *given, Log(50.0, tokens16=120.0, tokens384=40.0), sparse="auto"
     )
     chosen = {planned.plan[name].sparse for name in layers(graph)}
@@ -113,14 +112,14 @@ def test_a_kernel_that_is_slower_for_short_requests_is_not_chosen(graph):
 
 def test_times_on_other_threads_are_not_compared(graph):
     given = (pruned(graph), "int8", ROW)
-    planned = precision_choice.plan_layers(*given, Log(1.0, threads=1), sparse="auto")
+    planned = precision_plan.plan_layers(*given, Log(1.0, threads=1), sparse="auto")
     assert all("estimated" in planned.plan[name].sparse.why for name in layers(graph))
 
 
 def test_without_a_log_the_cost_model_decides(graph):
     """By a share of zeros that gains, and by one that does not."""
     for share, operation in ((0.95, "sparse"), (0.3, "dense")):
-        planned = precision_choice.plan_layers(pruned(graph, share), "fp32", ROW, sparse="auto")
+        planned = precision_plan.plan_layers(pruned(graph, share), "fp32", ROW, sparse="auto")
         wide = [n for n in layers(graph) if graph.params[n].shape[0] == 512]
         assert wide and all("estimated" in planned.plan[n].sparse.why for n in wide)
         skipped = {planned.plan[name].sparse.density is not None for name in wide}
@@ -130,7 +129,7 @@ def test_without_a_log_the_cost_model_decides(graph):
 def test_a_layer_that_is_kept_in_float32_skips_its_zeros_there(graph):
     first, *rest = layers(graph)
     kept = dataclasses.replace(pruned(graph), plan={first: LayerPlan("fp32", why="it hurts")})
-    planned = precision_choice.plan_layers(kept, "int8", ROW, Log(50.0), sparse="auto").plan
+    planned = precision_plan.plan_layers(kept, "int8", ROW, Log(50.0), sparse="auto").plan
     assert (planned[first].precision, planned[first].why) == ("fp32", "it hurts")
     assert planned[first].sparse.density == planned[rest[0]].sparse.density == 10
     assert planned[rest[0]].precision == "int8"
@@ -165,7 +164,7 @@ def test_a_layer_that_is_slower_in_int8_alone_is_quantized_where_its_zeros_are_s
             return record(task, times[task.shape.get("precision", "fp32")])
 
     def precisions(sparse):
-        planned = precision_choice.plan_layers(pruned(graph, 0.95), "int8", row, Slow(0.0), sparse)
+        planned = precision_plan.plan_layers(pruned(graph, 0.95), "int8", row, Slow(0.0), sparse)
         return {planned.plan[name].precision for name in layers(graph)}
 
     assert precisions("off") == {"bf16"}
@@ -192,12 +191,12 @@ def test_the_cost_model_knows_of_dense_kernels_that_multiply_matrices():
 
 def test_alternatives_are_the_kernels_that_were_not_chosen(graph):
     some = layers(graph)[:1]
-    planned = precision_choice.plan_layers(
+    planned = precision_plan.plan_layers(
         pruned(graph, names=some), "int8", ROW, Log(50.0), sparse="auto"
     )
     (task,) = alternatives(planned)
     assert task.operation == "dense" and sparse_task(task, 10) in lowering.tasks(Forms(planned))
-    planned = precision_choice.plan_layers(
+    planned = precision_plan.plan_layers(
         pruned(graph, names=some), "int8", ROW, Log(200.0), sparse="auto"
     )
     (task,) = alternatives(planned)
@@ -206,7 +205,7 @@ def test_alternatives_are_the_kernels_that_were_not_chosen(graph):
 
 def test_report_says_pattern_density_and_choice_of_every_layer(graph):
     some = layers(graph)[:1]
-    planned = precision_choice.plan_layers(
+    planned = precision_plan.plan_layers(
         pruned(graph, names=some), "int8", ROW, Log(50.0), sparse="auto"
     )
     rows = {row["layer"]: row for row in sparse_choice.report(planned.plan)}

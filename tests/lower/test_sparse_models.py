@@ -13,6 +13,7 @@ from helpers import sparseml_forms
 
 import bertile
 from bertile import loader
+from bertile.backends.cpu.precision_plan import plan_layers
 from bertile.config import Config
 from bertile.export import checkpoints, exporter, pruning
 from bertile.graph.graph import Graph
@@ -21,7 +22,6 @@ from bertile.graph.order import optimize
 from bertile.lower.dense_weights import dense_weights
 from bertile.lower.forms import Forms
 from bertile.lower.lowering import tasks
-from bertile.lower.precision_choice import plan_layers
 from bertile.numerics.eight_bit import quantize_weights, weight_scales
 from bertile.numerics.precision import LayerPlan
 from bertile.numerics.zeros import analyse
@@ -58,7 +58,7 @@ def bytes_of(graph: Graph) -> list[np.ndarray]:
         plan, w = graph.plan[name], graph.params[name]
         assert plan.precision == "int8"
         task = Task("dense", {"precision": "int8_static" if plan.static else "int8"})
-        found.append(dense_weights(task, name, w, "b", np.zeros(w.shape[1]), plan)[0][1])
+        found.append(dense_weights(task, [(name, w), ("b", np.zeros(w.shape[1]))], plan)[0][1])
     return found
 
 
@@ -236,7 +236,7 @@ def test_smoothing_keeps_zeros(precision):
     ends = (-2.0, 3.0) if precision == "int8_static" else (None, None)
     plan = LayerPlan("int8", *ends, smooth)
     task = Task("dense", {"precision": precision})
-    _, integers = dense_weights(task, "w", w, "b", np.zeros(w.shape[1], "float32"), plan)[0]
+    _, integers = dense_weights(task, [("w", w), ("b", np.zeros(w.shape[1], "float32"))], plan)[0]
     assert not integers[w == 0].any() and integers[w != 0].any()
 
 

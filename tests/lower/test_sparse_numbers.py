@@ -11,12 +11,11 @@ from helpers.planned import BF16, PLAIN, VNNI, compiled
 from helpers.pruned_graphs import layers, pruned
 
 from bertile import loader
-from bertile.backends.cpu import builder, inspection, lowering
+from bertile.backends.cpu import builder, inspection, lowering, precision_plan
 from bertile.cli import main
 from bertile.config import Config
 from bertile.export import cached
 from bertile.graph import importer, order
-from bertile.lower import precision_choice
 from bertile.numerics.precision import LayerPlan
 from bertile.schedules.cpu import SCHEDULES
 from bertile.tune.log.chooser import Chooser
@@ -36,7 +35,7 @@ def both(graph, precision, row, tmp_path, exported, sizes=SIZES):
     """Pairs of an output of the dense and of the sparse kernels, for each size of request."""
     calls = []
     for sparse in ("off", "always"):
-        planned = precision_choice.plan_layers(graph, precision, row, sparse=sparse)
+        planned = precision_plan.plan_layers(graph, precision, row, sparse=sparse)
         directory = tmp_path / sparse
         directory.mkdir()
         calls.append(compiled(planned, row, directory, exported))
@@ -99,7 +98,7 @@ def test_layers_without_any_weight_left_and_without_any_zero(graph, exported, tm
 
 
 def test_work_is_the_multiply_adds_that_are_done(graph, tmp_path):
-    planned = precision_choice.plan_layers(graph, "int8", VNNI, sparse="always")
+    planned = precision_plan.plan_layers(graph, "int8", VNNI, sparse="always")
     log = TuningLog([tmp_path / "empty"], print)
     built = builder.build(planned, Chooser(log, VNNI, print), VNNI, tmp_path / "lib.so")
     sparse = [one for one in built.kernels if one["operation"] == "sparse"]
@@ -116,7 +115,7 @@ def test_work_is_the_multiply_adds_that_are_done(graph, tmp_path):
 def test_layers_that_share_weights_store_them_once(tmp_path):
     exported = cached.export_cached("synthetic:albert-tiny", Config())
     graph = pruned(order.optimize(importer.import_onnx(exported)))
-    planned = precision_choice.plan_layers(graph, "int8", VNNI, sparse="always")
+    planned = precision_plan.plan_layers(graph, "int8", VNNI, sparse="always")
 
     def choose(task):
         return SCHEDULES[task.operation].default(task, VNNI)

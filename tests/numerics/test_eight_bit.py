@@ -33,9 +33,9 @@ def test_weights_that_were_quantized_before_lose_nothing(inputs, per_channel):
     largest = np.abs(w).max(0 if per_channel else None)
     scale = np.broadcast_to(largest / np.float32(127), (23,))
     before = np.clip(np.rint(w / scale), -127, 127).astype("float32") * scale
-    found = weight_scales(before)
-    again = quantize_weights(before, found)
-    np.testing.assert_array_equal(again.astype("float32") * found, before)
+    recovered = weight_scales(before)
+    again = quantize_weights(before, recovered)
+    np.testing.assert_array_equal(again.astype("float32") * recovered, before)
 
 
 def test_scale_is_found_where_the_largest_integer_is_small():
@@ -75,18 +75,18 @@ def test_scales_of_bert_base_take_less_than_five_seconds():
 
 def test_each_token_is_quantized_between_its_own_ends():
     x = normal(5, 40) * np.array([[1], [10], [0.01], [3], [0]], "float32") + 2
-    found = quantize_input(x)
-    assert found.levels.dtype == np.uint8
-    assert (found.levels[:4].min(1) == 0).all() and (found.levels[:4].max(1) == 255).all()
+    quantized = quantize_input(x)
+    assert quantized.levels.dtype == np.uint8
+    assert (quantized.levels[:4].min(1) == 0).all() and (quantized.levels[:4].max(1) == 255).all()
     step = (x.max(1) - x.min(1)) / 255
-    assert (np.abs(found.values() - x).max(1) <= step / 2 + 1e-6).all()
+    assert (np.abs(quantized.values() - x).max(1) <= step / 2 + 1e-6).all()
 
 
 def test_static_range_clips_and_is_the_same_for_all_tokens():
     x = np.array([[-3.0, 0.1, 0.5, 9.0]], "float32")
-    found = quantize_input(x, -1.0, 1.0)
-    np.testing.assert_array_equal(found.levels, [[0, 140, 191, 255]])
-    np.testing.assert_allclose(found.values(), [[-1, 25 / 255, 127 / 255, 1]], atol=1e-6)
+    quantized = quantize_input(x, -1.0, 1.0)
+    np.testing.assert_array_equal(quantized.levels, [[0, 140, 191, 255]])
+    np.testing.assert_allclose(quantized.values(), [[-1, 25 / 255, 127 / 255, 1]], atol=1e-6)
 
 
 def test_bf16_rounds_to_nearest_even_as_torch_does():
@@ -110,8 +110,8 @@ def test_smoothing_changes_nothing_but_the_rounding():
     smooth = np.ones(64, "float32")
     smooth[3] = 0.03
     plain, smoothed = (
-        signal_to_noise(x @ w, np.matmul(*computed(x, w, LayerPlan("int8", smooth=one))))
-        for one in (None, smooth)
+        signal_to_noise(x @ w, np.matmul(*computed(x, w, LayerPlan("int8", smooth=factors))))
+        for factors in (None, smooth)
     )
     assert smoothed > plain + 2
     assert signal_to_noise(x @ w, np.matmul(*computed(x, w, LayerPlan("int8")))) == plain

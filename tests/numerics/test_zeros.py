@@ -37,9 +37,9 @@ def rounded(w):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_are_found_at_any_sparsity(name, zeros, shape):
     w = blocked(shape, BLOCKS[name], zeros)
-    found = analyse(w)
-    assert found.pattern == name
-    assert found.zeros == pytest.approx(np.mean(w == 0))
+    analysis = analyse(w)
+    assert analysis.pattern == name
+    assert analysis.zeros == pytest.approx(np.mean(w == 0))
     assert analyse(rounded(w)).pattern == name, "rounding adds zeros, and changes no pattern"
 
 
@@ -51,8 +51,8 @@ def test_zeros_anywhere_are_unstructured_however_many(zeros):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_two_of_four_is_found(shape):
     w = two_of_four(shape)
-    found = analyse(w)
-    assert (found.pattern, found.zeros) == ("2:4", 0.5)
+    analysis = analyse(w)
+    assert (analysis.pattern, analysis.zeros) == ("2:4", 0.5)
     assert analyse(rounded(w)).pattern == "2:4"
     w[:3, 5] = 1
     assert analyse(w).pattern == "unstructured", "three of four in one group"
@@ -91,17 +91,17 @@ def test_whole_rows_and_columns_are_counted():
     w = normal((32, 48))
     w[[3, 30]] = 0
     w[:, 7] = 0
-    found = analyse(w)
-    assert (found.zero_inputs, found.zero_outputs, found.pattern) == (2, 1, "dense")
+    analysis = analyse(w)
+    assert (analysis.zero_inputs, analysis.zero_outputs, analysis.pattern) == (2, 1, "dense")
     w[:16] = 0
     assert analyse(w).zero_inputs == 17
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (7, 5), (1, 1)], ids=str)
 def test_matrix_of_zeros_has_a_pattern(shape):
-    found = analyse(np.zeros(shape, "int8"))
-    assert found.pattern == ("32x1" if shape == (96, 64) else "unstructured")
-    assert (found.zeros, found.zero_inputs, found.zero_outputs) == (1, *shape)
+    analysis = analyse(np.zeros(shape, "int8"))
+    assert analysis.pattern == ("32x1" if shape == (96, 64) else "unstructured")
+    assert (analysis.zeros, analysis.zero_inputs, analysis.zero_outputs) == (1, *shape)
 
 
 def test_density_counts_lanes():

@@ -68,22 +68,24 @@ def compiled(tmp_path):
 def reference(path: Path, arrays: dict, static: dict) -> dict[str, np.ndarray]:
     """What ONNX Runtime makes of the file as it came; a static one is fed padded, in its size."""
     peer = session(path)
-    given = {one.name: one.type for one in peer.get_inputs()}
+    types = {argument.name: argument.type for argument in peer.get_inputs()}
     batch, length = arrays["input_ids"].shape
     step, width = static["batch"] or batch, static["length"] or length
     pieces = []
     for first in range(0, batch, step):
         feed = {}
-        for name, kind in given.items():
+        for name, kind in types.items():
             value = np.zeros((step, width), "int32" if "int32" in kind else "int64")
             part = arrays.get(name, value)[first : first + step, :length]
             value[: len(part), : part.shape[1]] = part
             feed[name] = value
         pieces.append(peer.run(None, feed))
-    names = [one.name for one in peer.get_outputs()]
-    found = {name: np.concatenate(one)[:batch] for name, one in zip(names, zip(*pieces))}
-    per_token = {name for name, one in found.items() if one.ndim > 2}
-    return {name: one[:, :length] if name in per_token else one for name, one in found.items()}
+    names = [output.name for output in peer.get_outputs()]
+    results = {name: np.concatenate(parts)[:batch] for name, parts in zip(names, zip(*pieces))}
+    per_token = {name for name, value in results.items() if value.ndim > 2}
+    return {
+        name: value[:, :length] if name in per_token else value for name, value in results.items()
+    }
 
 
 def assert_equals_original(model: loader.Model, path: Path, shapes) -> None:
@@ -144,7 +146,9 @@ def test_static_batch_of_1_takes_shorter_and_more_sequences(tmp_path, compiled):
 )
 def test_static_axes_of_outputs_are_named(name, shape, axes):
     exported = SimpleNamespace(batch=1, length=16)
-    assert manifest._axes(exported, name, [tvm.tirx.IntImm("int64", one) for one in shape]) == axes
+    assert (
+        manifest._axes(exported, name, [tvm.tirx.IntImm("int64", size) for size in shape]) == axes
+    )
 
 
 def test_silu_goes_the_generic_way(tmp_path, compiled):
@@ -190,7 +194,7 @@ def trace(path: Path, config, batch: int = 2, dynamic: bool = True) -> Path:
     options = {"dynamo": False, "opset_version": 17, "input_names": names, "output_names": outputs}
     if dynamic:
         axes = {0: "batch_size", 1: "sequence_length"}
-        options["dynamic_axes"] = {one: axes for one in (*names, outputs[0])}
+        options["dynamic_axes"] = {name: axes for name in (*names, outputs[0])}
         options["dynamic_axes"] |= {outputs[1]: {0: "batch_size"}}
     forms.run_quietly(forms.Positional(model, forms.INPUTS).eval(), arrays, path, options)
     return path

@@ -37,8 +37,8 @@ def test_optimizer_of_onnx_runtime_knows_every_part(
     fused = optimizer.optimize_model(
         str(tmp_path / "old.onnx"), "bert", num_heads=0, hidden_size=0, opt_level=0
     )
-    found = fused.get_fused_operator_statistics()
-    assert (found["Attention"], found["BiasGelu"], found["SkipLayerNormalization"]) == (2, 2, 4)
+    counts = fused.get_fused_operator_statistics()
+    assert (counts["Attention"], counts["BiasGelu"], counts["SkipLayerNormalization"]) == (2, 2, 4)
 
 
 def test_what_opset_17_lacks_is_refused(tmp_path: Path) -> None:

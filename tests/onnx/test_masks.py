@@ -76,7 +76,7 @@ def unmasked_padding(sees):
     return masked
 
 
-SPELLINGS = {one.__name__: one for one in (chosen, added, filled, unmasked_padding)}
+SPELLINGS = {spelling.__name__: spelling for spelling in (chosen, added, filled, unmasked_padding)}
 
 
 def write(path: Path, masked, dynamic: bool = True, limit: int | None = LIMIT) -> Path:
@@ -85,7 +85,7 @@ def write(path: Path, masked, dynamic: bool = True, limit: int | None = LIMIT) -
     options = {"dynamo": False, "opset_version": 14, "input_names": names}
     options["output_names"] = ["hidden"]
     if dynamic:
-        options["dynamic_axes"] = {one: axes for one in (*names, "hidden")}
+        options["dynamic_axes"] = {name: axes for name in (*names, "hidden")}
     if limit:
         text = json.dumps({"max_position_embeddings": limit})
         (path.parent / "config.json").write_text(text)
@@ -98,12 +98,14 @@ def normalized(path: Path, shapes=SHAPES):
     """The canonical model, after a check that it computes what the original does."""
     exported = normalizer.normalize(path, path.parent / "out", Config())
     before, after = session(path), session(exported.onnx_path)
-    read = {one.name for one in before.get_inputs()}
+    read = {argument.name for argument in before.get_inputs()}
     for seed, shape in enumerate(shapes):
         arrays = sample(exported.inputs, *shape, padding_id=1, seed=seed)
         arrays.setdefault("attention_mask", np.ones_like(arrays["input_ids"]))
         (want,) = before.run(None, {name: arrays[name] for name in read})
-        (got,) = after.run(None, {one.name: arrays[one.name] for one in after.get_inputs()})
+        (got,) = after.run(
+            None, {argument.name: arrays[argument.name] for argument in after.get_inputs()}
+        )
         assert largest_difference(got, want, arrays["attention_mask"]) < TOLERANCE
     return exported
 
@@ -121,8 +123,8 @@ def seen_keys(exported) -> dict:
 def test_a_mask_by_query_is_recognised_in_any_spelling(tmp_path, variant, spelling):
     path = write(tmp_path / "m.onnx", SPELLINGS[spelling](VARIANTS[variant].sees))
     exported = normalized(path)
-    found = {node.op_type for node in onnx.load(exported.onnx_path).graph.node}
-    assert not found & {"Where", "Range", "Expand", "Trilu"}
+    operators = {node.op_type for node in onnx.load(exported.onnx_path).graph.node}
+    assert not operators & {"Where", "Range", "Expand", "Trilu"}
     assert not any("is kept as it is" in note for note in exported.notes)
     expected = {"window": 0, "bias": "none", **VARIANTS[variant].fields}
     assert seen_keys(exported) == expected
@@ -142,10 +144,10 @@ def test_a_model_with_a_mask_by_query_equals_onnxruntime(tmp_path, variant, spel
         mask = np.arange(length) < rng.integers(1, length + 1, (batch, 1))  # unequal lengths
         mask[0] = True
         arrays = {"input_ids": ids, "attention_mask": mask.astype("int64")}
-        read = {one.name for one in original.get_inputs()}
+        read = {argument.name for argument in original.get_inputs()}
         (want,) = original.run(None, {name: arrays[name] for name in read})
-        found = model(**{name: arrays[name] for name in model.inputs})["hidden"]
-        assert largest_difference(found, want, mask) < TOLERANCE, (batch, length)
+        got = model(**{name: arrays[name] for name in model.inputs})["hidden"]
+        assert largest_difference(got, want, mask) < TOLERANCE, (batch, length)
 
 
 @OTHERS
@@ -225,8 +227,8 @@ def test_a_model_with_a_look_alike_equals_onnxruntime(tmp_path, sees):
         ids, mask = rng.integers(0, 50, (batch, length)), np.ones((batch, length), "int64")
         mask[-1, (length + 1) // 2 :] = 0
         (want,) = original.run(None, {"input_ids": ids, "attention_mask": mask})
-        found = model(input_ids=ids, attention_mask=mask)["hidden"]
-        assert largest_difference(found, want, mask) < TOLERANCE
+        got = model(input_ids=ids, attention_mask=mask)["hidden"]
+        assert largest_difference(got, want, mask) < TOLERANCE
 
 
 @pytest.mark.parametrize("sees", [window_in_short_sequences, window_in_long_sequences])

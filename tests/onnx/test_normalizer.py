@@ -36,14 +36,14 @@ def check(path, tmp_path, shapes=((1, 1), (3, 37), (2, 16))):
     """Normalise; compare with the original; import into TVM; return what came out."""
     exported = normalizer.normalize(path, tmp_path / "out", Config())
     before, after = session(path), session(exported.onnx_path)
-    given = {one.name: one.type for one in before.get_inputs()}
+    types = {argument.name: argument.type for argument in before.get_inputs()}
     for seed, (batch, length) in enumerate(shapes):
         arrays = sample(exported.inputs, batch, length, 1, seed)
         mask = arrays.get("attention_mask", np.ones((batch, length)))
-        unread = {one: np.zeros_like(arrays["input_ids"]) for one in given if one not in arrays}
+        unread = {name: np.zeros_like(arrays["input_ids"]) for name in types if name not in arrays}
         want = before.run(list(exported.outputs), {**arrays, **unread})
-        for one, other in zip(after.run(list(exported.outputs), arrays), want):
-            assert largest_difference(one, other, mask) < TOLERANCE
+        for got, expected in zip(after.run(list(exported.outputs), arrays), want):
+            assert largest_difference(got, expected, mask) < TOLERANCE
     model = onnx.load(exported.onnx_path)
     frontend = pytest.importorskip("tvm.relax.frontend.onnx")
     frontend.from_onnx(model, keep_params_in_input=True)
@@ -52,13 +52,13 @@ def check(path, tmp_path, shapes=((1, 1), (3, 37), (2, 16))):
 
 def assert_canonical(model, layers=2):
     """The operators that the exporter of Bertile writes, and no others around the attention."""
-    found = operators(model)
-    assert found.count("Softmax") == layers
-    assert found.count("LayerNormalization") >= 2 * layers + 1
-    assert found.count("Gelu") >= layers
+    names = operators(model)
+    assert names.count("Softmax") == layers
+    assert names.count("LayerNormalization") >= 2 * layers + 1
+    assert names.count("Gelu") >= layers
     unwanted = {"Where", "IsNaN", "Erf", "Expand", "GatherND", "Range", "Gemm", "Identity"}
-    assert not unwanted & set(found)
-    assert found.count("Reshape") == 4 * layers and found.count("Transpose") <= 4 * layers + 2
+    assert not unwanted & set(names)
+    assert names.count("Reshape") == 4 * layers and names.count("Transpose") <= 4 * layers + 2
     masks = {
         name
         for node in model.graph.node
@@ -67,7 +67,7 @@ def assert_canonical(model, layers=2):
         if name.startswith("bertile.mul.")
     }
     assert masks, "no mask is added to the scores"
-    assert {one.domain for one in model.opset_import} == {""}
+    assert {imported.domain for imported in model.opset_import} == {""}
 
 
 @pytest.mark.parametrize("opset", [13, 17])
@@ -80,7 +80,7 @@ def test_normalize_torchscript_with_eager_attention(tmp_path, opset, dynamic):
     assert (exported.batch, exported.length) == ((None, None) if dynamic else (2, 16))
     assert exported.max_length == (512 if dynamic else 16)
     axes = [
-        one.dim_param or one.dim_value for one in model.graph.input[0].type.tensor_type.shape.dim
+        axis.dim_param or axis.dim_value for axis in model.graph.input[0].type.tensor_type.shape.dim
     ]
     assert axes == (["batch", "length"] if dynamic else [2, 16])
 
@@ -120,14 +120,14 @@ def test_normalize_torchscript_of_each_family(tmp_path, family):
     exported, model = check(path, tmp_path, ((1, 1), (3, 37), (1, 512)))
     assert_canonical(model)
     assert exported.max_length == 512
-    assert [one.below for one in exported.inputs] == [1000, 2, 2][: 3 if types else 2]
+    assert [spec.below for spec in exported.inputs] == [1000, 2, 2][: 3 if types else 2]
     assert operators(model).count("CumSum") == (family.positions == AFTER_PADDING)
 
 
 def test_normalize_folds_the_token_type_that_is_no_input(tmp_path):
     exported, model = check(write(tmp_path / "m.onnx", types=False), tmp_path)
     assert_canonical(model)
-    assert [one.name for one in exported.inputs] == ["input_ids", "attention_mask"]
+    assert [spec.name for spec in exported.inputs] == ["input_ids", "attention_mask"]
     tables = [node for node in model.graph.node if node.op_type == "Gather"]
     assert len(tables) == 3  # words, positions with the type's row added, the pooler's token
 
@@ -135,7 +135,7 @@ def test_normalize_folds_the_token_type_that_is_no_input(tmp_path):
 def test_normalize_keeps_int32_inputs(tmp_path):
     exported, model = check(write(tmp_path / "m.onnx", dtype=torch.int32), tmp_path)
     assert_canonical(model)
-    assert {one.dtype for one in exported.inputs} == {"int32"}
+    assert {spec.dtype for spec in exported.inputs} == {"int32"}
 
 
 @pytest.mark.parametrize("head", ["sequence-classification", "masked-lm"])
@@ -149,11 +149,11 @@ def test_normalize_equals_what_the_exporter_writes(tmp_path, plain):
     """The same model through both doors: the same operators, and the same numbers."""
     ours = exporter.export("synthetic:bert-tiny", tmp_path / "ours", Config())
     theirs = exporter.export(plain, tmp_path / "theirs", Config())
-    first, second = (onnx.load(one.onnx_path) for one in (ours, theirs))
+    first, second = (onnx.load(exported.onnx_path) for exported in (ours, theirs))
     assert sorted(operators(first)) == sorted(operators(second))
     arrays = sample(ours.inputs, 3, 20, 0)
-    for one, other in zip(*(session(e.onnx_path).run(None, arrays) for e in (ours, theirs))):
-        assert largest_difference(one, other, arrays["attention_mask"]) < TOLERANCE
+    for got, expected in zip(*(session(e.onnx_path).run(None, arrays) for e in (ours, theirs))):
+        assert largest_difference(got, expected, arrays["attention_mask"]) < TOLERANCE
 
 
 def test_normalize_reads_what_lies_beside_the_file(tmp_path):
@@ -224,11 +224,11 @@ def by_selection(scores, mask):
 @pytest.mark.parametrize("masked", [by_fill, by_lowest, by_selection])
 def test_normalize_replaces_every_mask_by_key(tmp_path, masked):
     exported, model = check(write_attention(tmp_path / "m.onnx", masked), tmp_path)
-    found = operators(model)
-    assert not {"Where", "Expand", "ConstantOfShape"} & set(found)
-    assert found.count("Sub") == 1 and exported.head == "unknown"
+    names = operators(model)
+    assert not {"Where", "Expand", "ConstantOfShape"} & set(names)
+    assert names.count("Sub") == 1 and exported.head == "unknown"
     assert not any("is kept as it is" in note for note in exported.notes)
-    assert [one.below for one in exported.inputs] == [50, 2]
+    assert [spec.below for spec in exported.inputs] == [50, 2]
 
 
 def blind(scores, mask):
@@ -248,7 +248,7 @@ def test_normalize_keeps_a_mask_that_places_do_not_decide(tmp_path, masked):
 def test_normalize_drops_a_mask_of_zeros(tmp_path):
     path = write_attention(tmp_path / "m.onnx", lambda scores, mask: scores + 0.0 * scores[..., :1])
     exported = normalizer.normalize(path, tmp_path / "out", Config())
-    assert [one.name for one in exported.inputs] == ["input_ids"]
+    assert [spec.name for spec in exported.inputs] == ["input_ids"]
 
 
 # Bad files
@@ -279,8 +279,8 @@ def test_normalize_refuses_what_is_no_onnx_file(tmp_path, plain):
 def test_normalize_names_inputs_that_are_wrong(tmp_path, plain):
     def rename(old, new):
         def edit(graph):
-            for one in graph.input:
-                one.name = new if one.name == old else one.name
+            for value in graph.input:
+                value.name = new if value.name == old else value.name
             for node in graph.node:
                 node.input[:] = [new if name == old else name for name in node.input]
 
@@ -359,6 +359,6 @@ def test_names_made_are_none_that_the_file_has():
     taken = first.add("Mul", [first.number(1.0), first.number(2.0)])
     first.outputs = [taken]
     second = onnx_graph.OnnxGraph(first.to_model(20))
-    made = {second.fresh("mul"), second.fresh("constant"), second.fresh("mul")}
-    assert len(made) == 3
-    assert not made & {taken, *first.nodes[0].input}
+    names = {second.fresh("mul"), second.fresh("constant"), second.fresh("mul")}
+    assert len(names) == 3
+    assert not names & {taken, *first.nodes[0].input}

@@ -40,7 +40,7 @@ def test_linear_layer_keeps_one_pair_and_floats():
     assert np.array_equal(graph.array(weight), WEIGHT["w"] * WEIGHT["ws"])
     assert notes == ("quantized: 1 linear layers have int8 weights and inputs of a fixed range",)
     plain = drop_marks(graph.to_model(OPSET))
-    assert {one.op_type for one in plain.graph.node} == {"Identity", "MatMul"}
+    assert {node.op_type for node in plain.graph.node} == {"Identity", "MatMul"}
 
 
 def test_weight_in_floats_is_rounded_and_transposed_as_in_training():

@@ -9,6 +9,7 @@ import pytest
 
 import bertile
 from bertile import loader
+from bertile.backends.cpu import precision_plan
 from bertile.base.errors import BertileError, InputError, UsageError
 from bertile.cli.main import main
 from bertile.config import Config
@@ -16,7 +17,6 @@ from bertile.evaluation import datasets
 from bertile.evaluation.sentences import sentences
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
-from bertile.lower import precision_choice
 from bertile.numerics.precision import LayerPlan
 from bertile.onnx.samples import sample
 from bertile.quantize.observer import layer_inputs
@@ -95,7 +95,7 @@ def test_what_the_model_brings_goes_first(graph, samples):
 
 def test_report_has_a_row_for_every_layer(graph):
     quantizer = Quantizer(graph, ROW, Config(precision="int8"))
-    plan = precision_choice.plan_layers(graph, "int8", ROW).plan
+    plan = precision_plan.plan_layers(graph, "int8", ROW).plan
     rows = quantizer.report(plan)["layers"]
     assert {row["layer"] for row in rows} == {name for name, _ in layer_inputs(graph)}
     assert all(30 < row["output dB"] < 60 for row in rows if row["precision"] == "int8")
@@ -104,7 +104,7 @@ def test_report_has_a_row_for_every_layer(graph):
 
 def test_report_of_a_plan_without_bytes_is_empty(graph, monkeypatch):
     monkeypatch.setattr("bertile.quantize.quantizer.Observer", None)
-    plan = precision_choice.plan_layers(graph, "fp32", ROW).plan
+    plan = precision_plan.plan_layers(graph, "fp32", ROW).plan
     assert Quantizer(graph, ROW, Config()).report(plan) == {}
 
 
@@ -196,7 +196,7 @@ def test_layers_are_kept_until_the_drop_is_within_what_is_allowed(classifier, tm
     config = Config(precision="int8", max_drop=0.1, eval=str(tmp_path / "test.tsv"))
     quantizer, answers = Quantizer(classifier, ROW, config), Answers(harmless=4)
     plan = quantizer.plan(answers)
-    report = quantizer.report(precision_choice.plan_layers(
+    report = quantizer.report(precision_plan.plan_layers(
         dataclasses.replace(classifier, plan=plan), "int8", ROW).plan)  # fmt: skip
     kept = [row for row in report["layers"] if row["precision"] in ("bf16", "fp32") and row["why"]]
     noisy = [row for row in kept if "noise" in row["why"]]

@@ -38,9 +38,9 @@ def config(cache: str, **more: object) -> Config:
 
 
 def test_verify_finds_what_the_compile_found(bundle):
-    found = verifier.verify(bundle, parts=opener.parts_of(bundle, str(arm_code.RUNTIME)))
-    assert found["emulator"] == "qemu-aarch64 -cpu cortex-a76"
-    assert found == loader.read_manifest(bundle)["check"]
+    check = verifier.verify(bundle, parts=opener.parts_of(bundle, str(arm_code.RUNTIME)))
+    assert check["emulator"] == "qemu-aarch64 -cpu cortex-a76"
+    assert check == loader.read_manifest(bundle)["check"]
 
 
 def test_verify_as_a_command_says_what_ran_the_bundle(bundle, capsys):
@@ -89,6 +89,6 @@ def test_accuracy_of_int8_is_measured_as_arm_code(tmp_path, cache):
     (tmp_path / "x.txt").write_text("\n".join(sentences(12)))
     measured = {"precision": "int8", "max_drop": 0.02, "eval": str(tmp_path / "x.txt")}
     driver.compile("minilm", tmp_path / "out", config(cache, **measured))
-    found = loader.read_manifest(tmp_path / "out")["quantization"]["accuracy"]
-    assert [one["kept"] for one in found["tried"]] == [0]
-    assert 0.98 <= found["tried"][0]["score"] < 0.9999
+    accuracy = loader.read_manifest(tmp_path / "out")["quantization"]["accuracy"]
+    assert [attempt["kept"] for attempt in accuracy["tried"]] == [0]
+    assert 0.98 <= accuracy["tried"][0]["score"] < 0.9999

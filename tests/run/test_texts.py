@@ -93,7 +93,7 @@ def test_long_lists_run_in_batches_of_similar_length(
 def test_classification_gives_label_and_probability(bundle: Path, load) -> None:
     load(Model("sequence-classification", ("good", "bad")))
     result = texts.run(bundle, ["a a", "b"])
-    assert [one["label"] for one in result["labels"]] == ["good", "bad"]
+    assert [answer["label"] for answer in result["labels"]] == ["good", "bad"]
     assert result["labels"][0]["score"] == pytest.approx(1 / (1 + np.exp(-2)))
     assert "good" in texts.as_text(result)
 
@@ -106,7 +106,7 @@ def test_regression_gives_its_number(bundle: Path, load) -> None:
 def test_token_classification_leaves_special_tokens_out(bundle: Path, load) -> None:
     load(Model("token-classification", ("A", "B")))
     (row,) = texts.run(bundle, ["a b"])["labels"]
-    assert [(one["token"], one["label"]) for one in row] == [("a", "A"), ("b", "B")]
+    assert [(answer["token"], answer["label"]) for answer in row] == [("a", "A"), ("b", "B")]
 
 
 def test_text_that_is_too_long_is_refused_with_both_numbers(bundle: Path, load) -> None:

@@ -60,23 +60,27 @@ class Kernels:
         """As ``call``, for a kernel of several results, given as arrays of their form."""
         if self.lacks:
             pytest.skip(f"built, but not run: this CPU lacks {' '.join(self.lacks)}")
-        tensors = [guarded(one, np.nan if one.dtype.kind == "f" else 0)[0] for one in operands]
-        made = [guarded(np.full_like(one, UNTOUCHED), UNTOUCHED) for one in results]
-        found = [result for result, _ in made]
-        library["main"](*map(tvm_ffi.from_dlpack, [*tensors, *found]))
-        for result, memory in made:
+        tensors = [
+            guarded(operand, np.nan if operand.dtype.kind == "f" else 0)[0] for operand in operands
+        ]
+        guarded_results = [
+            guarded(np.full_like(result, UNTOUCHED), UNTOUCHED) for result in results
+        ]
+        buffers = [result for result, _ in guarded_results]
+        library["main"](*map(tvm_ffi.from_dlpack, [*tensors, *buffers]))
+        for result, memory in guarded_results:
             assert np.count_nonzero(memory == UNTOUCHED) == memory.size - result.size
-        return found
+        return buffers
 
     def difference(self, task, blocks=2, knobs=None, seed=0) -> float:
         """The largest absolute difference to the sample's expected result."""
-        sample, found = self.run(task, blocks, knobs, seed)
-        return float(np.abs(sample.decode(found) - sample.expected).max())
+        sample, buffers = self.run(task, blocks, knobs, seed)
+        return float(np.abs(sample.decode(buffers) - sample.expected).max())
 
     def mistake(self, task, blocks=2, knobs=None, seed=0):
         """What the sample finds wrong with the kernel, None if nothing is."""
-        sample, found = self.run(task, blocks, knobs, seed)
-        return sample.mistake(found)
+        sample, buffers = self.run(task, blocks, knobs, seed)
+        return sample.mistake(buffers)
 
     def run(self, task, blocks=2, knobs=None, seed=0):
         """The sample of a task, and what the kernel makes of it."""

@@ -9,8 +9,8 @@ import pytest
 from helpers.attention_variants import VARIANTS
 from helpers.emulated import Emulated, need_qemu
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import SCHEDULES, arithmetic, lanes, peak
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.task import Task
 from bertile.targets import rows
 
@@ -99,7 +99,7 @@ def integers(row, operation):
     knobs = schedule.default(task, row)
     w = rng.integers(-128, 128, (60, 8)).astype("int8")
     w[:, :3] = -128, -127, 127
-    x = rng.integers(0, 256, (3 * LANES, 60)).astype("uint8")
+    x = rng.integers(0, 256, (3 * BLOCK_TOKENS, 60)).astype("uint8")
     x[0], x[1], x[2] = 0, 255, 128
     vectors = [np.ones(8, "float32"), np.zeros(8, "float32")]
     operands = [arithmetic.grouped(x, 4), *schedule.pack(task, knobs, [w, *vectors], row)]
@@ -110,15 +110,15 @@ def integers(row, operation):
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
     """What is wrong with each call of a row, by the row's name; each row is run once."""
-    found = {}
+    by_row = {}
 
     def of(name):
-        if name not in found:
+        if name not in by_row:
             emulated = Emulated(rows.resolve(name, threads=1), tmp_path_factory.mktemp(name))
             samples = [emulated.add(task, blocks)[1] for task, blocks in TASKS[name]]
             results = emulated.run()
-            found[name] = [one.mistake(result) for one, result in zip(samples, results)]
-        return found[name]
+            by_row[name] = [sample.mistake(result) for sample, result in zip(samples, results)]
+        return by_row[name]
 
     need_qemu()
     return of
@@ -136,8 +136,8 @@ def test_sums_of_bytes_are_exact(tmp_path, name):
     calls = [integers(emulated.row, operation) for operation in ("dense", "sparse")]
     for func, operands, expected in calls:
         emulated.add_func(func, operands, [np.zeros_like(expected)])
-    for (_, _, expected), (found,) in zip(calls, emulated.run()):
-        assert np.array_equal(found, expected)
+    for (_, _, expected), (sums,) in zip(calls, emulated.run()):
+        assert np.array_equal(sums, expected)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from helpers.attention_variants import VARIANTS
 
 from bertile.base.errors import ModelError
 from bertile.loader import token_blocks
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.attention import LOWEST, attention
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.task import Task
 from bertile.targets import rows as targets
 from bertile.tune.log.chooser import must_fit
@@ -80,10 +80,10 @@ class Batch:
         self.spec = AttentionSpec(heads, heads, size, size**-0.5, **fields)
         self.task = Task("attention", self.spec.shape())
         mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
-        self.table = token_blocks(mask, LANES)
-        self.qkv = rng.standard_normal((len(self.table) * LANES, 3 * heads * size)) * scale
+        self.table = token_blocks(mask, BLOCK_TOKENS)
+        self.qkv = rng.standard_normal((len(self.table) * BLOCK_TOKENS, 3 * heads * size)) * scale
         self.qkv = self.qkv.astype("float32")
-        self.keys = np.full((len(self.table), LANES), LOWEST, "float32")
+        self.keys = np.full((len(self.table), BLOCK_TOKENS), LOWEST, "float32")
         for block, (row, start, _, _) in enumerate(self.table):
             self.keys[block, : max(0, lengths[row] - start)] = 0
 
@@ -92,14 +92,16 @@ class Batch:
         operands = [lanes.to_lanes(self.qkv), self.keys, self.table]
         width, _, _ = self.spec.channels()
         library = kernels.build(self.task, knobs)
-        return lanes.from_lanes(kernels.call(library, operands, (len(self.table), width, LANES)))
+        return lanes.from_lanes(
+            kernels.call(library, operands, (len(self.table), width, BLOCK_TOKENS))
+        )
 
     def expected(self):
         """The same by numpy in float64."""
         heads, size = self.spec.heads, self.spec.head_size
         parts = []
         for first, count in dict.fromkeys((int(f), int(n)) for _, _, f, n in self.table):
-            rows = slice(first * LANES, (first + count) * LANES)
+            rows = slice(first * BLOCK_TOKENS, (first + count) * BLOCK_TOKENS)
             q, k, v = (
                 part.reshape(-1, heads, size).transpose(1, 0, 2)
                 for part in np.split(self.qkv[rows], 3, axis=1)
@@ -125,12 +127,14 @@ def test_attention_sees_windows_of_any_width(kernels, window):
 
 @OTHERS
 def test_attention_never_reads_what_no_query_of_a_block_sees(kernels, variant):
-    batch, count = Batch([10 * LANES], **VARIANTS[variant].fields), 10
-    i, j = np.indices((count * LANES, count * LANES))
-    seen = VARIANTS[variant].sees(i, j).reshape(count, LANES, count, LANES).any((1, 3))
+    batch, count = Batch([10 * BLOCK_TOKENS], **VARIANTS[variant].fields), 10
+    i, j = np.indices((count * BLOCK_TOKENS, count * BLOCK_TOKENS))
+    seen = (
+        VARIANTS[variant].sees(i, j).reshape(count, BLOCK_TOKENS, count, BLOCK_TOKENS).any((1, 3))
+    )
     unread, (q, _, _) = batch.run(kernels), batch.spec.channels()
     block = int((~seen).sum(0).argmax())
-    batch.qkv[block * LANES : (block + 1) * LANES, q:] = np.nan
+    batch.qkv[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS, q:] = np.nan
     same = np.array_equal(
         *(lanes.to_lanes(x)[~seen[:, block]] for x in (unread, batch.run(kernels)))
     )
@@ -144,10 +148,10 @@ def test_attention_ignores_masked_keys(kernels, masked, variant):
     batch.keys[0, 3:9] = masked
     batch.keys[2] = masked  # a whole block in the middle
     with np.errstate(invalid="ignore"):
-        found = batch.run(kernels)
+        context = batch.run(kernels)
     # of the others some see masked keys alone, where -10000 leaves few digits of a score
     queries = slice(None) if variant == "all" else batch.keys.reshape(-1) == 0
-    assert np.abs(found - batch.expected())[queries].max() < TOLERANCE
+    assert np.abs(context - batch.expected())[queries].max() < TOLERANCE
 
 
 def test_attention_forgets_a_masked_first_tile_when_real_keys_follow(kernels):
@@ -176,12 +180,12 @@ def test_attention_stays_exact_for_sharp_scores(kernels):
 def test_attention_gives_finite_numbers_when_all_keys_are_masked(kernels, masked, variant):
     batch = Batch([16, 48, 5], **VARIANTS[variant].fields)
     batch.keys[...] = masked
-    found = batch.run(kernels)
-    assert np.isfinite(found).all()
-    assert np.abs(found).max() <= np.abs(batch.qkv).max() * 1.001  # a mean of values
+    context = batch.run(kernels)
+    assert np.isfinite(context).all()
+    assert np.abs(context).max() <= np.abs(batch.qkv).max() * 1.001  # a mean of values
     if variant != "all":  # of those that a query sees
         expected = batch.expected()
-        assert np.abs(found - expected).max() < (2e-3 if masked == -10000.0 else TOLERANCE)
+        assert np.abs(context - expected).max() < (2e-3 if masked == -10000.0 else TOLERANCE)
 
 
 @pytest.mark.parametrize("rows,heads", [(1, 1), (1, 2), (2, 1), (2, 2)])
@@ -190,19 +194,19 @@ def test_attention_broadcasts_a_bias_of_one_row_or_one_head(kernels, rows, heads
     batch.task = task_of(2, 26, bias=True)
     rng = np.random.default_rng(1)
     bias = rng.standard_normal((rows, heads, 32, 32)).astype("float32")  # (B, H, query, key)
-    packed = bias.reshape(rows, heads, 2, LANES, 32).transpose(0, 1, 2, 4, 3)
+    packed = bias.reshape(rows, heads, 2, BLOCK_TOKENS, 32).transpose(0, 1, 2, 4, 3)
     operands = [lanes.to_lanes(batch.qkv), batch.keys, batch.table, np.ascontiguousarray(packed)]
-    found = kernels.call(kernels.build(batch.task), operands, (3, 52, LANES))
+    packed_context = kernels.call(kernels.build(batch.task), operands, (3, 52, BLOCK_TOKENS))
     expected = []
     for row, (first, count) in enumerate([(0, 2), (2, 1)]):
-        tokens = count * LANES
-        part = batch.qkv[first * LANES : first * LANES + tokens].astype("float64")
+        tokens = count * BLOCK_TOKENS
+        part = batch.qkv[first * BLOCK_TOKENS : first * BLOCK_TOKENS + tokens].astype("float64")
         q, k, v = (x.reshape(-1, 2, 26).transpose(1, 0, 2) for x in np.split(part, 3, axis=1))
         mask = batch.keys[first : first + count].reshape(-1)
         spec = AttentionSpec.from_shape(batch.task.shape)
         context = spec.reference(q, k, v, mask, bias[min(row, rows - 1), :, :tokens, :tokens])
         expected.append(context.transpose(1, 0, 2).reshape(-1, 52))
-    assert np.abs(lanes.from_lanes(found) - np.concatenate(expected)).max() < TOLERANCE
+    assert np.abs(lanes.from_lanes(packed_context) - np.concatenate(expected)).max() < TOLERANCE
 
 
 def test_attention_never_calls_the_scalar_exponential(kernels):

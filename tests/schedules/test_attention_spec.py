@@ -112,7 +112,7 @@ def test_reference_is_what_loops_compute(variant, bias):
     spec, length = variant.spec(2, 3, bias), 11
     q, k, v = rng.standard_normal((3, 2, length, 3))
     mask, added = rng.standard_normal(length), rng.standard_normal((1, length, length))
-    found = spec.reference(q, k, v, mask, added if bias else None)
+    context = spec.reference(q, k, v, mask, added if bias else None)
     for head, i in np.ndindex(2, length):
         scores = {
             j: q[head, i] @ k[head, j] * spec.scale + mask[j] + (added[0, i, j] if bias else 0)
@@ -121,7 +121,7 @@ def test_reference_is_what_loops_compute(variant, bias):
         }
         weights = {j: np.exp(score) for j, score in scores.items()}
         mean = sum(w * v[head, j] for j, w in weights.items()) / sum(weights.values())
-        np.testing.assert_allclose(found[head, i], mean, rtol=1e-12)
+        np.testing.assert_allclose(context[head, i], mean, rtol=1e-12)
 
 
 def test_reference_shares_heads_of_keys_and_bounds_scores():
@@ -140,9 +140,11 @@ def test_a_bias_by_distance_is_the_tensor_with_one_number_a_diagonal():
     by_distance = rng.standard_normal((4, 1, 11))
     i, j = np.indices((6, 6))
     tensor = by_distance[:, 0][:, j - i + 5]
-    one, other = (dataclasses.replace(PLAIN, bias=kind) for kind in ("by_distance", "tensor"))
-    found = one.reference(q, k, v, bias=by_distance)
-    np.testing.assert_allclose(found, other.reference(q, k, v, bias=tensor), rtol=1e-12)
+    by_diagonal, by_pair = (
+        dataclasses.replace(PLAIN, bias=kind) for kind in ("by_distance", "tensor")
+    )
+    context = by_diagonal.reference(q, k, v, bias=by_distance)
+    np.testing.assert_allclose(context, by_pair.reference(q, k, v, bias=tensor), rtol=1e-12)
 
 
 def test_reference_refuses_a_bias_that_the_spec_does_not_name():

@@ -76,8 +76,8 @@ def test_bytes_at_their_limits_do_not_overflow(kernels):
     ones, zeros = np.ones(outputs, "float32"), np.zeros(outputs, "float32")
     x = arithmetic.grouped(np.full((16, inputs), 255, "uint8"), 4)
     weights = dense.pack(task, knobs, [w, ones, zeros], kernels.row)
-    found = kernels.call(kernels.build(task, knobs), [x, *weights], (1, outputs, 16))
-    assert np.array_equal(found[0], np.repeat(255.0 * 127 * inputs * signs[:, None], 16, 1))
+    sums = kernels.call(kernels.build(task, knobs), [x, *weights], (1, outputs, 16))
+    assert np.array_equal(sums[0], np.repeat(255.0 * 127 * inputs * signs[:, None], 16, 1))
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from bertile.loader import token_blocks
-from bertile.schedules import reference
+from bertile.schedules import BLOCK_TOKENS, reference
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.embedding import embedding
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.task import Task
 from bertile.targets import rows as targets
 
@@ -52,7 +51,7 @@ class Lookup:
         self.words = rng.integers(0, 100, (len(lengths), longest))
         self.positions = np.arange(longest, dtype="int32")[None]
         mask = np.arange(longest) < np.array(lengths)[:, None]
-        self.place = token_blocks(mask, LANES)
+        self.place = token_blocks(mask, BLOCK_TOKENS)
         self.weights = [
             rng.standard_normal(shape).astype("float32")
             for shape in ((100, channels), (64, channels), (channels,), (channels,))
@@ -60,14 +59,14 @@ class Lookup:
 
     def run(self, kernels):
         operands = [self.words, self.positions, self.place, *self.weights]
-        shape = (len(self.place), self.task.shape["channels"], LANES)
+        shape = (len(self.place), self.task.shape["channels"], BLOCK_TOKENS)
         return lanes.from_lanes(kernels.call(kernels.build(self.task), operands, shape))
 
     def expected(self):
         words, positions, gamma, beta = self.weights
         rows = []
         for row, start, _, _ in self.place:  # past the end the last token is repeated
-            at = np.minimum(start + np.arange(LANES), self.words.shape[1] - 1)
+            at = np.minimum(start + np.arange(BLOCK_TOKENS), self.words.shape[1] - 1)
             ids = np.clip(self.words[row, at], 0, len(words) - 1)
             rows.append(words[ids].astype("float64") + positions[self.positions[0, at]])
         return reference.layer_norm(np.concatenate(rows), gamma, beta, 1e-12)

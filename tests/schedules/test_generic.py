@@ -35,11 +35,11 @@ def scheduled(expression, *inputs):
 
 def kinds_of(func):
     """The kinds of all loops of a PrimFunc: parallel, vectorized, serial."""
-    found = []
+    kinds = []
     tvm_ffi.structural_walk(
-        func.body, (tirx.For, lambda loop: found.append(tirx.ForKind(loop.kind).name))
+        func.body, (tirx.For, lambda loop: kinds.append(tirx.ForKind(loop.kind).name))
     )
-    return found
+    return kinds
 
 
 def the_func(mod):

@@ -10,8 +10,8 @@ import tvm_ffi
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.lanes import LANES
 from bertile.targets import rows as targets
 
 
@@ -19,7 +19,7 @@ from bertile.targets import rows as targets
 def test_from_lanes_undoes_to_lanes(tokens):
     rows = np.random.default_rng(0).standard_normal((tokens, 5)).astype("float32")
     there = lanes.to_lanes(rows)
-    assert there.shape == (-(-tokens // LANES), 5, LANES)
+    assert there.shape == (-(-tokens // BLOCK_TOKENS), 5, BLOCK_TOKENS)
     back = lanes.from_lanes(there)
     assert np.array_equal(back[:tokens], rows)
     assert not back[tokens:].any()
@@ -39,33 +39,33 @@ def test_vector_capacity_counts_vectors_of_16_floats(row, vectors):
 
 def allocations(func):
     """The bytes of each buffer that a PrimFunc allocates."""
-    found = []
-    tvm_ffi.structural_walk(func.body, (tirx.AllocBuffer, lambda node: found.append(node.buffer)))
-    return [4 * int(np.prod([int(extent) for extent in buffer.shape])) for buffer in found]
+    buffers = []
+    tvm_ffi.structural_walk(func.body, (tirx.AllocBuffer, lambda node: buffers.append(node.buffer)))
+    return [4 * int(np.prod([int(extent) for extent in buffer.shape])) for buffer in buffers]
 
 
 @pytest.mark.parametrize("vectors", [1, 15, 16, 30, 31])
 def test_registers_are_buffers_that_become_stack_slots(vectors):
-    with lanes.kernel("sums") as made:
-        x = made.activation("x", vectors)
-        y = made.activation("y", vectors)
-        with T.serial(made.blocks) as block:
+    with lanes.kernel("sums") as builder:
+        x = builder.activation("x", vectors)
+        y = builder.activation("y", vectors)
+        with T.serial(builder.blocks) as block:
             total = lanes.registers(vectors)
             for i, register in enumerate(total):
                 lanes.write(register, lanes.load(x, block, i))
             for i, register in enumerate(total):
                 lanes.store(y, lanes.read(register), block, i)
-    sizes = allocations(made.func)
-    assert sum(sizes) == vectors * LANES * 4
+    sizes = allocations(builder.func)
+    assert sum(sizes) == vectors * BLOCK_TOKENS * 4
     assert all(size < 1024 for size in sizes)
 
 
 def test_kernel_solves_the_number_of_blocks_from_its_argument(kernels):
-    with lanes.kernel("double") as made:
-        x, y = made.activation("x", 3), made.activation("y", 3)
-        with T.serial(made.blocks) as block, T.serial(3) as c:
+    with lanes.kernel("double") as builder:
+        x, y = builder.activation("x", 3), builder.activation("y", 3)
+        with T.serial(builder.blocks) as block, T.serial(3) as c:
             lanes.store(y, lanes.load(x, block, c) * lanes.splat(2.0), block, c)
-    library = kernels.compile(made.func)
+    library = kernels.compile(builder.func)
     for blocks in (1, 5):
-        x = np.random.default_rng(0).standard_normal((blocks, 3, LANES)).astype("float32")
+        x = np.random.default_rng(0).standard_normal((blocks, 3, BLOCK_TOKENS)).astype("float32")
         assert np.array_equal(kernels.call(library, [x], x.shape), 2 * x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bertile.schedules import reference
+from bertile.schedules import BLOCK_TOKENS, reference
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.layer_norm import layer_norm
 from bertile.schedules.task import Task
@@ -34,21 +34,21 @@ def test_layer_norm_keeps_its_digits_far_from_zero(kernels):
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((32, 768)) + 1000).astype("float32")
     gamma, beta = np.ones(768, "float32"), np.zeros(768, "float32")
-    found = kernels.call(
-        kernels.build(task_of(768)), [lanes.to_lanes(x), gamma, beta], (2, 768, lanes.LANES)
+    normalized = kernels.call(
+        kernels.build(task_of(768)), [lanes.to_lanes(x), gamma, beta], (2, 768, BLOCK_TOKENS)
     )
     expected = reference.layer_norm(x.astype("float64"), gamma, beta, 1e-12)
     # float32 holds 1000 to 6e-5: as E[x²] - E[x]² the variance would be off by a tenth
-    assert np.abs(lanes.from_lanes(found) - expected).max() < 5e-4
+    assert np.abs(lanes.from_lanes(normalized) - expected).max() < 5e-4
 
 
 def test_layer_norm_adds_epsilon_to_the_variance(kernels):
-    x = np.full((1, 16, lanes.LANES), 3.0, "float32")  # no variance at all
+    x = np.full((1, 16, BLOCK_TOKENS), 3.0, "float32")  # no variance at all
     x[0, 0] = 3.0 + 1e-3
     gamma, beta = np.ones(16, "float32"), np.full(16, 2.0, "float32")
-    found = kernels.call(kernels.build(task_of(16, 1e-3)), [x, gamma, beta], x.shape)
+    normalized = kernels.call(kernels.build(task_of(16, 1e-3)), [x, gamma, beta], x.shape)
     expected = reference.layer_norm(x[0].T.astype("float64"), gamma, beta, 1e-3).T
-    assert np.abs(found[0] - expected).max() < 1e-5
+    assert np.abs(normalized[0] - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("channels", [768, 312, 13])

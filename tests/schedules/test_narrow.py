@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import arithmetic, lanes
 from bertile.schedules.cpu.narrow import KINDS
 from bertile.schedules.task import Task
@@ -56,23 +57,23 @@ def test_bytes_reach_both_ends_of_each_tokens_range(kernels):
 
 def test_a_token_of_equal_values_is_kept(kernels):
     task = narrow(8, "int8")
-    x = np.full((1, 8, lanes.LANES), 0.7, "float32")
-    forms = [np.zeros((1, 2, lanes.LANES), "int32"), np.zeros((1, 2, lanes.LANES), "float32")]
+    x = np.full((1, 8, BLOCK_TOKENS), 0.7, "float32")
+    forms = [np.zeros((1, 2, BLOCK_TOKENS), "int32"), np.zeros((1, 2, BLOCK_TOKENS), "float32")]
     packed, range_ = kernels.call_all(kernels.build(task), [x], forms)
     assert np.allclose(arithmetic.dequantized_rows(packed, range_), 0.7)
 
 
 def test_values_outside_a_static_range_are_clipped(kernels):
-    x = np.linspace(-9, 9, 4 * lanes.LANES, dtype="float32").reshape(1, 4, lanes.LANES)
+    x = np.linspace(-9, 9, 4 * BLOCK_TOKENS, dtype="float32").reshape(1, 4, BLOCK_TOKENS)
     limits = np.array([-5.0, 25.5], "float32")
-    form = [np.zeros((1, 1, lanes.LANES), "int32")]
+    form = [np.zeros((1, 1, BLOCK_TOKENS), "int32")]
     (packed,) = kernels.call_all(kernels.build(narrow(4, "int8_static")), [x, limits], form)
-    found = arithmetic.ungrouped(packed, "uint8")
+    levels = arithmetic.ungrouped(packed, "uint8")
     expected = np.rint(np.clip((lanes.from_lanes(x) + 5) * 25.5, 0, 255))
-    assert np.array_equal(found, expected)
+    assert np.array_equal(levels, expected)
 
 
 def test_bf16_is_rounded_to_the_nearest_value():
     x = np.random.default_rng(0).standard_normal((100, 8)).astype("float32")
-    found = arithmetic.bf16_values(arithmetic.bf16_pairs(x))
-    assert np.abs(found - x).max() <= np.abs(x).max() * 2.0**-9
+    rounded = arithmetic.bf16_values(arithmetic.bf16_pairs(x))
+    assert np.abs(rounded - x).max() <= np.abs(x).max() * 2.0**-9

@@ -32,9 +32,9 @@ def test_reference_turns_pairs_of_channels_as_complex_numbers():
     rng = np.random.default_rng(0)
     x, angle = rng.standard_normal((5, 8)), rng.uniform(-4, 4, (5, 4))
     both = np.concatenate([angle, angle], 1)
-    found = reference.rotary(x, np.cos(both), np.sin(both))
+    rotated = reference.rotary(x, np.cos(both), np.sin(both))
     turned = (x[:, :4] + 1j * x[:, 4:]) * np.exp(1j * angle)
-    np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], 1), rtol=1e-12)
+    np.testing.assert_allclose(rotated, np.concatenate([turned.real, turned.imag], 1), rtol=1e-12)
 
 
 def test_scores_of_turned_channels_depend_on_the_distance_alone():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tvm.tirx.script import builder as T
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes, vector_math
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.reference import apply_activation
 
 POINTS = 1 << 18
@@ -27,7 +27,7 @@ def evaluate(kernels):
             function = vector_math.ACTIVATIONS.get(name) or getattr(vector_math, name)
             built[name] = kernels.compile(elementwise(function))
         x = np.asarray(x, "float32")
-        padded = np.zeros((-(-x.size // LANES), LANES), "float32")
+        padded = np.zeros((-(-x.size // BLOCK_TOKENS), BLOCK_TOKENS), "float32")
         padded.reshape(-1)[: x.size] = x
         return kernels.call(built[name], [padded], padded.shape).reshape(-1)[: x.size]
 
@@ -35,12 +35,12 @@ def evaluate(kernels):
 
 
 def elementwise(function):
-    with lanes.kernel("elementwise") as made:
-        x = made.tensor("x", made.blocks, LANES)
-        y = made.tensor("y", made.blocks, LANES)
-        with T.serial(made.blocks) as block:
+    with lanes.kernel("elementwise") as builder:
+        x = builder.tensor("x", builder.blocks, BLOCK_TOKENS)
+        y = builder.tensor("y", builder.blocks, BLOCK_TOKENS)
+        with T.serial(builder.blocks) as block:
             lanes.store(y, function(lanes.load(x, block)), block)
-    return made.func
+    return builder.func
 
 
 def grid(low, high):
@@ -76,8 +76,8 @@ def test_gelu_of_few_digits_holds_its_error(evaluate, name):
 
 
 def test_exp_stays_positive_and_tiny_below_its_range(evaluate):
-    found = evaluate("exp", [-87.0, -88.0, -1e4, -1e30, np.finfo("float32").min, -np.inf])
-    assert np.all(found > 0) and np.all(found < 1.7e-38)
+    powers = evaluate("exp", [-87.0, -88.0, -1e4, -1e30, np.finfo("float32").min, -np.inf])
+    assert np.all(powers > 0) and np.all(powers < 1.7e-38)
 
 
 def test_exp_is_exactly_one_at_zero(evaluate):

@@ -28,24 +28,29 @@ class CpuBackend:
     """See `Backend`."""
 
     tolerances = TOLERANCES
-    stages = ("backends.cpu.builder", "bundle.native_build", "run.opener")
+    stages = (
+        "backends.cpu.builder",
+        "backends.cpu.precision_plan",
+        "bundle.native_build",
+        "run.opener",
+    )
 
     def check(self, config: Config, row: Target) -> None:
-        from bertile.lower import precision_choice
+        from bertile.backends.cpu import precision_plan
 
-        precision_choice.check(config.precision, row)
+        precision_plan.check(config.precision, row)
 
     def higher_precisions(self, row: Target) -> tuple[str, ...]:
-        from bertile.lower import precision_choice
+        from bertile.backends.cpu import precision_plan
 
-        return precision_choice.higher(row)
+        return precision_plan.higher(row)
 
     def plan_layers(
         self, graph: Graph, precision: str, row: Target, log: TuningLog | None, sparse: str
     ) -> Graph:
-        from bertile.lower import precision_choice
+        from bertile.backends.cpu import precision_plan
 
-        return precision_choice.plan_layers(graph, precision, row, log, sparse)
+        return precision_plan.plan_layers(graph, precision, row, log, sparse)
 
     def forms(self, graph: Graph) -> Forms:
         from bertile.lower.forms import Forms
@@ -62,8 +67,10 @@ class CpuBackend:
     def runtime(self, parts: Parts) -> Callable[[Path], None]:
         from bertile.bundle import writer
 
-        found = parts()
-        return lambda directory: writer.include_runtime(directory, found.libraries, found.native)
+        runtime = parts()
+        return lambda directory: writer.include_runtime(
+            directory, runtime.libraries, runtime.native
+        )
 
     def surroundings(self, row: Target) -> Any:
         from bertile.run import opener

@@ -63,7 +63,7 @@ def inspect(
         "peaks_gflops": limits.peaks,
         "memory_gbs": limits.memory,
         "total_ms": total * 1e3,
-        "between_kernels_ms": (total - sum(one.seconds for one in seen.values())) * 1e3,
+        "between_kernels_ms": (total - sum(kernel.seconds for kernel in seen.values())) * 1e3,
     }
 
 
@@ -94,10 +94,12 @@ class _Limits:
 def _limits(manifest: dict[str, Any], seen: dict[str, _Seen], threads: int) -> _Limits:
     target = manifest["target"]["name"]
     precisions = {roofline.precision(kernel) for kernel in manifest["kernels"]} | {"fp32"}
-    peaks = {one: roofline.peak(target, threads, one) for one in sorted(precisions)}
-    sizes = sorted({_rounded(one.activations) for one in seen.values()} | {_rounded(0)})
-    found = roofline.bandwidths(target, threads, [*sizes, MEMORY_BYTES])
-    return _Limits(peaks, found.pop(MEMORY_BYTES), found)
+    peaks = {
+        precision: roofline.peak(target, threads, precision) for precision in sorted(precisions)
+    }
+    sizes = sorted({_rounded(kernel.activations) for kernel in seen.values()} | {_rounded(0)})
+    bandwidths = roofline.bandwidths(target, threads, [*sizes, MEMORY_BYTES])
+    return _Limits(peaks, bandwidths.pop(MEMORY_BYTES), bandwidths)
 
 
 def _rounded(size: int) -> int:
@@ -148,24 +150,24 @@ def _profile(
     return {name: seen[name] for name in names}, float(np.median(wholes))
 
 
-def _sizes(args: Sequence[Any], stored: set[int], lanes: int) -> _Seen:
+def _sizes(args: Sequence[Any], stored: set[int], block_tokens: int) -> _Seen:
     """Tokens and bytes of one call, from its tensors."""
     tensors = [arg for arg in args if hasattr(arg, "data_ptr")]
-    found = _Seen()
+    seen = _Seen()
     for tensor in tensors:
         size = int(np.prod(tensor.shape)) * np.dtype(str(tensor.dtype)).itemsize
         if tensor.data_ptr() in stored:
-            found.weights += size
+            seen.weights += size
         else:
-            found.activations += size
+            seen.activations += size
     if tensors and len(tensors[-1].shape) == 3:
-        found.tokens = int(tensors[-1].shape[0]) * lanes
-    return found
+        seen.tokens = int(tensors[-1].shape[0]) * block_tokens
+    return seen
 
 
-def _typical(found: list[float]) -> float:
+def _typical(seconds: list[float]) -> float:
     """Seconds of one request: the median over the requests of the sum over a kernel's calls."""
-    return float(np.median(np.array(found).reshape(RUNS, -1).sum(1)))
+    return float(np.median(np.array(seconds).reshape(RUNS, -1).sum(1)))
 
 
 def _row(

@@ -13,8 +13,10 @@ from tvm import relax
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import shape
 from bertile.lower.dense_weights import Arrays
-from bertile.lower.forms import FP32, GROUPS, Form, Forms
+from bertile.lower.form import FP32, Form
+from bertile.lower.forms import Forms
 from bertile.lower.lowering import Choice, Lowered, Lowering
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu.generic import KERNEL
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
@@ -31,17 +33,17 @@ class _CpuLowering(Lowering):
     def types(self, old: Any, form: Form) -> list[relax.TensorType]:
         """The types in lanes of a (B, S, C) or (N, C) tensor in a form."""
         *outer, channels = shape(old)
-        lanes = self.row.lanes
-        blocks = self.table.ty.shape[0] if len(outer) == 2 else (outer[0] + (lanes - 1)) // lanes
-        wide = -(-channels // GROUPS[form.kind])
+        rows = (outer[0] + (BLOCK_TOKENS - 1)) // BLOCK_TOKENS
+        blocks = self.table.ty.shape[0] if len(outer) == 2 else rows
+        wide = -(-channels // form.group)
         dtype = "float32" if form == FP32 else "int32"
-        types = [relax.TensorType([blocks, wide, lanes], dtype)]
-        if form.kind == "int8":  # scale and low of each token
-            types.append(relax.TensorType([blocks, 2, lanes], "float32"))
+        types = [relax.TensorType([blocks, wide, BLOCK_TOKENS], dtype)]
+        if form.ranges:  # scale and low of each token
+            types.append(relax.TensorType([blocks, 2, BLOCK_TOKENS], "float32"))
         return types
 
     def _keys(self, mask: Any) -> Any:
-        out = relax.TensorType([self.table.ty.shape[0], self.row.lanes], "float32")
+        out = relax.TensorType([self.table.ty.shape[0], BLOCK_TOKENS], "float32")
         return self._once(
             ("key_mask", mask),
             lambda: self._single(Task("key_mask"), [self._row_major(mask), self.table], out),
@@ -49,9 +51,9 @@ class _CpuLowering(Lowering):
 
     def _biases(self, bias: Any) -> Any:
         rows, heads, length, _ = bias.ty.shape
-        tiles = (length + (self.row.lanes - 1)) // self.row.lanes
-        lanes = self.row.lanes
-        out = relax.TensorType([rows, heads, tiles, tiles * lanes, lanes], "float32")
+        tiles = (length + (BLOCK_TOKENS - 1)) // BLOCK_TOKENS
+        extents = [rows, heads, tiles, tiles * BLOCK_TOKENS, BLOCK_TOKENS]
+        out = relax.TensorType(extents, "float32")
         return self._once(
             ("query_bias", bias),
             lambda: self._single(Task("query_bias"), [self._row_major(bias)], out),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bertile.tune.measure.runners import Runner
 
 # What crosses memory has so many digits too, in each of up to 24 layers.
-TOLERANCES_ON_GPU = {**TOLERANCES, "tf32": 0.02, "fp16": 0.02}
+TOLERANCES_ON_GPU = {**TOLERANCES, "fp16": 0.02}
 
 
 class CudaBackend:

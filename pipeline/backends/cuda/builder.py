@@ -25,13 +25,13 @@ def build(
 ) -> Built:
     """Choose knobs, lower, write the plan and compile, into files of ``directory``."""
     lowered = lower(graph, row, chooser.knobs)
-    made = plan.write(graph, lowered, row)
-    program = compiler.compile(made.source, row, cache_dir)
+    written = plan.write(graph, lowered, row)
+    program = compiler.compile(written.source, row, cache_dir)
     resources = cubin.read(program.cubin)
-    _check(made.content["steps"], resources, row)
+    _check(written.content["steps"], resources, row)
     directory.mkdir(parents=True, exist_ok=True)
-    contents = {PLAN: json.dumps(made.content, indent=1).encode() + b"\n"}
-    contents |= {CUBIN: program.cubin, PTX: program.ptx, SOURCE: made.source.encode()}
+    contents = {PLAN: json.dumps(written.content, indent=1).encode() + b"\n"}
+    contents |= {CUBIN: program.cubin, PTX: program.ptx, SOURCE: written.source.encode()}
     for name, content in contents.items():
         (directory / name).write_bytes(content)
     ours = [
@@ -39,15 +39,15 @@ def build(
     ]
     generic = [
         {"name": name, "operation": name, "shape": {}, "provenance": "generic", "calls": calls}
-        for name, calls in made.generic.items()
+        for name, calls in written.generic.items()
     ]
     kernels = [
-        {**one, "entries": _described(made.entries[one["name"]], resources)}
-        for one in (*ours, *generic)
+        {**kernel, "entries": _described(written.entries[kernel["name"]], resources)}
+        for kernel in (*ours, *generic)
     ]
     files = {name: directory / name for name in contents}
     versions = {"cuda_compiler": program.compiler}
-    return Built(files, made.params, kernels, lowered.fallthrough, versions)
+    return Built(files, written.params, kernels, lowered.fallthrough, versions)
 
 
 def _described(entries: Iterable[str], resources: dict[str, Resources]) -> dict[str, Any]:
@@ -65,13 +65,13 @@ def _described(entries: Iterable[str], resources: dict[str, Resources]) -> dict[
     }
 
 
-def _check(steps: Iterable[dict[str, Any]], found: dict[str, Resources], row: Target) -> None:
+def _check(steps: Iterable[dict[str, Any]], resources: dict[str, Resources], row: Target) -> None:
     """A kernel that asks for more than the GPU has would fail at its first launch."""
     for step in steps:
-        one = found[step["entry"]]
-        shared = one.shared + step["shared"]
-        if one.registers * step["threads"] > row.gpu.registers_per_sm:
-            what = f"{one.registers} registers for each of {step['threads']} threads"
+        kernel = resources[step["entry"]]
+        shared = kernel.shared + step["shared"]
+        if kernel.registers * step["threads"] > row.gpu.registers_per_sm:
+            what = f"{kernel.registers} registers for each of {step['threads']} threads"
         elif shared > row.gpu.shared_per_block:
             what = f"{shared} bytes of shared memory"
         else:

@@ -53,10 +53,10 @@ def combined(left: Extent, word: str, right: Extent) -> Extent:
 
 def product(extents: list[Extent]) -> Extent:
     """All of them multiplied."""
-    found: Extent = 1
-    for one in extents:
-        found = combined(found, "*", one)
-    return found
+    total: Extent = 1
+    for factor in extents:
+        total = combined(total, "*", factor)
+    return total
 
 
 def with_names(text: Extent, values: Mapping[str, Extent]) -> Extent:

@@ -11,7 +11,9 @@ from tvm import relax
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import shape
-from bertile.lower.forms import FP32, Form, Forms
+from bertile.lower import operators
+from bertile.lower.form import FP32, Form
+from bertile.lower.forms import Forms
 from bertile.schedules.task import Task
 
 # What activations of a precision are stored as, where that is another one.
@@ -24,22 +26,20 @@ class GpuForms(Forms):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
-        found = (self._of_tokens(binding.value) for binding in self.flow.bindings)
-        self.tokens = next((one for one in found if one), "fp32")
+        stored = (self._of_tokens(binding.value) for binding in self.flow.bindings)
+        self.tokens = next((kind for kind in stored if kind), "fp32")
 
     def input(self, call: relax.Call) -> Form:
-        found = super().input(call)
-        return found if found.kind.startswith("int8") else FP32
+        form = super().input(call)
+        return form if form.in_bytes else FP32
 
     def task(self, var: relax.Var) -> Task:
         call, task = self.flow.definition(var), super().task(var)
-        if ops.is_call(call, "bertile.dense"):
-            precision = str(task.shape.get("precision", "fp32"))
-        elif ops.is_call(call, "bertile.attention"):
-            precision = ops.precision(call)
+        operator = operators.of(call)
+        if operator.precision == operators.PRODUCTS:
+            precision = str(task.shape.get("precision", ops.precision(call)))
         else:
-            source = call.args[0] if ops.is_call(call, "bertile.first_token") else call
-            precision = self.element(source)
+            precision = self.element(call.args[0] if operator.leaves else call)
         return Task(task.operation, {**task.shape, "precision": precision})
 
     def layout(self, operation: str, value: Any) -> Task:
@@ -56,8 +56,8 @@ class GpuForms(Forms):
 
     def _of_tokens(self, value: Any) -> str | None:
         """What an operator says of how tokens are stored."""
-        names = ("dense", "attention", "embedding")
-        if not any(ops.is_call(value, f"bertile.{name}") for name in names):
+        operator = operators.of(value)
+        if operator is None or not operator.precision or len(shape(value)) < 3:
             return None
         precision = ops.precision(value)
-        return STORED.get(precision, precision) if len(shape(value)) == 3 else None
+        return STORED.get(precision, precision)

@@ -64,7 +64,7 @@ class Loops:
                 places[statement.buffer] = places[_behind(statement.data)]
             elif kind == "AllocBuffer":
                 places[statement.buffer] = ("scratch", len(scratch))
-                sizes = [extent(one, known) for one in statement.buffer.ty.shape]
+                sizes = [extent(axis, known) for axis in statement.buffer.ty.shape]
                 scratch.append(product([*sizes, _BYTES[str(statement.buffer.ty.dtype)]]))
             elif kind == "Evaluate" and isinstance(statement.value, tvm.ir.Call):
                 steps.append(_step(statement.value, places, known))
@@ -128,7 +128,7 @@ def _step(call: Any, places: Mapping[Any, Any], known: Mapping[Any, Extent]) -> 
     words = [str(word) for word in call.attrs.launch_params]
     name, *rest = call.args
     operands, extents = rest[: len(rest) - len(words)], rest[len(rest) - len(words) :]
-    launch = {word: extent(one, known) for word, one in zip(words, extents)}
+    launch = {word: extent(size, known) for word, size in zip(words, extents)}
     threads = launch.pop("threadIdx.x", 1)
     grid = tuple(launch.pop(f"blockIdx.{axis}", 1) for axis in "xyz")
     if launch or not isinstance(threads, int):
@@ -138,10 +138,10 @@ def _step(call: Any, places: Mapping[Any, Any], known: Mapping[Any, Extent]) -> 
             "compile the model for a CPU",
         )
     arguments = tuple(
-        places[_behind(one)]
-        if isinstance(one, tvm.ir.Call) and _behind(one) in places
-        else (str(one.ty.dtype), extent(one, known))
-        for one in operands
+        places[_behind(operand)]
+        if isinstance(operand, tvm.ir.Call) and _behind(operand) in places
+        else (str(operand.ty.dtype), extent(operand, known))
+        for operand in operands
     )
     return Step(str(name.value), grid, threads, arguments)
 
@@ -149,6 +149,8 @@ def _step(call: Any, places: Mapping[Any, Any], known: Mapping[Any, Extent]) -> 
 def _plain(source: str) -> str:
     """The kernels alone, in types that need no headers."""
     text = source[source.index(_ENTRY) :]
-    lines = [one for one in text.splitlines() if not (one.startswith(_ENTRY) and one[-1] == ";")]
+    lines = [
+        line for line in text.splitlines() if not (line.startswith(_ENTRY) and line[-1] == ";")
+    ]
     known = "|".join(_TYPES)
     return re.sub(rf"\b(?:{known})\b", lambda word: _TYPES[word[0]], "\n".join(lines)) + "\n"

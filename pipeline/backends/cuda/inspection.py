@@ -22,13 +22,13 @@ def inspect(directory: Path, batch: int, length: int, measure: bool = True) -> d
     """
     manifest = loader.read_manifest(directory)
     kernels = [
-        {"kernel": entry, "origin": one["provenance"], "calls": one["calls"], **takes}
-        for one in manifest["kernels"]
-        for entry, takes in one["entries"].items()
+        {"kernel": entry, "origin": kernel["provenance"], "calls": kernel["calls"], **takes}
+        for kernel in manifest["kernels"]
+        for entry, takes in kernel["entries"].items()
     ]
-    found = _timed(directory, random_inputs(manifest, batch, length)) if measure else _NOT_ASKED
+    timed = _timed(directory, random_inputs(manifest, batch, length)) if measure else _NOT_ASKED
     fallen = manifest["fallthrough"]
-    return {"kernels": kernels, "fallthrough": fallen, "batch": batch, "length": length, **found}
+    return {"kernels": kernels, "fallthrough": fallen, "batch": batch, "length": length, **timed}
 
 
 def _timed(directory: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from bertile.base.errors import ModelError
 from bertile.graph import ops
 from bertile.graph.rewriting.dataflow import shape
 from bertile.lower.dense_weights import Arrays
-from bertile.lower.forms import FP32, Form
+from bertile.lower.form import FP32, Form
 from bertile.lower.lowering import Lowered, Lowering
-from bertile.schedules.cuda.forms import BLOCK, pitch
+from bertile.schedules import BLOCK_TOKENS
+from bertile.schedules.cuda.forms import pitch
 from bertile.schedules.task import Task
 
 PREFIX = "prefix"  # what Relax sees as a function, and a plan as the same place
@@ -37,12 +38,12 @@ class _GpuLowering(Lowering):
         rows = self._rows() if len(outer) == 2 else outer[0]
         dtype = DTYPES[self.forms.element(old)] if form == FP32 else "uint8"
         types = [relax.TensorType([rows, pitch(channels)], dtype)]
-        if form.kind == "int8":  # scale and low of each token
+        if form.ranges:  # scale and low of each token
             types.append(relax.TensorType([rows, 2], "float32"))
         return types
 
     def _rows(self) -> Any:
-        return self.table.ty.shape[0] * BLOCK
+        return self.table.ty.shape[0] * BLOCK_TOKENS
 
     def _in_form(self, old: Any, form: Form) -> list[Any]:
         if form == FP32 and (old, form) not in self.lanes and _as_it_is(old):
@@ -100,7 +101,7 @@ def _is_prefix(value: Any) -> bool:
     if not ops.is_call(value, "relax.strided_slice"):
         return False
     x, axes, begin, _, *strides = value.args
-    numbers = [[int(n) for n in one.fields] for one in (axes, begin, *strides)]
+    numbers = [[int(n) for n in each.fields] for each in (axes, begin, *strides)]
     row = isinstance(x, tvm.ir.GenericConst) and len(shape(x)) == 2 and shape(x)[0] == 1
     return row and numbers in ([[1], [0], [1]], [[1], [0]])
 
@@ -108,4 +109,4 @@ def _is_prefix(value: Any) -> bool:
 def _as_it_is(old: Any) -> bool:
     """Whether a tensor is the same row-major and as an activation."""
     extents = shape(old)
-    return len(extents) == 2 and extents[-1] % BLOCK == 0
+    return len(extents) == 2 and extents[-1] % BLOCK_TOKENS == 0

@@ -71,13 +71,13 @@ class _Writer:
         for block in self.main.body.blocks:
             for binding in block.bindings:
                 self.places[binding.var] = self._value(binding.value)
-        found = self._value(self.main.body.body)
+        result = self._value(self.main.body.body)
         content = {
             "schema": SCHEMA,
             "inputs": [{"name": v.name, **self._kind(v.ty)} for v in self.inputs],
             "weights": list(self.params),
             "buffers": [{"bytes": size} for size in self.buffers],
-            "outputs": self._outputs(found if isinstance(found, list) else [found]),
+            "outputs": self._outputs(result if isinstance(result, list) else [result]),
             "steps": self.steps,
         }
         return Plan(content, "".join(self.sources.values()), self.params, self.calls, self.entries)
@@ -99,7 +99,7 @@ class _Writer:
         return {"dtype": str(ty.dtype), "shape": self._shape(ty)}
 
     def _shape(self, ty: Any) -> list[Extent]:
-        return [extent(one, self.names) for one in ty.shape]
+        return [extent(axis, self.names) for axis in ty.shape]
 
     # Expressions.
 
@@ -108,7 +108,7 @@ class _Writer:
         if isinstance(expr, relax.Var):
             return self.places[expr]
         if isinstance(expr, relax.Tuple):
-            return [self._value(one) for one in expr.fields]
+            return [self._value(field) for field in expr.fields]
         if isinstance(expr, relax.TupleGetItem):
             return self._value(expr.tuple_value)[expr.index]
         if isinstance(expr, tvm.ir.GenericConst):
@@ -147,22 +147,24 @@ class _Writer:
         kernel: Kernel = self.kernels[name]
         operands = list(call.args[1].fields)
         types, results = self._results(call)
-        places = [*(self._value(one) for one in operands), *results]
-        types = [*(one.ty for one in operands), *types]
+        places = [*(self._value(operand) for operand in operands), *results]
+        types = [*(operand.ty for operand in operands), *types]
         named = dict(zip(kernel.operands, places, strict=True))
         symbols = {"rows": self._rows(name, operands, call)}
         for operand, ty in zip(kernel.operands, types):
-            symbols |= {f"{operand}_{axis}": one for axis, one in enumerate(self._shape(ty))}
+            symbols |= {f"{operand}_{axis}": size for axis, size in enumerate(self._shape(ty))}
         for scratch, size in kernel.scratch.items():
             named[scratch] = self._buffer(with_names(size, symbols))
         for launch in kernel.launches:
             self._step(
                 launch.entry,
-                tuple(with_names(one, symbols) for one in launch.grid),
+                tuple(with_names(size, symbols) for size in launch.grid),
                 launch.threads,
                 [
-                    list(named[one]) if one in named else ["int32", with_names(one, symbols)]
-                    for one in launch.arguments
+                    list(named[argument])
+                    if argument in named
+                    else ["int32", with_names(argument, symbols)]
+                    for argument in launch.arguments
                 ],
                 launch.shared,
                 with_names(launch.when, symbols),
@@ -185,21 +187,23 @@ class _Writer:
             self.loops[name] = generic.loops(f"loops_{name}", self.mod[call.args[0]], self.row)
             self.sources[f"loops_{name}"] = self.loops[name].source
         self.calls[f"loops_{name}"] += 1
-        found = self.loops[name]
+        loops = self.loops[name]
         types, results = self._results(call)
         places: list[Any] = []
         values: dict[Any, Extent] = {}
-        given = [*((one.ty, one) for one in call.args[1].fields), *zip(types, results)]
-        given += [(one.ty, one) for one in (call.args[2].values if len(call.args) > 2 else ())]
-        for param, (ty, one) in zip(found.func.params, given, strict=True):
+        operands = [*((value.ty, value) for value in call.args[1].fields), *zip(types, results)]
+        operands += [
+            (value.ty, value) for value in (call.args[2].values if len(call.args) > 2 else ())
+        ]
+        for param, (ty, operand) in zip(loops.func.params, operands, strict=True):
             if hasattr(param.ty, "shape"):
-                places.append(one if isinstance(one, tuple) else self._value(one))
+                places.append(operand if isinstance(operand, tuple) else self._value(operand))
                 pairs = zip(param.ty.shape, ty.shape)
                 values |= {a: extent(b, self.names) for a, b in pairs if isinstance(a, tirx.Var)}
             else:  # a number
                 places.append(None)
-                values[param] = extent(one, self.names)
-        steps, sizes = found.steps(values)
+                values[param] = extent(operand, self.names)
+        steps, sizes = loops.steps(values)
         scratch = [self._buffer(size) for size in sizes]
         for step in steps:
             known = {"operand": places, "scratch": scratch}

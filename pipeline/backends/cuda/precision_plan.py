@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
-from tvm import relax
 
 from bertile.base.errors import PlatformError
-from bertile.graph import ops
 from bertile.graph.graph import Graph
-from bertile.graph.rewriting.dataflow import Dataflow, rewrite
-from bertile.lower.precision_choice import FEW_ROWS
-from bertile.numerics.precision import LayerPlan
+from bertile.lower import layer_precisions
+from bertile.numerics.precision import PRECISIONS, LayerPlan
 from bertile.targets.rows import Target
 
 
@@ -37,24 +32,11 @@ def plan_layers(graph: Graph, precision: str, row: Target) -> Graph:
     says anything but int8 is computed in that type too.
     """
     check(precision, row)
-    plan = dict(graph.plan)
-    quantized = precision == "int8" or any(one.precision == "int8" for one in plan.values())
+    quantized = PRECISIONS[precision].quantized or any(p.quantized for p in graph.plan.values())
     tokens = "fp16" if quantized else precision
 
-    def layer(flow: Dataflow, call: relax.Call) -> Any:
-        if any(ops.is_call(call, f"bertile.{name}") for name in ("attention", "embedding")):
-            return ops.with_precision(call, tokens)
-        if not ops.is_call(call, "bertile.dense"):
-            return None
-        weight = flow.definition(call.args[1])
-        name = weight.name if isinstance(weight, relax.Var) else ""
-        found = plan.get(name, LayerPlan(precision))
-        if not flow.is_tokens(call.args[0]):
-            found = LayerPlan("fp32", why=FEW_ROWS)
-        elif found.precision != "int8":
-            found = dataclasses.replace(found, precision=tokens)
-        plan[name] = found
-        return ops.with_precision(call, found.precision)
+    def of_tokens(plan: LayerPlan) -> LayerPlan:
+        return plan if plan.quantized else dataclasses.replace(plan, precision=tokens)
 
-    graph = rewrite(graph, layer)
-    return dataclasses.replace(graph, plan=plan)
+    rules = dict.fromkeys(("attention", "embedding"), lambda flow, call: tokens)
+    return layer_precisions.assigned(graph, precision, rules, of_tokens)

@@ -163,15 +163,15 @@ void bt_fit(const bt_input *spec, const bertile_tensor *given, const bt_request 
 }
 
 int64_t bt_blocks(const bt_request *request, int64_t first, int64_t rows, int64_t step,
-                  int64_t lanes, int32_t *table) {
+                  int64_t block_tokens, int32_t *table) {
     int64_t total = 0;
     for (int64_t row = 0; row < step; row++) { /* rows of padding have one token */
         int64_t end = row < rows ? request->ends[first + row] : 1;
-        int64_t count = (end + lanes - 1) / lanes;
+        int64_t count = (end + block_tokens - 1) / block_tokens;
         for (int64_t block = 0; table && block < count; block++) {
             int32_t *line = table + 4 * (total + block);
             line[0] = (int32_t)row;
-            line[1] = (int32_t)(block * lanes);
+            line[1] = (int32_t)(block * block_tokens);
             line[2] = (int32_t)total;
             line[3] = (int32_t)count;
         }

@@ -183,9 +183,9 @@ bertile_status bt_check_inputs(const bt_manifest *manifest, const bertile_tensor
 /* Write `rows` rows of an input from row `first` on, padded to (step, width), as its integers. */
 void bt_fit(const bt_input *spec, const bertile_tensor *given, const bt_request *request,
             int64_t first, int64_t rows, int64_t step, int64_t width, void *out);
-/* How many blocks of `lanes` tokens such rows have; `table` (count, 4) is written unless NULL. */
+/* How many blocks of so many tokens such rows have; `table` (count, 4) is written unless NULL. */
 int64_t bt_blocks(const bt_request *request, int64_t first, int64_t rows, int64_t step,
-                  int64_t lanes, int32_t *table);
+                  int64_t block_tokens, int32_t *table);
 
 /* -- outputs.c: what the caller gets */
 

@@ -207,10 +207,11 @@ static bertile_status run_chunk(void *data) {
  * for, else what the caches of its threads hold. */
 static int64_t rows_of_pass(const bertile_model *model, const bt_request *request, int64_t first) {
     int64_t fixed = model->manifest.static_batch, left = request->batch - first, rows = 0;
-    int64_t room = (int64_t)BT_PASS_BLOCKS * model->worker.threads, lanes = model->manifest.lanes;
+    int64_t room = (int64_t)BT_PASS_BLOCKS * model->worker.threads;
+    int64_t block_tokens = model->manifest.lanes;
     if (fixed) return left < fixed ? left : fixed;
     while (rows < left) {
-        room -= bt_blocks(request, first + rows, 1, 1, lanes, NULL);
+        room -= bt_blocks(request, first + rows, 1, 1, block_tokens, NULL);
         if (rows && room < 0) break;
         rows++;
     }

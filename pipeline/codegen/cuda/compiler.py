@@ -52,18 +52,21 @@ def compile(
     """Compile the source of kernels, which is in the words of the prelude, as one program."""
     compiler = compiler or find()
     text = prelude() + source
-    made = cache.Cache(cache_dir)
+    programs = cache.Cache(cache_dir)
     key = cache.key("codegen.cuda.compiler", text, row.name, compiler.name)
     began = time.perf_counter()
 
     def make(directory: Path) -> None:
         with ThreadPoolExecutor(2) as pool:
             wanted = {"cubin": machine(row), "ptx": virtual(row)}
-            runs = {name: pool.submit(compiler.run, text, one) for name, one in wanted.items()}
+            runs = {
+                name: pool.submit(compiler.run, text, architecture)
+                for name, architecture in wanted.items()
+            }
         for name, run in runs.items():
             (directory / name).write_bytes(run.result())
 
-    path, _ = made.get_or_make(key, make)
+    path, _ = programs.get_or_make(key, make)
     seconds = time.perf_counter() - began
     return Program(
         (path / "cubin").read_bytes(), (path / "ptx").read_bytes(), compiler.name, seconds
@@ -94,8 +97,8 @@ def words() -> bytes:
 def find() -> Compiler:
     """nvcc or NVRTC, whichever is found first; PlatformError where there is neither."""
     for look in (nvcc, nvrtc):
-        if (found := look()) is not None:
-            return found
+        if (compiler := look()) is not None:
+            return compiler
     oldest, newest = (".".join(map(str, release)) for release in RELEASES)
     raise PlatformError(
         f"no compiler for CUDA from {oldest} to {newest} was found",
@@ -105,7 +108,7 @@ def find() -> Compiler:
 
 def nvcc() -> Compiler | None:
     """The toolkit's compiler, which wants a C++ compiler beside it."""
-    path = next((found for name in _NVCC if (found := shutil.which(name))), None)
+    path = next(filter(None, map(shutil.which, _NVCC)), None)
     if path is None or shutil.which("g++") is None:
         return None
     text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
@@ -116,13 +119,13 @@ def nvcc() -> Compiler | None:
     def run(source: str, architecture: str) -> bytes:
         kind = "--cubin" if architecture.startswith("sm_") else "--ptx"
         with tempfile.TemporaryDirectory() as directory:
-            given, made = Path(directory, "kernels.cu"), Path(directory, "kernels.out")
-            given.write_text(source, encoding="utf-8")
-            command = [path, kind, f"-arch={architecture}", *OPTIONS, "-o", str(made), str(given)]
+            code, binary = Path(directory, "kernels.cu"), Path(directory, "kernels.out")
+            code.write_text(source, encoding="utf-8")
+            command = [path, kind, f"-arch={architecture}", *OPTIONS, "-o", str(binary), str(code)]
             done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
             if done.returncode:
                 raise _refused("nvcc", architecture, done.stderr or done.stdout)
-            return made.read_bytes()
+            return binary.read_bytes()
 
     return Compiler(f"nvcc {release[1]}.{release[2]}", run)
 
@@ -153,8 +156,10 @@ def _known(major: int, minor: int) -> bool:
 def _libraries() -> list[Path]:
     spec = util.find_spec("nvidia")
     places = spec.submodule_search_locations if spec else None
-    found = [one for place in places or () for one in Path(place).glob("*/lib/libnvrtc.so.1?")]
-    return sorted(found, reverse=True)
+    libraries = [
+        library for place in places or () for library in Path(place).glob("*/lib/libnvrtc.so.1?")
+    ]
+    return sorted(libraries, reverse=True)
 
 
 class _Nvrtc:
@@ -168,8 +173,8 @@ class _Nvrtc:
     def compile(self, architecture: str) -> bytes:
         try:
             options = [f"--gpu-architecture={architecture}".encode(), *map(str.encode, OPTIONS)]
-            given = (ctypes.c_char_p * len(options))(*options)
-            if self.calls.nvrtcCompileProgram(self.program, len(options), given):
+            strings = (ctypes.c_char_p * len(options))(*options)
+            if self.calls.nvrtcCompileProgram(self.program, len(options), strings):
                 raise _refused("NVRTC", architecture, self._get("ProgramLog").decode())
             return self._get("CUBIN") if architecture.startswith("sm_") else self._get("PTX")
         finally:

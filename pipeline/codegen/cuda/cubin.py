@@ -77,12 +77,12 @@ def _sections(data: bytes) -> dict[str, tuple[bytes, int]]:
     start, count, names = header[6], header[12], header[13]
     rows = [_SECTION.unpack_from(data, start + i * _SECTION.size) for i in range(count)]
     texts = data[rows[names][4] :]
-    found = {}
+    sections = {}
     for name, kind, _, _, offset, size, *_ in rows:
         no_bits = kind == 8
         content = b"" if no_bits else data[offset : offset + size]
-        found[_text(texts, name)] = (content, size)
-    return found
+        sections[_text(texts, name)] = (content, size)
+    return sections
 
 
 def _symbols(table: bytes, _size: int, texts: bytes) -> list[str]:
@@ -94,14 +94,14 @@ def _text(data: bytes, start: int) -> str:
 
 
 def _attributes(data: bytes) -> list[tuple[int, tuple[int, ...]]]:
-    found, place = [], 0
+    attributes, place = [], 0
     while place < len(data):
         form, kind, size = struct.unpack_from("<BBH", data, place)
         place += 4
         if form == _WORDS:
-            found.append((kind, struct.unpack_from(f"<{size // 4}I", data, place)))
+            attributes.append((kind, struct.unpack_from(f"<{size // 4}I", data, place)))
             place += size
-    return found
+    return attributes
 
 
 def _count(code: bytes) -> Counter[str]:

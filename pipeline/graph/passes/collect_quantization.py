@@ -91,11 +91,11 @@ def _layer(graph: Graph, flow: Dataflow, binding: relax.VarBinding) -> _Layer:
 
 def _vector(graph: Graph, flow: Dataflow, expr: Any) -> np.ndarray | None:
     """A weight (1, …, 1, K) as (K,)."""
-    found = flow.definition(expr)
-    if isinstance(found, tvm.ir.GenericConst):
-        value = found.value.numpy()
-    elif found in flow.weights:
-        value = graph.params[found.name]
+    source = flow.definition(expr)
+    if isinstance(source, tvm.ir.GenericConst):
+        value = source.value.numpy()
+    elif source in flow.weights:
+        value = graph.params[source.name]
     else:
         return None
     return value.reshape(-1) if value.size > 1 and value.shape[-1] == value.size else None
@@ -104,7 +104,7 @@ def _vector(graph: Graph, flow: Dataflow, expr: Any) -> np.ndarray | None:
 def _common(layers: list[_Layer]) -> np.ndarray | None:
     """What all layers are smoothed by; None where that differs, and stays in the graph."""
     first = layers[0].smooth
-    same = all(one.smooth is not None and np.array_equal(one.smooth, first) for one in layers)
+    same = all(layer.smooth is not None and np.array_equal(layer.smooth, first) for layer in layers)
     return first if same else None
 
 

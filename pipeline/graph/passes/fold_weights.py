@@ -67,10 +67,10 @@ def _beginning(parts: Sequence[Sequence[str]]) -> list[str]:
 
 def _weights(flow: Dataflow, expr: Any) -> list[str]:
     """The names of the weights that an expression is computed of, each once."""
-    found = flow.definition(expr)
-    if isinstance(found, relax.Var):
-        return [found.name] if found in flow.weights else []
-    parts = found.fields if isinstance(found, relax.Tuple) else getattr(found, "args", [])
+    value = flow.definition(expr)
+    if isinstance(value, relax.Var):
+        return [value.name] if value in flow.weights else []
+    parts = value.fields if isinstance(value, relax.Tuple) else getattr(value, "args", [])
     return list(dict.fromkeys(name for part in parts for name in _weights(flow, part)))
 
 

@@ -89,10 +89,10 @@ def _consistent(flow: Dataflow, scores: _Scores, v: _Heads) -> bool:
 
 def _joined(flow: Dataflow, q: Any, k: Any, v: _Heads) -> Any:
     """Q, K and V side by side, and behind that the rotary positions that Q and K have in common."""
-    turned = [flow.call(one, "bertile.rotary") for one in (q, k)]
-    if any(one is None for one in turned) or not _same_angles(flow, *turned):
+    turned = [flow.call(rotary, "bertile.rotary") for rotary in (q, k)]
+    if any(rotary is None for rotary in turned) or not _same_angles(flow, *turned):
         return relax.op.concat([q, k, v.x], axis=2)
-    (q, cos, sin), (k, _, _) = (one.args for one in turned)
+    (q, cos, sin), (k, _, _) = (rotary.args for rotary in turned)
     return ops.rotary(relax.op.concat([q, k, v.x], axis=2), cos, sin, 2 * v.heads)
 
 

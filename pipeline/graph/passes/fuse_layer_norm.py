@@ -42,9 +42,9 @@ def _spelled_out(flow: Dataflow, call: relax.Call) -> Any:
             ratio = flow.call(quotient, "divide")
             if ratio is None or not flow.is_weight(gamma):
                 continue
-            found = _standardized(flow, ratio)
-            if found is not None:
-                return _make(flow, found[0], gamma, beta, found[1])
+            standardized = _standardized(flow, ratio)
+            if standardized is not None:
+                return _make(flow, standardized[0], gamma, beta, standardized[1])
     return None
 
 

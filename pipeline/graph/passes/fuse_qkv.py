@@ -26,8 +26,8 @@ def _join(flow: Dataflow, call: relax.Call) -> Any:
     if not flow.is_op(call, "concat") or int(call.attrs["axis"]) != len(call.ty.shape) - 1:
         return None
     layers = [linear(flow, part) for part in flow.definition(call.args[0]).fields]
-    if not all(layers) or not all(one.x.same_as(layers[0].x) for one in layers):
+    if not all(layers) or not all(layer.x.same_as(layers[0].x) for layer in layers):
         return None
-    w = relax.op.concat([one.w for one in layers], axis=1)
-    b = relax.op.concat([one.bias() for one in layers], axis=0)
+    w = relax.op.concat([layer.w for layer in layers], axis=1)
+    b = relax.op.concat([layer.bias() for layer in layers], axis=0)
     return relax.op.add(relax.op.matmul(layers[0].x, w), b)

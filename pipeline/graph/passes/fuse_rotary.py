@@ -72,7 +72,7 @@ def _slice(flow: Dataflow, expr: Any, begin: int, end: int) -> Any:
     if part is None or (shape(part) or [None])[-1] != end - begin:
         return None
     x, *numbers = part.args
-    axes, begins, _, *steps = ([int(n) for n in one.fields] for one in numbers)
+    axes, begins, _, *steps = ([int(n) for n in field.fields] for field in numbers)
     extents = shape(x) or []
     right = axes in ([-1], [len(extents) - 1]) and steps in ([], [[1]])
     return x if right and [b % extents[-1] for b in begins] == [begin] else None
@@ -98,8 +98,8 @@ def _of_rows(flow: Dataflow, x: Any, cos: Any, sin: Any) -> Any:
     if not flow.is_tokens(rows) or shape(rows)[2] != heads * size:
         return None
     of_heads = 2 if permuted is None else 1
-    angles = [_angles(flow, one, of_heads, size, rows) for one in (cos, sin)]
-    if any(one is None for one in angles):
+    angles = [_angles(flow, table, of_heads, size, rows) for table in (cos, sin)]
+    if any(angle is None for angle in angles):
         return None
     turned = relax.op.reshape(ops.rotary(rows, *angles, heads), split.ty.shape)
     return turned if permuted is None else relax.op.permute_dims(turned, HEADS_FIRST)

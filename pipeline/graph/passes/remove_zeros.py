@@ -82,22 +82,22 @@ class _Cut:
     """What goes between the layers of all pairs of the same two weights."""
 
     def __init__(self, graph: Graph, pairs: list[_Pair]) -> None:
-        self.graph, self.pairs, self.one = graph, pairs, pairs[0]
-        attention = self.one.attention
+        self.graph, self.pairs, self.pair = graph, pairs, pairs[0]
+        attention = self.pair.attention
         self.what = "neurons" if attention is None else "attention heads"
         self.size = 1 if attention is None else ops.attention_spec(attention).head_size
         # w (inputs, channels, or 3 channels for Q, K and V), v (channels, outputs)
-        self.w, self.b = (self._value(one) for one in self.one.first.args[1:3])
-        self.v, self.c = (self._value(one) for one in self.one.second.args[1:3])
+        self.w, self.b = (self._value(weight) for weight in self.pair.first.args[1:3])
+        self.v, self.c = (self._value(weight) for weight in self.pair.second.args[1:3])
         self.channels = len(self.v)
 
     @property
     def possible(self) -> bool:
         """Whether nobody else reads the weights, and the pairs compute the same."""
         flow = Dataflow(self.graph.main)
-        uses = [flow.uses(one.args[1]) for one in (self.one.first, self.one.second)]
+        uses = [flow.uses(layer.args[1]) for layer in (self.pair.first, self.pair.second)]
         alone = uses == [len(self.pairs)] * 2
-        return alone and all(pair.computes_as(self.one) for pair in self.pairs)
+        return alone and all(pair.computes_as(self.pair) for pair in self.pairs)
 
     @cached_property
     def gone(self) -> np.ndarray:
@@ -135,17 +135,17 @@ class _Cut:
         """The graph without what goes."""
         kept = np.repeat(~self.gone, self.size)
         columns = np.tile(kept, len(self.b) // self.channels)
-        made, readers = Resized(self.graph), len(self.pairs)
-        (w, b), (v, c) = self.one.first.args[1:3], self.one.second.args[1:3]
-        first = [made(w, self.w[:, columns], readers), made(b, self.b[columns], readers)]
-        second = [made(v, self.v[kept], readers), made(c, self._folded(~kept), readers)]
+        resized, readers = Resized(self.graph), len(self.pairs)
+        (w, b), (v, c) = self.pair.first.args[1:3], self.pair.second.args[1:3]
+        first = [resized(w, self.w[:, columns], readers), resized(b, self.b[columns], readers)]
+        second = [resized(v, self.v[kept], readers), resized(c, self._folded(~kept), readers)]
         values = {}
         for pair in self.pairs:
             inner = _with_weights(pair.first, pair.first.args[0], first)
             if pair.attention is not None:
                 inner = ops.with_spec(pair.attention, self._cut_spec(pair.attention), inner)
             values[pair.var] = _with_weights(pair.second, inner, second)
-        return self._replanned(made.write(values), kept)
+        return self._replanned(resized.write(values), kept)
 
     def _cut_spec(self, attention: relax.Call) -> AttentionSpec:
         heads = int((~self.gone).sum())
@@ -153,9 +153,9 @@ class _Cut:
 
     def _folded(self, gone: np.ndarray) -> np.ndarray:
         """The second layer's bias with what the channels that go have always added to it."""
-        activation = str(self.one.first.attrs["activation"])
+        activation = str(self.pair.first.attrs["activation"])
         values = apply_activation(activation, self.b[-self.channels :].astype("float64"))
-        plan = self.graph.plan.get(self.one.weights[1])
+        plan = self.graph.plan.get(self.pair.weights[1])
         if plan is not None and plan.static:
             smooth = np.float64(1) if plan.smooth is None else plan.smooth.astype("float64")
             values = quantize_input((values * smooth)[None], plan.low, plan.high).values()[0]
@@ -164,7 +164,7 @@ class _Cut:
 
     def _replanned(self, graph: Graph, kept: np.ndarray) -> Graph:
         """The graph whose plan for the second layer has factors for what is left of its inputs."""
-        weight = self.one.weights[1]
+        weight = self.pair.weights[1]
         plan = graph.plan.get(weight)
         if plan is None or plan.smooth is None:
             return graph
@@ -178,8 +178,8 @@ class _Cut:
 
 def _pairs(graph: Graph) -> list[_Pair]:
     flow = Dataflow(graph.main)
-    found = [_pair(flow, binding) for binding in flow.bindings]
-    return [pair for pair in found if pair is not None]
+    pairs = [_pair(flow, binding) for binding in flow.bindings]
+    return [pair for pair in pairs if pair is not None]
 
 
 def _pair(flow: Dataflow, binding: relax.VarBinding) -> _Pair | None:
@@ -204,7 +204,7 @@ def _is_layer(flow: Dataflow, value: Any) -> bool:
 def _tells_heads_apart(attention: relax.Call) -> bool:
     """Whether heads cannot go one by one: they share keys, or a bias has one for each."""
     spec, bias = ops.attention_spec(attention), attention.args[2:]
-    return spec.kv_heads != spec.heads or any(shape(one)[1] != 1 for one in bias)
+    return spec.kv_heads != spec.heads or any(shape(each)[1] != 1 for each in bias)
 
 
 def _with_weights(layer: relax.Call, x: Any, weights: list[Any]) -> relax.Call:

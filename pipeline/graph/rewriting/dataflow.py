@@ -40,10 +40,8 @@ class Dataflow:
 
     def call(self, expr: Any, *names: str) -> relax.Call | None:
         """The call of one of these operators that ``expr`` is or stands for, else None."""
-        found = self.definition(expr)
-        return (
-            found if any(is_call(found, f"relax.{n}") or is_call(found, n) for n in names) else None
-        )
+        call = self.definition(expr)
+        return call if any(is_call(call, f"relax.{n}") or is_call(call, n) for n in names) else None
 
     def is_op(self, expr: Any, *names: str) -> bool:
         """Whether ``expr`` is or stands for a call of one of these operators."""
@@ -61,14 +59,14 @@ class Dataflow:
         """Whether the value is known at build time: a weight, a constant, or computed of such
         alone.
         """
-        found = self.definition(expr)
-        if isinstance(found, relax.Var):
-            return found in self.weights
-        if isinstance(found, relax.Tuple):
-            return all(self.is_weight(field) for field in found.fields)
-        if any(is_call(found, name) for name in FOLDED):
-            return all(self.is_weight(a) for a in found.args if not isinstance(a, relax.ShapeExpr))
-        return isinstance(found, tvm.ir.GenericConst)
+        value = self.definition(expr)
+        if isinstance(value, relax.Var):
+            return value in self.weights
+        if isinstance(value, relax.Tuple):
+            return all(self.is_weight(field) for field in value.fields)
+        if any(is_call(value, name) for name in FOLDED):
+            return all(self.is_weight(a) for a in value.args if not isinstance(a, relax.ShapeExpr))
+        return isinstance(value, tvm.ir.GenericConst)
 
     def used(self) -> set[relax.Var]:
         """All variables that are read somewhere."""
@@ -88,9 +86,9 @@ class Dataflow:
 
     def scalar(self, expr: Any) -> float | None:
         """The value of a constant with one element, else None."""
-        found = self.definition(expr)
-        if isinstance(found, tvm.ir.GenericConst) and found.value.numpy().size == 1:
-            return float(found.value.numpy().reshape(()))
+        constant = self.definition(expr)
+        if isinstance(constant, tvm.ir.GenericConst) and constant.value.numpy().size == 1:
+            return float(constant.value.numpy().reshape(()))
         return None
 
     def split_scalar(self, call: relax.Call) -> tuple[Any, float] | None:

@@ -38,9 +38,9 @@ def linear(flow: Dataflow, expr: Any) -> Linear | None:
         return None
     for value, bias in (total.args, list(total.args)[::-1]):
         product = flow.call(value, "matmul")
-        found = _product(flow, product) if product is not None and flow.used_once(value) else None
-        if found and flow.is_weight(bias) and shape(bias) == [shape(found.w)[1]]:
-            return Linear(found.x, found.w, bias)
+        linear = _product(flow, product) if product is not None and flow.used_once(value) else None
+        if linear and flow.is_weight(bias) and shape(bias) == [shape(linear.w)[1]]:
+            return Linear(linear.x, linear.w, bias)
     return None
 
 

@@ -17,7 +17,7 @@ class Resized:
 
     def __init__(self, graph: Graph) -> None:
         self.graph, self.flow = graph, Dataflow(graph.main)
-        self.made: dict[relax.Var, relax.Var] = {}  # old → new
+        self.resized: dict[relax.Var, relax.Var] = {}  # old → new
         self.values: dict[str, np.ndarray] = {}
 
     def __call__(self, old: Any, value: np.ndarray, readers: int = 1) -> Any:
@@ -32,14 +32,14 @@ class Resized:
         if self.flow.uses(old) > readers:
             while name in self.graph.params or name in self.values:
                 name += "_resized"
-        self.made[old] = relax.Var(name, relax.TensorType(value.shape, "float32"))
+        self.resized[old] = relax.Var(name, relax.TensorType(value.shape, "float32"))
         self.values[name] = value
-        return self.made[old]
+        return self.resized[old]
 
     def write(self, values: dict[relax.Var, Any]) -> Graph:
         """The graph in which these variables have these values."""
         main = self.graph.main
-        params = [*main.params, *self.made.values()]
+        params = [*main.params, *self.resized.values()]
         graph = self.graph.with_main(
             relax.Function(params, main.body, main.ret_ty, True, main.attrs)
         )
@@ -48,9 +48,9 @@ class Resized:
         count = int(main.attrs["num_input"])
         inputs, weights = main.params[:count], []
         for old in self.graph.main.params[count:]:
-            weights += [old] if old not in self.made or old in used else []
-            weights += [self.made[old]] if old in self.made else []
-        made = relax.Function([*inputs, *weights], main.body, main.ret_ty, True, main.attrs)
+            weights += [old] if old not in self.resized or old in used else []
+            weights += [self.resized[old]] if old in self.resized else []
+        function = relax.Function([*inputs, *weights], main.body, main.ret_ty, True, main.attrs)
         held = {**self.graph.params, **self.values}
         params = {var.name: held[var.name] for var in weights}
-        return dataclasses.replace(graph.with_main(made), params=params)
+        return dataclasses.replace(graph.with_main(function), params=params)

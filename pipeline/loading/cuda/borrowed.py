@@ -34,14 +34,16 @@ def borrow_all(inputs: dict, specs: list[dict], gpu: Gpu, stream: int) -> dict[s
     """Where the given arrays lie on the device; each (batch, length), of one shape, checked."""
     named = check_names(inputs, specs)
     dtypes = {spec["name"]: np.dtype(spec["dtype"]) for spec in specs}
-    given = {name: _borrow(name, value, dtypes[name], gpu, stream) for name, value in named.items()}
-    first, (_, shape) = next(iter(given.items()))
+    borrowed = {
+        name: _borrow(name, value, dtypes[name], gpu, stream) for name, value in named.items()
+    }
+    first, (_, shape) = next(iter(borrowed.items()))
     if len(shape) != 2 or 0 in shape:
         raise InputError(f"{first} has shape {shape}", "give (batch, length), for one text [ids]")
-    for name, one in given.items():
-        if one.shape != shape:
-            raise InputError(f"{name} has shape {one.shape}, but {first} has {shape}")
-    return given
+    for name, array in borrowed.items():
+        if array.shape != shape:
+            raise InputError(f"{name} has shape {array.shape}, but {first} has {shape}")
+    return borrowed
 
 
 def _borrow(name: str, value, dtype: np.dtype, gpu: Gpu, stream: int) -> Borrowed:

@@ -99,18 +99,18 @@ def _read(file, memory: np.ndarray) -> None:
 def _load_module(gpu: Gpu, manifest: dict, files: Mapping[str, Path]) -> int:
     """The bundle's code for this card: its cubin, or its PTX, which the driver compiles."""
     target = manifest["target"]
-    found = [re.fullmatch(r"sm_(\d+)(\d)a?", feature) for feature in target["features"]]
-    if not (found := [match for match in found if match]):
+    matches = [re.fullmatch(r"sm_(\d+)(\d)a?", feature) for feature in target["features"]]
+    if not (matches := [match for match in matches if match]):
         raise BundleError("the manifest's 'target' names no compute capability", AGAIN)
-    row, here = tuple(map(int, found[0].groups())), gpu.capability
-    if row[0] == here[0] and row[1] <= here[1]:
+    row, card = tuple(map(int, matches[0].groups())), gpu.capability
+    if row[0] == card[0] and row[1] <= card[1]:
         return _link(gpu, files[CUBIN])
     level = _ptx_level(files[PTX]) if PTX in files else None
-    if level is None or level > here:
-        wanted, have = (f"{major}.{minor}" for major, minor in (row, here))
+    if level is None or level > card:
+        wanted, have = (f"{major}.{minor}" for major, minor in (row, card))
         raise PlatformError(
             f"the bundle is for GPUs of compute capability {wanted}, {gpu.name} has {have}",
-            f"compile the model with --target cuda-sm{here[0]}{here[1]}",
+            f"compile the model with --target cuda-sm{card[0]}{card[1]}",
         )
     return _link(gpu, files[PTX])
 
@@ -118,10 +118,10 @@ def _load_module(gpu: Gpu, manifest: dict, files: Mapping[str, Path]) -> int:
 def _ptx_level(path: Path) -> tuple[int, int] | None:
     """The oldest compute capability that PTX may be compiled for; None where it is for one only."""
     with path.open("rb") as file:
-        found = re.search(
+        match = re.search(
             rb"^\s*\.target\s+sm_(\d+)(\d)([af]?)\b", file.read(1 << 16), re.MULTILINE
         )
-    return (int(found[1]), int(found[2])) if found and not found[3] else None
+    return (int(match[1]), int(match[2])) if match and not match[3] else None
 
 
 def _link(gpu: Gpu, path: Path) -> int:

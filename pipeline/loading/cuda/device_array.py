@@ -151,14 +151,14 @@ class Results:
     def _surplus(self, limit: int) -> list[int]:
         """Take out what is beyond the limit, the longest unused first."""
         count = sum(map(len, self._free.values())) - limit
-        found: list[int] = []
-        while len(found) < count:
+        surplus: list[int] = []
+        while len(surplus) < count:
             key, kept = next(iter(self._free.items()))
             if kept:
-                found.append(kept.pop())
+                surplus.append(kept.pop())
             else:
                 del self._free[key]
-        return found
+        return surplus
 
     def clear(self) -> None:
         """Give the device what no result holds."""

@@ -109,9 +109,9 @@ class Gpu:
 
     def handle(self, name: str, *arguments) -> int:
         """Call a function that makes something; return its handle."""
-        made = POINTER()
-        self.call(name, ctypes.byref(made), *arguments)
-        return made.value
+        handle = POINTER()
+        self.call(name, ctypes.byref(handle), *arguments)
+        return handle.value
 
     def allocate(self, size: int, what: str) -> int:
         """Return the address of `size` bytes on the device."""

@@ -36,7 +36,7 @@ class Graph:
     ):
         self._gpu, self.layout, self._constants = gpu, layout, constants
         self._pointers = {"weight": code.weights, "input": inputs}
-        self._pointers["buffer"] = {one: base + at for one, at in layout.buffers.items()}
+        self._pointers["buffer"] = {buffer: base + at for buffer, at in layout.buffers.items()}
         self._movable: list[tuple] = []
         self._at: list = [*inputs[:-1], *(base + array.offset for array in layout.outputs)]
         self._own = tuple(self._at)
@@ -66,9 +66,9 @@ class Graph:
             begin = base + layout.output_bytes
             first = [self._copy([], staging, 1, begin, 2, layout.input_bytes)]
         for step, waits in zip(layout.steps, layout.after):
-            nodes.append(self._kernel(code, step, [nodes[one] for one in waits] or first))
+            nodes.append(self._kernel(code, step, [nodes[number] for number in waits] or first))
         if staging is not None:
-            waited = {one for waits in layout.after for one in waits}
+            waited = {number for waits in layout.after for number in waits}
             last = [node for number, node in enumerate(nodes) if number not in waited]
             down = staging + layout.input_bytes
             self._copy(last, base, 2, down, 1, layout.output_bytes)

@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
     def numbers(self, kind: str) -> list[int]:
         """The buffers or inputs that are among the arguments."""
-        return [number for one, number in self.arguments if one == kind]
+        return [number for role, number in self.arguments if role == kind]
 
 
 class Contents(NamedTuple):
@@ -66,7 +66,7 @@ class Layout:
         larger: Layout | None = None,
     ):
         self.values, self.steps = values, steps
-        arrays = [self._array(*one[:2]) for one in (*contents.outputs, *contents.inputs)]
+        arrays = [self._array(*entry[:2]) for entry in (*contents.outputs, *contents.inputs)]
         end = 0
         for index, array in enumerate(arrays):
             arrays[index] = array._replace(offset=end)
@@ -99,11 +99,14 @@ class Layout:
     def _arrange(self, fixed: dict[int, int], end: int) -> None:
         """Find places for all buffers beside the outputs, behind `end`."""
         lives = self._lives(fixed)
-        offsets, size = place_buffers([self.sizes[one] for one in lives], list(lives.values()))
-        self.buffers = {**fixed, **{one: end + offset for one, offset in zip(lives, offsets)}}
+        offsets, size = place_buffers(
+            [self.sizes[buffer] for buffer in lives], list(lives.values())
+        )
+        self.buffers = {**fixed, **{buffer: end + offset for buffer, offset in zip(lives, offsets)}}
         self.bytes = end + size
         spans = {
-            one: (begin, begin + max(1, self.sizes[one])) for one, begin in self.buffers.items()
+            buffer: (begin, begin + max(1, self.sizes[buffer]))
+            for buffer, begin in self.buffers.items()
         }
         self.after = order([step.numbers("buffer") for step in self.steps], spans)
 
@@ -136,7 +139,7 @@ def place_buffers(sizes: Sequence[int], lives: Sequence[tuple[int, int]]) -> tup
     """
     offsets, end = [0] * len(sizes), 0
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first step, last step
-    for index in sorted(range(len(sizes)), key=lambda one: -sizes[one]):
+    for index in sorted(range(len(sizes)), key=lambda buffer: -sizes[buffer]):
         first, last = lives[index]
         need, best, room, at = max(ALIGNMENT, aligned_size(sizes[index])), None, None, 0
         for begin, until, since, to in placed:  # by their offsets
@@ -159,16 +162,16 @@ def order(uses: Sequence[Sequence[int]], spans: Mapping[int, tuple[int, int]]) -
     follows from the other edges is left out.
     """
     names = list(spans)
-    begins, ends = (np.array([spans[one][side] for one in names]) for side in (0, 1))
+    begins, ends = (np.array([spans[name][side] for name in names]) for side in (0, 1))
     meets = (begins[:, None] < ends[None]) & (begins[None] < ends[:, None])
-    touch = {one: 1 << bit for bit, one in enumerate(names)}
+    touch = {name: 1 << bit for bit, name in enumerate(names)}
     bits = np.packbits(meets, axis=1, bitorder="little")
-    meet = {one: int.from_bytes(row.tobytes(), "little") for one, row in zip(names, bits)}
+    meet = {name: int.from_bytes(row.tobytes(), "little") for name, row in zip(names, bits)}
     touched: list[int] = []
     before: list[int] = []  # for each step a bit for every step that is sure to have ended
     after: list[list[int]] = []
     for number, used in enumerate(uses):
-        wanted = functools.reduce(int.__or__, (meet[one] for one in used), 0)
+        wanted = functools.reduce(int.__or__, (meet[name] for name in used), 0)
         waits, known, everything = [], 0, (1 << number) - 1
         for earlier in range(number - 1, -1, -1):
             if known == everything:
@@ -176,7 +179,7 @@ def order(uses: Sequence[Sequence[int]], spans: Mapping[int, tuple[int, int]]) -
             if not known >> earlier & 1 and touched[earlier] & wanted:
                 waits.append(earlier)
                 known |= before[earlier] | 1 << earlier
-        touched.append(functools.reduce(int.__or__, (touch[one] for one in used), 0))
+        touched.append(functools.reduce(int.__or__, (touch[name] for name in used), 0))
         before.append(known)
         after.append(waits)
     return after

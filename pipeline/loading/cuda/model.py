@@ -18,7 +18,7 @@ from bertile.loading.cuda.device_array import Results, stream_handle
 from bertile.loading.cuda.driver import open_driver
 from bertile.loading.cuda.gpu import Gpu, OutOfMemory
 from bertile.loading.cuda.graph import Graph
-from bertile.loading.cuda.plan import PLAN, TOKENS, Plan, read_plan
+from bertile.loading.cuda.plan import BLOCK_TOKENS, PLAN, Plan, read_plan
 from bertile.loading.cuda.request import Request
 from bertile.loading.cuda.workspace import Workspace
 from bertile.loading.errors import BertileError, InputError, PlatformError
@@ -88,7 +88,7 @@ class Model:
         self._results = Results(gpu)
         self._turn = threading.Condition()
         self._idle: list[Workspace] = []
-        self._made = self._busy = 0
+        self._workspaces = self._busy = 0
         self._closed = False
 
     def _start(self, files: Mapping[str, Path]) -> None:
@@ -187,20 +187,20 @@ class Model:
 
     def _call_on_device(self, inputs: dict, stream: int) -> dict:
         specs, static = self.manifest["inputs"], self.manifest["static"]
-        given = borrow_all(inputs, specs, self.gpu, stream)
-        names = tuple(spec["name"] for spec in specs if spec["name"] in given)
-        batch, length = given[names[0]].shape
+        borrowed = borrow_all(inputs, specs, self.gpu, stream)
+        names = tuple(spec["name"] for spec in specs if spec["name"] in borrowed)
+        batch, length = borrowed[names[0]].shape
         wanted = (static.get("batch") or batch, static.get("length") or length)
         if (batch, length) != wanted:
             raise InputError(f"the input is {(batch, length)}, this bundle takes exactly {wanted}")
         check_length(length, self.max_length)
-        blocks = batch * -(-length // TOKENS)
+        blocks = batch * -(-length // BLOCK_TOKENS)
         key = ("device", batch, length, blocks, names)
         with self._workspace(stream, key) as at:
             graph = self._graph(at, key)
             outputs = [self._results.take(array, stream) for array in graph.layout.outputs]
             graph.point(
-                [given[name].pointer if name in given else None for name in self.inputs],
+                [borrowed[name].pointer if name in borrowed else None for name in self.inputs],
                 [output.pointer for output in outputs],
             )
             at.launch(graph, stream)
@@ -213,9 +213,9 @@ class Model:
         except OutOfMemory:
             with self._turn:
                 idle, self._idle = self._idle, []
-                self._made -= len(idle)
-            for one in idle:
-                one.close()
+                self._workspaces -= len(idle)
+            for other in idle:
+                other.close()
             self._results.clear()
             return workspace.graph(key)
 
@@ -224,15 +224,19 @@ class Model:
         """Lend a workspace: one where nothing runs on another stream, and that has the graph."""
         with self._turn:
             self.gpu.check()
-            self._turn.wait_for(lambda: self._closed or self._idle or self._made < self._streams)
+            self._turn.wait_for(
+                lambda: self._closed or self._idle or self._workspaces < self._streams
+            )
             if self._closed:
                 raise BertileError("the model is closed", "load the bundle again")
             self._busy += 1
-            order = [(one.is_free(stream), key in one.graphs) for one in self._idle]
+            order = [
+                (candidate.is_free(stream), key in candidate.graphs) for candidate in self._idle
+            ]
             best = max(range(len(order)), key=order.__getitem__, default=None)
             workspace = None
-            if self._made < self._streams and (best is None or not order[best][0]):
-                self._made += 1
+            if self._workspaces < self._streams and (best is None or not order[best][0]):
+                self._workspaces += 1
             else:
                 workspace = self._idle.pop(best)
         try:
@@ -244,7 +248,7 @@ class Model:
             with self._turn:
                 self._busy -= 1
                 if workspace is None:
-                    self._made -= 1
+                    self._workspaces -= 1
                 else:
                     self._idle.append(workspace)
                 self._turn.notify_all()

@@ -15,7 +15,7 @@ from bertile.loading.errors import AGAIN, BundleError
 
 PLAN = "plan.json"
 SCHEMA = 1  # the newest schema of plan.json that this loader reads
-TOKENS = 16  # of a block: the form of activations on a GPU
+BLOCK_TOKENS = 16  # as in bertile.schedules, for which kernels are made
 GRAPHS = 128  # that each workspace keeps, one for each shape of a request
 _SYMBOLS = ("batch", "length", "blocks")
 _WRONG = (KeyError, TypeError, ValueError, IndexError, AttributeError, struct.error)
@@ -61,8 +61,8 @@ class Plan:
         known = range(len(self._contents.buffers))
         if len(set(results)) < len(results) or not set(results) <= set(known):
             raise ValueError("two outputs share a buffer, or have none")
-        if not self.steps or manifest["lanes"] != TOKENS:
-            raise ValueError(f"it has no steps, or the manifest's 'lanes' is not {TOKENS}")
+        if not self.steps or manifest["lanes"] != BLOCK_TOKENS:
+            raise ValueError(f"it has no steps, or the manifest's 'lanes' is not {BLOCK_TOKENS}")
 
     def _extent(self, extent: Extent) -> int:
         check_extent(extent, _SYMBOLS)
@@ -110,7 +110,7 @@ class Plan:
         key = (batch, length, *chosen)
         with self._lock:
             if key not in self._rooms:
-                most = self._values(batch, length, batch * -(-length // TOKENS))
+                most = self._values(batch, length, batch * -(-length // BLOCK_TOKENS))
                 self._rooms[key] = Layout(self._contents, most, steps)
                 while len(self._rooms) > GRAPHS:
                     del self._rooms[next(iter(self._rooms))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bertile.loading.blocks import blocks_of, passes, sequence_ends
-from bertile.loading.cuda.plan import TOKENS
+from bertile.loading.cuda.plan import BLOCK_TOKENS
 from bertile.loading.errors import InputError
 from bertile.loading.inputs import FILL, check_inputs
 
@@ -19,10 +19,10 @@ class Request:
 
     def __init__(self, inputs: dict, manifest: dict, max_length: int | None):
         self._specs, static = manifest["inputs"], manifest["static"]
-        given = check_inputs(inputs, self._specs, max_length)
-        batch, self.length = next(iter(given.values())).shape
+        checked = check_inputs(inputs, self._specs, max_length)
+        batch, self.length = next(iter(checked.values())).shape
         self._step, self._width = static.get("batch"), static.get("length") or self.length
-        mask = given.get("attention_mask")
+        mask = checked.get("attention_mask")
         exact = "attention_mask" not in (spec["name"] for spec in self._specs)
         if self.length > self._width or (self.length < self._width and exact):
             at_most = "at most" if self.length > self._width else "exactly"
@@ -30,14 +30,16 @@ class Request:
                 f"the input has {self.length} tokens, this bundle takes {at_most} {self._width}"
             )
         self.ends = np.full(batch, self.length) if mask is None else sequence_ends(mask)
-        self._values = [given.get(spec["name"], FILL.get(spec["default"])) for spec in self._specs]
-        self.passes = passes(self.ends, TOKENS, PASS_BLOCKS, self._step)
+        self._values = [
+            checked.get(spec["name"], FILL.get(spec["default"])) for spec in self._specs
+        ]
+        self.passes = passes(self.ends, BLOCK_TOKENS, PASS_BLOCKS, self._step)
 
     def room(self, first: int, count: int) -> tuple[tuple[int, int], np.ndarray]:
         """The (batch, length) of a pass, and its table of blocks."""
         ends = np.ones(self._step or count, np.int64)
         ends[:count] = self.ends[first : first + count]
-        return (len(ends), self._width), blocks_of(ends, TOKENS)
+        return (len(ends), self._width), blocks_of(ends, BLOCK_TOKENS)
 
     def fill(self, views: list[np.ndarray], first: int, count: int, table: np.ndarray) -> None:
         """Write a pass into the staging memory: what the rows lack is 0."""

@@ -12,7 +12,7 @@ from bertile.loading.cuda.code import Code
 from bertile.loading.cuda.gpu import NO_TIMING, OWN_STREAM, Gpu, host_memory
 from bertile.loading.cuda.graph import Graph, view
 from bertile.loading.cuda.layout import Layout
-from bertile.loading.cuda.plan import GRAPHS, TOKENS, Plan
+from bertile.loading.cuda.plan import BLOCK_TOKENS, GRAPHS, Plan
 from bertile.loading.inputs import FILL
 
 
@@ -48,7 +48,7 @@ class Workspace:
             self.settle()
             layout = self._plan.layout(*key[1:4])
             self._grow(layout, staging=key[0] != "device")
-            graph = self._made(key, layout)
+            graph = self._build(key, layout)
             while len(self.graphs) >= GRAPHS:
                 self.graphs.popitem(last=False)[1].close()
             self.graphs[key] = graph
@@ -56,7 +56,7 @@ class Workspace:
             self.graphs.move_to_end(key)
         return graph
 
-    def _made(self, key: tuple, layout: Layout) -> Graph:
+    def _build(self, key: tuple, layout: Layout) -> Graph:
         base, constants = self._arena, None
         inputs = [base + array.offset for array in layout.inputs]
         if key[0] == "device":
@@ -71,14 +71,14 @@ class Workspace:
                 self._gpu.drop("cuMemFree_v2", constants)
             raise
 
-    def _constants(self, layout: Layout, given: tuple[str, ...]) -> tuple[int, list[int]]:
+    def _constants(self, layout: Layout, present: tuple[str, ...]) -> tuple[int, list[int]]:
         """Bring up the table, and what inputs that are not given are filled with."""
         batch, length = layout.inputs[0].shape
         memory = np.zeros(layout.input_bytes, np.uint8)
         for array, name, fill in zip(layout.inputs, self._names, self._fills):
-            if name not in given:
+            if name not in present:
                 view(memory, array, layout.output_bytes).fill(fill)
-        table = blocks_of(np.full(batch, length), TOKENS)
+        table = blocks_of(np.full(batch, length), BLOCK_TOKENS)
         view(memory, layout.inputs[-1], layout.output_bytes)[...] = table
         address = self._gpu.allocate(len(memory), "the inputs")
         try:

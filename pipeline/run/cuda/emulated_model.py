@@ -14,7 +14,7 @@ import numpy as np
 
 from bertile import loader
 from bertile.bundle import safetensors
-from bertile.cuda_loader import PLAN, TOKENS, evaluate
+from bertile.cuda_loader import BLOCK_TOKENS, PLAN, evaluate
 from bertile.run.cuda import emulator
 
 SOURCE = "kernels.cu"  # the kernels of a bundle as text, in the words of prelude.cuh
@@ -36,14 +36,14 @@ class Model:
 
     def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
         specs = self.manifest["inputs"]
-        given = loader.check_inputs(inputs, specs, self.manifest["model"]["max_length"])
-        shape = next(iter(given.values())).shape
+        checked = loader.check_inputs(inputs, specs, self.manifest["model"]["max_length"])
+        shape = next(iter(checked.values())).shape
         arrays = [
-            given.get(spec["name"], np.full(shape, loader.FILL.get(spec["default"], 0)))
+            checked.get(spec["name"], np.full(shape, loader.FILL.get(spec["default"], 0)))
             for spec in specs
         ]
-        mask = given.get("attention_mask", np.ones(shape, np.int64))
-        arrays.append(loader.token_blocks(mask, TOKENS))
+        mask = checked.get("attention_mask", np.ones(shape, np.int64))
+        arrays.append(loader.token_blocks(mask, BLOCK_TOKENS))
         symbols = dict(zip(("batch", "length", "blocks"), (*shape, len(arrays[-1]))))
         known = {
             "input": [
@@ -56,7 +56,7 @@ class Model:
         for step in self.plan["steps"]:
             if evaluate(step.get("when", 1), symbols) > 0:
                 self._launch(step, known, symbols)
-        return {one["name"]: self._result(one, known, symbols) for one in self.plan["outputs"]}
+        return {spec["name"]: self._result(spec, known, symbols) for spec in self.plan["outputs"]}
 
     def _launch(
         self, step: Mapping[str, Any], known: Mapping[str, Any], symbols: Mapping[str, int]
@@ -65,13 +65,13 @@ class Model:
             known[kind][value] if kind in known else _SCALARS[kind](evaluate(value, symbols))
             for kind, value in step["arguments"]
         ]
-        grid = [evaluate(one, symbols) for one in step["grid"]]
+        grid = [evaluate(extent, symbols) for extent in step["grid"]]
         self.kernels.launch(step["entry"], grid, step["threads"], step["shared"], arguments)
 
     def _result(
         self, spec: Mapping[str, Any], known: Mapping[str, Any], symbols: Mapping[str, int]
     ) -> np.ndarray:
-        extents = [evaluate(one, symbols) for one in spec["shape"]]
+        extents = [evaluate(extent, symbols) for extent in spec["shape"]]
         return known["buffer"][spec["buffer"]].view(spec["dtype"]).reshape(extents)
 
 

@@ -15,7 +15,7 @@ from typing import Union
 import numpy as np
 
 from bertile.cuda_loader import evaluate
-from bertile.run.cuda.host_compiler import EmulationError, build, driver, kept, missing
+from bertile.run.cuda.host_compiler import EmulationError, build, kept, missing
 from bertile.schedules.cuda.source import Kernel
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "aligned",
     "build",
     "count_traffic",
-    "driver",
     "kept",
     "missing",
     "run_kernel",
@@ -94,17 +93,17 @@ class Emulated:
     ) -> None:
         values = []
         self._library.emulated_forget()
-        for one in arguments:
-            if isinstance(one, np.ndarray):
-                if not one.flags["C_CONTIGUOUS"] or one.ctypes.data % 16:
+        for argument in arguments:
+            if isinstance(argument, np.ndarray):
+                if not argument.flags["C_CONTIGUOUS"] or argument.ctypes.data % 16:
                     raise ValueError("arrays must be contiguous, from a multiple of 16")
                 self._library.emulated_memory(
-                    ctypes.c_void_p(one.ctypes.data), ctypes.c_size_t(one.nbytes)
+                    ctypes.c_void_p(argument.ctypes.data), ctypes.c_size_t(argument.nbytes)
                 )
-                values.append(ctypes.c_void_p(one.ctypes.data))
+                values.append(ctypes.c_void_p(argument.ctypes.data))
             else:
-                values.append(ctypes.create_string_buffer(one.tobytes()))
-        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(one) for one in values])
+                values.append(ctypes.create_string_buffer(argument.tobytes()))
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
         run = getattr(self._library, f"emulated_{entry}")
         run((ctypes.c_uint * 3)(*grid), ctypes.c_uint(threads), ctypes.c_uint(shared), pointers)
         mistake = self._library.emulated_error()
@@ -169,8 +168,8 @@ def _run_launches(
 ) -> None:
     if len(arrays) != len(kernel.operands):
         raise ValueError(f"{len(arrays)} arrays for the operands {', '.join(kernel.operands)}")
-    given = [_apart(array) for array in arrays]
-    named: dict[str, Argument] = dict(zip(kernel.operands, given))
+    copies = [_apart(array) for array in arrays]
+    named: dict[str, Argument] = dict(zip(kernel.operands, copies))
     for name, extent in kernel.scratch.items():
         named[name] = aligned(evaluate(extent, symbols), np.uint8)
         named[name].fill(0xFF)
@@ -182,7 +181,7 @@ def _run_launches(
         grid = [evaluate(extent, symbols) for extent in launch.grid]
         arguments = [named[name] for name in launch.arguments]
         emulated.launch(launch.entry, grid, launch.threads, launch.shared, arguments)
-    for array, copy in zip(arrays, given):
+    for array, copy in zip(arrays, copies):
         array[...] = copy
 
 

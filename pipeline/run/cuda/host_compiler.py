@@ -1,6 +1,4 @@
-"""Compiles the text of CUDA kernels for the CPU, by the host's C++ compiler and the words of
-emulation.h; and a library in the place of the NVIDIA driver's.
-"""
+"""Compiles CUDA kernels for the CPU, by the host's C++ compiler and the words of emulation.h."""
 
 from __future__ import annotations
 
@@ -26,7 +24,6 @@ _PARTS = (
     "emulation_traffic.h",
     "emulation_wgmma.h",
 )
-_DRIVER = ("fake_driver.c", "fake_image.h")
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-strict-aliasing")
 # Every access to memory becomes a call of the emulator, which takes the sanitizer's place.
 _CHECKED = ("-O2", "-w", "-fsanitize=thread")
@@ -49,34 +46,17 @@ def build(source: str, directory: Path) -> Path:
     """A library of the entries of `source` (without prelude), kept in `directory` by content."""
     text = _host_text(source)
     name = hashlib.sha256("\0".join((_runtime_key(), text)).encode()).hexdigest()[:24]
-    made = directory / f"kernels-{name}.so"
-    if made.exists():
-        return made
+    library = directory / f"kernels-{name}.so"
+    if library.exists():
+        return library
     runtime = _runtime(directory)
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         unit, unlinked, linked = (Path(folder, f"kernels{end}") for end in (".cpp", ".o", ".so"))
         unit.write_text(text, encoding="utf-8")
         _compile(*_CHECKED, *_no_calls(), f"-I{_HERE}", "-c", str(unit), "-o", str(unlinked))
         _compile("-shared", "-Wl,-Bsymbolic", str(unlinked), str(runtime), "-o", str(linked), "-lm")
-        linked.replace(made)
-    return made
-
-
-def driver(directory: Path) -> Path:
-    """A library in the place of the NVIDIA driver's (fake_driver.c), kept in `directory`.
-
-    It runs the kernels of the library that the variable BERTILE_EMULATED_KERNELS names, which
-    `build` made of the same source as the code that is loaded.
-    """
-    parts = [(_HERE / name).read_bytes() for name in _DRIVER]
-    made = directory / f"libcuda-{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.so"
-    if not made.exists():
-        with tempfile.TemporaryDirectory(dir=directory) as folder:
-            linked = Path(folder, "libcuda.so")
-            flags = ("-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared", "-pthread")
-            _run("-x", "c", *flags, str(_HERE / _DRIVER[0]), "-o", str(linked), "-ldl")
-            linked.replace(made)
-    return made
+        linked.replace(library)
+    return library
 
 
 def _host_text(source: str) -> str:
@@ -88,7 +68,7 @@ def _host_text(source: str) -> str:
 
 def _entries(source: str) -> dict[str, str]:
     """The names of the entries and the thread limits of their launch bounds (C++, "0": none)."""
-    found: dict[str, str] = {}
+    limits: dict[str, str] = {}
     for match in _ENTRY.finditer(source):
         at, limit = match.end(), "0"
         bounds = re.compile(r"\s*__launch_bounds__\s*\(").match(source, at)
@@ -97,8 +77,8 @@ def _entries(source: str) -> dict[str, str]:
             limit = _first_argument(source[bounds.end() : at - 1])
         name = re.compile(r"\s*(\w+)\s*\(").match(source, at)
         if name:
-            found[name[1]] = limit
-    return found
+            limits[name[1]] = limit
+    return limits
 
 
 def _closing(text: str, at: int) -> int:
@@ -112,22 +92,22 @@ def _closing(text: str, at: int) -> int:
 
 def _first_argument(text: str) -> str:
     depth = 0
-    for at, one in enumerate(text):
-        depth += {"(": 1, "<": 1, ")": -1, ">": -1}.get(one, 0)
-        if one == "," and not depth:
+    for at, character in enumerate(text):
+        depth += {"(": 1, "<": 1, ")": -1, ">": -1}.get(character, 0)
+        if character == "," and not depth:
             return f"({text[:at]})"
     return f"({text})"
 
 
 def _runtime(directory: Path) -> Path:
     """The object of emulation.cpp, in `directory`."""
-    made = directory / f"emulation-{_runtime_key()}.o"
-    if not made.exists():
+    runtime = directory / f"emulation-{_runtime_key()}.o"
+    if not runtime.exists():
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             unlinked = Path(folder, "emulation.o")
             _compile("-O3", "-march=native", "-c", str(_HERE / _PARTS[0]), "-o", str(unlinked))
-            unlinked.replace(made)
-    return made
+            unlinked.replace(runtime)
+    return runtime
 
 
 @cache
@@ -135,7 +115,7 @@ def _runtime_key() -> str:
     """Stands for the emulator's sources, the compiler, and the processor that it compiles for."""
     line = [*_required_compiler(), "-march=native", "-###", "-E", "-x", "c++", os.devnull]
     facts = subprocess.run(line, capture_output=True, check=False).stderr
-    facts = b"\n".join(one for one in facts.splitlines() if b"/tmp/" not in one)
+    facts = b"\n".join(fact for fact in facts.splitlines() if b"/tmp/" not in fact)
     parts = [(_HERE / name).read_bytes() for name in _PARTS]
     return hashlib.sha256(b"\0".join([*parts, facts])).hexdigest()[:24]
 
@@ -150,11 +130,7 @@ def _no_calls() -> tuple[str, ...]:
 
 
 def _compile(*arguments: str) -> None:
-    _run(*_COMMON, *arguments)
-
-
-def _run(*arguments: str) -> None:
-    line = [*_required_compiler(), *arguments]
+    line = [*_required_compiler(), *_COMMON, *arguments]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EmulationError(f"the C++ compiler refuses the kernel:\n{done.stderr.strip()}")
@@ -162,19 +138,19 @@ def _run(*arguments: str) -> None:
 
 def _compiler() -> tuple[str, ...] | None:
     """The command of the host's compiler, else of pip's."""
-    if found := next(filter(None, map(shutil.which, ("g++", "clang++"))), None):
-        return (found,)
+    if path := next(filter(None, map(shutil.which, ("g++", "clang++"))), None):
+        return (path,)
     return (sys.executable, "-m", "ziglang", "c++") if util.find_spec("ziglang") else None
 
 
 def _required_compiler() -> tuple[str, ...]:
-    found = _compiler()
-    if found is None:
+    command = _compiler()
+    if command is None:
         raise PlatformError(
             "CUDA kernels cannot be emulated: there is no g++ or clang++",
             "install one, or: pip install ziglang",
         )
-    return found
+    return command
 
 
 def kept() -> Path:

@@ -41,6 +41,6 @@ def emulates(model: Any) -> bool:
 
 def multiplied(manifest: dict[str, Any]) -> int:
     """The weights of all linear layers, as often as they are called."""
-    shapes = [(one["shape"], one["calls"]) for one in manifest["kernels"]]
+    shapes = [(kernel["shape"], kernel["calls"]) for kernel in manifest["kernels"]]
     sizes = [np.prod([s.get("inputs", 0), s.get("outputs", 0), n]) for s, n in shapes]
     return int(sum(sizes))

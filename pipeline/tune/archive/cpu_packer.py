@@ -19,9 +19,8 @@ import numpy as np
 from bertile.base.errors import BertileError
 from bertile.base.progress import Progress
 from bertile.codegen.llvm import export_kernel
-from bertile.schedules import trial_sample
+from bertile.schedules import BLOCK_TOKENS, trial_sample
 from bertile.schedules.cpu import SCHEDULES
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
@@ -49,7 +48,7 @@ class CpuPack:
         for blocks, sample in samples.items():
             file, inputs = self._write(sample.activations)
             results = [_describe(array) for array in sample.buffers()]
-            tokens, check = blocks * LANES, int(blocks <= CHECKED)
+            tokens, check = blocks * BLOCK_TOKENS, int(blocks <= CHECKED)
             sets.append({"tokens": tokens, "check": check, "file": file, "inputs": inputs})
             sets[-1]["results"] = results
         self.tasks.append({"operation": task.operation, "shape": dict(task.shape), "sets": sets})

@@ -15,12 +15,11 @@ import numpy as np
 
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
-from bertile.schedules import trial_sample
+from bertile.schedules import BLOCK_TOKENS, trial_sample
 from bertile.schedules.task import Task
 from bertile.targets.rows import resolve
 from bertile.tune.log.log_commands import usable
 from bertile.tune.log.tuning_log import Record, TuningLog
-from bertile.tune.measure.trial_server import LANES
 from bertile.tune.search.tuner import BLOCKS
 
 SCHEMA = 1
@@ -76,7 +75,7 @@ class _Result:
         for measured in answer.get("sets", ()):
             error = error or self._mistake(candidate, measured)
             times[measured["tokens"]] = tuple(measured["microseconds"])
-        tokens = BLOCKS * LANES
+        tokens = BLOCKS * BLOCK_TOKENS
         error = error or (None if tokens in times else "the device gave no time")
         return Record(
             operation=task.operation,
@@ -117,8 +116,8 @@ class _Result:
             results.append(np.frombuffer(data, kind, count, at).reshape(result["shape"]))
             at += count * kind.itemsize
         kernel_task = Task(task["operation"], task["shape"])
-        mistake = trial_sample(kernel_task, tokens // LANES, self._row).mistake(results)
-        return f"{mistake} on {tokens // LANES} blocks" if mistake else None
+        mistake = trial_sample(kernel_task, tokens // BLOCK_TOKENS, self._row).mistake(results)
+        return f"{mistake} on {tokens // BLOCK_TOKENS} blocks" if mistake else None
 
 
 def _lines(path: Path, progress: Progress) -> Iterator[dict[str, Any]]:

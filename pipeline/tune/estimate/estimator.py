@@ -18,9 +18,8 @@ import tvm
 
 from bertile.base.errors import PlatformError
 from bertile.codegen import llvm
-from bertile.schedules import trial_sample
+from bertile.schedules import BLOCK_TOKENS, trial_sample
 from bertile.schedules.cpu import SCHEDULES
-from bertile.schedules.cpu.lanes import LANES
 from bertile.schedules.task import Task
 from bertile.targets import rows
 from bertile.targets.rows import Target
@@ -67,7 +66,7 @@ class Estimator:
         except Exception as error:  # a candidate that cannot be built is its own result
             return {"error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
         times = [[total / self._model.gigahertz / 1e3] for total in cycles]
-        rest = {str(count * LANES): time for count, time in zip(also, times[1:])}
+        rest = {str(count * BLOCK_TOKENS): time for count, time in zip(also, times[1:])}
         machine = {"cpu": f"{self._model.processor} by llvm-mca", "row": self._row.name}
         return {"microseconds": times[0], "also": rest, "machine": machine}
 

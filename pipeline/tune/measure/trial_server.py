@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bertile.loader import set_thread_defaults
-from bertile.schedules import trial_sample
+from bertile.schedules import BLOCK_TOKENS, trial_sample
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
-
-LANES = 16  # tokens of a block
 
 
 def serve(measure: Callable[..., dict[str, Any]]) -> None:
@@ -50,5 +48,5 @@ def answer(
         if isinstance(measured, str):
             return {"error": f"{measured} on {count} blocks"}
         by_count[count] = measured
-    also = {str(count * LANES): by_count[count] for count in counts[1:]}
+    also = {str(count * BLOCK_TOKENS): by_count[count] for count in counts[1:]}
     return {"microseconds": by_count[counts[0]], "also": also}

@@ -16,7 +16,7 @@ from bertile import loader
 from bertile.base.machine import cpu_name
 from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.schedules import schedules_for
+from bertile.schedules import BLOCK_TOKENS, schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target, tvm_target
@@ -24,7 +24,6 @@ from bertile.tune.log.tuning_log import Record, TuningLog
 from bertile.tune.measure import runners
 from bertile.tune.measure.runners import Runner, answers
 
-LANES = 16
 BLOCKS = 8  # trials run on 128 tokens, the length that most requests are near to,
 
 
@@ -176,7 +175,7 @@ class _Session:
             shape=dict(task.shape),
             target=self.row.log,
             threads=self.row.threads,
-            tokens=BLOCKS * LANES,
+            tokens=BLOCKS * BLOCK_TOKENS,
             dtype=str(task.shape.get("precision", "float32")),
             knobs=dict(knobs),
             microseconds=_rounded(outcome.get("microseconds", ())),

@@ -18,6 +18,7 @@ from bertile.graph.order import optimize
 from bertile.loader import token_blocks
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import largest_difference, run_onnx
+from bertile.schedules import BLOCK_TOKENS
 from bertile.targets import rows
 from bertile.tune.log.chooser import Chooser
 from bertile.tune.log.tuning_log import TuningLog
@@ -46,14 +47,14 @@ class Program:
         """The largest difference to ONNX Runtime over all results, at real tokens."""
         shape = next(iter(arrays.values())).shape
         mask = arrays.get("attention_mask", np.ones(shape, "int64"))
-        table = token_blocks(mask, 16).astype("int32")
-        inputs = [tvm.runtime.tensor(arrays[one.name]) for one in self.exported.inputs]
-        found = self.main(*inputs, tvm.runtime.tensor(table), *self.params)
+        table = token_blocks(mask, BLOCK_TOKENS).astype("int32")
+        inputs = [tvm.runtime.tensor(arrays[tensor.name]) for tensor in self.exported.inputs]
+        results = self.main(*inputs, tvm.runtime.tensor(table), *self.params)
         want = run_onnx(self.exported.onnx_path, arrays)
-        assert len(found) == len(self.exported.outputs)
+        assert len(results) == len(self.exported.outputs)
         return max(
             largest_difference(got.numpy(), want[name], mask)
-            for name, got in zip(self.exported.outputs, found)
+            for name, got in zip(self.exported.outputs, results)
         )
 
     def calls(self) -> Counter:
@@ -118,16 +119,18 @@ def test_params_are_what_the_function_wants(tiny, exported):
     row = rows.resolve(threads=1)
     lowered = lower(graph, row, lambda task: chooser_of(row).choose(task).knobs)
     names = [param.name for param in lowered.mod["main"].params]
-    assert names[: len(exported.inputs) + 1] == [one.name for one in exported.inputs] + ["blocks"]
+    assert names[: len(exported.inputs) + 1] == [tensor.name for tensor in exported.inputs] + [
+        "blocks"
+    ]
     assert names[len(exported.inputs) + 1 :] == list(lowered.params) == list(tiny.built.params)
 
 
 def loop_kinds(func) -> set[str]:
-    found = set()
+    kinds = set()
     tvm_ffi.structural_walk(
-        func.body, (tirx.For, lambda loop: found.add(tirx.ForKind(loop.kind).name))
+        func.body, (tirx.For, lambda loop: kinds.add(tirx.ForKind(loop.kind).name))
     )
-    return found
+    return kinds
 
 
 def test_no_loop_nest_is_left_unscheduled(exported):
@@ -169,7 +172,9 @@ def test_graph_that_passes_do_not_match_is_right_and_named(tmp_path, body, names
 @pytest.mark.parametrize("body", MATCHED.values(), ids=MATCHED)
 def test_graph_that_passes_match_is_right(tmp_path, body):
     program = program_of(body, tmp_path)
-    assert not [one for one in program.built.fallthrough if one.startswith(("matmul", "nn."))]
+    assert not [
+        operator for operator in program.built.fallthrough if operator.startswith(("matmul", "nn."))
+    ]
     for lengths in ([3], [37, 20]):
         assert program.difference(request_of(program.exported, lengths)) < TOLERANCE
 

@@ -47,11 +47,11 @@ def test_names_are_replaced_whole():
     ],
 )
 def test_parentheses_stand_where_they_are_needed(text, rows, expected):
-    found = with_names(text, {"rows": rows})
-    assert found == expected
+    printed = with_names(text, {"rows": rows})
+    assert printed == expected
     for batch, blocks in ((1, 1), (5, 9), (300, 40)):
         known = {"batch": batch, "blocks": blocks}
-        assert evaluate(found, known) == evaluate(text, {"rows": evaluate(rows, known)})
+        assert evaluate(printed, known) == evaluate(text, {"rows": evaluate(rows, known)})
 
 
 def test_what_no_plan_can_say_is_refused():

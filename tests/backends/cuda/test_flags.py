@@ -39,5 +39,5 @@ def test_a_large_model_is_not_emulated(tmp_path, monkeypatch):
     monkeypatch.setattr(detect, "gpu", lambda: "there is no GPU")
     described = {"kernels": [{"shape": {"inputs": 128, "outputs": 8}, "calls": 1}]}
     monkeypatch.setattr(loader, "read_manifest", lambda directory: described)
-    found = gpu_check.open_model(tmp_path)
-    assert found == "there is no GPU, and the model is too large for the emulator"
+    reason = gpu_check.open_model(tmp_path)
+    assert reason == "there is no GPU, and the model is too large for the emulator"

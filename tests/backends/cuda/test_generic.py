@@ -29,7 +29,9 @@ def graph(make):
 
 CASES = {
     "compare": (
-        lambda ids, x: relax.op.astype(relax.op.logical_not(relax.op.equal(ids, one())), "int64"),
+        lambda ids, x: relax.op.astype(
+            relax.op.logical_not(relax.op.equal(ids, constant_one())), "int64"
+        ),
         lambda ids, x: (ids != 1).astype("int64"),
     ),
     "softmax": (
@@ -40,7 +42,7 @@ CASES = {
 }
 
 
-def one():
+def constant_one():
     return relax.const(1, "int64")
 
 
@@ -58,21 +60,21 @@ def test_loops_of_tvm_compute_what_numpy_computes(name, tmp_path):
     for number, (block_binding, call) in enumerate(
         (b, b.value) for block in mod["main"].body.blocks for b in block.bindings
     ):
-        found = generic.loops(f"loops_{number}", mod[call.args[0]], row)
-        assert "#include" not in found.source
-        operands = [values[one] for one in call.args[1].fields]
+        loops = generic.loops(f"loops_{number}", mod[call.args[0]], row)
+        assert "#include" not in loops.source
+        operands = [values[field] for field in call.args[1].fields]
         wanted = [int(_number(e, mod["main"], symbols)) for e in call.ty.shape]
         result = np.zeros(wanted, str(call.ty.dtype))
         arrays = [_placed(array) for array in (*operands, result)]
         known = {
             e: size
-            for param, array in zip(found.func.params, arrays)
+            for param, array in zip(loops.func.params, arrays)
             for e, size in zip(param.ty.shape, array.shape)
             if isinstance(e, tvm.tirx.Var)
         }
-        steps, sizes = found.steps(known)
+        steps, sizes = loops.steps(known)
         scratch = [emulator.aligned(evaluate(size, symbols), np.uint8) for size in sizes]
-        kernels = emulator.Emulated(emulator.build(found.source, tmp_path))
+        kernels = emulator.Emulated(emulator.build(loops.source, tmp_path))
         for step in steps:
             places = {"operand": arrays, "scratch": scratch}
             arguments = [

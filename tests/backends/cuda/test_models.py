@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 from helpers import family_models
+from helpers.fake_driver import build_driver
 
 from bertile import cuda_loader, driver, loader
 from bertile.backends.cuda.backend import TOLERANCES_ON_GPU
@@ -36,7 +37,7 @@ def fake_driver(tmp_path_factory):
     """A library in the place of the driver's, on which kernels are emulated."""
     if lacks := emulator.missing():
         pytest.skip(lacks)
-    return emulator.driver(tmp_path_factory.mktemp("driver"))
+    return build_driver(tmp_path_factory.mktemp("driver"))
 
 
 @pytest.fixture(scope="module")
@@ -62,26 +63,26 @@ def check_bundle(path, name, precision, cache, fake_driver, tmp_path, monkeypatc
     padding = family_models.padding_id(exported)
     with cuda_loader.load(path, driver=str(own)) as model:
         for batch, length in ((1, 1), (3, 37), (2, 16), (3, 37)):
-            given = sample(exported.inputs, batch, length, padding, seed=length)
-            wanted, found = run_onnx(exported.onnx_path, given), model(**given)
-            mask = given.get("attention_mask", np.ones((batch, length)))
-            for one, reference in wanted.items():
+            arrays = sample(exported.inputs, batch, length, padding, seed=length)
+            wanted, answers = run_onnx(exported.onnx_path, arrays), model(**arrays)
+            mask = arrays.get("attention_mask", np.ones((batch, length)))
+            for output, reference in wanted.items():
                 limit = TOLERANCES_ON_GPU[precision] * max(1.0, float(np.abs(reference).max()))
-                assert largest_difference(found[one], reference, mask) <= limit
+                assert largest_difference(answers[output], reference, mask) <= limit
 
 
 def check_manifest(path, precision, row):
-    found = loader.read_manifest(path)
-    assert found["target"] == {
+    manifest = loader.read_manifest(path)
+    assert manifest["target"] == {
         "name": row.name,
         "arch": "cuda",
         "features": [f"sm_{row.gpu.capability}"],
     }
     parts = {"plan.json", "kernels.cubin", "kernels.ptx", "kernels.cu", "params.safetensors"}
-    assert set(found["files"]) >= parts and "lib.so" not in found["files"]
-    assert found["versions"]["cuda_compiler"].split()[0] in ("nvcc", "nvrtc")
+    assert set(manifest["files"]) >= parts and "lib.so" not in manifest["files"]
+    assert manifest["versions"]["cuda_compiler"].split()[0] in ("nvcc", "nvrtc")
     on_tokens = precision if precision != "fp32" else None
-    for kernel in found["kernels"]:
+    for kernel in manifest["kernels"]:
         assert kernel["calls"] >= 1 and kernel["entries"]
         for takes in kernel["entries"].values():
             assert 0 < takes["registers"] <= 255
@@ -101,7 +102,7 @@ def test_a_compiled_model_answers_as_onnx_runtime(
 ):
     summary = compiled(SMALL, precision, "cuda-sm90", cache, tmp_path, runtime="include")
     path = tmp_path / "bundle"
-    names = {one.name for one in path.iterdir()}
+    names = {file.name for file in path.iterdir()}
     assert {"loader.py", "cuda_loader.py"} <= names and "runtime" not in names
     assert main.main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
@@ -129,8 +130,8 @@ def test_every_row_builds_the_two_layer_model(
     compiled(SMALL, precision, target, cache, tmp_path)
     check_manifest(tmp_path / "bundle", precision, row)
     if target == "cuda-sm90":  # the driver in the place of NVIDIA's is of such a card
-        given = (SMALL, precision, cache, fake_driver, tmp_path, monkeypatch)
-        check_bundle(tmp_path / "bundle", *given)
+        arguments = (SMALL, precision, cache, fake_driver, tmp_path, monkeypatch)
+        check_bundle(tmp_path / "bundle", *arguments)
 
 
 @pytest.mark.slow
@@ -142,8 +143,8 @@ def test_every_family_answers_as_onnx_runtime(
     model = f"synthetic:{name}"
     compiled(model, precision, "cuda-sm90", cache, tmp_path)
     check_manifest(tmp_path / "bundle", precision, resolve("cuda-sm90"))
-    given = (model, precision, cache, fake_driver, tmp_path, monkeypatch)
-    check_bundle(tmp_path / "bundle", *given)
+    arguments = (model, precision, cache, fake_driver, tmp_path, monkeypatch)
+    check_bundle(tmp_path / "bundle", *arguments)
 
 
 @pytest.mark.slow
@@ -155,6 +156,6 @@ def test_static_ranges_and_smoothing_answer_as_onnx_runtime(
     options = {"calibrate": str(texts), "ranges": "minmax", "smooth": 0.5}
     compiled("minilm", "int8", "cuda-sm90", cache, tmp_path, **options)
     kernels = loader.read_manifest(tmp_path / "bundle")["kernels"]
-    assert any(one["shape"].get("precision") == "int8_static" for one in kernels)
+    assert any(kernel["shape"].get("precision") == "int8_static" for kernel in kernels)
     check = loader.read_manifest(tmp_path / "bundle")["check"]
     assert check["max_abs_difference"] <= check["tolerance"]

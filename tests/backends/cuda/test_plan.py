@@ -36,8 +36,8 @@ def planned(graph, precision):
 
 
 def test_a_plan_names_what_is_there(graph):
-    lowered, found = planned(graph, "fp16")
-    content = found.content
+    lowered, written = planned(graph, "fp16")
+    content = written.content
     limits = {
         "input": len(content["inputs"]),
         "weight": len(content["weights"]),
@@ -46,9 +46,12 @@ def test_a_plan_names_what_is_there(graph):
     for step in content["steps"]:
         for kind, value in step["arguments"]:
             assert kind not in limits or 0 <= value < limits[kind]
-        assert step["entry"] in found.source
-    assert content["weights"] == list(found.params)
-    assert [one["name"] for one in content["outputs"]] == ["last_hidden_state", "pooler_output"]
+        assert step["entry"] in written.source
+    assert content["weights"] == list(written.params)
+    assert [output["name"] for output in content["outputs"]] == [
+        "last_hidden_state",
+        "pooler_output",
+    ]
     assert content["inputs"][-1] == {"name": "blocks", "dtype": "int32", "shape": ["blocks", 4]}
     names = [task.name for task in lowered.tasks]
     assert len(set(names)) == len(names)
@@ -65,11 +68,11 @@ def test_a_layer_takes_five_kernels(graph):
 
 def test_positions_are_read_where_they_lie(graph):
     """The slice of a constant row is that row: no kernel copies it."""
-    _, found = planned(graph, "fp16")
-    embedding = next(s for s in found.content["steps"] if s["entry"].startswith("embedding"))
+    _, written = planned(graph, "fp16")
+    embedding = next(s for s in written.content["steps"] if s["entry"].startswith("embedding"))
     kinds = [kind for kind, _ in embedding["arguments"][:3]]
     assert kinds == ["input", "input", "weight"]
-    positions = found.params[found.content["weights"][embedding["arguments"][2][1]]]
+    positions = written.params[written.content["weights"][embedding["arguments"][2][1]]]
     assert np.array_equal(positions, np.arange(512)[None])
 
 
@@ -85,12 +88,12 @@ def test_a_pooler_is_not_converted(graph):
     [(1024, 0, "80 registers for each of 1024 threads"), (64, 166000, "167000 bytes of shared")],
 )
 def test_a_kernel_that_asks_for_more_than_the_gpu_has_is_refused(threads, shared, text):
-    found = {"f": cubin.Resources(registers=80, shared=1000, local=0, instructions=Counter())}
+    resources = {"f": cubin.Resources(registers=80, shared=1000, local=0, instructions=Counter())}
     fits = {"entry": "f", "threads": 512, "shared": 165912}
-    builder._check([fits], found, resolve("cuda-sm80"))
+    builder._check([fits], resources, resolve("cuda-sm80"))
     with pytest.raises(BertileError, match=f"the kernel f takes {text}"):
         asks = {"entry": "f", "threads": threads, "shared": shared}
-        builder._check([fits, asks], found, resolve("cuda-sm80"))
+        builder._check([fits, asks], resources, resolve("cuda-sm80"))
 
 
 @pytest.mark.parametrize(

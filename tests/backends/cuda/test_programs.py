@@ -35,26 +35,28 @@ def emulated(exported, precision, directory):
     graph = precision_plan.plan_layers(optimize(import_onnx(exported)), precision, row)
     choose = chooser.Chooser(TuningLog([], print), row, print)
     lowered = lower(graph, row, lambda task: choose.choose(task).knobs)
-    made = plan.write(graph, lowered, row)
-    contents = {"plan.json": json.dumps(made.content), "kernels.cu": made.source}
+    written = plan.write(graph, lowered, row)
+    contents = {"plan.json": json.dumps(written.content), "kernels.cu": written.source}
     files = {name: directory / name for name in (*contents, "kernels.cubin")}
     for name, path in files.items():
         path.write_text(contents.get(name, ""))
-    built = Built(files, made.params, [], lowered.fallthrough)
+    built = Built(files, written.params, [], lowered.fallthrough)
     config = Config(target=row.name, precision=precision)
     described = manifest.describe(graph, built, row, config, {})
-    return emulated_model.Model(writer.write(described, files, made.params, [], directory / "out"))
+    return emulated_model.Model(
+        writer.write(described, files, written.params, [], directory / "out")
+    )
 
 
 def check(exported, precision, directory, requests):
     model = emulated(exported, precision, directory)
     for lengths in requests:
         arrays = programs.request_of(exported, lengths)
-        found, want = model(**arrays), run_onnx(exported.onnx_path, arrays)
+        answers, want = model(**arrays), run_onnx(exported.onnx_path, arrays)
         for name, reference in want.items():
             limit = TOLERANCES_ON_GPU[precision] * max(1.0, float(np.abs(reference).max()))
             mask = arrays["attention_mask"]
-            assert largest_difference(found[name], reference, mask) <= limit
+            assert largest_difference(answers[name], reference, mask) <= limit
     return model
 
 

@@ -26,10 +26,13 @@ def test_kernels_of_a_pruned_model_are_smaller(tmp_path, pattern, precision):
     config = Config(target="cuda-sm90", precision=precision, cache_dir=str(tmp_path / "cache"))
     bertile.compile(tmp_path / "pruned", tmp_path / "out", config)
     manifest = loader.read_manifest(tmp_path / "out")
-    dense = [one for one in manifest["kernels"] if one["operation"] == "dense"]
-    names = [one["name"] for one in dense if one["shape"]["activation"] != "tanh"]  # the pooler
+    dense = [kernel for kernel in manifest["kernels"] if kernel["operation"] == "dense"]
+    of_layers = [kernel for kernel in dense if kernel["shape"]["activation"] != "tanh"]  # no pooler
+    names = [kernel["name"] for kernel in of_layers]
     assert {"_".join(name.split("_")[:3]) for name in names} == SMALLER[pattern]
-    heads = {one["shape"]["heads"] for one in manifest["kernels"] if "heads" in one["shape"]}
+    heads = {
+        kernel["shape"]["heads"] for kernel in manifest["kernels"] if "heads" in kernel["shape"]
+    }
     assert heads == ({1} if pattern == "heads" else {2})
     check = manifest["check"]
     assert check["max_abs_difference"] <= check["tolerance"] and check.get("executed", True)

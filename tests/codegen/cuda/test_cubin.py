@@ -37,18 +37,18 @@ TENSOR = {"cuda-sm75": {"HMMA": 2, "IMMA": 4}}
 
 @pytest.fixture(scope="module")
 def compilers():
-    found = [one for one in (compiler.nvcc(), compiler.nvrtc()) if one]
-    assert found, "neither nvcc nor NVRTC: pip install 'bertile[cuda]'"
-    return found
+    tools = [tool for tool in (compiler.nvcc(), compiler.nvrtc()) if tool]
+    assert tools, "neither nvcc nor NVRTC: pip install 'bertile[cuda]'"
+    return tools
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_cubin_has_each_kernels_resources_and_tensor_core_instructions(row, compilers):
-    for one in compilers:
-        data = one.run(compiler.prelude() + SOURCE, compiler.machine(resolve(row)))
-        found = cubin.read(data)
-        assert set(found) == {"product", "indexed"}
-        product, indexed = found["product"], found["indexed"]
+    for tool in compilers:
+        data = tool.run(compiler.prelude() + SOURCE, compiler.machine(resolve(row)))
+        kernels = cubin.read(data)
+        assert set(kernels) == {"product", "indexed"}
+        product, indexed = kernels["product"], kernels["indexed"]
         wanted = TENSOR.get(row, {"HMMA": 1, "IMMA": 1})
         assert {name: product.instructions[name] for name in wanted} == wanted
         assert product.tensor == sum(wanted.values())
@@ -65,9 +65,9 @@ def test_what_is_no_cubin_is_refused():
 
 
 def test_ptx_is_for_the_oldest_gpu_that_the_kernels_are_written_for(compilers):
-    for one in compilers:
+    for tool in compilers:
         for row, level in (("cuda-sm75", "sm_75"), ("cuda-sm90", "sm_80")):
-            text = one.run('extern "C" __global__ void f() {}', compiler.virtual(resolve(row)))
+            text = tool.run('extern "C" __global__ void f() {}', compiler.virtual(resolve(row)))
             assert f".target {level}".encode() in text
 
 
@@ -85,9 +85,9 @@ def _never(source: str, architecture: str) -> bytes:
 
 
 def test_a_compilers_complaint_is_shown(compilers, tmp_path):
-    for one in compilers:
+    for tool in compilers:
         with pytest.raises(BertileError, match=r'kernels for sm_80:(?s:.*)"unknown" is undefined'):
-            compiler.compile("int x = unknown;", resolve("cuda-sm80"), str(tmp_path), one)
+            compiler.compile("int x = unknown;", resolve("cuda-sm80"), str(tmp_path), tool)
 
 
 def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch):

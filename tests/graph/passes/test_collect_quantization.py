@@ -25,11 +25,15 @@ def collected(graph):
 
     def check(before, expected, *, weights, kept=None):
         start = dataclasses.replace(graph(before, weights=weights), plan={"old": LayerPlan("bf16")})
-        found = collect_quantization(start)
+        rewritten = collect_quantization(start)
         kept = weights if kept is None else {name: weights[name] for name in kept}
-        tvm.ir.assert_structural_equal(found.main, graph(expected, weights=kept).main)
-        assert found.plan["old"].precision == "bf16"
-        return found, start, {name: one for name, one in found.plan.items() if name != "old"}
+        tvm.ir.assert_structural_equal(rewritten.main, graph(expected, weights=kept).main)
+        assert rewritten.plan["old"].precision == "bf16"
+        return (
+            rewritten,
+            start,
+            {name: layer_plan for name, layer_plan in rewritten.plan.items() if name != "old"},
+        )
 
     return check
 
@@ -58,7 +62,7 @@ def test_dynamic_layers_of_one_mark_have_no_range(collected):
 
     _, _, plan = collected(before, after, weights=TWO)
     assert plan.keys() == {"w", "v"}
-    assert not any(one.static for one in plan.values())
+    assert not any(layer_plan.static for layer_plan in plan.values())
 
 
 def test_smoothing_goes_from_the_graph_into_plan_and_weight(collected):
@@ -68,10 +72,10 @@ def test_smoothing_goes_from_the_graph_into_plan_and_weight(collected):
     def after(emit, ids, x, w, b):
         return ops.dense(x, w, b)
 
-    found, start, plan = collected(before, after, weights=SMOOTHED, kept=("w", "b"))
+    rewritten, start, plan = collected(before, after, weights=SMOOTHED, kept=("w", "b"))
     factors = start.params["s"].reshape(8)
     assert np.array_equal(plan["w"].smooth, factors)
-    np.testing.assert_allclose(found.params["w"], start.params["w"] * factors[:, None])
+    np.testing.assert_allclose(rewritten.params["w"], start.params["w"] * factors[:, None])
     assert (plan["w"].low, plan["w"].high) == (0.0, 1.0)
 
 
@@ -84,10 +88,10 @@ def test_smoothing_of_a_layer_in_floats_goes_into_its_weight(collected):
         return op.add(ops.dense(x, w, b), ops.dense(x, v, c))
 
     weights = {**TWO, "s": (1, 1, 8)}
-    found, start, plan = collected(before, after, weights=weights, kept=tuple(TWO))
+    rewritten, start, plan = collected(before, after, weights=weights, kept=tuple(TWO))
     factors = start.params["s"].reshape(8, 1)
-    np.testing.assert_allclose(found.params["w"], start.params["w"] * factors)
-    assert np.array_equal(found.params["v"], start.params["v"])
+    np.testing.assert_allclose(rewritten.params["w"], start.params["w"] * factors)
+    assert np.array_equal(rewritten.params["v"], start.params["v"])
     assert plan.keys() == {"v"}
 
 
@@ -96,16 +100,16 @@ def test_factors_that_differ_stay_where_layers_share_a_weight(collected):
 
     def layers(mark):
         def build(emit, ids, x, w, b, s, t):
-            first, second = (mark(op.multiply(x, one)) for one in (s, t))
+            first, second = (mark(op.multiply(x, factors)) for factors in (s, t))
             return op.add(ops.dense(first, w, b), ops.dense(second, w, b))
 
         return build
 
-    found, start, plan = collected(
+    rewritten, start, plan = collected(
         layers(lambda x: ops.fake_quantize(x, 0.0, 1.0)), layers(lambda x: x), weights=weights
     )
     assert plan["w"].smooth is None
-    assert np.array_equal(found.params["w"], start.params["w"])
+    assert np.array_equal(rewritten.params["w"], start.params["w"])
 
 
 def test_layers_that_share_a_weight_have_the_widest_range(collected):
@@ -126,10 +130,10 @@ def test_mark_before_no_layer_is_dropped_with_a_note(graph):
         notes: tuple = ("first",)
 
     start = graph(lambda emit, ids, x: op.exp(ops.fake_quantize(x, 0.0, 1.0)))
-    found = collect_quantization(dataclasses.replace(start, exported=Exported()))
-    assert "fake_quantize" not in found.mod.script()
-    assert found.plan == {}
-    assert found.exported.notes[0] == "first" and "quantized: 1" in found.exported.notes[1]
+    rewritten = collect_quantization(dataclasses.replace(start, exported=Exported()))
+    assert "fake_quantize" not in rewritten.mod.script()
+    assert rewritten.plan == {}
+    assert rewritten.exported.notes[0] == "first" and "quantized: 1" in rewritten.exported.notes[1]
 
 
 def test_model_in_floats_is_left_alone(graph):

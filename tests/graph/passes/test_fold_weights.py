@@ -42,12 +42,12 @@ CASES = {
 @pytest.mark.parametrize("expression,numpy", CASES.values(), ids=CASES)
 def test_expression_of_weights_becomes_a_weight(graph, expression, numpy):
     before = graph(lambda emit, ids, x, a, b: relax.Tuple([x, expression(a, b)]), weights=PAIR)
-    found = fold_weights(before)
-    (folded,) = found.params.values()
+    after = fold_weights(before)
+    (folded,) = after.params.values()
     assert folded.dtype == np.float32 and folded.flags.c_contiguous
     assert np.array_equal(folded, numpy(*before.params.values()))
-    assert [p.name for p in found.main.params[3:]] == list(found.params)
-    (block,) = found.main.body.blocks
+    assert [p.name for p in after.main.params[3:]] == list(after.params)
+    (block,) = after.main.body.blocks
     assert not any(isinstance(b.value, relax.Call) for b in block.bindings)
 
 
@@ -58,13 +58,13 @@ def test_weights_in_the_order_of_their_parameters(graph):
 
     weights = {"w1": (6, 8), "b1": (6,), "w2": (8, 6), "b2": (8,)}
     before = graph(build, weights=weights)
-    found = fold_weights(before)
-    assert [p.name for p in found.main.params[3:]] == list(found.params)
-    for var in found.main.params[3:]:
-        assert tuple(int(e) for e in var.ty.shape) == found.params[var.name].shape
-    first, second = (b.value for b in found.main.body.blocks[0].bindings[:2])
-    assert np.array_equal(found.params[first.args[1].name], before.params["w1"].T)
-    assert np.array_equal(found.params[second.args[1].name], before.params["w2"].T)
+    after = fold_weights(before)
+    assert [p.name for p in after.main.params[3:]] == list(after.params)
+    for var in after.main.params[3:]:
+        assert tuple(int(e) for e in var.ty.shape) == after.params[var.name].shape
+    first, second = (b.value for b in after.main.body.blocks[0].bindings[:2])
+    assert np.array_equal(after.params[first.args[1].name], before.params["w1"].T)
+    assert np.array_equal(after.params[second.args[1].name], before.params["w2"].T)
 
 
 def test_equal_names_do_not_meet(graph):
@@ -83,8 +83,8 @@ def test_equal_names_do_not_meet(graph):
     bindings.append(relax.VarBinding(result.var, relax.Tuple(fields)))
     body = relax.SeqExpr([relax.DataflowBlock(bindings)], before.main.body.body)
     main = relax.Function(before.main.params, body, before.main.ret_ty, True, before.main.attrs)
-    found = fold_weights(before.with_main(main))
-    values = sorted(found.params.values(), key=lambda value: value.sum())
+    after = fold_weights(before.with_main(main))
+    values = sorted(after.params.values(), key=lambda value: value.sum())
     expected = sorted((v.T for v in before.params.values()), key=lambda value: value.sum())
     assert len(values) == 2
     assert all(np.array_equal(a, b) for a, b in zip(values, expected))
@@ -97,21 +97,21 @@ def test_weight_that_is_read_as_it_is_stays_too(graph):
         ),
         weights={"w": (8, 8), "b": (8,)},
     )
-    found = fold_weights(before)
-    assert {"w", "b"} < set(found.params)
-    assert len(found.params) == 3
+    after = fold_weights(before)
+    assert {"w", "b"} < set(after.params)
+    assert len(after.params) == 3
 
 
 def test_unread_weight_is_dropped(graph):
-    found = fold_weights(graph(lambda emit, ids, x, a, b: op.matmul(x, b), weights=PAIR))
-    assert list(found.params) == ["b"]
-    assert [p.name for p in found.main.params] == ["input_ids", "x", "blocks", "b"]
+    after = fold_weights(graph(lambda emit, ids, x, a, b: op.matmul(x, b), weights=PAIR))
+    assert list(after.params) == ["b"]
+    assert [p.name for p in after.main.params] == ["input_ids", "x", "blocks", "b"]
 
 
 def test_request_and_block_table_stay_when_nobody_reads_them(graph):
-    found = fold_weights(graph(lambda emit, ids, x, a, b: op.matmul(x, a), weights=PAIR))
-    assert [p.name for p in found.main.params[:3]] == ["input_ids", "x", "blocks"]
-    assert int(found.main.attrs["num_input"]) == 3
+    after = fold_weights(graph(lambda emit, ids, x, a, b: op.matmul(x, a), weights=PAIR))
+    assert [p.name for p in after.main.params[:3]] == ["input_ids", "x", "blocks"]
+    assert int(after.main.attrs["num_input"]) == 3
 
 
 def test_expression_of_activations_is_left_alone(leaves_alone):
@@ -122,9 +122,9 @@ def test_expression_of_activations_is_left_alone(leaves_alone):
 
 def test_operator_without_a_rule_stays_in_the_graph(graph):
     before = graph(lambda emit, ids, x, a, b: op.matmul(x, op.tanh(a)), weights=PAIR)
-    found = fold_weights(before)
-    assert list(found.params) == ["a"]
-    names = [b.value.op.name for b in found.main.body.blocks[0].bindings]
+    after = fold_weights(before)
+    assert list(after.params) == ["a"]
+    names = [b.value.op.name for b in after.main.body.blocks[0].bindings]
     assert names == ["relax.tanh", "relax.matmul"]
 
 

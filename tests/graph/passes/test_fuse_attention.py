@@ -66,7 +66,7 @@ def fused(scale=0.5, mask=lambda *added: added[0], bias=lambda *added: None, hea
     def build(emit, ids, q, k, v, *added):
         qkv, biases = (
             op.concat([q, k, v], axis=2),
-            [one for one in [bias(*added)] if one is not None],
+            [tensor for tensor in [bias(*added)] if tensor is not None],
         )
         kind = "tensor" if biases else "none"
         spec = AttentionSpec(heads, heads, WIDTH // heads, scale, bias=kind)
@@ -190,7 +190,7 @@ def fused_with_places(bias, **fields):
     return build
 
 
-@pytest.mark.parametrize("variant", [name for name, one in VARIANTS.items() if one.closed])
+@pytest.mark.parametrize("variant", [name for name, variant in VARIANTS.items() if variant.closed])
 def test_keys_that_are_seen_by_their_places_are_a_field(becomes, variant):
     before = with_places(VARIANTS[variant].closed)
     after = fused_with_places(None, **VARIANTS[variant].fields)

@@ -41,8 +41,8 @@ ORDERS = {
 @pytest.mark.parametrize("right", [False, True], ids=["(a + b) + c", "a + (b + c)"])
 def test_three_lookups_become_one_kernel(becomes, order, right):
     def operands(emit, ids, type_ids, words, types, places):
-        found = [(ids, words), (type_ids, types), (emit(positions(ids)), places)]
-        return [found[i] for i in order]
+        pairs = [(ids, words), (type_ids, types), (emit(positions(ids)), places)]
+        return [pairs[i] for i in order]
 
     def before(emit, ids, type_ids, words, types, places, gamma, beta):
         pairs = operands(emit, ids, type_ids, words, types, places)
@@ -72,10 +72,10 @@ def test_one_lookup_becomes_a_kernel(becomes):
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (1, 1, 8)], ids=str)
 def test_row_that_an_exporter_folded_becomes_a_table_of_one_row(becomes, shape):
     """Token types that are always 0: their embedding is a weight by itself."""
-    one = relax.const(np.zeros((1, 1), "int32"))
+    row_zero = relax.const(np.zeros((1, 1), "int32"))
 
     def after(emit, ids, words, row, *scale):
-        return ops.embedding([ids, one], [words, op.reshape(row, (1, 8))], scale, EPSILON)
+        return ops.embedding([ids, row_zero], [words, op.reshape(row, (1, 8))], scale, EPSILON)
 
     becomes(
         fuse_embedding,

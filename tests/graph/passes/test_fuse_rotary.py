@@ -67,7 +67,7 @@ def turned(
     def build(emit, ids, x, cos, sin):
         q = split(emit, x)
         q = emit(op.permute_dims(q, list(axes))) if axes else q
-        cos, sin = (op.expand_dims(one, of_heads) for one in (cos, sin))
+        cos, sin = (op.expand_dims(angles, of_heads) for angles in (cos, sin))
         return total(straight(q, cos), crossed(halves(q), sin))
 
     return build
@@ -92,7 +92,7 @@ def test_halves_may_be_split_at_once(becomes):
         q = emit(op.permute_dims(split(emit, x), [0, 2, 1, 3]))
         halves = emit(op.split(q, 2, axis=-1))
         crossed = op.concat([op.negative(emit(halves[1])), emit(halves[0])], axis=-1)
-        cos, sin = (op.expand_dims(one, 1) for one in (cos, sin))
+        cos, sin = (op.expand_dims(angles, 1) for angles in (cos, sin))
         return op.add(op.multiply(q, cos), op.multiply(crossed, sin))
 
     becomes(fuse_rotary, split_in_two, after, activations={**ROWS, **ANGLES})
@@ -161,8 +161,8 @@ def test_look_alike_is_left_alone(leaves_alone, build):
 
 def test_halves_of_another_tensor_are_left_alone(leaves_alone):
     def build(emit, ids, x, y, cos, sin):
-        q, other = (emit(op.permute_dims(split(emit, one), [0, 2, 1, 3])) for one in (x, y))
-        cos, sin = (op.expand_dims(one, 1) for one in (cos, sin))
+        q, other = (emit(op.permute_dims(split(emit, rows), [0, 2, 1, 3])) for rows in (x, y))
+        cos, sin = (op.expand_dims(angles, 1) for angles in (cos, sin))
         return op.add(op.multiply(q, cos), op.multiply(halves_of(other), sin))
 
     leaves_alone(fuse_rotary, build, activations={**ROWS, "y": ROWS["x"], **ANGLES})
@@ -184,9 +184,11 @@ def test_angles_that_are_not_one_of_each_place_and_channel_are_left_alone(leaves
 
 def attention(of_q=lambda x, cos, sin: ops.rotary(x, cos, sin, HEADS), of_k=None):
     def build(emit, ids, q, k, v, mask, cos, sin, *others):
-        turns = of_q, of_k or of_q
+        rotations = of_q, of_k or of_q
         angles = (cos, sin), others or (cos, sin)
-        q, k = (emit(turn(one, *angle)) for turn, one, angle in zip(turns, (q, k), angles))
+        q, k = (
+            emit(rotate(rows, *angle)) for rotate, rows, angle in zip(rotations, (q, k), angles)
+        )
         q = emit(op.permute_dims(split(emit, q), [0, 2, 1, 3]))
         k = emit(op.permute_dims(split(emit, k), [0, 2, 3, 1]))
         scores = op.add(op.multiply(emit(op.matmul(q, k)), relax.const(0.5, "float32")), mask)

@@ -41,10 +41,10 @@ def test_pair_whose_scale_is_computed_is_dynamic(becomes):
 
 def test_range_has_the_precision_of_the_file(graph):
     scale = np.float32(0.0123456789)
-    found = read_quantization(
+    after = read_quantization(
         graph(lambda emit, ids, x: pair(x, constant(scale), constant(3, "uint8")))
     )
-    (binding,) = found.main.body.blocks[0].bindings[:1]
+    (binding,) = after.main.body.blocks[0].bindings[:1]
     attrs = binding.value.attrs
     step = (float(attrs["high"]) - float(attrs["low"])) / 255
     assert step == pytest.approx(float(scale), rel=1e-12)

@@ -60,7 +60,7 @@ UNREAD = zero("v", slice(16))
 
 
 @pytest.fixture
-def made(graph):
+def pruned(graph):
     """A graph whose weights `change` has set to zero here and there."""
 
     def make(build, weights, activations=X, change=lambda params: None, plan=None):
@@ -74,65 +74,65 @@ def made(graph):
 
 def check(start, **sizes):
     """The graph after the pass: its weights have these sizes, and it computes what it did."""
-    found = remove_zeros(start)
+    after = remove_zeros(start)
     want = [(name, sizes.get(name, value.shape)) for name, value in start.params.items()]
-    assert [(name, value.shape) for name, value in found.params.items()] == want
-    weights = found.main.params[int(found.main.attrs["num_input"]) :]
+    assert [(name, value.shape) for name, value in after.params.items()] == want
+    weights = after.main.params[int(after.main.attrs["num_input"]) :]
     assert [(var.name, tuple(map(int, var.ty.shape))) for var in weights] == want
-    relax.analysis.well_formed(found.mod)
-    np.testing.assert_allclose(evaluate(found), evaluate(start), rtol=1e-5, atol=1e-5)
-    tvm.ir.assert_structural_equal(remove_zeros(found).main, found.main)
-    return found
+    relax.analysis.well_formed(after.mod)
+    np.testing.assert_allclose(evaluate(after), evaluate(start), rtol=1e-5, atol=1e-5)
+    tvm.ir.assert_structural_equal(remove_zeros(after).main, after.main)
+    return after
 
 
 def untouched(start):
     assert remove_zeros(start) is start
 
 
-def test_dense_weights_are_left_alone(made):
-    untouched(made(feed_forward, NEURONS))
-    untouched(made(attend, ATTENTION, MASKED))
+def test_dense_weights_are_left_alone(pruned):
+    untouched(pruned(feed_forward, NEURONS))
+    untouched(pruned(attend, ATTENTION, MASKED))
 
 
-def test_neurons_that_nobody_reads_are_removed(made):
-    start = made(feed_forward, NEURONS, change=zero("v", slice(5, 37)))
-    found = check(start, **neurons(N - 32))
-    assert found.exported.notes == ("first", "zeros: 32 neurons do not count and were removed")
+def test_neurons_that_nobody_reads_are_removed(pruned):
+    start = pruned(feed_forward, NEURONS, change=zero("v", slice(5, 37)))
+    after = check(start, **neurons(N - 32))
+    assert after.exported.notes == ("first", "zeros: 32 neurons do not count and were removed")
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "tanh", "none"])
-def test_neurons_that_never_change_become_part_of_the_bias(made, activation):
+def test_neurons_that_never_change_become_part_of_the_bias(pruned, activation):
     def build(emit, ids, *weights):
         return feed_forward(emit, ids, *weights, activation=activation)
 
-    start = made(build, NEURONS, change=zero("w", slice(None), slice(0, N, 2)))
-    found = check(start, **neurons(N - 32))
-    assert not np.allclose(found.params["c"], start.params["c"], atol=0.1)
+    start = pruned(build, NEURONS, change=zero("w", slice(None), slice(0, N, 2)))
+    after = check(start, **neurons(N - 32))
+    assert not np.allclose(after.params["c"], start.params["c"], atol=0.1)
 
 
-def test_layers_without_biases_have_neurons_too(made):
+def test_layers_without_biases_have_neurons_too(pruned):
     def build(emit, ids, x, w, v):
         zeros = [relax.const(np.zeros(size, "float32")) for size in (N, C)]
         return feed_forward(emit, ids, x, w, zeros[0], v, zeros[1])
 
-    start = made(build, {"w": (C, N), "v": (N, C)}, change=zero("w", slice(None), slice(16, 32)))
+    start = pruned(build, {"w": (C, N), "v": (N, C)}, change=zero("w", slice(None), slice(16, 32)))
     check(start, w=(C, N - 16), v=(N - 16, C))
 
 
 @pytest.mark.parametrize(
     ("before", "zeros", "left"), [(64, 15, 64), (64, 16, 48), (64, 47, 32), (70, 8, 64)]
 )
-def test_what_is_left_is_a_multiple_of_16(made, before, zeros, left):
+def test_what_is_left_is_a_multiple_of_16(pruned, before, zeros, left):
     weights = {**neurons(before), "c": (C,)}
-    check(made(feed_forward, weights, change=zero("v", slice(zeros))), **neurons(left))
+    check(pruned(feed_forward, weights, change=zero("v", slice(zeros))), **neurons(left))
 
 
-def test_of_all_neurons_a_few_are_kept(made):
-    check(made(feed_forward, NEURONS, change=zero("v")), **neurons(16))
+def test_of_all_neurons_a_few_are_kept(pruned):
+    check(pruned(feed_forward, NEURONS, change=zero("v")), **neurons(16))
 
 
 @pytest.mark.parametrize("which", ["rows", "values", "either"])
-def test_heads_without_effect_are_removed(made, which):
+def test_heads_without_effect_are_removed(pruned, which):
     def change(params):
         rows = params["v"].reshape(HEADS, SIZE, C)[1]
         values = params["w"].reshape(C, 3, HEADS, SIZE)[:, 2, 1]
@@ -140,17 +140,17 @@ def test_heads_without_effect_are_removed(made, which):
         rows[:unread] = 0
         values[:, SIZE - constant :] = 0
 
-    found = check(made(attend, ATTENTION, MASKED, change), **channels(WIDTH - SIZE))
+    after = check(pruned(attend, ATTENTION, MASKED, change), **channels(WIDTH - SIZE))
     (call,) = (
-        b.value for b in Dataflow(found.main).bindings if ops.is_call(b.value, "bertile.attention")
+        b.value for b in Dataflow(after.main).bindings if ops.is_call(b.value, "bertile.attention")
     )
     assert int(call.attrs["heads"]) == HEADS - 1
-    assert found.exported.notes[-1] == "zeros: 1 attention heads do not count and were removed"
+    assert after.exported.notes[-1] == "zeros: 1 attention heads do not count and were removed"
 
 
-def test_head_whose_queries_are_zero_stays(made):
+def test_head_whose_queries_are_zero_stays(pruned):
     """It still takes the mean of its values."""
-    untouched(made(attend, ATTENTION, MASKED, zero("w", slice(None), slice(2 * WIDTH))))
+    untouched(pruned(attend, ATTENTION, MASKED, zero("w", slice(None), slice(2 * WIDTH))))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_head_whose_queries_are_zero_stays(made):
         (12, 26, 20, 2, 8),  # 26 rows of zeros are no blocks of 4
     ],
 )
-def test_channels_of_the_heads_left_are_a_multiple_of_16(made, heads, size, outputs, every, left):
+def test_channels_of_the_heads_left_are_a_multiple_of_16(pruned, heads, size, outputs, every, left):
     def build(emit, ids, *operands):
         return attend(emit, ids, *operands, heads=heads, size=size)
 
@@ -168,22 +168,22 @@ def test_channels_of_the_heads_left_are_a_multiple_of_16(made, heads, size, outp
         {"w": (outputs, 3 * n), "b": (3 * n,), "v": (n, outputs), "c": (outputs,)}
         for n in (heads * size, left * size)
     )
-    start = made(build, before, {**MASKED, "x": ("batch", "length", outputs)})
+    start = pruned(build, before, {**MASKED, "x": ("batch", "length", outputs)})
     start.params["v"].reshape(heads, size, outputs)[::every] = 0
     check(start, **after)
 
 
 @pytest.mark.parametrize("extent", [1, HEADS])
-def test_heads_that_a_bias_tells_apart_stay(made, extent):
+def test_heads_that_a_bias_tells_apart_stay(pruned, extent):
     def build(emit, ids, x, mask, bias, *weights):
         return attend(emit, ids, x, mask, *weights, bias)
 
     activations = {**MASKED, "bias": (1, extent, "length", "length")}
-    start = made(build, ATTENTION, activations, zero("v", slice(SIZE)))
+    start = pruned(build, ATTENTION, activations, zero("v", slice(SIZE)))
     untouched(start) if extent == HEADS else check(start, **channels(WIDTH - SIZE))
 
 
-def test_blocks_of_zeros_stay_blocks(made):
+def test_blocks_of_zeros_stay_blocks(pruned):
     """A neuron that goes alone would move all others within their blocks."""
     kept = np.kron(np.random.default_rng(2).random((N // 4, C)) < 0.3, np.ones((4, 1)))
 
@@ -192,26 +192,26 @@ def test_blocks_of_zeros_stay_blocks(made):
         params["v"][8:24] = 0
         params["w"][:, [0, 1, 2, 40, 41, 42, 43, 60]] = 0
 
-    start = made(feed_forward, NEURONS, change=change)
+    start = pruned(feed_forward, NEURONS, change=change)
     assert analyse(start.params["v"]).pattern == "4x1"
-    found = check(start, **neurons(N - 16))
-    assert analyse(found.params["v"]).pattern == "4x1"
-    assert np.array_equal(found.params["w"][:, :4], start.params["w"][:, :4]), "a block's 4 stay"
+    after = check(start, **neurons(N - 16))
+    assert analyse(after.params["v"]).pattern == "4x1"
+    assert np.array_equal(after.params["w"][:, :4], start.params["w"][:, :4]), "a block's 4 stay"
 
 
-def test_blocks_of_outputs_stay_blocks(made):
+def test_blocks_of_outputs_stay_blocks(pruned):
     kept = np.kron(np.random.default_rng(2).random((C, N // 16)) < 0.4, np.ones((1, 16)))
 
     def change(params):
         params["w"] *= kept
         params["v"][[*range(8), *range(48, 56)]] = 0  # 16 neurons, of two blocks
 
-    start = made(feed_forward, NEURONS, change=change)
+    start = pruned(feed_forward, NEURONS, change=change)
     assert analyse(start.params["w"]).pattern == "1x16"
     untouched(start)
     start.params["v"][:16] = 0
-    found = check(start, **neurons(N - 16))
-    assert analyse(found.params["w"]).pattern == "1x16"
+    after = check(start, **neurons(N - 16))
+    assert analyse(after.params["w"]).pattern == "1x16"
 
 
 def twice(place=None):
@@ -226,37 +226,37 @@ def twice(place=None):
     return build
 
 
-def test_shared_weights_are_cut_for_all_layers(made):
-    found = check(made(twice(), NEURONS, change=UNREAD), **neurons(N - 16))
-    assert "zeros: 32 neurons" in found.exported.notes[-1]
+def test_shared_weights_are_cut_for_all_layers(pruned):
+    after = check(pruned(twice(), NEURONS, change=UNREAD), **neurons(N - 16))
+    assert "zeros: 32 neurons" in after.exported.notes[-1]
 
 
 @pytest.mark.parametrize("place", NEURONS)
-def test_weights_that_are_shared_in_part_are_left_alone(made, place):
+def test_weights_that_are_shared_in_part_are_left_alone(pruned, place):
     weights = {**NEURONS, "other": NEURONS[place]}
-    untouched(made(twice(place), weights, change=UNREAD))
+    untouched(pruned(twice(place), weights, change=UNREAD))
 
 
-def test_weight_that_something_else_reads_is_left_alone(made):
+def test_weight_that_something_else_reads_is_left_alone(pruned):
     def build(emit, ids, x, w, b, v, c):
         y = emit(feed_forward(emit, ids, x, w, b, v, c))
         return op.add(y, op.matmul(op.matmul(y, w), v))
 
-    untouched(made(build, NEURONS, change=UNREAD))
+    untouched(pruned(build, NEURONS, change=UNREAD))
 
 
-def test_bias_that_something_else_reads_stays_for_it(made):
+def test_bias_that_something_else_reads_stays_for_it(pruned):
     def build(emit, ids, x, w, b, v, c):
         return op.multiply(feed_forward(emit, ids, x, w, b, v, c), c)
 
-    start = made(build, NEURONS, change=zero("w", slice(None), slice(16)))
-    found = remove_zeros(start)
-    assert list(found.params) == ["w", "b", "v", "c", "c_resized"]
-    assert np.array_equal(found.params["c"], start.params["c"])
-    np.testing.assert_allclose(evaluate(found), evaluate(start), rtol=1e-5, atol=1e-5)
+    start = pruned(build, NEURONS, change=zero("w", slice(None), slice(16)))
+    after = remove_zeros(start)
+    assert list(after.params) == ["w", "b", "v", "c", "c_resized"]
+    assert np.array_equal(after.params["c"], start.params["c"])
+    np.testing.assert_allclose(evaluate(after), evaluate(start), rtol=1e-5, atol=1e-5)
 
 
-def test_channels_with_other_readers_stay(made):
+def test_channels_with_other_readers_stay(pruned):
     def read_twice(emit, ids, x, w, b, v, c):
         inner = emit(ops.dense(x, w, b))
         return relax.Tuple([ops.dense(inner, v, c), inner])
@@ -269,33 +269,33 @@ def test_channels_with_other_readers_stay(made):
         context = ops.attention(AttentionSpec(HEADS, HEADS, SIZE, 1.0), qkv, mask)
         return relax.Tuple([ops.dense(emit(context), v, c), qkv])
 
-    untouched(made(read_twice, NEURONS, change=UNREAD))
-    untouched(made(with_residual, NEURONS, {**X, "y": ("batch", "length", N)}, UNREAD))
-    untouched(made(with_other_readers_of_qkv, ATTENTION, MASKED, UNREAD))
+    untouched(pruned(read_twice, NEURONS, change=UNREAD))
+    untouched(pruned(with_residual, NEURONS, {**X, "y": ("batch", "length", N)}, UNREAD))
+    untouched(pruned(with_other_readers_of_qkv, ATTENTION, MASKED, UNREAD))
 
 
-def test_three_layers_in_a_row_are_cut_between_each_two(made):
+def test_three_layers_in_a_row_are_cut_between_each_two(pruned):
     def build(emit, ids, x, w, b, v, c, u, d):
         inner = emit(ops.dense(x, w, b, activation="gelu"))
         return ops.dense(emit(ops.dense(inner, v, c, activation="tanh")), u, d)
 
     weights = {**NEURONS, "v": (N, N), "c": (N,), "u": (N, C), "d": (C,)}
-    start = made(build, weights, change=UNREAD)
+    start = pruned(build, weights, change=UNREAD)
     zero("u", slice(16, 48))(start.params)
     check(start, w=(C, 48), b=(48,), v=(48, 32), c=(32,), u=(32, C))
 
 
-def test_constant_is_folded_as_the_range_rounds_it(made):
+def test_constant_is_folded_as_the_range_rounds_it(pruned):
     """Coarse enough that folding the constant itself would be seen."""
     factors = np.linspace(0.5, 2, N).astype("float32")
     for smooth in (None, factors):
         plan = {"v": LayerPlan("int8", -30.0, 50.0, smooth)}
         change = zero("w", slice(None), slice(8, 40))
-        start = made(feed_forward, NEURONS, change=change, plan=plan)
-        found = check(start, **neurons(32))
-        left = found.plan["v"]
+        start = pruned(feed_forward, NEURONS, change=change, plan=plan)
+        after = check(start, **neurons(32))
+        left = after.plan["v"]
         assert (left.low, left.high) == (-30.0, 50.0)
         if smooth is not None:
             assert np.array_equal(left.smooth, np.delete(factors, np.s_[8:40]))
         in_floats = evaluate(remove_zeros(dataclasses.replace(start, plan={})))
-        assert np.abs(evaluate(found) - in_floats).max() > 0.01
+        assert np.abs(evaluate(after) - in_floats).max() > 0.01

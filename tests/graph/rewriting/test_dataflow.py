@@ -19,23 +19,23 @@ from bertile.graph.rewriting.dataflow import (
 
 
 def flow_of(graph, build, **kwargs):
-    made = graph(build, **kwargs)
-    return Dataflow(made.main), [b.var for b in made.main.body.blocks[0].bindings]
+    start = graph(build, **kwargs)
+    return Dataflow(start.main), [b.var for b in start.main.body.blocks[0].bindings]
 
 
 def test_definition_follows_plain_renamings(graph):
-    made = graph(lambda emit, ids, x: op.nn.relu(x))
-    relu = made.main.body.blocks[0].bindings[0].value
+    start = graph(lambda emit, ids, x: op.nn.relu(x))
+    relu = start.main.body.blocks[0].bindings[0].value
     first, second = (relax.DataflowVar(n, relu.ty) for n in "ab")
     result = relax.Var("c", relu.ty)
     bindings = [relax.VarBinding(first, relu), relax.VarBinding(second, first)]
     block = relax.DataflowBlock([*bindings, relax.VarBinding(result, second)])
     body = relax.SeqExpr([block], result)
-    flow = Dataflow(relax.Function(made.main.params, body, relu.ty, True, made.main.attrs))
+    flow = Dataflow(relax.Function(start.main.params, body, relu.ty, True, start.main.attrs))
     assert flow.definition(result).same_as(relu)
     assert flow.call(second, "nn.relu").same_as(relu)
     assert flow.is_op(result, "tanh", "nn.relu") and not flow.is_op(result, "tanh")
-    assert flow.definition(made.main.params[1]).same_as(made.main.params[1])
+    assert flow.definition(start.main.params[1]).same_as(start.main.params[1])
 
 
 def test_uses_count_results_and_repeated_operands(graph):
@@ -77,7 +77,7 @@ def test_tokens_have_the_axes_of_the_request(graph):
         "other": ("batch", 5, 8),
     }
     flow, _ = flow_of(
-        graph, lambda emit, ids, *given: op.nn.relu(given[0]), activations=activations
+        graph, lambda emit, ids, *tensors: op.nn.relu(tensors[0]), activations=activations
     )
     named = {param.name: param for param in flow.main.params}
     assert [name for name in activations if flow.is_tokens(named[name])] == ["x"]
@@ -105,16 +105,16 @@ def test_rule_sees_the_graph_as_it_was(graph):
         seen.append(call.op.name)
         return op.tanh(call.args[0]) if flow.is_op(call, "nn.relu") else None
 
-    made = graph(lambda emit, ids, x: op.nn.relu(op.nn.relu(x)))
+    start = graph(lambda emit, ids, x: op.nn.relu(op.nn.relu(x)))
     tvm.ir.assert_structural_equal(
-        rewrite(made, rule).main, graph(lambda emit, ids, x: op.tanh(op.tanh(x))).main
+        rewrite(start, rule).main, graph(lambda emit, ids, x: op.tanh(op.tanh(x))).main
     )
     assert seen == ["relax.nn.relu", "relax.nn.relu"]
 
 
 def test_rewriting_without_a_match_gives_the_same_graph(graph):
-    made = graph(lambda emit, ids, x: op.nn.relu(x))
-    assert rewrite(made, lambda flow, call: None) is made
+    start = graph(lambda emit, ids, x: op.nn.relu(x))
+    assert rewrite(start, lambda flow, call: None) is start
 
 
 def test_replacing_drops_what_is_no_longer_read(becomes):
@@ -130,22 +130,22 @@ def test_replacing_drops_what_is_no_longer_read(becomes):
 
 
 def test_normalizing_flattens_nested_calls(graph):
-    made = graph(lambda emit, ids, x: op.nn.relu(x))
-    (binding,) = made.main.body.blocks[0].bindings
-    nested = relax.VarBinding(binding.var, op.tanh(op.tanh(made.main.params[1])))
-    body = relax.SeqExpr([relax.DataflowBlock([nested])], made.main.body.body)
-    attrs = made.main.attrs
-    main = normalized(relax.Function(made.main.params, body, made.main.ret_ty, True, attrs))
+    start = graph(lambda emit, ids, x: op.nn.relu(x))
+    (binding,) = start.main.body.blocks[0].bindings
+    nested = relax.VarBinding(binding.var, op.tanh(op.tanh(start.main.params[1])))
+    body = relax.SeqExpr([relax.DataflowBlock([nested])], start.main.body.body)
+    attrs = start.main.attrs
+    main = normalized(relax.Function(start.main.params, body, start.main.ret_ty, True, attrs))
     assert len(main.body.blocks[0].bindings) == 2
     assert int(main.attrs["num_input"]) == 3
 
 
 @pytest.mark.parametrize("extents", [(2, 3), ("batch", 3), ()], ids=str)
 def test_shape_gives_numbers_where_they_are_known(graph, extents):
-    made = graph(lambda emit, ids, x: x, activations={"x": extents})
-    found = shape(made.main.params[1])
-    assert [isinstance(e, int) for e in found] == [isinstance(e, int) for e in extents]
-    assert [e for e in found if isinstance(e, int)] == [e for e in extents if e != "batch"]
+    start = graph(lambda emit, ids, x: x, activations={"x": extents})
+    known = shape(start.main.params[1])
+    assert [isinstance(e, int) for e in known] == [isinstance(e, int) for e in extents]
+    assert [e for e in known if isinstance(e, int)] == [e for e in extents if e != "batch"]
 
 
 def test_shape_is_none_where_it_is_unknown():
@@ -154,7 +154,7 @@ def test_shape_is_none_where_it_is_unknown():
 
 def test_same_shape_needs_proof(graph):
     shapes = {"a": ("batch", 3), "b": ("batch", 3), "c": ("length", 3), "d": (1, 3)}
-    made = graph(lambda emit, ids, a, b, c, d: a, activations=shapes)
-    a, b, c, d = made.main.params[1:5]
+    start = graph(lambda emit, ids, a, b, c, d: a, activations=shapes)
+    a, b, c, d = start.main.params[1:5]
     assert same_shape(a, b)
     assert not same_shape(a, c) and not same_shape(a, d)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import lazy_driver
+from helpers.fake_driver import build_driver
 
 from bertile import cuda_loader, loader
 from bertile.base.errors import BertileError, BundleError, InputError, PlatformError
@@ -111,7 +112,7 @@ def places(table, blocks):
 
 def embed(grid, block, cells):
     ids, types, table, words, kinds, out, batch, length, blocks = cells
-    ids, types = (at(one, (batch, length), np.int64) for one in (ids, types))
+    ids, types = (at(pointer, (batch, length), np.int64) for pointer in (ids, types))
     words, kinds = at(words, (50, 8)), at(kinds, (2, 8))
     assert grid == (blocks, 1, 1) and block == (128, 1, 1)
     for index, (row, positions) in enumerate(places(table, blocks)):
@@ -150,7 +151,7 @@ def pooled(grid, block, cells):
         result[row] += at(used, (blocks, 16))[index] @ at(x, (blocks, 16, 8))[index]
 
 
-KERNELS = {one.__name__: one for one in (embed, keys, scaled, hidden, pooled)}
+KERNELS = {kernel.__name__: kernel for kernel in (embed, keys, scaled, hidden, pooled)}
 for step in PLAN["steps"]:
     KERNELS[step["entry"]].arguments = len(step["arguments"])
 
@@ -167,9 +168,9 @@ def expected(input_ids, attention_mask=None, token_type_ids=None):
     }
 
 
-def same(found, wanted):
+def same(got, wanted):
     for name, array in wanted.items():
-        np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got[name], array, rtol=1e-5, atol=1e-5)
 
 
 def request(batch, length, seed=0):
@@ -213,15 +214,15 @@ def directory(tmp_path_factory):
 @pytest.fixture
 def install(monkeypatch):
     """Puts a driver in the place of the machine's; no test may use one wrongly."""
-    made = []
+    drivers = []
 
     def put(driver):
         monkeypatch.setattr(gpu_model, "open_driver", lambda path: driver)
-        made.append(driver)
+        drivers.append(driver)
         return driver
 
     yield put
-    for driver in made:
+    for driver in drivers:
         assert driver.misuse == []
 
 
@@ -242,8 +243,8 @@ def model(driver, directory):
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 16), (1, 17), (3, 5), (7, 40), (2, 64)])
 def test_call_equals_numpy(model, batch, length):
     for seed in range(3):
-        given = request(batch, length, seed)
-        same(model(**given), expected(**given))
+        inputs = request(batch, length, seed)
+        same(model(**inputs), expected(**inputs))
 
 
 def test_call_takes_lists_and_other_integers(model):
@@ -261,11 +262,11 @@ def test_call_gives_arrays_that_later_calls_leave_alone(model):
 
 def test_a_long_batch_takes_several_passes(model, monkeypatch, driver):
     monkeypatch.setattr(gpu_request, "PASS_BLOCKS", 4)
-    given = request(9, 30)
-    same(model(**given), expected(**given))
+    inputs = request(9, 30)
+    same(model(**inputs), expected(**inputs))
     assert driver.calls["cuGraphLaunch"] > 2
     with pytest.raises(InputError, match="takes several passes; time a smaller one"):
-        model.time(**given)
+        model.time(**inputs)
 
 
 @pytest.mark.parametrize("static", [{"batch": 4, "length": 20}, {"batch": None, "length": 64}])
@@ -275,8 +276,8 @@ def test_static_shapes_are_padded_to_and_cut_back(static, driver, tmp_path):
         array["shape"] = [static.get(size) or size for size in array["shape"]]
     path = write(tmp_path / "static", plan, {**MANIFEST, "static": static})
     with loader.load(path) as model:
-        given = request(6, 13)
-        same(model(**given), expected(**given))
+        inputs = request(6, 13)
+        same(model(**inputs), expected(**inputs))
         with pytest.raises(InputError, match=f"at most {static['length']}|the model takes at most"):
             model(**request(1, 65))
 
@@ -289,12 +290,12 @@ def test_steps_may_be_left_out(driver, tmp_path):
     embed["when"] = "length < 16"
     with loader.load(write(tmp_path / "two", plan)) as model:
         for length in (3, 16, 30):
-            given = request(2, length)
-            same(model(**given), expected(**given))
+            inputs = request(2, length)
+            same(model(**inputs), expected(**inputs))
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("inputs", "message"),
     [
         ({"input_id": [[1]]}, "the model has no input 'input_id'; did you mean 'input_ids'"),
         ({"attention_mask": [[1]]}, "the input input_ids is missing"),
@@ -304,25 +305,25 @@ def test_steps_may_be_left_out(driver, tmp_path):
         ({"input_ids": [[1]], "stream": "main"}, "stream is 'main'; give an integer, or a stream"),
     ],
 )
-def test_call_refuses_wrong_input(model, given, message):
+def test_call_refuses_wrong_input(model, inputs, message):
     with pytest.raises(InputError, match=message):
-        model(**given)
+        model(**inputs)
 
 
 # -- graphs and memory -------------------------------------------------------------------------
 
 
-def calls_of(driver, work):
-    """What `work` calls of the driver."""
+def calls_of(driver, call):
+    """What `call` calls of the driver."""
     before = driver.calls.copy()
-    work()
+    call()
     return driver.calls - before
 
 
 def test_a_request_is_one_launch_of_a_graph(model, driver):
-    given = request(3, 20)
-    model(**given)
-    assert calls_of(driver, lambda: model(**given)) == {
+    inputs = request(3, 20)
+    model(**inputs)
+    assert calls_of(driver, lambda: model(**inputs)) == {
         "cuCtxPushCurrent_v2": 1,
         "cuGraphLaunch": 1,
         "cuStreamSynchronize": 1,
@@ -332,8 +333,8 @@ def test_a_request_is_one_launch_of_a_graph(model, driver):
 
 def test_ten_thousand_calls_hold_their_memory(model, driver):
     requests = [request(1, length) for length in (1, 2, 3, 4)]
-    for given in requests:
-        model(**given)
+    for inputs in requests:
+        model(**inputs)
     held = driver.held()
     for number in range(10_000):
         model(**requests[number % 4])
@@ -343,14 +344,14 @@ def test_ten_thousand_calls_hold_their_memory(model, driver):
 def test_graphs_of_shapes_that_are_not_used_are_given_back(model, driver, monkeypatch):
     monkeypatch.setattr(workspace, "GRAPHS", 3)
     for length in (60, 1, 2, 3, 2, 60, 3):
-        given = request(1, length)
-        same(model(**given), expected(**given))
+        inputs = request(1, length)
+        same(model(**inputs), expected(**inputs))
     assert driver.held()["executable"] == 3 and driver.held().get("graph", 0) == 0
-    made = driver.calls["cuGraphCreate"]
+    graphs = driver.calls["cuGraphCreate"]
     model(**request(1, 3))
-    assert driver.calls["cuGraphCreate"] == made
+    assert driver.calls["cuGraphCreate"] == graphs
     model(**request(1, 1))
-    assert driver.calls["cuGraphCreate"] == made + 1
+    assert driver.calls["cuGraphCreate"] == graphs + 1
 
 
 def test_memory_grows_with_the_largest_request_only(model, driver):
@@ -361,8 +362,8 @@ def test_memory_grows_with_the_largest_request_only(model, driver):
     grown = driver.held()
     assert grown["device"] > small["device"] and grown["executable"] == 1
     for batch in (1, 300, 499):
-        given = request(batch, 64)
-        same(model(**given), expected(**given))
+        inputs = request(batch, 64)
+        same(model(**inputs), expected(**inputs))
     assert {**driver.held(), "executable": 1} == grown
 
 
@@ -370,15 +371,15 @@ def test_threads_run_at_once_and_share_the_workspaces(driver, directory):
     with cuda_loader.load(directory, streams=3) as model:
         wrong = []
 
-        def work(seed):
+        def ask(seed):
             for turn in range(20):
-                given = request(2, 3 + (seed + turn) % 5, seed)
+                inputs = request(2, 3 + (seed + turn) % 5, seed)
                 try:
-                    same(model(**given), expected(**given))
+                    same(model(**inputs), expected(**inputs))
                 except Exception as error:
                     wrong.append(error)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -454,13 +455,13 @@ CALLING = ("cuCtxPushCurrent_v2", "cuStreamCreate", "cuEventCreate", "cuMemAlloc
 
 @pytest.mark.parametrize("name", CALLING)
 def test_a_call_that_fails_leaves_a_model_that_works(model, driver, name):
-    given = request(3, 6)
+    inputs = request(3, 6)
     driver.fail[name] = 999
     for _ in range(3):
         with pytest.raises(BertileError, match=f"{name} fails on Lazy GPU: CUDA_ERROR_UNKNOWN"):
-            model(**given)
+            model(**inputs)
     driver.fail.clear()
-    same(model(**given), expected(**given))
+    same(model(**inputs), expected(**inputs))
     assert driver.held()["stream"] == 1
     model.close()
     assert driver.held() == {}
@@ -497,17 +498,17 @@ def test_a_call_in_a_forked_process_says_so(model):
 
 
 def test_time_gives_milliseconds_of_the_graph(model, driver):
-    given = request(2, 7)
+    inputs = request(2, 7)
     for copies in (False, True):
         calls = calls_of(
-            driver, lambda copies=copies: model.time(repeats=5, warm=2, copies=copies, **given)
+            driver, lambda copies=copies: model.time(repeats=5, warm=2, copies=copies, **inputs)
         )
         assert calls["cuGraphLaunch"] == 7 and calls["cuStreamSynchronize"] == 1
         assert calls["cuGraphAddMemcpyNode"] == 2 * copies
-    np.testing.assert_array_equal(model.time(repeats=5, **given), np.full(5, 0.5))
-    same(model(**given), expected(**given))
+    np.testing.assert_array_equal(model.time(repeats=5, **inputs), np.full(5, 0.5))
+    same(model(**inputs), expected(**inputs))
     with pytest.raises(InputError, match="repeats or warm is no count"):
-        model.time(repeats=0, **given)
+        model.time(repeats=0, **inputs)
 
 
 # -- arrays on the device ----------------------------------------------------------------------
@@ -567,31 +568,32 @@ KEPT = []  # whoever gives an array on the device keeps it until the stream has 
 
 
 def device_request(batch, length, seed=0):
-    given = request(batch, length, seed)
-    KEPT.append(given)
-    return given, {name: OnDevice(array) for name, array in given.items()}
+    inputs = request(batch, length, seed)
+    KEPT.append(inputs)
+    return inputs, {name: OnDevice(array) for name, array in inputs.items()}
 
 
-def on_device(given):
+def on_device(inputs):
     """What the model gives for arrays on the device: there are no ends to the sequences."""
-    wanted = expected(given["input_ids"], None, given.get("token_type_ids"))
-    mask = given.get("attention_mask", np.ones(wanted["hidden"].shape[:2]))
+    wanted = expected(inputs["input_ids"], None, inputs.get("token_type_ids"))
+    mask = inputs.get("attention_mask", np.ones(wanted["hidden"].shape[:2]))
     return {**wanted, "pooled": (wanted["hidden"] * (mask != 0)[..., None]).sum(axis=1)}
 
 
 @pytest.mark.parametrize("names", [NAMES, NAMES[:1], NAMES[:2], (NAMES[0], NAMES[2])])
 def test_arrays_on_the_device_are_read_in_place(model, driver, names):
     for batch, length, seed in ((2, 5, 1), (3, 17, 2), (2, 5, 3)):
-        given, tensors = device_request(batch, length, seed)
+        inputs, tensors = device_request(batch, length, seed)
         results = model(stream=0, **{name: tensors[name] for name in names})
-        consumers = {name: Consumer(one) for name, one in results.items()}
+        consumers = {name: Consumer(result) for name, result in results.items()}
         driver.finish()
         same(
-            {k: one.array for k, one in consumers.items()}, on_device({k: given[k] for k in names})
+            {k: consumer.array for k, consumer in consumers.items()},
+            on_device({k: inputs[k] for k in names}),
         )
         assert [tensors[name].streams for name in names] == [[1]] * len(names)
-        for one in consumers.values():
-            one.close()
+        for consumer in consumers.values():
+            consumer.close()
 
 
 def test_arrays_on_the_device_wait_for_nothing(model, driver):
@@ -619,7 +621,7 @@ def test_arrays_on_the_device_wait_for_nothing(model, driver):
 
 
 def test_results_go_back_when_the_last_user_is_gone(model, driver):
-    given, tensors = device_request(2, 5)
+    inputs, tensors = device_request(2, 5)
     results = model(**tensors)
     assert repr(results["hidden"]) == "DeviceArray((2, 5, 8), float32, GPU 0)"
     held = driver.held()["device"]
@@ -630,7 +632,7 @@ def test_results_go_back_when_the_last_user_is_gone(model, driver):
     again = model(**tensors)
     assert again["hidden"].pointer != pointer
     driver.finish()
-    np.testing.assert_allclose(consumer.array, on_device(given)["hidden"], rtol=1e-5)
+    np.testing.assert_allclose(consumer.array, on_device(inputs)["hidden"], rtol=1e-5)
     consumer.close()
     assert model(**tensors)["hidden"].pointer == pointer
     again["pooled"].__dlpack__(stream=-1)  # a capsule that nobody takes
@@ -641,7 +643,7 @@ def test_results_go_back_when_the_last_user_is_gone(model, driver):
 
 
 def test_results_outlive_the_model(driver, directory):
-    given, tensors = device_request(2, 5)
+    inputs, tensors = device_request(2, 5)
     with loader.load(directory) as model:
         results = model(**tensors)
     held = driver.held()
@@ -650,7 +652,7 @@ def test_results_outlive_the_model(driver, directory):
     gc.collect()
     assert driver.retained == 1
     np.testing.assert_allclose(
-        at(results["pooled"].pointer, (2, 8)), on_device(given)["pooled"], rtol=1e-5, atol=1e-6
+        at(results["pooled"].pointer, (2, 8)), on_device(inputs)["pooled"], rtol=1e-5, atol=1e-6
     )
     del results
     gc.collect()
@@ -665,7 +667,7 @@ def test_results_that_were_given_back_are_kept_up_to_a_limit(model, driver, monk
     before = driver.held()["device"]
     held.clear()
     gc.collect()
-    assert len([one for kept in model._results._free.values() for one in kept]) == 3
+    assert len([pointer for kept in model._results._free.values() for pointer in kept]) == 3
     assert driver.held()["device"] < before
 
 
@@ -676,44 +678,44 @@ def test_streams_wait_for_each_other(driver, directory, workspaces):
     taken = []
     with cuda_loader.load(directory, streams=workspaces) as model:
         for turn in range(12):
-            given, tensors = device_request(2, 5, turn)
+            inputs, tensors = device_request(2, 5, turn)
             results = model(stream=streams[turn % 3], **tensors)
             reader = streams[(turn + 1) % 3]
-            consumers = {name: Consumer(one, reader) for name, one in results.items()}
-            taken.append((given, tensors, consumers, reader))
+            consumers = {name: Consumer(result, reader) for name, result in results.items()}
+            taken.append((inputs, tensors, consumers, reader))
         assert driver.held()["stream"] - 3 == min(workspaces, 3)
-        for given, _, consumers, reader in reversed(taken):
+        for inputs, _, consumers, reader in reversed(taken):
             driver._cuStreamSynchronize(reader)
-            same({name: one.array for name, one in consumers.items()}, on_device(given))
+            same({name: consumer.array for name, consumer in consumers.items()}, on_device(inputs))
         for _, _, consumers, _ in taken:
-            for one in consumers.values():
-                one.close()
+            for consumer in consumers.values():
+                consumer.close()
 
 
 def test_results_lent_to_another_stream_are_not_written_before_it_has_read(model, driver):
-    here, there = driver.stream(), driver.stream()
-    given, tensors = device_request(2, 5, 1)
-    results = model(stream=here, **tensors)
-    consumer = Consumer(results["hidden"], there)
+    writer, reader = driver.stream(), driver.stream()
+    inputs, tensors = device_request(2, 5, 1)
+    results = model(stream=writer, **tensors)
+    consumer = Consumer(results["hidden"], reader)
     read = []
-    driver._get(there, lazy_driver.Stream).add(lambda: read.append(consumer.array.copy()))
+    driver._get(reader, lazy_driver.Stream).add(lambda: read.append(consumer.array.copy()))
     del results
     consumer.close()
-    model(stream=here, **device_request(2, 5, 2)[1])
-    driver._cuStreamSynchronize(here)
-    np.testing.assert_allclose(read[0], on_device(given)["hidden"], rtol=1e-5)
+    model(stream=writer, **device_request(2, 5, 2)[1])
+    driver._cuStreamSynchronize(writer)
+    np.testing.assert_allclose(read[0], on_device(inputs)["hidden"], rtol=1e-5)
 
 
 def test_calls_from_the_host_and_on_the_device_take_turns(model, driver):
     stream = driver.stream()
     for turn in range(6):
-        given, tensors = device_request(3, 9, turn)
+        inputs, tensors = device_request(3, 9, turn)
         results = model(stream=stream, **tensors)
         host = request(3, 9, turn + 100)
         same(model(**host), expected(**host))
         driver._cuStreamSynchronize(stream)
         np.testing.assert_allclose(
-            at(results["hidden"].pointer, (3, 9, 8)), on_device(given)["hidden"], rtol=1e-5
+            at(results["hidden"].pointer, (3, 9, 8)), on_device(inputs)["hidden"], rtol=1e-5
         )
 
 
@@ -724,10 +726,10 @@ def test_device_calls_hold_their_memory(model, driver):
     gc.collect()
     held = driver.held()
     for _ in range(500):
-        consumers = [Consumer(one) for one in model(**tensors).values()]
+        consumers = [Consumer(result) for result in model(**tensors).values()]
         driver.finish()
-        for one in consumers:
-            one.close()
+        for consumer in consumers:
+            consumer.close()
     del consumers
     gc.collect()
     assert driver.held() == held
@@ -976,8 +978,8 @@ SYMBOLS = {"batch": 3, "length": 17, "blocks": 6, "rows": 96}
     ],
 )  # fmt: skip
 def test_evaluate_is_arithmetic(extent, value):
-    found = cuda_loader.evaluate(extent, SYMBOLS)
-    assert found == value and type(found) is int
+    result = cuda_loader.evaluate(extent, SYMBOLS)
+    assert result == value and type(result) is int
 
 
 @pytest.mark.parametrize(
@@ -1004,13 +1006,17 @@ def test_the_arena_never_holds_two_live_buffers_in_one_place(seed):
     sizes = [int(size) for size in rng.choice([0, 1, 100, 256, 3000, 100_000], count)]
     lives = [tuple(sorted(map(int, rng.integers(0, steps, 2)))) for _ in range(count)]
     offsets, end = cuda_loader.place_buffers(sizes, lives)
-    for one in range(count):
-        assert offsets[one] % 256 == 0 and offsets[one] >= 0 and offsets[one] + sizes[one] <= end
-        for other in range(one):
-            at_once = lives[one][0] <= lives[other][1] and lives[other][0] <= lives[one][1]
+    for buffer in range(count):
+        assert (
+            offsets[buffer] % 256 == 0
+            and offsets[buffer] >= 0
+            and offsets[buffer] + sizes[buffer] <= end
+        )
+        for other in range(buffer):
+            at_once = lives[buffer][0] <= lives[other][1] and lives[other][0] <= lives[buffer][1]
             apart = (
-                offsets[one] + sizes[one] <= offsets[other]
-                or offsets[other] + sizes[other] <= offsets[one]
+                offsets[buffer] + sizes[buffer] <= offsets[other]
+                or offsets[other] + sizes[other] <= offsets[buffer]
             )
             assert apart or not at_once
     # no worse than each for itself, no better than what one step needs
@@ -1032,7 +1038,7 @@ def test_requests_of_unequal_lengths_share_places_where_everything_fits():
     plan = cuda_loader.Plan(changed(lambda p: p["buffers"][0].update(bytes=size)), MANIFEST)
     whole, part = plan.layout(4, 32, 8), plan.layout(4, 32, 4)
     assert part.bytes - whole.bytes > 30_000
-    spans = sorted((part.buffers[one], part.sizes[one]) for one in (0, 1, 2))
+    spans = sorted((part.buffers[buffer], part.sizes[buffer]) for buffer in (0, 1, 2))
     assert all(begin + size <= after for (begin, size), (after, _) in zip(spans, spans[1:]))
 
 
@@ -1047,12 +1053,12 @@ def test_steps_that_touch_the_same_bytes_are_ordered(seed):
     rng = np.random.default_rng(seed)
     count, steps = int(rng.integers(1, 30)), int(rng.integers(1, 30))
     begins = rng.integers(0, 1000, count)
-    spans = {one: (int(b), int(b + rng.integers(1, 100))) for one, b in enumerate(begins)}
+    spans = {buffer: (int(b), int(b + rng.integers(1, 100))) for buffer, b in enumerate(begins)}
     uses = [list(map(int, rng.integers(0, count, rng.integers(0, 4)))) for _ in range(steps)]
     after = cuda_loader.order(uses, spans)
     reach = []
     for step, waits in enumerate(after):
-        reach.append(set(waits).union(*(reach[one] for one in waits)))
+        reach.append(set(waits).union(*(reach[earlier] for earlier in waits)))
         wanted = {
             earlier
             for earlier in range(step)
@@ -1060,7 +1066,9 @@ def test_steps_that_touch_the_same_bytes_are_ordered(seed):
                    for a in uses[earlier] for b in uses[step])
         }  # fmt: skip
         assert wanted <= reach[step] and set(waits) <= wanted
-        assert not any(one in reach[other] for one in waits for other in waits)  # none is implied
+        assert not any(
+            earlier in reach[later] for earlier in waits for later in waits
+        )  # none is implied
 
 
 def test_independent_steps_may_run_at_once():
@@ -1144,8 +1152,13 @@ def test_import_brings_nothing_but_numpy_and_takes_little_time():
         "print({name.split('.')[1] for name in sys.modules if name.startswith('bertile.')})\n"
     )
     first, second = run("-c", code).stdout.splitlines()
-    found, spent = first.rsplit(" ", 1)
-    assert set(ast.literal_eval(found)) <= {"bertile", "numpy", "sitecustomize", "cython_runtime"}
+    packages, spent = first.rsplit(" ", 1)
+    assert set(ast.literal_eval(packages)) <= {
+        "bertile",
+        "numpy",
+        "sitecustomize",
+        "cython_runtime",
+    }
     assert ast.literal_eval(second) == {"cuda_loader", "loading"}
     assert float(spent) < 0.5  # some 30 ms; a machine under load takes longer
 
@@ -1208,7 +1221,7 @@ def emulated(tmp_path_factory):
     if reason:
         pytest.skip(reason)
     directory = tmp_path_factory.mktemp("emulated")
-    emulator.driver(directory).rename(directory / "libcuda.so.1")
+    build_driver(directory).rename(directory / "libcuda.so.1")
     older = {"target": {"name": "cuda-sm80", "arch": "cuda", "features": ["sm_80"]}}
     bundled = write(directory / "bundle", manifest={**MANIFEST, **older}, ptx=ENTRIES)
     return bundled, directory, emulator.build(SOURCE, directory)
@@ -1223,13 +1236,13 @@ def test_emulated_kernels_give_the_same_numbers(emulated, monkeypatch, lazy):
     fake.fake_lazy(lazy)
     with cuda_loader.load(bundled, driver=str(path)) as model:
         for number, shape in enumerate([(1, 1), (3, 17), (2, 64), (3, 17)]):
-            given = request(*shape, number)
-            same(model(**given), expected(**given))
+            inputs = request(*shape, number)
+            same(model(**inputs), expected(**inputs))
         launches = fake.fake_calls(b"cuGraphLaunch")
-        model(**given)
+        model(**inputs)
         assert fake.fake_calls(b"cuGraphLaunch") == launches + 1
         assert fake.fake_calls(b"cuLaunchKernel") == 0
-        assert model.time(repeats=3, **given).shape == (3,)
+        assert model.time(repeats=3, **inputs).shape == (3,)
     for kind in (b"memory", b"host", b"stream", b"event", b"graph", b"executable", b"module"):
         assert fake.fake_live(kind) == 0, kind
 

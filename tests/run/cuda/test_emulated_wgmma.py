@@ -72,19 +72,19 @@ def run_product(
         x = rng.integers(0, 256, (rows, k)).astype(np.uint8)
         w = rng.integers(-128, 128, (n, k)).astype(np.int8)
         expected = x.astype(np.int32) @ w.astype(np.int32).T
-        given = [x, w]
+        operands = [x, w]
     else:
         x, w = (rng.integers(-8, 9, (count, k)).astype(np.float32) for count in (rows, n))
         expected = x @ w.T
         narrow = (lambda a: a.astype(np.float16)) if kind == "f16" else _bf16
-        given = [narrow(x), narrow(w)]
+        operands = [narrow(x), narrow(w)]
     y = np.zeros_like(expected)
     names = ("x", "w", "y", "rows", "n", "k")
     launch = Launch(
         "product", (2, f"(n + {width - 1}) // {width}", 1), 128, 3 * (64 + width) * 128, names
     )
     kernel = Kernel(source(kind, width, text), names[:3], (launch,))
-    emulator.run_kernel(kernel, [*given, y], {"rows": rows, "n": n, "k": k})
+    emulator.run_kernel(kernel, [*operands, y], {"rows": rows, "n": n, "k": k})
     return y, expected
 
 
@@ -94,8 +94,8 @@ def _bf16(array: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("kind", "width"), [("f16", 64), ("bf16", 192), ("u8", 128)])
 def test_product_equals_numpy(kind: str, width: int) -> None:
-    made, expected = run_product(kind, width)
-    np.testing.assert_array_equal(made, expected)
+    actual, expected = run_product(kind, width)
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_mistake_is_found(right: str, wrong: str, mistake: str) -> None:
 
 
 def test_sum_that_is_read_before_the_wait_is_nan() -> None:
-    made, _ = run_product("f16", 64, PRODUCT.replace("wgmma_wait<0>();", ""), k=64)
-    assert np.isnan(made).all()
+    actual, _ = run_product("f16", 64, PRODUCT.replace("wgmma_wait<0>();", ""), k=64)
+    assert np.isnan(actual).all()
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2, 3])
@@ -145,7 +145,7 @@ extern "C" __global__ void read(const u8* image, float* y, int leading, int stri
 """
     rng = np.random.default_rng(0)
     a, image = rng.integers(-9, 9, (64, 16)).astype(np.float16), np.zeros(16384, np.uint8)
-    one = np.eye(64, 16).astype(np.float16)
+    identity = np.eye(64, 16).astype(np.float16)
     pitch = {0: 16, 1: 128, 2: 64, 3: 32}[mode]
     leading, stride = (2048, 256) if mode == 0 else (16, 8 * pitch)
     for row in range(64):
@@ -158,9 +158,9 @@ extern "C" __global__ void read(const u8* image, float* y, int leading, int stri
             cells = a[row, 8 * chunk : 8 * chunk + 8]
             image[place : place + 16] = cells.view(np.uint8)
             b = 8192 + row * 128 + ((chunk ^ row % 8) * 16)
-            image[b : b + 16] = one[row, 8 * chunk : 8 * chunk + 8].view(np.uint8)
+            image[b : b + 16] = identity[row, 8 * chunk : 8 * chunk + 8].view(np.uint8)
     y = np.zeros((64, 64), np.float32)
     names = ("image", "y", "leading", "stride", "mode")
     kernel = Kernel(text, names[:2], (Launch("read", (1, 1, 1), 128, 16384, names),))
     emulator.run_kernel(kernel, [image, y], {"leading": leading, "stride": stride, "mode": mode})
-    np.testing.assert_array_equal(y, a.astype(np.float32) @ one.astype(np.float32).T)
+    np.testing.assert_array_equal(y, a.astype(np.float32) @ identity.astype(np.float32).T)

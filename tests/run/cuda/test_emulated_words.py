@@ -19,20 +19,20 @@ PRELUDE = Path(source.__file__).with_name("prelude.cuh")
 G, T = np.divmod(np.arange(32), 4)  # "groupID" and "threadID_in_group" of the manual
 
 
-def run_warp(body: str, given: np.ndarray, made: np.ndarray) -> np.ndarray:
+def run_warp(body: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Run `body` in one warp: it reads its lane's row of x and writes its row of y."""
     text = f"""
 extern "C" __global__ void __launch_bounds__(32) words(const unsigned* x, unsigned* y) {{
   const int lane = threadIdx.x;
-  x += lane * {given.shape[1]};
-  y += lane * {made.shape[1]};
+  x += lane * {x.shape[1]};
+  y += lane * {y.shape[1]};
   {body}
 }}
 """
     launch = Launch("words", (1, 1, 1), 32, 4096, ("x", "y"))
-    assert given.dtype.itemsize == made.dtype.itemsize == 4
-    emulator.run_kernel(Kernel(text, ("x", "y"), (launch,)), [given, made], {})
-    return made
+    assert x.dtype.itemsize == y.dtype.itemsize == 4
+    emulator.run_kernel(Kernel(text, ("x", "y"), (launch,)), [x, y], {})
+    return y
 
 
 def packed(array: np.ndarray) -> np.ndarray:
@@ -60,16 +60,16 @@ def multiply(word: str, a: np.ndarray, b: np.ndarray, d: np.ndarray) -> np.ndarr
     half = a.shape[1] // 2
     columns = T[:, None] * each + np.arange(each)
     halves = ((0, 0), (8, 0), (0, half), (8, half))  # rows and columns of a0, a1, a2, a3
-    given_a = [packed(a[(G + down)[:, None], columns + right]) for down, right in halves]
-    given_b = [packed(b[columns + down, G[:, None]]) for down in (0, half)]
-    given = np.hstack([accumulators(d).view(np.uint32), *given_a, *given_b])
+    registers_a = [packed(a[(G + down)[:, None], columns + right]) for down, right in halves]
+    registers_b = [packed(b[columns + down, G[:, None]]) for down in (0, half)]
+    registers = np.hstack([accumulators(d).view(np.uint32), *registers_a, *registers_b])
     whole = d.dtype == np.int32
     names = {"type": "int", "read": "int", "write": "unsigned"}
     if not whole:
         names = {"type": "float", "read": "__uint_as_float", "write": "__float_as_uint"}
-    made = np.zeros((32, 4), np.uint32)
-    run_warp(MULTIPLY.format(word=word, **names), given, made)
-    return made.view(d.dtype)
+    sums = np.zeros((32, 4), np.uint32)
+    run_warp(MULTIPLY.format(word=word, **names), registers, sums)
+    return sums.view(d.dtype)
 
 
 def bf16(array: np.ndarray) -> np.ndarray:
@@ -88,8 +88,8 @@ def test_fragments_of_numbers_are_where_ptx_has_them(word, k, store) -> None:
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-9, 10, shape).astype(np.float32) for shape in ((16, k), (k, 8)))
     d = rng.integers(-9, 10, (16, 8)).astype(np.float32)
-    made = multiply(word, store(a), store(b), d)
-    np.testing.assert_array_equal(made, accumulators(d + a @ b))
+    sums = multiply(word, store(a), store(b), d)
+    np.testing.assert_array_equal(sums, accumulators(d + a @ b))
 
 
 def test_fragments_of_bytes_are_where_ptx_has_them() -> None:
@@ -97,8 +97,8 @@ def test_fragments_of_bytes_are_where_ptx_has_them() -> None:
     a = rng.integers(0, 256, (16, 32)).astype(np.uint8)
     b = rng.integers(-128, 128, (32, 8)).astype(np.int8)
     d = rng.integers(-9, 10, (16, 8)).astype(np.int32)
-    made = multiply("mma_16832_u8s8", a, b, d)
-    np.testing.assert_array_equal(made, accumulators(d + a.astype(np.int32) @ b))
+    sums = multiply("mma_16832_u8s8", a, b, d)
+    np.testing.assert_array_equal(sums, accumulators(d + a.astype(np.int32) @ b))
 
 
 def sparse_product(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -118,9 +118,11 @@ def sparse_product(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     said[T > 1] = 0xFFFFFFFF  # nobody reads these
     pairs = T[:, None] * 2 + np.arange(2)
     halves = ((0, 0), (8, 0), (0, 8), (8, 8))
-    given = [packed(few.astype(np.float16)[(G + down)[:, None], pairs + at]) for down, at in halves]
-    given += [packed(b.astype(np.float16)[pairs + at, G[:, None]]) for at in (0, 8, 16, 24)]
-    return np.hstack([*given, said.astype(np.uint32)[:, None]]), accumulators(a @ b)
+    registers = [
+        packed(few.astype(np.float16)[(G + down)[:, None], pairs + at]) for down, at in halves
+    ]
+    registers += [packed(b.astype(np.float16)[pairs + at, G[:, None]]) for at in (0, 8, 16, 24)]
+    return np.hstack([*registers, said.astype(np.uint32)[:, None]]), accumulators(a @ b)
 
 
 SPARSE = """
@@ -132,12 +134,12 @@ SPARSE = """
 
 
 def test_two_of_four_are_where_ptx_has_them() -> None:
-    given, expected = sparse_product(np.random.default_rng(0))
-    made = run_warp(SPARSE, given, np.zeros((32, 4), np.uint32))
-    np.testing.assert_array_equal(made.view(np.float32), expected)
-    given[5, 8] = 0x44444441  # in one of the fours the second lies before the first
+    registers, expected = sparse_product(np.random.default_rng(0))
+    sums = run_warp(SPARSE, registers, np.zeros((32, 4), np.uint32))
+    np.testing.assert_array_equal(sums.view(np.float32), expected)
+    registers[5, 8] = 0x44444441  # in one of the fours the second lies before the first
     with pytest.raises(emulator.EmulationError, match="lane 5 says that columns 1 and 0"):
-        run_warp(SPARSE, given, np.zeros((32, 4), np.uint32))
+        run_warp(SPARSE, registers, np.zeros((32, 4), np.uint32))
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -153,20 +155,20 @@ def test_matrices_are_loaded_as_ptx_has_them(count: int, transposed: bool) -> No
   {word}(r, memory + lane % {8 * count} * 80);
   for (int i = 0; i < {count}; ++i) y[i] = r[i];
 """
-    made = run_warp(body, packed(rows), np.zeros((32, count), np.uint32))
+    loaded = run_warp(body, packed(rows), np.zeros((32, count), np.uint32))
     for i in range(count):
         matrix = rows[8 * i : 8 * i + 8]
         matrix = matrix.T if transposed else matrix
         expected = np.stack([matrix[G, 2 * T], matrix[G, 2 * T + 1]], axis=1)
-        np.testing.assert_array_equal(made[:, i], packed(expected)[:, 0])
+        np.testing.assert_array_equal(loaded[:, i], packed(expected)[:, 0])
 
 
 def test_lanes_exchange_values() -> None:
-    given = np.arange(32, dtype=np.uint32)[:, None] + 100
+    values = np.arange(32, dtype=np.uint32)[:, None] + 100
     body = "y[0] = shuffle_xor(x[0], 5); y[1] = shuffle(x[0], (lane * 7) % 32);"
-    made = run_warp(body, given, np.zeros((32, 2), np.uint32))
+    exchanged = run_warp(body, values, np.zeros((32, 2), np.uint32))
     lanes = np.arange(32)
-    np.testing.assert_array_equal(made, np.stack([lanes ^ 5, lanes * 7 % 32], axis=1) + 100)
+    np.testing.assert_array_equal(exchanged, np.stack([lanes ^ 5, lanes * 7 % 32], axis=1) + 100)
 
 
 def test_conversions_round_as_the_hardware_does() -> None:
@@ -185,28 +187,28 @@ def test_conversions_round_as_the_hardware_does() -> None:
     y[4 * i + 3] = to_u8(value);
   }
 """
-    given = values.view(np.uint32).reshape(32, 8)
-    made = run_warp(body, given, np.zeros((32, 32), np.uint32)).reshape(-1, 4)
+    rows = values.view(np.uint32).reshape(32, 8)
+    converted = run_warp(body, rows, np.zeros((32, 32), np.uint32)).reshape(-1, 4)
     with np.errstate(over="ignore", invalid="ignore"):
         half = values.astype(np.float16)
     number = ~np.isnan(values)
     np.testing.assert_array_equal(
-        made[number, 0], half.view(np.uint16)[number].astype(np.uint32) | 0x3C000000
+        converted[number, 0], half.view(np.uint16)[number].astype(np.uint32) | 0x3C000000
     )
     bits = values.view(np.uint32).astype(np.uint64)
     wide = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    np.testing.assert_array_equal(made[number, 1], (wide << 16 | 0x3F80)[number])
+    np.testing.assert_array_equal(converted[number, 1], (wide << 16 | 0x3F80)[number])
     finite = np.isfinite(values)
-    np.testing.assert_array_equal(made[finite, 2], ((bits + 0x1000) & 0xFFFFE000)[finite])
-    np.testing.assert_array_equal(made[number, 3], np.clip(np.rint(values), 0, 255)[number])
-    assert np.isnan((made[~number, 0] & 0xFFFF).astype(np.uint16).view(np.float16)).all()
+    np.testing.assert_array_equal(converted[finite, 2], ((bits + 0x1000) & 0xFFFFE000)[finite])
+    np.testing.assert_array_equal(converted[number, 3], np.clip(np.rint(values), 0, 255)[number])
+    assert np.isnan((converted[~number, 0] & 0xFFFF).astype(np.uint16).view(np.float16)).all()
 
 
 def test_both_files_say_the_same_words() -> None:
     def words(path: Path) -> set[str]:
         text = path.read_text(encoding="utf-8")
-        found = re.findall(r"^(?:template <[^>]*>\s*)*(?:WORD|inline) [\w ]+?(\w+)\(", text, re.M)
-        return {name for name in found if not re.match(r"_|emulated|make_|min$|max$|rsqrtf$", name)}
+        names = re.findall(r"^(?:template <[^>]*>\s*)*(?:WORD|inline) [\w ]+?(\w+)\(", text, re.M)
+        return {name for name in names if not re.match(r"_|emulated|make_|min$|max$|rsqrtf$", name)}
 
     prelude = words(PRELUDE)
     assert prelude == words(WORDS)

@@ -75,8 +75,8 @@ def run_product(kernel: Kernel, rows: int = 100, n: int = 72, k: int = 160, seed
 
 
 def test_product_of_matrices_equals_numpy() -> None:
-    made, expected = run_product(product())
-    np.testing.assert_allclose(made, expected, rtol=0, atol=1e-4)
+    actual, expected = run_product(product())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_what_is_no_mistake_runs() -> None:
 
 def test_orders_of_warps_and_blocks_depend_on_the_seed() -> None:
     """Global memory has no stamps: what depends on the order shows by another result."""
-    found = {float(run_small("if (i % 32 == 0) y[0] = i;", 1024, seed=s)[0]) for s in range(8)}
-    assert len(found) > 1
+    results = {float(run_small("if (i % 32 == 0) y[0] = i;", 1024, seed=s)[0]) for s in range(8)}
+    assert len(results) > 1
 
 
 def test_passes_over_banks_and_sectors_are_counted() -> None:
@@ -225,15 +225,17 @@ def test_passes_over_banks_and_sectors_are_counted() -> None:
         },
     }
     for body, expected in bodies.items():
-        found, _ = emulator.count_traffic(small(body, threads=32), arrays(), {})
-        assert {way: one for way, one in found.items() if one.instructions} == expected, body
+        traffic, _ = emulator.count_traffic(small(body, threads=32), arrays(), {})
+        assert {
+            way: counts for way, counts in traffic.items() if counts.instructions
+        } == expected, body
 
 
 def test_multiplications_of_tensor_cores_are_counted() -> None:
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal((count, 160)).astype(np.float16) for count in (100, 72))
-    given = [x, w, np.zeros((100, 72), np.float32)]
-    _, done = emulator.count_traffic(product(), given, {"rows": 100, "n": 72, "k": 160})
+    operands = [x, w, np.zeros((100, 72), np.float32)]
+    _, done = emulator.count_traffic(product(), operands, {"rows": 100, "n": 72, "k": 160})
     assert done == 128 * 128 * 160, "whole tiles of 64 × 64"
 
 
@@ -253,9 +255,9 @@ def test_stack_that_is_used_up_is_found() -> None:
 
 def test_libraries_are_not_taken_from_a_place_of_somebody_else(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    made = emulator.kept()
-    assert made.parent == tmp_path and made.stat().st_mode & 0o777 == 0o700
-    made.rename(tmp_path / "other")
-    made.symlink_to(tmp_path / "other")
+    folder = emulator.kept()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    folder.rename(tmp_path / "other")
+    folder.symlink_to(tmp_path / "other")
     with pytest.raises(PlatformError, match="belongs to another user"):
         emulator.kept()

@@ -45,16 +45,16 @@ def model(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("gpu") / "bert-tiny-fp16"
     if request.param == "card":
         compiled("bert-tiny", "fp16", request.getfixturevalue("row"), directory)
-        with cuda_loader.load(directory) as found:
-            yield found, directory
+        with cuda_loader.load(directory) as opened:
+            yield opened, directory
         return
     library = pretended.driver()
     compiled("bert-tiny", "fp16", "cuda-sm90", directory, [(1, 1), (2, 17)])
     source = (directory / emulated_model.SOURCE).read_text(encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BERTILE_EMULATED_KERNELS", str(emulator.build(source, emulator.kept())))
-        with cuda_loader.load(directory, driver=str(library)) as found:
-            yield found, directory
+        with cuda_loader.load(directory, driver=str(library)) as opened:
+            yield opened, directory
 
 
 @pytest.fixture
@@ -91,8 +91,8 @@ def test_wrong_numbers_are_found(model, tmp_path):
 @pytest.mark.parametrize(("name", "precision"), cuda_package.CHECKED)
 def test_every_family_and_precision_on_a_card(name, precision, row, tmp_path):
     directory = compiled(name, precision, row, tmp_path / f"{name}-{precision}")
-    with cuda_loader.load(directory) as found:
-        cuda_checks.numbers(found, directory / cuda_checks.ANSWERS)
+    with cuda_loader.load(directory) as opened:
+        cuda_checks.numbers(opened, directory / cuda_checks.ANSWERS)
 
 
 @pytest.mark.gpu

@@ -32,8 +32,8 @@ def sample_of(task, lengths, **more):
 
 def mistakes(task, sample, row="cuda-sm90", knobs=None):
     """What is wrong with the entry for few blocks, and with that for many."""
-    found = [cuda_kernels.found(task, sample, row, knobs, entry=i) for i in range(2)]
-    return [one for one in map(sample.mistake, found) if one]
+    results = [cuda_kernels.run(task, sample, row, knobs, entry=i) for i in range(2)]
+    return [mistake for mistake in map(sample.mistake, results) if mistake]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_attention_of_a_row_that_is_masked_whole_is_finite():
     for added in (-10000.0, LOWEST):
         sample = sample_of(task, [20, 40])
         sample.activations[1][:32] = added
-        result = from_rows(cuda_kernels.found(task, sample)[0], 128)
+        result = from_rows(cuda_kernels.run(task, sample)[0], 128)
         assert np.isfinite(result).all()
         assert np.abs(result[32:72] - sample.expected[32:72]).max() < 1e-2
 
@@ -109,13 +109,13 @@ def test_attention_survives_the_least_float_as_a_bias():
     bias = sample.activations[3]
     bias[..., 30:] = 0.0
     sample.activations[1][30:40] = LOWEST
-    by_keys = cuda_kernels.found(task, sample)[0]
+    by_keys = cuda_kernels.run(task, sample)[0]
     sample.activations[1][30:40] = 0.0
     bias[..., 30:] = np.finfo("float32").min
-    np.testing.assert_array_equal(cuda_kernels.found(task, sample)[0][:40], by_keys[:40])
+    np.testing.assert_array_equal(cuda_kernels.run(task, sample)[0][:40], by_keys[:40])
     sample = sample_of(task, [48])
     sample.activations[3][...] = np.finfo("float32").min
-    assert np.isfinite(from_rows(cuda_kernels.found(task, sample)[0], 128)).all()
+    assert np.isfinite(from_rows(cuda_kernels.run(task, sample)[0], 128)).all()
 
 
 def test_attention_subtracts_the_maximum():
@@ -128,7 +128,7 @@ def test_attention_subtracts_the_maximum():
     scores = q @ k.T / 8 + sample.activations[1][:48]
     expected = v[scores.argmax(1)]
     assert np.abs(scores).max() > 3000
-    result = from_rows(cuda_kernels.found(task, sample)[0], 128)[:48, :64]
+    result = from_rows(cuda_kernels.run(task, sample)[0], 128)[:48, :64]
     clear = np.diff(np.sort(scores, 1)[:, -2:], axis=1)[:, 0] > 15
     assert clear.sum() > 20
     assert np.abs(result - expected)[clear].max() < 1e-2
@@ -165,8 +165,8 @@ def test_blocks_are_few_or_many(blocks):
     row = cuda_kernels.row_of("cuda-sm90")
     knobs = {**attention.default(task_of(), row), "few": 32}
     launches = attention.kernel(task_of(), knobs, row).launches
-    found = [evaluate(one.when, {"blocks": blocks}) for one in launches]
-    assert found == ([0, 1] if blocks == 32 else [1, 0])
+    launched = [evaluate(launch.when, {"blocks": blocks}) for launch in launches]
+    assert launched == ([0, 1] if blocks == 32 else [1, 0])
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])

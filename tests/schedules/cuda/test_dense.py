@@ -31,7 +31,7 @@ def mistake(task, rows, row="cuda-sm90", knobs=None, seed=0):
     """What is wrong with the product of so many rows, by the default with some knobs changed."""
     sample = row_sample(task, rows, np.random.default_rng(seed))
     knobs = {**dense.default(task, cuda_kernels.row_of(row)), **(knobs or {})}
-    return sample.mistake(cuda_kernels.found(task, sample, row, knobs, seed))
+    return sample.mistake(cuda_kernels.run(task, sample, row, knobs, seed))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -43,7 +43,10 @@ def test_dense_equals_numpy_in_odd_sizes(precision):
 
 @pytest.mark.parametrize(
     "activation, precision",
-    [*((one, "fp16") for one in ("relu", "gelu", "gelu_tanh", "tanh")), slow("gelu", "fp32")],
+    [
+        *((activation, "fp16") for activation in ("relu", "gelu", "gelu_tanh", "tanh")),
+        slow("gelu", "fp32"),
+    ],
 )
 def test_dense_applies_the_activation(activation, precision):
     assert mistake(task_of(64, 40, activation, True, precision), 21) is None
@@ -86,7 +89,7 @@ def test_dense_reads_no_bank_twice_and_no_sector_in_part(tensor):
     arrays = [*sample.activations, *dense.pack(task, knobs, sample.weights, row)]
     kernel = dense.kernel(task, knobs, row)
     moved, multiplied = emulator.count_traffic(kernel, [*arrays, *sample.buffers()], sample.symbols)
-    assert all(one.parts == one.least for one in moved.values()), moved
+    assert all(traffic.parts == traffic.least for traffic in moved.values()), moved
     assert multiplied == 256**3
     panels = 4 * (128 + 128) * 256 * 2  # of four tiles
     assert moved["copy_async read"].bytes == panels + 256 * 256 * 2 + 4 * 128 * 4
@@ -99,7 +102,7 @@ def test_entries_share_the_rows_between_them():
         knobs = {**dense.default(task, row), "few": few, "some": some}
         launches = dense.kernel(task, knobs, row).launches
         for rows in (1, 191, 192, 383, 384, 767, 768, 4096):
-            assert [evaluate(one.when, {"rows": rows}) for one in launches].count(1) == 1
+            assert [evaluate(launch.when, {"rows": rows}) for launch in launches].count(1) == 1
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 KINDS = (("int8", "int8_static"), (False, True))  # with and without smoothing
 # Every size and every precision, and all pairs of them where there is time.
 EACH = [(768, "fp16"), (100, "bf16"), (13, "fp32")]
-EACH += [slow(*one) for one in itertools.product((768, 100, 13), PRECISIONS) if one not in EACH]
+EACH += [slow(*case) for case in itertools.product((768, 100, 13), PRECISIONS) if case not in EACH]
 
 
 def layer_norm_of(channels, precision="fp16", epsilon=1e-12, **more):
@@ -66,8 +66,8 @@ def test_rows_are_few_or_many(rows):
     row = cuda_kernels.row_of("cuda-sm90")
     knobs = {**layer_norm.default(layer_norm_of(768), row), "few": 512}
     first, second = layer_norm.kernel(layer_norm_of(768), knobs, row).launches
-    found = [evaluate(one.when, {"rows": rows}) for one in (first, second)]
-    assert found == ([0, 1] if rows == 512 else [1, 0])
+    launched = [evaluate(launch.when, {"rows": rows}) for launch in (first, second)]
+    assert launched == ([0, 1] if rows == 512 else [1, 0])
 
 
 def test_layer_norm_of_a_very_wide_row_equals_numpy():
@@ -79,9 +79,9 @@ def test_layer_norm_keeps_its_digits_far_from_zero():
     x = (rng.standard_normal((3, 768)) + 1000).astype("float32")
     gamma, beta = np.ones(768, "float32"), np.zeros(768, "float32")
     expected = reference.layer_norm(x.astype("float64"), gamma, beta, 1e-12)
-    given = symbols(3, 3)
-    sample = Sample([x], [gamma, beta], expected, [np.zeros_like(x)], symbols=given)
-    result = cuda_kernels.found(layer_norm_of(768, "fp32"), sample)[0]
+    extents = symbols(3, 3)
+    sample = Sample([x], [gamma, beta], expected, [np.zeros_like(x)], symbols=extents)
+    result = cuda_kernels.run(layer_norm_of(768, "fp32"), sample)[0]
     # float32 holds 1000 to 6e-5: as E[x²] - E[x]² the variance would be off by a tenth
     assert np.abs(result - expected).max() < 5e-4
 
@@ -92,7 +92,7 @@ def test_layer_norm_adds_epsilon_to_the_variance():
     gamma, beta = np.ones(16, "float32"), np.full(16, 2.0, "float32")
     expected = reference.layer_norm(x.astype("float64"), gamma, beta, 1e-3)
     sample = Sample([x], [gamma, beta], expected, [np.zeros_like(x)], symbols=symbols(1))
-    result = cuda_kernels.found(layer_norm_of(16, "fp32", 1e-3), sample)[0]
+    result = cuda_kernels.run(layer_norm_of(16, "fp32", 1e-3), sample)[0]
     assert np.abs(result - expected).max() < 1e-5
 
 
@@ -133,7 +133,7 @@ def test_narrow_gives_a_range_to_a_row_of_equal_values():
     expected = np.zeros((1, 2, 16), "float32")
     results = [np.zeros((2, 16), "uint8"), np.zeros((2, 2), "float32")]
     sample = Sample([x], [], expected, results, symbols=symbols(2))
-    q, range_ = cuda_kernels.found(narrow_of(16, "int8"), sample)
+    q, range_ = cuda_kernels.run(narrow_of(16, "int8"), sample)
     assert not q.any()
     np.testing.assert_array_equal(range_[:, 1], [0.5, 0.0])
     assert (range_[:, 0] > 0).all()
@@ -160,7 +160,7 @@ def test_embedding_clamps_ids_outside_the_table_and_repeats_a_short_row_of_ids()
     result = np.zeros((16, 16), "float32")
     weights = [*tables, gamma, beta]
     sample = Sample([ids, types, token_table([4])], weights, expected, [result], symbols=of)
-    result = cuda_kernels.found(task, sample)[0]
+    result = cuda_kernels.run(task, sample)[0]
     assert np.abs(result[:4] - expected).max() < 1e-5
     assert np.isfinite(result).all()
 
@@ -182,22 +182,22 @@ def test_key_mask_equals_numpy(blocks):
 
 def test_key_mask_of_one_row_serves_all():
     mask = np.array([0.0, -1.0, -2.0], "float32").reshape(1, 1, 1, 3)
-    table, given = token_table([3, 2]), symbols(32, 2, 3, mask_0=1)
+    table, extents = token_table([3, 2]), symbols(32, 2, 3, mask_0=1)
     expected = np.zeros(32, "float32")
-    sample = Sample([mask, table], [], expected, symbols=given)
-    result = cuda_kernels.found(Task("key_mask"), sample)[0].reshape(2, 16)
+    sample = Sample([mask, table], [], expected, symbols=extents)
+    result = cuda_kernels.run(Task("key_mask"), sample)[0].reshape(2, 16)
     np.testing.assert_array_equal(result[:, :3], [[0, -1, -2], [0, -1, -2]])
     assert (result[:, 3:] == np.float32(-1e30)).all()
 
 
 def test_tokens_out_writes_zeros_behind_a_short_sequence():
     x = np.ones((48, 16), "float16")
-    table, given = token_table([20, 3]), symbols(48, 2, 100)
+    table, extents = token_table([20, 3]), symbols(48, 2, 100)
     expected = np.zeros((2, 100, 16), "float32")
     expected[0, :32] = expected[1, :16] = 1.0
-    sample = Sample([x, table], [], expected, symbols=given)
+    sample = Sample([x, table], [], expected, symbols=extents)
     task = Task("tokens_out", {"channels": 16, "precision": "fp16"})
-    np.testing.assert_array_equal(cuda_kernels.found(task, sample)[0], expected)
+    np.testing.assert_array_equal(cuda_kernels.run(task, sample)[0], expected)
 
 
 def test_stored_values_come_back():

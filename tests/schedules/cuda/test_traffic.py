@@ -25,21 +25,21 @@ ATTENTION = {"heads": 4, "head_size": 64, "scale": 0.125, "bias": False}
     ids=lambda value: value.name if isinstance(value, Task) else str(value),
 )
 def test_nothing_is_moved_in_vain(row: str, task: Task, blocks: int) -> None:
-    found, multiplications = moved(row, task, blocks)
+    by_way, multiplications = moved(row, task, blocks)
     assert multiplications > 0
-    assert bool(found["load_matrix read"].instructions) == (row != "cuda-sm90")
-    for way, one in found.items():
+    assert bool(by_way["load_matrix read"].instructions) == (row != "cuda-sm90")
+    for way, traffic in by_way.items():
         most = 1.15 if way.startswith("shared") else 1.0  # vectors of a tile are read by few lanes
-        assert one.parts <= most * one.least, (way, one)
+        assert traffic.parts <= most * traffic.least, (way, traffic)
 
 
 @pytest.mark.parametrize("few", [0, 512])  # a warp to a row, or several
 @pytest.mark.parametrize("channels", [128, 384, 768, 1024])
 def test_layer_norm_moves_nothing_in_vain(channels: int, few: int) -> None:
     shape = {"channels": channels, "epsilon": 1e-12, "precision": "fp16"}
-    found, _ = moved("cuda-sm80", Task("layer_norm", shape), 2, few=few)
-    assert found["shared read"].bytes >= 32 * 2 * 4 * channels  # gamma and beta for each row
-    assert all(one.parts == one.least for one in found.values()), found
+    by_way, _ = moved("cuda-sm80", Task("layer_norm", shape), 2, few=few)
+    assert by_way["shared read"].bytes >= 32 * 2 * 4 * channels  # gamma and beta for each row
+    assert all(traffic.parts == traffic.least for traffic in by_way.values()), by_way
 
 
 def moved(
@@ -53,6 +53,6 @@ def moved(
     weights = schedule.pack(task, knobs, sample.weights, target)
     kernel, results = schedule.kernel(task, knobs, target), sample.buffers()
     arrays = [*sample.activations, *weights, *results]
-    found = emulator.count_traffic(kernel, arrays, sample.symbols)
+    counts = emulator.count_traffic(kernel, arrays, sample.symbols)
     assert sample.mistake(results) is None
-    return found
+    return counts

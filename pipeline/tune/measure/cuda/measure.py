@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import BertileError
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.task import Task
 from bertile.targets.rows import resolve
 from bertile.tune.measure.cuda import rates
 from bertile.tune.measure.cuda.card import Card
 from bertile.tune.measure.cuda.trial import check
 from bertile.tune.measure.trial_runner import TrialRunner
-from bertile.tune.measure.trial_server import LANES
 
 SCHEMA = 1
 TRIAL_SECONDS = 60.0  # the first trial of a task computes its reference
@@ -92,6 +92,6 @@ def _answers(
             if "error" in outcome:
                 yield {"candidate": candidate["id"], "error": outcome["error"]}
                 continue
-            times = {blocks * LANES: outcome["microseconds"], **outcome["also"]}
+            times = {blocks * BLOCK_TOKENS: outcome["microseconds"], **outcome["also"]}
             sets = [{"tokens": int(tokens), "microseconds": us} for tokens, us in times.items()]
             yield {"candidate": candidate["id"], "sets": sets}

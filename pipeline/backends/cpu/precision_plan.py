@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from tvm import relax
 
 from bertile.base.errors import PlatformError
 from bertile.graph import ops
 from bertile.graph.graph import Graph
-from bertile.graph.rewriting.dataflow import Dataflow, rewrite
+from bertile.graph.rewriting.dataflow import Dataflow
+from bertile.lower import layer_precisions
 from bertile.lower.forms import Forms
 from bertile.lower.sparse_choice import SparseChoice
 from bertile.numerics.precision import LayerPlan
@@ -18,14 +20,34 @@ from bertile.schedules.task import Task
 from bertile.targets.rows import Target
 from bertile.tune.log.tuning_log import TuningLog
 
-FEW_ROWS = "it sees one row a sequence: too little work to gain anything"
+
+class OnCpu(NamedTuple):
+    """A row: what a precision asked for makes of the operators that are no linear layers.
+
+    `attention` is what it multiplies in where the processor and the layer before it can, `tables`
+    how those of an embedding are stored.
+    """
+
+    attention: str
+    tables: str
+
+
+# Attention multiplies in bfloat16 wherever it may: that is faster than bytes there, which would
+# need a range per row of scores.
+PRECISIONS: Mapping[str, OnCpu] = {
+    "fp32": OnCpu("fp32", "fp32"),
+    "fp16": OnCpu("fp32", "fp16"),
+    "bf16": OnCpu("bf16", "fp16"),
+    "int8": OnCpu("bf16", "fp16"),
+}
 
 
 def check(precision: str, row: Target) -> None:
     """PlatformError where the target cannot compute in that precision."""
-    if precision == "tf32":
+    if precision not in PRECISIONS:
         raise PlatformError(
-            f"target {row.name} has no tf32: tensor cores of NVIDIA GPUs from cuda-sm80 on have it",
+            f"target {row.name} has no {precision}: tensor cores of NVIDIA GPUs from cuda-sm80 on"
+            " have it",
             "compile with --precision fp32",
         )
     if precision == "bf16" and not row.bf16:
@@ -47,9 +69,6 @@ def plan_layers(
     """Give every linear layer and attention its precision, the plan's, else the one asked for; and
     every linear layer the dense or the sparse kernel, as ``SparseChoice`` chooses by `sparse`.
 
-    Layers behind the first token stay in float32, embedding tables are stored in float16 where
-    float32 is not asked for. Attention multiplies in bfloat16 wherever the target can and float32
-    is not asked for: it is faster than bytes there, which would need a range per row of scores.
     A layer that ``log`` knows to be slower in 8 bits than in more is not quantized, each with its
     faster kernel.
     """
@@ -63,38 +82,26 @@ def plan_layers(
 
 
 def _assigned(graph: Graph, precision: str, row: Target) -> Graph:
-    plan = dict(graph.plan)
+    here = PRECISIONS[precision]
 
-    def layer(flow: Dataflow, call: relax.Call) -> Any:
-        if ops.is_call(call, "bertile.attention"):
-            wanted = precision in ("bf16", "int8") and row.bf16 and _pairs(flow, call)
-            return ops.with_precision(call, "bf16") if wanted else None
-        if ops.is_call(call, "bertile.embedding"):
-            return ops.with_precision(call, "fp16") if precision != "fp32" else None
-        if not ops.is_call(call, "bertile.dense"):
-            return None
-        weight = flow.definition(call.args[1])
-        name = weight.name if isinstance(weight, relax.Var) else ""
-        found = plan.get(name, LayerPlan(precision))
-        if found.precision != "fp32" and not flow.is_tokens(call.args[0]):
-            found = LayerPlan("fp32", why=FEW_ROWS)
-        plan[name] = found
-        return ops.with_precision(call, found.precision) if found.precision != "fp32" else None
+    def attention(flow: Dataflow, call: relax.Call) -> str:
+        may = here.attention != "bf16" or (row.bf16 and _pairs(flow, call))
+        return here.attention if may else "fp32"
 
-    graph = rewrite(graph, layer)
-    return dataclasses.replace(graph, plan=plan)
+    rules = {"attention": attention, "embedding": lambda flow, call: here.tables}
+    return layer_precisions.assigned(graph, precision, rules)
 
 
 def _pairs(flow: Dataflow, call: relax.Call) -> bool:
     """Whether Q, K and V come from one layer that can write them in pairs."""
     qkv = call.args[0]
-    made = flow.is_op(qkv, "bertile.dense") and flow.used_once(qkv)
-    return made and ops.attention_spec(call).head_size % 2 == 0
+    alone = flow.is_op(qkv, "bertile.dense") and flow.used_once(qkv)
+    return alone and ops.attention_spec(call).head_size % 2 == 0
 
 
 def _slower(graph: Graph, row: Target, choice: SparseChoice) -> dict[str, LayerPlan]:
     """The layers whose kernel for bytes has been measured, and lost, against one of more digits."""
-    forms, found = Forms(graph), {}
+    forms, slower = Forms(graph), {}
     for binding in forms.flow.bindings:
         call = binding.value
         if not ops.is_call(call, "bertile.dense") or ops.precision(call) != "int8":
@@ -105,9 +112,9 @@ def _slower(graph: Graph, row: Target, choice: SparseChoice) -> dict[str, LayerP
             other = choice.time(name, _in_precision(task, precision))
             if mine and other and other.threads == mine.threads and other.median < mine.median:
                 why = f"in int8 it takes {mine.median:.0f} us, in {precision} {other.median:.0f}"
-                found[name] = LayerPlan(precision, why=why)
+                slower[name] = LayerPlan(precision, why=why)
                 break
-    return found
+    return slower
 
 
 def _in_precision(task: Task, precision: str) -> Task:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from helpers.planned import BF16, PLAIN, VNNI, compiled
 
+from bertile.backends.cpu import precision_plan
 from bertile.base.errors import PlatformError
 from bertile.graph import importer, ops, order
-from bertile.lower import precision_choice
-from bertile.lower.forms import FP32, QKV, Form, Forms
+from bertile.lower.form import FP32, QKV, Form
+from bertile.lower.forms import Forms
 from bertile.lower.lowering import tasks
 from bertile.numerics.precision import LayerPlan
 from bertile.onnx.samples import session
@@ -34,19 +35,19 @@ def weight_name(call):
 
 
 def test_float32_changes_nothing(graph):
-    assert tasks(Forms(precision_choice.plan_layers(graph, "fp32", PLAIN))) == tasks(Forms(graph))
+    assert tasks(Forms(precision_plan.plan_layers(graph, "fp32", PLAIN))) == tasks(Forms(graph))
 
 
 def test_bf16_needs_its_instructions(graph):
     with pytest.raises(PlatformError, match="x86-avx512-vnni has no bfloat16"):
-        precision_choice.plan_layers(graph, "bf16", VNNI)
+        precision_plan.plan_layers(graph, "bf16", VNNI)
 
 
 def test_int8_takes_every_layer_on_tokens(graph):
-    planned = precision_choice.plan_layers(graph, "int8", PLAIN)
-    found = {weight_name(call): ops.precision(call) for _, call in layers(planned)}
+    planned = precision_plan.plan_layers(graph, "int8", PLAIN)
+    precisions = {weight_name(call): ops.precision(call) for _, call in layers(planned)}
     by_tokens = {weight_name(c): Forms(graph).flow.is_tokens(c.args[0]) for _, c in layers(graph)}
-    assert by_tokens and found == {
+    assert by_tokens and precisions == {
         name: "int8" if tokens else "fp32" for name, tokens in by_tokens.items()
     }
     rest = [planned.plan[name].why for name, tokens in by_tokens.items() if not tokens]
@@ -56,15 +57,15 @@ def test_int8_takes_every_layer_on_tokens(graph):
 def test_a_layers_own_plan_counts_more_than_what_is_asked_for(graph):
     name = weight_name(layers(graph)[0][1])
     own = dataclasses.replace(graph, plan={name: LayerPlan("fp32", why="it hurts")})
-    planned = precision_choice.plan_layers(own, "int8", PLAIN)
-    found = {weight_name(call): ops.precision(call) for _, call in layers(planned)}
-    assert found[name] == "fp32" and "int8" in found.values()
+    planned = precision_plan.plan_layers(own, "int8", PLAIN)
+    precisions = {weight_name(call): ops.precision(call) for _, call in layers(planned)}
+    assert precisions[name] == "fp32" and "int8" in precisions.values()
     assert planned.plan[name].why == "it hurts"
 
 
 def test_a_layer_that_is_slower_in_int8_is_not_quantized(graph):
     """By a log in which one layer's int8 kernel has lost against its bf16 one."""
-    planned = precision_choice.plan_layers(graph, "int8", BF16)
+    planned = precision_plan.plan_layers(graph, "int8", BF16)
     forms = Forms(planned)
     var = next(v for v, c in layers(planned) if ops.precision(c) == "int8")
     slow = forms.task(var)
@@ -77,7 +78,7 @@ def test_a_layer_that_is_slower_in_int8_is_not_quantized(graph):
                 return SimpleNamespace(median=median, threads=1)
             return None
 
-    again = precision_choice.plan_layers(graph, "int8", BF16, Log())
+    again = precision_plan.plan_layers(graph, "int8", BF16, Log())
     same = [weight_name(c) for v, c in layers(planned) if forms.task(v) == slow]
     assert {again.plan[name].precision for name in same} == {"bf16"}
     assert all("in int8 it takes 20 us, in bf16 15" in again.plan[name].why for name in same)
@@ -86,7 +87,7 @@ def test_a_layer_that_is_slower_in_int8_is_not_quantized(graph):
 
 def test_attention_multiplies_in_bf16_only_where_the_target_can(graph):
     def attention_precisions(row):
-        planned = precision_choice.plan_layers(graph, "int8", row)
+        planned = precision_plan.plan_layers(graph, "int8", row)
         calls = [b.value for b in Forms(planned).flow.bindings]
         return {ops.precision(c) for c in calls if ops.is_call(c, "bertile.attention")}
 
@@ -95,7 +96,7 @@ def test_attention_multiplies_in_bf16_only_where_the_target_can(graph):
 
 
 def test_each_operator_writes_what_the_next_one_reads(graph):
-    names = {task.name for task in tasks(Forms(precision_choice.plan_layers(graph, "bf16", BF16)))}
+    names = {task.name for task in tasks(Forms(precision_plan.plan_layers(graph, "bf16", BF16)))}
     assert any(n.startswith("dense") and "gelu_bf16_to_bf16" in n for n in names)
     assert any(n.startswith("dense") and "bf16_to_bf16_" in n for n in names)  # Q, K, V
     assert any(n.startswith("attention") and n.endswith("bf16_to_bf16") for n in names)
@@ -106,14 +107,14 @@ def test_each_operator_writes_what_the_next_one_reads(graph):
 def test_a_static_range_is_written_by_whoever_computes_the_input(graph):
     plan = {weight_name(c): LayerPlan("int8", low=-3.0, high=3.0) for _, c in layers(graph)}
     static = dataclasses.replace(graph, plan=plan)
-    names = {task.name for task in tasks(Forms(precision_choice.plan_layers(static, "int8", VNNI)))}
+    names = {task.name for task in tasks(Forms(precision_plan.plan_layers(static, "int8", VNNI)))}
     assert any("gelu_int8_static_to_int8" in name for name in names)
     assert any(name.startswith("attention") and name.endswith("to_int8") for name in names)
     assert not any(name.startswith("narrow") for name in names)
 
 
 def test_the_input_of_an_operator_depends_on_its_precision(graph):
-    planned = Forms(precision_choice.plan_layers(graph, "int8", BF16))
+    planned = Forms(precision_plan.plan_layers(graph, "int8", BF16))
     calls = [b.value for b in planned.flow.bindings if ops.is_ours(b.value)]
     attention = next(c for c in calls if ops.is_call(c, "bertile.attention"))
     dense = next(c for c in calls if ops.is_call(c, "bertile.dense"))
@@ -124,10 +125,10 @@ def test_the_input_of_an_operator_depends_on_its_precision(graph):
 
 def run(graph, row, tmp_path, exported, batch=2, length=21):
     """Outputs of a graph beside those of ONNX Runtime."""
-    found, arrays = compiled(graph, row, tmp_path, exported)(batch, length)
+    outputs, arrays = compiled(graph, row, tmp_path, exported)(batch, length)
     want = session(exported.onnx_path).run(None, arrays)
     mask = arrays["attention_mask"]
-    return [(f, w[mask > 0] if w.ndim == 3 else w) for f, w in zip(found, want)]
+    return [(f, w[mask > 0] if w.ndim == 3 else w) for f, w in zip(outputs, want)]
 
 
 def cosine(a, b):
@@ -146,9 +147,9 @@ def cosine(a, b):
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_the_model_is_close_to_float32(graph, exported, tmp_path, precision, row, least):
-    planned = precision_choice.plan_layers(graph, precision, row)
-    for found, want in run(planned, row, tmp_path, exported):
-        assert cosine(found, want) > least
+    planned = precision_plan.plan_layers(graph, precision, row)
+    for output, want in run(planned, row, tmp_path, exported):
+        assert cosine(output, want) > least
 
 
 def test_layers_of_every_precision_work_side_by_side(graph, exported, tmp_path):
@@ -160,9 +161,9 @@ def test_layers_of_every_precision_work_side_by_side(graph, exported, tmp_path):
         LayerPlan("int8", low=-6.0, high=6.0),
     ]
     plan = {name: kinds[i % len(kinds)] for i, name in enumerate(names)}
-    mixed = precision_choice.plan_layers(dataclasses.replace(graph, plan=plan), "int8", BF16)
-    for found, want in run(mixed, BF16, tmp_path, exported):
-        assert cosine(found, want) > 0.999
+    mixed = precision_plan.plan_layers(dataclasses.replace(graph, plan=plan), "int8", BF16)
+    for output, want in run(mixed, BF16, tmp_path, exported):
+        assert cosine(output, want) > 0.999
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -177,6 +178,6 @@ def test_smoothing_keeps_the_function(graph, exported, tmp_path, static):
         )
         for _, c in layers(graph)
     }
-    smoothed = precision_choice.plan_layers(dataclasses.replace(graph, plan=plan), "int8", VNNI)
-    for found, want in run(smoothed, VNNI, tmp_path, exported):
-        assert cosine(found, want) > 0.998
+    smoothed = precision_plan.plan_layers(dataclasses.replace(graph, plan=plan), "int8", VNNI)
+    for output, want in run(smoothed, VNNI, tmp_path, exported):
+        assert cosine(output, want) > 0.998
