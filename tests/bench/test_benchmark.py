@@ -95,7 +95,8 @@ def test_lower_precisions_are_compared_with_float32(monkeypatch: pytest.MonkeyPa
 
 
 def test_outputs_of_another_model_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "SAME", {"fp32": 0.9999, "int8": 0.999})
+    strict = benchmark.PRECISIONS["int8"]._replace(cosine=0.999)
+    monkeypatch.setitem(benchmark.PRECISIONS, "int8", strict)
     report = measured_report(
         monkeypatch, {"bertile": "fp32", "onnxruntime:int8": "int8"}, lengths=[8]
     )
