@@ -1,8 +1,9 @@
-"""Small graphs to try a pass on: one expression of a request, the block table and weights."""
+"""Makes small graphs to try a pass on, of a module in TVMScript or of one expression."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,37 @@ from tvm import relax
 from bertile.graph.graph import Graph
 from bertile.graph.importer import TABLE
 from bertile.graph.rewriting.dataflow import normalized
+from bertile.onnx.exported import ExportedModel
 
 CHANNELS = 8
+EXPORTED = ExportedModel(
+    directory=Path("small"),
+    source="a test",
+    sha256="",
+    family="bert",
+    head="",
+    max_length=None,
+    inputs=(),
+    outputs=(),
+)
+
+
+def read_script(mod: tvm.IRModule, values: dict[str, np.ndarray] | None = None) -> Graph:
+    """The graph of a module in TVMScript; its weights have these values, or random ones.
+
+    Weights are the parameters of main behind the first `num_input`, none where that is not set. The
+    block table, which no pass reads, need not be there, nor need `R.dataflow`.
+    """
+    main = mod["main"]
+    if "num_input" not in (main.attrs or {}):
+        main = main.with_attr("num_input", len(main.params))
+    mod = relax.transform.Normalize()(tvm.IRModule({"main": main}))
+    mod = relax.transform.ConvertToDataflow(min_size=1)(mod)
+    weights = main.params[int(main.attrs["num_input"]) :]
+    if values is None:
+        values = {var.name: value_of(var.name, [int(e) for e in var.ty.shape]) for var in weights}
+    assert list(values) == [var.name for var in weights]
+    return Graph(tvm.IRModule({"main": tidy(mod["main"])}), values, EXPORTED)
 
 
 def make_graph(
@@ -50,7 +80,7 @@ def make_graph(
             result = build(builder.emit, *inputs, *held)
             output = builder.emit_output(builder.normalize(result))
         builder.emit_func_output(output)
-    graph = Graph(builder.finalize(), values, None)
+    graph = Graph(builder.finalize(), values, EXPORTED)
     return graph.with_main(tidy(graph.main))
 
 
@@ -72,14 +102,32 @@ def graph() -> Callable[..., Graph]:
 
 
 @pytest.fixture(scope="session")
-def becomes() -> Callable[..., None]:
-    """Checks that a pass turns the graph of one expression into that of another."""
+def becomes() -> Callable[..., Graph]:
+    """Checks that a pass turns one graph into another, and returns the graph that it has become.
 
-    def check(apply, before, expected, **kwargs) -> None:
-        rewritten = apply(make_graph(before, **kwargs))
-        tvm.ir.assert_structural_equal(tidy(rewritten.main), make_graph(expected, **kwargs).main)
+    Both are modules in TVMScript, of which `values` may hold the weights before and after, or
+    expressions as `make_graph` takes them.
+    """
+
+    def check(apply, before, after, *, values=(None, None), **kwargs) -> Graph:
+        if isinstance(before, tvm.IRModule):
+            start, expected = map(read_script, (before, after), values)
+        else:
+            start, expected = (make_graph(build, **kwargs) for build in (before, after))
+        rewritten = apply(start)
+        tvm.ir.assert_structural_equal(tidy(rewritten.main), expected.main)
+        assert names(rewritten) == names(expected)
+        assert rewritten.params.keys() == expected.params.keys()
+        for name, value in expected.params.items():
+            np.testing.assert_array_equal(rewritten.params[name], value, err_msg=name)
+        return rewritten
 
     return check
+
+
+def names(graph: Graph) -> list[str]:
+    """The names of what the main of a graph takes."""
+    return [var.name for var in graph.main.params]
 
 
 @pytest.fixture(scope="session")

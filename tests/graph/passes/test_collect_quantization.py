@@ -3,20 +3,67 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
+from typing import TypeVar
 
 import numpy as np
 import pytest
 import tvm
 from tvm.relax import op
+from tvm.script import ir as I
+from tvm.script import relax as R
 
 from bertile.graph import ops
 from bertile.graph.passes.collect_quantization import collect_quantization
 from bertile.numerics.precision import LayerPlan
 
+batch, length = TypeVar("batch"), TypeVar("length")
+
+WEIGHTS = {
+    "w": np.array([[1, 2], [3, 4]], "float32"),
+    "b": np.array([0, 1], "float32"),
+    "s": np.array([[[10, 0.5]]], "float32"),
+}
+SMOOTHED_WEIGHTS = {"w": np.array([[10, 20], [1.5, 2]], "float32"), "b": WEIGHTS["b"]}
+
+
+@I.ir_module
+class Before:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        x: R.Tensor((batch, length, 2), "float32"),
+        w: R.Tensor((2, 2), "float32"),
+        b: R.Tensor((2,), "float32"),
+        s: R.Tensor((1, 1, 2), "float32"),
+    ):
+        R.func_attr({"num_input": 2})  # then weights
+        smooth = R.multiply(x, s)
+        return ops.dense(ops.fake_quantize(smooth, low=-1.5, high=2.0), w, b, activation="gelu")
+
+
+@I.ir_module
+class After:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        x: R.Tensor((batch, length, 2), "float32"),
+        w: R.Tensor((2, 2), "float32"),
+        b: R.Tensor((2,), "float32"),
+    ):
+        R.func_attr({"num_input": 2})
+        return ops.dense(x, w, b, activation="gelu")
+
+
+def test_range_and_factors_go_into_plan_and_weight(becomes):
+    rewritten = becomes(collect_quantization, Before, After, values=(WEIGHTS, SMOOTHED_WEIGHTS))
+    assert rewritten.plan.keys() == {"w"}
+    layer = rewritten.plan["w"]
+    assert (layer.precision, layer.low, layer.high) == ("int8", -1.5, 2.0)
+    assert layer.smooth.tolist() == [10, 0.5]
+
+
 LAYER = {"w": (8, 4), "b": (4,)}
 TWO = {**LAYER, "v": (8, 4), "c": (4,)}
-SMOOTHED = {**LAYER, "s": (1, 1, 8)}
 
 
 @pytest.fixture
@@ -65,20 +112,6 @@ def test_dynamic_layers_of_one_mark_have_no_range(collected):
     assert not any(layer_plan.static for layer_plan in plan.values())
 
 
-def test_smoothing_goes_from_the_graph_into_plan_and_weight(collected):
-    def before(emit, ids, x, w, b, s):
-        return ops.dense(ops.fake_quantize(op.multiply(x, s), 0.0, 1.0), w, b)
-
-    def after(emit, ids, x, w, b):
-        return ops.dense(x, w, b)
-
-    rewritten, start, plan = collected(before, after, weights=SMOOTHED, kept=("w", "b"))
-    factors = start.params["s"].reshape(8)
-    assert np.array_equal(plan["w"].smooth, factors)
-    np.testing.assert_allclose(rewritten.params["w"], start.params["w"] * factors[:, None])
-    assert (plan["w"].low, plan["w"].high) == (0.0, 1.0)
-
-
 def test_smoothing_of_a_layer_in_floats_goes_into_its_weight(collected):
     def before(emit, ids, x, w, b, v, c, s):
         marked = ops.dense(ops.fake_quantize(x, 0.0, 1.0), v, c)
@@ -96,7 +129,7 @@ def test_smoothing_of_a_layer_in_floats_goes_into_its_weight(collected):
 
 
 def test_factors_that_differ_stay_where_layers_share_a_weight(collected):
-    weights = {**SMOOTHED, "t": (1, 1, 8)}
+    weights = {**LAYER, "s": (1, 1, 8), "t": (1, 1, 8)}
 
     def layers(mark):
         def build(emit, ids, x, w, b, s, t):
@@ -125,12 +158,9 @@ def test_layers_that_share_a_weight_have_the_widest_range(collected):
 
 
 def test_mark_before_no_layer_is_dropped_with_a_note(graph):
-    @dataclasses.dataclass(frozen=True)
-    class Exported(SimpleNamespace):
-        notes: tuple = ("first",)
-
     start = graph(lambda emit, ids, x: op.exp(ops.fake_quantize(x, 0.0, 1.0)))
-    rewritten = collect_quantization(dataclasses.replace(start, exported=Exported()))
+    exported = dataclasses.replace(start.exported, notes=("first",))
+    rewritten = collect_quantization(dataclasses.replace(start, exported=exported))
     assert "fake_quantize" not in rewritten.mod.script()
     assert rewritten.plan == {}
     assert rewritten.exported.notes[0] == "first" and "quantized: 1" in rewritten.exported.notes[1]

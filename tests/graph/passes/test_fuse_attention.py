@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import pytest
 from helpers.attention_variants import VARIANTS
 from tvm import relax
 from tvm.relax import op
+from tvm.script import ir as I
+from tvm.script import relax as R
 
 from bertile.graph import ops
 from bertile.graph.passes.fuse_attention import fuse_attention
 from bertile.schedules.attention_spec import AttentionSpec
+
+batch, length = TypeVar("batch"), TypeVar("length")
+
+
+@I.ir_module
+class Before:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        q: R.Tensor((batch, length, 8), "float32"),
+        k: R.Tensor((batch, length, 8), "float32"),
+        v: R.Tensor((batch, length, 8), "float32"),
+        mask: R.Tensor((batch, 1, 1, length), "float32"),
+    ):
+        queries = R.permute_dims(R.reshape(q, (batch, length, 2, 4)), [0, 2, 1, 3])
+        keys = R.permute_dims(R.reshape(k, (batch, length, 2, 4)), [0, 2, 3, 1])
+        values = R.permute_dims(R.reshape(v, (batch, length, 2, 4)), [0, 2, 1, 3])
+        scores = R.multiply(R.matmul(queries, keys), R.const(0.5, "float32"))
+        weights = R.nn.softmax(R.add(scores, mask), axis=-1)
+        context = R.permute_dims(R.matmul(weights, values), [0, 2, 1, 3])
+        return R.reshape(context, (batch, length, 8))
+
+
+@I.ir_module
+class After:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        q: R.Tensor((batch, length, 8), "float32"),
+        k: R.Tensor((batch, length, 8), "float32"),
+        v: R.Tensor((batch, length, 8), "float32"),
+        mask: R.Tensor((batch, 1, 1, length), "float32"),
+    ):
+        qkv = R.concat([q, k, v], axis=2)
+        return ops.attention(
+            AttentionSpec(heads=2, kv_heads=2, head_size=4, scale=0.5, bias="none"), qkv, mask
+        )
+
+
+def test_attention_of_heads_becomes_one_operator(becomes):
+    becomes(fuse_attention, Before, After)
+
 
 HEADS, SIZE, WIDTH = 2, 4, 8
 MASK = ("batch", 1, 1, "length")
@@ -76,7 +122,6 @@ def fused(scale=0.5, mask=lambda *added: added[0], bias=lambda *added: None, hea
 
 
 SCALES = {
-    "factor of the scores": spelled_out(),
     "divisor of the scores": spelled_out(lambda s, m: op.add(op.divide(s, c(2.0)), m)),
     "factor of q": spelled_out(op.add, q=lambda x: op.multiply(x, c(0.5))),
     "divisor of k": spelled_out(op.add, k=lambda x: op.divide(x, c(2.0))),

@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import pytest
 from tvm import relax
 from tvm.relax import op
+from tvm.script import ir as I
+from tvm.script import relax as R
 
 from bertile.graph import ops
 from bertile.graph.passes.fuse_dense import fuse_dense
+
+batch, length = TypeVar("batch"), TypeVar("length")
+
+
+@I.ir_module
+class Before:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        x: R.Tensor((batch, length, 8), "float32"),
+        residual: R.Tensor((batch, length, 6), "float32"),
+        w: R.Tensor((8, 6), "float32"),
+        b: R.Tensor((6,), "float32"),
+    ):
+        R.func_attr({"num_input": 3})  # then weights
+        y = R.add(R.matmul(x, w), b)
+        return R.add(R.nn.gelu(y), residual)
+
+
+@I.ir_module
+class After:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        x: R.Tensor((batch, length, 8), "float32"),
+        residual: R.Tensor((batch, length, 6), "float32"),
+        w: R.Tensor((8, 6), "float32"),
+        b: R.Tensor((6,), "float32"),
+    ):
+        R.func_attr({"num_input": 3})
+        return ops.dense(x, w, b, residual, activation="gelu")
+
+
+def test_product_takes_bias_activation_and_residual(becomes):
+    becomes(fuse_dense, Before, After)
+
 
 WEIGHTS = {"w": (8, 6), "b": (6,)}
 ZEROS = relax.const(np.zeros(6, "float32"))
@@ -95,16 +135,6 @@ def test_residual_is_taken_from_either_side(becomes, first):
         fuse_dense,
         before,
         lambda emit, ids, x, r, w, b: ops.dense(x, w, b, r),
-        weights=WEIGHTS,
-        activations=RESIDUAL,
-    )
-
-
-def test_residual_comes_after_the_activation(becomes):
-    becomes(
-        fuse_dense,
-        lambda emit, ids, x, r, w, b: op.add(op.nn.gelu(layer(emit, x, w, b)), r),
-        lambda emit, ids, x, r, w, b: ops.dense(x, w, b, r, activation="gelu"),
         weights=WEIGHTS,
         activations=RESIDUAL,
     )

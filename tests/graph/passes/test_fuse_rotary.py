@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import pytest
 from tvm import relax
 from tvm.relax import op
+from tvm.script import ir as I
+from tvm.script import relax as R
 
 from bertile.graph import ops
 from bertile.graph.passes.fuse_attention import fuse_attention
 from bertile.graph.passes.fuse_rotary import fuse_rotary
 from bertile.schedules.attention_spec import AttentionSpec
 
-HEADS, SIZE, WIDTH = 2, 4, 8
-HUGE = 9223372036854775807  # where exporters end a slice that goes to the end
-ROWS = {"x": ("batch", "length", WIDTH)}
-ANGLES = {name: (1, "length", SIZE) for name in ("cos", "sin")}
+batch, length = TypeVar("batch"), TypeVar("length")
 
 
-# Before and after, whole.
+@I.ir_module
+class Before:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        x: R.Tensor((batch, length, 8), "float32"),
+        cos: R.Tensor((1, length, 4), "float32"),
+        sin: R.Tensor((1, length, 4), "float32"),
+    ):
+        q = R.permute_dims(R.reshape(x, (batch, length, 2, 4)), [0, 2, 1, 3])
+        straight = R.multiply(q, R.expand_dims(cos, 1))
+        second = R.strided_slice(q, [3], [2], [9223372036854775807], [1])  # to the end
+        first = R.strided_slice(q, [3], [0], [2], [1])
+        turned = R.concat([R.negative(second), first], axis=-1)
+        return R.add(straight, R.multiply(turned, R.expand_dims(sin, 1)))
 
 
-def before(emit, ids, x, cos, sin):
-    batch, length, _ = x.ty.shape
-    heads = emit(op.reshape(x, relax.ShapeExpr([batch, length, HEADS, SIZE])))
-    q = emit(op.permute_dims(heads, [0, 2, 1, 3]))
-    second = op.strided_slice(q, [3], [SIZE // 2], [HUGE], [1])
-    first = op.strided_slice(q, [3], [0], [SIZE // 2], [1])
-    halves = op.concat([op.negative(second), first], axis=-1)
-    straight = op.multiply(q, op.expand_dims(cos, 1))
-    return op.add(straight, op.multiply(halves, op.expand_dims(sin, 1)))
-
-
-def after(emit, ids, x, cos, sin):
-    batch, length, _ = x.ty.shape
-    turned = ops.rotary(x, cos, sin, HEADS)
-    heads = op.reshape(turned, relax.ShapeExpr([batch, length, HEADS, SIZE]))
-    return op.permute_dims(heads, [0, 2, 1, 3])
+@I.ir_module
+class After:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        x: R.Tensor((batch, length, 8), "float32"),
+        cos: R.Tensor((1, length, 4), "float32"),
+        sin: R.Tensor((1, length, 4), "float32"),
+    ):
+        turned = ops.rotary(x, cos, sin, heads=2)
+        return R.permute_dims(R.reshape(turned, (batch, length, 2, 4)), [0, 2, 1, 3])
 
 
 def test_heads_are_turned_before_they_are_split(becomes):
-    becomes(fuse_rotary, before, after, activations={**ROWS, **ANGLES})
+    becomes(fuse_rotary, Before, After)
+
+
+HEADS, SIZE, WIDTH = 2, 4, 8
+ROWS = {"x": ("batch", "length", WIDTH)}
+ANGLES = {name: (1, "length", SIZE) for name in ("cos", "sin")}
 
 
 # The same with its parts changed one by one.
@@ -48,6 +63,11 @@ def test_heads_are_turned_before_they_are_split(becomes):
 def split(emit, x):
     batch, length, _ = x.ty.shape
     return emit(op.reshape(x, relax.ShapeExpr([batch, length, HEADS, SIZE])))
+
+
+def after(emit, ids, x, cos, sin):
+    rows = emit(ops.rotary(x, cos, sin, HEADS))
+    return op.permute_dims(split(emit, rows), [0, 2, 1, 3])
 
 
 def halves_of(x, begins=(2, 0), ends=(4, 2), axis=3, negative=op.negative, swapped=False):

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import pytest
 from tvm import relax
 from tvm.relax import op
+from tvm.script import ir as I
+from tvm.script import relax as R
 
 from bertile.graph import ops
 from bertile.graph.passes.read_quantization import read_quantization
+
+batch, length = TypeVar("batch"), TypeVar("length")
+
+
+@I.ir_module
+class Before:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        x: R.Tensor((batch, length, 8), "float32"),
+    ):
+        scale = R.const(0.5, "float32")
+        zero = R.const(100, "uint8")
+        integers = R.quantize(x, scale, zero, axis=0, out_dtype="uint8")
+        y = R.dequantize(integers, scale, zero, axis=0, out_dtype="float32")
+        return R.add(y, x)
+
+
+@I.ir_module
+class After:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        x: R.Tensor((batch, length, 8), "float32"),
+    ):
+        y = ops.fake_quantize(x, low=-50.0, high=77.5)  # (0 - 100) / 2 and (255 - 100) / 2
+        return R.add(y, x)
+
+
+def test_pair_of_one_scale_becomes_its_range(becomes):
+    becomes(read_quantization, Before, After)
 
 
 def constant(value, dtype="float32"):
@@ -18,17 +53,6 @@ def constant(value, dtype="float32"):
 def pair(x, scale, zero):
     integers = op.quantize(x, scale, zero, axis=0, out_dtype="uint8")
     return op.dequantize(integers, scale, zero, axis=0, out_dtype="float32")
-
-
-def static(emit, ids, x):
-    return op.add(emit(pair(x, constant(0.5), constant(100, "uint8"))), x)
-
-
-def test_pair_of_one_scale_becomes_its_range(becomes):
-    def after(emit, ids, x):
-        return op.add(emit(ops.fake_quantize(x, -50.0, 77.5)), x)
-
-    becomes(read_quantization, static, after)
 
 
 def test_pair_whose_scale_is_computed_is_dynamic(becomes):

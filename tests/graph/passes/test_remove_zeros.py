@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import tvm
 from helpers.graph_values import evaluate
 from tvm import relax
 from tvm.relax import op
+from tvm.script import ir as I
+from tvm.script import relax as R
 
 from bertile.graph import ops
 from bertile.graph.passes.remove_zeros import remove_zeros
@@ -18,17 +21,62 @@ from bertile.numerics.precision import LayerPlan
 from bertile.numerics.zeros import analyse
 from bertile.schedules.attention_spec import AttentionSpec
 
+batch, length = TypeVar("batch"), TypeVar("length")
+
+WEIGHTS = {  # 16 neurons of 32 read nothing: they are always relu(2)
+    "w": np.repeat([[0.0, 1.0], [0.0, 3.0]], 16, axis=1).astype("float32"),
+    "b": np.full(32, 2, "float32"),
+    "v": np.ones((32, 1), "float32"),
+    "c": np.array([5], "float32"),
+}
+SMALLER = {
+    "w": np.repeat([[1.0], [3.0]], 16, axis=1).astype("float32"),
+    "b": np.full(16, 2, "float32"),
+    "v": np.ones((16, 1), "float32"),
+    "c": np.array([5 + 16 * 2], "float32"),
+}
+
+
+@I.ir_module
+class Before:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        x: R.Tensor((batch, length, 2), "float32"),
+        w: R.Tensor((2, 32), "float32"),
+        b: R.Tensor((32,), "float32"),
+        v: R.Tensor((32, 1), "float32"),
+        c: R.Tensor((1,), "float32"),
+    ):
+        R.func_attr({"num_input": 2})  # then weights
+        return ops.dense(ops.dense(x, w, b, activation="relu"), v, c)
+
+
+@I.ir_module
+class After:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        x: R.Tensor((batch, length, 2), "float32"),
+        w: R.Tensor((2, 16), "float32"),
+        b: R.Tensor((16,), "float32"),
+        v: R.Tensor((16, 1), "float32"),
+        c: R.Tensor((1,), "float32"),
+    ):
+        R.func_attr({"num_input": 2})
+        return ops.dense(ops.dense(x, w, b, activation="relu"), v, c)
+
+
+def test_neurons_that_read_zeros_go_into_the_bias(becomes):
+    becomes(remove_zeros, Before, After, values=(WEIGHTS, SMALLER))
+
+
 C, N, HEADS, SIZE = 32, 64, 4, 16
 WIDTH = HEADS * SIZE
 NEURONS = {"w": (C, N), "b": (N,), "v": (N, C), "c": (C,)}
 ATTENTION = {"w": (C, 3 * WIDTH), "b": (3 * WIDTH,), "v": (WIDTH, C), "c": (C,)}
 X = {"x": ("batch", "length", C)}
 MASKED = {**X, "mask": ("batch", 1, 1, "length")}
-
-
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    notes: tuple[str, ...] = ("first",)
 
 
 def feed_forward(emit, ids, x, w, b, v, c, activation="gelu"):
@@ -67,7 +115,8 @@ def pruned(graph):
         start = graph(build, activations=activations, weights=weights)
         params = {name: value.copy() for name, value in start.params.items()}
         change(params)
-        return dataclasses.replace(start, params=params, exported=Exported(), plan=plan or {})
+        exported = dataclasses.replace(start.exported, notes=("first",))
+        return dataclasses.replace(start, params=params, exported=exported, plan=plan or {})
 
     return make
 

@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import pytest
 from tvm import relax
 from tvm.relax import op
+from tvm.script import ir as I
+from tvm.script import relax as R
 
 from bertile.graph.passes.simplify import simplify
+
+batch, length = TypeVar("batch"), TypeVar("length")
+
+
+@I.ir_module
+class Before:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        words: R.Tensor((100, 8), "float32"),
+    ):
+        R.func_attr({"num_input": 1})  # then weights
+        negative = R.less(input_ids, R.const(0, "int64"))
+        from_the_end = R.add(input_ids, R.const(100, "int64"))
+        index = R.where(negative, from_the_end, input_ids)
+        return R.take(words, index, axis=0, mode="fast")
+
+
+@I.ir_module
+class After:
+    @R.function
+    def main(
+        input_ids: R.Tensor((batch, length), "int64"),
+        words: R.Tensor((100, 8), "float32"),
+    ):
+        R.func_attr({"num_input": 1})
+        return R.take(words, input_ids, axis=0, mode="clip")
+
+
+def test_index_that_is_corrected_for_negatives_becomes_plain(becomes):
+    becomes(simplify, Before, After)
 
 
 def c(value, dtype="int64"):
@@ -18,20 +53,6 @@ def lookup(words, ids, mode="fast"):
 
 
 WORDS = {"words": (100, 8)}
-
-
-def test_index_that_is_corrected_for_negatives_becomes_plain(becomes):
-    def before(emit, ids, words):
-        shifted = op.add(ids, c(100))
-        return lookup(words, op.where(op.less(ids, c(0)), shifted, ids))
-
-    becomes(
-        simplify,
-        before,
-        lambda emit, ids, words: lookup(words, ids, "clip"),
-        activations={},
-        weights=WORDS,
-    )
 
 
 def test_correction_by_the_rows_of_the_table_becomes_plain(becomes):
