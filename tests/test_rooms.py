@@ -42,8 +42,12 @@ ROOMS = (
     "cli",
     "studies",
 )
-# Of `loading`: its public names; and what has no room, since it only names things.
-FACADES = {"bertile.loader": "loading", "bertile.cuda_loader": "loading"}
+# Public names of what lies in a room; and what has no room, since it only names things.
+FACADES = {
+    "bertile.loader": "loading",
+    "bertile.cuda_loader": "loading",
+    "bertile.errors": "base",
+}
 ABOVE_ALL = {"bertile", "bertile.__main__", "bertile.tune", "bertile.tuning_logs"}
 # Backends of different machines know nothing of each other.
 APART = ("bertile.backends.cpu", "bertile.backends.cuda")

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 
 from bertile.schedules.attention_spec import AttentionSpec
+from bertile.schedules.cuda import precisions
 from bertile.schedules.cuda.attention_samples import flops, sample
 from bertile.schedules.cuda.forms import code, constants, element, pitch
 from bertile.schedules.cuda.program import program, together
@@ -209,7 +210,7 @@ def _constants(task: Task, warps: int, split: int, keys: int, stages: int) -> st
 def _arithmetic(task: Task, row: Row) -> str:
     if element(task) != "float":
         return "attention_halves.cuh"
-    tensor = task.shape["precision"] == "tf32" and _gpu(row).capability >= 80
+    tensor = precisions.of(task).multiply and _gpu(row).capability >= 80
     return "attention_tf32.cuh" if tensor else "attention_floats.cuh"
 
 

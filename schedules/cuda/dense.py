@@ -49,9 +49,9 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
     each = PANEL // of.size
     columns = pitch(of.outputs)
     w = np.pad(w.T, ((0, columns - of.outputs), (0, of.panels * each - of.inputs)))
-    if of.precision == "tf32":
+    if of.precision.rounds:
         w = rounded_tf32(w)
-    stored = w if of.read == "u8" else to_device(w, of.read)
+    stored = w if of.precision.in_bytes else to_device(w, of.read)
     chunks = stored.reshape(columns, of.panels, 8, each // 8).transpose(1, 0, 2, 3)
     order = np.arange(8) ^ (np.arange(columns) % 8)[:, None]  # its own inverse
     packed = np.take_along_axis(chunks, order[None, :, :, None], 2)

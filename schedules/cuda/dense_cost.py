@@ -13,7 +13,6 @@ from bertile.schedules.schedule import Gpu
 TENSOR = {75: 512, 80: 1024, 86: 512, 89: 512, 90: 1280}
 GROUPED = 1800  # 16-bit by wgmma
 PLAIN = {75: 64, 80: 64, 86: 128, 89: 128, 90: 128}
-RELATIVE = {"fp16": 1.0, "bf16": 1.0, "tf32": 0.5, "int8": 2.0, "int8_static": 2.0}
 SHARED = 128  # bytes of shared memory in a cycle
 PORT = 64  # bytes that a multiprocessor can take from the second-level cache in a cycle
 CACHE = 32  # bytes of the second-level cache in a cycle, for each multiprocessor when all ask
@@ -59,7 +58,7 @@ def _lines(tile: Tile) -> int:
     """
     if tile.grouped:
         return tile.rows // 64 * (64 + tile.columns)
-    if tile.operands.precision == "fp32":
+    if not tile.operands.precision.multiply:
         return tile.warps * 32 * (tile.tall + tile.wide)
     return tile.warps * (16 * tile.tall + 8 * tile.wide)
 
@@ -75,8 +74,8 @@ def rate(tile: Tile, gpu: Gpu, together: int) -> float:
     """
     precision, warps = tile.operands.precision, together * tile.threads / 32
     if tile.grouped:
-        return GROUPED * RELATIVE[precision]
+        return GROUPED * precision.rate
     busy = min(1.0, warps / 4) * (0.85 if warps < 8 else 1.0)
-    if precision == "fp32":
+    if not precision.multiply:
         return PLAIN[gpu.capability] * busy
-    return TENSOR[gpu.capability] * RELATIVE[precision] * busy
+    return TENSOR[gpu.capability] * precision.rate * busy

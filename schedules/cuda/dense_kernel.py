@@ -13,14 +13,6 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "tanh")  # the enum of dense
 # Code that newer GPUs compile for themselves has no wgmma.
 _WITHOUT = "#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)"
 
-MULTIPLY = {
-    "fp16": "mma_16816<f16>",
-    "bf16": "mma_16816<bf16>",
-    "tf32": "mma_1688_tf32",
-    "int8": "mma_16832_u8s8",
-    "int8_static": "mma_16832_u8s8",
-}
-
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
     """(x, [range], [residual], w, [scale, [shift]], b, [limits], y): an entry for few rows, one for
@@ -81,7 +73,7 @@ def _parameters(of: Operands) -> list[tuple[str, str]]:
 
 
 def _types(of: Operands) -> str:
-    sums = "int" if of.precision.startswith("int8") else "float"
+    sums = "int" if of.precision.in_bytes else "float"
     values = constants(
         PANEL=128,
         INPUT_BYTES=of.input_bytes,
@@ -113,19 +105,18 @@ struct Operands {{
 
 def _templates(of: Operands, grouped: bool) -> list[str]:
     """The text that is the same for all tiles."""
-    if of.precision == "fp32":
+    if not of.precision.multiply:
         multiply = code("dense_simt.cuh")
     else:
-        as_multiplied = "to_tf32(__uint_as_float(x))" if of.precision == "tf32" else "x"
         multiply = f"""
 WORD void multiply_add(Sum (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {{
-  {MULTIPLY[of.precision]}(d, a, b);
+  {of.precision.multiply}(d, a, b);
 }}
-WORD unsigned as_multiplied(unsigned x) {{ return {as_multiplied}; }}
+WORD unsigned as_multiplied(unsigned x) {{ return {of.precision.as_multiplied}; }}
 {code("dense_mma.cuh")}"""
     parts = [multiply, code("dense_finish.cuh"), code("dense.cuh")]
     if grouped:
-        wgmma = "wgmma_u8s8<N>" if of.read == "u8" else f"wgmma<{of.read}, N>"
+        wgmma = "wgmma_u8s8<N>" if of.precision.in_bytes else f"wgmma<{of.read}, N>"
         group = f"""
 template <int N>
 WORD void multiply_group(Sum (&d)[N / 2], unsigned long long a, unsigned long long b) {{

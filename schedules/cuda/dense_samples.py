@@ -54,10 +54,10 @@ def _operands(
     of: Operands, x: np.ndarray, w: np.ndarray, b: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
     """Activations and weights as the schedule has them, and x w + b of what they stand for."""
-    if of.read != "u8":
+    if not of.precision.in_bytes:
         stored = to_rows(x, of.read)
         read = [from_rows(stored, of.inputs), from_rows(to_rows(w, of.read), of.outputs)]
-        if of.precision == "tf32":
+        if of.precision.rounds:
             read = [rounded_tf32(values) for values in read]
         return [stored], [w, b], read[0].astype("float64") @ read[1] + b
     largest = np.abs(w).max(0)

@@ -8,8 +8,9 @@ import itertools
 from collections.abc import Iterator
 from functools import lru_cache
 
+from bertile.schedules.cuda import precisions
 from bertile.schedules.cuda.dense_cost import cycles
-from bertile.schedules.cuda.dense_tile import GROUPED, Tile
+from bertile.schedules.cuda.dense_tile import Tile
 from bertile.schedules.cuda.forms import pitch
 from bertile.schedules.schedule import Gpu, Knobs, Row, Space
 from bertile.schedules.task import Task
@@ -73,7 +74,7 @@ def default(task: Task, row: Row) -> Knobs:
 
 def _choices(task: Task, gpu: Gpu, name: str) -> Space:
     """``tensor`` 1: wgmma."""
-    grouped = gpu.wgmma and task.shape["precision"] in GROUPED and name != "few"
+    grouped = gpu.wgmma and precisions.of(task).grouped and name != "few"
     return {**TILES[name], **({"tensor": (0, 1)} if grouped else {})}
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from bertile.schedules.cuda import precisions
 from bertile.schedules.cuda.forms import element, pitch
+from bertile.schedules.cuda.precisions import Precision
 from bertile.schedules.schedule import Gpu
 from bertile.schedules.task import Task
 
@@ -16,7 +18,6 @@ SIZE = {"f16": 2, "bf16": 2, "float": 4, "u8": 1}
 REGISTERS = 255  # of a thread
 RESIDUAL = 16  # registers that asking for it beside products takes
 GRANULE = 8  # registers are given to a thread by so many
-GROUPED = ("fp16", "bf16", "int8", "int8_static")  # what wgmma multiplies here
 GROUP_COLUMNS = (64, 96, 128, 192, 256)
 SMALL = 20480  # bytes of a result that may have a place of its own in shared memory
 PRIVATE = 1024  # bytes of shared memory that the system takes of each block
@@ -34,8 +35,7 @@ class Operands:
 
     inputs: int
     outputs: int
-    precision: str
-    read: str  # type of x
+    precision: Precision
     wide: str  # type of the residual, and of y where it is not bytes
     result: str  # type of y
     residual: bool
@@ -45,17 +45,21 @@ class Operands:
     def of(task: Task) -> Operands:
         """What the task's shape says."""
         shape = task.shape
-        precision, wide = str(shape["precision"]), element(task)
+        precision, wide = precisions.of(task), element(task)
         return Operands(
             int(shape["inputs"]),
             int(shape["outputs"]),
             precision,
-            "u8" if precision.startswith("int8") else wide,
             wide,
             "u8" if shape.get("writes") == "to_int8" else wide,
             bool(shape["residual"]),
             str(shape["activation"]),
         )
+
+    @property
+    def read(self) -> str:
+        """The type of x."""
+        return self.precision.read
 
     @property
     def size(self) -> int:
@@ -75,12 +79,12 @@ class Operands:
     @property
     def vectors(self) -> int:
         """Numbers that each channel has."""
-        return {"int8": 3, "int8_static": 2}.get(self.precision, 1)
+        return self.precision.vectors
 
     @property
     def ranges(self) -> bool:
         """Whether each row of x has a range."""
-        return self.precision == "int8"
+        return self.precision.ranges
 
 
 @dataclass(frozen=True)
@@ -182,10 +186,11 @@ class Tile:
         """About what a thread needs: sums, two sets of fragments, addresses."""
         if self.grouped:
             return 4 * self.wide + 32
-        a, b = (8, 8) if self.operands.precision == "fp32" else (4, 2)
+        precision = self.operands.precision
+        a, b = precision.fragments
         fragments = 2 * (a * self.tall + b * self.wide)
-        others = 62 if self.operands.precision == "tf32" else 46
-        return -(-(4 * self.tall * self.wide + fragments + others) // GRANULE) * GRANULE
+        sums = 4 * self.tall * self.wide
+        return -(-(sums + fragments + precision.others) // GRANULE) * GRANULE
 
     @property
     def slot(self) -> int:

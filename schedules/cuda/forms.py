@@ -11,6 +11,7 @@ from importlib import resources
 import numpy as np
 
 from bertile.schedules import BLOCK_TOKENS
+from bertile.schedules.cuda import precisions
 from bertile.schedules.task import Task
 
 LOWEST = -1e30  # below any score, and small enough that differences of two stay finite
@@ -24,8 +25,7 @@ def pitch(channels: int) -> int:
 
 def element(task: Task) -> str:
     """The CUDA type of a task's activations."""
-    precision = str(task.shape["precision"])
-    return {"bf16": "bf16", "fp32": "float", "tf32": "float"}.get(precision, "f16")
+    return precisions.of(task).element
 
 
 def to_device(values: np.ndarray, kind: str) -> np.ndarray:

@@ -72,3 +72,11 @@ def test_require_tells_why_when_a_module_is_broken(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(errors.MissingExtraError, match=r"cannot import broken_module: .*no_such"):
         errors.require("bench", "broken_module")
+
+
+def test_errors_have_a_public_name():
+    import bertile.errors as public
+
+    ours = {name for name, error in vars(errors).items() if isinstance(error, type)}
+    assert ours - {"ModuleType", "Iterable"} == set(public.__all__)
+    assert all(getattr(public, name) is getattr(errors, name) for name in public.__all__)

@@ -64,9 +64,9 @@ def test_export_names_inputs_and_outputs_of_each_family(exports, family):
     takes = inspect.signature(model.forward).parameters
     types = "token_type_ids" in takes and model.config.type_vocab_size > 1
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
-    assert [one.name for one in exported.inputs] == names
-    assert [one.below for one in exported.inputs] == [1000, 2, 2][: len(names)]
-    assert [one.default for one in exported.inputs] == [None, "ones", "zeros"][: len(names)]
+    assert [spec.name for spec in exported.inputs] == names
+    assert [spec.below for spec in exported.inputs] == [1000, 2, 2][: len(names)]
+    assert [spec.default for spec in exported.inputs] == [None, "ones", "zeros"][: len(names)]
     arrays = sample(exported.inputs, 1, 3, family_models.padding_id(exported))
     assert exported.outputs == tuple(family_models.torch_outputs(model, "encoder", arrays))
     assert (exported.family, exported.head) == (family, "encoder")
@@ -84,14 +84,14 @@ def test_export_imports_into_tvm_with_symbolic_axes(exports, family):
 @pytest.mark.parametrize("family", NAMES)
 def test_export_writes_the_canonical_operators(exports, family):
     model = onnx.load(exports(f"{family}-tiny", "encoder").onnx_path)
-    found = [node.op_type for node in model.graph.node]
+    operators = [node.op_type for node in model.graph.node]
     norms = calls(family_models.untouched(f"{family}-tiny"), torch.nn.LayerNorm)
-    assert found.count("LayerNormalization") == norms >= 5
-    assert (found.count("Gelu"), found.count("Softmax")) == (2, 2)
-    assert not {"Gemm", "Erf", "Where", "Expand", "Range", "Identity"} & set(found)
-    assert [one.version for one in model.opset_import if one.domain == ""] == [20]
+    assert operators.count("LayerNormalization") == norms >= 5
+    assert (operators.count("Gelu"), operators.count("Softmax")) == (2, 2)
+    assert not {"Gemm", "Erf", "Where", "Expand", "Range", "Identity"} & set(operators)
+    assert [opset.version for opset in model.opset_import if opset.domain == ""] == [20]
     assert not any(node.metadata_props for node in model.graph.node)
-    constants = {one.name: one for one in model.graph.initializer}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Reshape":
             target = onnx.numpy_helper.to_array(constants[node.input[1]]).tolist()
@@ -114,7 +114,7 @@ def test_export_masks_padding_so_that_it_changes_nothing(exports):
     longer = {key: np.pad(value, ((0, 0), (0, 4))) for key, value in arrays.items()}
     longer["input_ids"][:, 9:] = 7
     runner = session(exported.onnx_path)
-    short, long = (runner.run(None, one)[0] for one in (arrays, longer))
+    short, long = (runner.run(None, inputs)[0] for inputs in (arrays, longer))
     assert largest_difference(long[:, :9], short, arrays["attention_mask"]) < TOLERANCE
 
 
@@ -143,18 +143,18 @@ def test_export_takes_a_model_object_and_prints_nothing(tmp_path, capfd):
 @pytest.mark.slow
 def test_export_minilm_has_its_tokenizer_and_pools_by_mean(tmp_path):
     exported = exporter.export("minilm", tmp_path, Config())
-    written = {one.name for one in tmp_path.iterdir()}
+    written = {path.name for path in tmp_path.iterdir()}
     assert {"model.onnx", "tokenizer.json", "config.json"} <= written
     assert (exported.head, exported.outputs) == ("embedding", ("sentence_embedding",))
     arrays = sample(exported.inputs, 3, 21, 0)
-    found = session(exported.onnx_path).run(None, arrays)[0]
+    embeddings = session(exported.onnx_path).run(None, arrays)[0]
     model = checkpoints.load("minilm").model
     with torch.no_grad():
-        hidden = model(**{key: torch.from_numpy(one) for key, one in arrays.items()})[0].numpy()
+        hidden = model(**{key: torch.from_numpy(array) for key, array in arrays.items()})[0].numpy()
     weights = arrays["attention_mask"][:, :, None]
     want = (hidden * weights).sum(1) / weights.sum(1)
     want /= np.linalg.norm(want, axis=1, keepdims=True)
-    assert np.abs(found - want).max() < 1e-6
+    assert np.abs(embeddings - want).max() < 1e-6
 
 
 def test_export_keeps_tanh_gelu_as_one_operator(exports):
@@ -166,9 +166,9 @@ def test_export_keeps_tanh_gelu_as_one_operator(exports):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_pool_cls_takes_the_first_token(normalize):
     hidden, mask = torch.randn(2, 3, 4), torch.ones(2, 3)
-    found = torch_module.pool(hidden, mask, Pooling("cls", normalize))
+    pooled = torch_module.pool(hidden, mask, Pooling("cls", normalize))
     scale = hidden[:, 0].norm(dim=1, keepdim=True) if normalize else 1.0
-    assert torch.allclose(found, hidden[:, 0] / scale)
+    assert torch.allclose(pooled, hidden[:, 0] / scale)
 
 
 def test_export_fails_when_the_onnx_model_differs_from_torch(tmp_path, monkeypatch):

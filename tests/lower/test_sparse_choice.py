@@ -69,7 +69,7 @@ def test_a_weight_without_zeros_stays_dense(graph):
     planned = precision_plan.plan_layers(graph, "int8", ROW, sparse="auto")
     plain = precision_plan.plan_layers(graph, "int8", ROW)
     assert lowering.tasks(Forms(planned)) == lowering.tasks(Forms(plain))
-    assert {one.sparse.pattern for one in planned.plan.values()} == {"dense"}
+    assert {layer_plan.sparse.pattern for layer_plan in planned.plan.values()} == {"dense"}
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_a_weight_without_zeros_stays_dense(graph):
 def test_density_counts_the_lanes_of_the_layers_precision(graph, precision, group, density):
     row = resolve("x86-avx512-bf16", threads=2)
     planned = precision_plan.plan_layers(pruned(graph, 0.9, group), precision, row, sparse="always")
-    found = {planned.plan[name].sparse for name in layers(graph)}
-    assert {one.pattern for one in found} == {"4x1" if group == 4 else "unstructured"}
-    assert {one.density for one in found} == {density}
+    plans = {planned.plan[name].sparse for name in layers(graph)}
+    assert {zeros.pattern for zeros in plans} == {"4x1" if group == 4 else "unstructured"}
+    assert {zeros.density for zeros in plans} == {density}
     assert ("sparse", density) in kernels(planned)
 
 
@@ -95,24 +95,24 @@ def test_off_looks_at_nothing(graph):
 def test_measured_times_decide(graph, sparse, operation):
     planned = precision_plan.plan_layers(pruned(graph), "int8", ROW, Log(sparse), sparse="auto")
     chosen = [planned.plan[name].sparse for name in layers(graph)]
-    assert {one.density for one in chosen} == {10 if operation == "sparse" else None}
+    assert {zeros.density for zeros in chosen} == {10 if operation == "sparse" else None}
     why = f"measured: sparse {sparse:.0f} us, dense 100 (128 tokens)"
-    assert {one.why for one in chosen} == {why}
+    assert {zeros.why for zeros in chosen} == {why}
 
 
 def test_a_kernel_that_is_slower_for_short_requests_is_not_chosen(graph):
-    given = (pruned(graph), "int8", ROW)
+    arguments = (pruned(graph), "int8", ROW)
     planned = precision_plan.plan_layers(
-        *given, Log(50.0, tokens16=120.0, tokens384=40.0), sparse="auto"
+        *arguments, Log(50.0, tokens16=120.0, tokens384=40.0), sparse="auto"
     )
     chosen = {planned.plan[name].sparse for name in layers(graph)}
-    assert {one.density for one in chosen} == {None}
-    assert {one.why for one in chosen} == {"measured: sparse 120 us, dense 100 (16 tokens)"}
+    assert {zeros.density for zeros in chosen} == {None}
+    assert {zeros.why for zeros in chosen} == {"measured: sparse 120 us, dense 100 (16 tokens)"}
 
 
 def test_times_on_other_threads_are_not_compared(graph):
-    given = (pruned(graph), "int8", ROW)
-    planned = precision_plan.plan_layers(*given, Log(1.0, threads=1), sparse="auto")
+    arguments = (pruned(graph), "int8", ROW)
+    planned = precision_plan.plan_layers(*arguments, Log(1.0, threads=1), sparse="auto")
     assert all("estimated" in planned.plan[name].sparse.why for name in layers(graph))
 
 

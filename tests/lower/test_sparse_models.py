@@ -37,13 +37,16 @@ ROW = rows.resolve("native", threads=1)
 
 def weights_of(model) -> list[np.ndarray]:
     """w (K, N) of a BERT's encoder, in the order of `layer_inputs`: Q, K and V side by side."""
-    found = []
+    weights = []
     for layer in model.base_model.encoder.layer:
         attention = layer.attention
-        qkv = [getattr(attention.self, one) for one in ("query", "key", "value")]
+        qkv = [getattr(attention.self, name) for name in ("query", "key", "value")]
         rest = (attention.output.dense, layer.intermediate.dense, layer.output.dense)
-        found += [torch.cat([one.weight for one in qkv]).T, *(one.weight.T for one in rest)]
-    return [w.detach().numpy() for w in found]
+        weights += [
+            torch.cat([linear.weight for linear in qkv]).T,
+            *(linear.weight.T for linear in rest),
+        ]
+    return [w.detach().numpy() for w in weights]
 
 
 def graph_weights(graph: Graph) -> list[np.ndarray]:
@@ -53,13 +56,13 @@ def graph_weights(graph: Graph) -> list[np.ndarray]:
 
 def bytes_of(graph: Graph) -> list[np.ndarray]:
     """The integers (K, N) that the kernels of the encoder's layers multiply by."""
-    found = []
+    integers = []
     for name, _ in layer_inputs(graph)[:8]:
         plan, w = graph.plan[name], graph.params[name]
         assert plan.precision == "int8"
         task = Task("dense", {"precision": "int8_static" if plan.static else "int8"})
-        found.append(dense_weights(task, [(name, w), ("b", np.zeros(w.shape[1]))], plan)[0][1])
-    return found
+        integers.append(dense_weights(task, [(name, w), ("b", np.zeros(w.shape[1]))], plan)[0][1])
+    return integers
 
 
 # pruneBERT: a checkpoint of Hugging Face from 2020, pruned by movement, each layer differently
@@ -95,7 +98,7 @@ def prunebert(directory, head, most=0.95):
 
 def layers_of(model) -> list[torch.nn.Linear]:
     modules = model.base_model.encoder.modules()
-    return [one for one in modules if isinstance(one, torch.nn.Linear)]
+    return [module for module in modules if isinstance(module, torch.nn.Linear)]
 
 
 @pytest.mark.parametrize("head", ["question-answering", "sequence-classification"])
@@ -104,9 +107,9 @@ def test_prunebert_keeps_its_zeros(head, tmp_path):
     exported = exporter.export(tmp_path / "checkpoint", tmp_path / "out", Config())
     assert (exported.head, exported.family) == (head, "bert")
     graph = optimize(import_onnx(exported))
-    for w, found in zip(weights_of(model), graph_weights(graph)):
-        assert np.array_equal(found, w)
-        assert analyse(found).pattern == "unstructured" and analyse(found).zeros > 0.79
+    for w, imported in zip(weights_of(model), graph_weights(graph)):
+        assert np.array_equal(imported, w)
+        assert analyse(imported).pattern == "unstructured" and analyse(imported).zeros > 0.79
     planned = plan_layers(graph, "int8", ROW)
     for w, integers in zip(weights_of(model), bytes_of(planned)):
         assert not integers[w == 0].any()
@@ -119,7 +122,7 @@ def test_prunebert_is_compiled_as_it_is(tmp_path):
     config = Config(cache_dir=str(tmp_path / "cache"))
     bertile.compile(tmp_path / "checkpoint", tmp_path / "out", config)
     manifest = loader.read_manifest(tmp_path / "out")
-    assert [one["name"] for one in manifest["outputs"]] == ["start_logits", "end_logits"]
+    assert [output["name"] for output in manifest["outputs"]] == ["start_logits", "end_logits"]
     assert any(note.startswith("zeros: ") and "neurons" in note for note in manifest["notes"])
     assert (tmp_path / "out" / "vocab.txt").exists()
 
@@ -159,12 +162,12 @@ def test_obert_keeps_its_zeros_its_blocks_and_its_ranges(form, obert, tmp_path):
     exported = normalizer.normalize(path, tmp_path / "out", Config())
     assert_close(path, exported, 0.05)
     graph = optimize(import_onnx(exported))
-    for w, found in zip(weights_of(model), graph_weights(graph)):
-        assert not found[w == 0].any()
-        assert analyse(found).pattern == analyse(w).pattern == "4x1"
+    for w, imported in zip(weights_of(model), graph_weights(graph)):
+        assert not imported[w == 0].any()
+        assert analyse(imported).pattern == analyse(w).pattern == "4x1"
         # a rounded weight is at most half a step away from what it was, and one at the top
         step = np.abs(w).max() / 127.5
-        assert np.abs(found - w).max() < 1.01 * step
+        assert np.abs(imported - w).max() < 1.01 * step
     planned = plan_layers(graph, "int8", ROW)
     for w, integers in zip(weights_of(model), bytes_of(planned)):
         assert not integers[w == 0].any()
@@ -181,8 +184,8 @@ def assert_close(path, exported, tolerance):
     arrays = sample(exported.inputs, 3, 16, 1, 0)
     mask = arrays["attention_mask"] != 0
     got, want = (
-        session(one).run(["last_hidden_state"], arrays)[0][mask]
-        for one in (exported.onnx_path, path)
+        session(onnx_file).run(["last_hidden_state"], arrays)[0][mask]
+        for onnx_file in (exported.onnx_path, path)
     )
     assert np.linalg.norm(got - want) < tolerance * np.linalg.norm(want)
 
@@ -193,7 +196,7 @@ def test_obert_is_compiled_as_it_is(form, obert, tmp_path):
     path = sparseml_forms.write(obert[1], tmp_path / "quantized.onnx", form, list(batches()))
     bertile.compile(path, tmp_path / "out", Config(cache_dir=str(tmp_path / "cache")))
     kernels = loader.read_manifest(tmp_path / "out")["kernels"]
-    assert sum(one["shape"].get("precision") == "int8_static" for one in kernels) == 4
+    assert sum(kernel["shape"].get("precision") == "int8_static" for kernel in kernels) == 4
 
 
 # What stands between a file's weights and a kernel's
@@ -224,9 +227,9 @@ def test_recovered_scale_keeps_zeros_and_every_other_integer(largest):
     integers *= sparse_matrix(0.8, (96, 40)) != 0
     w = (integers * random.random(40).astype("float32")).astype("float32")
     scale = weight_scales(w)
-    found = quantize_weights(w, scale)
-    assert np.array_equal(found != 0, integers != 0)
-    np.testing.assert_array_equal((found * scale).astype("float32"), w)
+    recovered = quantize_weights(w, scale)
+    assert np.array_equal(recovered != 0, integers != 0)
+    np.testing.assert_array_equal((recovered * scale).astype("float32"), w)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8_static"])

@@ -45,15 +45,15 @@ def both(graph, precision, row, tmp_path, exported, sizes=SIZES):
 
 def assert_same_hidden_states(requests):
     """Bit for bit; the pooler behind them is in float32, whose sums have an order."""
-    for (want, found), *pooled in requests:
-        np.testing.assert_array_equal(found, want)
-        assert all(np.abs(found - want).max() < 1e-5 for want, found in pooled)
+    for (dense, sparse), *pooled in requests:
+        np.testing.assert_array_equal(sparse, dense)
+        assert all(np.abs(sparse - dense).max() < 1e-5 for dense, sparse in pooled)
 
 
 def assert_close(requests, tolerance):
     """All outputs, relative to the largest of each."""
-    for want, found in (pair for pairs in requests for pair in pairs):
-        assert np.abs(found - want).max() <= tolerance * max(1.0, np.abs(want).max())
+    for dense, sparse in (pair for pairs in requests for pair in pairs):
+        assert np.abs(sparse - dense).max() <= tolerance * max(1.0, np.abs(dense).max())
 
 
 def test_float32_is_that_of_the_dense_kernels(graph, exported, tmp_path):
@@ -101,8 +101,8 @@ def test_work_is_the_multiply_adds_that_are_done(graph, tmp_path):
     planned = precision_plan.plan_layers(graph, "int8", VNNI, sparse="always")
     log = TuningLog([tmp_path / "empty"], print)
     built = builder.build(planned, Chooser(log, VNNI, print), VNNI, tmp_path / "lib.so")
-    sparse = [one for one in built.kernels if one["operation"] == "sparse"]
-    total = sum(one["nonzeros"] * one["calls"] for one in sparse)
+    sparse = [kernel for kernel in built.kernels if kernel["operation"] == "sparse"]
+    total = sum(kernel["nonzeros"] * kernel["calls"] for kernel in sparse)
     weights = [graph.params[name] for name in planned.plan if planned.plan[name].sparse.density]
     groups = [4 if planned.plan[n].precision == "int8" else 1 for n in planned.plan]
     lanes = [
@@ -120,13 +120,17 @@ def test_layers_that_share_weights_store_them_once(tmp_path):
     def choose(task):
         return SCHEDULES[task.operation].default(task, VNNI)
 
-    found = lowering.lower(planned, VNNI, choose)
-    shared = [task for task in found.tasks if task.operation == "sparse" and found.tasks[task] > 1]
+    lowered = lowering.lower(planned, VNNI, choose)
+    shared = [
+        task for task in lowered.tasks if task.operation == "sparse" and lowered.tasks[task] > 1
+    ]
     assert shared
-    values = [name for name in found.params if "/values@" in name]
-    names = {layer for layer, one in planned.plan.items() if one.sparse.density}
+    values = [name for name in lowered.params if "/values@" in name]
+    names = {layer for layer, layer_plan in planned.plan.items() if layer_plan.sparse.density}
     assert (
-        len(values) == len(names) < sum(found.tasks[t] for t in found.tasks if "density" in t.shape)
+        len(values)
+        == len(names)
+        < sum(lowered.tasks[t] for t in lowered.tasks if "density" in t.shape)
     )
     assert_same_hidden_states(both(graph, "int8", VNNI, tmp_path, exported, SIZES[:1]))
 
@@ -149,8 +153,8 @@ def test_every_choice_gives_the_same_outputs(bundles):
         with loader.load(path) as model:
             answers[path.name] = model(input_ids=ids)
     for sparse in ("auto", "always"):
-        want, found = (answers[name]["last_hidden_state"] for name in ("off", sparse))
-        np.testing.assert_array_equal(found, want)
+        dense, chosen = (answers[name]["last_hidden_state"] for name in ("off", sparse))
+        np.testing.assert_array_equal(chosen, dense)
 
 
 def test_zeros_are_not_stored(bundles):
@@ -170,10 +174,12 @@ def test_inspect_says_where_the_zeros_lie(bundles, capsys):
 
 
 def test_inspect_measures_sparse_kernels_by_what_they_do(bundles):
-    found = inspection.inspect(bundles / "always", threads=1)
-    rows = [row for row in found["kernels"] if row["kernel"].startswith("sparse")]
+    report = inspection.inspect(bundles / "always", threads=1)
+    rows = [row for row in report["kernels"] if row["kernel"].startswith("sparse")]
     assert rows and all(0 < row["peak %"] < 100 and 0 < row["bound %"] for row in rows)
-    names = {one["name"]: one for one in loader.read_manifest(bundles / "always")["kernels"]}
+    names = {
+        kernel["name"]: kernel for kernel in loader.read_manifest(bundles / "always")["kernels"]
+    }
     first = names[rows[0]["kernel"]]
     seconds = rows[0]["ms"] / 1e3 / first["calls"]
     lane = 4 if "precision" in first["shape"] else 1

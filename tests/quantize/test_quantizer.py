@@ -60,29 +60,29 @@ def test_nothing_is_run_where_ranges_are_per_token(graph, monkeypatch):
 def test_static_ranges_are_planned_for_every_layer(graph, samples, method):
     plan = planned(graph, calibrate=samples, ranges=method)
     assert list(plan) == [name for name, _ in layer_inputs(graph)]
-    for one in plan.values():
-        assert one.precision == "int8" and one.static and one.smooth is None
-        assert -10 < one.low < 0 < one.high < 10
+    for layer_plan in plan.values():
+        assert layer_plan.precision == "int8" and layer_plan.static and layer_plan.smooth is None
+        assert -10 < layer_plan.low < 0 < layer_plan.high < 10
 
 
 def test_smoothing_is_planned_where_a_norm_gives_the_input(graph, samples):
     plan = planned(graph, calibrate=samples, smooth=0.5)
-    smoothed = [name for name, one in plan.items() if one.smooth is not None]
+    smoothed = [name for name, layer_plan in plan.items() if layer_plan.smooth is not None]
     assert smoothed == smoothable(graph) and len(smoothed) == 4  # of each layer QKV and the wide
     assert all("output" not in name for name in smoothed)
-    assert not any(one.static for one in plan.values())
+    assert not any(layer_plan.static for layer_plan in plan.values())
 
 
 def test_static_ranges_are_those_of_the_smoothed_input(graph, samples):
     plain = planned(graph, calibrate=samples, ranges="minmax")
     both = planned(graph, calibrate=samples, ranges="minmax", smooth=0.5)
-    for name, one in both.items():
-        if one.smooth is None:
-            assert one.high == plain[name].high
+    for name, layer_plan in both.items():
+        if layer_plan.smooth is None:
+            assert layer_plan.high == plain[name].high
         else:
-            assert plain[name].high * one.smooth.min() <= one.high
-            assert one.high <= plain[name].high * one.smooth.max()
-            assert one.high != pytest.approx(plain[name].high, rel=1e-3)
+            assert plain[name].high * layer_plan.smooth.min() <= layer_plan.high
+            assert layer_plan.high <= plain[name].high * layer_plan.smooth.max()
+            assert layer_plan.high != pytest.approx(plain[name].high, rel=1e-3)
 
 
 def test_what_the_model_brings_goes_first(graph, samples):
@@ -118,10 +118,10 @@ def bundle(tmp_path_factory, cache):
 def test_inspect_quant_prints_the_worst_layer_first(bundle, capsys):
     assert main(["inspect", str(bundle), "--quant"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    found = loader.read_manifest(bundle)["quantization"]["layers"]
-    assert lines[0].split()[:2] == ["layer", "precision"] and len(lines) == 2 + len(found)
-    assert lines[2].startswith(found[0]["layer"])
-    values = [row["output dB"] for row in found if row["output dB"]]
+    layers = loader.read_manifest(bundle)["quantization"]["layers"]
+    assert lines[0].split()[:2] == ["layer", "precision"] and len(lines) == 2 + len(layers)
+    assert lines[2].startswith(layers[0]["layer"])
+    values = [row["output dB"] for row in layers if row["output dB"]]
     assert values == sorted(values)
 
 
@@ -177,10 +177,10 @@ class Answers:
 
     def __call__(self, graph, dataset):
         self.plans.append(graph.plan)
-        quantized = sum(one.precision == "int8" for one in graph.plan.values())
-        found = np.tile([1.0, 0.0], (len(dataset.texts), 1))
-        found[: 10 * max(0, quantized - self.harmless)] = [0.0, 1.0]
-        return found
+        quantized = sum(layer_plan.precision == "int8" for layer_plan in graph.plan.values())
+        logits = np.tile([1.0, 0.0], (len(dataset.texts), 1))
+        logits[: 10 * max(0, quantized - self.harmless)] = [0.0, 1.0]
+        return logits
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_layers_are_kept_until_the_drop_is_within_what_is_allowed(classifier, tm
     kept = [row for row in report["layers"] if row["precision"] in ("bf16", "fp32") and row["why"]]
     noisy = [row for row in kept if "noise" in row["why"]]
     assert len(noisy) == 3  # of eight layers in bytes five cost one step of what is allowed
-    assert all(one.precision == "fp32" for one in answers.plans[0].values())
+    assert all(layer_plan.precision == "fp32" for layer_plan in answers.plans[0].values())
     assert report["accuracy"]["metric"] == "accuracy" and report["accuracy"]["fp32"] == 1.0
     assert report["accuracy"]["tried"][0]["score"] == pytest.approx(0.6)
 
@@ -230,7 +230,7 @@ def test_compile_keeps_layers_until_embeddings_are_close_enough(tmp_path, cache)
     dataset = datasets.read(tmp_path / "x.txt")
     kept, plain = (datasets.answers(tmp_path / name, dataset) for name in ("kept", "plain"))
     assert 0.9996 <= dataset.score(kept, plain, ()) < 0.99999
-    found = loader.read_manifest(tmp_path / "kept")["quantization"]
-    higher = [row for row in found["layers"] if row["why"]]
-    assert found["accuracy"]["tried"][0]["score"] < 0.9996 and 0 < len(higher) < 24
+    quantization = loader.read_manifest(tmp_path / "kept")["quantization"]
+    higher = [row for row in quantization["layers"] if row["why"]]
+    assert quantization["accuracy"]["tried"][0]["score"] < 0.9996 and 0 < len(higher) < 24
     assert all("drop by" in row["why"] and row["precision"] != "int8" for row in higher)

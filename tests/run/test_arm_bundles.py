@@ -67,14 +67,14 @@ def cache(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory, cache):
     """A function that gives the bundle of a model for a row, compiled once."""
-    made: dict[tuple[str, ...], Path] = {}
+    bundles: dict[tuple[str, ...], Path] = {}
 
     def compile_for(*case: str) -> Path:
-        if case not in made:
+        if case not in bundles:
             output = tmp_path_factory.mktemp("arm") / "bundle"
             model, row, precision = case
-            made[case] = arm_code.compile(model, output, cache, row, precision)
-        return made[case]
+            bundles[case] = arm_code.compile(model, output, cache, row, precision)
+        return bundles[case]
 
     arm_code.need_emulator()
     return compile_for
@@ -88,23 +88,25 @@ def like(row: targets.Target, precision: str) -> str:
     if precision == "fp32":
         return "native"
     features = loader.cpu_features()
-    known = [one for one in targets.TABLE if targets.fits(one, features) and one.dot_product]
-    found = next((one.name for one in known if one.bf16 == row.bf16), None)
-    return found or pytest.skip(f"no target of this machine computes as {row.name} does")
+    known = [
+        target for target in targets.TABLE if targets.fits(target, features) and target.dot_product
+    ]
+    name = next((target.name for target in known if target.bf16 == row.bf16), None)
+    return name or pytest.skip(f"no target of this machine computes as {row.name} does")
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory, cache):
+def compiled_natively(tmp_path_factory, cache):
     """A function that gives the bundle of a model for a target of this machine, compiled once."""
-    made: dict[tuple[str, ...], Path] = {}
+    bundles: dict[tuple[str, ...], Path] = {}
 
     def compile_for(model: str, target: str, precision: str) -> Path:
         case = (model, target, precision)
-        if case not in made:
+        if case not in bundles:
             config = Config(target=target, precision=precision, cache_dir=cache)
-            made[case] = tmp_path_factory.mktemp("here") / "bundle"
-            driver.compile(model, made[case], config)
-        return made[case]
+            bundles[case] = tmp_path_factory.mktemp("here") / "bundle"
+            driver.compile(model, bundles[case], config)
+        return bundles[case]
 
     return compile_for
 
@@ -130,15 +132,15 @@ def answer(bundle: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]
         return opened(**arrays)
 
 
-def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+def distance(vectors: np.ndarray, wanted: np.ndarray) -> float:
     """One less the cosine of vectors (N, C) to those that were wanted, the mean of all."""
-    lengths = np.linalg.norm(found, axis=-1) * np.linalg.norm(wanted, axis=-1)
-    return float((1 - (found * wanted).sum(-1) / lengths).mean())
+    lengths = np.linalg.norm(vectors, axis=-1) * np.linalg.norm(wanted, axis=-1)
+    return float((1 - (vectors * wanted).sum(-1) / lengths).mean())
 
 
 @pytest.mark.parametrize(("model", "row", "precision"), CASES)
 def test_bundle_run_as_arm_code_gives_this_machines_numbers(
-    compiled, here, float32, tmp_path, model, row, precision
+    compiled, compiled_natively, float32, tmp_path, model, row, precision
 ):
     target = like(targets.resolve(row), precision)
     bundle = compiled(model, row, precision)
@@ -149,34 +151,34 @@ def test_bundle_run_as_arm_code_gives_this_machines_numbers(
     files = ("--input", tmp_path / "in.npz", "--output", tmp_path / "out.npz")
     done = arm_code.run(bundle, cpu, *files)
     assert (done.returncode, done.stderr) == (0, "")
-    wanted = answer(here(model, target, precision), arrays)
+    wanted = answer(compiled_natively(model, target, precision), arrays)
     exact = float32(model, arrays) if rounded else {}
-    with np.load(tmp_path / "out.npz") as found:
-        assert sorted(found.files) == sorted(wanted)
+    with np.load(tmp_path / "out.npz") as outputs:
+        assert sorted(outputs.files) == sorted(wanted)
         for name, array in wanted.items():
             if rounded:
                 own = distance(array, exact[name])
-                assert distance(found[name], exact[name]) <= TIMES * own
+                assert distance(outputs[name], exact[name]) <= TIMES * own
                 continue
             limit = TOLERANCES[precision] * max(1.0, float(np.abs(array).max()))
-            np.testing.assert_allclose(found[name], array, rtol=0, atol=limit)
+            np.testing.assert_allclose(outputs[name], array, rtol=0, atol=limit)
 
 
 @pytest.mark.slow
 def test_last_bits_of_one_layer_move_answers_in_int8_but_not_away_from_float32(
-    here, float32, tmp_path
+    compiled_natively, float32, tmp_path
 ):
-    bundle = here(MINILM, like(targets.resolve("arm-a76"), "int8"), "int8")
+    bundle = compiled_natively(MINILM, like(targets.resolve("arm-a76"), "int8"), "int8")
     changed = tmp_path / "changed"
     shutil.copytree(bundle, changed)
     params = safetensors.read(bundle / loader.WEIGHTS)
-    (name,) = (one for one in params if one.startswith("model.embeddings.LayerNorm.weight@"))
+    (name,) = (param for param in params if param.startswith("model.embeddings.LayerNorm.weight@"))
     params[name] = np.nextafter(params[name], np.float32(np.inf))
     safetensors.write(changed / loader.WEIGHTS, params)
     arrays = requests(bundle, TEXTS)
     (exact,), (before,), (after,) = (
-        found.values()
-        for found in (float32(MINILM, arrays), answer(bundle, arrays), answer(changed, arrays))
+        outputs.values()
+        for outputs in (float32(MINILM, arrays), answer(bundle, arrays), answer(changed, arrays))
     )
     assert np.abs(after - before).max() > 10 * TOLERANCES["int8"]
     own = distance(before, exact)

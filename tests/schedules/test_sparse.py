@@ -106,13 +106,13 @@ def test_there_are_as_many_shares_as_threads_at_least(kernels, threads, shares):
     func = sparse.kernel(task, {**sparse.default(task, row), "groups": 4}, row)
     loops = []
     tvm_ffi.structural_walk(func.body, (tirx.For, loops.append))
-    parallel = [one for one in loops if one.kind == tirx.ForKind.PARALLEL]
-    assert [int(one.extent) for one in parallel] == [shares]
+    parallel = [loop for loop in loops if loop.kind == tirx.ForKind.PARALLEL]
+    assert [int(loop.extent) for loop in parallel] == [shares]
     sample = sparse.sample(task, 2, np.random.default_rng(0))
     weights = sparse.pack(task, {**sparse.default(task, row), "groups": 4}, sample.weights, row)
     operands = [*sample.activations, *weights]
-    found = kernels.call_all(kernels.compile(func), operands, sample.buffers())
-    assert sample.mistake(found) is None
+    results = kernels.call_all(kernels.compile(func), operands, sample.buffers())
+    assert sample.mistake(results) is None
 
 
 ZEROS = {
@@ -135,12 +135,12 @@ def test_sums_equal_the_dense_kernel_s(kernels, precision, zeros):
     w = ZEROS[zeros](rng.integers(-127, 128, (122, 45)).astype("float32"))
     w = w / 512 if precision == "fp32" else w.astype("int8")
     operands = sample.activations, [w, *sample.weights[1:]], blocks
-    found = outcome(kernels, task, *operands)
+    sums = outcome(kernels, task, *operands)
     expected = outcome(kernels, as_dense(task), *operands)
     if precision == "fp32":
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+        np.testing.assert_allclose(sums, expected, atol=1e-4)
     else:
-        assert np.array_equal(found, expected)
+        assert np.array_equal(sums, expected)
 
 
 def test_pack_keeps_every_lane_that_is_not_zero_once():
@@ -156,13 +156,13 @@ def test_pack_keeps_every_lane_that_is_not_zero_once():
     b = rng.standard_normal(96).astype("float32")
     values, index, starts, slots, lanes, bias = sparse.pack(task, knobs, [w, b], rows.TABLE[0])
     assert (index.dtype, slots.dtype) == ("uint8", "uint8")
-    found = np.zeros_like(w)
+    unpacked = np.zeros_like(w)
     for panel, (start, end) in enumerate(zip(starts, starts[1:])):
         group, part, inside = panel // 6 // 3, panel // 6 % 3, panel % 6
         for entry in range(start * 4, end * 4):
             channel = lanes[group, slots[group, part, inside * 4 + entry % 4]]
-            found[part * 256 + int(index[entry]), channel] += values[entry]
-    assert np.array_equal(found, w)
+            unpacked[part * 256 + int(index[entry]), channel] += values[entry]
+    assert np.array_equal(unpacked, w)
     assert np.array_equal(bias, b[lanes.ravel()])
     assert len(values) < 1.1 * np.count_nonzero(w)
 
@@ -172,12 +172,12 @@ def test_lists_are_small():
     row, rng = rows.resolve("x86-avx512-vnni"), np.random.default_rng(0)
     sizes: dict[str, int] = {}
     for inputs, outputs in [(768, 2304), (768, 768), (768, 3072), (3072, 768)]:
-        task = product(inputs, outputs, precision="int8", density=10)
+        sparse_task = product(inputs, outputs, precision="int8", density=10)
         w = rng.integers(1, 127, (inputs, outputs)).astype("int8")
         w[rng.permutation(inputs // 4 * outputs).reshape(-1, outputs).repeat(4, 0) % 10 > 0] = 0
         vectors = [np.ones(outputs, "float32")] * 3
-        for schedule, one in ((sparse, task), (dense, as_dense(task))):
-            arrays = schedule.pack(one, schedule.default(one, row), [w, *vectors], row)
+        for schedule, task in ((sparse, sparse_task), (dense, as_dense(sparse_task))):
+            arrays = schedule.pack(task, schedule.default(task, row), [w, *vectors], row)
             sizes[schedule.operation] = sizes.get(schedule.operation, 0) + sum(
                 array.nbytes for array in arrays
             )
@@ -196,8 +196,8 @@ def test_groups_get_equal_work():
         "groups": 8,
     }
     _, _, starts, *_ = sparse.pack(task, knobs, [w.astype("int8")], rows.TABLE[0])
-    work = np.diff(starts[:: len(starts) // 8])
-    assert work.max() <= 1.02 * work.min()
+    entries = np.diff(starts[:: len(starts) // 8])
+    assert entries.max() <= 1.02 * entries.min()
 
 
 def test_flops_counts_two_per_multiply_add_of_a_lane_that_is_not_zero():

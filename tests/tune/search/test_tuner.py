@@ -72,8 +72,8 @@ def test_what_a_layer_could_have_instead_is_measured_once(tmp_path):
     """Its default, so that the choice between the two need not be estimated again."""
     sparse = Task("sparse", {**SMALL.shape, "density": 10})
     for trials in (1, 0):
-        given = (Counter(), open_log(tmp_path), ROW, Config(tune="quick"), QUIET, [sparse])
-        assert tuner.tune(*given)["trials"] == trials
+        arguments = (Counter(), open_log(tmp_path), ROW, Config(tune="quick"), QUIET, [sparse])
+        assert tuner.tune(*arguments)["trials"] == trials
     (record,) = open_log(tmp_path).records(sparse, ROW)
     assert record.knobs == SCHEDULES["sparse"].default(sparse, ROW) and record.microseconds
 
@@ -146,8 +146,8 @@ def test_crash_and_hang_cost_their_own_trial_only(monkeypatch):
 
 def test_bad_candidate_is_answered_with_its_error():
     with TrialRunner(ROW) as trials:
-        found = trials.run(NORM, {"sums": 0}, 2)
-        assert "ZeroDivisionError" in found["error"]
+        outcome = trials.run(NORM, {"sums": 0}, 2)
+        assert "ZeroDivisionError" in outcome["error"]
 
 
 def test_full_effort_ends_when_nothing_improves(tmp_path, monkeypatch):
