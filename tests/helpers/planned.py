@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.smallest import Smallest
 
 from bertile import loader
 from bertile.backends.cpu import builder
 from bertile.onnx.samples import sample
 from bertile.schedules import BLOCK_TOKENS
 from bertile.targets.rows import resolve
-from bertile.tune.log.chooser import Chooser
+from bertile.tune.log.tuning_log import TuningLog
 
 BF16, VNNI, PLAIN = (
     resolve(name, threads=1) for name in ("x86-avx512-bf16", "x86-avx512-vnni", "x86-avx512")
@@ -18,18 +19,16 @@ BF16, VNNI, PLAIN = (
 
 
 def compiled(graph, row, directory, exported):
-    """A graph, built with default knobs, as a function of (batch, length) that gives the outputs
-    and the model's inputs; what was built is its attribute `built`.
+    """A graph, built of the smallest kernels, as a function of (batch, length) that gives the
+    outputs and the model's inputs; what was built is its attribute `built`.
     """
     if lacks := set(row.features) - loader.cpu_features():
         pytest.skip(f"this CPU lacks {' '.join(sorted(lacks))}")
     import tvm
     from tvm import relax
 
-    from bertile.tune.log.tuning_log import TuningLog
-
-    log = TuningLog.open(str(directory / "empty"), print)
-    built = builder.build(graph, Chooser(log, row, print), row, directory / "lib.so")
+    chooser = Smallest(TuningLog([], print), row, print)
+    built = builder.build(graph, chooser, row, directory / "lib.so")
     vm = relax.VirtualMachine(tvm.runtime.load_module(str(built.library)), tvm.cpu())
 
     def call(batch, length):
