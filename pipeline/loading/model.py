@@ -32,6 +32,7 @@ class Model:
         self.outputs = tuple(spec["name"] for spec in manifest["outputs"])
         self.max_length: int | None = manifest["model"]["max_length"]
         self.threads = threads
+        self.pass_blocks = PASS_BLOCKS * threads  # of tokens; what is more takes several passes
         self._runtime, self._lock = runtime, threading.Lock()
         try:
             self._entry, self._held = _open_library(runtime, library, manifest["entry"])
@@ -60,7 +61,7 @@ class Model:
         values = [checked.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
         block_tokens = self.manifest["lanes"]
         pieces = []
-        for first, count in passes(ends, block_tokens, PASS_BLOCKS * self.threads, step):
+        for first, count in passes(ends, block_tokens, self.pass_blocks, static):
             room = (step or count, width)
             arrays = [
                 fit(value, first, (count, length), room, spec["dtype"])

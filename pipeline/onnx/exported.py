@@ -31,6 +31,7 @@ class InputSpec:
 class ExportedModel:
     """A canonical ONNX model on disk; `batch` and `length` are set where that axis is static.
 
+    `together` says that outputs depend on other rows of the batch, which is computed at once then.
     `max_length` counts the tokens that a sequence may have, which for RoBERTa is less than the
     rows of its position table. `notes` are for people: what was found, changed or measured.
     """
@@ -46,6 +47,7 @@ class ExportedModel:
     labels: tuple[str, ...] = ()
     batch: int | None = None
     length: int | None = None
+    together: bool = False
     notes: tuple[str, ...] = ()
 
     @property

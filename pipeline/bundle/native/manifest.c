@@ -128,6 +128,9 @@ static const char *read_tree(const json *tree, bt_manifest *manifest) {
     if (!wrong) wrong = read_limit(model, "max_length", 1, &manifest->max_length);
     if (!wrong) wrong = read_limit(fixed, "batch", 0, &manifest->static_batch);
     if (!wrong) wrong = read_limit(fixed, "length", 0, &manifest->static_length);
+    const json *together = json_get(fixed, "together");
+    if (together && together->kind != JSON_BOOL) return "'together' of 'static' is no truth value";
+    manifest->together = together && together->integer;
     if (!wrong) wrong = check_target(manifest->target);
     return wrong ? wrong : check_files(manifest->files, manifest->target);
 }
