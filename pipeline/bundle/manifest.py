@@ -45,6 +45,7 @@ def describe(
             "batch": exported.batch,
             "length": exported.length,
             **({"together": True} if exported.together else {}),
+            **({"padded": True} if exported.padded else {}),
         },
         "passes": order.pass_names(),
         "kernels": built.kernels,

@@ -12,7 +12,7 @@ from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.config import Config
 from bertile.export import checkpoints, files
 from bertile.families import table
-from bertile.onnx import rows
+from bertile.onnx import reach
 from bertile.onnx.exported import ExportedModel, InputSpec, read
 from bertile.onnx.samples import largest_difference, run_onnx, sample, session
 
@@ -51,11 +51,11 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
         module = _module(checkpoint, exported)
         _write_onnx(module, exported)
         difference = _check(module, exported, _padding_id(checkpoint))
-        mixed = rows.mixing(session(exported.onnx_path), exported.inputs, None, None)
+        seen = reach.look(session(exported.onnx_path), exported.inputs, None, None)
     _copy_files(checkpoint, directory)
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
-    notes = (*exported.notes, *module.notes, note)
-    known = {"notes": notes, "together": bool(mixed)}
+    notes = (*exported.notes, *module.notes, *seen.notes(), note)
+    known = {"notes": notes, "together": bool(seen.rows), "padded": bool(seen.padding)}
     return dataclasses.replace(exported, **known).write()
 
 

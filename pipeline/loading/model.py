@@ -53,10 +53,11 @@ class Model:
         checked = check_inputs(inputs, specs, self.max_length)
         batch, length = next(iter(checked.values())).shape
         step, width = static.get("batch"), static.get("length") or length
-        if length > width or (length < width and "attention_mask" not in self.inputs):
+        mask = None if static.get("padded") else checked.get("attention_mask")
+        exact = static.get("padded") or "attention_mask" not in self.inputs
+        if length > width or (length < width and exact):
             exactly = "at most" if length > width else "exactly"
             raise InputError(f"the input has {length} tokens, this bundle takes {exactly} {width}")
-        mask = checked.get("attention_mask")
         ends = np.full(batch, length) if mask is None else sequence_ends(mask)
         values = [checked.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
         block_tokens = self.manifest["lanes"]

@@ -32,6 +32,7 @@ class ExportedModel:
     """A canonical ONNX model on disk; `batch` and `length` are set where that axis is static.
 
     `together` says that outputs depend on other rows of the batch, which is computed at once then.
+    `padded` says that they depend on what stands at masked positions, which are computed then.
     `max_length` counts the tokens that a sequence may have, which for RoBERTa is less than the
     rows of its position table. `notes` are for people: what was found, changed or measured.
     """
@@ -48,6 +49,7 @@ class ExportedModel:
     batch: int | None = None
     length: int | None = None
     together: bool = False
+    padded: bool = False
     notes: tuple[str, ...] = ()
 
     @property

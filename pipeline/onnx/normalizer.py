@@ -14,7 +14,7 @@ from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
 from bertile.families import table
-from bertile.onnx import attention, fusions, rewrites, rows
+from bertile.onnx import attention, fusions, reach, rewrites
 from bertile.onnx import quantized as onnx_quantized
 from bertile.onnx.exported import TOKENIZER_FILES, ExportedModel, InputSpec
 from bertile.onnx.graph import OnnxGraph, save
@@ -75,9 +75,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     head = _head(tuple(graph.outputs), probes, inputs, config.head)
     directory.mkdir(parents=True, exist_ok=True)
     save(graph.to_model(OPSET), directory / "model.onnx")
-    differs, mixed = _check(path, directory / "model.onnx", lifted, inputs, shapes, batch, length)
-    if mixed:
-        notes = (*notes, f"{', '.join(mixed)} depend on other rows of the batch: it is one pass")
+    differs, seen = _check(path, directory / "model.onnx", lifted, inputs, shapes, batch, length)
     _copy_files(path, directory)
     return ExportedModel(
         directory=directory,
@@ -91,8 +89,9 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         labels=_labels(beside) if head.endswith("-classification") else (),
         batch=batch,
         length=length,
-        together=bool(mixed),
-        notes=(*quantized, *notes, differs),
+        together=bool(seen.rows),
+        padded=bool(seen.padding),
+        notes=(*quantized, *notes, *seen.notes(), differs),
     ).write()
 
 
@@ -174,8 +173,8 @@ def _check(
     shapes: tuple[tuple[int, int], ...],
     batch: int | None,
     length: int | None,
-) -> tuple[str, tuple[str, ...]]:
-    """Say how far the result is from the original, and which outputs mix rows of the batch; raise
+) -> tuple[str, reach.Reach]:
+    """Say how far the result is from the original, and how far its outputs see; raise
     NumericMismatchError for too far.
 
     A quantized model (`lifted`: with its quantization lifted, otherwise as it was) is compared
@@ -184,7 +183,7 @@ def _check(
     """
     feeds = [sample(inputs, *shape, padding_id=1, seed=seed) for seed, shape in enumerate(shapes)]
     after = session(normalized)
-    rows.check_axes(after.get_outputs())
+    reach.check_axes(after.get_outputs())
     names = [output.name for output in after.get_outputs()]
     try:
         if lifted is not None:
@@ -196,14 +195,14 @@ def _check(
                 _compare(*results, feeds)[0], TOLERANCE, "the original, both in floats,", _FAULT
             )
             with opened(drop_marks(onnx.load(normalized))) as runner:
-                mixed = rows.mixing(runner, inputs, batch, length)
+                seen = reach.look(runner, inputs, batch, length)
         else:
-            mixed = rows.mixing(after, inputs, batch, length)
+            seen = reach.look(after, inputs, batch, length)
         want = _results(session(original), names, feeds)
         worst, relative = _compare(want, _results(after, names, feeds), feeds)
         if lifted is None:
             _refuse(worst, TOLERANCE, "the original", _FAULT)
-            return f"differs from the original by at most {worst:.2g} on real tokens", mixed
+            return f"differs from the original by at most {worst:.2g} on real tokens", seen
         what = "the quantized original, relative to its magnitude,"
         _refuse(relative, QUANTIZED_TOLERANCE, what, _CALIBRATE)
     except NumericMismatchError:
@@ -212,7 +211,7 @@ def _check(
     return (
         f"differs from the quantized original by {relative:.2g} of its magnitude, and by at most"
         f" {worst:.2g}, on real tokens"
-    ), mixed
+    ), seen
 
 
 def _refuse(difference: float, tolerance: float, what: str, hint: str) -> None:

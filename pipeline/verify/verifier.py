@@ -105,6 +105,7 @@ def _compare(
     specs = [exported.InputSpec(**spec) for spec in manifest["inputs"]]
     peer = session(onnx)
     names = [output.name for output in peer.get_outputs()]
+    axes = {output["name"]: output["axes"] for output in manifest["outputs"]}
     worst: dict[str, Any] = {"max_abs_difference": -1.0, "tolerance": relative, "worst": None}
     cases = []
     for batch, length in wanted:
@@ -113,7 +114,7 @@ def _compare(
         mask = arrays.get("attention_mask", arrays[specs[0].name] * 0 + 1)
         largest = 0.0
         for name, reference in zip(names, want):
-            difference = largest_difference(got[name], reference, mask)
+            difference = largest_difference(got[name], reference, mask, axes[name])
             tolerance = relative * max(1.0, float(abs(reference).max()))
             largest = max(largest, difference)
             if worst["max_abs_difference"] < 0 or difference / tolerance > (

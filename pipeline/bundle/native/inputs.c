@@ -146,6 +146,7 @@ bertile_status bt_check_inputs(const bt_manifest *manifest, const bertile_tensor
     for (size_t i = 0; i < manifest->input_count && !status; i++) {
         if (request->given[i]) status = check_range(&manifest->inputs[i], request->given[i]);
         if (strcmp(manifest->inputs[i].name, "attention_mask")) continue;
+        if (manifest->padded) continue;
         mask = request->given[i];
         masked = 1;
     }

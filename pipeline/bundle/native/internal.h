@@ -70,6 +70,7 @@ typedef struct bt_manifest {
     json *tree; /* owns every name below */
     const char *entry;
     int64_t lanes, max_length, static_batch, static_length; /* 0: none */
+    int padded;   /* outputs depend on masked positions: they are computed */
     int together; /* outputs depend on all rows: they are one pass */
     size_t input_count, output_count, param_count;
     bt_input *inputs;

@@ -22,8 +22,10 @@ class Request:
         checked = check_inputs(inputs, self._specs, max_length)
         batch, self.length = next(iter(checked.values())).shape
         self._step, self._width = static.get("batch"), static.get("length") or self.length
-        mask = checked.get("attention_mask")
-        exact = "attention_mask" not in (spec["name"] for spec in self._specs)
+        mask = None if static.get("padded") else checked.get("attention_mask")
+        exact = static.get("padded") or "attention_mask" not in (
+            spec["name"] for spec in self._specs
+        )
         if self.length > self._width or (self.length < self._width and exact):
             at_most = "at most" if self.length > self._width else "exactly"
             raise InputError(

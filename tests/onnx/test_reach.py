@@ -1,4 +1,4 @@
-"""Outputs that mix rows of the batch are told from those that do not, and are computed at once."""
+"""Outputs that see other rows, or padding, are found, and computed so that they may."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import bertile
 from bertile.base.errors import ModelError
 from bertile.loader import InputError
 from bertile.loading.blocks import passes
+from bertile.loading.padding import cut
 from bertile.onnx.exported import InputSpec
-from bertile.onnx.rows import mixing
+from bertile.onnx.reach import mixing, padded
 
 INPUTS = (InputSpec("input_ids", below=50), InputSpec("attention_mask", below=2, default="ones"))
 # What each makes of pooled (batch, 8), with its shape: whether rows see each other.
@@ -29,6 +30,18 @@ APART = {
     "pooled": ([], ["batch", 8]),
     "doubled": (["Add self"], ["batch", 8]),
     "one number": (["ReduceMean keepdims=0 axis1"], ["batch"]),
+}
+# What sees padding: ids that are masked, or how many of them there are.
+PADDED = {
+    "mean of all": (["ReduceMean keepdims=0 axis1 tokens", "Sub"], ["batch", 8]),
+    "by the length": (["ReduceMean keepdims=0 axis1 masked", "Sub"], ["batch", 8]),
+    "largest": (["ReduceMax keepdims=0 axis1 tokens", "Sub"], ["batch", 8]),
+}
+# And what does not: these are of one token, or show masked positions at their own place alone.
+MASKED = {
+    "pooled": ([], ["batch", 8]),
+    "by token": (["Identity tokens"], ["batch", "length", 8]),
+    "length first": (["Transpose tokens perm"], ["length", "batch", 8]),
 }
 
 
@@ -61,7 +74,10 @@ def model(steps: list[str], shape: list[int | str], batch: int | str = "batch") 
         operands += {"CumSum": ["zero"], "TopK": ["one"], "Add": [value]}.get(operator, [])
         if operator == "TopK":
             attributes["axis"] = 0
+        if "perm" in words:
+            attributes["perm"] = [1, 0, 2]
         left = {"Sub": ["pooled", value], "MatMul": ["pooled", value]}.get(operator, [value])
+        left = [word for word in words if word in ("tokens", "masked")] or left
         outputs = [f"step{place}", f"where{place}"] if operator == "TopK" else [f"step{place}"]
         nodes.append(helper.make_node(operator, [*left, *operands], outputs, **attributes))
         value = f"step{place}"
@@ -113,17 +129,43 @@ def test_rows_that_outputs_mix_are_one_pass():
 
 @pytest.mark.parametrize("name", ["centred", "mean", "similarity"])
 def test_a_batch_of_many_passes_equals_onnxruntime(tmp_path, name):
-    path = tmp_path / "model.onnx"
-    onnx.save(model(*MIXED[name]), path)
-    bertile.compile(str(path), tmp_path / "out", bertile.Config(cache_dir=str(tmp_path / "c")))
+    compare(tmp_path, *MIXED[name])
+
+
+def compare(folder, steps: list[str], shape: list[int | str]) -> None:
+    """12 × 100 tokens, which are several passes of a bundle, through it and ONNX Runtime."""
+    path = folder / "model.onnx"
+    onnx.save(model(steps, shape), path)
+    bertile.compile(str(path), folder / "out", bertile.Config(cache_dir=str(folder / "c")))
     random = np.random.default_rng(1)
     ids = random.integers(0, 50, (12, 100))
     mask = (np.arange(100) < random.integers(1, 101, (12, 1))).astype("int64")
-    with bertile.load(tmp_path / "out") as compiled:
-        assert compiled.manifest["static"]["together"] is True
-        got = compiled(input_ids=ids, attention_mask=mask)["y"]
-    (want,) = session(model(*MIXED[name])).run(None, {"input_ids": ids, "attention_mask": mask})
+    feed = {"input_ids": ids, "attention_mask": mask}
+    with bertile.load(folder / "out") as compiled:
+        got = compiled(**{name: feed[name] for name in compiled.inputs})["y"]
+    (want,) = session(model(steps, shape)).run(None, feed)
     np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_an_output_that_sees_padding_is_found(name):
+    assert padded(session(model(*PADDED[name])), INPUTS, None, None) == ("y",)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_an_output_that_masks_padding_is_left_alone(name):
+    assert padded(session(model(*MASKED[name])), INPUTS, None, None) == ()
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_that_outputs_see_is_computed(tmp_path, name):
+    compare(tmp_path, *PADDED[name])
+
+
+def test_padding_of_an_output_with_the_length_first_is_zero():
+    piece, ends = np.ones((5, 3, 2), "float32"), np.array([5, 1, 2])
+    got = cut(["length", "batch", 2], [piece[:, :2], piece[:, 2:]], 5, ends)
+    np.testing.assert_array_equal(got[..., 0].T, np.arange(5) < ends[:, None])
 
 
 def test_flattened_tokens_are_refused_by_name(tmp_path):

@@ -1,9 +1,9 @@
-"""Finds out which outputs of a model depend on more than their own row of the batch."""
+"""Finds out how far the outputs of a model see: other rows of the batch, padded positions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,26 @@ SHAPES = ((4, 7), (5, 3))  # (batch, length) of the requests that are tried
 # What ONNX Runtime's own choice of kernels for another batch may change, relative to the largest
 # value; another row's part in a mean is a hundred times that.
 SAME = 1e-3
+
+
+class Reach(NamedTuple):
+    """The outputs that depend on other rows, and those that depend on padding."""
+
+    rows: tuple[str, ...] = ()
+    padding: tuple[str, ...] = ()
+
+    def notes(self) -> list[str]:
+        """What a person is told of them."""
+        return [
+            *([f"{', '.join(self.rows)}: depends on all rows of a batch"] if self.rows else []),
+            *([f"{', '.join(self.padding)}: depends on padding"] if self.padding else []),
+        ]
+
+
+def look(runner: Any, inputs: Iterable[InputSpec], batch: int | None, length: int | None) -> Reach:
+    """How far the outputs of a model in floats see, which ONNX Runtime runs."""
+    sizes = (list(inputs), batch, length)
+    return Reach(mixing(runner, *sizes), padded(runner, *sizes))
 
 
 def mixing(
@@ -44,6 +64,71 @@ def mixing(
     return tuple(name for name in axes if name in mixed)
 
 
+def padded(
+    runner: Any, inputs: Iterable[InputSpec], batch: int | None, length: int | None
+) -> tuple[str, ...]:
+    """The outputs that change with what stands at masked positions, or with how many there are.
+
+    Compared are real tokens of an output with an axis for the length, and others whole.
+    """
+    inputs = list(inputs)
+    if "attention_mask" not in (spec.name for spec in inputs) or length == 1:
+        return ()
+    seen: set[str] = set()
+    outputs = runner.get_outputs()
+    names = [output.name for output in outputs]
+    for seed, (rows, tokens) in enumerate(SHAPES):
+        feed = sample(inputs, batch or rows, length or tokens + 6, padding_id=1, seed=seed)
+        mask = feed["attention_mask"]
+        mask[0, -1] = 0  # the first row is full otherwise
+        values = runner.run(names, feed)
+        for other in _other_padding(feed, inputs, seed, dynamic=length is None):
+            cut_mask = other["attention_mask"]
+            for output, value, changed in zip(outputs, values, runner.run(names, other)):
+                real = _real_tokens(value, output.shape, mask, (batch, length))
+                if not _same(real, _real_tokens(changed, output.shape, cut_mask, (batch, length))):
+                    seen.add(output.name)
+    return tuple(name for name in names if name in seen)
+
+
+def _other_padding(
+    feed: dict[str, np.ndarray], inputs: list[InputSpec], seed: int, dynamic: bool
+) -> list[dict[str, np.ndarray]]:
+    """The same real tokens beside other ids, and beside more padding where the length may grow."""
+    mask = feed["attention_mask"]
+    drawn = sample(inputs, *mask.shape, padding_id=1, seed=200 + seed)
+    same = {name: np.where(mask == 1, array, drawn[name]) for name, array in feed.items()}
+    others = [{**same, "attention_mask": mask}]
+    if dynamic:
+        longer = {name: np.pad(array, ((0, 0), (0, 3))) for name, array in feed.items()}
+        longer["input_ids"][:, mask.shape[1] :] = 1
+        others.append(longer)
+    return others
+
+
+def _real_tokens(
+    value: np.ndarray,
+    shape: Sequence[Any],
+    mask: np.ndarray,
+    static: tuple[int | None, int | None],
+) -> np.ndarray:
+    """Of an output by token what is real, (tokens, …); else the output as it is."""
+    axes = named_axes(shape, *static)
+    if "batch" not in axes or "length" not in axes:
+        return value
+    return np.moveaxis(value, (axes.index("batch"), axes.index("length")), (0, 1))[mask != 0]
+
+
+def named_axes(shape: Sequence[Any], batch: int | None, length: int | None) -> list[Any]:
+    """A shape whose axes of batch and length have these names, where they are static too."""
+    axes = list(shape)
+    if axes and axes[0] == batch:
+        axes[0] = "batch"
+    if len(axes) > 2 and axes[1] == length:
+        axes[1] = "length"
+    return axes
+
+
 def check_axes(outputs: Sequence[Any]) -> None:
     """Raise ModelError for an output whose shape no request tells: flattened tokens, say."""
     for output in outputs:
@@ -59,10 +144,8 @@ def check_axes(outputs: Sequence[Any]) -> None:
 
 def _batch_axis(shape: Sequence[Any], batch: int | None) -> int | None:
     """The one axis that counts rows; None where there is none, or more than one."""
-    if batch is not None:
-        return 0 if shape and shape[0] == batch else None
-    places = [axis for axis, size in enumerate(shape) if size == "batch"]
-    return places[0] if len(places) == 1 else None
+    axes = named_axes(shape, batch, None)
+    return axes.index("batch") if axes.count("batch") == 1 else None
 
 
 def _apart(whole: dict[str, np.ndarray]) -> list[tuple[int, int, dict[str, np.ndarray]]]:
