@@ -135,6 +135,27 @@ def test_static_shapes_are_padded_to_and_cut_back(built, damaged, tmp_path):
         tiny_bundle.assert_same(outputs, model(input_ids=ids, attention_mask=mask))
 
 
+@pytest.mark.parametrize("static", [{"together": True}, {"padded": True}], ids=str)
+def test_how_far_outputs_see_is_read_as_in_python(built, damaged, tmp_path, static):
+    tiny_bundle.change_manifest(damaged, lambda m: m.update(static=static))
+    ids = tiny_bundle.random_ids(40, 33)
+    mask = (np.arange(33) < 1 + np.arange(40)[:, None] % 33).astype("int64")
+    outputs = run(built, damaged, tmp_path, {"input_ids": ids, "attention_mask": mask})
+    with loader.load(damaged) as model:
+        for name, array in model(input_ids=ids, attention_mask=mask).items():
+            np.testing.assert_array_equal(outputs[name], array)
+
+
+def test_rows_that_go_together_are_not_filled_up(built, damaged, tmp_path):
+    static = {"batch": 4, "together": True}
+    tiny_bundle.change_manifest(damaged, lambda m: m.update(static=static))
+    np.savez(tmp_path / "in.npz", input_ids=tiny_bundle.random_ids(3, 5))
+    with loader.load(damaged) as model, pytest.raises(BertileError) as caught:
+        model(input_ids=tiny_bundle.random_ids(3, 5))
+    refused = refusal(built, damaged, "--input", tmp_path / "in.npz")
+    assert refused == (2, str(caught.value))
+
+
 def test_ids_on_the_command_line_print_the_lines_of_loader_py(built, directory):
     done = start(built / "bertile-run", directory, "--ids", "1, 2 3", "--repeat", "3")
     first = tiny_bundle.expected([[1, 2, 3]])["pooled"][0, :4]

@@ -134,7 +134,7 @@ void bt_clear_tails(bertile_result *result, const bt_manifest *manifest,
         const bt_output *spec = &manifest->outputs[i];
         if (!has_axis(spec, BT_AXIS_BATCH) || !has_axis(spec, BT_AXIS_LENGTH)) continue;
         if (axes[0] != BT_AXIS_BATCH || axes[1] != BT_AXIS_LENGTH) {
-            char *at = tensor->data;
+            char *at = (char *)tensor->data;
             const int64_t start[BT_AXIS_KINDS] = {0};
             clear_entries(&at, tensor, spec, 0, start, request);
             continue;
