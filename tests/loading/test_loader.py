@@ -544,7 +544,7 @@ def test_memory_stays_small_when_every_shape_is_new(damaged):
     with loader.load(damaged) as each:
         each(input_ids=np.ones((64, 400), int))
         before = resident()
-        for length in range(400, 600):  # TVM's pool alone would keep 400 MiB
+        for length in range(400, 600, 2):  # TVM's pool alone would keep 200 MiB
             each(input_ids=np.ones((64, length), int))
         assert resident() - before < 100
 
