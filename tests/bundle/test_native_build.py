@@ -29,15 +29,10 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="this machine
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
+def directory(stages, tmp_path_factory) -> Path:
     """The bundle of the tiny model, with the runtime libraries."""
-    folder = tmp_path_factory.mktemp("native")
-    place = f"spec_from_file_location('built', {tiny_bundle.__file__!r})"
-    tiny_bundle.python(
-        f"import importlib.util as u; s = u.{place}; m = u.module_from_spec(s);"
-        f" s.loader.exec_module(m); m.build_library({str(folder / 'lib.so')!r})"
-    )
-    parts = (tiny_bundle.MANIFEST, folder / "lib.so", tiny_bundle.PARAMS, [], folder / "tiny")
+    library, place = tiny_bundle.library(stages), tmp_path_factory.mktemp("native") / "tiny"
+    parts = (tiny_bundle.MANIFEST, library, tiny_bundle.PARAMS, [], place)
     return writer.write(*parts, add=writer.include_runtime)
 
 
