@@ -81,12 +81,12 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory):
+def exported(stages: str):
     """The two-layer model, exported once for all files that test stages with it."""
     from bertile.config import Config
-    from bertile.export.exporter import export
+    from bertile.export.cached import export_cached
 
-    return export("synthetic:bert-tiny", tmp_path_factory.mktemp("bert-tiny"), Config())
+    return export_cached("synthetic:bert-tiny", Config(cache_dir=stages))
 
 
 @pytest.fixture(scope="session")

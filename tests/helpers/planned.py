@@ -19,7 +19,7 @@ BF16, VNNI, PLAIN = (
 
 def compiled(graph, row, directory, exported):
     """A graph, built with default knobs, as a function of (batch, length) that gives the outputs
-    and the model's inputs.
+    and the model's inputs; what was built is its attribute `built`.
     """
     if lacks := set(row.features) - loader.cpu_features():
         pytest.skip(f"this CPU lacks {' '.join(sorted(lacks))}")
@@ -40,4 +40,5 @@ def compiled(graph, row, directory, exported):
         outputs = [output.numpy() for output in vm["main"](*map(tvm.runtime.tensor, arguments))]
         return [output[mask > 0] if output.ndim == 3 else output for output in outputs], arrays
 
+    call.built = built
     return call

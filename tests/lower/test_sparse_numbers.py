@@ -7,19 +7,15 @@ import json
 
 import numpy as np
 import pytest
+from helpers import observers, programs
 from helpers.planned import BF16, PLAIN, VNNI, compiled
 from helpers.pruned_graphs import layers, pruned
 
 from bertile import loader
-from bertile.backends.cpu import builder, inspection, lowering, precision_plan
+from bertile.backends.cpu import inspection, precision_plan
 from bertile.cli import main
-from bertile.config import Config
-from bertile.export import cached
 from bertile.graph import importer, order
 from bertile.numerics.precision import LayerPlan
-from bertile.schedules.cpu import SCHEDULES
-from bertile.tune.log.chooser import Chooser
-from bertile.tune.log.tuning_log import TuningLog
 
 MODEL = "synthetic:bert-tiny@0.9:4x1"
 SIZES = ((2, 21), (1, 70))
@@ -31,14 +27,18 @@ def graph(exported):
     return pruned(order.optimize(importer.import_onnx(exported)))
 
 
-def both(graph, precision, row, tmp_path, exported, sizes=SIZES):
-    """Pairs of an output of the dense and of the sparse kernels, for each size of request."""
+def pair(graph, precision, row, directory, exported):
+    """The graph planned for sparse kernels, and compiled with dense and with sparse ones."""
     calls = []
     for sparse in ("off", "always"):
         planned = precision_plan.plan_layers(graph, precision, row, sparse=sparse)
-        directory = tmp_path / sparse
-        directory.mkdir()
-        calls.append(compiled(planned, row, directory, exported))
+        (directory / sparse).mkdir()
+        calls.append(compiled(planned, row, directory / sparse, exported))
+    return planned, calls
+
+
+def outputs(calls, sizes=SIZES):
+    """Pairs of an output of the dense and of the sparse kernels, for each size of request."""
     for size in sizes:
         yield list(zip(*(call(*size)[0] for call in calls), strict=True))
 
@@ -56,52 +56,33 @@ def assert_close(requests, tolerance):
         assert np.abs(sparse - dense).max() <= tolerance * max(1.0, np.abs(dense).max())
 
 
-def test_float32_is_that_of_the_dense_kernels(graph, exported, tmp_path):
-    assert_close(both(graph, "fp32", PLAIN, tmp_path, exported), 1e-4)
+def test_float32_and_fp16_are_near_to_the_dense_kernels(graph, exported, tmp_path):
+    """A layer of BERT's in each: both multiply in float32."""
+    names = layers(graph)
+    plan = {name: LayerPlan(("fp32", "fp16")[place // 4]) for place, name in enumerate(names)}
+    mixed = dataclasses.replace(graph, plan=plan)
+    planned, calls = pair(mixed, "fp32", PLAIN, tmp_path, exported)
+    assert [planned.plan[name].precision for name in names] == ["fp32"] * 4 + ["fp16"] * 4
+    assert_close(outputs(calls), 1e-4)
 
 
-@pytest.mark.parametrize("row", [BF16, PLAIN], ids=lambda row: row.name)
-def test_int8_is_that_of_the_dense_kernels_bit_for_bit(graph, exported, tmp_path, row):
+def test_bf16_is_near_to_the_dense_kernels(graph, exported, tmp_path):
+    assert_close(outputs(pair(graph, "bf16", BF16, tmp_path, exported)[1]), 0.02)
+
+
+@pytest.fixture(scope="module", params=[BF16, PLAIN], ids=lambda row: row.name)
+def int8(request, graph, exported, tmp_path_factory):
+    return pair(graph, "int8", request.param, tmp_path_factory.mktemp("int8"), exported)
+
+
+def test_int8_is_that_of_the_dense_kernels_bit_for_bit(int8):
     """Sums of integers are exact in any order, and the epilogue is the same."""
-    assert_same_hidden_states(both(graph, "int8", row, tmp_path, exported))
+    assert_same_hidden_states(outputs(int8[1]))
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_int8_with_smoothing_and_ranges_is_the_same_too(graph, exported, tmp_path, static):
-    limits = {"low": -6.0, "high": 6.0} if static else {}
-    rng = np.random.default_rng(0)
-    plan = {
-        name: LayerPlan(
-            "int8",
-            smooth=rng.uniform(0.8, 1.25, len(graph.params[name])).astype("float32"),
-            **limits,
-        )
-        for name in layers(graph)
-    }
-    smoothed = dataclasses.replace(graph, plan=plan)
-    assert_same_hidden_states(both(smoothed, "int8", VNNI, tmp_path, exported, SIZES[:1]))
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 1e-4)])
-def test_halves_are_near_to_the_dense_kernels(graph, exported, tmp_path, precision, tolerance):
-    assert_close(both(graph, precision, BF16, tmp_path, exported), tolerance)
-
-
-def test_layers_without_any_weight_left_and_without_any_zero(graph, exported, tmp_path):
-    empty, full, *_ = layers(graph)
-    rng = np.random.default_rng(0)
-    shapes = {name: graph.params[name].shape for name in (empty, full)}
-    weights = {empty: np.zeros(shapes[empty]), full: rng.standard_normal(shapes[full])}
-    params = {**graph.params, **{name: w.astype("float32") for name, w in weights.items()}}
-    changed = dataclasses.replace(graph, params=params)
-    assert_same_hidden_states(both(changed, "int8", VNNI, tmp_path, exported, SIZES[:1]))
-
-
-def test_work_is_the_multiply_adds_that_are_done(graph, tmp_path):
-    planned = precision_plan.plan_layers(graph, "int8", VNNI, sparse="always")
-    log = TuningLog([tmp_path / "empty"], print)
-    built = builder.build(planned, Chooser(log, VNNI, print), VNNI, tmp_path / "lib.so")
-    sparse = [kernel for kernel in built.kernels if kernel["operation"] == "sparse"]
+def test_int8_work_is_the_multiply_adds_that_are_done(graph, int8):
+    planned, (_, call) = int8
+    sparse = [kernel for kernel in call.built.kernels if kernel["operation"] == "sparse"]
     total = sum(kernel["nonzeros"] * kernel["calls"] for kernel in sparse)
     weights = [graph.params[name] for name in planned.plan if planned.plan[name].sparse.density]
     groups = [4 if planned.plan[n].precision == "int8" else 1 for n in planned.plan]
@@ -112,36 +93,64 @@ def test_work_is_the_multiply_adds_that_are_done(graph, tmp_path):
     assert sum(lanes) <= total <= 1.15 * sum(lanes)  # lists are padded to their neighbours'
 
 
-def test_layers_that_share_weights_store_them_once(tmp_path):
-    exported = cached.export_cached("synthetic:albert-tiny", Config())
-    graph = pruned(order.optimize(importer.import_onnx(exported)))
-    planned = precision_plan.plan_layers(graph, "int8", VNNI, sparse="always")
+def test_int8_with_smoothing_and_ranges_is_the_same_too(graph, exported, tmp_path):
+    """Ranges per token in the first layer of BERT's, fixed ones in the second."""
+    rng = np.random.default_rng(0)
+    plan = {
+        name: LayerPlan(
+            "int8",
+            *((-6.0, 6.0) if place >= 4 else (None, None)),
+            smooth=rng.uniform(0.8, 1.25, len(graph.params[name])).astype("float32"),
+        )
+        for place, name in enumerate(layers(graph))
+    }
+    smoothed = dataclasses.replace(graph, plan=plan)
+    _, calls = pair(smoothed, "int8", VNNI, tmp_path, exported)
+    kernels = [k for k in calls[1].built.kernels if k["operation"] == "sparse"]
+    precisions = [kernel["shape"].get("precision") for kernel in kernels]
+    assert precisions.count("int8") == precisions.count("int8_static") == 4
+    assert_same_hidden_states(outputs(calls, SIZES[:1]))
 
-    def choose(task):
-        return SCHEDULES[task.operation].default(task, VNNI)
 
-    lowered = lowering.lower(planned, VNNI, choose)
-    shared = [
-        task for task in lowered.tasks if task.operation == "sparse" and lowered.tasks[task] > 1
-    ]
-    assert shared
-    values = [name for name in lowered.params if "/values@" in name]
-    names = {layer for layer, layer_plan in planned.plan.items() if layer_plan.sparse.density}
-    assert (
-        len(values)
-        == len(names)
-        < sum(lowered.tasks[t] for t in lowered.tasks if "density" in t.shape)
+def small(body, directory):
+    """A graph of 8 channels with half of the blocks of 4 inputs zero, and its export."""
+    exported = programs.exported_of(body, directory)
+    return pruned(order.optimize(importer.import_onnx(exported)), 0.5), exported
+
+
+def test_layers_without_any_weight_left_and_without_any_zero(tmp_path):
+    body = "e = MatMul(x, w3) h = MatMul(x, w1) z = MatMul(h, w2) y = Add(z, e)"
+    graph, exported = small(body, tmp_path)
+    params = dict(graph.params)
+    empty, full = (
+        n for shape in ((8, 8), (8, 32)) for n in layers(graph) if params[n].shape == shape
     )
-    assert_same_hidden_states(both(graph, "int8", VNNI, tmp_path, exported, SIZES[:1]))
+    params[empty] = np.zeros((8, 8), "float32")
+    params[full] = np.random.default_rng(0).standard_normal((8, 32)).astype("float32")
+    changed = dataclasses.replace(graph, params=params)
+    _, calls = pair(changed, "int8", VNNI, tmp_path, exported)
+    kernels = [k for k in calls[1].built.kernels if k["operation"] == "sparse"]
+    assert len(kernels) == 3
+    assert_same_hidden_states(outputs(calls))
+
+
+def test_layers_that_share_weights_store_them_once(tmp_path):
+    graph, exported = small("h = MatMul(x, w3) y = MatMul(h, w3)", tmp_path)
+    _, calls = pair(graph, "int8", VNNI, tmp_path, exported)
+    (kernel,) = (k for k in calls[1].built.kernels if k["operation"] == "sparse")
+    assert kernel["calls"] == 2
+    assert len([name for name in calls[1].built.params if "/values@" in name]) == 1
+    assert_same_hidden_states(outputs(calls))
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory):
+def bundles(tmp_path_factory, stages):
     """The same pruned model, compiled with each of --sparse."""
     directory = tmp_path_factory.mktemp("bundles")
-    for sparse in ("auto", "off", "always"):
-        line = ["compile", MODEL, "--precision", "int8", "--sparse", sparse, "--threads", "1"]
-        assert main.main([*line, "-q", "-o", str(directory / sparse)]) == 0
+    line = ["compile", MODEL, "--precision", "int8", "--threads", "1", "--cache-dir", stages, "-q"]
+    with observers.built_once():
+        for sparse in ("auto", "off", "always"):
+            assert main.main([*line, "--sparse", sparse, "-o", str(directory / sparse)]) == 0
     return directory
 
 

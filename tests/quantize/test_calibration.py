@@ -10,7 +10,7 @@ import pytest
 
 from bertile.base.errors import BertileError, InputError, ModelError, UsageError
 from bertile.config import Config
-from bertile.export.exporter import export
+from bertile.export.cached import export_cached
 from bertile.onnx.exported import ExportedModel, InputSpec
 from bertile.quantize import calibration
 from bertile.quantize.calibration import batches, read_requests, usual_requests
@@ -28,8 +28,8 @@ def model(directory: Path, names=("input_ids", "attention_mask"), **fields) -> E
 
 
 @pytest.fixture(scope="module")
-def minilm(tmp_path_factory) -> ExportedModel:
-    return export("minilm", tmp_path_factory.mktemp("minilm"), Config())
+def minilm(stages) -> ExportedModel:
+    return export_cached("minilm", Config(cache_dir=stages))
 
 
 def written(path: Path, **arrays) -> Path:

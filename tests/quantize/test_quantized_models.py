@@ -193,30 +193,59 @@ def test_mask_that_calibration_never_saw_is_named(floats, tmp_path):
     assert any(note.startswith("attention_mask changes nothing") for note in exported.notes)
 
 
-# The kernels round as the canonical model does, or to the number beside it, and a range for each
-# token rounds more finely than one for all. Norm of the difference by that of the reference.
-KERNELS = {"QDQ": 0.015, "QOperator": 0.015, "dynamic": 0.04}
+def without_rounding(path):
+    """The canonical model without what rounds its activations: weights are floats already."""
+    model = onnx.load(path)
+    makers = {name: node for node in model.graph.node for name in node.output}
+    rounded = {
+        node.output[0]: makers[node.input[0]].input[0]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and "QuantizeLinear" in makers[node.input[0]].op_type
+    }
+    assert rounded
+    for node in model.graph.node:
+        node.input[:] = [rounded.get(name, name) for name in node.input]
+    return model.SerializeToString()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", KERNELS)
+@pytest.mark.parametrize("form", ["QDQ", "QOperator", "dynamic"])
 def test_compiled_model_computes_what_the_file_says(form, floats, tmp_path):
     path = quantize(floats, tmp_path / "quantized.onnx", form, per_channel=True)
-    assert_compiled(path, tmp_path, KERNELS[form])
+    assert_compiled(path, tmp_path)
 
 
-def assert_compiled(path, tmp_path, tolerance):
-    """Every layer before the pooler is in bytes, and near what ONNX Runtime computes."""
-    bertile.compile(str(path), tmp_path / "bundle", Config(cache_dir=str(tmp_path / "cache")))
+def assert_compiled(path, tmp_path):
+    """Every layer before the pooler is in bytes, and near what ONNX Runtime computes.
+
+    Kernels round as the canonical model does, or to the number beside it where float32 sums in
+    another order have come to the other side of a half; one such step brings more of them about in
+    every layer behind it, eight roundings deep, until all roundings are others. (1e-5 more or less
+    in the weights of the LayerNorms moves the canonical model itself by 1.0 to 1.7%.) So there is
+    no bound below that of two computations of the same floats with rounding errors e that are
+    independent of each other: √2 |e|. That the kernels' own error is not larger than e is asserted
+    besides: over thousands of values, |e| differs by a few percent from draw to draw. A range for
+    each token rounds more finely than one for all.
+    """
+    config = Config(
+        cache_dir=str(tmp_path / "cache"), log_dir=str(tmp_path / "log"), shipped_log=False
+    )
+    bertile.compile(str(path), tmp_path / "bundle", config)
     exported = normalizer.normalize(path, tmp_path / "out", Config())
     arrays = sample(exported.inputs, 3, 16, 1, 0)
     with bertile.load(tmp_path / "bundle") as model:
         got = model(**arrays)["last_hidden_state"]
         kernels = model.manifest["kernels"]
     assert sum("int8" in kernel["shape"].get("precision", "") for kernel in kernels) == 4
-    want = session(exported.onnx_path).run(["last_hidden_state"], arrays)[0]
+    want, unrounded = (
+        session(source).run(["last_hidden_state"], arrays)[0]
+        for source in (exported.onnx_path, without_rounding(exported.onnx_path))
+    )
     mask = arrays["attention_mask"] != 0
-    assert np.linalg.norm((got - want)[mask]) < tolerance * np.linalg.norm(want[mask])
+    error = np.linalg.norm((want - unrounded)[mask])
+    assert 0.001 < error / np.linalg.norm(unrounded[mask]) < 0.05
+    assert np.linalg.norm((got - want)[mask]) < 2**0.5 * error
+    assert np.linalg.norm((got - unrounded)[mask]) < 1.1 * error
 
 
 @pytest.mark.slow
@@ -232,4 +261,4 @@ def test_nncf_model_is_compiled_with_its_smoothing(floats, tmp_path):
     assert len(plan) == 8 and all(
         layer.static and layer.smooth is not None for layer in plan.values()
     )
-    assert_compiled(path, tmp_path, 0.02)
+    assert_compiled(path, tmp_path)
