@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import family_models, programs
 from helpers.family_models import NAMES
 
 import bertile
@@ -14,36 +15,33 @@ from bertile import driver, loader
 from bertile.base.errors import BertileError, NumericMismatchError, UsageError
 from bertile.base.progress import Progress
 from bertile.config import HEADS, Config
-from bertile.export import cached
+from bertile.export.cached import export_cached
+from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import largest_difference, sample, session
 
-# every head once, and every family in families/test_directories; the other pairs take minutes
+# With `test_encoder…`, `test_odd_sizes…` (masked-lm) and `test_real_weights…` (embedding) each path
+# through a head once, and every family in families/test_directories; the other pairs take minutes.
+QUICK = [("bert", "sequence-classification"), ("bert", "question-answering")]
 PAIRS = [
-    pytest.param(family, head, marks=() if family == "bert" else pytest.mark.slow)
+    pytest.param(family, head, marks=() if (family, head) in QUICK else pytest.mark.slow)
     for family in NAMES
     for head in HEADS
-    if family == "bert" or head != "encoder"
+    if head != "encoder"
 ]
 SHAPES = ((1, 1), (1, 511), (7, 33))
 TOLERANCE = 2e-5  # float32 sums in another order, relative to the largest value of the output
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("stages"))
-
-
 @pytest.fixture
-def compiled(tmp_path, cache):
+def compiled(tmp_path, stages):
     def compile_model(model: str, **config) -> loader.Model:
-        bertile.compile(model, tmp_path / "bundle", Config(cache_dir=cache, **config))
+        bertile.compile(model, tmp_path / "bundle", Config(cache_dir=stages, **config))
         return bertile.load(tmp_path / "bundle")
 
     return compile_model
 
 
-def assert_equals_onnx(model: loader.Model, name: str, cache: str, shapes=SHAPES) -> None:
-    exported = cached.export_cached(name, Config(cache_dir=cache))
+def assert_equals_onnx(model: loader.Model, exported: ExportedModel, shapes=SHAPES) -> None:
     peer = session(exported.onnx_path)
     for batch, length in shapes:
         arrays = sample(exported.inputs, batch, length, padding_id=1, seed=length)
@@ -53,32 +51,47 @@ def assert_equals_onnx(model: loader.Model, name: str, cache: str, shapes=SHAPES
             assert difference <= TOLERANCE * max(1, np.abs(reference).max()), (batch, length)
 
 
+def assert_model_equals_onnx(name: str, head: str, compiled, stages: str) -> loader.Model:
+    """Of the directory that other files export and compile too."""
+    model = compiled(str(family_models.directory(name, head, stages)), head=head)
+    assert_equals_onnx(model, family_models.exported(name, head, stages))
+    return model
+
+
 @pytest.mark.parametrize(("family", "head"), PAIRS)
-def test_every_family_and_head_equals_onnxruntime(family, head, compiled, cache):
-    name = f"synthetic:{family}-tiny:{head}"
-    model = compiled(name)
-    assert_equals_onnx(model, name, cache)
+def test_every_family_and_head_equals_onnxruntime(family, head, compiled, stages):
+    model = assert_model_equals_onnx(f"{family}-tiny", head, compiled, stages)
     kinds = {kernel["operation"] for kernel in model.manifest["kernels"]}
     assert {"dense", "attention", "layer_norm", "embedding"} <= kinds
 
 
-def test_odd_sizes_equal_onnxruntime(compiled, cache):
-    name = "synthetic:bert-odd"  # hidden 312, 12 heads of 26, vocabulary 1000
-    assert_equals_onnx(compiled(name), name, cache)
+def test_encoder_equals_onnxruntime(compiled, exported):
+    assert_equals_onnx(compiled("synthetic:bert-tiny"), exported)
+
+
+def test_odd_sizes_and_a_masked_lm_equal_onnxruntime(compiled, stages):
+    """Hidden 312, 12 heads of 26, vocabulary 1000."""
+    assert_model_equals_onnx("bert-odd", "masked-lm", compiled, stages)
 
 
 @pytest.mark.isa("x86-avx2")
-def test_avx2_row_equals_onnxruntime_and_asks_for_no_more(compiled, cache):
+def test_avx2_row_equals_onnxruntime_and_asks_for_no_more(compiled, exported):
     model = compiled("synthetic:bert-tiny", target="x86-avx2")
     assert "avx512f" not in model.manifest["target"]["features"]
-    assert_equals_onnx(model, "synthetic:bert-tiny", cache, ((2, 33),))
+    assert_equals_onnx(model, exported, ((2, 33),))
 
 
 @pytest.fixture(scope="module")
-def minilm(tmp_path_factory, cache) -> Path:
+def minilm(tmp_path_factory, stages) -> Path:
     path = tmp_path_factory.mktemp("minilm") / "bundle"
-    bertile.compile("minilm", path, Config(cache_dir=cache))
+    bertile.compile("minilm", path, Config(cache_dir=stages))
     return path
+
+
+def test_real_weights_and_an_embedding_equal_onnxruntime(minilm, stages):
+    exported = export_cached("minilm", Config(cache_dir=stages))
+    assert exported.head == "embedding"
+    assert_equals_onnx(bertile.load(minilm), exported)
 
 
 def test_real_weights_have_cosine_1_with_torch(minilm):
@@ -100,8 +113,8 @@ def test_real_weights_have_cosine_1_with_torch(minilm):
     assert (got * want).sum(1).min() >= 0.99999
 
 
-def test_second_compile_runs_no_stage_again_and_says_so(tmp_path, cache, capsys):
-    config, progress = Config(cache_dir=cache), Progress(verbosity=0)
+def test_second_compile_runs_no_stage_again_and_says_so(tmp_path, stages, capsys):
+    config, progress = Config(cache_dir=stages), Progress(verbosity=0)
     summary = driver.compile("synthetic:bert-tiny", tmp_path / "a", config, progress)
     again = driver.compile("synthetic:bert-tiny", tmp_path / "b", config, Progress(0))
     ran = [stage["stage"] for stage in again["stages"] if not stage["cached"]]
@@ -110,8 +123,8 @@ def test_second_compile_runs_no_stage_again_and_says_so(tmp_path, cache, capsys)
     assert (tmp_path / "a/lib.so").read_bytes() == (tmp_path / "b/lib.so").read_bytes()
 
 
-def test_dump_ir_writes_a_module_per_phase(tmp_path, cache):
-    config = Config(cache_dir=cache, dump_ir=str(tmp_path / "ir"))
+def test_dump_ir_writes_a_module_per_phase(tmp_path, stages):
+    config = Config(cache_dir=stages, dump_ir=str(tmp_path / "ir"))
     driver.compile("synthetic:bert-tiny", tmp_path / "a", config)
     names = sorted(path.name for path in (tmp_path / "ir").iterdir())
     assert names == ["1-imported.py", "2-simplified.py", "3-fused.py", "4-folded.py"]
@@ -132,17 +145,18 @@ def test_difference_past_the_tolerance_is_exit_4_and_writes_nothing(tmp_path, mo
     from bertile.backends import backend
 
     monkeypatch.setitem(backend.TOLERANCES, "fp32", 1e-12)
+    model = programs.exported_of(programs.MATCHED["attention"], tmp_path).onnx_path
     config = Config(cache_dir=str(tmp_path / "cache"))
     with pytest.raises(NumericMismatchError, match="differs from ONNX Runtime") as caught:
-        driver.compile("synthetic:bert-tiny", tmp_path / "out", config)
+        driver.compile(model, tmp_path / "out", config)
     assert caught.value.exit_code == 4 and not (tmp_path / "out").exists()
 
 
-def test_foreign_directory_is_left_alone(tmp_path, cache):
+def test_foreign_directory_is_left_alone(tmp_path, stages):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="was not made by Bertile"):
-        driver.compile("synthetic:bert-tiny", tmp_path / "out", Config(cache_dir=cache))
+        driver.compile("synthetic:bert-tiny", tmp_path / "out", Config(cache_dir=stages))
     assert (tmp_path / "out/thesis.txt").read_text() == "years of work"
 
 

@@ -16,6 +16,7 @@ from bertile import loader
 from bertile.backends.cpu.precision_plan import plan_layers
 from bertile.config import Config
 from bertile.export import checkpoints, exporter, pruning
+from bertile.export.cached import export_cached
 from bertile.graph.graph import Graph
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
@@ -243,8 +244,8 @@ def test_smoothing_keeps_zeros(precision):
     assert not integers[w == 0].any() and integers[w != 0].any()
 
 
-def test_planned_smoothing_of_a_pruned_model_keeps_zeros(tmp_path):
-    exported = exporter.export("synthetic:bert-tiny@0.9:4x1", tmp_path / "out", Config())
+def test_planned_smoothing_of_a_pruned_model_keeps_zeros(stages, tmp_path):
+    exported = export_cached("synthetic:bert-tiny@0.9:4x1", Config(cache_dir=stages))
     graph = optimize(import_onnx(exported))
     np.savez(tmp_path / "inputs.npz", **sample(exported.inputs, 4, 24, 0))
     config = Config(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers import programs
 
 from bertile.export import checkpoints
 from bertile.graph.importer import import_onnx
@@ -110,10 +111,7 @@ def test_smoothed_inputs_are_observed_where_asked_for(graph, observer, requests)
 
 
 def test_layers_that_share_a_weight_share_an_observation(tmp_path):
-    from bertile.config import Config
-    from bertile.export.exporter import export
-
-    exported = export("synthetic:albert-tiny", tmp_path, Config())
+    exported = programs.exported_of(programs.MATCHED["a weight that is read twice"], tmp_path)
     graph = optimize(import_onnx(exported))
     names = [name for name, _ in layer_inputs(graph)]
     assert len(set(names)) < len(names)
