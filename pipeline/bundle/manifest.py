@@ -41,7 +41,12 @@ def describe(
         "versions": {**_versions(), **built.versions},
         "inputs": [dataclasses.asdict(spec) for spec in exported.inputs],
         "outputs": _outputs(graph),
-        "static": {"batch": exported.batch, "length": exported.length},
+        "static": {
+            "batch": exported.batch,
+            "length": exported.length,
+            **({"together": True} if exported.together else {}),
+            **({"padded": True} if exported.padded else {}),
+        },
         "passes": order.pass_names(),
         "kernels": built.kernels,
         "fallthrough": built.fallthrough,

@@ -23,7 +23,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--tracker", metavar="HOST:PORT", help="of serve and list: the tracker's address")
     add("--key", metavar="KEY", help="of serve: the kind of device, the same for all of one kind")
     add("--threads", metavar="N", type=int, help="of serve: cores to use")
-    add("--host", metavar="HOST", default="0.0.0.0", help="of tracker: the interface to listen on")
+    add(
+        "--host",
+        metavar="HOST",
+        default="127.0.0.1",
+        help="of serve and tracker: the interface to listen on; 0.0.0.0 lets other machines in",
+    )
     add("--port", metavar="N", type=int, help="of serve and tracker: the port to listen on")
 
 
@@ -42,5 +47,6 @@ def run(options: Namespace, progress: Progress) -> Outcome:
         device.run_tracker(options.host, options.port or device.TRACKER_PORT, progress)
     else:
         port = options.port or device.SERVER_PORT
-        device.serve(options.tracker, options.key, port, options.threads, progress)
+        served = (options.tracker, options.key, options.host, port, options.threads)
+        device.serve(*served, progress)
     return Outcome(None, "")

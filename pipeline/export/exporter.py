@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.config import Config
 from bertile.export import checkpoints, files
 from bertile.families import table
+from bertile.onnx import reach
 from bertile.onnx.exported import ExportedModel, InputSpec, read
-from bertile.onnx.samples import largest_difference, run_onnx, sample
+from bertile.onnx.samples import largest_difference, run_onnx, sample, session
 
 __all__ = ["ExportedModel", "InputSpec", "export", "fingerprint", "read"]
 
@@ -49,10 +51,12 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
         module = _module(checkpoint, exported)
         _write_onnx(module, exported)
         difference = _check(module, exported, _padding_id(checkpoint))
+        seen = reach.look(session(exported.onnx_path), exported.inputs, None, None)
     _copy_files(checkpoint, directory)
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
-    notes = (*exported.notes, *module.notes, note)
-    return ExportedModel(**{**vars(exported), "notes": notes}).write()
+    notes = (*exported.notes, *module.notes, *seen.notes(), note)
+    known = {"notes": notes, "together": bool(seen.rows), "padded": bool(seen.padding)}
+    return dataclasses.replace(exported, **known).write()
 
 
 def fingerprint(model: Any, config: Config) -> str:

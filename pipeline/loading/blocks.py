@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
+from bertile.loading.errors import InputError
+
 
 def passes(
-    ends: np.ndarray, block_tokens: int, limit: int, step: int | None
+    ends: np.ndarray, block_tokens: int, limit: int, step: int | None, together: bool = False
 ) -> list[tuple[int, int]]:
-    """Cut a batch into (first row, rows): `step` rows each, or at most `limit` blocks."""
+    """Cut a batch into (first row, rows): `step` rows each, or at most `limit` blocks.
+
+    Rows that outputs mix go `together`.
+    """
+    if together:
+        if step and len(ends) != step:
+            what = f"the input has {len(ends)} rows, this bundle takes exactly {step}"
+            raise InputError(f"{what}: its outputs depend on all of them")
+        return [(0, len(ends))]
     if step:
         return [(first, min(step, len(ends) - first)) for first in range(0, len(ends), step)]
     starts, room = [], 0

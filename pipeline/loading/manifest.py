@@ -69,6 +69,9 @@ def _check_manifest(manifest: dict) -> None:
     limits = (manifest["model"]["max_length"], *map(manifest["static"].get, ("batch", "length")))
     if not all(limit is None or (isinstance(limit, int) and limit > 0) for limit in limits):
         raise TypeError("'max_length' or 'static' is no positive number")
+    for name in ("together", "padded"):
+        if not isinstance(manifest["static"].get(name, False), bool):
+            raise TypeError(f"'{name}' of 'static' is no truth value")
     for name in PARTS.get(target["arch"], (LIBRARY, WEIGHTS)):
         manifest["files"][name]
     for spec in manifest["files"].values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from bertile.loading.errors import BertileError, BundleError, InputError
 from bertile.loading.inputs import FILL, check_inputs
 from bertile.loading.memory import aligned
 from bertile.loading.padding import cut, fit
-from bertile.loading.pool import on_pool
+from bertile.loading.pool import Host, outside
 from bertile.loading.tvm_abi import Object, Runtime, set_argument
 
 # Of a pass through the model, for each thread; a longer batch takes several. More activations fall
@@ -32,7 +31,8 @@ class Model:
         self.outputs = tuple(spec["name"] for spec in manifest["outputs"])
         self.max_length: int | None = manifest["model"]["max_length"]
         self.threads = threads
-        self._runtime, self._lock = runtime, threading.Lock()
+        self.pass_blocks = PASS_BLOCKS * threads  # of tokens; what is more takes several passes
+        self._runtime, self._host = runtime, Host(runtime, threads)
         try:
             self._entry, self._held = _open_library(runtime, library, manifest["entry"])
         except BertileError as error:
@@ -52,15 +52,17 @@ class Model:
         checked = check_inputs(inputs, specs, self.max_length)
         batch, length = next(iter(checked.values())).shape
         step, width = static.get("batch"), static.get("length") or length
-        if length > width or (length < width and "attention_mask" not in self.inputs):
+        mask = None if static.get("padded") else checked.get("attention_mask")
+        exact = static.get("padded") or "attention_mask" not in self.inputs
+        if length > width or (length < width and exact):
             exactly = "at most" if length > width else "exactly"
             raise InputError(f"the input has {length} tokens, this bundle takes {exactly} {width}")
-        mask = checked.get("attention_mask")
         ends = np.full(batch, length) if mask is None else sequence_ends(mask)
         values = [checked.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
         block_tokens = self.manifest["lanes"]
         pieces = []
-        for first, count in passes(ends, block_tokens, PASS_BLOCKS * self.threads, step):
+        together = static.get("together", False)
+        for first, count in passes(ends, block_tokens, self.pass_blocks, step, together):
             room = (step or count, width)
             arrays = [
                 fit(value, first, (count, length), room, spec["dtype"])
@@ -76,8 +78,9 @@ class Model:
 
     def close(self) -> None:
         """Give back the library and the weights; a later call raises BertileError."""
-        with self._lock:
+        with outside, self._host.lock:
             self._entry, self._held, self._params, self._arguments = None, (), [], None
+            self._host.close()
 
     def __enter__(self) -> Model:
         return self
@@ -92,18 +95,17 @@ class Model:
         """
 
         def call() -> list[np.ndarray]:
-            with self._lock:
-                if self._entry is None:
-                    raise BertileError("the model is closed", "load the bundle again")
-                self._limit_pool(arrays[0].shape, blocks.shape)
-                tensors = [self._runtime.tensor(array) for array in (*arrays, table)]
-                for slot, tensor in zip(self._arguments, tensors):
-                    set_argument(slot, tensor)
-                result = self._runtime.call_packed(self._entry, self._arguments)
-                return self._runtime.arrays(result, len(self.outputs))
+            if self._entry is None:
+                raise BertileError("the model is closed", "load the bundle again")
+            self._limit_pool(arrays[0].shape, blocks.shape)
+            tensors = [self._runtime.tensor(array) for array in (*arrays, table)]
+            for slot, tensor in zip(self._arguments, tensors):
+                set_argument(slot, tensor)
+            result = self._runtime.call_packed(self._entry, self._arguments)
+            return self._runtime.arrays(result, len(self.outputs))
 
         table = aligned(blocks, "int32")
-        return on_pool(self._runtime, self.threads, call)
+        return self._host.run(call)
 
     def _limit_pool(self, *shapes: tuple[int, ...]) -> None:
         # TVM's allocator keeps every freed buffer for the next request of exactly its size: without

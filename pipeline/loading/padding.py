@@ -29,7 +29,8 @@ def cut(axes: list, pieces: list[np.ndarray], length: int, ends: np.ndarray) -> 
     wanted = tuple(sizes.get(axis, size) for axis, size in zip(axes, array.shape))
     if array.shape != wanted:
         array = array[tuple(slice(size) for size in wanted)].copy()
-    if axes[:2] == ["batch", "length"]:
+    if "batch" in axes and "length" in axes:
+        by_token = np.moveaxis(array, (axes.index("batch"), axes.index("length")), (0, 1))
         for row in np.flatnonzero(ends < length):
-            array[row, ends[row] :] = 0
+            by_token[row, ends[row] :] = 0
     return array

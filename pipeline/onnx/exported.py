@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bertile.base.directories import mark
 from bertile.base.errors import ModelError
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -31,6 +32,8 @@ class InputSpec:
 class ExportedModel:
     """A canonical ONNX model on disk; `batch` and `length` are set where that axis is static.
 
+    `together` says that outputs depend on other rows of the batch, which is computed at once then.
+    `padded` says that they depend on what stands at masked positions, which are computed then.
     `max_length` counts the tokens that a sequence may have, which for RoBERTa is less than the
     rows of its position table. `notes` are for people: what was found, changed or measured.
     """
@@ -46,6 +49,8 @@ class ExportedModel:
     labels: tuple[str, ...] = ()
     batch: int | None = None
     length: int | None = None
+    together: bool = False
+    padded: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -65,16 +70,15 @@ class ExportedModel:
 
     @classmethod
     def from_json(cls, directory: Path, fields: Mapping[str, Any]) -> ExportedModel:
-        values = dict(fields)
+        values = {k: v for k, v in fields.items() if k not in ("bertile", "schema", "files")}
         values["inputs"] = tuple(InputSpec(**spec) for spec in values["inputs"])
         for name in ("outputs", "labels", "notes"):
             values[name] = tuple(values[name])
         return cls(directory=Path(directory), **values)
 
     def write(self) -> ExportedModel:
-        """Write export.json beside model.onnx and return self."""
-        text = json.dumps(self.to_json(), indent=2) + "\n"
-        (self.directory / "export.json").write_text(text, encoding="utf-8")
+        """Write export.json, last of all files beside model.onnx, and return self."""
+        mark(self.directory, "export.json", self.to_json())
         return self
 
 

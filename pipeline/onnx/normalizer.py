@@ -14,7 +14,7 @@ from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
 from bertile.families import table
-from bertile.onnx import attention, fusions, rewrites
+from bertile.onnx import attention, fusions, reach, rewrites
 from bertile.onnx import quantized as onnx_quantized
 from bertile.onnx.exported import TOKENIZER_FILES, ExportedModel, InputSpec
 from bertile.onnx.graph import OnnxGraph, save
@@ -75,7 +75,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     head = _head(tuple(graph.outputs), probes, inputs, config.head)
     directory.mkdir(parents=True, exist_ok=True)
     save(graph.to_model(OPSET), directory / "model.onnx")
-    differs = _check(path, directory / "model.onnx", lifted, inputs, shapes)
+    differs, seen = _check(path, directory / "model.onnx", lifted, inputs, shapes, batch, length)
     _copy_files(path, directory)
     return ExportedModel(
         directory=directory,
@@ -89,7 +89,9 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         labels=_labels(beside) if head.endswith("-classification") else (),
         batch=batch,
         length=length,
-        notes=(*quantized, *notes, differs),
+        together=bool(seen.rows),
+        padded=bool(seen.padding),
+        notes=(*quantized, *notes, *seen.notes(), differs),
     ).write()
 
 
@@ -169,8 +171,11 @@ def _check(
     lifted: onnx.ModelProto | None,
     inputs: tuple[InputSpec, ...],
     shapes: tuple[tuple[int, int], ...],
-) -> str:
-    """Say how far the result is from the original; raise NumericMismatchError for too far.
+    batch: int | None,
+    length: int | None,
+) -> tuple[str, reach.Reach]:
+    """Say how far the result is from the original, and how far its outputs see; raise
+    NumericMismatchError for too far.
 
     A quantized model (`lifted`: with its quantization lifted, otherwise as it was) is compared
     twice: in floats alone, closely, and as it is, where one rounding more or less moves the result
@@ -178,6 +183,7 @@ def _check(
     """
     feeds = [sample(inputs, *shape, padding_id=1, seed=seed) for seed, shape in enumerate(shapes)]
     after = session(normalized)
+    reach.check_axes(after.get_outputs())
     names = [output.name for output in after.get_outputs()]
     try:
         if lifted is not None:
@@ -188,11 +194,15 @@ def _check(
             _refuse(
                 _compare(*results, feeds)[0], TOLERANCE, "the original, both in floats,", _FAULT
             )
+            with opened(drop_marks(onnx.load(normalized))) as runner:
+                seen = reach.look(runner, inputs, batch, length)
+        else:
+            seen = reach.look(after, inputs, batch, length)
         want = _results(session(original), names, feeds)
         worst, relative = _compare(want, _results(after, names, feeds), feeds)
         if lifted is None:
             _refuse(worst, TOLERANCE, "the original", _FAULT)
-            return f"differs from the original by at most {worst:.2g} on real tokens"
+            return f"differs from the original by at most {worst:.2g} on real tokens", seen
         what = "the quantized original, relative to its magnitude,"
         _refuse(relative, QUANTIZED_TOLERANCE, what, _CALIBRATE)
     except NumericMismatchError:
@@ -201,7 +211,7 @@ def _check(
     return (
         f"differs from the quantized original by {relative:.2g} of its magnitude, and by at most"
         f" {worst:.2g}, on real tokens"
-    )
+    ), seen
 
 
 def _refuse(difference: float, tolerance: float, what: str, hint: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,18 @@ def session(path: Path | bytes, optimize: bool = True) -> Any:
         raise ModelError(f"ONNX Runtime cannot load the model: {reason}") from error
 
 
-def largest_difference(got: np.ndarray, want: np.ndarray, mask: np.ndarray) -> float:
+def largest_difference(
+    got: np.ndarray, want: np.ndarray, mask: np.ndarray, axes: Sequence[Any] | None = None
+) -> float:
     """Return the largest absolute difference, at real tokens alone if the output is per token.
 
-    An output is per token when its first two axes are those of `mask`; infinity for other
-    shapes or values that are not finite.
+    An output is per token when it has an axis called "batch" and one called "length", and where
+    its `axes` are not known, when its first two are those of `mask`; infinity for other shapes or
+    values that are not finite.
     """
     if got.shape != want.shape or not np.isfinite(got).all():
         return float("inf")
-    got, want = _real(got, mask), _real(want, mask)
+    got, want = _real(got, mask, axes), _real(want, mask, axes)
     return float(np.abs(got - want).max(initial=0.0))
 
 
@@ -79,7 +82,11 @@ def squared_norms(got: np.ndarray, want: np.ndarray, mask: np.ndarray) -> tuple[
     return float(np.square(got - want).sum()), float(np.square(want).sum())
 
 
-def _real(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def _real(values: np.ndarray, mask: np.ndarray, axes: Sequence[Any] | None = None) -> np.ndarray:
     values = values.astype(np.float64)
-    per_token = values.ndim >= 2 and values.shape[:2] == mask.shape
-    return values[mask != 0] if per_token else values
+    if axes is None:
+        per_token = values.ndim >= 2 and values.shape[:2] == mask.shape
+        axes = ("batch", "length") if per_token else ()
+    if "batch" not in axes or "length" not in axes:
+        return values
+    return np.moveaxis(values, (axes.index("batch"), axes.index("length")), (0, 1))[mask != 0]

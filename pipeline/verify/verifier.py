@@ -17,8 +17,8 @@ from bertile.onnx.samples import largest_difference, sample, session
 from bertile.run import opener
 from bertile.targets.rows import Target
 
-# (batch, length): one token, a whole block, tails, unequal lengths with padding; the longest is
-# added.
+# (batch, length): one token, a whole block, tails, unequal lengths with padding. Added are the
+# longest, and a batch that is larger than one pass.
 CASES = ((1, 1), (1, 16), (3, 37), (2, 64), (1, 128))
 # The same under an emulator, which takes a hundred times as long.
 EMULATED_CASES = ((1, 1), (2, 18))
@@ -41,7 +41,9 @@ def verify(
     manifest = loader.read_manifest(directory)
     backend = backends.of_bundle(manifest)
     with backend.open_for_check(directory, threads, parts) as (model, runs_on):
-        cases = _cases(manifest, EMULATED_CASES if "emulator" in runs_on else CASES)
+        emulated = "emulator" in runs_on
+        wanted, pass_blocks = (EMULATED_CASES, None) if emulated else (CASES, model.pass_blocks)
+        cases = _cases(manifest, wanted, pass_blocks)
         reference = _onnx(directory, onnx, progress)
         return {**_compare(model, reference, cases, backend.tolerances), **runs_on}
 
@@ -103,6 +105,7 @@ def _compare(
     specs = [exported.InputSpec(**spec) for spec in manifest["inputs"]]
     peer = session(onnx)
     names = [output.name for output in peer.get_outputs()]
+    axes = {output["name"]: output["axes"] for output in manifest["outputs"]}
     worst: dict[str, Any] = {"max_abs_difference": -1.0, "tolerance": relative, "worst": None}
     cases = []
     for batch, length in wanted:
@@ -111,7 +114,7 @@ def _compare(
         mask = arrays.get("attention_mask", arrays[specs[0].name] * 0 + 1)
         largest = 0.0
         for name, reference in zip(names, want):
-            difference = largest_difference(got[name], reference, mask)
+            difference = largest_difference(got[name], reference, mask, axes[name])
             tolerance = relative * max(1.0, float(abs(reference).max()))
             largest = max(largest, difference)
             if worst["max_abs_difference"] < 0 or difference / tolerance > (
@@ -135,15 +138,23 @@ def _precisions(manifest: dict[str, Any]) -> set[str]:
     }
 
 
-def _cases(manifest: dict[str, Any], wanted: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """`wanted` as far as the model takes them, and of CASES the longest sequence that it takes."""
-    static = manifest["static"]
-    if static["length"]:
-        return [(static["batch"] or 1, static["length"])]
-    limit = manifest["model"]["max_length"] or 512
-    lengths = {(static["batch"] or batch, min(length, limit)) for batch, length in wanted}
-    longest = {(static["batch"] or 1, min(limit, 512))} if wanted is CASES else set()
-    return sorted(lengths | longest)
+def _cases(
+    manifest: dict[str, Any], wanted: Sequence[tuple[int, int]], pass_blocks: int | None = None
+) -> list[tuple[int, int]]:
+    """`wanted` as far as the model takes them; and, where a pass has at most so many blocks of
+    tokens, the longest sequence that the model takes, and a batch that is larger than a pass.
+    """
+    static, limit = manifest["static"], manifest["model"]["max_length"] or 512
+    if pass_blocks is not None:
+        tokens = static["length"] or min(3, limit)
+        rows = pass_blocks // -(-tokens // manifest["lanes"]) + 1
+        wanted = [*wanted, (1, min(limit, 512)), (rows, tokens)]
+    return sorted(
+        {
+            (static["batch"] or batch, static["length"] or min(length, limit))
+            for batch, length in wanted
+        }
+    )
 
 
 def _padding_id(directory: Path) -> int:

@@ -213,10 +213,10 @@ def test_hash_path_sees_names_and_contents(tmp_path: Path) -> None:
 
 ASK = """
 import sys
-from importlib.machinery import PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
-root = sys.argv[1]
+root, *changed = sys.argv[1:]
 for name, folder in (("bertile", "pipeline"), ("bertile.schedules", "schedules")):
     place = f"{root}/{folder}"
     spec = spec_from_file_location(name, f"{place}/__init__.py", submodule_search_locations=[place])
@@ -225,44 +225,55 @@ for name, folder in (("bertile", "pipeline"), ("bertile.schedules", "schedules")
 
 from bertile.backends.cpu.backend import CpuBackend
 from bertile.backends.cuda.backend import CudaBackend
-from bertile.base import cache
+from bertile.base import cache, fingerprint
 from bertile.driver import STAGES
 
-for backend in (CpuBackend, CudaBackend):
-    print(cache.key("driver", modules=(*STAGES, *backend.stages)))
+def ask():
+    for remembered in (fingerprint.source_hash, fingerprint.own_hash):
+        remembered.cache_clear()
+    for backend in (CpuBackend, CudaBackend):
+        print(cache.key("driver", modules=(*STAGES, *backend.stages)))
+
+ask()
+for names in changed:
+    before = {Path(root, name): Path(root, name).read_bytes() for name in names.split()}
+    for file, text in before.items():
+        file.write_bytes(text + b"# a remark\\n")
+    ask()
+    for file, text in before.items():
+        file.write_bytes(text)
 """
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> Callable[..., list[str]]:
-    """Asks a copy of the package, one file of it changed, for the keys of a compile (CPU, GPU)."""
+def keys(tmp_path: Path) -> Callable[..., list[tuple[str, str]]]:
+    """Asks a copy of the package for the keys of a compile (CPU, GPU): as it is, then with the
+    files of each argument changed, whose names have spaces between them."""
     root = Path(__file__).parents[2]
     for name in ("pipeline", "schedules"):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
 
-    def ask(changed: str | None = None) -> list[str]:
-        before = (tmp_path / changed).read_bytes() if changed else b""
-        if changed:
-            (tmp_path / changed).write_bytes(before + b"# a remark\n")
-        try:
-            line = [sys.executable, "-c", ASK, str(tmp_path)]
-            run = subprocess.run(line, capture_output=True, text=True, check=True)
-        finally:
-            if changed:
-                (tmp_path / changed).write_bytes(before)
-        return run.stdout.split()
+    def ask(*changed: str) -> list[tuple[str, str]]:
+        line = [sys.executable, "-c", ASK, str(tmp_path), *changed]
+        run = subprocess.run(line, capture_output=True, text=True, check=True)
+        lines = run.stdout.split()
+        return list(zip(lines[::2], lines[1::2]))
 
     return ask
 
 
-def test_compile_is_keyed_on_what_it_runs_and_no_more(keys: Callable[..., list[str]]) -> None:
-    cpu, gpu = keys()
+def test_compile_is_keyed_on_what_it_runs_and_no_more(
+    keys: Callable[..., list[tuple[str, str]]],
+) -> None:
+    elsewhere = "pipeline/tune/measure/device.py pipeline/cli/compile.py pipeline/report/page.py"
+    everywhere = ("pipeline/graph/passes/fuse_dense.py", "pipeline/driver.py")
+    of_gpu, of_cpu = "pipeline/backends/cuda/plan.py", "schedules/cpu/attention.py"
+    (cpu, gpu), unchanged, *both, gpu_change, cpu_change = keys(
+        elsewhere, *everywhere, of_gpu, of_cpu
+    )
     assert cpu != gpu
-    for elsewhere in ("tune/measure/device.py", "cli/compile.py", "report/page.py"):
-        assert keys(f"pipeline/{elsewhere}") == [cpu, gpu], elsewhere
-    for everywhere in ("pipeline/graph/passes/fuse_dense.py", "pipeline/driver.py"):
-        assert not {cpu, gpu} & set(keys(everywhere)), everywhere
-    changed = keys("pipeline/backends/cuda/plan.py")
-    assert changed[0] == cpu and changed[1] != gpu
-    changed = keys("schedules/cpu/attention.py")
-    assert changed[0] != cpu
+    assert unchanged == (cpu, gpu)
+    for name, changed in zip(everywhere, both):
+        assert not {cpu, gpu} & set(changed), name
+    assert gpu_change[0] == cpu and gpu_change[1] != gpu
+    assert cpu_change[0] != cpu

@@ -24,22 +24,17 @@ TOLERANCE = 2e-5  # float32 sums in another order, relative to the largest value
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("stages"))
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory, cache) -> Path:
+def directory(tmp_path_factory, stages) -> Path:
     """The bundle that the README's command writes, with the runtime in it."""
     output = tmp_path_factory.mktemp("bundles") / "out"
-    command = ["compile", MODEL, "-o", str(output), "--runtime", "include", "--cache-dir", cache]
+    command = ["compile", MODEL, "-o", str(output), "--runtime", "include", "--cache-dir", stages]
     assert main.main(["-q", *command]) == 0
     return output
 
 
 @pytest.fixture(scope="module")
-def exported(directory, cache) -> ExportedModel:
-    return cached.export_cached(MODEL, Config(cache_dir=cache))
+def exported(directory, stages) -> ExportedModel:
+    return cached.export_cached(MODEL, Config(cache_dir=stages))
 
 
 @pytest.fixture(scope="module")

@@ -29,15 +29,10 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="this machine
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
+def directory(stages, tmp_path_factory) -> Path:
     """The bundle of the tiny model, with the runtime libraries."""
-    folder = tmp_path_factory.mktemp("native")
-    place = f"spec_from_file_location('built', {tiny_bundle.__file__!r})"
-    tiny_bundle.python(
-        f"import importlib.util as u; s = u.{place}; m = u.module_from_spec(s);"
-        f" s.loader.exec_module(m); m.build_library({str(folder / 'lib.so')!r})"
-    )
-    parts = (tiny_bundle.MANIFEST, folder / "lib.so", tiny_bundle.PARAMS, [], folder / "tiny")
+    library, place = tiny_bundle.library(stages), tmp_path_factory.mktemp("native") / "tiny"
+    parts = (tiny_bundle.MANIFEST, library, tiny_bundle.PARAMS, [], place)
     return writer.write(*parts, add=writer.include_runtime)
 
 
@@ -133,6 +128,27 @@ def test_static_shapes_are_padded_to_and_cut_back(built, damaged, tmp_path):
     outputs = run(built, damaged, tmp_path, {"input_ids": ids, "attention_mask": mask})
     with loader.load(damaged) as model:
         tiny_bundle.assert_same(outputs, model(input_ids=ids, attention_mask=mask))
+
+
+@pytest.mark.parametrize("static", [{"together": True}, {"padded": True}], ids=str)
+def test_how_far_outputs_see_is_read_as_in_python(built, damaged, tmp_path, static):
+    tiny_bundle.change_manifest(damaged, lambda m: m.update(static=static))
+    ids = tiny_bundle.random_ids(40, 33)
+    mask = (np.arange(33) < 1 + np.arange(40)[:, None] % 33).astype("int64")
+    outputs = run(built, damaged, tmp_path, {"input_ids": ids, "attention_mask": mask})
+    with loader.load(damaged) as model:
+        for name, array in model(input_ids=ids, attention_mask=mask).items():
+            np.testing.assert_array_equal(outputs[name], array)
+
+
+def test_rows_that_go_together_are_not_filled_up(built, damaged, tmp_path):
+    static = {"batch": 4, "together": True}
+    tiny_bundle.change_manifest(damaged, lambda m: m.update(static=static))
+    np.savez(tmp_path / "in.npz", input_ids=tiny_bundle.random_ids(3, 5))
+    with loader.load(damaged) as model, pytest.raises(BertileError) as caught:
+        model(input_ids=tiny_bundle.random_ids(3, 5))
+    refused = refusal(built, damaged, "--input", tmp_path / "in.npz")
+    assert refused == (2, str(caught.value))
 
 
 def test_ids_on_the_command_line_print_the_lines_of_loader_py(built, directory):

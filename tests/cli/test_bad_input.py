@@ -8,36 +8,35 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from helpers import tiny_encoder
+from helpers.tiny_bundle import change_manifest
+from helpers.tiny_encoder import MODEL, described
 from onnx import helper
 
 import bertile
 from bertile.base.errors import BertileError, InputError
 from bertile.cli import main
-from bertile.loading.files import sha256
-
-MODEL = "synthetic:bert-tiny:embedding"
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "movie"]
+from bertile.config import Config
+from bertile.export import cached
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("stages"))
+def cache(stages) -> str:
+    return stages
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory, cache) -> Path:
+def compiled(tmp_path_factory, stages) -> Path:
     """A real bundle with a tokenizer of seven words; not to be changed."""
-    directory = tmp_path_factory.mktemp("compiled")
-    assert main.main(["-q", "compile", MODEL, "-o", str(directory / "tiny"), *at(cache)]) == 0
-    path = tokenizer(directory / "tiny" / "tokenizer.json")
-    change_manifest(directory / "tiny", lambda m: m["files"].update(described(path)))
-    assert main.main(["-q", "run", str(directory / "tiny"), "good movie"]) == 0
-    return directory / "tiny"
+    directory = tiny_encoder.compile(tmp_path_factory.mktemp("compiled") / "tiny", stages)
+    again = ["-q", "compile", MODEL, "-o", str(directory.with_name("again")), *at(stages)]
+    assert main.main(again) == 0
+    assert main.main(["-q", "run", str(directory), "good movie"]) == 0
+    return directory
 
 
 @pytest.fixture
@@ -62,26 +61,6 @@ def refused(capfd) -> Callable[..., None]:
 
 def at(cache: str) -> tuple[str, str]:
     return "--cache-dir", cache
-
-
-def tokenizer(path: Path) -> Path:
-    tokenizers = pytest.importorskip("tokenizers", reason="texts need a tokenizer")
-    words = {word: number for number, word in enumerate(WORDS)}
-    word_level = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    word_level.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    word_level.save(str(path))
-    return path
-
-
-def described(path: Path) -> dict[str, Any]:
-    return {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}}
-
-
-def change_manifest(directory: Path, change: Callable[[dict], Any]) -> None:
-    path = directory / "manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -143,13 +122,10 @@ def test_compile_refuses_a_checkpoint_that_is_damaged(tmp_path, cache, refused):
     assert leftovers(tmp_path) == ["config.json", "model", "model.safetensors"]
 
 
-@pytest.fixture
-def exported(compiled, tmp_path, cache) -> bytes:
+@pytest.fixture(scope="module")
+def exported(stages) -> Path:
     """The ONNX file that the bundle was made from."""
-    assert main.main(["-q", "export", MODEL, "-o", str(tmp_path / "onnx"), *at(cache)]) == 0
-    data = (tmp_path / "onnx/model.onnx").read_bytes()
-    shutil.rmtree(tmp_path / "onnx")
-    return data
+    return cached.export_cached(MODEL, Config(cache_dir=stages)).onnx_path
 
 
 def with_operator(data: bytes, op: str, domain: str) -> bytes:
@@ -181,7 +157,7 @@ ONNX_FILES = {
 @pytest.mark.parametrize("case", ONNX_FILES)
 def test_compile_refuses_a_bad_onnx_file(tmp_path, cache, exported, refused, capfd, case):
     edit, message = ONNX_FILES[case]
-    (tmp_path / "bad.onnx").write_bytes(edit(exported))
+    (tmp_path / "bad.onnx").write_bytes(edit(exported.read_bytes()))
     capfd.readouterr()
     command = ("compile", str(tmp_path / "bad.onnx"), "-o", str(tmp_path / "out"), *at(cache))
     refused(1, message, *command)
@@ -337,8 +313,8 @@ def test_compile_leaves_nothing_behind_when_the_disk_is_full(tmp_path, cache, re
 
 
 @pytest.mark.usefixtures("small_files")
-def test_compile_leaves_no_stage_behind_when_the_cache_is_full(tmp_path, refused):
-    command = ("compile", MODEL, "-o", str(tmp_path / "out"), *at(str(tmp_path / "stages")))
+def test_compile_leaves_no_stage_behind_when_the_cache_is_full(exported, tmp_path, refused):
+    command = ("compile", str(exported), "-o", str(tmp_path / "out"), *at(str(tmp_path / "stages")))
     message = "stages: File too large; make room or give another directory with --cache-dir"
     refused(1, message, *command)
     assert [name for name in leftovers(tmp_path) if name not in ("stages", "locks")][1:] == []
@@ -379,15 +355,17 @@ def test_compile_writes_nothing_when_the_numbers_differ(tmp_path, monkeypatch, c
     from bertile.backends import backend
 
     monkeypatch.setitem(backend.TOLERANCES, "fp32", 1e-12)
-    command = ("compile", MODEL, "-o", str(tmp_path / "out"), *at(cache), "--runtime", "include")
-    bundles = [path.name for path in Path(cache).glob("driver-*")]
+    own = tmp_path / "stages"
+    entry = cached.export_cached(MODEL, Config(cache_dir=cache)).directory.parent
+    shutil.copytree(entry, own / entry.name)
+    command = ("compile", MODEL, "-o", str(tmp_path / "out"), *at(str(own)))
     refused(4, "the compiled model differs from ONNX Runtime by", *command)
-    assert leftovers(tmp_path) == []
-    assert [path.name for path in Path(cache).glob("driver-*")] == bundles
+    assert [path.name for path in tmp_path.iterdir()] == ["stages"]
+    assert {path.name for path in own.iterdir()} == {entry.name, "locks"}
 
 
 def test_verify_says_that_another_model_is_different(compiled, tmp_path, exported, capfd):
-    model = onnx.load_from_string(exported)
+    model = onnx.load(exported)
     weight = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("bias"))
     values = onnx.numpy_helper.to_array(weight) + np.float32(0.5)
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))

@@ -175,21 +175,15 @@ def kernels(model, operation: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_rotary_positions_are_one_kernel_of_qkv(tmp_path, dynamo):
-    model = equals_original(write(tmp_path / "m.onnx", Model(), dynamo), tmp_path)
+def test_rotary_positions_are_one_kernel_of_qkv_beside_a_window(tmp_path, dynamo):
+    model = equals_original(write(tmp_path / "m.onnx", Model(window=20), dynamo), tmp_path)
+    assert [k.get("window") for k in kernels(model, "attention")] == [None, 20]
     width = HEADS * SIZE
     expected = {"channels": 3 * width, "heads": 2 * HEADS, "head_size": SIZE}
     assert kernels(model, "rotary") == [expected]
     assert {"inputs": width, "outputs": 3 * width}.items() <= kernels(model, "dense")[0].items()
     left = {entry.partition(" ")[0] for entry in model.manifest["fallthrough"]}
     assert not left & {"matmul", "concat", "negative", "sin", "cos", "nn.softmax"}
-
-
-def test_a_model_may_have_rotary_positions_and_a_window(tmp_path):
-    path = write(tmp_path / "m.onnx", Model(window=20))
-    model = equals_original(path, tmp_path)
-    assert [k.get("window") for k in kernels(model, "attention")] == [None, 20]
-    assert len(kernels(model, "rotary")) == 1
 
 
 def test_static_sizes_have_rotary_positions_too(tmp_path):

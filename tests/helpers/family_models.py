@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 
 from bertile.base.cache import Cache
 from bertile.base.quiet import quiet
-from bertile.config import Config
+from bertile.config import HEADS, Config
 from bertile.export import cached, checkpoints
 from bertile.families.family import Family
 from bertile.families.table import FAMILIES
@@ -17,6 +18,12 @@ from bertile.onnx.exported import ExportedModel
 
 NAMES = tuple(family.name for family in FAMILIES)
 OTHERS = NAMES[1:]  # beside BERT, with which every test is made anyway
+# The head that quick tests give each family's model: every head is there, and every export is made
+# once for all files. A head of its own class comes before the turn.
+HEAD_OF = {
+    family.name: next(iter(family.auto_classes), head)
+    for family, head in zip(FAMILIES, cycle(HEADS))
+}
 
 
 def has_types(family: Family) -> bool:

@@ -43,12 +43,15 @@ def write(
     dynamic=True,
     types=True,
     dtype=torch.int64,
+    layers=2,
     change=lambda model: None,
 ):
     """Write the model, changed in place, as torch's TorchScript exporter does, and optimum after
     it, or dynamo.
     """
-    model = synthetic.build(getattr(transformers, AUTO[head]), synthetic.config(name))
+    sizes = synthetic.config(name)
+    sizes.num_hidden_layers = layers
+    model = synthetic.build(getattr(transformers, AUTO[head]), sizes)
     change(model)
     model.set_attn_implementation(attention)
     names = INPUTS[: 3 if types else 2]

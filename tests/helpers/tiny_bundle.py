@@ -5,10 +5,12 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
 from bertile import loader
+from bertile.base.cache import Cache
 
 PARAMS = {
     "words": np.random.default_rng(0).standard_normal((50, 8), dtype=np.float32),
@@ -78,6 +80,20 @@ def build_library(path):
     target = tvm.target.Target({"kind": "llvm", "num-cores": 2})
     pipeline = relax.get_default_pipeline(target)
     relax.build(builder.get(), target=target, relax_pipeline=pipeline).export_library(str(path))
+
+
+def library(stages):
+    """The library, built once for all files, by a process of its own: this one imports no TVM."""
+    place = f"importlib.util.spec_from_file_location('built', {__file__!r})"
+
+    def build(directory):
+        python(
+            f"import importlib.util; spec = {place}\n"
+            "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+            f"module.build_library({str(directory / 'lib.so')!r})"
+        )
+
+    return Path(Cache(stages).get_or_make("tiny-library", build)[0]) / "lib.so"
 
 
 def python(code, *, check=True, env=None, **options):

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import family_models
 from helpers.family_models import has_types
 from helpers.foreign_forms import (
     TOLERANCE,
@@ -28,8 +29,8 @@ from bertile.onnx.samples import largest_difference, sample, session
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
-    """One TorchScript export, to be copied and damaged."""
-    return write(tmp_path_factory.mktemp("plain") / "model.onnx")
+    """One TorchScript export of one layer, to be copied and damaged."""
+    return write(tmp_path_factory.mktemp("plain") / "model.onnx", layers=1)
 
 
 def check(path, tmp_path, shapes=((1, 1), (3, 37), (2, 16))):
@@ -70,8 +71,13 @@ def assert_canonical(model, layers=2):
     assert {imported.domain for imported in model.opset_import} == {""}
 
 
-@pytest.mark.parametrize("opset", [13, 17])
-@pytest.mark.parametrize("dynamic", [True, False])
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("opset", "dynamic"), [(13, True), (17, False), slow(13, False), slow(17, True)]
+)
 def test_normalize_torchscript_with_eager_attention(tmp_path, opset, dynamic):
     path = write(tmp_path / "m.onnx", attention="eager", opset=opset, dynamic=dynamic)
     shapes = ((1, 1), (3, 37), (1, 512)) if dynamic else ((2, 16),)
@@ -85,8 +91,9 @@ def test_normalize_torchscript_with_eager_attention(tmp_path, opset, dynamic):
     assert axes == (["batch", "length"] if dynamic else [2, 16])
 
 
-@pytest.mark.parametrize("opset", [14, 17])
-@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(
+    ("opset", "dynamic"), [(14, False), (17, True), slow(14, True), slow(17, False)]
+)
 def test_normalize_torchscript_with_sdpa(tmp_path, opset, dynamic):
     path = write(tmp_path / "m.onnx", opset=opset, dynamic=dynamic)
     _, model = check(path, tmp_path, ((1, 1), (3, 37)) if dynamic else ((2, 16),))
@@ -94,13 +101,14 @@ def test_normalize_torchscript_with_sdpa(tmp_path, opset, dynamic):
 
 
 @pytest.mark.parametrize(
-    ("attention", "opset", "dynamic"),
-    [("sdpa", 20, True), ("eager", 18, False), ("sdpa", 23, True)],
+    ("attention", "opset", "dynamic", "layers"),
+    [("sdpa", 20, True, 2), ("eager", 18, False, 1), ("sdpa", 23, True, 1)],
 )
-def test_normalize_dynamo(tmp_path, attention, opset, dynamic):
-    path = write(tmp_path / "m.onnx", "bert-tiny", "encoder", attention, True, opset, dynamic)
+def test_normalize_dynamo(tmp_path, attention, opset, dynamic, layers):
+    options = dict(attention=attention, opset=opset, dynamic=dynamic, layers=layers)
+    path = write(tmp_path / "m.onnx", dynamo=True, **options)
     _, model = check(path, tmp_path, ((1, 1), (3, 37)) if dynamic else ((2, 16),))
-    assert_canonical(model)
+    assert_canonical(model, layers)
     assert "Attention" not in operators(model)
 
 
@@ -116,54 +124,56 @@ def test_normalize_dynamo_of_each_family(tmp_path, family):
 @pytest.mark.parametrize("family", FAMILIES[1:], ids=lambda family: family.name)
 def test_normalize_torchscript_of_each_family(tmp_path, family):
     types = has_types(family)
-    path = write(tmp_path / "m.onnx", f"{family.name}-tiny", types=types)
+    path = write(tmp_path / "m.onnx", f"{family.name}-tiny", types=types, layers=1)
     exported, model = check(path, tmp_path, ((1, 1), (3, 37), (1, 512)))
-    assert_canonical(model)
+    assert_canonical(model, layers=1)
     assert exported.max_length == 512
     assert [spec.below for spec in exported.inputs] == [1000, 2, 2][: 3 if types else 2]
     assert operators(model).count("CumSum") == (family.positions == AFTER_PADDING)
 
 
 def test_normalize_folds_the_token_type_that_is_no_input(tmp_path):
-    exported, model = check(write(tmp_path / "m.onnx", types=False), tmp_path)
-    assert_canonical(model)
+    exported, model = check(write(tmp_path / "m.onnx", types=False, layers=1), tmp_path)
+    assert_canonical(model, layers=1)
     assert [spec.name for spec in exported.inputs] == ["input_ids", "attention_mask"]
     tables = [node for node in model.graph.node if node.op_type == "Gather"]
     assert len(tables) == 3  # words, positions with the type's row added, the pooler's token
 
 
 def test_normalize_keeps_int32_inputs(tmp_path):
-    exported, model = check(write(tmp_path / "m.onnx", dtype=torch.int32), tmp_path)
-    assert_canonical(model)
+    exported, model = check(write(tmp_path / "m.onnx", dtype=torch.int32, layers=1), tmp_path)
+    assert_canonical(model, layers=1)
     assert {spec.dtype for spec in exported.inputs} == {"int32"}
 
 
-@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm"])
-def test_normalize_tells_the_head_from_the_outputs(tmp_path, head):
-    exported, model = check(write(tmp_path / "m.onnx", head=head), tmp_path)
-    assert_canonical(model)
-    assert (exported.head, exported.family) == (head, "unknown")
-
-
-def test_normalize_equals_what_the_exporter_writes(tmp_path, plain):
-    """The same model through both doors: the same operators, and the same numbers."""
-    ours = exporter.export("synthetic:bert-tiny", tmp_path / "ours", Config())
-    theirs = exporter.export(plain, tmp_path / "theirs", Config())
-    first, second = (onnx.load(exported.onnx_path) for exported in (ours, theirs))
-    assert sorted(operators(first)) == sorted(operators(second))
-    arrays = sample(ours.inputs, 3, 20, 0)
-    for got, expected in zip(*(session(e.onnx_path).run(None, arrays) for e in (ours, theirs))):
-        assert largest_difference(got, expected, arrays["attention_mask"]) < TOLERANCE
-
-
-def test_normalize_reads_what_lies_beside_the_file(tmp_path):
-    path = write(tmp_path / "m.onnx", head="sequence-classification")
+def test_normalize_tells_the_head_and_reads_what_lies_beside_the_file(tmp_path):
+    path = write(tmp_path / "m.onnx", head="sequence-classification", layers=1)
+    exported, model = check(path, tmp_path)
+    assert_canonical(model, layers=1)
+    assert (exported.head, exported.family) == ("sequence-classification", "unknown")
     config = {"model_type": "bert", "id2label": {"1": "good", "0": "bad"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer.json").write_text("{}")
     exported = normalizer.normalize(path, tmp_path / "out", Config())
     assert (exported.family, exported.labels) == ("bert", ("bad", "good"))
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_normalize_tells_a_masked_lm_from_its_outputs(tmp_path):
+    exported, model = check(write(tmp_path / "m.onnx", head="masked-lm", layers=1), tmp_path)
+    assert_canonical(model, layers=1)
+    assert (exported.head, exported.family) == ("masked-lm", "unknown")
+
+
+def test_normalize_equals_what_the_exporter_writes(tmp_path, stages):
+    """The same model through both doors: the same operators, and the same numbers."""
+    ours = family_models.exported("bert-tiny", "encoder", stages)
+    theirs = exporter.export(write(tmp_path / "m.onnx"), tmp_path / "theirs", Config())
+    first, second = (onnx.load(exported.onnx_path) for exported in (ours, theirs))
+    assert sorted(operators(first)) == sorted(operators(second))
+    arrays = sample(ours.inputs, 3, 20, 0)
+    for got, expected in zip(*(session(e.onnx_path).run(None, arrays) for e in (ours, theirs))):
+        assert largest_difference(got, expected, arrays["attention_mask"]) < TOLERANCE
 
 
 def test_normalize_reads_external_weights(tmp_path, plain):
@@ -194,13 +204,14 @@ def test_normalize_puts_large_weights_beside_the_model(tmp_path, plain, monkeypa
     assert data.stat().st_size == size > 1_000_000
 
 
-@pytest.mark.parametrize(
-    "family", [family.name for family in FAMILIES if family.positions == AFTER_PADDING]
-)
+OTHER_POSITIONS = [family.name for family in FAMILIES if family.positions == AFTER_PADDING]
+
+
+@pytest.mark.parametrize("family", [OTHER_POSITIONS[0], *map(slow, OTHER_POSITIONS[1:])])
 def test_normalize_static_axes_of_other_positions(tmp_path, family):
-    path = write(tmp_path / "m.onnx", f"{family}-tiny", types=False, dynamic=False)
+    path = write(tmp_path / "m.onnx", f"{family}-tiny", types=False, dynamic=False, layers=1)
     exported, model = check(path, tmp_path, ((2, 16),))
-    assert_canonical(model)
+    assert_canonical(model, layers=1)
     assert (exported.batch, exported.length, exported.max_length) == (2, 16, 16)
 
 
@@ -341,15 +352,16 @@ def test_normalize_fails_when_the_result_differs(tmp_path, plain, monkeypatch):
 
 
 def test_read_brings_an_old_opset_up_to_date(tmp_path):
-    path = write(tmp_path / "m.onnx", attention="eager", opset=12)
+    path = write(tmp_path / "m.onnx", attention="eager", opset=12, layers=1)
     _, opset = reader.read(path)
     assert opset == 17
     _, model = check(path, tmp_path)
-    assert_canonical(model)
+    assert_canonical(model, layers=1)
 
 
-def test_normalize_prints_nothing(tmp_path, plain, capfd):
-    normalizer.normalize(plain, tmp_path, Config())
+def test_normalize_prints_nothing(tmp_path, capfd):
+    path = write_attention(tmp_path / "m.onnx", by_lowest)
+    normalizer.normalize(path, tmp_path / "out", Config())
     assert capfd.readouterr() == ("", "")
 
 

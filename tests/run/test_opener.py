@@ -19,22 +19,16 @@ TINY = "synthetic:bert-tiny"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("stages"))
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory, cache) -> Path:
+def bundle(tmp_path_factory, stages) -> Path:
     """A bundle for ARM without a runtime, which its compile has run."""
     arm_code.need_emulator()
     output = tmp_path_factory.mktemp("arm") / "bundle"
-    driver.compile(TINY, output, config(cache))
+    driver.compile(TINY, output, config(stages, runtime_from=str(arm_code.RUNTIME)))
     return output
 
 
-def config(cache: str, **more: object) -> Config:
-    runtime = str(arm_code.RUNTIME)
-    return Config(target="arm-a76", runtime_from=runtime, cache_dir=cache, **more)
+def config(stages: str, **more: object) -> Config:
+    return Config(target="arm-a76", cache_dir=stages, **more)
 
 
 def test_verify_finds_what_the_compile_found(bundle):
@@ -49,9 +43,9 @@ def test_verify_as_a_command_says_what_ran_the_bundle(bundle, capsys):
     assert text.startswith("equal: ") and "run by qemu-aarch64 -cpu cortex-a76" in text
 
 
-def test_bundle_that_brings_its_runtime_needs_no_other(cache, tmp_path, monkeypatch):
+def test_bundle_that_brings_its_runtime_needs_no_other(stages, tmp_path, monkeypatch):
     arm_code.need_emulator()
-    driver.compile(TINY, tmp_path / "out", config(cache, runtime="include"))
+    arm_code.compile(TINY, tmp_path / "out", stages, "arm-a72", "fp32")
     monkeypatch.setattr(opener.runtime_parts, "find", None)
     with opener.opened(tmp_path / "out", threads=1) as model:
         assert model.inputs == ("input_ids", "attention_mask", "token_type_ids")
@@ -63,32 +57,33 @@ def test_bundle_that_brings_its_runtime_needs_no_other(cache, tmp_path, monkeypa
 
 
 def test_what_has_to_run_a_bundle_is_refused_without_an_emulator(
-    tmp_path, cache, monkeypatch, capsys
+    tmp_path, stages, monkeypatch, capsys
 ):
     (tmp_path / "x.txt").write_text("One.\nTwo.\nThree.\n")
     monkeypatch.setattr(qemu, "_qemu", lambda arch: None)
-    driver.compile(TINY, tmp_path / "out", config(cache, head="embedding"))
+    driver.compile(TINY, tmp_path / "out", config(stages, head="embedding"))
     assert main.main(["verify", str(tmp_path / "out")]) == 3
     reason = "a bundle for arm-a76 cannot be run here: qemu-aarch64 is not installed"
     assert reason in capsys.readouterr().err
     measured = {"precision": "int8", "max_drop": 0.1, "eval": str(tmp_path / "x.txt")}
     with pytest.raises(PlatformError, match=reason):
-        driver.compile(TINY, tmp_path / "int8", config(cache, head="embedding", **measured))
+        driver.compile(TINY, tmp_path / "int8", config(stages, head="embedding", **measured))
     assert not (tmp_path / "int8").exists()
 
 
-def test_bundle_for_musl_is_refused(tmp_path, cache):
-    driver.compile(TINY, tmp_path / "out", config(cache, libc="musl"))
+def test_bundle_for_musl_is_refused(tmp_path, stages):
+    driver.compile(TINY, tmp_path / "out", config(stages, libc="musl"))
     with pytest.raises(PlatformError, match="cannot be run here: it is linked for musl"):
         opener.opened(tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_accuracy_of_int8_is_measured_as_arm_code(tmp_path, cache):
+def test_accuracy_of_int8_is_measured_as_arm_code(tmp_path, stages):
     arm_code.need_emulator()
     (tmp_path / "x.txt").write_text("\n".join(sentences(12)))
     measured = {"precision": "int8", "max_drop": 0.02, "eval": str(tmp_path / "x.txt")}
-    driver.compile("minilm", tmp_path / "out", config(cache, **measured))
+    runtime = str(arm_code.RUNTIME)
+    driver.compile("minilm", tmp_path / "out", config(stages, runtime_from=runtime, **measured))
     accuracy = loader.read_manifest(tmp_path / "out")["quantization"]["accuracy"]
     assert [attempt["kept"] for attempt in accuracy["tried"]] == [0]
     assert 0.98 <= accuracy["tried"][0]["score"] < 0.9999

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers.spread import spread
 
 from bertile.schedules.cpu import arithmetic
 from bertile.schedules.cpu.dense import dense
@@ -19,53 +20,55 @@ def product(inputs, outputs, activation="none", residual=False, **more):
     return Task("dense", {**shape, **more})
 
 
-@pytest.fixture(scope="module", params=["x86-avx512-bf16", "x86-avx512", "x86-avx2"])
+ROWS = ("x86-avx512-bf16", "x86-avx2", "x86-avx512")
+SHAPES = [(768, 768), (13, 17), (26, 26), (312, 100), (97, 2), (1, 5)]
+
+
+def on_rows(cases, share=2):
+    """Of fp16 the last row's kernels are those of the first: they are for the slow tests."""
+    return spread("precision case", ROWS, PRECISIONS, cases, share, late={("x86-avx512", "fp16")})
+
+
+@pytest.fixture
 def kernels(request, kernels_of):
     return kernels_of(request.param)
 
 
-@pytest.fixture
-def row(kernels, request):
-    """Skips bfloat16 where the row has none: such a kernel cannot be built."""
-    if request.node.callspec.params["precision"] == "bf16" and not kernels.row.bf16:
-        pytest.skip(f"{kernels.row.name} has no bfloat16 instructions")
-    return kernels.row
+@on_rows(SHAPES)
+def test_product_equals_numpy(kernels, precision, case):
+    assert kernels.mistake(product(*case, precision=precision), blocks=3) is None
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", [(768, 768), (13, 17), (26, 26), (312, 100), (97, 2), (1, 5)])
-def test_product_equals_numpy(kernels, row, precision, shape):
-    assert kernels.mistake(product(*shape, precision=precision), blocks=3) is None
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 8, 33])
-def test_product_takes_any_number_of_blocks(kernels, row, precision, blocks):
+@on_rows([1, 2, 3, 7, 8, 33], share=1)
+def test_product_takes_any_number_of_blocks(kernels, precision, case):
     task = product(64, 40, "relu", residual=True, precision=precision)
-    assert kernels.mistake(task, blocks) is None
+    assert kernels.mistake(task, blocks=case) is None
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("writes", ["to_bf16", "to_int8"])
-@pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_product_writes_what_the_next_layer_reads(kernels, row, precision, writes, activation):
+RESULTS = [("to_bf16", "none"), ("to_bf16", "gelu"), ("to_int8", "gelu"), ("to_int8", "none")]
+
+
+@on_rows(RESULTS)
+def test_product_writes_what_the_next_layer_reads(kernels, precision, case):
+    writes, activation = case
     task = product(52, 44, activation, precision=precision, writes=writes)
     assert kernels.mistake(task, blocks=3) is None
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_values_are_written_in_pairs_of_tokens(kernels, row, precision):
-    task = product(52, 36, precision=precision, writes="to_bf16", values_from=24)
+@on_rows([24], share=1)
+def test_values_are_written_in_pairs_of_tokens(kernels, precision, case):
+    task = product(52, 36, precision=precision, writes="to_bf16", values_from=case)
     assert kernels.mistake(task, blocks=5) is None
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_any_point_of_the_space_is_right(kernels, row, precision):
+@on_rows(range(4), share=4)
+def test_any_point_of_the_space_is_right(kernels, precision, case):
     task = product(96, 84, "gelu", precision=precision, writes="to_bf16")
-    for knobs in kernels.points(task, 4):
-        assert kernels.mistake(task, 5, knobs) is None, knobs
+    (knobs,) = kernels.points(task, 1, seed=case)
+    assert kernels.mistake(task, 5, knobs) is None, knobs
 
 
+@pytest.mark.parametrize("kernels", ROWS, indirect=True)
 def test_bytes_at_their_limits_do_not_overflow(kernels):
     """255 × ±127 in every place: vpmaddubsw would saturate."""
     inputs, outputs = 64, 8

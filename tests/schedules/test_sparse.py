@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tvm_ffi
+from helpers.spread import spread
 from tvm import tirx
 
 from bertile.schedules.cpu.dense import dense
@@ -28,66 +29,63 @@ def as_dense(task):
     return Task("dense", {k: v for k, v in task.shape.items() if k != "density"})
 
 
-# the middle row differs from the others in one instruction: it is tested with the long ones
-MIDDLE = pytest.param("x86-avx512", marks=pytest.mark.slow)
+MIDDLE = "x86-avx512"
+ROWS = ("x86-avx512-bf16", "x86-avx2", MIDDLE)
+SHAPES = [(768, 768), (13, 17), (26, 26), (312, 100), (97, 2), (1, 5)]
 
 
-@pytest.fixture(scope="module", params=["x86-avx512-bf16", MIDDLE, "x86-avx2"])
+def on_rows(names, kinds, cases, share=2):
+    """The middle row differs from the others in one instruction: it is for the slow tests."""
+    return spread(names, ROWS, kinds, cases, share, late={(MIDDLE, kind) for kind in kinds})
+
+
+@pytest.fixture
 def kernels(request, kernels_of):
     return kernels_of(request.param)
 
 
-@pytest.fixture
-def row(kernels, request):
-    """Skips bfloat16 where the row has none: such a kernel cannot be built."""
-    if request.node.callspec.params["precision"] == "bf16" and not kernels.row.bf16:
-        pytest.skip(f"{kernels.row.name} has no bfloat16 instructions")
-    return kernels.row
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", [(768, 768), (13, 17), (26, 26), (312, 100), (97, 2), (1, 5)])
-def test_product_equals_numpy(kernels, row, precision, shape):
+@on_rows("precision shape", PRECISIONS, SHAPES)
+def test_product_equals_numpy(kernels, precision, shape):
     assert kernels.mistake(product(*shape, precision=precision), blocks=3) is None
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 8, 33])
-def test_product_takes_any_number_of_blocks(kernels, row, precision, blocks):
+@on_rows("precision blocks", PRECISIONS, [1, 2, 3, 7, 8, 33], share=1)
+def test_product_takes_any_number_of_blocks(kernels, precision, blocks):
     task = product(64, 40, "relu", residual=True, precision=precision)
     assert kernels.mistake(task, blocks) is None
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("writes", ["to_bf16", "to_int8"])
-@pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_product_writes_what_the_next_layer_reads(kernels, row, precision, writes, activation):
+RESULTS = [("to_bf16", "none"), ("to_bf16", "gelu"), ("to_int8", "gelu"), ("to_int8", "none")]
+
+
+@on_rows("precision result", PRECISIONS, RESULTS, share=4)
+def test_product_writes_what_the_next_layer_reads(kernels, precision, result):
+    writes, activation = result
     task = product(52, 44, activation, precision=precision, writes=writes)
     assert kernels.mistake(task, blocks=3) is None
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_values_are_written_in_pairs_of_tokens(kernels, row, precision):
-    task = product(52, 36, precision=precision, writes="to_bf16", values_from=24)
+@on_rows("precision values_from", PRECISIONS, [24])
+def test_values_are_written_in_pairs_of_tokens(kernels, precision, values_from):
+    task = product(52, 36, precision=precision, writes="to_bf16", values_from=values_from)
     assert kernels.mistake(task, blocks=5) is None
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_any_point_of_the_space_is_right(kernels, row, precision):
+@on_rows("precision seed", PRECISIONS, range(4), share=4)
+def test_any_point_of_the_space_is_right(kernels, precision, seed):
     task = product(520, 84, "gelu", True, precision=precision, writes="to_bf16")
-    for knobs in kernels.points(task, 4):
-        assert kernels.mistake(task, 13, knobs) is None, knobs
+    (knobs,) = kernels.points(task, 1, seed)
+    assert kernels.mistake(task, 13, knobs) is None, knobs
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("residual", [False, True])
+@on_rows("activation residual", list(ACTIVATIONS), [False, True])
 def test_activation_comes_before_the_residual(kernels, activation, residual):
     assert kernels.mistake(product(32, 33, activation, residual), blocks=3) is None
 
 
-@pytest.mark.parametrize("density", [1, 5, 50, 100])
-def test_lists_may_have_any_length(kernels, density):
-    assert kernels.mistake(product(96, 48, density=density, precision="int8"), blocks=5) is None
+@on_rows("precision density", ["int8"], [1, 5, 50, 100])
+def test_lists_may_have_any_length(kernels, precision, density):
+    assert kernels.mistake(product(96, 48, density=density, precision=precision), blocks=5) is None
 
 
 def outcome(kernels, task, x, weights, blocks):
@@ -99,10 +97,11 @@ def outcome(kernels, task, x, weights, blocks):
     return kernels.call(kernels.build(task, knobs), operands, shape)
 
 
-@pytest.mark.parametrize(("threads", "shares"), [(1, 48), (48, 48), (49, 96), (192, 192)])
-def test_there_are_as_many_shares_as_threads_at_least(kernels, threads, shares):
+@on_rows("precision cut", ["int8"], [(1, 48), (48, 48), (49, 96), (192, 192)])
+def test_there_are_as_many_shares_as_threads_at_least(kernels, precision, cut):
     """Of which most have no work: 2 blocks by 4 groups of outputs."""
-    task, row = product(96, 48, precision="int8"), replace(kernels.row, threads=threads)
+    threads, shares = cut
+    task, row = product(96, 48, precision=precision), replace(kernels.row, threads=threads)
     func = sparse.kernel(task, {**sparse.default(task, row), "groups": 4}, row)
     loops = []
     tvm_ffi.structural_walk(func.body, (tirx.For, loops.append))
@@ -125,8 +124,7 @@ ZEROS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8_static"])
-@pytest.mark.parametrize("zeros", ZEROS)
+@on_rows("precision zeros", ["fp32", "int8_static"], list(ZEROS), share=1)
 def test_sums_equal_the_dense_kernel_s(kernels, precision, zeros):
     """Bit for bit for bytes; sums of floats are taken in another order."""
     rng, blocks = np.random.default_rng(0), 3

@@ -115,6 +115,15 @@ static bertile_status check_static(const bt_manifest *manifest, int64_t length, 
                    length, length > width ? "at most" : "exactly", width);
 }
 
+static bertile_status check_rows(const bt_manifest *manifest, int64_t rows) {
+    int64_t exactly = manifest->static_batch;
+    if (!manifest->together || !exactly || rows == exactly) return BERTILE_OK;
+    return bt_fail(BERTILE_INPUT,
+                   "the input has %" PRId64 " rows, this bundle takes exactly %" PRId64
+                   ": its outputs depend on all of them",
+                   rows, exactly);
+}
+
 /* Find the end of every row: behind its last token whose mask is not 0, at least 1. */
 static bertile_status find_ends(const bertile_tensor *mask, bt_request *request) {
     request->ends = malloc((size_t)request->batch * sizeof *request->ends);
@@ -137,10 +146,12 @@ bertile_status bt_check_inputs(const bt_manifest *manifest, const bertile_tensor
     for (size_t i = 0; i < manifest->input_count && !status; i++) {
         if (request->given[i]) status = check_range(&manifest->inputs[i], request->given[i]);
         if (strcmp(manifest->inputs[i].name, "attention_mask")) continue;
+        if (manifest->padded) continue;
         mask = request->given[i];
         masked = 1;
     }
     if (!status) status = check_static(manifest, inputs[0].shape[1], masked);
+    if (!status) status = check_rows(manifest, inputs[0].shape[0]);
     if (status) return status;
     request->batch = inputs[0].shape[0];
     request->length = inputs[0].shape[1];

@@ -50,7 +50,7 @@ bertile_status bt_check_files(const char *root, const json *files, int hashes);
 /* -- manifest.c */
 
 enum { BT_FILL_NONE = -1 };
-typedef enum bt_axis { BT_AXIS_FIXED, BT_AXIS_BATCH, BT_AXIS_LENGTH } bt_axis;
+typedef enum bt_axis { BT_AXIS_FIXED, BT_AXIS_BATCH, BT_AXIS_LENGTH, BT_AXIS_KINDS } bt_axis;
 
 typedef struct bt_input {
     const char *name;
@@ -70,6 +70,8 @@ typedef struct bt_manifest {
     json *tree; /* owns every name below */
     const char *entry;
     int64_t lanes, max_length, static_batch, static_length; /* 0: none */
+    int padded;   /* outputs depend on masked positions: they are computed */
+    int together; /* outputs depend on all rows: they are one pass */
     size_t input_count, output_count, param_count;
     bt_input *inputs;
     bt_output *outputs;

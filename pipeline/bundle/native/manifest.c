@@ -91,6 +91,15 @@ static const char *read_limit(const json *object, const char *key, int needed, i
     return NULL;
 }
 
+static const char *read_flag(const json *object, const char *key, int *flag) {
+    const json *found = json_get(object, key);
+    *flag = 0;
+    if (!found) return NULL;
+    if (found->kind != JSON_BOOL) return "'together' or 'padded' of 'static' is no truth value";
+    *flag = (int)found->integer;
+    return NULL;
+}
+
 static const char *check_target(const json *target) {
     static const char wrong[] = "'target' is not described as it should be";
     const json *features = json_get_kind(target, "features", JSON_ARRAY);
@@ -128,6 +137,8 @@ static const char *read_tree(const json *tree, bt_manifest *manifest) {
     if (!wrong) wrong = read_limit(model, "max_length", 1, &manifest->max_length);
     if (!wrong) wrong = read_limit(fixed, "batch", 0, &manifest->static_batch);
     if (!wrong) wrong = read_limit(fixed, "length", 0, &manifest->static_length);
+    if (!wrong) wrong = read_flag(fixed, "together", &manifest->together);
+    if (!wrong) wrong = read_flag(fixed, "padded", &manifest->padded);
     if (!wrong) wrong = check_target(manifest->target);
     return wrong ? wrong : check_files(manifest->files, manifest->target);
 }

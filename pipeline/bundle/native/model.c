@@ -209,6 +209,7 @@ static int64_t rows_of_pass(const bertile_model *model, const bt_request *reques
     int64_t fixed = model->manifest.static_batch, left = request->batch - first, rows = 0;
     int64_t room = (int64_t)BT_PASS_BLOCKS * model->worker.threads;
     int64_t block_tokens = model->manifest.lanes;
+    if (model->manifest.together) return left;
     if (fixed) return left < fixed ? left : fixed;
     while (rows < left) {
         room -= bt_blocks(request, first + rows, 1, 1, block_tokens, NULL);

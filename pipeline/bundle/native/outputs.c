@@ -103,12 +103,42 @@ bertile_status bt_place(bertile_result *result, const bt_output *spec, size_t in
     return BERTILE_OK;
 }
 
+/* Clear what lies behind the ends of an output whose axes are in another order. */
+static void clear_entries(char **at, const bertile_tensor *tensor, const bt_output *spec, int axis,
+                          const int64_t *place, const bt_request *request) {
+    size_t item = bt_item_size(tensor->dtype);
+    if (axis == tensor->rank) {
+        if (place[BT_AXIS_LENGTH] >= request->ends[place[BT_AXIS_BATCH]]) memset(*at, 0, item);
+        *at += item;
+        return;
+    }
+    int64_t inner[BT_AXIS_KINDS];
+    memcpy(inner, place, sizeof inner);
+    for (int64_t i = 0; i < tensor->shape[axis]; i++) {
+        inner[spec->axes[axis]] = i;
+        clear_entries(at, tensor, spec, axis + 1, inner, request);
+    }
+}
+
+static int has_axis(const bt_output *spec, bt_axis kind) {
+    for (int axis = 0; axis < spec->rank; axis++)
+        if (spec->axes[axis] == kind) return 1;
+    return 0;
+}
+
 void bt_clear_tails(bertile_result *result, const bt_manifest *manifest,
                     const bt_request *request) {
     for (size_t i = 0; i < result->count; i++) {
         const bt_axis *axes = manifest->outputs[i].axes;
         const bertile_tensor *tensor = &result->tensors[i];
-        if (tensor->rank < 2 || axes[0] != BT_AXIS_BATCH || axes[1] != BT_AXIS_LENGTH) continue;
+        const bt_output *spec = &manifest->outputs[i];
+        if (!has_axis(spec, BT_AXIS_BATCH) || !has_axis(spec, BT_AXIS_LENGTH)) continue;
+        if (axes[0] != BT_AXIS_BATCH || axes[1] != BT_AXIS_LENGTH) {
+            char *at = (char *)tensor->data;
+            const int64_t start[BT_AXIS_KINDS] = {0};
+            clear_entries(&at, tensor, spec, 0, start, request);
+            continue;
+        }
         size_t step = bt_item_size(tensor->dtype);
         for (int axis = 2; axis < tensor->rank; axis++) step *= (size_t)tensor->shape[axis];
         for (int64_t row = 0; row < request->batch; row++) {

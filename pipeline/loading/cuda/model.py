@@ -19,7 +19,7 @@ from bertile.loading.cuda.driver import open_driver
 from bertile.loading.cuda.gpu import Gpu, OutOfMemory
 from bertile.loading.cuda.graph import Graph
 from bertile.loading.cuda.plan import BLOCK_TOKENS, PLAN, Plan, read_plan
-from bertile.loading.cuda.request import Request
+from bertile.loading.cuda.request import PASS_BLOCKS, Request
 from bertile.loading.cuda.workspace import Workspace
 from bertile.loading.errors import BertileError, InputError, PlatformError
 from bertile.loading.files import check_files
@@ -83,6 +83,7 @@ class Model:
         self.inputs = tuple(spec["name"] for spec in manifest["inputs"])
         self.outputs = tuple(spec["name"] for spec in manifest["outputs"])
         self.max_length: int | None = manifest["model"]["max_length"]
+        self.pass_blocks = PASS_BLOCKS  # of tokens; what is more takes several passes
         self._plan, self._streams = plan, streams
         self._code: Code | None = None
         self._results = Results(gpu)

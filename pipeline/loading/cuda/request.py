@@ -22,8 +22,10 @@ class Request:
         checked = check_inputs(inputs, self._specs, max_length)
         batch, self.length = next(iter(checked.values())).shape
         self._step, self._width = static.get("batch"), static.get("length") or self.length
-        mask = checked.get("attention_mask")
-        exact = "attention_mask" not in (spec["name"] for spec in self._specs)
+        mask = None if static.get("padded") else checked.get("attention_mask")
+        exact = static.get("padded") or "attention_mask" not in (
+            spec["name"] for spec in self._specs
+        )
         if self.length > self._width or (self.length < self._width and exact):
             at_most = "at most" if self.length > self._width else "exactly"
             raise InputError(
@@ -33,7 +35,8 @@ class Request:
         self._values = [
             checked.get(spec["name"], FILL.get(spec["default"])) for spec in self._specs
         ]
-        self.passes = passes(self.ends, BLOCK_TOKENS, PASS_BLOCKS, self._step)
+        together = static.get("together", False)
+        self.passes = passes(self.ends, BLOCK_TOKENS, PASS_BLOCKS, self._step, together)
 
     def room(self, first: int, count: int) -> tuple[tuple[int, int], np.ndarray]:
         """The (batch, length) of a pass, and its table of blocks."""

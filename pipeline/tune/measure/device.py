@@ -4,8 +4,10 @@ servers out, and the list of them. All three are TVM's own RPC.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -24,6 +26,13 @@ from bertile.tune.measure.roofline import use_threads
 
 TRACKER_PORT, SERVER_PORT, PORTS = 9190, 9090, 100
 RESTART_SECONDS = 1.0
+LOOPBACK = "127.0.0.1"
+SPEAK_SECONDS = 5.0  # that a new connection has to say what it wants
+SILENT = 64  # connections that have said nothing yet; of more, the oldest is closed
+OPEN = (
+    "{host} lets other machines in, and TVM's protocol runs what it is sent: whoever reaches port"
+    " {port} runs code as you. Use it in a network that you trust alone."
+)
 COLD_BYTES = 64 << 20  # written before each timed run, so that weights come from memory
 
 
@@ -35,11 +44,17 @@ def address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def serve(tracker: str, key: str, port: int, threads: int | None, progress: Progress) -> None:
-    """Run a server until Ctrl-C; one that a candidate takes down with it is started again."""
+def serve(
+    tracker: str, key: str, host: str, port: int, threads: int | None, progress: Progress
+) -> None:
+    """Run a server until Ctrl-C; one that a candidate takes down with it is started again.
+
+    ``host`` is the interface that it listens on.
+    """
     address(tracker)
+    _warn(host, port, progress)
     cores = str(threads or available_cores())
-    command = [sys.executable, "-m", "bertile.tune.measure.device", tracker, key, str(port)]
+    command = [sys.executable, "-m", "bertile.tune.measure.device", tracker, key, host, str(port)]
     progress.say(f"serving '{key}' for the tracker at {tracker}, {cores} threads; Ctrl-C ends it")
     while True:
         server = subprocess.Popen(command, env={**os.environ, "TVM_NUM_THREADS": cores})
@@ -53,8 +68,9 @@ def serve(tracker: str, key: str, port: int, threads: int | None, progress: Prog
 
 
 def run_tracker(host: str, port: int, progress: Progress) -> None:
-    """Run a tracker until Ctrl-C."""
+    """Run a tracker until Ctrl-C, which listens on the interface ``host``."""
     require("tracker", "tornado")
+    _warn(host, port, progress)
     from tvm.rpc.tracker import Tracker
 
     tracker = Tracker(host=host, port=port, port_end=port + 1, silent=True)
@@ -64,6 +80,19 @@ def run_tracker(host: str, port: int, progress: Progress) -> None:
             time.sleep(3600)
     finally:
         tracker.terminate()
+
+
+def _warn(host: str, port: int, progress: Progress) -> None:
+    """Say what it means that other machines reach a port; UsageError for no host."""
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, port, socket.AF_INET)}
+    except OSError as error:
+        raise UsageError(
+            f"'{host}' is no interface of this machine: {error.strerror}",
+            f"give --host {LOOPBACK}, 0.0.0.0 for all interfaces, or the address of one",
+        ) from error
+    if not all(ipaddress.ip_address(known).is_loopback for known in addresses):
+        progress.say(OPEN.format(host=host, port=port))
 
 
 def fleet(tracker: str) -> list[dict[str, Any]]:
@@ -136,16 +165,55 @@ def _register() -> None:
         return json.dumps({**machine, "threads": int(os.environ["TVM_NUM_THREADS"])})
 
 
-def main(tracker: str, key: str, port: str) -> None:
+class _Patient(socket.socket):
+    """A socket whose ``accept`` gives the first connection that speaks, however many say nothing.
+
+    TVM's server reads from each in turn what it wants, and would wait for a silent one for ever.
+    """
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        silent: dict[socket.socket, Any] = {}
+        end = time.monotonic() + SPEAK_SECONDS
+        try:
+            while (left := end - time.monotonic()) > 0:
+                for speaker in select.select([self, *silent], [], [], left)[0]:
+                    if speaker is not self:
+                        speaker.settimeout(SPEAK_SECONDS)  # for the rest of what it has to say
+                        return speaker, silent.pop(speaker)
+                    connection, peer = super().accept()
+                    silent[connection] = peer
+                    if len(silent) > SILENT:
+                        oldest = next(iter(silent))
+                        del silent[oldest]
+                        oldest.close()
+        finally:
+            for connection in silent:
+                connection.close()
+        raise TimeoutError("nobody spoke")  # which the server takes as a reason to ask again
+
+
+def _patient(server: Any) -> None:
+    """Make TVM's server, in a process that does nothing else, wait for nobody who says nothing."""
+    loop = server._serve_loop
+
+    def serve_loop(connection: socket.socket, *arguments: Any) -> None:
+        connection.setblocking(True)  # the session itself may take its time
+        loop(connection, *arguments)
+
+    socket.socket, server._serve_loop = _Patient, serve_loop
+
+
+def main(tracker: str, key: str, host: str, port: str) -> None:
     """Serve in this process until a session takes it down."""
     set_thread_defaults()
-    from tvm.rpc.server import PopenRPCServerState
+    from tvm.rpc import server
 
     _register()
     serving.register()
+    _patient(server)
     first = int(port)
     settings = {"tracker_addr": address(tracker), "key": key, "silent": True}
-    state = PopenRPCServerState("0.0.0.0", first, first + PORTS, **settings)
+    state = server.PopenRPCServerState(host, first, first + PORTS, **settings)
     state.thread.join()
     sys.exit(1)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
+import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,6 +15,7 @@ from helpers.fleets import free_port, two_servers
 
 from bertile.base.errors import BertileError, UsageError
 from bertile.base.progress import Progress
+from bertile.cli import device as device_command
 from bertile.cli import main
 from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
@@ -90,3 +93,38 @@ def test_other_kind_of_device_is_refused_by_name(fleet, tmp_path):
     config = Config(tune="quick", rpc_tracker=fleet[0], rpc_key="phone")
     with pytest.raises(BertileError, match="no device 'phone': it has board"):
         tuner.tune(Counter(), log, ROW, config, QUIET, [NORM])
+
+
+def test_servers_and_trackers_listen_on_this_machine_alone():
+    parser = argparse.ArgumentParser()
+    device_command.add_arguments(parser)
+    assert parser.parse_args(["serve"]).host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host, warned", [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_a_host_that_others_reach_is_warned_of(capsys, host, warned):
+    device._warn(host, 9090, Progress(verbosity=0))
+    assert ("runs code as you" in capsys.readouterr().err) == warned
+
+
+def test_a_host_that_is_none_is_refused():
+    with pytest.raises(UsageError, match="is no interface of this machine"):
+        device._warn("no.such.host.invalid", 9090, QUIET)
+
+
+def test_connections_that_say_nothing_do_not_keep_the_first_that_speaks(monkeypatch):
+    with device._Patient() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(8)
+        silent = [socket.create_connection(server.getsockname()) for _ in range(3)]
+        speaker = socket.create_connection(server.getsockname())
+        speaker.sendall(b"hello")
+        connection, peer = server.accept()
+        assert connection.recv(5) == b"hello" and peer == speaker.getsockname()
+        assert all(each.recv(1) == b"" for each in silent)  # given up
+        monkeypatch.setattr(device, "SPEAK_SECONDS", 0.05)
+        silent.append(socket.create_connection(server.getsockname()))
+        with pytest.raises(TimeoutError):
+            server.accept()
+        for each in (connection, speaker, *silent):
+            each.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,20 +22,38 @@ ROW = native()
 SMALL = Task("dense", {"inputs": 32, "outputs": 24, "activation": "gelu", "residual": False})
 NORM = Task("layer_norm", {"channels": 32, "epsilon": 1e-12})
 QUIET = Progress(verbosity=-1)
+TRIALS = 12  # more than the defaults and a round: the cost model has been trained
 
 
 def open_log(directory: Path) -> TuningLog:
     return TuningLog([directory], lambda text: None)
 
 
-def run(tasks: Counter, directory: Path, **config) -> dict:
-    return tuner.tune(tasks, open_log(directory), ROW, Config(tune="quick", **config), QUIET)
+def run(tasks: Counter, directory: Path, *more, **config) -> dict:
+    return tuner.tune(tasks, open_log(directory), ROW, Config(tune="quick", **config), QUIET, *more)
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory) -> tuple[Path, dict]:
+def trials():
+    """A runner for all tests, since its process takes long to start."""
+    with TrialRunner(ROW) as trials:
+        yield trials
+
+
+@pytest.fixture(scope="module")
+def run_shared(trials):
+    """As ``run``, by the shared runner."""
+
+    def tune(tasks: Counter, directory: Path, others: tuple[Task, ...] = (), **config) -> dict:
+        return run(tasks, directory, others, lambda *_: nullcontext(trials), **config)
+
+    return tune
+
+
+@pytest.fixture(scope="module")
+def tuned(run_shared, tmp_path_factory) -> tuple[Path, dict]:
     directory = tmp_path_factory.mktemp("log")
-    return directory, run(Counter({SMALL: 2, NORM: 1}), directory, trials=20)
+    return directory, run_shared(Counter({SMALL: 2, NORM: 1}), directory, trials=TRIALS)
 
 
 def test_search_measures_distinct_points_of_the_space(tuned):
@@ -64,33 +83,32 @@ def test_record_says_what_a_reader_needs(tuned):
 
 def test_second_run_resumes_and_repeats_nothing(tuned):
     before = len(open_log(tuned[0]).records(NORM, ROW))
-    assert run(Counter({NORM: 1}), tuned[0], trials=20)["trials"] == 0
+    assert run(Counter({NORM: 1}), tuned[0], trials=TRIALS)["trials"] == 0
     assert len(open_log(tuned[0]).records(NORM, ROW)) == before
 
 
-def test_what_a_layer_could_have_instead_is_measured_once(tmp_path):
+def test_what_a_layer_could_have_instead_is_measured_once(run_shared, tmp_path):
     """Its default, so that the choice between the two need not be estimated again."""
     sparse = Task("sparse", {**SMALL.shape, "density": 10})
     for trials in (1, 0):
-        arguments = (Counter(), open_log(tmp_path), ROW, Config(tune="quick"), QUIET, [sparse])
-        assert tuner.tune(*arguments)["trials"] == trials
+        assert run_shared(Counter(), tmp_path, [sparse])["trials"] == trials
     (record,) = open_log(tmp_path).records(sparse, ROW)
     assert record.knobs == SCHEDULES["sparse"].default(sparse, ROW) and record.microseconds
 
 
-def test_sparse_kernel_without_zeros_to_skip_is_not_tuned(tmp_path):
+def test_sparse_kernel_without_zeros_to_skip_is_not_tuned(run_shared, tmp_path):
     full, tenth = (Task("sparse", {**SMALL.shape, "density": percent}) for percent in (100, 10))
-    run(Counter({full: 1, tenth: 1}), tmp_path, trials=2)
+    run_shared(Counter({full: 1, tenth: 1}), tmp_path, trials=2)
     log = open_log(tmp_path)
     assert not log.records(full, ROW) and log.records(tenth, ROW)
 
 
-def test_timeout_ends_the_search_with_what_was_measured(tmp_path):
-    result = run(Counter({SMALL: 1}), tmp_path, trials=500, timeout=0.001)
+def test_timeout_ends_the_search_with_what_was_measured(run_shared, tmp_path):
+    result = run_shared(Counter({SMALL: 1}), tmp_path, trials=500, timeout=0.001)
     assert "out of time" in result["text"] and result["trials"] <= 1
 
 
-def test_ctrl_c_keeps_the_best_so_far_and_says_so(tmp_path, monkeypatch):
+def test_ctrl_c_keeps_the_best_so_far_and_says_so(run_shared, tmp_path, monkeypatch):
     real, calls = TrialRunner.run, []
 
     def interrupted(self, *args):
@@ -100,7 +118,7 @@ def test_ctrl_c_keeps_the_best_so_far_and_says_so(tmp_path, monkeypatch):
         return real(self, *args)
 
     monkeypatch.setattr(TrialRunner, "run", interrupted)
-    result = run(Counter({SMALL: 1}), tmp_path, trials=20)
+    result = run_shared(Counter({SMALL: 1}), tmp_path, trials=20)
     assert "Ctrl-C" in result["text"]
     assert len(open_log(tmp_path).records(SMALL, ROW)) == 2
 
@@ -125,29 +143,24 @@ def test_wrong_result_is_an_error_not_a_time(monkeypatch):
     assert "wrong result" in trial.measure(*arguments)["error"]
 
 
-def test_crash_and_hang_cost_their_own_trial_only(monkeypatch):
+def test_crash_and_hang_cost_their_own_trial_only(trials, monkeypatch):
     default = SCHEDULES["layer_norm"].default(NORM, ROW)
-    with TrialRunner(ROW) as trials:
-        assert "microseconds" in trials.run(NORM, default, 2)
-        trials._process.kill()  # what a crash of the candidate looks like from here
-        assert "error" in trials.run(NORM, default, 2)
-        assert "microseconds" in trials.run(NORM, default, 2)
-        trials._timeout = 0.0  # and a hang
-        began = time.monotonic()
-        slow = Task("dense", {**SMALL.shape, "inputs": 4096, "outputs": 4096})
-        assert (
-            "no result within"
-            in trials.run(slow, SCHEDULES["dense"].default(slow, ROW), 8)["error"]
-        )
-        assert time.monotonic() - began < 5
-        trials._timeout = 60.0
-        assert "microseconds" in trials.run(NORM, default, 2)
+    assert "microseconds" in trials.run(NORM, default, 2)
+    trials._process.kill()  # what a crash of the candidate looks like from here
+    assert "error" in trials.run(NORM, default, 2)
+    assert "microseconds" in trials.run(NORM, default, 2)
+    monkeypatch.setattr(trials, "_timeout", 0.0)  # and a hang
+    began = time.monotonic()
+    slow = Task("dense", {**SMALL.shape, "inputs": 4096, "outputs": 4096})
+    outcome = trials.run(slow, SCHEDULES["dense"].default(slow, ROW), 8)
+    assert "no result within" in outcome["error"]
+    assert time.monotonic() - began < 5
+    monkeypatch.setattr(trials, "_timeout", 60.0)
+    assert "microseconds" in trials.run(NORM, default, 2)
 
 
-def test_bad_candidate_is_answered_with_its_error():
-    with TrialRunner(ROW) as trials:
-        outcome = trials.run(NORM, {"sums": 0}, 2)
-        assert "ZeroDivisionError" in outcome["error"]
+def test_bad_candidate_is_answered_with_its_error(trials):
+    assert "ZeroDivisionError" in trials.run(NORM, {"sums": 0}, 2)["error"]
 
 
 def test_full_effort_ends_when_nothing_improves(tmp_path, monkeypatch):

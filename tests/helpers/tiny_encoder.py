@@ -1,0 +1,38 @@
+"""Compiles the two-layer model with an embedding head, and gives it words to be asked with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny_bundle import change_manifest
+
+import bertile
+from bertile.config import Config
+from bertile.loading.files import sha256
+
+MODEL = "synthetic:bert-tiny:embedding"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "movie"]
+
+
+def compile(output: Path, stages: str) -> Path:
+    """A real bundle with a tokenizer of seven words."""
+    bertile.compile(MODEL, output, Config(cache_dir=stages))
+    path = _tokenizer(output / "tokenizer.json")
+    change_manifest(output, lambda m: m["files"].update(described(path)))
+    return output
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}}
+
+
+def _tokenizer(path: Path) -> Path:
+    tokenizers = pytest.importorskip("tokenizers", reason="texts need a tokenizer")
+    words = {word: number for number, word in enumerate(WORDS)}
+    word_level = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    word_level.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    word_level.save(str(path))
+    return path
