@@ -29,12 +29,13 @@ SCHEMA = 1  # of a marker that has none of its own
 _ELSEWHERE = "choose another output directory"
 
 
-def mark(directory: Path, marker: str, content: dict[str, Any]) -> None:
-    """Write `content` as the marker of what lies in `directory`."""
+def mark(directory: Path, marker: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Write `content` as the marker of what lies in `directory`; return all that it says."""
     files = sorted(path.relative_to(directory).as_posix() for path in _files(directory))
-    own = {"bertile": version("bertile"), "schema": SCHEMA, **content}
-    text = json.dumps({**own, "files": files}, indent=2, ensure_ascii=False)
+    said = {"bertile": version("bertile"), "schema": SCHEMA, **content, "files": files}
+    text = json.dumps(said, indent=2, ensure_ascii=False)
     (directory / marker).write_text(text + "\n", encoding="utf-8")
+    return said
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def prune(
     }
     with progress.stage("write") as stage, directories.making(output, REPORT) as directory:
         _write(str(model), checkpoint.model, directory)
-        directories.mark(directory, REPORT, report)
+        report = directories.mark(directory, REPORT, report)
         stage.detail = str(output)
     return {**report, "output": str(output)}
 
