@@ -9,6 +9,7 @@ import pytest
 import tvm
 import tvm_ffi
 from helpers.programs import MATCHED, UNMATCHED, exported_of, request_of
+from helpers.smallest import Smallest
 from tvm import relax, tirx
 
 from bertile.backends.cpu import builder
@@ -27,18 +28,18 @@ from bertile.tune.log.tuning_log import TuningLog
 TOLERANCE = 5e-5
 
 
-def chooser_of(row) -> Chooser:  # no log: the schedules' own knobs
-    return Chooser(TuningLog([], print), row, print)
+def chooser_of(row, kind=Chooser) -> Chooser:  # no log: the schedules' own knobs
+    return kind(TuningLog([], print), row, print)
 
 
 class Program:
     """A built library under TVM's own virtual machine."""
 
-    def __init__(self, exported: ExportedModel, library) -> None:
+    def __init__(self, exported: ExportedModel, library, chooser=Chooser) -> None:
         self.exported = exported
         graph = optimize(import_onnx(exported))
         row = rows.resolve("native", threads=1)
-        self.built = builder.build(graph, chooser_of(row), row, library)
+        self.built = builder.build(graph, chooser_of(row, chooser), row, library)
         module = tvm.runtime.load_module(str(self.built.library))
         self.main = relax.VirtualMachine(module, tvm.cpu())["main"]
         self.params = [tvm.runtime.tensor(value) for value in self.built.params.values()]
@@ -151,7 +152,7 @@ def test_no_loop_nest_is_left_unscheduled(exported):
 
 def program_of(body: str, directory, batch=None, length=None) -> Program:
     """Compile the frame with these nodes in it."""
-    return Program(exported_of(body, directory, batch, length), directory / "lib.so")
+    return Program(exported_of(body, directory, batch, length), directory / "lib.so", Smallest)
 
 
 @pytest.mark.parametrize("body,names", UNMATCHED.values(), ids=UNMATCHED)
