@@ -221,7 +221,7 @@ def assert_compiled(path, tmp_path):
     Kernels round as the canonical model does, or to the number beside it where float32 sums in
     another order have come to the other side of a half; one such step brings more of them about in
     every layer behind it, eight roundings deep, until all roundings are others. (1e-5 more or less
-    in the weights of the LayerNorms moves the canonical model itself by 1.0 to 1.7%.) So there is
+    in the weights of the LayerNorms moves the canonical model itself by 0.7 to 1.7%.) So there is
     no bound below that of two computations of the same floats with rounding errors e that are
     independent of each other: √2 |e|. That the kernels' own error is not larger than e is asserted
     besides: over thousands of values, |e| differs by a few percent from draw to draw. A range for
