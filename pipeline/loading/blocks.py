@@ -6,6 +6,8 @@ import numpy as np
 
 from bertile.loading.errors import InputError
 
+BLOCK_TOKENS = 16  # as in bertile.schedules, for which kernels are made
+
 
 def passes(ends: np.ndarray, block_tokens: int, limit: int, static: dict) -> list[tuple[int, int]]:
     """Cut a batch into (first row, rows): at most `limit` blocks each, or what `static` says.

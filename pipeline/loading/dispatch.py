@@ -8,15 +8,18 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 from bertile.loading.errors import PlatformError
 from bertile.loading.files import check_files
+from bertile.loading.interface import check_interface, interface
 from bertile.loading.manifest import CUDA, LIBRARY, WEIGHTS, read_manifest
 from bertile.loading.model import Model
 from bertile.loading.platform import check_platform
 from bertile.loading.runtime import open_runtime
 from bertile.loading.threads import thread_count
 from bertile.loading.tvm_abi import Object, Runtime
-from bertile.loading.weights import map_tensors
+from bertile.loading.weights import Place, check_ids, described, map_tensors
 
 
 def load(
@@ -41,13 +44,17 @@ def load(
     count = thread_count(threads)
     files = check_files(root, manifest["files"], verify)
     runtime = open_runtime(root, manifest["files"])
-    params = _read_tensors(runtime, files[WEIGHTS], manifest["params"])
-    return Model(runtime, manifest, files[LIBRARY], params, count)
+    data, places = map_tensors(files[WEIGHTS], manifest["params"])
+    check_ids(manifest, places)
+    params = _tensors(runtime, data, places)
+    model = Model(runtime, manifest, files[LIBRARY], params, count)
+    wanted = interface(manifest, described(manifest["params"], places))
+    check_interface(model.interface, wanted, files[LIBRARY])
+    return model
 
 
-def _read_tensors(runtime: Runtime, path: Path, names: list[str]) -> list[Object]:
-    """Return the named tensors of a safetensors file, in place: mapped, shared, never copied."""
-    data, places = map_tensors(path, names)
+def _tensors(runtime: Runtime, data: np.ndarray, places: list[Place]) -> list[Object]:
+    """Return the tensors of a safetensors file, in place: mapped, shared, never copied."""
     return [
         runtime.tensor_at(data[place.begin : place.end], place.shape, place.code, place.bits)
         for place in places
