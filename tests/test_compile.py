@@ -60,6 +60,7 @@ def test_every_family_and_head_equals_onnxruntime(family, head, compiled, cache)
     assert_equals_onnx(model, name, cache)
     kinds = {kernel["operation"] for kernel in model.manifest["kernels"]}
     assert {"dense", "attention", "layer_norm", "embedding"} <= kinds
+    assert model.interface.startswith("lanes 16\nmax_length 512\nstatic 0 0 0 0\ninput input_ids ")
 
 
 def test_odd_sizes_equal_onnxruntime(compiled, cache):

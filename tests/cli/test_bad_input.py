@@ -17,6 +17,7 @@ from onnx import helper
 
 import bertile
 from bertile.base.errors import BertileError, InputError
+from bertile.bundle import writer
 from bertile.cli import main
 from bertile.loading.files import sha256
 
@@ -78,10 +79,10 @@ def described(path: Path) -> dict[str, Any]:
 
 
 def change_manifest(directory: Path, change: Callable[[dict], Any]) -> None:
-    path = directory / "manifest.json"
-    manifest = json.loads(path.read_text())
+    """Change the manifest, and give it the hash of what it says then."""
+    manifest = json.loads((directory / "manifest.json").read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    writer.write_manifest(directory, manifest)
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -295,11 +296,24 @@ def test_run_refuses_a_damaged_file(damaged, refused, name, damage, message):
             "this CPU lacks amx_fp64, which the bundle needs",
         ),
         (lambda m: m.update(entry="absent"), 1, "lib.so: it has no function 'absent'"),
+        (
+            lambda m: m["inputs"][0].update(below=999),
+            1,
+            "lib.so: it was compiled for 'input input_ids int64 1000 none', the manifest or the",
+        ),
     ],
 )
 def test_run_refuses_a_manifest_that_does_not_fit(damaged, refused, change, code, message):
     change_manifest(damaged, change)
     refused(code, message, "run", str(damaged), "good")
+
+
+def test_run_refuses_a_manifest_that_was_changed(damaged, refused):
+    path = damaged / "manifest.json"
+    path.write_text(path.read_text().replace('"lanes": 16', '"lanes": 8'))
+    what = "manifest.json has changed since it was compiled; copy or compile the bundle again"
+    refused(1, what, "run", str(damaged), "good")
+    refused(1, what, "inspect", str(damaged))
 
 
 def test_run_refuses_a_manifest_that_is_no_json(damaged, refused):
