@@ -20,7 +20,7 @@ from bertile import loader
 from bertile.base.errors import BertileError, BundleError
 from bertile.bundle import native_build, writer
 
-# Bundles and arrays that were once answered wrongly; a seed that fails is to be added here.
+# Of bundles and arrays that are always tried; a seed that fails in `make test-slow` is added there.
 SEEDS = [int(line) for line in Path(__file__).with_name("seeds.txt").read_text().split()]
 SANITIZED = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CHECKS = Path(tiny_bundle.__file__).with_name("native")
