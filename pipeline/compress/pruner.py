@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bertile.base import quiet
+from bertile.base import directories, quiet
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
-from bertile.bundle import writer
 from bertile.export import checkpoints, files, pruning
 
 REPORT = "pruned.json"
@@ -55,10 +53,9 @@ def prune(
         "layers": [dataclasses.asdict(row) for row in rows],
         "accuracy": ACCURACY,
     }
-    with progress.stage("write") as stage, writer.making(output, REPORT) as directory:
+    with progress.stage("write") as stage, directories.making(output, REPORT) as directory:
         _write(str(model), checkpoint.model, directory)
-        text = json.dumps(report, indent=1, ensure_ascii=False)
-        (directory / REPORT).write_text(text + "\n", encoding="utf-8")
+        directories.mark(directory, REPORT, report)
         stage.detail = str(output)
     return {**report, "output": str(output)}
 

@@ -10,12 +10,13 @@ from types import ModuleType
 
 import numpy as np
 
-from bertile.loading.errors import PlatformError
+from bertile.loading.errors import BundleError, PlatformError
 from bertile.loading.files import check_files
 from bertile.loading.interface import check_interface, interface
 from bertile.loading.manifest import CUDA, LIBRARY, WEIGHTS, read_manifest
 from bertile.loading.model import Model
 from bertile.loading.platform import check_platform
+from bertile.loading.pool import outside
 from bertile.loading.runtime import open_runtime
 from bertile.loading.threads import thread_count
 from bertile.loading.tvm_abi import Object, Runtime
@@ -43,13 +44,18 @@ def load(
     check_platform(manifest["target"])
     count = thread_count(threads)
     files = check_files(root, manifest["files"], verify)
-    runtime = open_runtime(root, manifest["files"])
     data, places = map_tensors(files[WEIGHTS], manifest["params"])
     check_ids(manifest, places)
-    params = _tensors(runtime, data, places)
-    model = Model(runtime, manifest, files[LIBRARY], params, count)
+    with outside:
+        runtime = open_runtime(root, manifest["files"])
+        params = _tensors(runtime, data, places)
+        model = Model(runtime, manifest, files[LIBRARY], params, count)
     wanted = interface(manifest, described(manifest["params"], places))
-    check_interface(model.interface, wanted, files[LIBRARY])
+    try:
+        check_interface(model.interface, wanted, files[LIBRARY])
+    except BundleError:
+        model.close()
+        raise
     return model
 
 

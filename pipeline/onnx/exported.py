@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bertile.base.directories import mark
 from bertile.base.errors import ModelError
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -69,16 +70,15 @@ class ExportedModel:
 
     @classmethod
     def from_json(cls, directory: Path, fields: Mapping[str, Any]) -> ExportedModel:
-        values = dict(fields)
+        values = {k: v for k, v in fields.items() if k not in ("bertile", "schema", "files")}
         values["inputs"] = tuple(InputSpec(**spec) for spec in values["inputs"])
         for name in ("outputs", "labels", "notes"):
             values[name] = tuple(values[name])
         return cls(directory=Path(directory), **values)
 
     def write(self) -> ExportedModel:
-        """Write export.json beside model.onnx and return self."""
-        text = json.dumps(self.to_json(), indent=2) + "\n"
-        (self.directory / "export.json").write_text(text, encoding="utf-8")
+        """Write export.json, last of all files beside model.onnx, and return self."""
+        mark(self.directory, "export.json", self.to_json())
         return self
 
 

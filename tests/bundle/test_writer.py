@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bertile import loader
+from bertile.base import directories
 from bertile.base.errors import BertileError, BundleError, UsageError
 from bertile.bundle import safetensors as weights
 from bertile.bundle import writer
@@ -95,10 +96,11 @@ def test_write_obeys_the_umask(parts, tmp_path):
 
 
 def test_write_replaces_an_older_bundle(parts, tmp_path):
-    (write(parts, tmp_path / "out") / "stale.txt").write_text("of the older bundle")
-    write(parts, tmp_path / "out", entry="other")
+    (write(parts, tmp_path / "out") / "notes.txt").write_text("somebody's")
+    writer.write({**MANIFEST, "entry": "other"}, parts[0], PARAMS, [], tmp_path / "out")
     assert writer.read_manifest(tmp_path / "out")["entry"] == "other"
-    assert not (tmp_path / "out" / "stale.txt").exists()
+    assert (tmp_path / "out" / "notes.txt").read_text() == "somebody's"
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
     assert leftovers(tmp_path) == ["built.so", "out", "tokenizer.json"]
 
 
@@ -106,7 +108,7 @@ def test_write_replaces_an_older_bundle_when_the_system_cannot_exchange(
     parts, tmp_path, monkeypatch
 ):
     write(parts, tmp_path / "out")
-    monkeypatch.setattr(writer, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(directories, "_exchange", lambda first, second: False)
     write(parts, tmp_path / "out", entry="other")
     assert writer.read_manifest(tmp_path / "out")["entry"] == "other"
     assert leftovers(tmp_path) == ["built.so", "out", "tokenizer.json"]
@@ -155,8 +157,8 @@ FAILING = {
     "library": (writer.shutil, "copyfile"),
     "weights": (weights, "_layout"),
     "manifest": (writer, "_describe"),
-    "sync": (writer, "_sync"),
-    "rename": (writer, "_rename"),
+    "sync": (directories, "_sync"),
+    "rename": (directories, "_rename"),
 }
 
 
@@ -185,7 +187,7 @@ def test_write_leaves_nothing_behind_when_interrupted(parts, tmp_path, monkeypat
     def interrupt(directory):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer, "_sync", interrupt)
+    monkeypatch.setattr(directories, "_sync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(parts, tmp_path / "out")
     assert leftovers(tmp_path) == ["built.so", "tokenizer.json"]
@@ -197,6 +199,7 @@ import resource, signal, sys
 import numpy as np
 from pathlib import Path
 from bertile.bundle import writer
+from bertile.base import directories
 from bertile.base.errors import BertileError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # a file cannot grow beyond this
