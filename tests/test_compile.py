@@ -63,6 +63,7 @@ def test_every_family_and_head_equals_onnxruntime(family, head, compiled, stages
     model = assert_model_equals_onnx(f"{family}-tiny", head, compiled, stages)
     kinds = {kernel["operation"] for kernel in model.manifest["kernels"]}
     assert {"dense", "attention", "layer_norm", "embedding"} <= kinds
+    assert model.interface.startswith("lanes 16\nmax_length 512\nstatic 0 0 0 0\ninput input_ids ")
 
 
 def test_encoder_equals_onnxruntime(compiled, exported):

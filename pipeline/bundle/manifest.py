@@ -9,11 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tvm
 
+from bertile.bundle import safetensors
 from bertile.config import Config
 from bertile.graph import order
 from bertile.graph.graph import Graph
+from bertile.loading.interface import interface
 from bertile.lower import sparse_choice
 from bertile.lower.built import Built
 from bertile.onnx.exported import ExportedModel
@@ -30,15 +33,37 @@ def describe(
     """
     exported = graph.exported
     model = {name: getattr(exported, name) for name in ("source", "sha256", "family", "head")}
+    called = _called(graph)
     chosen = {k: v for k, v in config.to_dict().items() if k not in ("cache_dir", "dump_ir")}
     return {
         "bertile": version("bertile"),
         "entry": "main",
-        "model": {**model, "max_length": exported.max_length, "labels": list(exported.labels)},
+        **called,
+        "model": {**model, **called["model"], "labels": list(exported.labels)},
         "target": {"name": row.name, "arch": row.arch, "features": list(row.features)},
-        "lanes": BLOCK_TOKENS,
         "config": {**chosen, "target": row.name, "log_dir": None, **_file_names(config)},
         "versions": {**_versions(), **built.versions},
+        "passes": order.pass_names(),
+        "kernels": built.kernels,
+        "fallthrough": built.fallthrough,
+        "notes": list(exported.notes),
+        **({"quantization": quantization} if quantization else {}),
+        **({"sparsity": sparsity} if (sparsity := sparse_choice.report(graph.plan)) else {}),
+    }
+
+
+def interface_of(graph: Graph, params: Mapping[str, np.ndarray]) -> str:
+    """What the library of this graph says of itself; a loader compares it with the manifest."""
+    weights = [(name, safetensors.dtype_name(array), array.shape) for name, array in params.items()]
+    return interface(_called(graph), weights)
+
+
+def _called(graph: Graph) -> dict[str, Any]:
+    """The part of a manifest that says how the model is called."""
+    exported = graph.exported
+    return {
+        "model": {"max_length": exported.max_length},
+        "lanes": BLOCK_TOKENS,
         "inputs": [dataclasses.asdict(spec) for spec in exported.inputs],
         "outputs": _outputs(graph),
         "static": {
@@ -47,12 +72,6 @@ def describe(
             **({"together": True} if exported.together else {}),
             **({"padded": True} if exported.padded else {}),
         },
-        "passes": order.pass_names(),
-        "kernels": built.kernels,
-        "fallthrough": built.fallthrough,
-        "notes": list(exported.notes),
-        **({"quantization": quantization} if quantization else {}),
-        **({"sparsity": sparsity} if (sparsity := sparse_choice.report(graph.plan)) else {}),
     }
 
 

@@ -32,6 +32,7 @@ from bertile.loading import (
     errors,
     files,
     inputs,
+    interface,
     manifest,
     memory,
     model,
@@ -60,7 +61,19 @@ from bertile.loading.cuda import model as cuda_model
 
 # Each module imports from those before it; what runs as a command is the last.
 LOADER = (
-    *(errors, memory, blocks, inputs, padding, manifest, files, weights, platform, threads),
+    *(
+        errors,
+        memory,
+        blocks,
+        inputs,
+        padding,
+        interface,
+        manifest,
+        files,
+        weights,
+        platform,
+        threads,
+    ),
     *(tvm_abi, runtime, pool, model, dispatch, command),
 )
 CUDA_LOADER = (

@@ -64,6 +64,11 @@ def read(path: Path) -> dict[str, np.ndarray]:
     }
 
 
+def dtype_name(tensor: np.ndarray) -> str:
+    """What safetensors calls the dtype of an array."""
+    return _NAMES[tensor.dtype.name]
+
+
 def _layout(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, list[memoryview]]:
     entries: dict[str, dict] = {}
     pieces: list[memoryview] = []
@@ -73,7 +78,7 @@ def _layout(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, list[memoryview]]
             raise BertileError(f"the tensor {name} has dtype {tensor.dtype}, which has no name")
         # (n, 1) bytes would lose the shape of a scalar; ascontiguousarray would make it (1,)
         data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-        entries[name] = _entry(_NAMES[tensor.dtype.name], list(tensor.shape), end, data.nbytes)
+        entries[name] = _entry(dtype_name(tensor), list(tensor.shape), end, data.nbytes)
         pieces.append(memoryview(data))
         end += data.nbytes
         gap = -end % ALIGNMENT

@@ -14,8 +14,9 @@ import numpy as np
 from bertile.base.directories import copy_file, copy_files, making
 from bertile.bundle import native_build, one_file, runtime_libraries, safetensors
 from bertile.loader import LIBRARY, MANIFEST, SCHEMA, WEIGHTS, read_manifest
+from bertile.loading.manifest import SEAL, UNSEALED
 
-__all__ = ["copy", "include_runtime", "read_manifest", "write"]
+__all__ = ["copy", "include_runtime", "read_manifest", "write", "write_manifest"]
 
 
 def write(
@@ -30,7 +31,7 @@ def write(
     """Write a bundle to `output` and return its path.
 
     `library` is the code: one library, or the files of a bundle for a GPU by their names.
-    `manifest` gets its keys "schema", "params" and "files" here; `extra_files` (tokenizer,
+    `manifest` gets "schema", "params", "files" and its own hash here; `extra_files` (tokenizer,
     config.json) go to the top of the bundle under their own names; `add` puts further files into
     it, as `include_runtime` does. Everything is written beside `output` and put there at the end,
     as ``directories.making`` does: an older bundle is replaced, what else lies there stays.
@@ -48,9 +49,9 @@ def write(
             add(directory)
         complete = {"schema": SCHEMA, **manifest, "params": list(params)}
         complete["files"] = _describe(directory)
-        _write_manifest(directory, complete)
+        write_manifest(directory, complete)
         if check is not None:
-            _write_manifest(directory, {**complete, "check": check(directory)})
+            write_manifest(directory, {**complete, "check": check(directory)})
     return Path(os.path.realpath(output))
 
 
@@ -61,9 +62,16 @@ def copy(source: Path, output: str | os.PathLike, marker: str = MANIFEST) -> Pat
     return Path(os.path.realpath(output))
 
 
-def _write_manifest(directory: Path, manifest: Mapping[str, object]) -> None:
-    text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+def write_manifest(directory: Path, manifest: Mapping[str, object]) -> None:
+    """Write manifest.json, sealed: its last key is the hash of the file with zeros in that place.
+
+    A loader can so check it without writing JSON itself.
+    """
+    kept = {key: value for key, value in manifest.items() if key != SEAL}
+    text = json.dumps({**kept, SEAL: UNSEALED}, indent=1, ensure_ascii=False) + "\n"
+    before, _, after = text.encode().rpartition(UNSEALED.encode())
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (directory / MANIFEST).write_bytes(before + digest.encode() + after)
 
 
 def include_runtime(

@@ -6,6 +6,8 @@ import numpy as np
 
 from bertile.loading.errors import InputError
 
+BLOCK_TOKENS = 16  # as in bertile.schedules, for which kernels are made
+
 
 def passes(
     ends: np.ndarray, block_tokens: int, limit: int, step: int | None, together: bool = False

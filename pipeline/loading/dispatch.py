@@ -8,8 +8,11 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from bertile.loading.errors import PlatformError
+import numpy as np
+
+from bertile.loading.errors import BundleError, PlatformError
 from bertile.loading.files import check_files
+from bertile.loading.interface import check_interface, interface
 from bertile.loading.manifest import CUDA, LIBRARY, WEIGHTS, read_manifest
 from bertile.loading.model import Model
 from bertile.loading.platform import check_platform
@@ -17,7 +20,7 @@ from bertile.loading.pool import outside
 from bertile.loading.runtime import open_runtime
 from bertile.loading.threads import thread_count
 from bertile.loading.tvm_abi import Object, Runtime
-from bertile.loading.weights import map_tensors
+from bertile.loading.weights import Place, check_ids, described, map_tensors
 
 
 def load(
@@ -41,15 +44,23 @@ def load(
     check_platform(manifest["target"])
     count = thread_count(threads)
     files = check_files(root, manifest["files"], verify)
+    data, places = map_tensors(files[WEIGHTS], manifest["params"])
+    check_ids(manifest, places)
     with outside:
         runtime = open_runtime(root, manifest["files"])
-        params = _read_tensors(runtime, files[WEIGHTS], manifest["params"])
-        return Model(runtime, manifest, files[LIBRARY], params, count)
+        params = _tensors(runtime, data, places)
+        model = Model(runtime, manifest, files[LIBRARY], params, count)
+    wanted = interface(manifest, described(manifest["params"], places))
+    try:
+        check_interface(model.interface, wanted, files[LIBRARY])
+    except BundleError:
+        model.close()
+        raise
+    return model
 
 
-def _read_tensors(runtime: Runtime, path: Path, names: list[str]) -> list[Object]:
-    """Return the named tensors of a safetensors file, in place: mapped, shared, never copied."""
-    data, places = map_tensors(path, names)
+def _tensors(runtime: Runtime, data: np.ndarray, places: list[Place]) -> list[Object]:
+    """Return the tensors of a safetensors file, in place: mapped, shared, never copied."""
     return [
         runtime.tensor_at(data[place.begin : place.end], place.shape, place.code, place.bits)
         for place in places

@@ -16,7 +16,7 @@ def check_files(root: Path, files: dict, verify: bool) -> dict[str, Path]:
     """Return the path of every file of the manifest: all inside the bundle, all unchanged."""
     paths = {name: _inside(root, name) for name in files}
     for name, path in paths.items():
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path's, it takes any name
             raise BundleError(f"{root / name} is missing", "copy or compile the bundle again")
         size, expected = path.stat().st_size, files[name]["bytes"]
         if size != expected:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bertile.loading.blocks import blocks_of, passes, sequence_ends
-from bertile.loading.errors import BertileError, BundleError, InputError
+from bertile.loading.blocks import BLOCK_TOKENS, blocks_of, passes, sequence_ends
+from bertile.loading.errors import AGAIN, BertileError, BundleError, InputError
 from bertile.loading.inputs import FILL, check_inputs
+from bertile.loading.interface import INTERFACE
 from bertile.loading.memory import aligned
-from bertile.loading.padding import cut, fit
+from bertile.loading.padding import check_outputs, cut, fit
 from bertile.loading.pool import Host, outside
 from bertile.loading.tvm_abi import Object, Runtime, set_argument
 
@@ -35,8 +36,11 @@ class Model:
         self._runtime, self._host = runtime, Host(runtime, threads)
         try:
             self._entry, self._held = _open_library(runtime, library, manifest["entry"])
+            self._check_arity(manifest["entry"], len(self.inputs) + 1 + len(params))
+            # what the library says of itself; None: that of an older Bertile says nothing
+            self.interface: str | None = self._ask(INTERFACE)
         except BertileError as error:
-            raise BundleError(f"cannot load {library}: {error.what}") from error
+            raise BundleError(f"cannot load {library}: {error.what}", error.remedy) from error
         self._params = params
         self._arguments = runtime.pack([0] * (len(self.inputs) + 1) + params)
         self._shapes: set[tuple[int, ...]] = set()
@@ -59,10 +63,9 @@ class Model:
             raise InputError(f"the input has {length} tokens, this bundle takes {exactly} {width}")
         ends = np.full(batch, length) if mask is None else sequence_ends(mask)
         values = [checked.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
-        block_tokens = self.manifest["lanes"]
         pieces = []
         together = static.get("together", False)
-        for first, count in passes(ends, block_tokens, self.pass_blocks, step, together):
+        for first, count in passes(ends, BLOCK_TOKENS, self.pass_blocks, step, together):
             room = (step or count, width)
             arrays = [
                 fit(value, first, (count, length), room, spec["dtype"])
@@ -70,7 +73,8 @@ class Model:
             ]
             last = np.ones(room[0], np.int64)
             last[:count] = ends[first : first + count]
-            pieces.append(self._run(arrays, blocks_of(last, block_tokens)))
+            pieces.append(self._run(arrays, blocks_of(last, BLOCK_TOKENS)))
+            check_outputs(pieces[-1], self.manifest["outputs"], room)
         return {
             spec["name"]: cut(spec["axes"], [piece[index] for piece in pieces], length, ends)
             for index, spec in enumerate(self.manifest["outputs"])
@@ -87,6 +91,20 @@ class Model:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+    def _check_arity(self, entry: str, given: int) -> None:
+        takes = self._runtime.call(self._find("get_function_arity"), entry.encode())
+        if takes != given:
+            what = f"'{entry}' takes {takes} arrays, the manifest names {given}"
+            raise BertileError(what, AGAIN)
+
+    def _ask(self, name: str) -> str | None:
+        function = self._find(name)
+        return None if function is None else self._runtime.text(self._runtime.call(function))
+
+    def _find(self, name: str) -> Object | None:
+        find = self._runtime.function("ffi.ModuleGetFunction")
+        return self._runtime.call(find, self._held[0], name.encode(), False)
 
     def _run(self, arrays: list[np.ndarray], blocks: np.ndarray) -> list[np.ndarray]:
         """Call the compiled function: aligned (batch, length) inputs and the table of blocks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from bertile.loading.errors import AGAIN, BundleError
 from bertile.loading.memory import aligned, empty
 
 
@@ -18,6 +19,16 @@ def fit(value, first: int, shape: tuple, room: tuple, dtype: str) -> np.ndarray:
         out.fill(0)
     out[: shape[0], : shape[1]] = value
     return out
+
+
+def check_outputs(arrays: list[np.ndarray], specs: list[dict], room: tuple[int, int]) -> None:
+    """Raise BundleError unless a pass of (batch, length) gave what the manifest says."""
+    sizes = {"batch": room[0], "length": room[1]}
+    for array, spec in zip(arrays, specs):
+        shape = tuple(sizes.get(axis, axis) for axis in spec["axes"])
+        if array.shape != shape or array.dtype != spec["dtype"]:
+            is_, should = (f"{array.dtype} {array.shape}", f"{spec['dtype']} {shape}")
+            raise BundleError(f"the output {spec['name']} is {is_}, not {should}", AGAIN)
 
 
 def cut(axes: list, pieces: list[np.ndarray], length: int, ends: np.ndarray) -> np.ndarray:

@@ -7,12 +7,13 @@ import os
 
 import numpy as np
 
-from bertile.loading.errors import BertileError, PlatformError
+from bertile.loading.errors import AGAIN, BertileError, BundleError, PlatformError
 from bertile.loading.memory import ALIGNMENT, address_of
 from bertile.loading.threads import set_thread_defaults
 
 _NONE, _INT, _BOOL, _RAW_STR, _OBJECT = 0, 1, 2, 8, 64  # TVMFFITypeIndex; objects are from 64 on
-_TENSOR, _HEADER = 70, 24  # bytes of TVMFFIObject, before the object's own fields
+_STRING, _TENSOR = 65, 70
+_HEADER = 24  # bytes of TVMFFIObject, before the object's own fields
 
 
 class _Bytes(ctypes.Structure):
@@ -127,8 +128,19 @@ class Runtime:
         self._check(status)
         return Object(_TENSOR, handle.value, self._release, (memory, sizes, managed))
 
+    def text(self, result) -> str:
+        """Return the text of a string of TVM that is too long to lie in the result itself."""
+        if not isinstance(result, Object) or result.kind != _STRING:
+            raise BertileError("a text was expected, and none came")
+        return _text(result)
+
     def arrays(self, result: Object, count: int) -> list[np.ndarray]:
-        """Copy the first `count` tensors of a TVM array into new numpy arrays."""
+        """Copy the tensors of a TVM array, which must be `count`, into new numpy arrays."""
+        size = self.call(self.function("ffi.ArraySize"), result)
+        if size != count:
+            raise BundleError(
+                f"the library gives {size} outputs, the manifest names {count}", AGAIN
+            )
         item = self.function("ffi.ArrayGetItem")
         return [_copy(self.call(item, result, index)) for index in range(count)]
 
@@ -151,8 +163,7 @@ class Runtime:
         message = "no reason given"
         if handle.value:
             error = Object(0, handle.value, self._release)
-            text = _Bytes.from_address(error.handle + _HEADER + ctypes.sizeof(_Bytes))
-            message = ctypes.string_at(text.data, text.size).decode(errors="replace").strip()
+            message = _text(error, skip=1).strip()
         raise BertileError(f"TVM reports: {' '.join(message.split())[:500]}")
 
 
@@ -170,6 +181,12 @@ def set_argument(slot: _Any, argument) -> None:
 def _prototype(function, *types):
     function.argtypes, function.restype = types, ctypes.c_int
     return function
+
+
+def _text(owner: Object, skip: int = 0) -> str:
+    """One of the texts with which an object begins."""
+    text = _Bytes.from_address(owner.handle + _HEADER + skip * ctypes.sizeof(_Bytes))
+    return ctypes.string_at(text.data, text.size).decode(errors="replace")
 
 
 def _copy(tensor: Object) -> np.ndarray:

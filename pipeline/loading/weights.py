@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bertile.loading.errors import AGAIN, BundleError
+from bertile.loading.manifest import MOST_AXES
 from bertile.loading.memory import ALIGNMENT
 
 _DTYPES = {  # safetensors' name → DLPack's type code, bits
@@ -27,6 +28,7 @@ class Place(NamedTuple):
     shape: list[int]
     code: int
     bits: int
+    dtype: str  # as safetensors has it
 
 
 def map_tensors(path: Path, names: list[str]) -> tuple[np.ndarray, list[Place]]:
@@ -47,12 +49,28 @@ def map_tensors(path: Path, names: list[str]) -> tuple[np.ndarray, list[Place]]:
 
 
 def _place(size: int, start: int, entry: dict) -> Place:
-    (code, bits), shape = _DTYPES[entry["dtype"]], [int(size) for size in entry["shape"]]
-    begin, end = (start + offset for offset in entry["data_offsets"])
-    if min(shape, default=0) < 0:
-        raise ValueError("a tensor has a negative size")
+    (code, bits), shape, offsets = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(shape) > MOST_AXES:
+        raise ValueError("a tensor has no shape or no place")
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, *offsets)):
+        raise ValueError("a tensor has a size or a place that is no size")
+    begin, end = (start + offset for offset in offsets)
     if not start <= begin <= end <= size or (end - begin) * 8 != math.prod(shape) * bits:
         raise ValueError("a tensor reaches beyond its bytes")
     if begin % ALIGNMENT:
         raise ValueError(f"a tensor does not start on a multiple of {ALIGNMENT} bytes")
-    return Place(begin, end, shape, code, bits)
+    return Place(begin, end, shape, code, bits, entry["dtype"])
+
+
+def described(names: list[str], places: list[Place]) -> list[tuple[str, str, list[int]]]:
+    """Return tensors as `interface` takes them."""
+    return [(name, place.dtype, place.shape) for name, place in zip(names, places)]
+
+
+def check_ids(manifest: dict, places: list[Place]) -> None:
+    """Raise BundleError for an input that takes ids of which no tensor has so many."""
+    most = max((size for place in places for size in place.shape), default=0)
+    for spec in manifest["inputs"]:
+        if spec["name"] != "attention_mask" and (spec["below"] or 0) > most:
+            what = f"{spec['name']} has {spec['below']} ids, and no weight has so many rows"
+            raise BundleError(f"the manifest is damaged: {what}", AGAIN)

@@ -1,8 +1,8 @@
 """Gives what any exporter adds to the scores before a softmax one of three canonical forms.
 
-    Where(And(GatherND(Cast(mask), …)), 0, -inf)  →  (1 - Cast(mask)[:, None, None, :]) * -10000
+    Where(And(GatherND(Cast(mask), …)), 0, -inf)  →  (1 - Cast(mask)[:, None, None, :]) * -1e29
     Where(mask == 0, -inf, scores)                →  scores + the same
-    Where(j <= i & mask, scores, -inf)            →  scores + the same + Cast(j - i > 0) * -10000
+    Where(j <= i & mask, scores, -inf)            →  scores + the same + Cast(j - i > 0) * -1e29
     any other that places alone decide            →  scores + a table of them, cut to the length
 
 A tensor is judged by its values over several random masks and lengths, not by how it is written.
@@ -22,7 +22,9 @@ from bertile.onnx.probing import Probes, evaluated
 from bertile.onnx.shapes import Axes
 from bertile.schedules.attention_spec import Reach
 
-MASKED = -10000.0  # what closes a key: exp() of it is 0 in float32, and float16 can hold it
+# What closes a key, however large the scores are: they are nothing beside it in float32. It is more
+# than what kernels add where a sequence has ended (LOWEST), and several of it stay finite.
+MASKED = -1e29
 CLOSED = -1e3  # what any other mask must reach where it closes a key
 SCALED = -500.0  # what ours must still be where the sum of scores and mask is scaled
 # What differs by query is looked at in these lengths too: a window shows only in longer sequences.
@@ -52,7 +54,7 @@ def places_mask(graph: OnnxGraph, reach: Reach) -> str:
     """Add the canonical mask (batch, 1, length, length) of queries that see keys in their reach.
 
         places = CumSum(Cast(Equal(input_ids, input_ids)))                        1, 2, 3, …
-        Cast(Or(Less(key - query, -before), Greater(key - query, behind))) * -10000
+        Cast(Or(Less(key - query, -before), Greater(key - query, behind))) * -1e29
 
     or one of the comparisons alone. ``passes.fuse_attention`` reads the reach from it.
     """

@@ -271,11 +271,24 @@ def test_run_refuses_a_damaged_file(damaged, refused, name, damage, message):
             "this CPU lacks amx_fp64, which the bundle needs",
         ),
         (lambda m: m.update(entry="absent"), 1, "lib.so: it has no function 'absent'"),
+        (
+            lambda m: m["inputs"][0].update(below=999),
+            1,
+            "lib.so: it was compiled for 'input input_ids int64 1000 none', the manifest or the",
+        ),
     ],
 )
 def test_run_refuses_a_manifest_that_does_not_fit(damaged, refused, change, code, message):
     change_manifest(damaged, change)
     refused(code, message, "run", str(damaged), "good")
+
+
+def test_run_refuses_a_manifest_that_was_changed(damaged, refused):
+    path = damaged / "manifest.json"
+    path.write_text(path.read_text().replace('"lanes": 16', '"lanes": 8'))
+    what = "manifest.json has changed since it was compiled; copy or compile the bundle again"
+    refused(1, what, "run", str(damaged), "good")
+    refused(1, what, "inspect", str(damaged))
 
 
 def test_run_refuses_a_manifest_that_is_no_json(damaged, refused):

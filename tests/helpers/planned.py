@@ -20,7 +20,8 @@ BF16, VNNI, PLAIN = (
 
 def compiled(graph, row, directory, exported):
     """A graph, built of the smallest kernels, as a function of (batch, length) that gives the
-    outputs and the model's inputs; what was built is its attribute `built`.
+    outputs and the model's inputs, to which `change` may have done something; what was built is
+    its attribute `built`.
     """
     if lacks := set(row.features) - loader.cpu_features():
         pytest.skip(f"this CPU lacks {' '.join(sorted(lacks))}")
@@ -31,8 +32,9 @@ def compiled(graph, row, directory, exported):
     built = builder.build(graph, chooser, row, directory / "lib.so")
     vm = relax.VirtualMachine(tvm.runtime.load_module(str(built.library)), tvm.cpu())
 
-    def call(batch, length):
+    def call(batch, length, change=lambda arrays: None):
         arrays = sample(exported.inputs, batch, length, 0, seed=3)
+        change(arrays)
         mask = arrays.get("attention_mask", np.ones((batch, length), "int64"))
         blocks = loader.token_blocks(mask, BLOCK_TOKENS).astype("int32")
         arguments = [*arrays.values(), blocks, *built.params.values()]

@@ -11,6 +11,7 @@ import numpy as np
 
 from bertile import loader
 from bertile.base.cache import Cache
+from bertile.bundle import writer
 
 PARAMS = {
     "words": np.random.default_rng(0).standard_normal((50, 8), dtype=np.float32),
@@ -39,8 +40,11 @@ MANIFEST = {
 }
 
 
-def build_library(path):
-    """Compile (words[ids] + types[token types]) * scale, its masked sum, and the sum of blocks."""
+def build_library(path, interface=None):
+    """Compile (words[ids] + types[token types]) * scale, its masked sum, and the sum of blocks.
+
+    `interface` is what the library says of itself; without, it is as that of an older Bertile.
+    """
     import tvm
     from tvm import relax
     from tvm.script import tirx as T
@@ -77,6 +81,9 @@ def build_library(path):
             seen = builder.emit(op.broadcast_to(summed, (b, 4)))
             result = builder.emit_output(relax.Tuple([hidden, pooled, seen]))
         builder.emit_func_output(result)
+    if interface is not None:
+        with builder.function("interface", []):
+            builder.emit_func_output(tvm.ir.StringImm(interface))
     target = tvm.target.Target({"kind": "llvm", "num-cores": 2})
     pipeline = relax.get_default_pipeline(target)
     relax.build(builder.get(), target=target, relax_pipeline=pipeline).export_library(str(path))
@@ -111,10 +118,10 @@ def python(code, *, check=True, env=None, **options):
 
 
 def change_manifest(directory, change):
-    path = directory / "manifest.json"
-    manifest = json.loads(path.read_text())
+    """Change the manifest, and give it the hash of what it says then."""
+    manifest = json.loads((directory / "manifest.json").read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    writer.write_manifest(directory, manifest)
 
 
 def expected(ids, mask=None, types=None):

@@ -10,9 +10,11 @@ import tvm
 from tvm import relax
 
 from bertile.backends.cpu.lowering import lower
+from bertile.bundle.manifest import interface_of
 from bertile.codegen import llvm
 from bertile.graph.graph import Graph
 from bertile.loader import LIBRARY
+from bertile.loading.interface import INTERFACE
 from bertile.lower.built import Built, kernel_entry
 from bertile.lower.fusion import fusion
 from bertile.lower.lowering import Lowered
@@ -30,7 +32,8 @@ def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
     lowered = lower(graph, row, chooser.knobs)
     target = tvm_target(row)
     mod = fuse_and_schedule(lowered.mod, target)
-    executable = compile_module(mod, target)
+    text = interface_of(graph, lowered.params)
+    executable = compile_module(with_interface(mod, text), target)
     library.parent.mkdir(parents=True, exist_ok=True)
     executable.export_library(
         str(library), fcompile=lambda out, objects, options=None: llvm.link(row, out, objects)
@@ -49,6 +52,14 @@ def fuse_and_schedule(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRMod
     passes = [relax.backend.DispatchSortScan(), *fusion()]
     with target:
         return schedule_generic(tvm.transform.Sequential(passes)(mod))
+
+
+def with_interface(mod: tvm.IRModule, text: str) -> tvm.IRModule:
+    """The module with a function that returns the text, which loaders compare with the manifest."""
+    builder = relax.BlockBuilder(mod)
+    with builder.function(INTERFACE, []):
+        builder.emit_func_output(tvm.ir.StringImm(text))
+    return builder.get()
 
 
 def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:

@@ -10,10 +10,12 @@ from typing import Any
 from bertile.backends.cuda import plan
 from bertile.backends.cuda.lowering import lower
 from bertile.base.errors import BertileError
+from bertile.bundle.manifest import interface_of
 from bertile.codegen.cuda import compiler, cubin
 from bertile.codegen.cuda.cubin import Resources
 from bertile.cuda_loader import CUBIN, PLAN, PTX
 from bertile.graph.graph import Graph
+from bertile.loading.interface import INTERFACE
 from bertile.lower.built import Built, kernel_entry
 from bertile.run.cuda.emulated_model import SOURCE
 from bertile.targets.rows import Target
@@ -30,7 +32,8 @@ def build(
     resources = cubin.read(program.cubin)
     _check(written.content["steps"], resources, row)
     directory.mkdir(parents=True, exist_ok=True)
-    contents = {PLAN: json.dumps(written.content, indent=1).encode() + b"\n"}
+    content = {**written.content, INTERFACE: interface_of(graph, written.params)}
+    contents = {PLAN: json.dumps(content, indent=1).encode() + b"\n"}
     contents |= {CUBIN: program.cubin, PTX: program.ptx, SOURCE: written.source.encode()}
     for name, content in contents.items():
         (directory / name).write_bytes(content)

@@ -24,6 +24,11 @@ bertile_status bt_fail(bertile_status code, const char *format, ...) {
 
 bertile_status bt_no_memory(void) { return bt_fail(BERTILE_FAILED, "out of memory"); }
 
+int bt_times(size_t *product, int64_t size) {
+    return size >= 0 && !__builtin_mul_overflow(*product, (size_t)size, product) &&
+           *product <= PTRDIFF_MAX;
+}
+
 void *bt_aligned(size_t size) {
     void *memory = NULL;
     return posix_memalign(&memory, BT_ALIGNMENT, size ? size : 1) ? NULL : memory;

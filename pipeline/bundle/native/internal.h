@@ -18,7 +18,10 @@ enum {
     BT_ALIGNMENT = 64,  /* bytes; kernels load whole cache lines, so every tensor starts on one */
     BT_PASS_BLOCKS = 8, /* of a pass through the model, for each thread: see loader.py */
     BT_MESSAGE = 1024,  /* bytes of an error message */
-    BT_RANK = 8         /* most dimensions of a tensor */
+    BT_RANK = 8,        /* most dimensions of a tensor */
+    BT_BLOCK_TOKENS = 16,     /* for which kernels are made */
+    BT_MOST_PARAMS = 1 << 14, /* tensors of a bundle */
+    BT_MOST_TOKENS = 1 << 22  /* of a static shape; its activations would take gigabytes */
 };
 
 /* -- error.c: messages, and memory that reports its own end */
@@ -29,6 +32,8 @@ __attribute__((format(printf, 2, 3))) bertile_status bt_fail(bertile_status code
 bertile_status bt_no_memory(void);
 /* `size` bytes on a multiple of BT_ALIGNMENT, or NULL. */
 void *bt_aligned(size_t size);
+/* Multiply *product by a size that is not negative; 0 where that is more than memory can have. */
+int bt_times(size_t *product, int64_t size);
 
 /* -- sha256.c */
 
@@ -55,14 +60,17 @@ typedef enum bt_axis { BT_AXIS_FIXED, BT_AXIS_BATCH, BT_AXIS_LENGTH, BT_AXIS_KIN
 typedef struct bt_input {
     const char *name;
     int bits;      /* of the signed integers that the model takes: 32 or 64 */
+    int64_t below; /* 0: no limit but the dtype's */
     int64_t limit; /* the largest value */
     int fill;      /* what a missing array is filled with, or BT_FILL_NONE */
 } bt_input;
 
 typedef struct bt_output {
-    const char *name;
+    const char *name, *type; /* the dtype as the manifest has it */
+    bertile_dtype dtype;
     int rank;
     bt_axis axes[BT_RANK];
+    int64_t sizes[BT_RANK]; /* of fixed axes */
 } bt_output;
 
 typedef struct bt_manifest {
@@ -119,7 +127,7 @@ typedef struct bt_managed { /* DLManagedTensor; must live as long as the tensor 
 
 /* The functions of the runtime that the loader calls, by index into bt_functions. */
 enum {
-    BT_ARRAY, BT_ARRAY_GET, BT_MODULE_LOAD, BT_MODULE_FUNCTION, BT_CONFIG_POOL, BT_CLEAR_MEMORY,
+    BT_ARRAY, BT_ARRAY_GET, BT_ARRAY_SIZE, BT_MODULE_LOAD, BT_MODULE_FUNCTION, BT_CONFIG_POOL, BT_CLEAR_MEMORY,
     BT_FUNCTION_COUNT
 };
 extern void *bt_functions[BT_FUNCTION_COUNT];
@@ -133,6 +141,8 @@ bertile_status bt_tensor(bt_managed *managed, void *data, int32_t rank, int64_t 
                          int bits, bt_any *tensor);
 /* The fields of a tensor that TVM returned. */
 const bt_dltensor *bt_fields(const bt_any *tensor);
+/* The text of a string that TVM returned, or NULL for anything else; it lives as long as that. */
+const char *bt_string(const bt_any *string);
 bt_any bt_integer(int64_t value);
 bt_any bt_text(const char *text);
 
@@ -147,7 +157,17 @@ typedef struct bt_params {
 } bt_params;
 
 bertile_status bt_read_params(const char *path, const json *names, bt_params *params);
+/* What safetensors calls the dtype of such a tensor. */
+const char *bt_dtype_name(const bt_dltensor *tensor);
 void bt_free_params(bt_params *params);
+
+/* -- interface.c: what the library says of itself */
+
+/* Check that the text of the library is that of the manifest and the weights. */
+bertile_status bt_check_interface(const char *said, const bt_manifest *manifest,
+                                  const bt_params *params);
+/* Check that some weight has as many rows as an input takes ids. */
+bertile_status bt_check_ids(const bt_manifest *manifest, const bt_params *params);
 
 /* -- worker.c: the thread that a model runs in */
 
@@ -198,10 +218,10 @@ struct bertile_result {
 };
 
 bertile_result *bt_make_result(const bt_manifest *manifest);
-/* Copy one tensor of a chunk of rows to its place in the result. */
+/* Copy one tensor of a chunk of rows, computed as (step, width), to its place in the result. */
 bertile_status bt_place(bertile_result *result, const bt_output *spec, size_t index,
                         const bt_dltensor *piece, const bt_request *request, int64_t first,
-                        int64_t rows);
+                        int64_t rows, int64_t step, int64_t width);
 /* Set what lies behind the last token of each sequence to zero. */
 void bt_clear_tails(bertile_result *result, const bt_manifest *manifest, const bt_request *request);
 size_t bt_item_size(bertile_dtype dtype);

@@ -25,6 +25,30 @@ static bertile_status get_function(const bt_any *module, const char *name, bt_an
     return bt_call(bt_functions[BT_MODULE_FUNCTION], arguments, 3, function);
 }
 
+/* Check that the library takes as many arrays as the manifest names, and is as it says. */
+static bertile_status check_machine(const bertile_model *model) {
+    const bt_manifest *manifest = &model->manifest;
+    bt_any find = {0}, takes = {0}, ask = {0}, text = {0}, name = bt_text(manifest->entry);
+    int64_t given = (int64_t)(manifest->input_count + 1 + manifest->param_count);
+    bertile_status status = get_function(&model->machine, "get_function_arity", &find);
+    if (!status) status = bt_call(find.value.pointer, &name, 1, &takes);
+    if (!status && takes.value.integer != given)
+        status = bt_fail(BERTILE_FAILED,
+                         "'%s' takes %lld arrays, the manifest names %lld; compile the bundle again",
+                         manifest->entry, (long long)takes.value.integer, (long long)given);
+    if (!status) status = get_function(&model->machine, "interface", &ask);
+    if (!status && ask.kind != BT_NONE) { /* a library of an older Bertile has none */
+        status = bt_call(ask.value.pointer, NULL, 0, &text);
+        if (!status && !bt_string(&text))
+            status = bt_fail(BERTILE_FAILED, "a text was expected, and none came");
+        if (!status) status = bt_check_interface(bt_string(&text), manifest, &model->params);
+    }
+    bt_release(&text);
+    bt_release(&ask);
+    bt_release(&find);
+    return status;
+}
+
 static bertile_status start_machine(bertile_model *model, const char *path) {
     bt_any name = bt_text(path), start = {0}, prepare = {0}, none = {0};
     bt_any device[] = {bt_integer(1), bt_integer(0), bt_integer(2)}; /* CPU, first, pooled */
@@ -38,6 +62,7 @@ static bertile_status start_machine(bertile_model *model, const char *path) {
     if (!status) status = get_function(&model->machine, model->manifest.entry, &model->entry);
     if (!status && model->entry.kind == BT_NONE)
         status = bt_fail(BERTILE_FAILED, "it has no function '%s'", model->manifest.entry);
+    if (!status) status = check_machine(model);
     bt_release(&none);
     bt_release(&prepare);
     bt_release(&start);
@@ -55,6 +80,7 @@ static bertile_status open_parts(const char *root, const bertile_options *option
     if (!status) status = bt_open_runtime(root, manifest->files, options->runtime);
     snprintf(path, sizeof path, "%s/params.safetensors", root);
     if (!status) status = bt_read_params(path, manifest->params, &model->params);
+    if (!status) status = bt_check_ids(manifest, &model->params);
     snprintf(path, sizeof path, "%s/lib.so", root);
     if (!status) status = start_machine(model, path);
     if (status) return status;
@@ -166,13 +192,19 @@ static bertile_status limit_pool(const chunk *part) {
 
 static bertile_status place_outputs(const chunk *part, const bt_any *returned) {
     const bt_manifest *manifest = &part->model->manifest;
-    bertile_status status = BERTILE_OK;
+    bt_any count;
+    bertile_status status = bt_call(bt_functions[BT_ARRAY_SIZE], returned, 1, &count);
+    if (!status && count.value.integer != (int64_t)manifest->output_count)
+        status = bt_fail(BERTILE_FAILED,
+                         "the library gives %lld outputs, the manifest names %zu; compile the "
+                         "bundle again",
+                         (long long)count.value.integer, manifest->output_count);
     for (size_t i = 0; i < manifest->output_count && !status; i++) {
         bt_any arguments[] = {*returned, bt_integer((int64_t)i)}, tensor;
         status = bt_call(bt_functions[BT_ARRAY_GET], arguments, 2, &tensor);
         if (status) break;
         status = bt_place(part->result, &manifest->outputs[i], i, bt_fields(&tensor),
-                          part->request, part->first, part->rows);
+                          part->request, part->first, part->rows, part->step, part->width);
         bt_release(&tensor);
     }
     return status;
@@ -229,7 +261,10 @@ static bertile_status run_request(bertile_model *model, const bt_request *reques
         chunk part = {.model = model, .request = request, .result = result, .first = first,
                       .rows = rows, .width = width,
                       .step = manifest->static_batch ? manifest->static_batch : rows};
-        status = fill_chunk(&part);
+        if (part.step > INT32_MAX / width)
+            status = bt_fail(BERTILE_INPUT, "%lld rows of %lld tokens are too many; give fewer rows",
+                             (long long)part.step, (long long)width);
+        if (!status) status = fill_chunk(&part);
         if (!status) status = bt_work_on(&model->worker, run_chunk, &part);
         free(part.memory);
     }

@@ -39,17 +39,28 @@ bertile_result *bt_make_result(const bt_manifest *manifest) {
     return result;
 }
 
+/* Whether a piece is as the manifest says of one that was computed as (step, width). */
+static int is_as_said(const bt_output *spec, const bt_dltensor *piece, int64_t step,
+                      int64_t width) {
+    if (dtype_of(piece) != spec->dtype || piece->rank != spec->rank) return 0;
+    for (int axis = 0; axis < spec->rank; axis++) {
+        int64_t size = spec->axes[axis] == BT_AXIS_BATCH    ? step
+                       : spec->axes[axis] == BT_AXIS_LENGTH ? width
+                                                            : spec->sizes[axis];
+        if (piece->shape[axis] != size) return 0;
+    }
+    return 1;
+}
+
 /* Give an output its memory once its first piece has shown its dtype and its fixed axes. */
 static bertile_status allocate(bertile_tensor *tensor, int64_t *shape, const bt_output *spec,
                                const bt_dltensor *piece, const bt_request *request) {
     size_t size = bt_item_size(tensor->dtype = dtype_of(piece));
-    if (!size || piece->rank != spec->rank)
-        return bt_fail(BERTILE_FAILED, "the output %s is not what the manifest says", spec->name);
     for (int axis = 0; axis < spec->rank; axis++) {
         shape[axis] = spec->axes[axis] == BT_AXIS_BATCH    ? request->batch
                       : spec->axes[axis] == BT_AXIS_LENGTH ? request->length
                                                            : piece->shape[axis];
-        size *= (size_t)shape[axis];
+        if (!bt_times(&size, shape[axis])) return bt_no_memory();
     }
     tensor->rank = spec->rank;
     tensor->shape = shape;
@@ -78,10 +89,14 @@ static void copy(char *to, const int64_t *to_shape, const char *from, const int6
 
 bertile_status bt_place(bertile_result *result, const bt_output *spec, size_t index,
                         const bt_dltensor *piece, const bt_request *request, int64_t first,
-                        int64_t rows) {
+                        int64_t rows, int64_t step, int64_t width) {
     bertile_tensor *tensor = &result->tensors[index];
     int64_t *shape = result->shapes[index], sizes[BT_RANK];
     size_t skip = 0, item;
+    if (!is_as_said(spec, piece, step, width))
+        return bt_fail(BERTILE_FAILED,
+                       "the output %s is not what the manifest says; compile the bundle again",
+                       spec->name);
     if (!tensor->data) {
         bertile_status status = allocate(tensor, shape, spec, piece, request);
         if (status) return status;
@@ -91,9 +106,6 @@ bertile_status bt_place(bertile_result *result, const bt_output *spec, size_t in
     for (int axis = 0; axis < spec->rank; axis++) {
         int batch = spec->axes[axis] == BT_AXIS_BATCH;
         sizes[axis] = batch ? rows : shape[axis];
-        if (piece->rank != spec->rank || piece->shape[axis] < sizes[axis])
-            return bt_fail(BERTILE_FAILED, "the output %s is smaller than the manifest says",
-                           spec->name);
         batched |= batch;
         skip = skip * (size_t)shape[axis] + (batch ? (size_t)first : 0);
     }
@@ -114,8 +126,10 @@ static void clear_entries(char **at, const bertile_tensor *tensor, const bt_outp
     }
     int64_t inner[BT_AXIS_KINDS];
     memcpy(inner, place, sizeof inner);
+    int again = 0; /* rows and tokens are those of the first axis of their kind */
+    for (int other = 0; other < axis; other++) again |= spec->axes[other] == spec->axes[axis];
     for (int64_t i = 0; i < tensor->shape[axis]; i++) {
-        inner[spec->axes[axis]] = i;
+        if (!again) inner[spec->axes[axis]] = i;
         clear_entries(at, tensor, spec, axis + 1, inner, request);
     }
 }

@@ -14,6 +14,13 @@ static const struct {
     {"U64", 1, 64}, {"U32", 1, 32}, {"U16", 1, 16}, {"U8", 1, 8},
 };
 
+const char *bt_dtype_name(const bt_dltensor *tensor) {
+    size_t kind = 0, last = sizeof dtypes / sizeof *dtypes - 1;
+    while (kind < last && (dtypes[kind].code != tensor->code || dtypes[kind].bits != tensor->bits))
+        kind++;
+    return dtypes[kind].name;
+}
+
 static const char *read_shape(const json *entry, int64_t *shape, int64_t *count) {
     const json *sizes = json_get_kind(entry, "shape", JSON_ARRAY);
     if (!sizes || sizes->count > BT_RANK) return "a tensor has no shape";
@@ -42,7 +49,7 @@ static const char *read_tensor(const json *entry, size_t start, size_t index, bt
         offsets->first->next->kind != JSON_INTEGER)
         return "a tensor has no data_offsets";
     int64_t begin = offsets->first->integer, end = offsets->first->next->integer;
-    if (begin < 0 || begin > end || end > room || (end - begin) * 8 != count * dtypes[kind].bits)
+    if (begin < 0 || begin > end || end > room || (end - begin) != count * (dtypes[kind].bits / 8))
         return "a tensor reaches beyond its bytes";
     if ((start + (size_t)begin) % BT_ALIGNMENT) return "a tensor does not start on 64 bytes";
     void *data = (void *)(params->mapping.data + start + begin);

@@ -18,6 +18,7 @@ static const char *const libraries[] = {"libtvm_ffi.so", "libtvm_runtime.so"};
 static const char *const names[NAMES] = {
     [BT_ARRAY] = "ffi.Array",
     [BT_ARRAY_GET] = "ffi.ArrayGetItem",
+    [BT_ARRAY_SIZE] = "ffi.ArraySize",
     [BT_MODULE_LOAD] = "ffi.ModuleLoadFromFile",
     [BT_MODULE_FUNCTION] = "ffi.ModuleGetFunction",
     [BT_CONFIG_POOL] = "runtime.config_threadpool",
@@ -80,6 +81,11 @@ bertile_status bt_tensor(bt_managed *managed, void *data, int32_t rank, int64_t 
 
 const bt_dltensor *bt_fields(const bt_any *tensor) {
     return (const bt_dltensor *)((const char *)tensor->value.pointer + HEADER);
+}
+
+const char *bt_string(const bt_any *string) {
+    if (string->kind != 65) return NULL; /* kTVMFFIStr: a bytes, with a zero behind it */
+    return ((const bytes *)((const char *)string->value.pointer + HEADER))->data;
 }
 
 bt_any bt_integer(int64_t value) { return (bt_any){.kind = BT_INT, .value.integer = value}; }

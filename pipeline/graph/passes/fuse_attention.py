@@ -10,7 +10,7 @@ The scale may stand on q, on k, on both or on the scores, as a factor or a divis
 the scores is the mask where it is the same for all heads and queries, which keys a query sees where
 it is the canonical comparison of places (``onnx_masks.places_mask``), and a bias otherwise:
 
-    (key - query < -before or key - query > behind) * -10000  →  {keys, window} of that reach
+    (key - query < -before or key - query > behind) * -1e29  →  {keys, window} of that reach
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ import numpy as np
 
 from bertile.loading.cuda.driver import INT, POINTER
 from bertile.loading.cuda.gpu import NO_TIMING, OWN_STREAM, DriverError, Gpu, host_memory
-from bertile.loading.cuda.plan import Plan
+from bertile.loading.cuda.plan import PLAN, Plan
 from bertile.loading.errors import AGAIN, BundleError, PlatformError
+from bertile.loading.interface import check_interface, interface
 from bertile.loading.manifest import WEIGHTS
-from bertile.loading.weights import map_tensors
+from bertile.loading.weights import check_ids, described, map_tensors
 
 CUBIN, PTX = "kernels.cubin", "kernels.ptx"
 _UNUSABLE_CODE = {200, 209, 218, 221, 222, 223, 300}  # images of code that this driver cannot take
@@ -30,6 +31,11 @@ class Code:
         self.functions: dict[str, int] = {}
         try:
             data, places = map_tensors(files[WEIGHTS], plan.weights)
+            if plan.weights != manifest["params"]:
+                raise BundleError("the plan's weights are not those of the manifest", AGAIN)
+            check_ids(manifest, places)
+            weights = described(plan.weights, places)
+            check_interface(plan.interface, interface(manifest, weights), files[PLAN])
             self._base = gpu.allocate(len(data), "the weights")
             _bring_up(gpu, files[WEIGHTS], self._base, len(data))
             self.weights = [self._base + place.begin for place in places]

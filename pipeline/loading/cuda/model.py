@@ -12,20 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
+from bertile.loading.blocks import BLOCK_TOKENS
 from bertile.loading.cuda.borrowed import borrow_all, on_device
 from bertile.loading.cuda.code import Code
 from bertile.loading.cuda.device_array import Results, stream_handle
 from bertile.loading.cuda.driver import open_driver
 from bertile.loading.cuda.gpu import Gpu, OutOfMemory
 from bertile.loading.cuda.graph import Graph
-from bertile.loading.cuda.plan import BLOCK_TOKENS, PLAN, Plan, read_plan
+from bertile.loading.cuda.plan import PLAN, Plan, read_plan
 from bertile.loading.cuda.request import PASS_BLOCKS, Request
 from bertile.loading.cuda.workspace import Workspace
 from bertile.loading.errors import BertileError, InputError, PlatformError
 from bertile.loading.files import check_files
 from bertile.loading.inputs import check_length
 from bertile.loading.manifest import CUDA, WEIGHTS, read_manifest
-from bertile.loading.padding import cut
+from bertile.loading.padding import check_outputs, cut
 
 STREAMS = 4  # requests at once; more wait for their turn
 
@@ -184,7 +185,9 @@ class Model:
             request.fill(graph.up, first, count, table)
             at.launch(graph, at.stream if stream is None else stream)
             at.wait()
-            return [np.array(view) for view in graph.down]
+            outputs = [np.array(view) for view in graph.down]
+        check_outputs(outputs, self.manifest["outputs"], room)
+        return outputs
 
     def _call_on_device(self, inputs: dict, stream: int) -> dict:
         specs, static = self.manifest["inputs"], self.manifest["static"]

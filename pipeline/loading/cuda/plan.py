@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from bertile.loading.blocks import BLOCK_TOKENS
 from bertile.loading.cuda.extents import Extent, check_extent, compiled
 from bertile.loading.cuda.layout import Contents, Layout, Step
 from bertile.loading.errors import AGAIN, BundleError
+from bertile.loading.interface import INTERFACE
 
 PLAN = "plan.json"
 SCHEMA = 1  # the newest schema of plan.json that this loader reads
-BLOCK_TOKENS = 16  # as in bertile.schedules, for which kernels are made
 GRAPHS = 128  # that each workspace keeps, one for each shape of a request
 _SYMBOLS = ("batch", "length", "blocks")
 _WRONG = (KeyError, TypeError, ValueError, IndexError, AttributeError, struct.error)
@@ -51,18 +52,37 @@ class Plan:
         self.entries: dict[str, int] = {}  # entry: the most shared memory of its launches
         for step in self.steps:
             self.entries[step.entry] = max(step.shared, self.entries.get(step.entry, 0))
-        names = [spec["name"] for spec in plan["inputs"]][:-1]
-        if names != [spec["name"] for spec in manifest["inputs"]]:
-            raise ValueError(f"its inputs are not those of the manifest: {', '.join(names)}")
-        names = [spec["name"] for spec in plan["outputs"]]
-        if names != [spec["name"] for spec in manifest["outputs"]]:
-            raise ValueError(f"its outputs are not those of the manifest: {', '.join(names)}")
+        self.interface: str | None = plan.get(INTERFACE)
+        if not isinstance(self.interface, (str, type(None))):
+            raise TypeError("its interface is no text")
+        self._compare(plan, manifest)
         results = [buffer for _, _, buffer in self._contents.outputs]
         known = range(len(self._contents.buffers))
         if len(set(results)) < len(results) or not set(results) <= set(known):
             raise ValueError("two outputs share a buffer, or have none")
-        if not self.steps or manifest["lanes"] != BLOCK_TOKENS:
-            raise ValueError(f"it has no steps, or the manifest's 'lanes' is not {BLOCK_TOKENS}")
+        if not self.steps:
+            raise ValueError("it has no steps")
+
+    def _compare(self, plan: dict, manifest: dict) -> None:
+        """What the plan says twice, the manifest must say too."""
+        static = manifest["static"]
+        inputs = [(spec, ["batch", "length"]) for spec in manifest["inputs"]]
+        outputs = [(spec, spec["axes"]) for spec in manifest["outputs"]]
+        for key, ours, theirs in (
+            ("inputs", plan["inputs"][:-1], inputs),
+            ("outputs", plan["outputs"], outputs),
+        ):
+            names = ", ".join(spec["name"] for spec in ours)
+            if names != ", ".join(spec["name"] for spec, _ in theirs):
+                raise ValueError(f"its {key} are not those of the manifest: {names}")
+            for spec, (other, axes) in zip(ours, theirs):
+                shape = spec["shape"]
+                same = len(shape) == len(axes) and all(
+                    size == static.get(axis, axis) if type(size) is int else isinstance(axis, str)
+                    for size, axis in zip(shape, axes)
+                )
+                if spec["dtype"] != other["dtype"] or not same:
+                    raise ValueError(f"{spec['name']} is not as the manifest says")
 
     def _extent(self, extent: Extent) -> int:
         check_extent(extent, _SYMBOLS)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bertile.loading.blocks import blocks_of, passes, sequence_ends
-from bertile.loading.cuda.plan import BLOCK_TOKENS
+from bertile.loading.blocks import BLOCK_TOKENS, blocks_of, passes, sequence_ends
 from bertile.loading.errors import InputError
 from bertile.loading.inputs import FILL, check_inputs
 

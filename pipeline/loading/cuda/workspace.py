@@ -7,12 +7,12 @@ from collections import OrderedDict
 
 import numpy as np
 
-from bertile.loading.blocks import blocks_of
+from bertile.loading.blocks import BLOCK_TOKENS, blocks_of
 from bertile.loading.cuda.code import Code
 from bertile.loading.cuda.gpu import NO_TIMING, OWN_STREAM, Gpu, host_memory
 from bertile.loading.cuda.graph import Graph, view
 from bertile.loading.cuda.layout import Layout
-from bertile.loading.cuda.plan import BLOCK_TOKENS, GRAPHS, Plan
+from bertile.loading.cuda.plan import GRAPHS, Plan
 from bertile.loading.inputs import FILL
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import lazy_driver
+from helpers import changed_bundles, lazy_driver
 from helpers.fake_driver import build_driver
 
 from bertile import cuda_loader, loader
@@ -25,6 +25,7 @@ from bertile.bundle import writer as bundle
 from bertile.loading.cuda import device_array, workspace
 from bertile.loading.cuda import model as gpu_model
 from bertile.loading.cuda import request as gpu_request
+from bertile.loading.interface import interface
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -901,6 +902,51 @@ def changed(change):
     return plan
 
 
+def seen_by(plan, manifest=MANIFEST):
+    """The plan with what a compile for the manifest writes into it."""
+    weights = [(name, "F32", array.shape) for name, array in PARAMS.items()]
+    return {**plan, "interface": interface(manifest, weights)}
+
+
+def test_every_changed_number_of_a_manifest_is_seen(driver, tmp_path):
+    """By its hash; and where that was written anew, by the plan, which says the same."""
+    directory = write(tmp_path / "whole", seen_by(PLAN))
+    loader.load(directory).close()
+    manifest = json.loads((directory / "manifest.json").read_text())
+    for place in changed_bundles.numbers(manifest):
+        number = changed_bundles.at(manifest, place)
+        for new in {0, -1, number - 1, number + 1, 1 << 31, 1 << 61, 1 << 64}:
+            other = changed_bundles.changed(manifest, place, new)
+            for sealed in (False, True):
+                changed_bundles.write_manifest(directory, other, sealed)
+                with pytest.raises(BundleError) as caught:
+                    loader.load(directory)
+                said = "has changed since it was compiled"
+                assert sealed or said in str(caught.value) or place == ("schema",)
+                del caught  # its frames hold the device
+    gc.collect()
+    assert driver.held() == {} and driver.retained == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["inputs"][0].update(below=49),
+        lambda m: m["inputs"][0].update(below=None),
+        lambda m: m["inputs"][1].update(default="zeros"),
+        lambda m: m["static"].update(padded=True),
+        lambda m: m["model"].update(max_length=None),
+    ],
+)
+def test_what_else_a_manifest_says_is_compared_with_the_plan(driver, tmp_path, change):
+    directory = write(tmp_path / "whole", seen_by(PLAN))
+    manifest = json.loads((directory / "manifest.json").read_text())
+    change(manifest)
+    changed_bundles.write_manifest(directory, manifest)
+    with pytest.raises(BundleError, match=r"cannot load .*plan\.json: it was compiled for '"):
+        loader.load(directory)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -908,6 +954,10 @@ def changed(change):
         (lambda p: p.pop("steps"), "is damaged: 'steps' is missing"),
         (lambda p: p.update(steps=[]), "is damaged: it has no steps"),
         (lambda p: p["inputs"][0].update(name="ids"), "inputs are not those of the manifest: ids"),
+        (lambda p: p["inputs"][0].update(dtype="int32"), "input_ids is not as the manifest says"),
+        (lambda p: p["outputs"][1].update(shape=["batch", 9]), "pooled is not as the manifest"),
+        (lambda p: p["weights"].reverse(), "the plan's weights are not those of the manifest"),
+        (lambda p: p.update(interface=1), "its interface is no text"),
         (lambda p: p["outputs"].pop(), "its outputs are not those of the manifest: hidden"),
         (lambda p: p["outputs"][0].update(buffer=4), "two outputs share a buffer, or have none"),
         (lambda p: p["outputs"][0].update(buffer=40), "two outputs share a buffer, or have none"),
