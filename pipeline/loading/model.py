@@ -92,10 +92,10 @@ class Model:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _check_arity(self, entry: str, given: int) -> None:
+    def _check_arity(self, entry: str, count: int) -> None:
         takes = self._runtime.call(self._find("get_function_arity"), entry.encode())
-        if takes != given:
-            what = f"'{entry}' takes {takes} arrays, the manifest names {given}"
+        if takes != count:
+            what = f"'{entry}' takes {takes} arrays, the manifest names {count}"
             raise BertileError(what, AGAIN)
 
     def _ask(self, name: str) -> str | None:

@@ -225,15 +225,15 @@ def test_c_loader_answers_changed_bundles_for_a_minute(directory, older, tmp_pat
     ends, seed = time.monotonic() + FUZZ_SECONDS, int(time.time()) * 1000
     while time.monotonic() < ends:
         seeds = range(seed, seed := seed + 100)
-        paths = [changed_bundles.by_seed(directory, tmp_path / str(one), one) for one in seeds]
+        paths = [changed_bundles.by_seed(directory, tmp_path / str(new), new) for new in seeds]
         for path, answer in zip(paths, in_c(program, paths), strict=True):
             assert is_right(answer), (path.name, answer)
         for path in paths:
             shutil.rmtree(path)
         # nothing tells what an older library was compiled for, so that any answer will do
-        paths = [changed_bundles.by_seed(older, tmp_path / str(one), one) for one in seeds]
+        paths = [changed_bundles.by_seed(older, tmp_path / str(new), new) for new in seeds]
         assert len(in_c(program, paths)) == len(paths)
-        paths = [changed_bundles.arrays_by_seed(tmp_path / f"{one}.npz", one) for one in seeds]
+        paths = [changed_bundles.arrays_by_seed(tmp_path / f"{new}.npz", new) for new in seeds]
         for path, answer in zip(paths, in_c(program, paths, "arrays"), strict=True):
             assert answer[0] in (0, 1, 2), (path.name, answer)
 

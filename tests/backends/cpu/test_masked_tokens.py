@@ -40,9 +40,9 @@ def test_masked_tokens_are_not_seen_where_scores_are_large(graph, precision, exp
     call = compiled(planned, TRIES[precision], tmp_path, exported)
     first, _ = call(2, 40, lambda arrays: hide(arrays, 7))
     second, _ = call(2, 40, lambda arrays: hide(arrays, 990))
-    for one, other in zip(first, second, strict=True):
-        assert np.isfinite(one).all()
-        np.testing.assert_array_equal(one, other)
+    for seven, other in zip(first, second, strict=True):
+        assert np.isfinite(seven).all()
+        np.testing.assert_array_equal(seven, other)
 
 
 def test_a_row_that_is_all_masked_is_finite_and_leaves_the_others_alone(graph, exported, tmp_path):
