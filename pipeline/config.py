@@ -35,7 +35,8 @@ class Config:
     """Every choice of a compile; no stage reads globals or environment variables beside it.
 
     `trials`, `timeout` (seconds) and `threads` are positive, or None for what the effort and the
-    machine give. `head` None keeps the checkpoint's own head; `shipped_log` False leaves out the
+    machine give. `head` None keeps the checkpoint's own head; `allow_unused` takes a checkpoint
+    that says or holds more than its model reads, without that; `shipped_log` False leaves out the
     tuning logs that come with the package. Paths may be given as `Path`. `sparse` "always" skips
     zeros even where the dense kernel is faster, which is for measuring.
     `calibrate`, `ranges`, `smooth` (0 to 1), `max_drop` (0 to 1) and `eval` are for int8 alone.
@@ -56,6 +57,7 @@ class Config:
     runtime_from: str | None = None
     libc: str = "glibc"
     head: str | None = None
+    allow_unused: bool = False
     log_dir: str | None = None
     shipped_log: bool = True
     cache_dir: str | None = None
@@ -209,6 +211,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "runtime_from": _path_of("a wheel or a directory"),
     "libc": _one_of(LIBCS),
     "head": _one_of(HEADS, optional=True),
+    "allow_unused": _flag,
     "log_dir": _path_of("a directory"),
     "shipped_log": _flag,
     "cache_dir": _path_of("a directory"),

@@ -61,7 +61,7 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     source = engine.source
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
-    checkpoint = checkpoints.load(source.model, source.head)
+    checkpoint = checkpoints.load(source.model, source.head, allow_unused=True)
     model = checkpoint.model
     with quiet.quiet(), contextlib.suppress(ValueError, ImportError):
         model.set_attn_implementation("sdpa")  # a family without it keeps what it has

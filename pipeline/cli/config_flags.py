@@ -29,6 +29,12 @@ CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--runtime-from", "FILE", str, "wheel or directory of the TVM runtime for the target"),
     ("--libc", "glibc|musl", str, "the C library of the target's system"),
     ("--head", "NAME", str, "what the model computes, instead of what the checkpoint says"),
+    (
+        "--allow-unused",
+        None,
+        bool,
+        "take a checkpoint that says or holds more than its model",
+    ),
     ("--log-dir", "DIR", str, "your own tuning logs, read and written"),
     ("--shipped-log", None, bool, "use the tuning logs that come with Bertile (default)"),
     ("--cache-dir", "DIR", str, "where stage results are kept"),

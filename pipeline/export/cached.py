@@ -15,7 +15,8 @@ def export_cached(model: Any, config: Config, progress: Progress | None = None) 
     """The exported model, from the cache where the same model was exported before."""
     progress = progress or Progress(verbosity=-1)
     with progress.stage("export") as stage:
-        key = cache.key("export.exporter", exporter.fingerprint(model, config), str(model))
+        asked = (str(model), config.allow_unused)
+        key = cache.key("export.exporter", exporter.fingerprint(model, config), *asked)
         path, stage.cached = cache.Cache(config.cache_dir).get_or_make(
             key, lambda directory: exporter.export(model, directory, config)
         )

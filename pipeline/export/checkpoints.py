@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.base.quiet import quiet
-from bertile.export import pruning, synthetic
+from bertile.export import pretrained, pruning, synthetic
 from bertile.export.files import (
     Pooling,
     find_directory,
@@ -18,8 +17,8 @@ from bertile.export.files import (
     pooling_of,
     transformer_directory,
 )
-from bertile.families import table
-from bertile.families.family import Family
+from bertile.families import model_config, table, text_settings
+from bertile.families.family import AFTER_PADDING, Family
 from bertile.onnx.exported import TOKENIZER_FILES
 
 # head: (transformers class that loads it, how the names of its architectures end)
@@ -51,12 +50,13 @@ class Checkpoint:
     labels: tuple[str, ...] = ()
 
 
-def load(model: Any, head: str | None = None) -> Checkpoint:
+def load(model: Any, head: str | None = None, allow_unused: bool = False) -> Checkpoint:
     """Load MODEL: `minilm`, `synthetic:NAME[:HEAD][@SPARSITY:PATTERN]`, a directory, a hub id or a
     PreTrainedModel.
 
-    `head` None takes what the checkpoint's config says. Raises UsageError for an unknown name or
-    head, ModelError for a checkpoint that cannot be read or is of an unsupported family.
+    `head` None takes what the checkpoint's config says. `allow_unused` takes a checkpoint that says
+    or holds more than its model reads. Raises UsageError for an unknown name or head, ModelError
+    for a checkpoint that cannot be read or is of an unsupported family.
     """
     if head is not None and head not in HEADS:
         raise UsageError(f"head '{head}' is unknown{nearest(head, HEADS)}")
@@ -65,7 +65,7 @@ def load(model: Any, head: str | None = None) -> Checkpoint:
             return _from_object(model, head)
         if str(model).startswith("synthetic:"):
             return _from_synthetic(str(model), head)
-        return _from_directory(str(model), find_directory(str(model)), head)
+        return _from_directory(str(model), find_directory(str(model)), head, allow_unused)
 
 
 def _from_object(model: Any, head: str | None) -> Checkpoint:
@@ -81,7 +81,7 @@ def _from_object(model: Any, head: str | None) -> Checkpoint:
     # A copy, because export sets the model's mode and swaps some of its modules.
     model = copy.deepcopy(model).float().cpu().eval()
     model.set_attn_implementation("eager")
-    return _checkpoint(model, type(model).__name__, sha256, head or own)
+    return _checkpoint(_plain(model), type(model).__name__, sha256, head or own)
 
 
 def _from_synthetic(source: str, head: str | None) -> Checkpoint:
@@ -95,19 +95,23 @@ def _from_synthetic(source: str, head: str | None) -> Checkpoint:
     return _checkpoint(model, source, fingerprint(source, head), chosen)
 
 
-def _from_directory(source: str, directory: Path, head: str | None) -> Checkpoint:
+def _from_directory(
+    source: str, directory: Path, head: str | None, allow_unused: bool
+) -> Checkpoint:
     transformer = transformer_directory(directory)
-    config = _read_config(transformer)
-    family = table.supporting(config["model_type"], str(transformer))
+    sha256 = fingerprint(directory, head)  # which refuses links to files outside
+    config = model_config.read(transformer)
+    family = table.of_type(config["model_type"])
     pooling = pooling_of(directory) if head in (None, "embedding") else None
     if head is None and pooling is None:
-        head = _head_of_architectures(config["architectures"], source)
+        head = _head_of_architectures(config.get("architectures"), source)
     head = head or "embedding"
-    model, notes = _pretrained(source, transformer, family, head)
-    names = ("config.json", *TOKENIZER_FILES)
-    files = tuple(transformer / name for name in names if (transformer / name).is_file())
-    sha256 = fingerprint(directory, head)
-    return _checkpoint(model, source, sha256, head, pooling, files, notes)
+    auto_class = _auto_class(family, head)
+    model, notes = pretrained.load(source, transformer, config, auto_class, head, allow_unused)
+    own = ("config.json", *TOKENIZER_FILES, *text_settings.SENTENCES)
+    paths = (*(transformer / name for name in own), directory / text_settings.PROMPTS)
+    files = tuple(path for path in paths if path.is_file())
+    return _checkpoint(_plain(model), source, sha256, head, pooling, files, notes)
 
 
 def _checkpoint(
@@ -122,6 +126,7 @@ def _checkpoint(
     family = table.supporting(model.config.model_type, source).name
     if getattr(model.config, "is_decoder", False):
         raise ModelError(f"'{source}' is a decoder", "Bertile compiles encoders")
+    _must_have_places(model, source)
     if head == "embedding" and pooling is None:
         pooling = Pooling()
     labels: tuple[str, ...] = ()
@@ -131,51 +136,32 @@ def _checkpoint(
     return Checkpoint(model, source, sha256, family, head, pooling, files, notes, labels)
 
 
+def _must_have_places(model: Any, source: str) -> None:
+    """Refuse a model whose positions count from a padding id that there is not, or have no room."""
+    family, padding = table.of_type(model.config.model_type), model.config.pad_token_id
+    if family.positions == AFTER_PADDING and (padding is None or padding < 0):
+        raise ModelError(
+            f"'{source}' has pad_token_id {padding}, behind which its positions would count",
+            "give it the id that it was trained with",
+        )
+    if family.max_length(model) < 1:
+        raise ModelError(
+            f"'{source}' has no position for a token: pad_token_id {padding} leaves none of"
+            f" max_position_embeddings {model.config.max_position_embeddings}"
+        )
+
+
 def _auto_class(family: Family, head: str) -> str:
     return family.auto_classes.get(head, HEADS[head][0])
 
 
-def _pretrained(
-    source: str, directory: Path, family: Family, head: str
-) -> tuple[Any, tuple[str, ...]]:
-    torch, transformers = require("export", "torch", "transformers")
-    auto_class = getattr(transformers, _auto_class(family, head))
-    try:
-        model, report = auto_class.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            output_loading_info=True,
-            local_files_only=True,
-        )
-    except Exception as error:  # whatever a damaged file makes the libraries raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ModelError(f"the weights in '{directory}' cannot be loaded: {reason}") from error
-    missing = sorted(report["missing_keys"])
-    pooler = [key for key in missing if ".pooler." in f".{key}"]
-    if len(pooler) < len(missing):
-        absent = next(key for key in missing if key not in pooler)
-        raise ModelError(
-            f"'{source}' has no weights for the head '{head}' (no {absent})",
-            "choose the head that it was trained with",
-        )
-    if not pooler:
-        return model.eval(), ()
-    model.base_model.pooler = None
-    return model.eval(), ("the checkpoint has no pooler weights: no pooler_output",)
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"'{directory}' has no config.json", "give the directory that save_pretrained wrote"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{path}' cannot be read: {error}") from error
-    return {"architectures": [], "model_type": None, **config}
+def _plain(model: Any) -> Any:
+    """The model, computed in the usual way and answering with names, whatever its config says."""
+    model.config.return_dict = True
+    for module in model.modules():
+        if getattr(module, "chunk_size_feed_forward", 0):
+            module.chunk_size_feed_forward = 0  # the same numbers, all tokens at once
+    return model
 
 
 def _head_of_architectures(architectures: list[str] | None, source: str) -> str:

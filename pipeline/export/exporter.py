@@ -11,7 +11,7 @@ from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.config import Config
 from bertile.export import checkpoints, files
-from bertile.families import table
+from bertile.families import model_config, table
 from bertile.onnx import reach
 from bertile.onnx.exported import ExportedModel, InputSpec, read
 from bertile.onnx.samples import largest_difference, run_onnx, sample, session
@@ -44,10 +44,10 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
         from bertile.onnx import normalizer
 
         return normalizer.normalize(Path(model), directory, config)
-    checkpoint = checkpoints.load(model, config.head)
+    checkpoint = checkpoints.load(model, config.head, config.allow_unused)
     exported = _describe(checkpoint, directory)
     (torch,) = require("export", "torch")
-    with quiet.quiet(), torch.no_grad():
+    with quiet.quiet(), torch.no_grad(), torch.device("cpu"):
         module = _module(checkpoint, exported)
         _write_onnx(module, exported)
         difference = _check(module, exported, _padding_id(checkpoint))
@@ -92,8 +92,8 @@ def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedMo
 
 
 def _padding_id(checkpoint: checkpoints.Checkpoint) -> int:
-    embeddings = checkpoint.model.base_model.embeddings
-    return getattr(embeddings, "padding_idx", None) or checkpoint.model.config.pad_token_id or 0
+    counted_from = table.named(checkpoint.family).padding_id(checkpoint.model)
+    return counted_from or model_config.padding_id(checkpoint.model.config.to_dict())
 
 
 def _module(checkpoint: checkpoints.Checkpoint, exported: ExportedModel) -> Any:

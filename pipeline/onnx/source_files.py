@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import ModelError, require
+from bertile.families.text_settings import FILES
 from bertile.onnx.exported import TOKENIZER_FILES
 
 
@@ -21,14 +22,34 @@ def fingerprint(path: Path) -> str:
 def onnx_files(path: Path) -> list[Path]:
     """List an ONNX file, the files that hold its weights, and what is copied from beside it."""
     (onnx,) = require("export", "onnx")
-    locations = {path.name, "config.json", *TOKENIZER_FILES}
+    locations = {path.name, "config.json", *TOKENIZER_FILES, *FILES}
     with contextlib.suppress(Exception):  # a damaged file is named where it is read
         for tensor in onnx.load(path, load_external_data=False).graph.initializer:
             locations.update(
                 entry.value for entry in tensor.external_data if entry.key == "location"
             )
     beside = (path.parent / name for name in sorted(locations))
-    return [path, *(file for file in beside if file.is_file() and file != path)]
+    files = [file for file in beside if file.is_file() and file != path]
+    return [path, *(inside(file, path.parent) for file in files)]
+
+
+def inside(path: Path, directory: Path) -> Path:
+    """The path, unless it leads out of `directory`, by a link or by its name: then ModelError.
+
+    What a model's directory names is copied into bundles, and must not be anybody's file. The
+    hub's cache keeps what its snapshots link to in a folder beside them, which is theirs too.
+    """
+    home = directory.resolve()
+    homes = [home]
+    for place in (home, *home.parents):
+        if place.parent.name == "snapshots":
+            homes.append(place.parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(allowed) for allowed in homes):
+        raise ModelError(
+            f"'{path}' leads out of '{directory}', to '{path.resolve()}'",
+            "copy the file into the directory",
+        )
+    return path
 
 
 def digest_files(digest: Any, paths: list[Path]) -> None:

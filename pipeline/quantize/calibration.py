@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ Row = dict[str, np.ndarray]  # one sequence: (length,) of each input
 
 SEQUENCES = 512  # taken evenly from a longer file: ranges hardly move after the first hundred
 BATCH = 8
+MOST_NUMBERS = 1 << 27  # in an .npz, a gigabyte of ids: some hundred sequences are taken of it
 LONGEST = 512  # tokens, where the model itself sets no limit
 FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
@@ -119,10 +122,13 @@ def _texts(path: Path, exported: ExportedModel) -> list[Row]:
 
 def _arrays(path: Path, exported: ExportedModel) -> list[Row]:
     try:
+        _must_be_small(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.error) as error:
         raise UsageError(f"'{path}' is no .npz of arrays: {error}") from error
+    except (RuntimeError, zlib.error) as error:  # encrypted, or damaged within
+        raise UsageError(f"'{path}' cannot be read: {error}") from error
     specs = [dataclasses.asdict(spec) for spec in exported.inputs]
     inputs = loader.check_inputs(arrays, specs, exported.max_length)
     shape = next(iter(inputs.values())).shape
@@ -130,3 +136,28 @@ def _arrays(path: Path, exported: ExportedModel) -> list[Row]:
         if spec.name not in inputs:
             inputs[spec.name] = np.full(shape, int(spec.default == "ones"))
     return [{name: array[index] for name, array in inputs.items()} for index in range(shape[0])]
+
+
+def _must_be_small(path: Path) -> None:
+    """Refuse an .npz by what its arrays' headers say, since numpy makes room for that at once."""
+    numbers = 0
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as file:
+                version = np.lib.format.read_magic(file)
+                header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }.get(version)
+                if header is None:
+                    raise ValueError(f"{info.filename} is of the unknown version {version}")
+                shape, _, dtype = header(file)
+                size = math.prod(shape)
+                if size * dtype.itemsize != info.file_size - file.tell():
+                    raise ValueError(f"{info.filename} has not the size that it says")
+                numbers += size
+    if numbers > MOST_NUMBERS:
+        raise UsageError(
+            f"'{path}' holds {numbers:,} numbers, more than {MOST_NUMBERS:,}",
+            f"{SEQUENCES} sequences are enough: give fewer",
+        )

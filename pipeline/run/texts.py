@@ -1,4 +1,4 @@
-"""Texts and a bundle come in; sentence vectors, or labels with scores, go out."""
+"""Answers texts as the model's own library does: sentence vectors, or labels with scores."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 from bertile import loader
 from bertile.base.errors import BundleError, InputError, require
 from bertile.base.tables import table
+from bertile.families import model_config, text_settings
+from bertile.families.text_settings import TextSettings
 
 BATCH = 32
 HEADS = ("embedding", "sequence-classification", "token-classification")
@@ -22,8 +24,9 @@ def run(
     """Run the bundle in `directory` on `texts`.
 
     Gives "embeddings" and their "cosine" similarities, or per text a label and a score, or per
-    token a label and a score. Raises InputError for a text with more tokens than the model takes
-    (unless `truncate`) and for a bundle whose head has no answer to a text.
+    token a label and a score. Scores are made as transformers' pipelines make them. Raises
+    InputError for a text with more tokens than the model takes (unless `truncate`) and for a bundle
+    whose head has no answer to a text.
     """
     with loader.load(directory, threads) as model:
         head = model.manifest["model"]["head"]
@@ -39,13 +42,24 @@ def run(
         "texts": list(texts),
         "tokens": [len(encoding.ids) for encoding in encodings],
     }
-    return {**result, **_answers(head, outputs, encodings, model.manifest["model"]["labels"])}
+    labels = model.manifest["model"]["labels"]
+    if head == "embedding":
+        return {**result, **_vectors(outputs)}
+    if head == "token-classification":
+        return {**result, "labels": _by_token(outputs, encodings, labels)}
+    problem = model_config.beside(Path(directory)).get("problem_type")
+    scores = scoring(problem, outputs[0]["logits"].size)
+    return {**result, "labels": [_label(output["logits"], labels, scores) for output in outputs]}
 
 
 def encode(
     directory: Path, texts: Sequence[str], limit: int | None = None, truncate: bool = False
 ) -> list[Any]:
-    """Tokenize with the bundle's own tokenizer.json: no padding, at most `limit` tokens each."""
+    """Tokenize with the bundle's own tokenizer.json: no padding, at most `limit` tokens each.
+
+    Case, prompt, and what is left of a text that is cut are those of the model's own library.
+    Raises InputError for a text that is longer and not to be cut.
+    """
     (tokenizers,) = require("run", "tokenizers")
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -56,17 +70,42 @@ def encode(
         raise BundleError(f"{path} cannot be read: {error}", "compile the model again") from error
     # What the file says is how the model was trained, often padding and cutting at 128 tokens.
     tokenizer.no_padding()
+    side = (tokenizer.truncation or {}).get("direction", "right")
     tokenizer.no_truncation()
-    if truncate and limit:
-        tokenizer.enable_truncation(limit)
-    encodings = tokenizer.encode_batch(list(texts))
+    settings = text_settings.read(directory)
+    _normalize(tokenizers, tokenizer, settings)
+    most = min((most for most in (limit, settings.longest) if most), default=None)
+    cut_at = min((most for most in (most, settings.cut_at) if most), default=None)
+    if truncate and cut_at:
+        side = settings.side or side
+        tokenizer.enable_truncation(cut_at, strategy="longest_first", direction=side)
+    encodings = tokenizer.encode_batch([settings.prompt + text for text in texts])
     for number, encoding in enumerate(encodings, 1):
-        if limit and len(encoding.ids) > limit:
+        if most and len(encoding.ids) > most:
             raise InputError(
-                f"text {number} has {len(encoding.ids)} tokens, the model takes at most {limit}",
+                f"text {number} has {len(encoding.ids)} tokens, the model takes at most {most}",
                 "shorten it, or cut it with --truncate",
             )
     return encodings
+
+
+def _normalize(tokenizers: Any, tokenizer: Any, settings: TextSettings) -> None:
+    """Set the tokenizer's normalizer as transformers and sentence-transformers do."""
+    kinds, normalizer = tokenizers.normalizers, tokenizer.normalizer
+    if settings.normalizer is not None and isinstance(normalizer, kinds.BertNormalizer):
+        normalizer = kinds.BertNormalizer(normalizer.clean_text, **settings.normalizer)
+    if settings.lower:
+        lower = kinds.Lowercase()
+        normalizer = lower if normalizer is None else kinds.Sequence([lower, normalizer])
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+
+
+def scoring(problem_type: str | None, logits: int) -> str:
+    """How transformers' pipeline makes scores of a classifier's logits: none, sigmoid, softmax."""
+    if problem_type == "regression":
+        return "none"
+    return "sigmoid" if problem_type == "multi_label_classification" or logits == 1 else "softmax"
 
 
 def max_tokens(manifest: dict[str, Any]) -> int | None:
@@ -119,33 +158,35 @@ def _batch(encodings: Sequence[Any], names: Sequence[str]) -> dict[str, np.ndarr
     return arrays
 
 
-def _answers(
-    head: str, outputs: list[dict[str, np.ndarray]], encodings: list[Any], labels: list[str]
-) -> dict[str, Any]:
-    if head == "embedding":
-        vectors = np.stack([output["sentence_embedding"] for output in outputs])
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        unit = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
-        return {"embeddings": vectors.tolist(), "cosine": (unit @ unit.T).tolist()}
-    if head == "sequence-classification":
-        return {"labels": [_label(output["logits"], labels) for output in outputs]}
+def _vectors(outputs: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    vectors = np.stack([output["sentence_embedding"] for output in outputs])
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return {"embeddings": vectors.tolist(), "cosine": (unit @ unit.T).tolist()}
+
+
+def _by_token(
+    outputs: list[dict[str, np.ndarray]], encodings: list[Any], labels: list[str]
+) -> list[list[dict[str, Any]]]:
     rows = []
     for output, encoding in zip(outputs, encodings):
-        special = encoding.special_tokens_mask
+        special, logits = encoding.special_tokens_mask, output["logits"]
         real = [index for index in range(len(encoding.ids)) if not special[index]]
         rows.append(
-            [{"token": encoding.tokens[i], **_label(output["logits"][i], labels)} for i in real]
+            [{"token": encoding.tokens[i], **_label(logits[i], labels, "softmax")} for i in real]
         )
-    return {"labels": rows}
+    return rows
 
 
-def _label(logits: np.ndarray, labels: list[str]) -> dict[str, Any]:
-    if logits.size == 1:  # a regression: the one number is the answer
-        return {"label": labels[0] if labels else "score", "score": float(logits[0])}
-    scores = np.exp(logits - logits.max())
-    best = int(scores.argmax())
+def _label(logits: np.ndarray, labels: list[str], scores: str) -> dict[str, Any]:
+    """The label of the highest score; of several that may be true at once, too."""
+    best = int(logits.argmax())
     label = labels[best] if best < len(labels) else f"LABEL_{best}"
-    return {"label": label, "score": float(scores[best] / scores.sum())}
+    if scores == "none":
+        return {"label": label, "score": float(logits[best])}
+    if scores == "sigmoid":
+        return {"label": label, "score": float(1 / (1 + np.exp(-np.float64(logits[best]))))}
+    return {"label": label, "score": float(1 / np.exp(logits - logits[best]).sum())}
 
 
 def _short(text: str, width: int = 60) -> str:

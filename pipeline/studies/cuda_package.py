@@ -32,6 +32,7 @@ from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.bench import result_tables
 from bertile.export import cached, synthetic
+from bertile.families import model_config
 from bertile.families.table import FAMILIES
 from bertile.onnx import samples
 from bertile.onnx.exported import ExportedModel
@@ -92,9 +93,9 @@ def answer(
 ) -> None:
     """Requests of these shapes and ONNX Runtime's answers, for ``cuda_checks.numbers``."""
     arrays: dict[str, Any] = {"tolerance": TOLERANCES[precision], "requests": len(shapes)}
-    padding = json.loads((exported.onnx_path.parent / "config.json").read_text())["pad_token_id"]
+    padding = model_config.padding_id(model_config.beside(exported.directory))
     for number, (batch, length) in enumerate(shapes):
-        inputs = samples.sample(exported.inputs, batch, length, padding or 0, number)
+        inputs = samples.sample(exported.inputs, batch, length, padding, number)
         outputs = samples.run_onnx(exported.onnx_path, inputs)
         arrays |= {f"{number}.in.{name}": array for name, array in inputs.items()}
         arrays |= {f"{number}.out.{name}": array for name, array in outputs.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from bertile import backends, loader
 from bertile.backends.backend import NotHere
 from bertile.base.errors import NumericMismatchError, require
 from bertile.base.progress import Progress
+from bertile.families import model_config
 from bertile.onnx import exported
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import largest_difference, sample, session
@@ -159,8 +159,4 @@ def _cases(
 
 def _padding_id(directory: Path) -> int:
     """What the tokenizer pads with; RoBERTa counts positions from where ids are not this."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 0
-    return int(config.get("pad_token_id") or 0)
+    return model_config.padding_id(model_config.beside(directory))

@@ -122,6 +122,30 @@ def test_compile_refuses_a_checkpoint_that_is_damaged(tmp_path, cache, refused):
     assert leftovers(tmp_path) == ["config.json", "model", "model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("3", "is no JSON object"),
+        ("[" * 100_000, "is nested too deep"),
+        ('{"model_type": ["bert"]}', "says model_type ['bert']; expected is a name"),
+        ('{"model_type": "bert", "num_hidden_layers": 1000000000}', "expected is a whole number"),
+        ('{"model_type": "bert", "num_hidden_layers": -1}', "says num_hidden_layers -1"),
+        ('{"model_type": "bert", "pad_token_id": -9}', "says pad_token_id -9"),
+        (
+            '{"model_type": "bert", "position_embedding_type": "relative_key"}',
+            "position_embedding_type 'relative_key'; --allow-unused compiles it without",
+        ),
+        ('{"model_type": "bert", "auto_map": {"AutoModel": "my.Bert"}}', "AutoModel: my.Bert"),
+    ],
+)
+def test_compile_refuses_a_config_of_no_encoder(tmp_path, cache, refused, config, message):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(config)
+    refused(1, message, "compile", str(model), "-o", str(tmp_path / "out"), *at(cache))
+    assert leftovers(tmp_path) == ["config.json", "model"]
+
+
 @pytest.fixture(scope="module")
 def exported(stages) -> Path:
     """The ONNX file that the bundle was made from."""

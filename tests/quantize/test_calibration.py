@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +142,29 @@ def test_every_refusal_is_an_error_of_ours(tmp_path):
     for path in (tmp_path, tmp_path / "absent.npz"):
         with pytest.raises(BertileError):
             read_requests(path, model(tmp_path))
+
+
+def claiming(path: Path, shape: tuple[int, ...], zeros: int) -> Path:
+    """An .npz whose array says that it has this shape, and has so many zeros."""
+    header = repr({"descr": "<i8", "fortran_order": False, "shape": shape})
+    text = header.ljust(117) + "\n"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("input_ids.npy", "w", force_zip64=True) as file:
+            file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode())
+            for _ in range(0, zeros, 1 << 20):
+                file.write(bytes(8 * min(zeros, 1 << 20)))
+    return path
+
+
+@pytest.mark.parametrize("shape", [(2**31, 1), (-1, 4), (3, 2**62), (2, 1)])
+def test_arrays_that_say_more_than_they_have_are_refused(tmp_path, shape):
+    with pytest.raises(UsageError, match="has not the size that it says"):
+        read_requests(claiming(tmp_path / "a.npz", shape, 4), model(tmp_path))
+
+
+def test_arrays_of_more_numbers_than_anyone_needs_are_refused(tmp_path, monkeypatch):
+    path = claiming(tmp_path / "a.npz", (1 << 20, 4), 1 << 22)
+    monkeypatch.setattr(np, "load", None)  # nothing is read
+    monkeypatch.setattr(calibration, "MOST_NUMBERS", (1 << 22) - 1)
+    with pytest.raises(UsageError, match="holds 4,194,304 numbers, more than 4,194,303; 512 seq"):
+        read_requests(path, model(tmp_path))

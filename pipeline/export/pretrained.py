@@ -1,0 +1,284 @@
+"""Loads a directory's weights into transformers' model, and refuses one that is another model.
+
+A directory may say `model_type` bert and mean something else: by code of its own, by a kind of
+positions, or by tensors that BERT does not have. transformers warns and computes plain BERT.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bertile.base.errors import ModelError, require
+from bertile.export.removed_heads import class_without
+from bertile.families import table
+from bertile.families.model_config import read_object
+from bertile.onnx.source_files import inside
+
+ADAPTER = "adapter_config.json"
+# What says how transformers computes or answers, and nothing of what the model is.
+FORM = {
+    *("attn_implementation", "experts_implementation", "chunk_size_feed_forward"),
+    *("return_dict", "torchscript", "output_attentions", "output_hidden_states"),
+    *("dtype", "torch_dtype", "auto_map", "architectures"),
+}
+# Tensors of heads that transformers has for these families, and what training leaves behind. They
+# change nothing of a model that has no such part.
+OTHER_HEADS = (
+    *("pooler", "classifier", "pre_classifier", "qa_outputs", "sequence_summary", "sop_classifier"),
+    *("cls", "cls.seq_relationship", "cls.predictions", "lm_head", "predictions"),
+    *("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+    *("discriminator_predictions", "generator_predictions", "generator_lm_head"),
+    *("loss", "loss_fct", "criterion"),
+)
+# Numbers of places, which older versions of transformers saved with the weights.
+BUFFERS = ("position_ids", "token_type_ids")
+# Parameters that a file need not have (a pooler's), or of which it has less than a byte each.
+SLACK = 1 << 27
+
+_ALLOW = "--allow-unused compiles it without, for who knows that this is right"
+
+
+def load(
+    source: str,
+    directory: Path,
+    config: Mapping[str, Any],
+    auto_class: str,
+    head: str,
+    allow_unused: bool = False,
+) -> tuple[Any, tuple[str, ...]]:
+    """The model in `directory` in float32 with eager attention, and notes for people.
+
+    `config` is its checked config.json, `auto_class` the transformers class that loads it. Raises
+    ModelError, with names, for a checkpoint that cannot be read, for one that lacks weights of the
+    model, and, unless `allow_unused`, for one that says or holds more than the model reads.
+    """
+    torch, transformers = require("export", "torch", "transformers")
+    notes = _refuse_other_models(source, directory, config, allow_unused)
+    settings = _settings(transformers, directory, config)
+    loader = _loader(transformers, auto_class, settings)
+    held = _check_files(torch, loader, directory, settings)
+    try:
+        with torch.device("cpu"):  # whatever device the program around has chosen
+            model, report = loader.from_pretrained(
+                directory,
+                config=settings,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                ignore_mismatched_sizes=True,  # refused below, with their names
+                output_loading_info=True,
+                local_files_only=True,
+            )
+    except Exception as error:  # whatever a damaged file makes the libraries raise
+        raise _unloadable(directory, error) from error
+    _refuse_mismatched(directory, report["mismatched_keys"])
+    missing = sorted(report["missing_keys"])
+    pooler = [key for key in missing if ".pooler." in f".{key}"]
+    if missing and (len(pooler) < len(missing) or head not in ("encoder", "embedding")):
+        absent = next((key for key in missing if key not in pooler), missing[0])
+        raise ModelError(
+            f"'{source}' has no weights for the head '{head}' (no {absent})",
+            "choose the head that it was trained with",
+        )
+    unread = _unread(model, head, report["unexpected_keys"], held)
+    if unread and not allow_unused:
+        raise ModelError(
+            f"'{source}' is another model than its model_type '{config['model_type']}' says: its"
+            f" tensors {_listed(unread)} are never read",
+            _ALLOW,
+        )
+    if unread:
+        notes = (*notes, f"tensors that are not read: {_listed(unread)}")
+    if pooler:
+        model.base_model.pooler = None
+        notes = (*notes, "the checkpoint has no pooler weights: no pooler_output")
+    return model.eval(), notes
+
+
+def _refuse_other_models(
+    source: str, directory: Path, config: Mapping[str, Any], allow_unused: bool
+) -> tuple[str, ...]:
+    """Refuse what says that it computes something else; notes where that is allowed."""
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise ModelError(
+            f"'{source}' is quantized ({method!r}), which is unsupported",
+            "give the model in floats, and quantize it with --precision int8",
+        )
+    reasons = []
+    code = {
+        key: value
+        for key, value in (config.get("auto_map") or {}).items()
+        if key.startswith(("AutoConfig", "AutoModel")) and value
+    }
+    if code:
+        names = [f"{key}: {value}" for key, value in code.items()]
+        reasons.append(f"code of its own (auto_map, {_listed(names)})")
+    positions = config.get("position_embedding_type")
+    if positions not in (None, "absolute"):
+        reasons.append(f"position_embedding_type '{positions}'")
+    if (directory / ADAPTER).exists():
+        reasons.append(f"an adapter ({ADAPTER})")
+    if reasons and not allow_unused:
+        raise ModelError(
+            f"'{source}' is another model than its model_type '{config['model_type']}' says: it has"
+            f" {' and '.join(reasons)}",
+            _ALLOW,
+        )
+    return tuple(f"left out: {reason}" for reason in reasons)
+
+
+def _settings(transformers: Any, directory: Path, config: Mapping[str, Any]) -> Any:
+    """transformers' configuration of it, which may be of an older transformers' time."""
+    kind = transformers.CONFIG_MAPPING[config["model_type"]]
+    values = {
+        key: value
+        for key, value in config.items()
+        if key not in FORM and not key.startswith("_") and _can_be_set(kind, key)
+    }
+    try:
+        return transformers.AutoConfig.for_model(**values)
+    except Exception as error:  # each version checks in its own way
+        raise ModelError(
+            f"'{directory}' has a config.json that transformers does not take: {_reason(error)}"
+        ) from error
+
+
+def _loader(transformers: Any, auto_class: str, settings: Any) -> Any:
+    """What has the method `from_pretrained`; a model's own class where it lacks heads."""
+    auto = getattr(transformers, auto_class)
+    removed = getattr(settings, "pruned_heads", None)
+    if not removed:
+        return auto
+    family = table.of_type(settings.model_type)
+    return class_without(auto._model_mapping[type(settings)], family, removed)
+
+
+def _built(loader: Any, settings: Any) -> Any:
+    """A model without weights, by an auto class or a model's own."""
+    build = getattr(loader, "from_config", loader)
+    return build(copy.deepcopy(settings))
+
+
+def _can_be_set(kind: type, key: str) -> bool:
+    """Whether a configuration takes a value of that name: not what it has a method for, nor what
+    became a property since.
+    """
+    known = getattr(kind, key, None)
+    return not callable(known) and not (isinstance(known, property) and known.fset is None)
+
+
+def _check_files(torch: Any, loader: Any, directory: Path, settings: Any) -> set[str]:
+    """The names of all tensors in the files; refused are files outside, pickled objects, and a
+    config that asks for more weights than there are.
+    """
+    files = _weight_files(directory)
+    if not files:
+        return set()  # which from_pretrained says better
+    names = {name for path in files for name in _names(torch, path)}
+    try:
+        with torch.device("meta"):
+            model = _built(loader, settings)
+    except Exception as error:  # a configuration that does not fit together
+        raise _unloadable(directory, error) from error
+    asked = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(path.stat().st_size for path in files)
+    if asked > held + SLACK:
+        raise ModelError(
+            f"the weights in '{directory}' cannot be loaded: config.json asks for"
+            f" {asked / 1e6:,.0f} million, and the files have {held / 1e6:,.0f} MB"
+        )
+    return names
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that transformers reads, in the order in which it looks for them."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / name).is_file():
+            return [inside(directory / name, directory)]
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            parts = read_object(inside(index, directory)).get("weight_map")
+            if not isinstance(parts, dict) or not all(isinstance(n, str) for n in parts.values()):
+                raise ModelError(f"'{index}' has no weight_map of file names")
+            paths = [inside(directory / part, directory) for part in sorted(set(parts.values()))]
+            return [path for path in paths if path.is_file()]
+    return []
+
+
+def _names(torch: Any, path: Path) -> list[str]:
+    """The names of the tensors in a file, which is not unpickled for anything else."""
+    try:
+        if path.suffix == ".safetensors":
+            (safetensors,) = require("export", "safetensors")
+            with safetensors.safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        mapped = zipfile.is_zipfile(path)  # the form of old versions of torch is read whole
+        content = torch.load(path, map_location="meta", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"the weights in '{path}' cannot be loaded: they are pickled with more than plain"
+            " tensors, and unpickling that could run code",
+            "save them as model.safetensors where you trust them",
+        ) from error
+    except Exception as error:  # whatever a damaged file makes the libraries raise
+        raise _unloadable(path, error) from error
+    plain = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in content.items()
+    )
+    if not plain:
+        raise ModelError(
+            f"the weights in '{path}' cannot be loaded: they are no dictionary of tensors",
+            "save them with save_pretrained",
+        )
+    return list(content)
+
+
+def _refuse_mismatched(directory: Path, mismatched: Iterable[Any]) -> None:
+    for name, held, asked in sorted(mismatched):
+        raise ModelError(
+            f"the weights in '{directory}' cannot be loaded: {name} has the shape {list(held)},"
+            f" config.json says {list(asked)}"
+        )
+
+
+def _unread(model: Any, head: str, unexpected: Iterable[str], held: set[str]) -> list[str]:
+    """The tensors that no part of the model takes and that are no other head's."""
+    prefix = f"{model.base_model_prefix}."
+    whole = {name for name, _ in model.named_modules()}
+    inner = {name for name, _ in model.base_model.named_modules()}
+    of_heads, of_encoder = (
+        tuple(f"{name}." for name in OTHER_HEADS if name not in modules)
+        for modules in (whole, inner)
+    )
+    # Of a file that names its encoder, what stands beside that is no part of it.
+    encoder_alone = head == "encoder" and any(name.startswith(prefix) for name in held)
+    unread = []
+    for name in sorted(unexpected):
+        within, short = name.startswith(prefix), name.removeprefix(prefix)
+        harmless = (
+            short.rpartition(".")[2] in BUFFERS
+            or short.startswith(of_encoder if within else of_heads)
+            or (encoder_alone and not within)
+        )
+        if not harmless:
+            unread.append(name)
+    return unread
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(str(name)[:100] for name in names[:most]) + more
+
+
+def _unloadable(place: Path, error: Exception) -> ModelError:
+    return ModelError(f"the weights in '{place}' cannot be loaded: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)

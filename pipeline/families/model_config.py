@@ -1,0 +1,182 @@
+"""Reads a model's config.json for all who ask it, and refuses values that no encoder can have.
+
+A config comes from anywhere: types and bounds are checked before anything is built of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bertile.base.errors import ModelError
+from bertile.families import table
+
+NAME = "config.json"
+LARGEST = 1 << 26  # bytes: half a million labels take a quarter of it
+DEEPEST = 16  # levels of objects and lists; real ones have three
+
+Check = Callable[[Any], str]  # says what is expected, or "" where the value will do
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ModelError, with the path, for anything else."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ModelError(f"'{path}' is no file")
+        if path.stat().st_size > LARGEST:
+            raise ModelError(f"'{path}' is larger than {LARGEST >> 20} MiB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{path}' cannot be read: {error}") from error
+    except RecursionError as error:
+        raise ModelError(f"'{path}' cannot be read: it is nested too deep") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"'{path}' is no JSON object, but a {type(value).__name__}")
+    if _deeper(value, DEEPEST):
+        raise ModelError(f"'{path}' cannot be read: it is nested too deep")
+    return value
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The checked config.json of a checkpoint of a supported type; ModelError for any other."""
+    path = directory / NAME
+    if not path.exists():
+        raise ModelError(
+            f"'{directory}' has no config.json", "give the directory that save_pretrained wrote"
+        )
+    config = read_object(path)
+    _check(config, path, {"model_type": _TEXT})
+    table.supporting(config.get("model_type"), str(directory))  # first: another's sizes mean else
+    _check(config, path, {**_BESIDE, **_SIZES, **_CHECKS})
+    padding, vocabulary = config.get("pad_token_id"), config.get("vocab_size")
+    if padding is not None and vocabulary is not None and padding >= vocabulary:
+        raise ModelError(
+            f"'{path}' says pad_token_id {padding}, but its vocab_size is {vocabulary}"
+        )
+    return config
+
+
+def beside(directory: Path) -> dict[str, Any]:
+    """The config.json in `directory`, {} without one; checked is what `labels`, `padding_id` and
+    the normalizer take of it, since an ONNX file's may be of a model that we know nothing of.
+    """
+    path = directory / NAME
+    if not path.exists():
+        return {}
+    config = read_object(path)
+    _check(config, path, _BESIDE)
+    return config
+
+
+def padding_id(config: Mapping[str, Any]) -> int:
+    """The id that fills rows; 0 where there is none, which is also how -1 is meant."""
+    return max(0, config.get("pad_token_id") or 0)
+
+
+def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a classifier's outputs, in their order."""
+    names = config.get("id2label") or {}
+    return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
+def _check(config: Mapping[str, Any], path: Path, checks: Mapping[str, Check]) -> None:
+    for key, check in checks.items():
+        if key in config and (expected := check(config[key])):
+            shown = repr(config[key])
+            shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+            raise ModelError(f"'{path}' says {key} {shown}", f"expected is {expected}")
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper(part, levels - 1) for part in inner)
+
+
+def _count(least: int, most: int, optional: bool = False) -> Check:
+    def check(value: Any) -> str:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if (value is None and optional) or (whole and least <= value <= most):
+            return ""
+        return f"a whole number from {least} to {most}"
+
+    return check
+
+
+def _number(value: Any) -> str:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return "" if plain and math.isfinite(value) and 0 <= value <= 1 else "a number from 0 to 1"
+
+
+def _one_of(kinds: tuple[type, ...], expected: str) -> Check:
+    return lambda value: "" if value is None or isinstance(value, kinds) else expected
+
+
+def _names(value: Any) -> str:
+    fits = value is None or (isinstance(value, list) and all(isinstance(n, str) for n in value))
+    return "" if fits else "a list of names"
+
+
+def _by_index(value: Any) -> str:
+    fits = value is None or (
+        isinstance(value, dict)
+        and all(key.isdecimal() and len(key) < 10 for key in value)
+        and all(isinstance(name, (str, int, float)) for name in value.values())
+    )
+    return "" if fits else "an object of names by their number"
+
+
+def _heads_by_layer(value: Any) -> str:
+    fits = value is None or (
+        isinstance(value, dict)
+        and all(key.isdecimal() and len(key) < 10 for key in value)
+        and all(isinstance(heads, list) for heads in value.values())
+        and all(isinstance(head, int) and head >= 0 for heads in value.values() for head in heads)
+    )
+    return "" if fits else "an object of lists of heads by their layer"
+
+
+_TEXT = _one_of((str,), "a name")
+_FLAG = _one_of((bool,), "true or false")
+_OBJECT = _one_of((dict,), "an object")
+_WIDTH, _ROWS = _count(1, 1 << 16), _count(1, 1 << 24)
+_LAYERS, _HEADS = _count(1, 1000), _count(1, 1 << 12)
+
+_BESIDE: dict[str, Check] = {
+    "model_type": _TEXT,
+    "max_position_embeddings": _ROWS,
+    "pad_token_id": _count(-1, 1 << 24, optional=True),
+    "id2label": _by_index,
+    "problem_type": _TEXT,
+}
+_SIZES: dict[str, Check] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "num_hidden_groups"), _LAYERS),
+    "inner_group_num": _LAYERS,
+    **dict.fromkeys(("num_attention_heads", "n_heads"), _HEADS),
+    **dict.fromkeys(("hidden_size", "dim", "embedding_size"), _WIDTH),
+    **dict.fromkeys(("input_embedding_size", "output_embedding_size"), _WIDTH),
+    **dict.fromkeys(("intermediate_size", "hidden_dim"), _count(1, 1 << 18)),
+    "vocab_size": _ROWS,
+    "type_vocab_size": _count(0, 1 << 16),
+    "task_type_vocab_size": _count(1, 1 << 16),
+    "max_2d_position_embeddings": _count(1, 1 << 20),
+    "relative_attention_num_buckets": _count(1, 1 << 16),
+    **dict.fromkeys(("num_labels", "_num_labels"), _count(1, 1 << 24, optional=True)),
+}
+_CHECKS: dict[str, Check] = {
+    "architectures": _names,
+    "auto_map": _OBJECT,
+    "quantization_config": _OBJECT,
+    "label2id": _OBJECT,
+    "position_embedding_type": _TEXT,
+    "hidden_act": _TEXT,
+    "activation": _TEXT,
+    "layer_norm_eps": _number,
+    "is_decoder": _FLAG,
+    "add_cross_attention": _FLAG,
+    "pruned_heads": _heads_by_layer,
+}
