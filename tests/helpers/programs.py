@@ -124,6 +124,6 @@ def exported_of(body: str, directory, batch=None, length=None) -> ExportedModel:
         onnx.numpy_helper.from_array(v, n) for n, v in values.items() if n in read_names
     )
     onnx.save(model, directory / "model.onnx")
-    inputs = (InputSpec("input_ids", below=100), InputSpec("attention_mask"))
+    inputs = (InputSpec("input_ids", below=100), InputSpec("attention_mask", below=2))
     fields = ("onnx text", "", "unknown", "unknown", None)
     return ExportedModel(directory, *fields, inputs, ("y",), batch=batch, length=length)
