@@ -33,8 +33,9 @@ def write(
     `manifest` gets its keys "schema", "params" and "files" here; `extra_files` (tokenizer,
     config.json) go to the top of the bundle under their own names; `add` puts further files into
     it, as `include_runtime` does. Everything is written beside `output` and put there at the end,
-    as ``directories.making`` does: an older bundle is replaced, what else lies there stays. `check` runs on the bundle before it gets its name: what it returns is the
-    manifest's "check", and when it raises, nothing is written.
+    as ``directories.making`` does: an older bundle is replaced, what else lies there stays.
+    `check` runs on the bundle before it gets its name: what it returns is the manifest's "check",
+    and when it raises, nothing is written.
     """
     with making(output, MANIFEST) as directory:
         parts = library if isinstance(library, Mapping) else {LIBRARY: library}

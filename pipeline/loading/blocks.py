@@ -7,13 +7,14 @@ import numpy as np
 from bertile.loading.errors import InputError
 
 
-def passes(ends: np.ndarray, block_tokens: int, limit: int, static: dict) -> list[tuple[int, int]]:
-    """Cut a batch into (first row, rows): at most `limit` blocks each, or what `static` says.
+def passes(
+    ends: np.ndarray, block_tokens: int, limit: int, step: int | None, together: bool = False
+) -> list[tuple[int, int]]:
+    """Cut a batch into (first row, rows): `step` rows each, or at most `limit` blocks.
 
-    A static batch has that many rows. Rows that outputs mix go together.
+    Rows that outputs mix go `together`.
     """
-    step = static.get("batch")
-    if static.get("together"):
+    if together:
         if step and len(ends) != step:
             what = f"the input has {len(ends)} rows, this bundle takes exactly {step}"
             raise InputError(f"{what}: its outputs depend on all of them")

@@ -13,6 +13,7 @@ from bertile.loading.files import check_files
 from bertile.loading.manifest import CUDA, LIBRARY, WEIGHTS, read_manifest
 from bertile.loading.model import Model
 from bertile.loading.platform import check_platform
+from bertile.loading.pool import outside
 from bertile.loading.runtime import open_runtime
 from bertile.loading.threads import thread_count
 from bertile.loading.tvm_abi import Object, Runtime
@@ -40,9 +41,10 @@ def load(
     check_platform(manifest["target"])
     count = thread_count(threads)
     files = check_files(root, manifest["files"], verify)
-    runtime = open_runtime(root, manifest["files"])
-    params = _read_tensors(runtime, files[WEIGHTS], manifest["params"])
-    return Model(runtime, manifest, files[LIBRARY], params, count)
+    with outside:
+        runtime = open_runtime(root, manifest["files"])
+        params = _read_tensors(runtime, files[WEIGHTS], manifest["params"])
+        return Model(runtime, manifest, files[LIBRARY], params, count)
 
 
 def _read_tensors(runtime: Runtime, path: Path, names: list[str]) -> list[Object]:

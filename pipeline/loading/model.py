@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from bertile.loading.errors import BertileError, BundleError, InputError
 from bertile.loading.inputs import FILL, check_inputs
 from bertile.loading.memory import aligned
 from bertile.loading.padding import cut, fit
-from bertile.loading.pool import on_pool
+from bertile.loading.pool import Host, outside
 from bertile.loading.tvm_abi import Object, Runtime, set_argument
 
 # Of a pass through the model, for each thread; a longer batch takes several. More activations fall
@@ -33,7 +32,7 @@ class Model:
         self.max_length: int | None = manifest["model"]["max_length"]
         self.threads = threads
         self.pass_blocks = PASS_BLOCKS * threads  # of tokens; what is more takes several passes
-        self._runtime, self._lock = runtime, threading.Lock()
+        self._runtime, self._host = runtime, Host(runtime, threads)
         try:
             self._entry, self._held = _open_library(runtime, library, manifest["entry"])
         except BertileError as error:
@@ -62,7 +61,8 @@ class Model:
         values = [checked.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
         block_tokens = self.manifest["lanes"]
         pieces = []
-        for first, count in passes(ends, block_tokens, self.pass_blocks, static):
+        together = static.get("together", False)
+        for first, count in passes(ends, block_tokens, self.pass_blocks, step, together):
             room = (step or count, width)
             arrays = [
                 fit(value, first, (count, length), room, spec["dtype"])
@@ -78,8 +78,9 @@ class Model:
 
     def close(self) -> None:
         """Give back the library and the weights; a later call raises BertileError."""
-        with self._lock:
+        with outside, self._host.lock:
             self._entry, self._held, self._params, self._arguments = None, (), [], None
+            self._host.close()
 
     def __enter__(self) -> Model:
         return self
@@ -94,18 +95,17 @@ class Model:
         """
 
         def call() -> list[np.ndarray]:
-            with self._lock:
-                if self._entry is None:
-                    raise BertileError("the model is closed", "load the bundle again")
-                self._limit_pool(arrays[0].shape, blocks.shape)
-                tensors = [self._runtime.tensor(array) for array in (*arrays, table)]
-                for slot, tensor in zip(self._arguments, tensors):
-                    set_argument(slot, tensor)
-                result = self._runtime.call_packed(self._entry, self._arguments)
-                return self._runtime.arrays(result, len(self.outputs))
+            if self._entry is None:
+                raise BertileError("the model is closed", "load the bundle again")
+            self._limit_pool(arrays[0].shape, blocks.shape)
+            tensors = [self._runtime.tensor(array) for array in (*arrays, table)]
+            for slot, tensor in zip(self._arguments, tensors):
+                set_argument(slot, tensor)
+            result = self._runtime.call_packed(self._entry, self._arguments)
+            return self._runtime.arrays(result, len(self.outputs))
 
         table = aligned(blocks, "int32")
-        return on_pool(self._runtime, self.threads, call)
+        return self._host.run(call)
 
     def _limit_pool(self, *shapes: tuple[int, ...]) -> None:
         # TVM's allocator keeps every freed buffer for the next request of exactly its size: without

@@ -120,11 +120,11 @@ def test_a_static_batch_is_tried_with_other_rows(name, mixed):
 
 def test_rows_that_outputs_mix_are_one_pass():
     ends = np.full(40, 16)
-    assert passes(ends, 16, 8, {"together": True}) == [(0, 40)]
-    assert len(passes(ends, 16, 8, {})) == 5
-    assert passes(ends, 16, 8, {"batch": 40, "together": True}) == [(0, 40)]
+    assert passes(ends, 16, 8, None, together=True) == [(0, 40)]
+    assert len(passes(ends, 16, 8, None)) == 5
+    assert passes(ends, 16, 8, 40, together=True) == [(0, 40)]
     with pytest.raises(InputError, match="40 rows, this bundle takes exactly 8: its outputs"):
-        passes(ends, 16, 8, {"batch": 8, "together": True})
+        passes(ends, 16, 8, 8, together=True)
 
 
 @pytest.mark.parametrize("name", ["centred", "mean", "similarity"])

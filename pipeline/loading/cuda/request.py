@@ -35,7 +35,8 @@ class Request:
         self._values = [
             checked.get(spec["name"], FILL.get(spec["default"])) for spec in self._specs
         ]
-        self.passes = passes(self.ends, BLOCK_TOKENS, PASS_BLOCKS, static)
+        together = static.get("together", False)
+        self.passes = passes(self.ends, BLOCK_TOKENS, PASS_BLOCKS, self._step, together)
 
     def room(self, first: int, count: int) -> tuple[tuple[int, int], np.ndarray]:
         """The (batch, length) of a pass, and its table of blocks."""
