@@ -36,9 +36,10 @@ class Config:
 
     `trials`, `timeout` (seconds) and `threads` are positive, or None for what the effort and the
     machine give. `head` None keeps the checkpoint's own head; `allow_unused` takes a checkpoint
-    that says or holds more than its model reads, without that; `shipped_log` False leaves out the
-    tuning logs that come with the package. Paths may be given as `Path`. `sparse` "always" skips
-    zeros even where the dense kernel is faster, which is for measuring.
+    that says or holds more than its model reads, without that; `rename` gives inputs of an ONNX
+    file our names, each as OLD=NEW; `shipped_log` False leaves out the tuning logs that come with
+    the package. Paths may be given as `Path`. `sparse` "always" skips zeros even where the dense
+    kernel is faster, which is for measuring.
     `calibrate`, `ranges`, `smooth` (0 to 1), `max_drop` (0 to 1) and `eval` are for int8 alone.
     Raises UsageError for a value that is not allowed, with the nearest one that is.
     """
@@ -58,6 +59,7 @@ class Config:
     libc: str = "glibc"
     head: str | None = None
     allow_unused: bool = False
+    rename: tuple[str, ...] = ()
     log_dir: str | None = None
     shipped_log: bool = True
     cache_dir: str | None = None
@@ -152,6 +154,18 @@ def _flag(name: str, value: Any) -> bool:
     raise UsageError(f"{name} is {value!r}", "give true or false")
 
 
+def _renamed(name: str, value: Any) -> tuple[str, ...]:
+    entries = (value,) if isinstance(value, str) else value
+    if not isinstance(entries, (list, tuple)):
+        raise UsageError(f"{name} is {value!r}", "give a list of OLD=NEW")
+    for entry in entries:
+        if not isinstance(entry, str) or not all(entry.partition("=")):
+            raise UsageError(
+                f"{name} has {entry!r}", "give OLD=NEW: the file's name of an input and ours"
+            )
+    return tuple(entries)
+
+
 def _share(name: str, value: Any) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is None or (number and 0 <= value <= 1):
@@ -212,6 +226,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "libc": _one_of(LIBCS),
     "head": _one_of(HEADS, optional=True),
     "allow_unused": _flag,
+    "rename": _renamed,
     "log_dir": _path_of("a directory"),
     "shipped_log": _flag,
     "cache_dir": _path_of("a directory"),

@@ -35,6 +35,7 @@ CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
         bool,
         "take a checkpoint that says or holds more than its model",
     ),
+    ("--rename", "OLD=NEW", list, "call an input of an ONNX file input_ids, say; may be repeated"),
     ("--log-dir", "DIR", str, "your own tuning logs, read and written"),
     ("--shipped-log", None, bool, "use the tuning logs that come with Bertile (default)"),
     ("--cache-dir", "DIR", str, "where stage results are kept"),
@@ -64,6 +65,8 @@ def add_some_config(parser: ArgumentParser, *names: str) -> Any:
             takes = {"metavar": metavar, "type": kind}
             if kind is bool:
                 takes = {"action": BooleanOptionalAction}
+            if kind is list:
+                takes = {"metavar": metavar, "action": "append"}
             group.add_argument(flag, default=SUPPRESS, help=help_text, **takes)
     return group
 

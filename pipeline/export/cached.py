@@ -15,7 +15,7 @@ def export_cached(model: Any, config: Config, progress: Progress | None = None) 
     """The exported model, from the cache where the same model was exported before."""
     progress = progress or Progress(verbosity=-1)
     with progress.stage("export") as stage:
-        asked = (str(model), config.allow_unused)
+        asked = (str(model), config.allow_unused, config.rename)
         key = cache.key("export.exporter", exporter.fingerprint(model, config), *asked)
         path, stage.cached = cache.Cache(config.cache_dir).get_or_make(
             key, lambda directory: exporter.export(model, directory, config)

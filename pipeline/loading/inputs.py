@@ -9,18 +9,41 @@ import numpy as np
 from bertile.loading.errors import InputError
 
 FILL = {"ones": 1, "zeros": 0}
+PLACES = "places"  # 0, 1, 2, …
+# What tokenizers give to every model: one that has no such input takes what changes nothing.
+NEUTRAL = {"attention_mask": "ones", "token_type_ids": "zeros", "position_ids": PLACES}
+
+
+_WORDS = {"ones": "all ones", "zeros": "all zeros", PLACES: "0, 1, 2, …"}
+
+
+def filled(default: str | None, shape: tuple[int, int]):
+    """What an input (batch, length) is where the caller leaves it out: a number, or an array."""
+    if default == PLACES:
+        return np.broadcast_to(np.arange(shape[1]), shape)
+    return FILL.get(default)
 
 
 def check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dict:
     """Return the given inputs as integer arrays of one shape (batch, length), checked."""
     known = {spec["name"]: spec for spec in specs}
-    arrays = {name: _integers(name, value) for name, value in check_names(inputs, specs).items()}
+    extra = {
+        name: _integers(name, value)
+        for name, value in inputs.items()
+        if name in NEUTRAL and name not in known and value is not None
+    }
+    named = {name: value for name, value in inputs.items() if name in known or name not in NEUTRAL}
+    arrays = {name: _integers(name, value) for name, value in check_names(named, specs).items()}
     first, shape = next((name, array.shape) for name, array in arrays.items())
     if 0 in shape:
         raise InputError(f"{first} has shape {shape}", "give at least one row and one token")
-    for name, array in arrays.items():
+    for name, array in {**arrays, **extra}.items():
         if array.shape != shape:
             raise InputError(f"{name} has shape {array.shape}, but {first} has {shape}")
+    for name, array in extra.items():
+        if not np.array_equal(array, np.broadcast_to(filled(NEUTRAL[name], shape), shape)):
+            what = f"the model has no input '{name}', which is not {_WORDS[NEUTRAL[name]]}"
+            raise InputError(what, f"known: {', '.join(known)}")
     check_length(shape[1], max_length)
     for name, array in arrays.items():
         _check_range(name, array, known[name])
@@ -39,7 +62,7 @@ def check_names(inputs: dict, specs: list[dict]) -> dict:
             )
     named = {name: value for name, value in inputs.items() if value is not None}
     for spec in specs:
-        if spec["name"] not in named and spec["default"] not in FILL:
+        if spec["name"] not in named and spec["default"] is None:
             raise InputError(f"the input {spec['name']} is missing")
     if not named:
         raise InputError("no input was given", f"known: {', '.join(known)}")
@@ -69,6 +92,8 @@ def _integers(name: str, value) -> np.ndarray:
         )
     if array.dtype == object and array.size:  # numpy older than 1.24 makes this of ragged lists
         raise InputError(f"{name} holds values that are no integers of 64 bits")
+    if name == "attention_mask" and array.dtype.kind == "f" and np.isin(array, (0, 1)).all():
+        array = array.astype(np.int64)
     if array.dtype.kind not in "iub" and array.size:
         raise InputError(f"{name} has dtype {array.dtype}", "give integers")
     return array

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bertile.loading.blocks import BLOCK_TOKENS
 from bertile.loading.errors import AGAIN, BundleError
-from bertile.loading.inputs import FILL
+from bertile.loading.inputs import FILL, PLACES
 
 SCHEMA = 1  # the newest manifest schema that this loader reads
 LIBRARY, WEIGHTS, MANIFEST = "lib.so", "params.safetensors", "manifest.json"
@@ -116,7 +116,7 @@ def _check_limits(model: dict, static: dict) -> None:
 def _check_input(spec: dict) -> None:
     below, default = spec["below"], spec["default"]
     most = _INTEGERS.get(str(spec["dtype"]))
-    known = default is None or (isinstance(default, str) and default in FILL)
+    known = default is None or (isinstance(default, str) and default in (*FILL, PLACES))
     right = below is None or (type(below) is int and most is not None and 0 < below < most)
     if spec["name"] == "attention_mask":
         right = below == 2

@@ -9,7 +9,7 @@ import numpy as np
 
 from bertile.loading.blocks import BLOCK_TOKENS, blocks_of, passes, sequence_ends
 from bertile.loading.errors import AGAIN, BertileError, BundleError, InputError
-from bertile.loading.inputs import FILL, check_inputs
+from bertile.loading.inputs import check_inputs, filled
 from bertile.loading.interface import INTERFACE
 from bertile.loading.memory import aligned
 from bertile.loading.padding import check_outputs, cut, fit
@@ -45,12 +45,13 @@ class Model:
         self._arguments = runtime.pack([0] * (len(self.inputs) + 1) + params)
         self._shapes: set[tuple[int, ...]] = set()
 
-    def __call__(self, **inputs) -> dict[str, np.ndarray]:
+    def __call__(self, /, **inputs) -> dict[str, np.ndarray]:
         """Run the model on arrays or nested lists of integers, each (batch, length).
 
-        A missing attention_mask is all ones and missing token_type_ids are all zeros. Positions
-        behind the last token of a sequence are zero in the outputs. Raises InputError for a wrong
-        name, rank, type or shape, for ids that the model does not have and for too many tokens.
+        A missing attention_mask is all ones, missing token_type_ids are all zeros and missing
+        position_ids 0, 1, 2, …; a model without these inputs takes them so. Positions behind the
+        last token of a sequence are zero in the outputs. Raises InputError for a wrong name, rank,
+        type or shape, for ids that the model does not have and for too many tokens.
         """
         specs, static = self.manifest["inputs"], self.manifest["static"]
         checked = check_inputs(inputs, specs, self.max_length)
@@ -62,7 +63,7 @@ class Model:
             exactly = "at most" if length > width else "exactly"
             raise InputError(f"the input has {length} tokens, this bundle takes {exactly} {width}")
         ends = np.full(batch, length) if mask is None else sequence_ends(mask)
-        values = [checked.get(spec["name"], FILL.get(spec["default"])) for spec in specs]
+        values = [checked.get(s["name"], filled(s["default"], (batch, length))) for s in specs]
         pieces = []
         together = static.get("together", False)
         for first, count in passes(ends, BLOCK_TOKENS, self.pass_blocks, step, together):

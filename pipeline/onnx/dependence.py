@@ -7,6 +7,11 @@ import onnx
 from bertile.onnx.graph import OnnxGraph, attributes
 
 KINDS = ("constant", "shape", "light", "heavy")
+# Operators that keep the values of their first operand, or some of them.
+_MOVING = {
+    *("Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand"),
+    *("Slice", "Gather", "Tile"),
+}
 
 
 def dependence(graph: OnnxGraph) -> dict[str, str]:
@@ -35,12 +40,24 @@ def is_lookup(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
     return _is_weight(graph, node.input[0]) and len(graph.shape(node.input[0])) == 2
 
 
-def source_input(graph: OnnxGraph, name: str) -> str:
-    """Follow casts back from a tensor; the name it ends at may be a graph input's."""
-    producers = graph.producers()
-    while name in producers and producers[name].op_type in ("Cast", "Identity"):
-        name = producers[name].input[0]
-    return name
+def lookup_source(graph: OnnxGraph, node: onnx.NodeProto) -> tuple[str, int]:
+    """Follow the index of a lookup back to a tensor that it is, plus a number.
+
+    What moves elements about, or only changes their type, is passed through; the name it ends at
+    may be a graph input's.
+    """
+    producers, name, offset = graph.producers(), node.input[1], 0
+    while name in producers:
+        before = producers[name]
+        if before.op_type in ("Add", "Sub"):
+            number = graph.scalar(before.input[1])
+            if number is None:
+                break
+            offset += int(number) if before.op_type == "Add" else -int(number)
+        elif before.op_type not in _MOVING:
+            break
+        name = before.input[0]
+    return name, offset
 
 
 def _is_weight(graph: OnnxGraph, name: str) -> bool:

@@ -12,14 +12,21 @@ from typing import Any
 from bertile.base.directories import mark
 from bertile.base.errors import ModelError
 
-INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+# The inputs that a model may have, in their order, and what fills each where a caller leaves it
+# out: "places" is 0, 1, 2, …
+DEFAULTS = {
+    "input_ids": None,
+    "attention_mask": "ones",
+    "token_type_ids": "zeros",
+    "position_ids": "places",
+}
 
 
 @dataclass(frozen=True)
 class InputSpec:
     """One integer input of shape (batch, length); ids are at least 0 and less than `below`.
 
-    `default` says what fills an input that the caller leaves out: "ones", "zeros" or None.
+    `default` says what fills an input that the caller leaves out, as in DEFAULTS; None: nothing.
     """
 
     name: str

@@ -101,6 +101,13 @@ class OnnxGraph:
         self._arrays[new] = self.array(old)
         self.replace(old, new)
 
+    def rename_tensor(self, old: str, new: str) -> None:
+        """Call a computed tensor or an input otherwise, wherever it stands in a node."""
+        for node in self.nodes:
+            node.input[:] = [new if name == old else name for name in node.input]
+            node.output[:] = [new if name == old else name for name in node.output]
+        self._taken.add(new)
+
     def fresh(self, hint: str) -> str:
         name = ""
         while not name or name in self._taken:

@@ -13,10 +13,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from bertile.onnx.dependence import dependence, is_lookup, source_input
+from bertile.onnx.dependence import dependence, is_lookup, lookup_source
 from bertile.onnx.graph import OnnxGraph
-from bertile.onnx.probing import Probes, evaluate
+from bertile.onnx.probing import Probes, evaluate, evaluated
 from bertile.onnx.shapes import Axes
+
+LONGEST = 32768  # tokens: where an index is within its table so far, nothing limits the length
 
 
 def write_lookups(graph: OnnxGraph, probes: Probes, axes: Axes, opset: int) -> int | None:
@@ -25,13 +27,13 @@ def write_lookups(graph: OnnxGraph, probes: Probes, axes: Axes, opset: int) -> i
     kinds = dependence(graph)
     inputs = {value.name for value in graph.inputs}
     gathers = [node for node in graph.nodes if is_lookup(graph, node)]
-    others = [node for node in gathers if source_input(graph, node.input[1]) not in inputs]
+    others = [node for node in gathers if lookup_source(graph, node)[0] not in inputs]
     # In this order: a row goes into the table of positions, which also limits the distances.
     rest = [node for node in others if not lookups.positions(node)]
     rest = [node for node in rest if not lookups.single_row(node)]
     for node in rest:
-        if kinds.get(node.input[1]) == "shape":
-            lookups.distances(node, opset)
+        if kinds.get(node.input[1]) != "shape" or not lookups.distances(node, opset):
+            lookups.tried(node, opset)
     graph.clean()
     return lookups.limit
 
@@ -130,14 +132,14 @@ class _Lookups:
     def _adds(self, node: onnx.NodeProto, name: str) -> bool:
         return node.op_type == "Add" and name in node.input
 
-    def distances(self, node: onnx.NodeProto, opset: int) -> None:
+    def distances(self, node: onnx.NodeProto, opset: int) -> bool:
         """Row = a function of key position - query position: list it for every distance."""
         index, limit = self._index(node), self.limit
         if index is None or limit is None or self.axes.static("length") is not None:
-            return
+            return False
         sizes = self.axes.sizes["length"]
         if any(ids.shape[-2:] != (size, size) for ids, size in zip(index, sizes)):
-            return
+            return False
         feed = {
             name: np.ones((1, limit), array.dtype) for name, array in self.probes.feeds[0].items()
         }
@@ -145,7 +147,7 @@ class _Lookups:
         rows = np.concatenate([whole[:0:-1, 0], whole[0]])
         places = np.arange(limit)
         if (rows[places[None] - places[:, None] + limit - 1] != whole).any():
-            return
+            return False
         across = self._places(0, limit)
         down = self.graph.add("Transpose", [across], perm=[1, 0])
         distance = self.graph.add("Sub", [across, down])
@@ -155,3 +157,26 @@ class _Lookups:
             row = self.graph.add("Unsqueeze", [row, self.graph.integers(0)])
         table = self.graph.array(node.input[0])[rows]
         node.input[:] = [self.graph.constant(table, "distances"), row]
+        return True
+
+    def tried(self, node: onnx.NodeProto, opset: int) -> None:
+        """Limit the length by trying how long a sequence keeps an index within its table."""
+        rows = self.graph.shape(node.input[0])[0]
+        if self.axes.static("length") is not None or self.graph.is_constant(node.input[1]):
+            return
+
+        def fits(length: int) -> bool:
+            feed = {
+                name: np.ones((1, length), array.dtype)
+                for name, array in self.probes.feeds[0].items()
+            }
+            index = evaluated(self.graph, node.input[1], feed, opset)
+            return index is not None and bool((index < rows).all() and (index >= -rows).all())
+
+        fine, wrong = 1, LONGEST + 1
+        if fits(LONGEST):
+            return
+        while wrong - fine > 1:
+            middle = (fine + wrong) // 2
+            fine, wrong = (middle, wrong) if fits(middle) else (fine, middle)
+        self._limit(fine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
 from bertile.families import model_config, table, text_settings
+from bertile.families.family import AFTER_PADDING, Family
 from bertile.onnx import attention, fusions, reach, rewrites
 from bertile.onnx import quantized as onnx_quantized
 from bertile.onnx.exported import TOKENIZER_FILES, ExportedModel, InputSpec
 from bertile.onnx.graph import OnnxGraph, save
+from bertile.onnx.inputs import Fed, input_specs, present
 from bertile.onnx.lookups import write_lookups
 from bertile.onnx.masks import write_masks
 from bertile.onnx.places import write_place_tables
 from bertile.onnx.probing import Probes, opened, probe
 from bertile.onnx.quantized import drop_marks
-from bertile.onnx.reader import check_operators, input_specs, read, static_axes
+from bertile.onnx.reader import check_operators, read
 from bertile.onnx.samples import largest_difference, sample, session, squared_norms
 from bertile.onnx.shapes import Axes, fold_constants, write_shapes
 from bertile.onnx.source_files import fingerprint, inside
@@ -49,16 +52,18 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     path, directory = Path(path), Path(directory)
     original, opset = read(path)
     graph = OnnxGraph(original)
-    batch, length = static_axes(graph, path)
+    batch, length, renamed = present(graph, path, config.rename)
     graph.clean()
     quantized = onnx_quantized.lift_quantization(graph)
     check_operators(graph)
     lifted = graph.to_model(opset) if quantized else None
-    inputs = input_specs(graph)
+    beside = model_config.beside(path.parent)
+    family = table.of_type(beside.get("model_type"))
+    inputs = tuple(_counted(spec, family) for spec in input_specs(graph))
     with quiet.quiet():
         probes = probe(graph, inputs, opset, batch, length)
-        beside = model_config.beside(path.parent)
-        positions = length or beside.get("max_position_embeddings")
+        places = (spec.below for spec in inputs if spec.default == "places")
+        positions = length or next(places, None) or beside.get("max_position_embeddings")
         max_length, notes = _rewrite(graph, probes, opset, positions)
     check_operators(graph, rewritten=True)
     _name_axes(graph, probes)
@@ -66,7 +71,6 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     if quantized and not read_names.issuperset(spec.name for spec in inputs):
         quantized = (*quantized, _unread(inputs, read_names))
     inputs = tuple(spec for spec in inputs if spec.name in read_names)
-    family = table.of_type(beside.get("model_type"))
     max_length = length or max_length or positions
     longest = min(max_length or 37, 512)
     shapes = ((batch or 2, length or min(16, longest)), (batch or 3, length or min(37, longest)))
@@ -74,7 +78,9 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     head = _head(tuple(graph.outputs), probes, inputs, config.head)
     directory.mkdir(parents=True, exist_ok=True)
     save(graph.to_model(OPSET), directory / "model.onnx")
-    differs, seen = _check(path, directory / "model.onnx", lifted, inputs, shapes, batch, length)
+    original_session = Fed.of(session(path), path, config.rename)
+    normalized = directory / "model.onnx"
+    differs, seen = _check(original_session, normalized, lifted, inputs, shapes, batch, length)
     _copy_files(path, directory)
     return ExportedModel(
         directory=directory,
@@ -90,7 +96,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         length=length,
         together=bool(seen.rows),
         padded=bool(seen.padding),
-        notes=(*quantized, *notes, *seen.notes(), differs),
+        notes=(*renamed, *quantized, *notes, *seen.notes(), differs),
     ).write()
 
 
@@ -135,6 +141,13 @@ def _rewrite(
     return max_length, (*masks, *notes)
 
 
+def _counted(spec: InputSpec, family: Family | None) -> InputSpec:
+    """Positions that a caller leaves out count from 0, but not those of RoBERTa's relatives."""
+    after_padding = family is not None and family.positions == AFTER_PADDING
+    counts = spec.default == "places" and after_padding
+    return dataclasses.replace(spec, default=None) if counts else spec
+
+
 def _is_bool(probes: Probes, name: str) -> bool:
     values = probes.of(name)
     return values is not None and values[0].dtype == np.bool_
@@ -165,7 +178,7 @@ def _unread(inputs: tuple[InputSpec, ...], read: set[str]) -> str:
 
 
 def _check(
-    original: Path,
+    original: Fed,
     normalized: Path,
     lifted: onnx.ModelProto | None,
     inputs: tuple[InputSpec, ...],
@@ -197,7 +210,7 @@ def _check(
                 seen = reach.look(runner, inputs, batch, length)
         else:
             seen = reach.look(after, inputs, batch, length)
-        want = _results(session(original), names, feeds)
+        want = _results(original, names, feeds)
         worst, relative = _compare(want, _results(after, names, feeds), feeds)
         if lifted is None:
             _refuse(worst, TOLERANCE, "the original", _FAULT)
@@ -225,13 +238,9 @@ def _refuse(difference: float, tolerance: float, what: str, hint: str) -> None:
 def _results(
     runner: Any, names: list[str], feeds: list[dict[str, np.ndarray]]
 ) -> list[list[np.ndarray]]:
-    """Run the batches; an input that the other model does not have is zero."""
-    zero = {argument.name: argument.type[len("tensor(") : -1] for argument in runner.get_inputs()}
-    for name in feeds[0]:
-        zero.pop(name, None)
-    shapes = [feed["input_ids"].shape for feed in feeds]
-    unread = [{name: np.zeros(shape, dtype) for name, dtype in zero.items()} for shape in shapes]
-    return [runner.run(names, {**feed, **others}) for feed, others in zip(feeds, unread)]
+    """Run the batches; an input that the other model does not have is what it is by default."""
+    fed = runner if isinstance(runner, Fed) else Fed(runner, {})
+    return [fed.run(names, feed) for feed in feeds]
 
 
 def _compare(

@@ -7,13 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from bertile.base.errors import ModelError, nearest, require
-from bertile.onnx.dependence import is_lookup, source_input
-from bertile.onnx.exported import INPUT_NAMES, InputSpec
+from bertile.base.errors import ModelError, require
 from bertile.onnx.graph import OnnxGraph
 
-_DTYPES = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.INT32: "int32"}
-_DEFAULTS = {"attention_mask": "ones", "token_type_ids": "zeros"}
 _HALF_BYTES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1)
 
 
@@ -88,49 +84,6 @@ def _modern(model: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, int]:
             f"'{path}' has opset {opset}, which cannot be brought up to date",
             "export it again with opset 13 or newer",
         ) from error
-
-
-def static_axes(graph: OnnxGraph, path: Path) -> tuple[int | None, int | None]:
-    """Check the inputs' names, types and ranks; return the sizes of the axes that are static."""
-    names = [value.name for value in graph.inputs]
-    if "input_ids" not in names:
-        raise ModelError(f"'{path}' has no input 'input_ids' (it has {', '.join(names) or 'none'})")
-    for value in graph.inputs:
-        _check_input(value, path)
-    shapes = [value.type.tensor_type.shape.dim for value in graph.inputs]
-    batch, length = ({dims[axis].dim_value for dims in shapes} - {0} for axis in (0, 1))
-    if len(batch) > 1 or len(length) > 1:
-        raise ModelError(f"the inputs of '{path}' have different static shapes")
-    return next(iter(batch), None), next(iter(length), None)
-
-
-def _check_input(value: onnx.ValueInfoProto, path: Path) -> None:
-    kind = value.type.tensor_type
-    if value.name not in INPUT_NAMES:
-        raise ModelError(
-            f"'{path}' has the input '{value.name}', which is unsupported"
-            f"{nearest(value.name, INPUT_NAMES)}"
-        )
-    if kind.elem_type not in _DTYPES or len(kind.shape.dim) != 2:
-        raise ModelError(
-            f"input '{value.name}' of '{path}' is no (batch, length) tensor of int32 or int64"
-        )
-
-
-def input_specs(graph: OnnxGraph) -> tuple[InputSpec, ...]:
-    """Describe the inputs in their canonical order, with the size of the table each looks up."""
-    types = {value.name: value.type.tensor_type.elem_type for value in graph.inputs}
-    below: dict[str, int] = {"attention_mask": 2}
-    for node in graph.nodes:
-        if is_lookup(graph, node):
-            source = source_input(graph, node.input[1])
-            if source in ("input_ids", "token_type_ids"):
-                below[source] = graph.shape(node.input[0])[0]
-    return tuple(
-        InputSpec(name, _DTYPES[types[name]], below.get(name), _DEFAULTS.get(name))
-        for name in INPUT_NAMES
-        if name in types
-    )
 
 
 def check_operators(graph: OnnxGraph, rewritten: bool = False) -> None:

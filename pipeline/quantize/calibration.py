@@ -24,7 +24,6 @@ SEQUENCES = 512  # taken evenly from a longer file: ranges hardly move after the
 BATCH = 8
 MOST_NUMBERS = 1 << 27  # in an .npz, a gigabyte of ids: some hundred sequences are taken of it
 LONGEST = 512  # tokens, where the model itself sets no limit
-FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
 def read_requests(path: Path, exported: ExportedModel) -> list[Arrays]:
@@ -61,8 +60,11 @@ def tokenized(texts: Sequence[str], exported: ExportedModel) -> list[Row]:
     limits = (exported.max_length, exported.length, LONGEST)
     limit = min(limit for limit in limits if limit)
     encodings = runner.encode(exported.directory, texts, limit, truncate=True)
-    names = [spec.name for spec in exported.inputs]
-    return [{n: np.array(getattr(encoding, FIELDS[n])) for n in names} for encoding in encodings]
+    named = [spec.name for spec in exported.inputs if spec.name in runner.FIELDS]
+    return [
+        {name: np.array(getattr(encoding, runner.FIELDS[name])) for name in named}
+        for encoding in encodings
+    ]
 
 
 def batches(rows: Sequence[Row], exported: ExportedModel) -> list[Arrays]:
@@ -92,6 +94,13 @@ def _joined(group: list[Row], exported: ExportedModel, masked: bool) -> Arrays:
     arrays = {}
     for spec in exported.inputs:
         arrays[spec.name] = np.zeros((len(group), width), spec.dtype)
+        if spec.name not in group[0]:  # which no text says
+            if spec.default is None:
+                raise InputError(
+                    f"no text says what {spec.name} is", "calibrate with an .npz of all inputs"
+                )
+            arrays[spec.name][...] = loader.filled(spec.default, (len(group), width))
+            continue
         for index, row in enumerate(group):
             arrays[spec.name][index, : _length(row)] = row[spec.name]
     return arrays
@@ -134,7 +143,7 @@ def _arrays(path: Path, exported: ExportedModel) -> list[Row]:
     shape = next(iter(inputs.values())).shape
     for spec in exported.inputs:
         if spec.name not in inputs:
-            inputs[spec.name] = np.full(shape, int(spec.default == "ones"))
+            inputs[spec.name] = np.broadcast_to(loader.filled(spec.default, shape), shape)
     return [{name: array[index] for name, array in inputs.items()} for index in range(shape[0])]
 
 

@@ -83,7 +83,7 @@ class Model:
     def __exit__(self, *exception: object) -> None:
         pass  # each call is a process that has ended
 
-    def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
+    def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray]:
         with tempfile.TemporaryDirectory() as folder:
             request, reply = Path(folder, "in.npz"), Path(folder, "out.npz")
             np.savez(request, **{name: np.asarray(value) for name, value in inputs.items()})

@@ -15,6 +15,8 @@ from bertile.families import model_config, text_settings
 from bertile.families.text_settings import TextSettings
 
 BATCH = 32
+# What a tokenizer's encoding calls the inputs of a model.
+FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 HEADS = ("embedding", "sequence-classification", "token-classification")
 
 
@@ -150,11 +152,10 @@ def as_text(result: dict[str, Any]) -> str:
 def _batch(encodings: Sequence[Any], names: Sequence[str]) -> dict[str, np.ndarray]:
     arrays = {}
     length = max(len(encoding.ids) for encoding in encodings)
-    fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-    for name in names:
+    for name in [name for name in names if name in FIELDS]:  # the loader fills what no text says
         arrays[name] = np.zeros((len(encodings), length), np.int64)
         for row, encoding in enumerate(encodings):
-            arrays[name][row, : len(encoding.ids)] = getattr(encoding, fields[name])
+            arrays[name][row, : len(encoding.ids)] = getattr(encoding, FIELDS[name])
     return arrays
 
 

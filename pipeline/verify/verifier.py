@@ -13,6 +13,7 @@ from bertile.base.progress import Progress
 from bertile.families import model_config
 from bertile.onnx import exported
 from bertile.onnx.exported import ExportedModel
+from bertile.onnx.inputs import Fed
 from bertile.onnx.samples import largest_difference, sample, session
 from bertile.run import opener
 from bertile.targets.rows import Target
@@ -103,7 +104,7 @@ def _compare(
     manifest = model.manifest
     relative = max(tolerances[precision] for precision in _precisions(manifest))
     specs = [exported.InputSpec(**spec) for spec in manifest["inputs"]]
-    peer = session(onnx)
+    peer = Fed.of(session(onnx), onnx, manifest["config"].get("rename", ()))
     names = [output.name for output in peer.get_outputs()]
     axes = {output["name"]: output["axes"] for output in manifest["outputs"]}
     worst: dict[str, Any] = {"max_abs_difference": -1.0, "tolerance": relative, "worst": None}

@@ -93,8 +93,9 @@ BERTILE_API int64_t bertile_max_length(const bertile_model *model);
 BERTILE_API const char *bertile_manifest(const bertile_model *model);
 
 /* Run the model on `count` named arrays of integers of one shape (batch, length). A missing
- * attention_mask is all ones and missing token_type_ids are all zeros; behind the last token of a
- * sequence outputs are zero. The result is the caller's, to be freed. */
+ * attention_mask is all ones, missing token_type_ids are all zeros and missing position_ids 0, 1, 2,
+ * …; a model without these takes them so. Behind the last token of a sequence outputs are zero. The
+ * result is the caller's, to be freed. */
 BERTILE_API bertile_status bertile_run(bertile_model *model, const bertile_tensor *inputs,
                                        size_t count, bertile_result **result);
 

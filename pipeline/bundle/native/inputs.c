@@ -47,21 +47,59 @@ static bertile_status check_array(const bertile_tensor *tensor) {
     return BERTILE_OK;
 }
 
+/* What a missing array holds in a column; 0 where it must not be missing. */
+static int64_t filled(bt_fill fill, int64_t column) {
+    return fill == BT_FILL_PLACES ? column : fill == BT_FILL_ONES;
+}
+
+/* What tokenizers give to every model: one that has no such input takes what changes nothing. */
+static bt_fill neutral(const char *name) {
+    static const struct {
+        const char *name;
+        bt_fill fill;
+    } known[] = {{"attention_mask", BT_FILL_ONES},
+                 {"token_type_ids", BT_FILL_ZEROS},
+                 {"position_ids", BT_FILL_PLACES}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (!strcmp(known[i].name, name)) return known[i].fill;
+    return BT_FILL_NONE;
+}
+
+static size_t place_of(const bt_manifest *manifest, const char *name) {
+    size_t place = 0;
+    while (place < manifest->input_count && strcmp(manifest->inputs[place].name, name)) place++;
+    return place;
+}
+
+static bertile_status check_neutral(const bt_manifest *manifest, const bertile_tensor *tensor) {
+    static const char *const words[] = {"", "all zeros", "all ones", "0, 1, 2, …"};
+    char known[400];
+    bt_fill fill = neutral(tensor->name);
+    int64_t length = tensor->shape[1], count = tensor->shape[0] * length;
+    for (int64_t i = 0; i < count; i++) {
+        if (value_at(tensor, i) == filled(fill, i % length)) continue;
+        list_names(manifest, known);
+        return bt_fail(BERTILE_INPUT, "the model has no input '%s', which is not %s; known: %s",
+                       tensor->name, words[fill], known);
+    }
+    return BERTILE_OK;
+}
+
 static bertile_status sort_inputs(const bt_manifest *manifest, const bertile_tensor *inputs,
                                   size_t count, bt_request *request) {
     char known[400];
     list_names(manifest, known);
     for (size_t i = 0; i < count; i++) {
         const char *name = inputs[i].name ? inputs[i].name : "";
-        size_t place = 0;
-        while (place < manifest->input_count && strcmp(manifest->inputs[place].name, name)) place++;
-        if (place == manifest->input_count)
+        size_t place = place_of(manifest, name);
+        int without = place == manifest->input_count;
+        if (without && neutral(name) == BT_FILL_NONE)
             return bt_fail(BERTILE_INPUT, "the model has no input '%s'; known: %s", name, known);
-        if (request->given[place])
+        if (!without && request->given[place])
             return bt_fail(BERTILE_INPUT, "the input %s is given twice", name);
         bertile_status status = check_array(&inputs[i]);
         if (status) return status;
-        request->given[place] = &inputs[i];
+        if (!without) request->given[place] = &inputs[i];
     }
     for (size_t i = 0; i < manifest->input_count; i++)
         if (!request->given[i] && manifest->inputs[i].fill == BT_FILL_NONE)
@@ -150,6 +188,9 @@ bertile_status bt_check_inputs(const bt_manifest *manifest, const bertile_tensor
         mask = request->given[i];
         masked = 1;
     }
+    for (size_t i = 0; i < count && !status; i++)
+        if (place_of(manifest, inputs[i].name) == manifest->input_count)
+            status = check_neutral(manifest, &inputs[i]);
     if (!status) status = check_static(manifest, inputs[0].shape[1], masked);
     if (!status) status = check_rows(manifest, inputs[0].shape[0]);
     if (status) return status;
@@ -165,7 +206,7 @@ void bt_fit(const bt_input *spec, const bertile_tensor *given, const bt_request 
             int64_t value = 0, place = row * width + column;
             if (row < rows && column < request->length)
                 value = given ? value_at(given, (first + row) * request->length + column)
-                              : spec->fill;
+                              : filled(spec->fill, column);
             if (spec->bits == 64)
                 ((int64_t *)out)[place] = value;
             else

@@ -8,7 +8,6 @@
 #include <string.h>
 
 static void write_calls(FILE *out, const bt_manifest *manifest) {
-    static const char *const fills[] = {"none", "zeros", "ones"};
     fprintf(out, "lanes %" PRId64 "\nmax_length %" PRId64 "\n", manifest->lanes,
             manifest->max_length);
     fprintf(out, "static %" PRId64 " %" PRId64 " %d %d\n", manifest->static_batch,
@@ -16,7 +15,7 @@ static void write_calls(FILE *out, const bt_manifest *manifest) {
     for (size_t i = 0; i < manifest->input_count; i++) {
         const bt_input *input = &manifest->inputs[i];
         fprintf(out, "input %s int%d %" PRId64 " %s\n", input->name, input->bits, input->below,
-                fills[input->fill - BT_FILL_NONE]);
+                bt_fill_name(input->fill));
     }
     for (size_t i = 0; i < manifest->output_count; i++) {
         const bt_output *output = &manifest->outputs[i];

@@ -54,7 +54,11 @@ bertile_status bt_check_files(const char *root, const json *files, int hashes);
 
 /* -- manifest.c */
 
-enum { BT_FILL_NONE = -1 };
+/* What a missing array is filled with; places are 0, 1, 2, … along the length. */
+typedef enum bt_fill { BT_FILL_NONE, BT_FILL_ZEROS, BT_FILL_ONES, BT_FILL_PLACES } bt_fill;
+/* What the manifest and the interface call a fill: "none" to "places"; BT_FILL_NONE for others. */
+const char *bt_fill_name(bt_fill fill);
+bt_fill bt_fill_named(const char *text);
 typedef enum bt_axis { BT_AXIS_FIXED, BT_AXIS_BATCH, BT_AXIS_LENGTH, BT_AXIS_KINDS } bt_axis;
 
 typedef struct bt_input {
@@ -62,7 +66,7 @@ typedef struct bt_input {
     int bits;      /* of the signed integers that the model takes: 32 or 64 */
     int64_t below; /* 0: no limit but the dtype's */
     int64_t limit; /* the largest value */
-    int fill;      /* what a missing array is filled with, or BT_FILL_NONE */
+    bt_fill fill;
 } bt_input;
 
 typedef struct bt_output {

@@ -30,6 +30,18 @@ static const char *check_kinds(const json *tree) {
     return NULL;
 }
 
+static const char *const fills[] = {"none", "zeros", "ones", "places"};
+
+const char *bt_fill_name(bt_fill fill) {
+    return fills[fill];
+}
+
+bt_fill bt_fill_named(const char *text) {
+    for (int fill = BT_FILL_ZEROS; fill <= BT_FILL_PLACES; fill++)
+        if (!strcmp(fills[fill], text)) return (bt_fill)fill;
+    return BT_FILL_NONE;
+}
+
 static const char *read_input(const json *spec, bt_input *input) {
     static const char wrong[] = "an input is not described as it should be";
     const json *name = json_get_kind(spec, "name", JSON_STRING);
@@ -47,7 +59,7 @@ static const char *read_input(const json *spec, bt_input *input) {
     input->fill = BT_FILL_NONE;
     if (fill->kind == JSON_NULL) return NULL;
     if (fill->kind != JSON_STRING) return wrong;
-    input->fill = !strcmp(fill->text, "ones") ? 1 : !strcmp(fill->text, "zeros") ? 0 : BT_FILL_NONE;
+    input->fill = bt_fill_named(fill->text);
     return input->fill == BT_FILL_NONE ? wrong : NULL;
 }
 

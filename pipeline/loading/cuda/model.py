@@ -97,7 +97,7 @@ class Model:
         with self.gpu:
             self._code = Code(self.gpu, self.manifest, self._plan, files)
 
-    def __call__(self, *, stream=None, **inputs) -> dict:
+    def __call__(self, /, *, stream=None, **inputs) -> dict:
         """Run the model on arrays or nested lists of integers, each (batch, length).
 
         As for a model on a CPU, a missing attention_mask is all ones, missing token_type_ids are

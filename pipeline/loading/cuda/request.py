@@ -6,7 +6,7 @@ import numpy as np
 
 from bertile.loading.blocks import BLOCK_TOKENS, blocks_of, passes, sequence_ends
 from bertile.loading.errors import InputError
-from bertile.loading.inputs import FILL, check_inputs
+from bertile.loading.inputs import check_inputs, filled
 
 # Of one pass through the model; a longer batch takes several. 65536 tokens fill every card, and
 # twice as many would only double the memory that activations take.
@@ -32,7 +32,8 @@ class Request:
             )
         self.ends = np.full(batch, self.length) if mask is None else sequence_ends(mask)
         self._values = [
-            checked.get(spec["name"], FILL.get(spec["default"])) for spec in self._specs
+            checked.get(spec["name"], filled(spec["default"], (batch, self.length)))
+            for spec in self._specs
         ]
         together = static.get("together", False)
         self.passes = passes(self.ends, BLOCK_TOKENS, PASS_BLOCKS, self._step, together)

@@ -13,7 +13,7 @@ from bertile.loading.cuda.gpu import NO_TIMING, OWN_STREAM, Gpu, host_memory
 from bertile.loading.cuda.graph import Graph, view
 from bertile.loading.cuda.layout import Layout
 from bertile.loading.cuda.plan import GRAPHS, Plan
-from bertile.loading.inputs import FILL
+from bertile.loading.inputs import filled
 
 
 class Workspace:
@@ -21,7 +21,7 @@ class Workspace:
 
     def __init__(self, gpu: Gpu, plan: Plan, code: Code, manifest: dict):
         self._gpu, self._plan, self._code = gpu, plan, code
-        self._fills = [FILL.get(spec["default"]) for spec in manifest["inputs"]]
+        self._defaults = [spec["default"] for spec in manifest["inputs"]]
         self._names = [spec["name"] for spec in manifest["inputs"]]
         self._arena = self._arena_bytes = self._staging = 0
         self._memory = _NOTHING  # the staging memory
@@ -75,9 +75,9 @@ class Workspace:
         """Bring up the table, and what inputs that are not given are filled with."""
         batch, length = layout.inputs[0].shape
         memory = np.zeros(layout.input_bytes, np.uint8)
-        for array, name, fill in zip(layout.inputs, self._names, self._fills):
+        for array, name, default in zip(layout.inputs, self._names, self._defaults):
             if name not in present:
-                view(memory, array, layout.output_bytes).fill(fill)
+                view(memory, array, layout.output_bytes)[...] = filled(default, (batch, length))
         table = blocks_of(np.full(batch, length), BLOCK_TOKENS)
         view(memory, layout.inputs[-1], layout.output_bytes)[...] = table
         address = self._gpu.allocate(len(memory), "the inputs")

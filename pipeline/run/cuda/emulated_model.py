@@ -34,12 +34,12 @@ class Model:
         source = (directory / SOURCE).read_text(encoding="utf-8")
         self.kernels = emulator.Emulated(emulator.build(source, folder))
 
-    def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
+    def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray]:
         specs = self.manifest["inputs"]
         checked = loader.check_inputs(inputs, specs, self.manifest["model"]["max_length"])
         shape = next(iter(checked.values())).shape
         arrays = [
-            checked.get(spec["name"], np.full(shape, loader.FILL.get(spec["default"], 0)))
+            checked.get(spec["name"], np.broadcast_to(loader.filled(spec["default"], shape), shape))
             for spec in specs
         ]
         mask = checked.get("attention_mask", np.ones(shape, np.int64))

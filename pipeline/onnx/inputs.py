@@ -1,0 +1,188 @@
+"""Gives the inputs of any exporter's file our names, integers and axes.
+
+    input_mask: float32 (?, ?)   →   attention_mask: int64 (batch, length) → Cast → input_mask
+
+A cast stands in front of a graph that wants another type; nothing else of it changes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from bertile.base.errors import ModelError, UsageError, nearest
+from bertile.onnx.dependence import is_lookup, lookup_source
+from bertile.onnx.exported import DEFAULTS, InputSpec
+from bertile.onnx.graph import OnnxGraph
+
+# What Google's BERT, TensorFlow's hub, fairseq and ONNX Runtime's tools call them.
+ALIASES = {
+    "input_ids": ("input_word_ids", "src_tokens", "token_ids", "ids"),
+    "attention_mask": ("input_mask", "attn_mask", "mask"),
+    "token_type_ids": ("segment_ids", "input_type_ids", "token_types", "type_ids"),
+    "position_ids": ("pos_ids", "positions"),
+}
+_INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+_NUMBERS = {
+    onnx.TensorProto.BOOL,
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.DOUBLE,
+    *(getattr(onnx.TensorProto, f"{sign}INT{bits}") for sign in ("", "U") for bits in (8, 16, 32)),
+    onnx.TensorProto.INT64,
+    onnx.TensorProto.UINT64,
+}
+
+
+def present(
+    graph: OnnxGraph, path: Path, rename: Iterable[str] = ()
+) -> tuple[int | None, int | None, tuple[str, ...]]:
+    """Rename and retype the inputs in place; return the sizes of static axes, and notes.
+
+    ``rename`` says OLD=NEW for names of the file that are nobody else's. Raises ModelError for an
+    input that is none of ours, or no (batch, length) tensor of numbers.
+    """
+    names = canonical_names([value.name for value in graph.inputs], path, rename)
+    notes, sizes = [], []
+    for value in graph.inputs:
+        kind, old, name = value.type.tensor_type, value.name, names[value.name]
+        dims = kind.shape.dim
+        if kind.elem_type not in _NUMBERS or (kind.HasField("shape") and len(dims) != 2):
+            raise ModelError(f"input '{old}' of '{path}' is no (batch, length) tensor of numbers")
+        # without a shape, or of -1, as Paddle writes it: any
+        sizes.append([max(dim.dim_value, 0) for dim in dims] or [0, 0])
+        wanted = kind.elem_type
+        given = wanted if wanted in _INTEGERS else onnx.TensorProto.INT64
+        if old != name:
+            _free(graph, name)
+            graph.rename_tensor(old, name)
+            notes.append(f"the input '{old}' of the file is called {name}")
+        if given != wanted:
+            inner = graph.fresh(name)
+            graph.rename_tensor(name, inner)
+            graph.nodes.append(helper.make_node("Cast", [name], [inner], name=inner, to=wanted))
+        shape = [size or axis for size, axis in zip(sizes[-1], ("batch", "length"))]
+        value.CopyFrom(helper.make_tensor_value_info(name, given, shape))
+    batch, length = ({pair[axis] for pair in sizes} - {0} for axis in (0, 1))
+    if len(batch) > 1 or len(length) > 1:
+        raise ModelError(f"the inputs of '{path}' have different static shapes")
+    return next(iter(batch), None), next(iter(length), None), tuple(notes)
+
+
+def canonical_names(names: Sequence[str], path: Path, rename: Iterable[str] = ()) -> dict[str, str]:
+    """Return our name for each input of a file; ModelError where one has none, or two have one."""
+    asked = dict(entry.split("=", 1) for entry in rename)
+    for old, new in asked.items():
+        if old not in names:
+            raise UsageError(
+                f"'{path}' has no input '{old}' to rename{nearest(old, names)}",
+            )
+        if new not in DEFAULTS:
+            raise UsageError(f"no input is called '{new}'{nearest(new, DEFAULTS)}")
+    # what is said goes first, then what is called so already, then what resembles it
+    ours = {name: asked.get(name, name) for name in names}
+    taken = {new for new in ours.values() if new in DEFAULTS}
+    for name, new in ours.items():
+        if new not in DEFAULTS and (alias := _alias(name)) and alias not in taken:
+            ours[name] = alias
+            taken.add(alias)
+    for name, new in ours.items():
+        if new not in DEFAULTS:
+            raise ModelError(
+                f"'{path}' has the input '{name}', which is unsupported{nearest(name, DEFAULTS)}",
+                f"if it is one of these, say so: --rename {name}={_alias(name) or 'input_ids'}",
+            )
+        if list(ours.values()).count(new) > 1:
+            raise ModelError(f"two inputs of '{path}' would be called '{new}'")
+    if "input_ids" not in ours.values():
+        raise ModelError(
+            f"'{path}' has no input 'input_ids' (it has {', '.join(names) or 'none'})",
+            "if one of these is it, say so: --rename NAME=input_ids" if names else None,
+        )
+    return ours
+
+
+def input_specs(graph: OnnxGraph) -> tuple[InputSpec, ...]:
+    """Describe the inputs in their canonical order, with the size of the table each looks up."""
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.inputs}
+    below: dict[str, int] = {}
+    for node in graph.nodes:
+        source, offset = lookup_source(graph, node) if is_lookup(graph, node) else ("", 0)
+        if source in types:
+            rows = graph.shape(node.input[0])[0] - offset
+            below[source] = min(rows, below.get(source, rows))
+    below["attention_mask"] = 2
+    dtypes = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.INT32: "int32"}
+    return tuple(
+        InputSpec(name, dtypes[types[name]], below.get(name), default)
+        for name, default in DEFAULTS.items()
+        if name in types
+    )
+
+
+class Fed:
+    """A model in ONNX Runtime that is fed as its bundle is: by our names, in integers.
+
+    An input that a request lacks is filled as a loader fills it.
+    """
+
+    def __init__(self, runner: Any, names: Mapping[str, str]) -> None:
+        self._runner, self._names = runner, names
+
+    @classmethod
+    def of(cls, runner: Any, path: Path, rename: Iterable[str] = ()) -> Fed:
+        """The session of a file whose inputs have the names that its exporter gave them."""
+        names = [argument.name for argument in runner.get_inputs()]
+        # of a file that we wrote, an input may be renamed already
+        asked = [entry for entry in rename if entry.split("=", 1)[0] in names]
+        return cls(runner, canonical_names(names, path, asked))
+
+    def get_inputs(self) -> Any:
+        return self._runner.get_inputs()
+
+    def get_outputs(self) -> Any:
+        return self._runner.get_outputs()
+
+    def run(self, names: list[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Compute outputs by name, for arrays (batch, length) by our names."""
+        shape, arrays = feed["input_ids"].shape, {}
+        for argument in self._runner.get_inputs():
+            name = self._names.get(argument.name, argument.name)
+            value = feed[name] if name in feed else np.broadcast_to(_fill(name, shape), shape)
+            arrays[argument.name] = np.ascontiguousarray(value, _dtype(argument.type))
+        return self._runner.run(names, arrays)
+
+
+def _fill(name: str, shape: tuple[int, int]) -> np.ndarray:
+    fills = {"ones": np.ones(1), "places": np.arange(shape[1])}
+    return fills.get(DEFAULTS.get(name) or "", np.zeros(1))
+
+
+def _dtype(kind: str) -> np.dtype:
+    """numpy's type for ONNX Runtime's name of a tensor: tensor(int64), tensor(float) …"""
+    name = kind[len("tensor(") : -1]
+    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))
+
+
+def _alias(name: str) -> str | None:
+    """Our name for what an exporter wrote: serving_default_input_mask:0 is attention_mask."""
+    stem = re.sub(r"^(.*/)?(serving_default_)?", "", name)
+    stem = re.sub(r"([:._]\d+)+$", "", stem).lower()
+    for ours, aliases in ALIASES.items():
+        if stem == ours or stem in aliases:
+            return ours
+    return None
+
+
+def _free(graph: OnnxGraph, name: str) -> None:
+    """Give a tensor within the graph another name, where an input is to have this one."""
+    if graph.is_constant(name):
+        graph.rename_constant(name, graph.fresh(name))
+    elif name in graph.producers():
+        graph.rename_tensor(name, graph.fresh(name))
