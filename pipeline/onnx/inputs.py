@@ -7,8 +7,9 @@ A cast stands in front of a graph that wants another type; nothing else of it ch
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bertile.base.errors import ModelError, UsageError, nearest
 from bertile.onnx.dependence import is_lookup, lookup_source
 from bertile.onnx.exported import DEFAULTS, InputSpec
 from bertile.onnx.graph import OnnxGraph
+from bertile.onnx.probing import opened
 
 # What Google's BERT, TensorFlow's hub, fairseq and ONNX Runtime's tools call them.
 ALIASES = {
@@ -58,17 +60,17 @@ def present(
         # without a shape, or of -1, as Paddle writes it: any
         sizes.append([max(dim.dim_value, 0) for dim in dims] or [0, 0])
         wanted = kind.elem_type
-        given = wanted if wanted in _INTEGERS else onnx.TensorProto.INT64
+        stored = wanted if wanted in _INTEGERS else onnx.TensorProto.INT64
         if old != name:
             _free(graph, name)
             graph.rename_tensor(old, name)
             notes.append(f"the input '{old}' of the file is called {name}")
-        if given != wanted:
+        if stored != wanted:
             inner = graph.fresh(name)
             graph.rename_tensor(name, inner)
             graph.nodes.append(helper.make_node("Cast", [name], [inner], name=inner, to=wanted))
         shape = [size or axis for size, axis in zip(sizes[-1], ("batch", "length"))]
-        value.CopyFrom(helper.make_tensor_value_info(name, given, shape))
+        value.CopyFrom(helper.make_tensor_value_info(name, stored, shape))
     batch, length = ({pair[axis] for pair in sizes} - {0} for axis in (0, 1))
     if len(batch) > 1 or len(length) > 1:
         raise ModelError(f"the inputs of '{path}' have different static shapes")
@@ -124,6 +126,44 @@ def input_specs(graph: OnnxGraph) -> tuple[InputSpec, ...]:
         for name, default in DEFAULTS.items()
         if name in types
     )
+
+
+def tried_limits(
+    graph: OnnxGraph,
+    inputs: tuple[InputSpec, ...],
+    opset: int,
+    batch: int | None,
+    length: int | None,
+) -> tuple[InputSpec, ...]:
+    """Find by trying what ids the graph takes, where no lookup of its inputs tells."""
+    if all(spec.below for spec in inputs):
+        return inputs
+    shape = (batch or 1, length or 1)
+    feed = {spec.name: np.full(shape, spec.default == "ones", spec.dtype) for spec in inputs}
+    with opened(graph.to_model(opset)) as runner:
+
+        def takes(name: str, value: int) -> bool:
+            array = np.full_like(feed[name], value)
+            try:
+                runner.run(graph.outputs[:1], {**feed, name: array})
+            except Exception:  # onnxruntime has no public base class for its errors
+                return False
+            return True
+
+        return tuple(
+            spec if spec.below else dataclasses.replace(spec, below=_below(takes, spec.name))
+            for spec in inputs
+        )
+
+
+def _below(takes: Callable[[str, int], bool], name: str) -> int | None:
+    fine, wrong = 0, (1 << 31) - 1
+    if takes(name, wrong - 1) or not takes(name, fine):
+        return None  # any will do; or the graph does not run at all, which the probes will say
+    while wrong - fine > 1:
+        middle = (fine + wrong) // 2
+        fine, wrong = (middle, wrong) if takes(name, middle) else (fine, middle)
+    return fine + 1
 
 
 class Fed:

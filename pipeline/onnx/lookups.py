@@ -34,6 +34,9 @@ def write_lookups(graph: OnnxGraph, probes: Probes, axes: Axes, opset: int) -> i
     for node in rest:
         if kinds.get(node.input[1]) != "shape" or not lookups.distances(node, opset):
             lookups.tried(node, opset)
+    for node in graph.nodes:
+        if node.op_type == "Slice" and graph.is_constant(node.input[0]):
+            lookups.sliced(node, opset)
     graph.clean()
     return lookups.limit
 
@@ -140,10 +143,9 @@ class _Lookups:
         sizes = self.axes.sizes["length"]
         if any(ids.shape[-2:] != (size, size) for ids, size in zip(index, sizes)):
             return False
-        feed = {
-            name: np.ones((1, limit), array.dtype) for name, array in self.probes.feeds[0].items()
-        }
-        whole = evaluate(self.graph, node.input[1], feed, opset).reshape(-1, limit, limit)[0]
+        whole = evaluate(self.graph, node.input[1], self._ones(limit), opset).reshape(
+            -1, limit, limit
+        )[0]
         rows = np.concatenate([whole[:0:-1, 0], whole[0]])
         places = np.arange(limit)
         if (rows[places[None] - places[:, None] + limit - 1] != whole).any():
@@ -159,6 +161,23 @@ class _Lookups:
         node.input[:] = [self.graph.constant(table, "distances"), row]
         return True
 
+    def sliced(self, node: onnx.NodeProto, opset: int) -> None:
+        """Limit the length by the rows of a table that is cut to it."""
+        sizes, table = self.probes.sizes(node.output[0]), self.graph.shape(node.input[0])
+        if sizes is None or not self.graph.is_float(node.input[0]):
+            return
+        lengths = tuple(int(size) for size in self.axes.sizes["length"])
+        for axis in (axis for axis, size in enumerate(sizes) if size == lengths):
+            feed = self._ones(table[axis])
+            longest = evaluated(self.graph, node.output[0], feed, opset)
+            if longest is not None:
+                self._limit(longest.shape[axis])
+
+    def _ones(self, length: int) -> dict[str, np.ndarray]:
+        """A request of one sequence whose ids, and whatever else, are all 1."""
+        feed = self.probes.feeds[0]
+        return {name: np.ones((1, length), array.dtype) for name, array in feed.items()}
+
     def tried(self, node: onnx.NodeProto, opset: int) -> None:
         """Limit the length by trying how long a sequence keeps an index within its table."""
         rows = self.graph.shape(node.input[0])[0]
@@ -166,11 +185,7 @@ class _Lookups:
             return
 
         def fits(length: int) -> bool:
-            feed = {
-                name: np.ones((1, length), array.dtype)
-                for name, array in self.probes.feeds[0].items()
-            }
-            index = evaluated(self.graph, node.input[1], feed, opset)
+            index = evaluated(self.graph, node.input[1], self._ones(length), opset)
             return index is not None and bool((index < rows).all() and (index >= -rows).all())
 
         fine, wrong = 1, LONGEST + 1

@@ -19,7 +19,7 @@ from bertile.onnx import attention, fusions, reach, rewrites
 from bertile.onnx import quantized as onnx_quantized
 from bertile.onnx.exported import TOKENIZER_FILES, ExportedModel, InputSpec
 from bertile.onnx.graph import OnnxGraph, save
-from bertile.onnx.inputs import Fed, input_specs, present
+from bertile.onnx.inputs import Fed, input_specs, present, tried_limits
 from bertile.onnx.lookups import write_lookups
 from bertile.onnx.masks import write_masks
 from bertile.onnx.places import write_place_tables
@@ -27,6 +27,7 @@ from bertile.onnx.probing import Probes, opened, probe
 from bertile.onnx.quantized import drop_marks
 from bertile.onnx.reader import check_operators, read
 from bertile.onnx.samples import largest_difference, sample, session, squared_norms
+from bertile.onnx.scores import rounding
 from bertile.onnx.shapes import Axes, fold_constants, write_shapes
 from bertile.onnx.source_files import fingerprint, inside
 
@@ -61,6 +62,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     family = table.of_type(beside.get("model_type"))
     inputs = tuple(_counted(spec, family) for spec in input_specs(graph))
     with quiet.quiet():
+        inputs = tried_limits(graph, inputs, opset, batch, length)
         probes = probe(graph, inputs, opset, batch, length)
         places = (spec.below for spec in inputs if spec.default == "places")
         positions = length or next(places, None) or beside.get("max_position_embeddings")
@@ -213,7 +215,9 @@ def _check(
         want = _results(original, names, feeds)
         worst, relative = _compare(want, _results(after, names, feeds), feeds)
         if lifted is None:
-            _refuse(worst, TOLERANCE, "the original", _FAULT)
+            if worst > TOLERANCE:
+                room = TOLERANCE * rounding(normalized, feeds)
+                _refuse(worst, room, "the original", _FAULT)
             return f"differs from the original by at most {worst:.2g} on real tokens", seen
         what = "the quantized original, relative to its magnitude,"
         _refuse(relative, QUANTIZED_TOLERANCE, what, _CALIBRATE)

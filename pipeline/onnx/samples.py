@@ -18,7 +18,7 @@ def sample(
     """Return random arrays for `inputs`; row 0 is full, the others are padded on the right.
 
     Ids are below 1000 where the vocabulary allows and avoid `padding_id` at real tokens, which
-    RoBERTa takes its positions from.
+    RoBERTa takes its positions from; one that the model does not have is 0.
     """
     random = np.random.default_rng(seed)
     real = np.maximum(1, random.integers(1, length + 1, size=batch))
@@ -31,6 +31,7 @@ def sample(
         else:
             values = random.integers(0, min(spec.below or 1000, 1000), size=(batch, length))
         if spec.name == "input_ids":
+            padding_id = padding_id if 0 <= padding_id < (spec.below or padding_id + 1) else 0
             last = padding_id + 1 == spec.below
             values = np.where(values == padding_id, padding_id + (-1 if last else 1), values)
             values = np.where(mask == 1, values, padding_id)

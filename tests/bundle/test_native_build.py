@@ -12,12 +12,17 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from helpers import tiny_bundle
+from helpers.lookups import VOCABULARY, lookups
+from onnx import TensorProto
 
+import bertile
 from bertile import loader
 from bertile.base.errors import BertileError
 from bertile.bundle import native_build, writer
+from bertile.config import Config
 from bertile.targets.rows import native
 
 SANITIZED = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -194,6 +199,24 @@ def test_damaged_arrays_are_refused(built, directory, tmp_path):
         assert "ERROR: " not in done.stderr and "runtime error" not in done.stderr, done.stderr
         codes.add(done.returncode)
     assert 2 in codes and codes <= {0, 2}
+
+
+def test_missing_positions_count_from_0(built, tmp_path):
+    kinds = {"input_ids": TensorProto.INT64, "position_ids": TensorProto.INT32}
+    onnx.save(lookups(**kinds), tmp_path / "m.onnx")
+    config = Config(cache_dir=str(tmp_path / "cache"), runtime="include")
+    bertile.compile(tmp_path / "m.onnx", tmp_path / "out", config)
+    ids = np.random.default_rng(2).integers(0, VOCABULARY, (3, 21))
+    counted = np.broadcast_to(np.arange(21), (3, 21))
+    with loader.load(tmp_path / "out") as model:
+        for places in (None, counted, counted[:, ::-1]):
+            inputs = {"input_ids": ids, "position_ids": places}
+            np.savez(tmp_path / "in.npz", **{k: v for k, v in inputs.items() if v is not None})
+            files = ("--input", tmp_path / "in.npz", "--output", tmp_path / "out.npz")
+            done = start(built / "bertile-run", tmp_path / "out", *files)
+            assert done.returncode == 0, done.stderr
+            name = "last_hidden_state"
+            assert np.array_equal(np.load(tmp_path / "out.npz")[name], model(**inputs)[name])
 
 
 # -- refusing

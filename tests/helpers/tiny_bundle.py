@@ -156,7 +156,7 @@ WRONG_INPUTS = {
     "a number": (dict(input_ids=3), "input_ids has 0 dimensions"),
     "ragged": (dict(input_ids=[[1, 2], [3]]), "input_ids"),
     "floats": (dict(input_ids=[[1.0]]), "input_ids has dtype float64; give integers"),
-    "float mask": (dict(input_ids=[[1]], attention_mask=[[1.0]]), "attention_mask has dtype"),
+    "float mask": (dict(input_ids=[[1]], attention_mask=[[0.5]]), "attention_mask has dtype"),
     "text": (dict(input_ids=[["a"]]), "input_ids has dtype <U1"),
     "huge": (dict(input_ids=[[2**70]]), "input_ids holds values that are no integers"),
     "no rows": (dict(input_ids=np.zeros((0, 4), int)), "input_ids has shape (0, 4)"),
@@ -173,6 +173,10 @@ WRONG_INPUTS = {
     "negative": (dict(input_ids=[[1, -1]]), "input_ids[0, 1] is -1, the model takes 0 to 49"),
     "wraps": (dict(input_ids=np.array([[2**64 - 1]], np.uint64)), f"is {2**64 - 1}, the model"),
     "types": (dict(input_ids=[[1]], token_type_ids=[[2]]), "token_type_ids[0, 0] is 2"),
+    "places": (
+        dict(input_ids=[[1, 2]], position_ids=[[1, 2]]),
+        "the model has no input 'position_ids', which is not 0, 1, 2, …; known: input_ids",
+    ),
     "mask": (dict(input_ids=[[1]], attention_mask=[[2]]), "attention_mask[0, 0] is 2"),
 }
 
