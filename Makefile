@@ -15,6 +15,11 @@ BATCHES ?= 1,8
 LENGTHS ?= 16,32,64,128,384
 REPEAT ?= 10
 LOG_SECONDS ?= 300
+# What `make logs` searches, and how: a processor's first log takes LOG_EFFORT=quick and two models.
+LOG_EFFORT ?= full
+LOG_MODELS ?= bert-base minilm bert-large distilbert-base
+LOG_PRECISIONS ?= fp32 int8 bf16 fp16
+LOG_PRUNED ?= int8@0.8:4x1 int8@0.9:4x1 int8@0.95:4x1 fp32@0.9:unstructured
 # What `make bench-sparse` prunes, of the synthetic models.
 SPARSE_MODEL ?= bert-base
 
@@ -137,14 +142,14 @@ $(VENV)/.bench: $(VENV)/.installed
 
 # What ships in tuning_logs: three hours, on a machine that does nothing else meanwhile.
 logs: $(VENV)/.installed
-	@for precision in fp32 int8 bf16; do for threads in 2 1; do \
-	  for model in bert-base minilm bert-large distilbert-base; do \
-	    $(BIN)/bertile tune synthetic:$$model --tune full --timeout $(LOG_SECONDS) \
+	@for precision in $(LOG_PRECISIONS); do for threads in 2 1; do \
+	  for model in $(LOG_MODELS); do \
+	    $(BIN)/bertile tune synthetic:$$model --tune $(LOG_EFFORT) --timeout $(LOG_SECONDS) \
 	      --precision $$precision --threads $$threads --log-dir tuning_logs || exit; \
 	done; done; done
 	@for threads in 2 1; do \
-	  for model in int8@0.8:4x1 int8@0.9:4x1 int8@0.95:4x1 fp32@0.9:unstructured; do \
-	    $(BIN)/bertile tune synthetic:bert-base@$${model#*@} --precision $${model%@*} --tune full \
+	  for model in $(LOG_PRUNED); do \
+	    $(BIN)/bertile tune synthetic:bert-base@$${model#*@} --precision $${model%@*} --tune $(LOG_EFFORT) \
 	      --timeout $(LOG_SECONDS) --threads $$threads --log-dir tuning_logs || exit; \
 	done; done
 

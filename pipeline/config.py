@@ -15,11 +15,12 @@ from bertile.numerics.precision import PRECISIONS, SPARSE
 from bertile.targets.rows import GENERIC
 from bertile.targets.rows import names as target_names
 
-TUNE_EFFORTS = ("none", "quick", "full")
+TUNE_EFFORTS = ("auto", "none", "quick", "full")
 RUNTIMES = ("none", "include")
 RUNNERS = ("local", "mca")
 LIBCS = ("glibc", "musl")
 RANGES = ("dynamic", "minmax", "percentile", "mse")
+LONGEST = 32768  # tokens of a sequence that kernels are measured on
 HEADS = (
     "encoder",
     "embedding",
@@ -34,20 +35,22 @@ HEADS = (
 class Config:
     """Every choice of a compile; no stage reads globals or environment variables beside it.
 
-    `trials`, `timeout` (seconds) and `threads` are positive, or None for what the effort and the
-    machine give. `head` None keeps the checkpoint's own head; `allow_unused` takes a checkpoint
-    that says or holds more than its model reads, without that; `rename` gives inputs of an ONNX
-    file our names, each as OLD=NEW; `shipped_log` False leaves out the tuning logs that come with
-    the package. Paths may be given as `Path`. `sparse` "always" skips zeros even where the dense
-    kernel is faster, which is for measuring.
-    `calibrate`, `ranges`, `smooth` (0 to 1), `max_drop` (0 to 1) and `eval` are for int8 alone.
+    `lengths` are those that a search weighs, in tokens; None: what most requests have. `trials`,
+    `timeout` (seconds) and `threads` are positive, or None for what the effort and the machine
+    give. `head` None keeps the checkpoint's own head; `allow_unused` takes a checkpoint that says
+    or holds more than its model reads, without that; `rename` gives inputs of an ONNX file our
+    names, each as OLD=NEW; `shipped_log` False leaves out the tuning logs that come with the
+    package. Paths may be given as `Path`. `sparse` "always" skips zeros even where the dense kernel
+    is faster, which is for measuring. `calibrate`, `ranges`, `smooth` (0 to 1), `max_drop` (0 to 1)
+    and `eval` are for int8 alone.
     Raises UsageError for a value that is not allowed, with the nearest one that is.
     """
 
     target: str = "native"
     precision: str = "fp32"
     sparse: str = "auto"
-    tune: str = "none"
+    tune: str = "auto"
+    lengths: tuple[int, ...] | None = None
     trials: int | None = None
     timeout: float | None = None
     runner: str = "local"
@@ -166,6 +169,19 @@ def _renamed(name: str, value: Any) -> tuple[str, ...]:
     return tuple(entries)
 
 
+def _lengths(name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    words = value.split(",") if isinstance(value, str) else value
+    try:
+        lengths = tuple(int(word) for word in words)
+    except (TypeError, ValueError):
+        lengths = ()
+    if not lengths or not all(0 < length <= LONGEST for length in lengths):
+        raise UsageError(f"{name} is {value!r}", f"give numbers of tokens up to {LONGEST}: 16,128")
+    return lengths
+
+
 def _share(name: str, value: Any) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is None or (number and 0 <= value <= 1):
@@ -215,6 +231,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "precision": _one_of(PRECISIONS),
     "sparse": _one_of(SPARSE),
     "tune": _one_of(TUNE_EFFORTS),
+    "lengths": _lengths,
     "trials": _positive((int,), "a whole number"),
     "timeout": _positive((int, float), "a number of seconds"),
     "runner": _one_of(RUNNERS),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bertile import backends, loader
-from bertile.base import cache
+from bertile.base import cache, machine
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
 from bertile.bundle import runtime_parts, writer
@@ -88,9 +88,10 @@ def _compile_cached(
     exported: ExportedModel, row: Target, config: Config, progress: Progress
 ) -> Path:
     """A checked bundle of the exported model, from the cache where nothing has changed."""
-    log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
+    log = open_log(config, progress)
     run = _Run(exported, row, config, progress, log)
-    if config.tune != "none":
+    row = run.row
+    if config.tune in ("quick", "full"):
         run.tune()
     files = {
         name: _content(getattr(config, name)) for name in ("calibrate", "eval", "runtime_from")
@@ -98,11 +99,18 @@ def _compile_cached(
     places = dict.fromkeys(("cache_dir", "dump_ir", "log_dir", "rpc_tracker", "rpc_key"))
     decides = dataclasses.replace(config, runner="local", **places, **files)
     surroundings = (hash_path(SOURCES), backends.of(row).surroundings(row))
-    inputs = (exported.to_json(), dataclasses.asdict(row), decides, log.digest(row), surroundings)
-    key = cache.key("driver", *inputs, modules=(*STAGES, *backends.of(row).stages))
+    inputs = (exported.to_json(), dataclasses.asdict(row), decides, surroundings)
+
+    def key() -> str:
+        stages = (*STAGES, *backends.of(row).stages)
+        return cache.key("driver", *inputs, log.digest(row), modules=stages)
+
     if config.dump_ir:
         run.optimized()  # what is asked for is the dump, whether or not the rest is cached
-    path, cached = cache.Cache(config.cache_dir).get_or_make(key, run.make)
+    results = cache.Cache(config.cache_dir)
+    if config.tune == "auto" and not results.has(key()):
+        run.settle()  # which may change what the log would choose
+    path, cached = results.get_or_make(key(), run.make)
     if cached:
         quantize = ("quantize",) if PRECISIONS[config.precision].quantized else ()
         for name in ("import", "optimize", *quantize, "build", "verify"):
@@ -124,7 +132,8 @@ class _Run:
     def __init__(
         self, exported: ExportedModel, row: Target, config: Config, progress: Progress, log: Any
     ) -> None:
-        self.exported, self.row, self.config, self.progress = exported, row, config, progress
+        self.exported, self.config, self.progress = exported, config, progress
+        self.row = rows.with_lengths(row, config.lengths, exported.max_length)
         self.log, self.backend = log, backends.of(row)
         self._graph: Any = None
         self._planned: Any = None
@@ -196,6 +205,17 @@ class _Run:
         self._planned = None
         return result
 
+    def settle(self) -> None:
+        """Where the log has only what another processor measured, measure that and the default."""
+        from bertile.tune.search import tuner
+
+        config = self.config
+        here = config.rpc_tracker is None and config.runner == "local"
+        if not here or not rows.fits(self.row, loader.cpu_features()):
+            return
+        if tuner.unsettled(self.tasks()[0], self.log, self.row):
+            self.tune()
+
     def make(self, directory: Path) -> None:
         """Fill a directory with the bundle, checked against ONNX Runtime."""
         include = self.config.runtime == "include"
@@ -249,11 +269,19 @@ class _Run:
         )
 
 
+def open_log(config: Config, progress: Progress) -> TuningLog:
+    """The log that a configuration reads and writes: what counts as tuned is of this processor, or
+    of any where others' devices are measured.
+    """
+    here = machine.processor() if config.rpc_tracker is None else None
+    return TuningLog.open(config.log_dir, progress.say, config.shipped_log, here)
+
+
 def tune_model(model: Any, config: Config, progress: Progress) -> dict[str, Any]:
     """The tuning stage by itself: export, import and optimize ``model``, then tune its kernels."""
 
     loader.set_thread_defaults()
     row = rows.resolve(config.target, config.threads)
-    log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
+    log = open_log(config, progress)
     result = tune(model, log, row, config, progress)
     return {"log": str(log.directories[-1] / row.log), **result}

@@ -18,6 +18,7 @@ from bertile.config import HEADS, Config
 from bertile.export.cached import export_cached
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import largest_difference, sample, session
+from bertile.tune.log.tuning_log import ORIGINS
 
 # With `test_encoder…`, `test_odd_sizes…` (masked-lm) and `test_real_weights…` (embedding) each path
 # through a head once, and every family in families/test_directories; the other pairs take minutes.
@@ -138,7 +139,7 @@ def test_manifest_says_what_is_in_the_bundle(minilm):
     assert manifest["check"]["max_abs_difference"] <= manifest["check"]["tolerance"]
     assert manifest["inputs"][0]["below"] == 30522
     assert all(
-        kernel["provenance"] in ("tuned", "default", "generic") for kernel in manifest["kernels"]
+        kernel["provenance"] in (*ORIGINS, "default", "generic") for kernel in manifest["kernels"]
     )
 
 

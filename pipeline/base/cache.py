@@ -66,6 +66,10 @@ class Cache:
         self.directory = Path(directory or "~/.cache/bertile").expanduser()
         self.limit_bytes = limit_bytes
 
+    def has(self, key: str) -> bool:
+        """Whether the entry of a key is there, and whole."""
+        return _is_whole(self.directory / key)
+
     def get_or_make(self, key: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
         """The directory of `key` and whether it was there; else `make` fills a new one.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# What /proc/cpuinfo numbers processors by: those of x86, and those of ARM.
+_NUMBERS = ("cpu family", "model", "CPU implementer", "CPU part")
 BUSY_PERCENT = 10.0  # of the machine's CPU time in other hands: from here on it is worth a sentence
 
 
@@ -63,6 +66,37 @@ def busy_sentence(busy: dict[str, Any]) -> str:
     return f"other processes took {others:.0f}% of the machine's CPU time{average}"
 
 
+def processor() -> dict[str, str]:
+    """What a time depends on: the processor's name with its numbers, and its caches as a thread
+    sees them.
+    """
+    facts = {"cpu": cpu_name(), "caches": _caches()}
+    return {name: text for name, text in facts.items() if text}
+
+
+def same_processor(machine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether times of two machines can be compared: the same maker, family, model and caches.
+
+    Caches that one of them does not know say nothing, since older records have none.
+    """
+    caches = {facts["caches"] for facts in (machine, other) if facts.get("caches")}
+    return identity(machine) == identity(other) and len(caches) < 2
+
+
+def identity(machine: Mapping[str, Any]) -> tuple[str, int, int]:
+    """The maker, family and model of a processor by its name (of a GPU, its name alone).
+
+    Names differ with what a hypervisor shows, the numbers do not.
+    """
+    name = str(machine.get("gpu") or machine.get("cpu") or "")
+    numbers = re.search(r"(?:cpu family|CPU implementer) (\w+), (?:model|CPU part) (\w+)", name)
+    if numbers is None:
+        return name, 0, 0
+    makers = ("AMD", "Intel", "Hygon")
+    maker = next((maker for maker in makers if maker in name), "")
+    return maker, int(numbers[1], 0), int(numbers[2], 0)
+
+
 def cpu_name() -> str:
     """The processor as a person calls it, with the numbers that tell two of one name apart."""
     try:
@@ -71,6 +105,21 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
     pairs = [line.partition(":") for line in text.split("\n\n", 1)[0].splitlines()]
     fields = {name.strip(): value.strip() for name, _, value in pairs}
-    family = ("cpu family", "model")
-    parts = [fields.get("model name", ""), *(f"{part} {fields.get(part, '')}" for part in family)]
-    return ", ".join(part for part in parts if part.strip() not in ("", *family))
+    numbers = [name for name in _NUMBERS if fields.get(name)]
+    parts = [fields.get("model name", ""), *(f"{name} {fields[name]}" for name in numbers)]
+    return ", ".join(part for part in parts if part)
+
+
+def _caches(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> str:
+    """Sizes of the first processor's caches, the nearest first; "" where nothing tells."""
+    sizes = []
+    try:
+        for index in sorted(root.glob("index*")):
+            level, kind, size = (
+                (index / name).read_text(encoding="ascii").strip()
+                for name in ("level", "type", "size")
+            )
+            sizes += [f"L{level} {size}"] if kind != "Instruction" else []
+    except OSError:
+        return ""
+    return ", ".join(sizes)

@@ -27,11 +27,13 @@ def run(options: Namespace, progress: Progress) -> Outcome:
     from bertile import driver
 
     summary = driver.compile(options.model, Path(options.output), config, progress)
-    return Outcome(summary, as_text(summary))
+    return Outcome(summary, as_text(summary, options.model))
 
 
-def as_text(summary: dict[str, Any]) -> str:
-    """The table that ends a compile."""
+def as_text(summary: dict[str, Any], model: str) -> str:
+    """The table that ends a compile of a model."""
+    from bertile.tune.log.tuning_log import ELSEWHERE
+
     kernels = ", ".join(f"{count} {origin}" for origin, count in summary["kernels"].items())
     rows = {
         "bundle": summary["output"],
@@ -43,4 +45,8 @@ def as_text(summary: dict[str, Any]) -> str:
         "difference": summary["check"],
         "kernels": kernels,
     }
+    if summary["kernels"].get(ELSEWHERE):
+        rows["faster yet"] = (
+            f"bertile tune {model}: the log's choices are another processor's; then compile again"
+        )
     return lines(rows)

@@ -39,7 +39,7 @@ def run(options: Namespace, progress: Progress) -> Outcome:
         return _ingest(options, config, progress)
     if options.model is None:
         raise UsageError("there is no MODEL to tune", "name one, or give --list, --best or --merge")
-    if config.tune == "none":
+    if config.tune in ("auto", "none"):
         config = dataclasses.replace(config, tune="quick")
     if options.dry_run:
         return dry_run(options, config)
@@ -72,11 +72,10 @@ def _pack(options: Namespace, config: Config, progress: Progress) -> Outcome:
     from bertile import backends, driver, loader
     from bertile.targets import rows
     from bertile.tune.archive import packer
-    from bertile.tune.log.tuning_log import TuningLog
 
     loader.set_thread_defaults()
     row = rows.resolve(config.target, config.threads)
-    log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
+    log = driver.open_log(config, progress)
     tasks, others = driver.tasks(options.model, log, row, config, progress)
     with progress.stage("pack") as stage:
         kind = backends.of(row).pack()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tvm import relax
 
+from bertile.base.machine import identity
 from bertile.base.tables import table
 from bertile.graph import ops
 from bertile.graph.graph import Graph
@@ -31,10 +32,24 @@ DOUBT = 1.15  # times an estimated time: by how much the cost model is typically
 
 
 class Time(NamedTuple):
-    """Microseconds, and on how many threads."""
+    """Microseconds, on how many threads, and by what they were measured: only those of one
+    processor can be compared, and those that were estimated among themselves.
+    """
 
     median: float
     threads: int
+    by: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, record: Record, share: float = 1.0) -> Time:
+        """The time of a record, or a share of it."""
+        by = (record.estimated, *identity(record.machine))
+        return cls(record.median * share, record.threads, by)
+
+    def beats(self, other: Time | None) -> bool:
+        """Whether it is less, and the two can be compared."""
+        comparable = other is not None and (self.threads, self.by) == (other.threads, other.by)
+        return comparable and self.median < other.median
 
 
 class SparseChoice:
@@ -99,12 +114,10 @@ class SparseChoice:
         chosen = self.plan(name, [task]).density
         record = dense if chosen is None else self._record(sparse_task(task, chosen))
         if record is not None:
-            return Time(record.median, record.threads)
+            return Time.of(record)
         if dense is None or chosen is None:
             return None
-        return Time(
-            dense.median * relative_time(sparse_task(task, chosen), self.row), dense.threads
-        )
+        return Time.of(dense, relative_time(sparse_task(task, chosen), self.row))
 
     def _compared(self, tasks: Sequence[Task], percent: int) -> tuple[float, str]:
         """The sparse kernel's time as a share of the dense one's, of the requests that were
@@ -112,7 +125,7 @@ class SparseChoice:
         """
         skipping = [sparse_task(task, percent) for task in tasks]
         records = [self._record(task) for task in (*skipping, *tasks)]
-        if all(records) and len({(r.threads, r.estimated) for r in records}) == 1:
+        if all(records) and len({Time.of(record)[1:] for record in records}) == 1:
             ours, theirs = _total(records[: len(tasks)]), _total(records[len(tasks) :])
             shares = {tokens: ours[tokens] / theirs[tokens] for tokens in ours if tokens in theirs}
             if shares:

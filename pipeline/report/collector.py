@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,14 @@ def write(
 def curves(
     log: TuningLog, target: str | None = None, calls: dict[Task, int] | None = None
 ) -> tuple[Curve, ...]:
-    """A curve per task and number of threads; `calls` limits them to a model's tasks."""
-    all_curves = []
+    """A curve per task, processor and number of threads; `calls` limits them to a model's tasks."""
+    all_curves, groups = [], list(log_commands.groups(log, target))
+    processors: dict[Task, set[str]] = defaultdict(set)
+    for group in groups:
+        processors[group.task].add(group.processor)
     # the model's own spelling of a shape, whatever order the log has its keys in
     spelt = {task: task.name for task in calls or ()}
-    for name, threads, task, records in log_commands.groups(log, target):
+    for name, processor, threads, task, records in groups:
         if calls is not None and task not in calls:
             continue
         ordered = sorted(records, key=lambda record: record.time)
@@ -73,7 +77,8 @@ def curves(
         best = min(measured, key=lambda record: record.median, default=None)
         all_curves.append(
             Curve(
-                name=spelt.get(task) or f"{task.name}, {name}",
+                name=(spelt.get(task) or f"{task.name}, {name}")
+                + (f", {processor}" if len(processors[task]) > 1 else ""),
                 threads=threads,
                 trials=tuple(record.median if record.microseconds else None for record in ordered),
                 default=_default(task, name, threads, measured),

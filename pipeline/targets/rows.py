@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bertile.base.errors import PlatformError, UsageError, nearest
 from bertile.loader import available_cores, cpu_features
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.schedule import Gpu
 
 if TYPE_CHECKING:
     import tvm
+
+
+USUAL, LONG = 512, 2048  # tokens that most models take; what others are measured on too
+TRIAL_BLOCKS = 8  # a trial runs on 128 tokens, the length that most requests are near to, first
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,16 @@ class Target:
     triple: str = "x86_64-linux-gnu.2.28"
     threads: int = 1
     gpu: Gpu | None = None
-    # On how many blocks of tokens beside the usual number a trial runs too: one kernel serves all.
-    also_blocks: tuple[int, ...] = (1, 24)
+    # Numbers of tokens that a search measures a kernel on, and how much each counts: one kernel
+    # serves all. Most requests are near 128.
+    mix: tuple[tuple[int, float], ...] = ((16, 1.0), (128, 2.0), (384, 1.0))
     kernels_are_text: bool = False  # which TVM has no part in
+
+    @property
+    def also_blocks(self) -> tuple[int, ...]:
+        """On how many blocks of tokens a trial runs, beside the usual number."""
+        counts = (-(-tokens // BLOCK_TOKENS) for tokens, _ in self.mix)
+        return tuple(count for count in counts if count != TRIAL_BLOCKS)
 
 
 # x86-64-v3 and -v4 are LLVM's names for exactly these features; a named processor (znver4,
@@ -122,7 +134,8 @@ def _cuda(capability: int, shared_per_block: int, multiprocessors: int, **facts:
         bf16=gpu.bf16,
         triple="",
         gpu=gpu,
-        also_blocks=(64, 256),  # of 128 tokens, 8 and 32 sequences: what a GPU is asked for at once
+        # of 128 tokens, 8 and 32 sequences too: what a GPU is asked for at once
+        mix=((128, 1.0), (1024, 1.0), (4096, 1.0)),
         kernels_are_text=True,
     )
 
@@ -227,6 +240,22 @@ def of_this_machine(row: Target) -> Target:
     if is_foreign(row) or "musl" in row.triple:
         return dataclasses.replace(native(), threads=row.threads)
     return row
+
+
+def with_lengths(
+    row: Target, lengths: Sequence[int] | None, max_length: int | None = None
+) -> Target:
+    """The row whose kernels are measured on sequences of these lengths, each counted as often as
+    it stands there; None: of those that the row has, and of 2048 tokens, or as many as a model
+    takes, where these are more than 512.
+    """
+    if lengths:
+        mix = {tokens: float(lengths.count(tokens)) for tokens in sorted(set(lengths))}
+        return dataclasses.replace(row, mix=tuple(mix.items()))
+    longest = LONG if max_length is None else min(LONG, max_length)
+    if longest <= USUAL or longest < max(tokens for tokens, _ in row.mix):
+        return row
+    return dataclasses.replace(row, mix=(*row.mix, (longest, 1.0)))
 
 
 def with_libc(row: Target, libc: str) -> Target:

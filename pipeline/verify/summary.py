@@ -13,6 +13,7 @@ import numpy as np
 from bertile import backends, loader
 from bertile.base.progress import Progress
 from bertile.targets.rows import Target
+from bertile.tune.log.tuning_log import ORIGINS
 
 SPEED_LENGTH = 128  # tokens of the request that is timed
 
@@ -20,8 +21,8 @@ SPEED_LENGTH = 128  # tokens of the request that is timed
 def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
     """How many kernels have which provenance."""
     kinds = [kernel["provenance"] for kernel in kernels]
-    known = ("tuned", "estimated", "nearest", "default", "generic")
-    return {kind: kinds.count(kind) for kind in known if kind != "estimated" or kind in kinds}
+    counts = {kind: kinds.count(kind) for kind in (*ORIGINS, "nearest", "default", "generic")}
+    return {kind: count for kind, count in counts.items() if count or kind not in ORIGINS[1:]}
 
 
 def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _slower(graph: Graph, row: Target, choice: SparseChoice) -> dict[str, LayerP
         mine = choice.time(name, task)
         for precision in higher(row):
             other = choice.time(name, _in_precision(task, precision))
-            if mine and other and other.threads == mine.threads and other.median < mine.median:
+            if mine and other and other.beats(mine):
                 why = f"in int8 it takes {mine.median:.0f} us, in {precision} {other.median:.0f}"
                 slower[name] = LayerPlan(precision, why=why)
                 break

@@ -14,7 +14,7 @@ from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target, fits
-from bertile.tune.log.tuning_log import Record, TuningLog
+from bertile.tune.log.tuning_log import ORIGINS, Record, TuningLog
 from bertile.tune.measure.trial_runner import TrialRunner
 
 FARTHEST = 3.0  # in doublings of a shape, all axes together: beyond that a record says little
@@ -22,8 +22,8 @@ OTHER_FLAG = 0.5  # how far apart two tasks are that differ in their epilogue
 
 
 class Choice(NamedTuple):
-    """``source`` is "tuned", "estimated" (tuned by a model of the machine), "nearest" (the record
-    of another shape) or "default".
+    """``source`` is "tuned", "tuned elsewhere" (on another processor), "estimated" (by a model of
+    the machine), "nearest" (the record of another shape) or "default".
     """
 
     source: str
@@ -61,15 +61,15 @@ class Chooser:
         valid = schedules_for(self.row)[task.operation].valid
         exact = self.log.best(task, self.row)
         if exact is not None and valid(task, self.row, exact.knobs):
-            yield "estimated" if exact.estimated else "tuned", exact
+            yield self.log.origin(exact, self.row), exact
         near = [
-            (record.estimated, far, other.key, record)
+            (ORIGINS.index(self.log.origin(record, self.row)), far, other.key, record)
             for other in self.log.tasks(self.row)
             if other.operation == task.operation and other != task
             if (far := distance(task, other)) <= FARTHEST
             if (record := self.log.best(other, self.row)) is not None
         ]
-        # measured ones first, however near an estimated one may be
+        # those of this machine first, however near one of another may be
         for _, _, _, record in sorted(near, key=lambda entry: entry[:3]):
             if valid(task, self.row, record.knobs):
                 yield "nearest", record

@@ -7,26 +7,39 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bertile.base.errors import UsageError
+from bertile.base.machine import identity
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.schedules.task import Task
 from bertile.targets import rows as targets
-from bertile.tune.log.tuning_log import Record, TuningLog, surely
+from bertile.targets.rows import Target
+from bertile.tune.log.tuning_log import Record, TuningLog, fair_time, missing, surely
 
 # Both become parts of a path in our own log.
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
 
+class Group(NamedTuple):
+    """The records of one task that can be compared: of one processor and number of threads."""
+
+    target: str
+    processor: str
+    threads: int
+    task: Task
+    records: list[Record]
+
+
 def tasks(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
-    """One row per task and number of threads: trials, best time, when last, with which TVM."""
+    """A row per task, processor and number of threads: trials, best time, when last, which TVM."""
     return [
         {
             "operation": task.operation,
             "shape": _shape(task),
             "target": name,
+            "processor": processor,
             "threads": threads,
             "trials": len(records),
             "failed": sum(not record.microseconds for record in records),
@@ -37,16 +50,18 @@ def tasks(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
                 sorted({record.versions.get("apache-tvm", "?") for record in records})
             ),
         }
-        for name, threads, task, records in groups(log, target)
+        for name, processor, threads, task, records in groups(log, target)
     ]
 
 
 def best(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
-    """One row per task and number of threads that any candidate worked for, with its knobs."""
+    """A row per task, processor and number of threads that any candidate worked for, with its
+    knobs.
+    """
     rows = []
-    for name, threads, task, records in groups(log, target):
-        fastest = min(records, key=lambda record: (record.estimated, record.median))
+    for name, processor, threads, task, records in groups(log, target):
         row = next((row for row in targets.TABLE if row.log == name), None)
+        fastest = fastest_of(records, row)
         if fastest.estimated and row is not None:
             fastest = surely(fastest, records, row)
         if fastest.microseconds:
@@ -55,6 +70,7 @@ def best(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
                     "operation": task.operation,
                     "shape": _shape(task),
                     "target": name,
+                    "processor": processor,
                     "threads": threads,
                     "best_us": fastest.median,
                     "estimated": fastest.estimated,
@@ -64,19 +80,36 @@ def best(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def groups(
-    log: TuningLog, target: str | None = None
-) -> Iterator[tuple[str, int, Task, list[Record]]]:
-    """The records by target log, number of threads and task; `target` is a row's name or None."""
+def fastest_of(records: Sequence[Record], row: Target | None) -> Record:
+    """The best of records that can be compared, by the lengths that count where a row tells."""
+    paces = [record.reference for record in records if record.reference and record.microseconds]
+
+    def order(record: Record) -> tuple[float, ...]:
+        if not record.microseconds:
+            return record.estimated, math.inf, math.inf
+        if row is None:
+            return record.estimated, 0, record.median
+        return record.estimated, missing(record, row), fair_time(record, row, paces)
+
+    return min(records, key=order)
+
+
+def groups(log: TuningLog, target: str | None = None) -> Iterator[Group]:
+    """The records of each task; `target` is a row's name, or None for all."""
     names = log.targets() if target is None else [targets.resolve(target).log]
     for name in names:
-        by_task: dict[tuple[int, Task], list[Record]] = defaultdict(list)
+        by_task: dict[tuple[str, str, str, int], list[Record]] = defaultdict(list)
         for record in log.all_records(name):
-            by_task[record.threads, record.task].append(record)
-        for (threads, task), records in sorted(
-            by_task.items(), key=lambda entry: (entry[0][1].operation, entry[0][1].key, entry[0][0])
-        ):
-            yield name, threads, task, records
+            task, processor = record.task, _processor(record)
+            by_task[task.operation, task.key, processor, record.threads].append(record)
+        for (_, _, processor, threads), records in sorted(by_task.items()):
+            yield Group(name, processor, threads, records[0].task, records)
+
+
+def _processor(record: Record) -> str:
+    """A processor's maker and numbers, in few words; its name where it has none."""
+    maker, family, model = identity(record.machine)
+    return f"{maker} {family}/{model}" if family else maker
 
 
 def merge(log: TuningLog, sources: Sequence[Path], progress: Progress) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 person can read.
 
 One JSON record a line, in ``<directory>/<target log>/<operation>.jsonl``. A line is one write under
-a lock, so
-that two tuners cannot mix theirs; a line that a killed process left half-written is skipped and
-reported.
+a lock, so that two tuners cannot mix theirs; a line that a killed process left half-written is
+skipped and reported.
+
+A record speaks of the processor that it was measured on. There it counts as tuned; elsewhere it is
+a prior, which serves a build before the default does and never stops a search.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +24,11 @@ from statistics import geometric_mean, median
 from typing import Any
 
 from bertile.base.errors import BertileError
+from bertile.base.machine import identity, same_processor
+from bertile.loader import cpu_features
 from bertile.schedules import schedules_for
 from bertile.schedules.task import Task
-from bertile.targets.rows import Target
+from bertile.targets.rows import Target, fits
 
 try:
     import fcntl
@@ -31,6 +36,8 @@ except ImportError:  # not a POSIX system: one write per line is all that keeps 
     fcntl = None  # type: ignore[assignment]
 
 SCHEMA = 1
+# Where a record is from, the one to be believed first; the summary of a compile counts them so.
+ORIGINS = TUNED, ELSEWHERE, ESTIMATED = "tuned", "tuned elsewhere", "estimated"
 # How many times as fast as the default knobs must be by estimate to be taken: nine in ten choices
 # are promised less than this too much, by python -m bertile.studies.mca_rank.
 SURE = 1.04
@@ -41,6 +48,8 @@ USER_LOG = Path("~/.local/share/bertile/tuning_logs")
 class Record:
     """One measured choice of knobs. ``microseconds`` holds every repeat; a candidate that failed
     has none. ``estimated`` are those that a model of the machine gave, where nothing was run.
+    ``reference`` is what the reference kernel took about the same time, None of older records:
+    the machine's speed changes between two sessions, and within one.
     """
 
     operation: str
@@ -59,6 +68,7 @@ class Record:
     )  # at other numbers of tokens
     error: str | None = None
     estimated: bool = False
+    reference: float | None = None  # microseconds
 
     @property
     def task(self) -> Task:
@@ -85,7 +95,10 @@ class Record:
 
     def to_line(self) -> str:
         """The record as one line of a log file."""
-        return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, sort_keys=True) + "\n"
+        fields = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        if self.reference is None:
+            del fields["reference"]
+        return json.dumps(fields, sort_keys=True) + "\n"
 
     @classmethod
     def from_line(cls, line: str) -> Record:
@@ -106,10 +119,16 @@ class TuningLog:
     file.
     """
 
-    def __init__(self, directories: Iterable[Path], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        directories: Iterable[Path],
+        warn: Callable[[str], None],
+        processor: Mapping[str, Any] | None = None,
+    ) -> None:
         paths = [Path(directory).expanduser().resolve() for directory in directories]
         self.directories = list(dict.fromkeys(paths))  # a checkout may tune into what it ships
         self._warn = warn
+        self._processor = processor
         self._records: dict[str, dict[str, list[Record]]] = {}  # target log → task key → records
 
     @classmethod
@@ -118,14 +137,18 @@ class TuningLog:
         directory: str | None = None,
         warn: Callable[[str], None] = print,
         shipped: bool = True,
+        processor: Mapping[str, Any] | None = None,
     ) -> TuningLog:
         """What ships with the package, unless ``shipped`` is false, then the user's own log
         (``directory`` or USER_LOG).
+
+        ``processor`` is the one whose records count as tuned, for rows that this machine runs;
+        None: those of all.
         """
         import bertile.tuning_logs as packaged
 
         ours = map(Path, packaged.__path__) if shipped else ()
-        return cls([*ours, Path(directory or USER_LOG)], warn)
+        return cls([*ours, Path(directory or USER_LOG)], warn, processor)
 
     def records(self, task: Task, row: Target) -> list[Record]:
         """What is known of a task on this kind of machine, failures included."""
@@ -135,22 +158,51 @@ class TuningLog:
         """Every task that has records on this kind of machine."""
         return [records[0].task for records in self._of(row.log).values()]
 
+    def origin(self, record: Record, row: Target) -> str:
+        """Whether a record is "tuned" on this machine, "tuned elsewhere" or "estimated"."""
+        if record.estimated:
+            return ESTIMATED
+        here = self._processor if fits(row, cpu_features()) else None
+        known = here is None or same_processor(record.machine, here)
+        return TUNED if known else ELSEWHERE
+
+    def tuned(self, task: Task, row: Target, estimates: bool = False) -> list[Record]:
+        """What is known of a task on this machine and number of threads, failures included; or by
+        ``estimates`` too.
+        """
+        kinds = (TUNED, ESTIMATED) if estimates else (TUNED,)
+        records = [r for r in self.records(task, row) if r.threads == row.threads]
+        return [r for r in records if self.origin(r, row) in kinds]
+
     def best(self, task: Task, row: Target) -> Record | None:
-        """The fastest record: a measured one before an estimated one, then one of the same number
-        of threads, where there is one. Knobs that failed on a machine are not chosen by estimate,
-        nor those that gain less than estimates are sure of: then it is the default's record.
+        """The fastest record: one of this machine before one of another, the most like it, and
+        that before an estimated one; then one of the same number of threads, where there is one,
+        and one of all the lengths that count. Knobs that failed on a machine are not chosen by
+        estimate, nor those that gain less than estimates are sure of: then it is the default's.
         """
         records = self.records(task, row)
         failed = [dict(r.knobs) for r in records if not r.microseconds and not r.estimated]
         candidates = [
             r for r in records if r.microseconds and not (r.estimated and dict(r.knobs) in failed)
         ]
-        best = min(
-            candidates,
-            key=lambda r: (r.estimated, r.threads != row.threads, r.median),
-            default=None,
-        )
-        return surely(best, candidates, row) if best is not None and best.estimated else best
+        if not candidates:
+            return None
+        nearest = min(self._strangeness(r, row) for r in candidates)
+        candidates = [r for r in candidates if self._strangeness(r, row) == nearest]
+        paces = [r.reference for r in candidates if r.reference]
+        best = min(candidates, key=lambda r: (missing(r, row), fair_time(r, row, paces)))
+        return surely(best, candidates, row) if best.estimated else best
+
+    def _strangeness(self, record: Record, row: Target) -> tuple[Any, ...]:
+        """Sorts records by how little they say of this machine; times of two that are equal in it
+        can be compared.
+        """
+        order, threads = ORIGINS.index(self.origin(record, row)), record.threads != row.threads
+        if ORIGINS[order] != ELSEWHERE:
+            return order, threads
+        (maker, family, model), ours = identity(record.machine), identity(self._processor or {})
+        apart = (maker != ours[0], abs(family - ours[1]), abs(model - ours[2]))
+        return order, threads, *apart, maker, family, model
 
     def append(self, record: Record) -> None:
         """Write a record to the user's log, now and for good."""
@@ -180,7 +232,7 @@ class TuningLog:
         best = {task.key: self.best(task, row) for task in self.tasks(row)}
         # times too: they decide which of two kernels a layer gets
         choices = {
-            key: (dict(record.knobs), record.median, record.estimated) if record else None
+            key: (dict(record.knobs), record.median, self.origin(record, row)) if record else None
             for key, record in best.items()
         }
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
@@ -205,6 +257,26 @@ class TuningLog:
                         bad.append(number)
             if bad:
                 self._warn(f"{path}: line {', '.join(map(str, bad))} is no record and is skipped")
+
+
+def missing(record: Record, row: Target) -> int:
+    """How many of the lengths that count the record has no time of."""
+    return sum(weight > 0 and tokens not in record.times for tokens, weight in row.mix)
+
+
+def fair_time(record: Record, row: Target, paces: Sequence[float] = ()) -> float:
+    """The time of a record by the lengths that count, in microseconds: a weighted geometric mean.
+
+    ``paces`` are those of the reference kernel among the records that it is compared with: one
+    that was measured while the machine was slow is taken to be as much faster.
+    """
+    times = record.times
+    weights = {tokens: weight for tokens, weight in row.mix if weight > 0 and tokens in times}
+    if not weights:
+        return record.median
+    whole = sum(weights.values())
+    mean = math.exp(sum(w * math.log(times[tokens]) for tokens, w in weights.items()) / whole)
+    return mean * min(paces) / record.reference if record.reference and paces else mean
 
 
 def surely(best: Record, records: Sequence[Record], row: Target) -> Record:

@@ -1,30 +1,33 @@
-"""Tasks in, measured knobs in the log out. Every trial is recorded at once, so a stop at any moment
-loses nothing.
+"""Searches the knobs of tasks, and writes what it measures into the log.
+
+Every trial is recorded at once, so a stop at any moment loses nothing. What another processor's
+log says is tried first, and counts for nothing more.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
 from bertile import loader
-from bertile.base.machine import cpu_name
+from bertile.base.machine import processor
 from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.schedules import BLOCK_TOKENS, schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
-from bertile.targets.rows import Target, tvm_target
-from bertile.tune.log.tuning_log import Record, TuningLog
+from bertile.targets.rows import TRIAL_BLOCKS, Target, tvm_target
+from bertile.tune.log.tuning_log import Record, TuningLog, fair_time
 from bertile.tune.measure import runners
 from bertile.tune.measure.runners import Runner, answers
 
-BLOCKS = 8  # trials run on 128 tokens, the length that most requests are near to,
+BLOCKS = TRIAL_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,21 @@ class Effort:
     patience: int | None = None
 
 
-EFFORTS = {"quick": Effort(32, 600.0), "full": Effort(2000, 7200.0, patience=24)}
-ROUND = 8  # trials between two trainings of the cost model
+# "auto" searches nothing: it measures what another machine's log promises, and the default.
+EFFORTS = {
+    "auto": Effort(0, 5.0),
+    "quick": Effort(32, 600.0),
+    "full": Effort(2000, 7200.0, patience=24),
+}
+ROUND = 8  # trials between two trainings of the cost model, and between two of the reference
+SLOW = 1.15  # of the reference's best time: from here on, what was measured is measured again
+REPEATS = 3  # of one round, before its times are taken as they are
+PAUSE = 0.5  # seconds before a round is repeated
 IMPROVEMENT = 0.99
+
+
+# A product of fp32 that every processor's schedules have, and whose speed is the machine's.
+REFERENCE = Task("dense", {"inputs": 768, "outputs": 768, "activation": "none", "residual": False})
 
 
 class _Enough(Exception):
@@ -59,6 +74,8 @@ def tune(
 ) -> dict[str, Any]:
     """Search the spaces of these tasks, each counted as often as the model calls it.
 
+    With the effort "auto", only choose between what the log has of another machine and the default.
+
     Of `others`, which a layer could have in place of its own, the default is measured, so that the
     choice between them need not be estimated again. Trials that the log already has are not
     repeated: with as many as the effort asks for, nothing runs. Ctrl-C ends the search in order;
@@ -66,15 +83,22 @@ def tune(
     `open_runner` says who measures; the default is for processors.
     """
     effort = EFFORTS[config.tune]
-    wanted = config.trials or effort.trials
+    wanted = 0 if config.tune == "auto" else config.trials or effort.trials
     estimates = config.runner == "mca"
-    open_tasks = [task for task in tasks if _missing(task, log, row, wanted, estimates)]
-    others = [task for task in others if not _done(task, log, row, estimates)]
+    if config.tune == "auto":
+        open_tasks, others = unsettled(tasks, log, row), ()
+    else:
+        open_tasks = [task for task in tasks if _missing(task, log, row, wanted, estimates)]
+        others = [task for task in others if not log.tuned(task, row, estimates)]
     began = time.monotonic()
     with open_runner(row, config) as trials:
         deadline = began + (config.timeout or effort.seconds)
-        session = _Session(log, row, trials, progress, deadline, effort.patience, estimates)
+        # five seconds have no time for a reference
+        paced = config.tune != "auto" and not estimates and trials.parallel == 1
+        session = _Session(log, row, trials, progress, deadline, effort.patience, estimates, paced)
         stopped = _search(session, open_tasks, tasks, wanted, others)
+        if session.repeated:
+            stopped += f", {session.repeated} of them again after a slow spell"
     best = _gains(tasks, log, row)
     seconds = time.monotonic() - began
     each = f" ({seconds / session.count:.2f} s each)" if session.count else ""
@@ -97,14 +121,17 @@ def _search(
     row = session.row
     estimates = session.estimates
     missing = sum(_missing(task, session.log, row, wanted, estimates) for task in open_tasks)
-    session.total = missing + len(others)
+    first = [
+        (task, knobs)
+        for task in (*open_tasks, *others)
+        for knobs in _first(task, session.log, row, estimates)
+    ]
+    session.total = max(missing + len(others), len(first))
     schedules = schedules_for(row)
     try:
-        all_tasks = (*open_tasks, *others)
-        session.measure(
-            [(task, schedules[task.operation].default(task, row)) for task in all_tasks]
-        )
-        if not open_tasks:
+        for begin in range(0, len(first), ROUND):
+            session.measure(first[begin : begin + ROUND])
+        if not open_tasks or not wanted:
             return ""
         spaces = [
             (task, schedules[task.operation].space(task, row), float(tasks[task]))
@@ -118,9 +145,31 @@ def _search(
     return ""
 
 
+def unsettled(tasks: Iterable[Task], log: TuningLog, row: Target) -> list[Task]:
+    """The tasks for which the log has other knobs than the default, of another machine alone."""
+    return [
+        task
+        for task in tasks
+        if not log.tuned(task, row) and len(_first(task, log, row, estimates=False)) > 1
+    ]
+
+
+def _first(task: Task, log: TuningLog, row: Target, estimates: bool) -> list[Knobs]:
+    """What is tried before a search begins: the knobs of another machine's log, the default."""
+    schedule = schedules_for(row)[task.operation]
+    default, prior = schedule.default(task, row), log.best(task, row)
+    if prior is None or estimates or not schedule.valid(task, row, prior.knobs):
+        return [default]
+    return [dict(prior.knobs), *([default] if dict(prior.knobs) != dict(default) else [])]
+
+
 @dataclass
 class _Session:
-    """One run of the tuner: measures candidates that the log does not know, and records them."""
+    """One run of the tuner: measures candidates that the log does not know, and records them.
+
+    The machine may slow to half its speed for seconds or minutes. So a reference kernel is timed
+    between rounds, and a round on whose either side it was slow is measured again.
+    """
 
     log: TuningLog
     row: Target
@@ -129,29 +178,57 @@ class _Session:
     deadline: float
     patience: int | None
     estimates: bool = False  # by a model of the machine: what was measured need not be
+    paced: bool = True  # whether the reference is timed: where it is this machine that measures
     idle: int = 0  # trials since a task last improved by 1%
     count: int = 0
     total: int = 0
+    repeated: int = 0
+    pace: float | None = None  # of the reference now, in microseconds
+    fastest: float | None = None
 
     def measure(self, candidates: Sequence[tuple[Task, Knobs]]) -> list[list[float]]:
-        """Each record's median microseconds; empty for a candidate that failed."""
-        known = [self._known(*candidate) for candidate in candidates]
-        fresh = [candidate for candidate, record in zip(candidates, known) if record is None]
-        outcomes = answers(self.trials, fresh, BLOCKS, self.row.also_blocks)
-        try:
-            records = [
-                record or self._tried(*candidate, outcomes)
-                for candidate, record in zip(candidates, known)
-            ]
-        finally:
-            outcomes.close()
-        return [[record.median] if record.microseconds else [] for record in records]
+        """Each record's microseconds by the lengths that count; empty for one that failed."""
+        records = [self._known(*candidate) for candidate in candidates]
+        fresh = [index for index, record in enumerate(records) if record is None]
+        if fresh and self.pace is None:
+            self._take_pace()
+        for attempt in range(REPEATS if fresh else 0):
+            if attempt:
+                self.repeated += len(fresh)
+                time.sleep(PAUSE)
+                self._take_pace()
+            before = self.pace
+            outcomes = answers(
+                self.trials, [candidates[i] for i in fresh], BLOCKS, self.row.also_blocks
+            )
+            try:
+                for index in fresh:
+                    records[index] = self._tried(*candidates[index], outcomes)
+            finally:
+                outcomes.close()
+            self._take_pace()
+            if not self._is_slow(before) and not self._is_slow(self.pace):
+                break
+        return [[fair_time(record, self.row)] if record.microseconds else [] for record in records]
+
+    def _take_pace(self) -> None:
+        """Time the reference kernel."""
+        if not self.paced:
+            return
+        task = REFERENCE
+        knobs = schedules_for(self.row)[task.operation].default(task, self.row)
+        times = self.trials.run(task, knobs, BLOCKS).get("microseconds")
+        self.pace = round(min(times), 2) if times else None
+        if self.pace:
+            self.fastest = min(self.fastest or self.pace, self.pace)
+
+    def _is_slow(self, pace: float | None) -> bool:
+        return pace is not None and pace > SLOW * (self.fastest or pace)
 
     def _known(self, task: Task, knobs: Knobs) -> Record | None:
-        """What the log says of this candidate on as many threads; an estimate is no measurement."""
-        known = [r for r in self.log.records(task, self.row) if dict(r.knobs) == dict(knobs)]
-        known = [r for r in known if r.threads == self.row.threads]
-        return next((r for r in reversed(known) if self.estimates or not r.estimated), None)
+        """What the log says of this candidate on this machine; an estimate is no measurement."""
+        known = self.log.tuned(task, self.row, self.estimates)
+        return next((r for r in reversed(known) if dict(r.knobs) == dict(knobs)), None)
 
     def _tried(self, task: Task, knobs: Knobs, outcomes: Iterator[dict[str, Any]]) -> Record:
         """The record of the candidate whose answer comes next."""
@@ -163,7 +240,8 @@ class _Session:
         before = self.log.best(task, self.row)
         record = self._record(task, knobs, next(outcomes))
         self.count += 1
-        better = record.median < IMPROVEMENT * (before.median if before else float("inf"))
+        bar = fair_time(before, self.row) if before else float("inf")
+        better = bool(record.microseconds) and fair_time(record, self.row) < IMPROVEMENT * bar
         self.idle = 0 if better else self.idle + 1
         self.log.append(record)
         self._show(task, time.monotonic() - began)
@@ -185,6 +263,7 @@ class _Session:
             time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             error=outcome.get("error"),
             estimated=self.estimates,
+            reference=self.pace,
         )
 
     def _show(self, task: Task, seconds: float) -> None:
@@ -204,13 +283,7 @@ def _rounded(times: Sequence[float]) -> tuple[float, ...]:
 
 def machine_facts(row: Target) -> dict[str, Any]:
     """What a reader of a record wants to know of the machine it was measured on."""
-    return {"cpu": cpu_name(), "cores": loader.available_cores(), "row": row.name}
-
-
-def _done(task: Task, log: TuningLog, row: Target, estimates: bool) -> int:
-    """How many trials the log has of a task; estimates count only where more of them are made."""
-    records = [r for r in log.records(task, row) if r.threads == row.threads]
-    return sum(estimates or not record.estimated for record in records)
+    return {**processor(), "cores": loader.available_cores(), "row": row.name}
 
 
 def _missing(task: Task, log: TuningLog, row: Target, wanted: int, estimates: bool) -> int:
@@ -223,7 +296,7 @@ def _missing(task: Task, log: TuningLog, row: Target, wanted: int, estimates: bo
     points = 1
     for choices in schedules_for(row)[task.operation].space(task, row).values():
         points *= len(choices)
-    done = _done(task, log, row, estimates)
+    done = len({json.dumps(dict(r.knobs)) for r in log.tuned(task, row, estimates)})
     return max(0, min(wanted, points) - done) if points > 1 else 0
 
 
@@ -232,10 +305,12 @@ def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
     before = after = 0.0
     for task, calls in tasks.items():
         default = schedules_for(row)[task.operation].default(task, row)
-        records = [r for r in log.records(task, row) if dict(r.knobs) == default and r.microseconds]
-        records = [r for r in records if r.threads == row.threads]
         best = log.best(task, row)
-        records = [r for r in records if best and r.estimated == best.estimated]
+        records = [
+            r
+            for r in log.tuned(task, row, estimates=bool(best and best.estimated))
+            if dict(r.knobs) == default and r.microseconds
+        ]
         if best and records:
             before += calls * min(record.median for record in records)
             after += calls * best.median
