@@ -32,7 +32,7 @@ from bertile.tune.measure.cuda.card import Card
 from bertile.tune.search import tuner
 
 # 4096 tokens take long without a GPU
-ROW, QUIET = replace(resolve("cuda-sm90"), also_blocks=(1,)), Progress(verbosity=-1)
+ROW, QUIET = replace(resolve("cuda-sm90"), mix=((16, 1.0), (128, 1.0))), Progress(verbosity=-1)
 SHAPE = {"inputs": 64, "outputs": 48, "activation": "gelu", "residual": False}
 DENSE = Task("dense", {**SHAPE, "precision": "fp16"})
 NORM = Task("layer_norm", {"channels": 64, "epsilon": 1e-12, "precision": "fp16"})
