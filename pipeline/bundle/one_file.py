@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from bertile.loading import (
+    again,
     blocks,
     command,
     dispatch,
@@ -74,7 +75,7 @@ LOADER = (
         platform,
         threads,
     ),
-    *(tvm_abi, runtime, pool, model, dispatch, command),
+    *(tvm_abi, runtime, pool, again, model, dispatch, command),
 )
 CUDA_LOADER = (
     *(extents, driver, gpu, layout, plan, code, graph, workspace, device_array, borrowed),

@@ -124,12 +124,28 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     # No flag in front of the command takes a value: the first word is the command.
     asked = next((word for word in arguments if not word.startswith("-")), None)
     parser, parsers = _parser(*(name for name in COMMANDS if name == asked))
-    options, unknown = parser.parse_known_args(arguments)
+    # argparse gives a positional of many words only those that stand together: the rest is ours
+    rest = parsers[asked].get_default("rest") if asked in parsers else None
+    words, literal = list(arguments), []
+    if rest and "--" in words:
+        words, literal = words[: words.index("--")], words[words.index("--") + 1 :]
+    options, unknown = parser.parse_known_args(words)
+    if rest and not any(word.startswith("-") and not _is_value(word) for word in unknown):
+        literal, unknown = unknown + literal, []
+    if rest:
+        setattr(options, rest, getattr(options, rest) + literal)
     if unknown:
         _refuse(unknown, parsers[options.command])
     for name, default in (("json", False), ("quiet", 0), ("verbose", 0), ("debug", False)):
         setattr(options, name, getattr(options, name, default))
     return options
+
+
+def _is_value(word: str) -> bool:
+    """Whether argparse takes a word with a dash in front for a value: a number, or a sentence."""
+    import re
+
+    return " " in word or re.fullmatch(r"-\d+|-\d*\.\d+", word) is not None
 
 
 def _refuse(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -56,6 +57,7 @@ def load(
     except BundleError:
         model.close()
         raise
+    model.loaded_by = functools.partial(load, root.absolute(), threads, verify=verify)
     return model
 
 

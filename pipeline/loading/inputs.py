@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 
 import numpy as np
 
@@ -81,10 +82,13 @@ def check_length(length: int, limit: int | None) -> None:
 def _integers(name: str, value) -> np.ndarray:
     try:
         array = np.asarray(value)
-    except ValueError as error:  # rows of unequal length
-        raise InputError(
-            f"{name} is not rectangular", "pad every row to one length, with attention_mask 0"
-        ) from error
+    except Exception as error:  # of numpy, or of what gives the values: torch, jax, a caller's own
+        said = traceback.format_exception_only(type(error), error)[-1].split("\n")[0]
+        if "setting an array element with a sequence" in said:  # rows of unequal length
+            raise InputError(
+                f"{name} is not rectangular", "pad every row to one length, with attention_mask 0"
+            ) from error
+        raise InputError(f"{name} cannot be read as an array: {said[:300]}") from error
     if array.ndim != 2:
         raise InputError(
             f"{name} has {array.ndim} dimension{'s' * (array.ndim != 1)}",

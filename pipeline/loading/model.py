@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from bertile.loading.again import load_again
 from bertile.loading.blocks import BLOCK_TOKENS, blocks_of, passes, sequence_ends
 from bertile.loading.errors import AGAIN, BertileError, BundleError, InputError
 from bertile.loading.inputs import check_inputs, filled
@@ -33,6 +35,7 @@ class Model:
         self.max_length: int | None = manifest["model"]["max_length"]
         self.threads = threads
         self.pass_blocks = PASS_BLOCKS * threads  # of tokens; what is more takes several passes
+        self.loaded_by: Callable[[], Model] | None = None  # what loads the same once more
         self._runtime, self._host = runtime, Host(runtime, threads)
         try:
             self._entry, self._held = _open_library(runtime, library, manifest["entry"])
@@ -92,6 +95,10 @@ class Model:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+    def __reduce__(self):
+        """A pickle or a copy is the directory, which is loaded again where it is opened."""
+        return load_again(self.loaded_by, self.manifest, closed=self._entry is None)
 
     def _check_arity(self, entry: str, count: int) -> None:
         takes = self._runtime.call(self._find("get_function_arity"), entry.encode())

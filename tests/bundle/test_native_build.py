@@ -407,6 +407,16 @@ def test_threads_do_not_race_in_the_loader(directory, tmp_path):
         [program, directory], capture_output=True, text=True, timeout=60, env=environment
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "0 wrong\n", "")
+    # a child that starts a thread beside the ones that it lacks is more than the sanitizer follows
+    forks = compile_check("check_forks.c", tmp_path, flags=RACES)
+    done = subprocess.run(
+        [forks, directory, "only exits"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 wrong\n", "")
 
 
 def test_cpp_header_runs_a_model_and_throws(built, directory):
@@ -429,6 +439,68 @@ def whole(directory, tmp_path_factory) -> Path:
     library = directory / "lib.so"
     parts = (tiny_bundle.MANIFEST, library, tiny_bundle.PARAMS, [], folder / "tiny")
     return writer.write(*parts, add=add)
+
+
+@pytest.fixture(scope="module")
+def forks(whole, tmp_path_factory) -> Path:
+    """Not by AddressSanitizer: its memory may be locked for ever in a child of several threads."""
+    program, library = tmp_path_factory.mktemp("forks") / "check_forks", whole / "runtime"
+    line = ["cc", "-g", "-O1", f"-I{native_build.SOURCES}", CHECKS / "check_forks.c", "-o", program]
+    line += [f"-L{library}", "-lbertile", f"-Wl,-rpath,{library}", "-lpthread"]
+    subprocess.run(line, check=True)
+    return program
+
+
+CHILDREN = (
+    "only exits",
+    "calls",
+    "closes",
+    "calls and closes",
+    "changes threads",
+    "opens",
+    "forks",
+)
+
+
+@pytest.mark.parametrize("child", [*CHILDREN, "forks"])
+def test_a_process_may_fork_while_other_threads_call_and_open(forks, whole, child):
+    done = start(forks, whole, child)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 wrong\n", "")
+
+
+def test_a_process_may_fork_in_python_while_the_c_loader_is_in_a_call(whole):
+    """By ctypes, which lets other threads of Python go on, one of them to os.fork."""
+    code = f"""
+import ctypes, os, signal, threading
+bertile = ctypes.CDLL({str(whole / "runtime/libbertile.so")!r})
+class Tensor(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_char_p), ("dtype", ctypes.c_int), ("rank", ctypes.c_int32),
+                ("shape", ctypes.c_void_p), ("data", ctypes.c_void_p)]
+shape, ids = (ctypes.c_int64 * 2)(8, 60), (ctypes.c_int64 * 480)(*(n % 50 for n in range(480)))
+tensor = Tensor(b"input_ids", 4, 2, ctypes.addressof(shape), ctypes.addressof(ids))
+model = ctypes.c_void_p()
+assert bertile.bertile_open({os.fsencode(whole)!r}, None, ctypes.byref(model)) == 0
+def call():
+    result = ctypes.c_void_p()
+    status = bertile.bertile_run(model, ctypes.byref(tensor), 1, ctypes.byref(result))
+    bertile.bertile_free(result)
+    return status
+stop = threading.Event()
+def ask():
+    while not stop.is_set(): call()
+threads = [threading.Thread(target=ask) for _ in range(2)]
+for thread in threads: thread.start()
+children = []
+for _ in range(10):
+    children.append(os.fork())
+    if not children[-1]:
+        signal.alarm(20)
+        os._exit(7 + call())
+print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+stop.set()
+for thread in threads: thread.join()
+"""
+    assert tiny_bundle.python(code).split() == ["7"] * 10
 
 
 def test_bundle_is_linked_with_what_pkg_config_says(whole, tmp_path):

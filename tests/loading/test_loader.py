@@ -112,6 +112,83 @@ def test_model_describes_itself(model):
     assert model.manifest["entry"] == "main"
 
 
+class Raising:
+    """Another library's array, which does not become numpy's."""
+
+    def __init__(self, error, by="__array__"):
+        self.error, self.by = error, by
+
+    def __array__(self, *_, **__):
+        if self.by == "__array__":
+            raise self.error
+        return self.by
+
+    def __len__(self):
+        raise self.error
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+FOREIGN = {
+    "type error": Raising(TypeError("it is on cuda:0")),
+    "value error": Raising(ValueError("bad\nvalue")),
+    "runtime error": Raising(RuntimeError("it requires grad")),
+    "memory error": Raising(MemoryError()),
+    "attribute error": Raising(AttributeError("no")),
+    "own error": Raising(Unspeakable()),
+    "no array": Raising(IndexError("x"), by="text"),
+    "within a list": [[Raising(KeyError("x"))]],
+    "objects": np.array([[1, None]], object),
+    "an object": object(),
+    "strings": np.array([["1", "2"]]),
+    "bytes": np.array([[b"1"]]),
+    "dates": np.array([["2020-01-01"]], "datetime64[D]"),
+    "durations": np.array([[3]], "timedelta64[s]"),
+    "complex": np.array([[1j]]),
+    "records": np.array([[(1, 2)]], [("a", "i4"), ("b", "i4")]),
+    "raw": np.zeros((1, 2), "V8"),
+    "long doubles": np.ones((1, 2), np.longdouble),
+    "empty dates": np.zeros((0, 2), "datetime64[s]"),
+    "a set": {1, 2},
+    "a dictionary": {"a": 1},
+    "a generator": (number for number in [1]),
+    "deep": [[[[[[[[]]]]]]]],
+}
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_call_refuses_what_is_no_array_of_integers(model, case, name):
+    inputs = {"input_ids": [[1, 2]], name: FOREIGN[case]}
+    with pytest.raises(InputError, match=f"^{name} ") as caught:
+        model(**inputs)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert_same(model(input_ids=[[1, 2]]), expected([[1, 2]]))
+
+
+def test_call_says_what_another_library_says(model):
+    with pytest.raises(
+        InputError, match=r"cannot be read as an array: TypeError: it is on cuda:0$"
+    ):
+        model(input_ids=FOREIGN["type error"])
+    with pytest.raises(InputError, match=r"cannot be read as an array: ValueError: bad$"):
+        model(input_ids=FOREIGN["value error"])
+    with pytest.raises(KeyboardInterrupt):  # which is no fault of an array
+        model(input_ids=Raising(KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize("dtype", [">i8", ">i4", "<u2", "u8", "i1", "?"])
+def test_call_takes_integers_of_any_kind(model, dtype):
+    ids = np.array([[1, 0, 1]])
+    assert_same(model(input_ids=ids.astype(dtype)), expected(ids))
+
+
 @pytest.mark.parametrize("case", WRONG_INPUTS)
 def test_call_refuses_wrong_input(model, case):
     inputs, message = WRONG_INPUTS[case]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,13 @@ def test_a_process_may_fork_while_other_threads_call(directory):
     assert python(code).split() == ["7"] * 20
 
 
+def test_a_child_with_the_number_of_its_parent_works(directory):
+    """As the first of a namespace of processes, whose parent is the first of another."""
+    what = CHILDREN["calls and exits"]
+    code = "import os\nos.getpid = lambda: 1\n" + CALLED.format(directory=str(directory))
+    assert python(code + FORK.format(child=what, count=2)).split() == ["7", "7"]
+
+
 def test_multiprocessing_forks_workers_that_call(directory):
     code = """
 import multiprocessing
@@ -122,3 +131,101 @@ print(threading.active_count())
         pass
     with pytest.raises(BertileError, match="the model is closed"):
         model(input_ids=[[1]])
+
+
+def test_threads_that_outlive_the_main_one_are_answered(directory):
+    code = """
+def late():
+    threading.main_thread().join()
+    print((model(input_ids=ids)["pooled"] == wanted).all())
+threading.Thread(target=late).start()
+"""
+    assert python(CALLED.format(directory=str(directory)) + code) == "True\n"
+
+
+def test_a_process_ends_behind_a_call_that_nobody_waits_for(directory):
+    code = """
+import time
+def slow():
+    time.sleep(0.5)
+    print("done", flush=True)
+threading.Thread(target=lambda: model._host.run(slow), daemon=True).start()
+time.sleep(0.1)
+"""
+    assert python(CALLED.format(directory=str(directory)) + code) == "done\n"
+
+
+def test_ctrl_c_calls_the_caller_away_and_the_model_works_on(directory):
+    code = """
+import signal, time
+began = time.monotonic()
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    model._host.run(lambda: time.sleep(1))
+except KeyboardInterrupt:
+    print("stopped", time.monotonic() - began < 0.9)
+print((model(input_ids=ids)["pooled"] == wanted).all(), time.monotonic() - began > 0.9)
+"""
+    said = python(CALLED.format(directory=str(directory)) + code)
+    assert said.split() == ["stopped", "True", "True", "True"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(3)])
+def test_what_a_call_raises_is_the_callers(directory, error):
+    def fail():
+        raise error
+
+    with loader.load(directory) as model:
+        for _ in range(2):
+            with pytest.raises(type(error)) as caught:
+                model._host.run(fail)
+            assert caught.value is error and caught.traceback[-1].name == "fail"
+        assert model._host.run(lambda: 5) == 5
+
+
+def test_a_pool_that_cannot_be_sized_is_an_error_of_each_call(directory, monkeypatch):
+    def fail(threads):
+        raise BertileError("no pool")
+
+    with loader.load(directory) as model:
+        monkeypatch.setattr(model._runtime, "resize_pool", fail)
+        for _ in range(2):
+            with pytest.raises(BertileError, match="no pool"):
+                model(input_ids=[[1]])
+        monkeypatch.undo()
+        assert model(input_ids=[[1]])["pooled"].shape == (1, 8)
+
+
+def test_a_model_that_is_lost_ends_its_thread(directory):
+    model = loader.load(directory)
+    with pytest.raises(ZeroDivisionError):
+        model._host.run(lambda: 1 / 0)
+    model(input_ids=[[1]])
+    thread, lost = model._host._thread, weakref.ref(model)
+    del model
+    assert lost() is None
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_many_callers_of_one_model_each_get_their_own(directory):
+    with loader.load(directory) as model, ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda n: model._host.run(lambda: n), range(500))) == [*range(500)]
+
+
+def test_a_call_beside_a_close_is_answered_or_refused(directory):
+    """None is left waiting for a thread that has ended."""
+    for _ in range(20):
+        model = loader.load(directory, 1)
+        model(input_ids=[[1]])
+
+        def ask(number, model=model):
+            try:
+                return model(input_ids=[[number]])["pooled"].shape
+            except BertileError as error:
+                assert "the model is closed" in str(error)
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = pool.map(ask, range(12), timeout=60)
+            model.close()
+            assert set(answers) <= {(1, 8), None}

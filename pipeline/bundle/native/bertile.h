@@ -1,8 +1,10 @@
 /* Bertile's C interface: open a bundle, run it on token ids, read what comes out.
  *
  * Every function may be called from any thread, and any number of threads may call one model: it
- * answers them one after the other. A model must not be in use while it is closed. No function
- * throws or ends the process. Names, layouts and codes here do not change; later versions add. */
+ * answers them one after the other. A model must not be in use while it is closed. A process may
+ * fork: the fork waits for the calls that have begun, and a child that calls starts threads of its
+ * own. No function throws or ends the process. Names, layouts and codes here do not change; later
+ * versions add. */
 #ifndef BERTILE_H
 #define BERTILE_H
 

@@ -173,6 +173,15 @@ bertile_status bt_check_interface(const char *said, const bt_manifest *manifest,
 /* Check that some weight has as many rows as an input takes ids. */
 bertile_status bt_check_ids(const bt_manifest *manifest, const bt_params *params);
 
+/* -- fork.c: a fork waits for all calls, and a child starts threads of its own */
+
+/* Around whatever calls TVM; not twice in one thread, since a fork may wait between the two. */
+bertile_status bt_enter(void);
+void bt_leave(void);
+/* Another number in each process that a fork has made, from 1 on. Unlike that of getpid() it is
+ * also another one in a child that is the first of its namespace, as its parent was. */
+uint64_t bt_process(void);
+
 /* -- worker.c: the thread that a model runs in */
 
 typedef bertile_status (*bt_work)(void *data);
@@ -181,7 +190,7 @@ typedef struct bt_worker {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    pid_t process; /* whose thread it is; 0: none runs */
+    uint64_t process; /* whose thread it is, by bt_process(); 0: none runs */
     int32_t threads;
     enum { BT_IDLE, BT_ASKED, BT_DONE, BT_STOP } state;
     bt_work work;

@@ -69,15 +69,21 @@ static bertile_status start_machine(bertile_model *model, const char *path) {
     return status ? bt_fail(status, "cannot load %s: %s", path, bertile_error()) : BERTILE_OK;
 }
 
-static bertile_status open_parts(const char *root, const bertile_options *options,
-                                 bertile_model *model) {
-    char path[PATH_MAX];
+/* Read and check what needs no TVM. */
+static bertile_status check_parts(const char *root, const bertile_options *options,
+                                  bertile_model *model) {
     bt_manifest *manifest = &model->manifest;
     bertile_status status = bt_read_manifest(root, manifest);
     if (!status) status = bt_check_platform(manifest->target);
     if (!status) status = bt_thread_count(options->threads, &model->worker.threads);
-    if (!status) status = bt_check_files(root, manifest->files, !options->skip_hashes);
-    if (!status) status = bt_open_runtime(root, manifest->files, options->runtime);
+    return status ? status : bt_check_files(root, manifest->files, !options->skip_hashes);
+}
+
+static bertile_status start_parts(const char *root, const bertile_options *options,
+                                  bertile_model *model) {
+    char path[PATH_MAX];
+    bt_manifest *manifest = &model->manifest;
+    bertile_status status = bt_open_runtime(root, manifest->files, options->runtime);
     snprintf(path, sizeof path, "%s/params.safetensors", root);
     if (!status) status = bt_read_params(path, manifest->params, &model->params);
     if (!status) status = bt_check_ids(manifest, &model->params);
@@ -105,7 +111,12 @@ bertile_status bertile_open(const char *directory, const bertile_options *option
     bertile_model *made = calloc(1, sizeof *made);
     if (!made) return bt_no_memory();
     pthread_mutex_init(&made->lock, NULL);
-    bertile_status status = open_parts(directory, &chosen, made);
+    bertile_status status = check_parts(directory, &chosen, made);
+    if (!status) status = bt_enter();
+    if (!status) {
+        status = start_parts(directory, &chosen, made);
+        bt_leave();
+    }
     if (status)
         bertile_close(made);
     else
@@ -115,11 +126,13 @@ bertile_status bertile_open(const char *directory, const bertile_options *option
 
 void bertile_close(bertile_model *model) {
     if (!model) return;
+    int entered = !bt_enter(); /* where it fails, nothing was opened */
     bt_stop_worker(&model->worker);
     bt_release(&model->entry);
     bt_release(&model->machine);
     bt_release(&model->module);
     bt_free_params(&model->params);
+    if (entered) bt_leave();
     bt_free_manifest(&model->manifest);
     pthread_mutex_destroy(&model->lock);
     free(model->arguments);
@@ -129,11 +142,13 @@ void bertile_close(bertile_model *model) {
 bertile_status bertile_set_threads(bertile_model *model, int32_t threads) {
     int32_t count;
     bertile_status status = bt_thread_count(threads, &count);
+    if (!status) status = bt_enter();
     if (status) return status;
     pthread_mutex_lock(&model->lock);
     if (count != model->worker.threads) bt_stop_worker(&model->worker);
     model->worker.threads = count;
     pthread_mutex_unlock(&model->lock);
+    bt_leave();
     return BERTILE_OK;
 }
 
@@ -280,10 +295,12 @@ bertile_status bertile_run(bertile_model *model, const bertile_tensor *inputs, s
     bertile_status status = bt_check_inputs(&model->manifest, inputs, count, &request);
     bertile_result *made = status ? NULL : bt_make_result(&model->manifest);
     if (!status && !made) status = bt_no_memory();
+    if (!status) status = bt_enter();
     if (!status) {
         pthread_mutex_lock(&model->lock);
         status = run_request(model, &request, made);
         pthread_mutex_unlock(&model->lock);
+        bt_leave();
     }
     if (!status) bt_clear_tails(made, &model->manifest, &request);
     if (status)

@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 /* Give the calling thread a pool of `threads` threads. */
 static bertile_status size_pool(int32_t threads) {
@@ -65,12 +64,12 @@ static bertile_status start(bt_worker *worker) {
     pthread_attr_destroy(&attributes);
     if (failed)
         return bt_fail(BERTILE_FAILED, "cannot start a thread: %s", strerror(failed));
-    worker->process = getpid();
+    worker->process = bt_process();
     return BERTILE_OK;
 }
 
 bertile_status bt_work_on(bt_worker *worker, bt_work work, void *data) {
-    bertile_status status = worker->process == getpid() ? BERTILE_OK : start(worker);
+    bertile_status status = worker->process == bt_process() ? BERTILE_OK : start(worker);
     if (status) return status;
     pthread_mutex_lock(&worker->lock);
     worker->work = work;
@@ -85,7 +84,7 @@ bertile_status bt_work_on(bt_worker *worker, bt_work work, void *data) {
 }
 
 void bt_stop_worker(bt_worker *worker) {
-    if (worker->process != getpid()) return; /* it never ran, or ran in the parent of a fork */
+    if (worker->process != bt_process()) return; /* it never ran, or ran in the parent of a fork */
     pthread_mutex_lock(&worker->lock);
     worker->state = BT_STOP;
     pthread_cond_broadcast(&worker->changed);

@@ -27,6 +27,9 @@ class DriverError(BertileError):
         super().__init__(what, remedy)
         self.code = code
 
+    def __reduce__(self):
+        return type(self), (self.what, self.code, self.remedy)
+
 
 class OutOfMemory(BertileError):
     """The GPU's memory does not hold what is asked for."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from bertile.loading.again import load_again
 from bertile.loading.blocks import BLOCK_TOKENS
 from bertile.loading.cuda.borrowed import borrow_all, on_device
 from bertile.loading.cuda.code import Code
@@ -68,6 +70,9 @@ def load(
         except BaseException:
             model.close()
             raise
+    model.loaded_by = functools.partial(
+        load, root.absolute(), device, driver, verify=verify, streams=streams
+    )
     return model
 
 
@@ -85,6 +90,7 @@ class Model:
         self.outputs = tuple(spec["name"] for spec in manifest["outputs"])
         self.max_length: int | None = manifest["model"]["max_length"]
         self.pass_blocks = PASS_BLOCKS  # of tokens; what is more takes several passes
+        self.loaded_by: Callable[[], Model] | None = None  # what loads the same once more
         self._plan, self._streams = plan, streams
         self._code: Code | None = None
         self._results = Results(gpu)
@@ -169,6 +175,10 @@ class Model:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+    def __reduce__(self):
+        """A pickle or a copy is the directory, which is loaded again where it is opened."""
+        return load_again(self.loaded_by, self.manifest, closed=self._closed)
 
     def __del__(self):
         if getattr(self, "_turn", None) is not None and not sys.is_finalizing():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import copy
 import ctypes
 import gc
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -236,6 +238,44 @@ def driver(install):
 def model(driver, directory):
     with loader.load(directory) as loaded:
         yield loaded
+
+
+# -- pickling ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_model_that_is_pickled_or_copied_is_another_one_of_its_directory(
+    driver, directory, again
+):
+    with cuda_loader.load(directory, 0, streams=2) as model, again(model) as other:
+        assert other is not model and other._streams == 2
+        assert other.gpu is not model.gpu and other.gpu.ordinal == 0
+        same(other(**request(2, 5)), expected(**request(2, 5)))
+
+
+def test_the_pickle_of_a_model_has_its_device_and_its_driver(directory, monkeypatch):
+    asked = []
+
+    def open_driver(path):
+        asked.append(path)
+        return lazy_driver.Driver(KERNELS)
+
+    monkeypatch.setattr(gpu_model, "open_driver", open_driver)
+    with cuda_loader.load(directory, 0, "a/driver.so") as model:
+        function, arguments = model.__reduce__()
+        load, seal = arguments
+        assert (load.args, seal) == ((directory, 0, "a/driver.so"), model.manifest["sha256"])
+        function(*arguments).close()
+    assert asked == ["a/driver.so"] * 2
+
+
+def test_a_closed_model_is_not_pickled(driver, directory):
+    model = cuda_loader.load(directory)
+    model.close()
+    with pytest.raises(BertileError, match="the model is closed"):
+        pickle.dumps(model)
 
 
 # -- numbers -----------------------------------------------------------------------------------
