@@ -6,6 +6,7 @@ import onnx
 
 from bertile.onnx.graph import OnnxGraph, attributes
 
+_SAME_NUMBERS = ("Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 KINDS = ("constant", "shape", "light", "heavy")
 
 
@@ -36,9 +37,9 @@ def is_lookup(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
 
 
 def source_input(graph: OnnxGraph, name: str) -> str:
-    """Follow casts back from a tensor; the name it ends at may be a graph input's."""
+    """Follow casts and reshapes back from a tensor; the name it ends at may be a graph input's."""
     producers = graph.producers()
-    while name in producers and producers[name].op_type in ("Cast", "Identity"):
+    while name in producers and producers[name].op_type in _SAME_NUMBERS:
         name = producers[name].input[0]
     return name
 

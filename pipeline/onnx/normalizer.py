@@ -13,7 +13,17 @@ from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
 from bertile.families import model_config, table, text_settings
-from bertile.onnx import attention, fusions, reach, rewrites
+from bertile.onnx import (
+    attention,
+    constants,
+    counts,
+    floats,
+    fusions,
+    products,
+    reach,
+    rewrites,
+    tokens,
+)
 from bertile.onnx import quantized as onnx_quantized
 from bertile.onnx.exported import TOKENIZER_FILES, ExportedModel, InputSpec
 from bertile.onnx.graph import OnnxGraph, save
@@ -50,10 +60,16 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     original, opset = read(path)
     graph = OnnxGraph(original)
     batch, length = static_axes(graph, path)
-    graph.clean()
-    quantized = onnx_quantized.lift_quantization(graph)
+    with quiet.quiet():
+        halves = floats.to_float32(graph)
+        constants.fold(graph, opset)
+        quantized = onnx_quantized.lift_quantization(graph)
+        constants.fold(graph, opset)
     check_operators(graph)
-    lifted = graph.to_model(opset) if quantized else None
+    lifted = graph.to_model(opset) if quantized or halves else None
+    products.expand_einsums(graph)
+    products.look_up_one_hots(graph)
+    rewrites.split_gemms(graph)
     inputs = input_specs(graph)
     with quiet.quiet():
         probes = probe(graph, inputs, opset, batch, length)
@@ -101,15 +117,20 @@ def _rewrite(
 
     ``positions`` are how many the model is said to have, where tables do not tell.
     """
-    notes = onnx_quantized.settle_quantization(graph, probes)
     # To opset 20: no other operator that TVM imports means something else there than in 13.
     rewrites.upgrade_reductions(graph)
     rewrites.upgrade_splits(graph)
     rewrites.drop_dropouts(graph)
+    floats.drop_casts(graph, probes)
+    axes = Axes(graph, probes)
+    tokens.unfold_first_axes(graph, probes, axes)
+    products.join_heads(graph, probes)
+    products.cut_products(graph, probes)
+    notes = onnx_quantized.settle_quantization(graph, probes)
     attention.expand_attention(graph, lambda name: _is_bool(probes, name))
     attention.unfold_softmax(graph, probes.sizes)
+    counts.gather_places(graph, probes, axes)
     # Judged by values. Lookups and masks first: they need none of the shapes they were made of.
-    axes = Axes(graph, probes)
     max_length = write_lookups(graph, probes, axes, max(opset, OPSET))
     kept = write_masks(graph, probes, axes, max_length or positions, max(opset, OPSET))
     max_length = max_length or positions
@@ -119,6 +140,7 @@ def _rewrite(
     attention.merge_transposes(graph, probes.sizes)
     rewrites.write_reshapes(graph, probes.sizes)
     fold_constants(graph, probes)
+    counts.write_counts(graph, probes, axes)
     write_shapes(graph, probes, axes)
     rewrites.drop_expands(graph, probes.sizes)
     # Judged by structure.
@@ -126,8 +148,8 @@ def _rewrite(
         attention.drop_nan_guards(graph)
     rewrites.transpose_weights(graph)
     attention.scale_scores(graph)
-    rewrites.split_gemms(graph)
-    fusions.fuse_layer_norms(graph)
+    rewrites.flatten_biases(graph)
+    fusions.fuse_layer_norms(graph, probes.sizes)
     fusions.fuse_gelus(graph)
     rewrites.name_weights(graph)
     graph.clean()
