@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -15,6 +17,8 @@ NAMES = {
     onnx.TensorProto.DOUBLE: "float64",
 }
 _DTYPES = tuple(NAMES.values())
+# Numbers of GELU, which are meant where a file holds them rounded.
+_MEANT = (math.sqrt(2), math.sqrt(0.5), math.sqrt(2 / math.pi), 0.044715)
 
 
 def to_float32(graph: OnnxGraph) -> tuple[str, ...]:
@@ -23,7 +27,7 @@ def to_float32(graph: OnnxGraph) -> tuple[str, ...]:
     for name in graph.constants():
         if graph.dtype(name) in _DTYPES:
             held[graph.dtype(name)] = None
-            graph.set_constant(name, graph.array(name).astype(np.float32))
+            graph.set_constant(name, _exact(graph.array(name)))
     for node in graph.nodes:
         for attribute in node.attribute:
             _convert(attribute, held)
@@ -35,14 +39,14 @@ def to_float32(graph: OnnxGraph) -> tuple[str, ...]:
     return tuple(held)
 
 
-def note(graph: OnnxGraph, original: onnx.ModelProto, held: tuple[str, ...]) -> tuple[str, ...]:
-    """What a person is told of a graph that held other types."""
+def note(original: onnx.ModelProto, held: tuple[str, ...]) -> tuple[str, ...]:
+    """What a person is told of a model that held other types."""
     if not held:
         return ()
-    kinds = {value.name: value.type.tensor_type.elem_type for value in original.graph.output}
-    outputs = [name for name in graph.outputs if kinds.get(name) in NAMES]
-    said = f"{' and '.join(held)} became float32"
-    return (f"{said}, the outputs {', '.join(outputs)} too" if outputs else said,)
+    results = original.graph.output
+    outputs = [value.name for value in results if value.type.tensor_type.elem_type in NAMES]
+    also = f", the outputs too: {', '.join(outputs)}" if outputs else ""
+    return (f"{' and '.join(held)} became float32{also}",)
 
 
 def drop_casts(graph: OnnxGraph, probes: Probes) -> None:
@@ -55,6 +59,15 @@ def drop_casts(graph: OnnxGraph, probes: Probes) -> None:
     graph.clean()
 
 
+def _exact(array: np.ndarray) -> np.ndarray:
+    """The same in float32; a single number that is one of `_MEANT`, rounded, becomes that."""
+    if array.size == 1:
+        for meant in _MEANT:
+            if array.reshape(()) == np.asarray(meant).astype(array.dtype):
+                return np.full(array.shape, meant, np.float32)
+    return array.astype(np.float32)
+
+
 def _convert(attribute: onnx.AttributeProto, held: dict[str, None]) -> None:
     """A type that an operator makes, or a tensor that it holds."""
     if attribute.name in ("to", "dtype") and attribute.i in NAMES:
@@ -62,5 +75,5 @@ def _convert(attribute: onnx.AttributeProto, held: dict[str, None]) -> None:
         attribute.i = onnx.TensorProto.FLOAT
     if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type in NAMES:
         held[NAMES[attribute.t.data_type]] = None
-        array = numpy_helper.to_array(attribute.t).astype(np.float32)
+        array = _exact(numpy_helper.to_array(attribute.t))
         attribute.t.CopyFrom(numpy_helper.from_array(array, attribute.t.name))

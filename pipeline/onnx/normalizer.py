@@ -27,6 +27,7 @@ from bertile.onnx import (
 from bertile.onnx import quantized as onnx_quantized
 from bertile.onnx.exported import TOKENIZER_FILES, ExportedModel, InputSpec
 from bertile.onnx.graph import OnnxGraph, save
+from bertile.onnx.integer import is_quantized
 from bertile.onnx.lookups import write_lookups
 from bertile.onnx.masks import write_masks
 from bertile.onnx.places import write_place_tables
@@ -42,6 +43,7 @@ TOLERANCE = 1e-3  # largest absolute difference from the original, real tokens o
 # Norm of the difference by that of the original's outputs, where that is quantized and rounds other
 # activations too: 0.02 to 0.3 is seen, unrelated results are 1.4 apart.
 QUANTIZED_TOLERANCE = 0.5
+HALF_TOLERANCE = 0.05  # the same of an original that computes in float16
 _FAULT = "this is a fault in Bertile's normalizer; please report it"
 _CALIBRATE = (
     "the file also quantizes sums with the attention mask, as it seems, and is itself far from"
@@ -63,10 +65,12 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     with quiet.quiet():
         halves = floats.to_float32(graph)
         constants.fold(graph, opset)
+        # ONNX Runtime rounds activations too where weights alone are stored as integers.
+        integers = any(map(is_quantized, graph.nodes))
         quantized = onnx_quantized.lift_quantization(graph)
         constants.fold(graph, opset)
     check_operators(graph)
-    lifted = graph.to_model(opset) if quantized or halves else None
+    lifted = graph.to_model(opset) if integers or halves else None
     products.expand_einsums(graph)
     products.look_up_one_hots(graph)
     rewrites.split_gemms(graph)
@@ -90,7 +94,11 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     head = _head(tuple(graph.outputs), probes, inputs, config.head)
     directory.mkdir(parents=True, exist_ok=True)
     save(graph.to_model(OPSET), directory / "model.onnx")
-    differs, seen = _check(path, directory / "model.onnx", lifted, inputs, shapes, batch, length)
+    rounded = ("quantized", QUANTIZED_TOLERANCE, _CALIBRATE)
+    if not integers:
+        rounded = (" and ".join(halves), HALF_TOLERANCE, _FAULT)
+    sizes = (shapes, batch, length)
+    differs, seen = _check(path, directory / "model.onnx", lifted, rounded, inputs, *sizes)
     _copy_files(path, directory)
     return ExportedModel(
         directory=directory,
@@ -106,7 +114,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         length=length,
         together=bool(seen.rows),
         padded=bool(seen.padding),
-        notes=(*quantized, *notes, *seen.notes(), differs),
+        notes=(*floats.note(original, halves), *quantized, *notes, *seen.notes(), differs),
     ).write()
 
 
@@ -190,6 +198,7 @@ def _check(
     original: Path,
     normalized: Path,
     lifted: onnx.ModelProto | None,
+    rounded: tuple[str, float, str],
     inputs: tuple[InputSpec, ...],
     shapes: tuple[tuple[int, int], ...],
     batch: int | None,
@@ -198,9 +207,10 @@ def _check(
     """Say how far the result is from the original, and how far its outputs see; raise
     NumericMismatchError for too far.
 
-    A quantized model (`lifted`: with its quantization lifted, otherwise as it was) is compared
-    twice: in floats alone, closely, and as it is, where one rounding more or less moves the result
-    by the step of an 8-bit number.
+    A model that rounds (`lifted`: with its quantization lifted and all in float32, otherwise as it
+    was) is compared twice: in float32 alone, closely, and as it is, where one rounding more or less
+    moves the result by the step of an 8-bit number. `rounded` says how it rounds, how far it may be
+    then, and what to do where it is further.
     """
     feeds = [sample(inputs, *shape, padding_id=1, seed=seed) for seed, shape in enumerate(shapes)]
     after = session(normalized)
@@ -224,13 +234,14 @@ def _check(
         if lifted is None:
             _refuse(worst, TOLERANCE, "the original", _FAULT)
             return f"differs from the original by at most {worst:.2g} on real tokens", seen
-        what = "the quantized original, relative to its magnitude,"
-        _refuse(relative, QUANTIZED_TOLERANCE, what, _CALIBRATE)
+        kind, tolerance, hint = rounded
+        what = f"the {kind} original, relative to its magnitude,"
+        _refuse(relative, tolerance, what, hint)
     except NumericMismatchError:
         normalized.unlink()
         raise
     return (
-        f"differs from the quantized original by {relative:.2g} of its magnitude, and by at most"
+        f"differs from the {kind} original by {relative:.2g} of its magnitude, and by at most"
         f" {worst:.2g}, on real tokens"
     ), seen
 

@@ -238,10 +238,10 @@ def _shifted(unfolding: _Unfolding, node: onnx.NodeProto) -> tuple[Inputs, dict[
         return None
     shaped = node.output[0] if node.op_type == "Unsqueeze" else node.input[0]
     rank = len(unfolding.sizes(shaped))
-    given = [int(axis) for axis in unfolding.graph.array(node.input[1]).reshape(-1)]
-    if not given or any(axis % rank == 0 for axis in given):
+    numbers = [int(axis) for axis in unfolding.graph.array(node.input[1]).reshape(-1)]
+    if not numbers or any(axis % rank == 0 for axis in numbers):
         return None
-    axes = [axis if axis < 0 else axis + 1 for axis in given]
+    axes = [axis if axis < 0 else axis + 1 for axis in numbers]
     inputs = [unfolding.twins[node.input[0]], unfolding.graph.integers(*axes)]
     return inputs, attributes(node)
 
@@ -271,10 +271,10 @@ def _sliced(unfolding: _Unfolding, node: onnx.NodeProto) -> tuple[Inputs, dict[s
     if len(node.input) < 4 or not unfolding.graph.is_constant(node.input[3]):
         return None
     rank = len(unfolding.sizes(node.input[0]))
-    given = [int(axis) % rank for axis in unfolding.graph.array(node.input[3])]
-    if 0 in given:
+    numbers = [int(axis) % rank for axis in unfolding.graph.array(node.input[3])]
+    if 0 in numbers:
         return None
-    axes = unfolding.graph.integers(*(axis + 1 for axis in given))
+    axes = unfolding.graph.integers(*(axis + 1 for axis in numbers))
     return [unfolding.twins[node.input[0]], *node.input[1:3], axes, *node.input[4:]], {}
 
 
