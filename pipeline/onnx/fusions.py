@@ -1,153 +1,242 @@
 """Fusions of what older opsets spell out: LayerNormalization (new in 17) and Gelu (new in 20).
 
+Both are judged by the values that the arithmetic has, in whatever order it is written:
+
+    (x - mean) / Sqrt(variance + eps) * gamma + beta
+    x * scale + (beta - mean * scale), scale = gamma * Pow(variance + eps, -½)
+
 Every public function changes the graph in place and is harmless where nothing matches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 
-from bertile.onnx.graph import OnnxGraph, attributes
+from bertile.onnx.arithmetic import ELEMENTWISE, ERF, REDUCTIONS, Arithmetic
+from bertile.onnx.graph import OnnxGraph, Sizes
 
-_ERF = np.vectorize(math.erf, otypes=[np.float64])
 _POINTS = np.linspace(-4.0, 4.0, 33)
 _INNER = math.sqrt(2 / math.pi) * (_POINTS + 0.044715 * _POINTS**3)
 _GELU = {
-    "none": _POINTS * 0.5 * (1 + _ERF(_POINTS / math.sqrt(2))),
+    "none": _POINTS * 0.5 * (1 + ERF(_POINTS / math.sqrt(2))),
     "tanh": _POINTS * 0.5 * (1 + np.tanh(_INNER)),
 }
-_ELEMENTWISE: dict[str, Callable[..., Any]] = {
-    "Add": np.add,
-    "Sub": np.subtract,
-    "Mul": np.multiply,
-    "Div": np.divide,
-    "Pow": np.power,
-    "Erf": _ERF,
-    "Tanh": np.tanh,
-}
-_Producers = dict[str, onnx.NodeProto]
+_GATES = ("Erf", "Tanh", "Sigmoid")
+# What may stand between the root of a variance and the end of a LayerNorm.
+_AFFINE = ("Add", "Sub", "Mul", "Div", "Neg", "Reciprocal", "Identity", "Cast", "Unsqueeze")
+_SMALL, _FAR = 1e-6, 1e6  # the variances of the rows that tell epsilon, and their ratio
+_EXACT = 1e-6  # largest error of what is a LayerNorm, relative to its largest value
 
 
-def fuse_layer_norms(graph: OnnxGraph) -> None:
-    """(x - mean) / Sqrt(mean((x - mean)^2) + eps) * weight + bias → LayerNormalization."""
-    producers, consumers = graph.producers(), graph.consumers()
-    for division in [node for node in graph.nodes if node.op_type == "Div"]:
-        normalized = _normalized(graph, division, producers)
-        product = _only(consumers.get(division.output[0]), "Mul")
-        total = _only(consumers.get(product.output[0]), "Add") if product is not None else None
-        if normalized is None or total is None:
+class _Norm(NamedTuple):
+    """gamma (x - mean) / Sqrt(variance + epsilon) + beta of the last axis of x."""
+
+    gamma: np.ndarray
+    beta: np.ndarray
+    epsilon: float
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        centred = rows - rows.mean(-1, keepdims=True)
+        variance = (centred * centred).mean(-1, keepdims=True)
+        return centred / np.sqrt(variance + self.epsilon) * self.gamma + self.beta
+
+
+def fuse_layer_norms(graph: OnnxGraph, sizes: Sizes) -> None:
+    """Any arithmetic around the root of a variance that equals a LayerNorm → LayerNormalization."""
+    for root in [node for node in graph.nodes if _is_root(graph, node)]:
+        arithmetic, consumers = Arithmetic(graph, sizes), graph.consumers()
+        if root.output[0] not in arithmetic.producers:
             continue
-        weight = _constant_vector(graph, product, division.output[0])
-        bias = _constant_vector(graph, total, product.output[0])
-        if weight is None or bias is None:
-            continue
-        source, epsilon = normalized
-        norm = graph.add("LayerNormalization", [source, weight, bias], axis=-1, epsilon=epsilon)
-        graph.replace(total.output[0], norm)
+        for source in _normalized_sources(arithmetic, root):
+            channels = (sizes(source) or [None])[-1]
+            if not isinstance(channels, int) or channels < 2:
+                continue
+            end, norm = _furthest(arithmetic, consumers, root, source, channels)
+            if norm is not None:
+                _write_norm(graph, arithmetic, source, end, norm)
+                break
     graph.clean()
 
 
-def _normalized(
-    graph: OnnxGraph, division: onnx.NodeProto, producers: _Producers
-) -> tuple[str, float] | None:
-    centred, root = (producers.get(name) for name in division.input)
-    if centred is None or root is None or (centred.op_type, root.op_type) != ("Sub", "Sqrt"):
+def _is_root(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
+    """Whether a node takes a square root, or one by it."""
+    if node.op_type == "Pow":
+        return graph.scalar(node.input[1]) in (0.5, -0.5)
+    return node.op_type == "Sqrt"
+
+
+def _normalized_sources(arithmetic: Arithmetic, root: onnx.NodeProto) -> list[str]:
+    """Return the tensors whose last axis is reduced before `root`, the furthest first.
+
+    They are few: a mean of x, and one of (x - mean)² or of x².
+    """
+    sources, queue, seen = [], [root], set()
+    while queue and len(seen) < 32:
+        node = queue.pop(0)
+        if node.output[0] in seen:
+            continue
+        seen.add(node.output[0])
+        if node.op_type in REDUCTIONS:
+            sources.append(node.input[0])
+        before = (arithmetic.producers.get(name) for name in node.input)
+        queue += [other for other in before if other and arithmetic.is_arithmetic(other)]
+    # x itself is read by a Sub or Mul too, where only its square is reduced
+    others = [name for source in sources for name in _factors(arithmetic, source)]
+    return list(dict.fromkeys([*sources[::-1], *others]))
+
+
+def _factors(arithmetic: Arithmetic, name: str) -> list[str]:
+    node = arithmetic.producers.get(name)
+    return list(node.input[:1]) if node is not None and node.op_type in ("Mul", "Pow") else []
+
+
+def _furthest(
+    arithmetic: Arithmetic,
+    consumers: dict[str, list[onnx.NodeProto]],
+    root: onnx.NodeProto,
+    source: str,
+    channels: int,
+) -> tuple[str, _Norm | None]:
+    """Return the last tensor behind `root` that is a LayerNorm of `source`, and which."""
+    for end in _behind(consumers, root.output[0]):
+        norm = _fitted(arithmetic, end, source, channels)
+        if norm is None:
+            continue
+        while len(readers := consumers.get(end, [])) == 1 and readers[0].op_type in _AFFINE:
+            further = _fitted(arithmetic, readers[0].output[0], source, channels)
+            if further is None:
+                break
+            end, norm = readers[0].output[0], further
+        return end, norm
+    return "", None
+
+
+def _behind(consumers: dict[str, list[onnx.NodeProto]], name: str) -> Iterator[str]:
+    """The tensors behind one through arithmetic alone, the nearest first."""
+    queue = [(name, 0)]
+    while queue:
+        name, steps = queue.pop(0)
+        if steps:
+            yield name
+        for node in consumers.get(name, []) if steps < 6 else []:
+            if node.op_type in _AFFINE and (node.output[0], steps + 1) not in queue:
+                queue.append((node.output[0], steps + 1))
+
+
+def _fitted(arithmetic: Arithmetic, end: str, source: str, channels: int) -> _Norm | None:
+    """Return the LayerNorm that tensor `end` is of `source`, None if it is none."""
+    random = np.random.default_rng(0)
+    pairs = random.uniform(0.5, 1.5, channels // 2)
+    centred = np.concatenate([pairs, -pairs, np.zeros(channels % 2)])
+    if channels % 2:  # no zero, and the mean stays zero
+        centred[[0, -1]] = centred[0] / 2
+    small = centred * np.sqrt(_SMALL / (centred * centred).mean())
+    large = small * np.sqrt(_FAR)
+    others = random.normal(size=(4, channels)) * [[0.01], [1], [3], [30]] + [[0.1], [-2], [5], [1]]
+    rows = np.concatenate([[small, -small, large, -large], others])
+    values = arithmetic.value(end, source, rows)
+    if values is None or values.shape != rows.shape or not np.isfinite(values).all():
         return None
-    mean, shifted = producers.get(centred.input[1]), producers.get(root.input[0])
-    if mean is None or shifted is None or shifted.op_type != "Add":
+    turned = [(values[place] - values[place + 1]) / 2 for place in (0, 2)]
+    grown = float((turned[1] ** 2).sum() / max((turned[0] ** 2).sum(), 1e-300))
+    if not 1 - 1e-9 <= grown < _FAR * (1 - 1e-9):
         return None
-    epsilon = next((e for e in map(graph.scalar, shifted.input) if e is not None), None)
-    variance = next((producers[name] for name in shifted.input if name in producers), None)
-    if epsilon is None or variance is None:
-        return None
-    if not (_over_last(graph, mean) and _over_last(graph, variance)):
-        return None
-    square = producers.get(variance.input[0])
-    if square is None or square.input[0] != centred.output[0] or mean.input[0] != centred.input[0]:
-        return None
-    power = square.op_type == "Pow" and graph.scalar(square.input[1]) == 2.0
-    product = square.op_type == "Mul" and square.input[1] == square.input[0]
-    return (centred.input[0], epsilon) if power or product else None
+    epsilon = max(0.0, _FAR * _SMALL * (grown - 1) / (_FAR - grown))
+    epsilon = _nearest_scalar(arithmetic, end, source, epsilon)
+    gamma = turned[1] * np.sqrt(_FAR * _SMALL + epsilon) / large
+    norm = _Norm(gamma, (values[2] + values[3]) / 2, epsilon)
+    room = _EXACT * max(1e-30, float(np.abs(values).max()))
+    return norm if np.abs(norm.of(rows) - values).max() <= room else None
 
 
-def _over_last(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
-    if node.op_type != "ReduceMean" or not attributes(node).get("keepdims", 1):
-        return False
-    return len(node.input) > 1 and graph.scalar(node.input[1]) == -1.0
+def _nearest_scalar(arithmetic: Arithmetic, end: str, source: str, value: float) -> float:
+    """Return the constant that a measured number is, where the graph has one that near."""
+    for name in _constants(arithmetic, end, source):
+        scalar = arithmetic.graph.scalar(name)
+        if scalar is not None and abs(scalar - value) <= max(1e-3 * scalar, 1e-13):
+            return scalar
+    return value
 
 
-def _only(nodes: list[onnx.NodeProto] | None, op: str) -> onnx.NodeProto | None:
-    return nodes[0] if nodes and len(nodes) == 1 and nodes[0].op_type == op else None
+def _constants(arithmetic: Arithmetic, end: str, source: str) -> list[str]:
+    """The constants that a tensor is computed of, back to `source`."""
+    constants, queue, seen = [], [end], {source}
+    while queue:
+        name = queue.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if arithmetic.graph.is_constant(name):
+            constants.append(name)
+        elif name in arithmetic.producers:
+            queue.extend(arithmetic.producers[name].input)
+    return constants
 
 
-def _constant_vector(graph: OnnxGraph, node: onnx.NodeProto, other: str) -> str | None:
-    for name in node.input:
-        if name != other and graph.is_constant(name) and len(graph.shape(name)) == 1:
+def _write_norm(
+    graph: OnnxGraph, arithmetic: Arithmetic, source: str, end: str, norm: _Norm
+) -> None:
+    constants = _constants(arithmetic, end, source)
+    weights = [
+        _vector(graph, constants, value, hint)
+        for value, hint in ((norm.gamma, "gamma"), (norm.beta, "beta"))
+    ]
+    options = {"axis": -1, "epsilon": norm.epsilon}
+    graph.rewrite(end, "LayerNormalization", [source, *weights], **options)
+
+
+def _vector(graph: OnnxGraph, constants: list[str], value: np.ndarray, hint: str) -> str:
+    """Return the constant with this value, by its own name where the graph has it."""
+    room = 1e-6 * max(1e-30, float(np.abs(value).max()))
+    for name in constants:
+        if graph.shape(name) == value.shape and np.abs(graph.array(name) - value).max() <= room:
             return name
-    return None
+    return graph.constant(value.astype(np.float32), hint)
 
 
 def fuse_gelus(graph: OnnxGraph) -> None:
-    """Any arithmetic around an Erf or Tanh that equals GELU of one tensor → Gelu."""
-    for start in [node for node in graph.nodes if node.op_type in ("Erf", "Tanh")]:
-        producers, consumers = graph.producers(), graph.consumers()
-        if start.output[0] not in producers:
+    """Any arithmetic around an Erf, Tanh or Sigmoid that equals GELU of one tensor → Gelu."""
+    for start in [node for node in graph.nodes if node.op_type in _GATES]:
+        arithmetic, consumers = Arithmetic(graph), graph.consumers()
+        if start.output[0] not in arithmetic.producers:
             continue
         end = start
-        for _ in range(4):
+        for _ in range(5):
             end = next(iter(consumers.get(end.output[0], [])), None)
-            if end is None or end.op_type not in ("Add", "Mul"):
+            if end is None or end.op_type not in ELEMENTWISE:
                 break
-            kind, source = _is_gelu(graph, end, start, producers)
+            kind, source = _is_gelu(arithmetic, end, start)
             if kind is not None:
-                gelu = graph.add("Gelu", [source], approximate=kind)
-                graph.replace(end.output[0], gelu)
+                graph.rewrite(end.output[0], "Gelu", [source], approximate=kind)
                 break
     graph.clean()
 
 
 def _is_gelu(
-    graph: OnnxGraph, end: onnx.NodeProto, start: onnx.NodeProto, producers: _Producers
+    arithmetic: Arithmetic, end: onnx.NodeProto, start: onnx.NodeProto
 ) -> tuple[str | None, str]:
-    for source in _sources(graph, start, producers):
-        value = _evaluate(graph, end.output[0], source, producers, depth=12)
+    for source in _sources(arithmetic, start):
+        value = arithmetic.value(end.output[0], source, _POINTS)
         for kind, want in _GELU.items():
             if value is not None and np.abs(value - want).max() < 2e-6:
                 return kind, source
     return None, ""
 
 
-def _sources(graph: OnnxGraph, start: onnx.NodeProto, producers: _Producers) -> list[str]:
+def _sources(arithmetic: Arithmetic, start: onnx.NodeProto) -> list[str]:
     """Return the tensors before `start` through elementwise nodes, the nearest first."""
     sources, queue = [], list(start.input)
-    while queue and len(sources) < 8:
+    while queue and len(sources) < 12:
         name = queue.pop(0)
-        if graph.is_constant(name) or name in sources:
+        if arithmetic.graph.is_constant(name) or name in sources:
             continue
         sources.append(name)
-        if name in producers and producers[name].op_type in _ELEMENTWISE:
-            queue.extend(producers[name].input)
+        before = arithmetic.producers.get(name)
+        if before is not None and before.op_type in ELEMENTWISE:
+            queue.extend(before.input)
     return sources
-
-
-def _evaluate(
-    graph: OnnxGraph, name: str, source: str, producers: _Producers, depth: int
-) -> np.ndarray | None:
-    """Compute tensor `name` as a function of tensor `source` at a few points."""
-    if name == source:
-        return _POINTS
-    if graph.is_constant(name):
-        scalar = graph.scalar(name)
-        return None if scalar is None else np.asarray(scalar)
-    node = producers.get(name)
-    if node is None or node.op_type not in _ELEMENTWISE or depth == 0:
-        return None
-    values = [_evaluate(graph, operand, source, producers, depth - 1) for operand in node.input]
-    if any(value is None for value in values):
-        return None
-    return _ELEMENTWISE[node.op_type](*values)

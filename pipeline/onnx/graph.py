@@ -34,12 +34,15 @@ class OnnxGraph:
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
         self._arrays: dict[str, np.ndarray] = {}
         weights = set(self._tensors)
+        weights |= {sparse.values.name for sparse in model.graph.sparse_initializer}
         self.inputs = [value for value in graph.input if value.name not in weights]
         self.results = list(graph.output)
         self.outputs = [result.name for result in self.results]
         self._named = 0
         # A file that Bertile wrote, quantized by somebody since, has names of ours already.
         self._taken = {name for node in self.nodes for name in node.output} | weights
+        for sparse in model.graph.sparse_initializer:
+            self.set_constant(sparse.values.name, dense_array(sparse))
         self._fold_constant_nodes()
 
     def is_constant(self, name: str) -> bool:
@@ -56,6 +59,16 @@ class OnnxGraph:
         if name in self._arrays:
             return self._arrays[name].shape
         return tuple(self._tensors[name].dims)
+
+    def constants(self) -> list[str]:
+        """Return the names of all constants."""
+        return list({**self._tensors, **self._arrays})
+
+    def dtype(self, name: str) -> str:
+        """Return the element type of a constant as numpy names it, without reading its value."""
+        if name in self._arrays:
+            return str(self._arrays[name].dtype)
+        return str(helper.tensor_dtype_to_np_dtype(self._tensors[name].data_type))
 
     def is_float(self, name: str) -> bool:
         """Say whether a constant holds floating-point values, without reading them."""
@@ -142,6 +155,13 @@ class OnnxGraph:
             if old in node.input and old not in node.output:
                 node.input[:] = [new if name == old else name for name in node.input]
 
+    def rewrite(self, output: str, op: str, inputs: Iterable[str], **attributes: Any) -> str:
+        """Make another node compute the tensor `output`, which keeps its name."""
+        node = next(node for node in self.nodes if output in node.output)
+        node.output[:] = [self.fresh("unused") if o == output else o for o in node.output]
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
+        return output
+
     def clean(self) -> None:
         """Drop identities and dead nodes, and sort the rest into the order of their data."""
         self._drop_identities()
@@ -165,12 +185,12 @@ class OnnxGraph:
         self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in used}
         self._arrays = {name: array for name, array in self._arrays.items() if name in used}
 
-    def cut(self, name: str) -> OnnxGraph:
-        """Return a copy that computes the tensor `name` alone, from the inputs that it needs."""
+    def cut(self, *names: str) -> OnnxGraph:
+        """Return a copy that computes these tensors alone, from the inputs that they need."""
         part = copy.copy(self)
         part.nodes = [copy.deepcopy(node) for node in self.nodes]
-        part.results = [onnx.ValueInfoProto(name=name)]
-        part.outputs = [name]
+        part.results = [onnx.ValueInfoProto(name=name) for name in names]
+        part.outputs = list(names)
         part.clean()
         read = {operand for node in part.nodes for operand in node.input}
         part.inputs = [value for value in part.inputs if value.name in read]
@@ -196,15 +216,10 @@ class OnnxGraph:
     def _fold_constant_nodes(self) -> None:
         kept = []
         for node in self.nodes:
-            if node.op_type != "Constant":
+            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+                self.set_constant(node.output[0], _constant_value(node.attribute[0]))
+            else:
                 kept.append(node)
-                continue
-            value = helper.get_attribute_value(node.attribute[0])
-            if isinstance(value, onnx.TensorProto):
-                value = numpy_helper.to_array(value)
-            elif node.attribute[0].type in (onnx.AttributeProto.FLOAT, onnx.AttributeProto.FLOATS):
-                value = np.asarray(value, np.float32)
-            self.set_constant(node.output[0], np.asarray(value))
         self.nodes = kept
 
     def _drop_identities(self) -> None:
@@ -228,6 +243,29 @@ class OnnxGraph:
         for node in kept:
             node.input[:] = [_end(renamed, name) for name in node.input]
         self.nodes = kept
+
+
+def dense_array(sparse: onnx.SparseTensorProto) -> np.ndarray:
+    """Return a sparse tensor as an array; its indices count elements, or are coordinates."""
+    values, indices = map(numpy_helper.to_array, (sparse.values, sparse.indices))
+    array = np.zeros(tuple(sparse.dims), values.dtype)
+    places = tuple(indices.T) if indices.ndim == 2 else np.unravel_index(indices, array.shape)
+    array[places] = values
+    return array
+
+
+def _constant_value(attribute: onnx.AttributeProto) -> np.ndarray:
+    """The value of a node Constant, in whichever of its attributes it is."""
+    value = helper.get_attribute_value(attribute)
+    if isinstance(value, onnx.TensorProto):
+        return numpy_helper.to_array(value)
+    if isinstance(value, onnx.SparseTensorProto):
+        return dense_array(value)
+    if attribute.type in (onnx.AttributeProto.FLOAT, onnx.AttributeProto.FLOATS):
+        return np.asarray(value, np.float32)
+    if attribute.type in (onnx.AttributeProto.INT, onnx.AttributeProto.INTS):
+        return np.asarray(value, np.int64)
+    return np.asarray(value)
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:

@@ -294,6 +294,9 @@ class _Masks:
             return []
         if self._is_by_key(samples):
             return [self._keys()]
+        keys = self._own_keys(samples)
+        if keys:
+            return [self._once(keys, lambda: self._keys_mask(keys))]
         finite = not any(sample.closes for sample in samples)
         if finite or any(sample.blinds for sample in samples):
             return None
@@ -306,6 +309,39 @@ class _Masks:
         for sample in samples:
             value, real = np.broadcast_arrays(sample.value, sample.real[:, None, None, :])
             if (value[real] != 0).any() or not (value[~real] <= CLOSED).all():
+                return False
+        return True
+
+    def _own_keys(self, samples: list[_Sample]) -> str | None:
+        """The tensor (B, S) of the graph that says which keys are seen, where it is no input.
+
+        Sequences that see no key at all do not count.
+        """
+        probes = self.values.probes
+        wanted = []
+        for sample in samples[: len(probes.feeds)]:
+            of_keys = sample.value[:, :1, :1]
+            batch, length = sample.real.shape
+            plain = (of_keys == sample.value).all() and of_keys.shape == (batch, 1, 1, length)
+            if not plain or not ((of_keys == 0) | (of_keys <= CLOSED)).all():
+                return None
+            wanted.append(of_keys[:, 0, 0] == 0)
+        if all(seen.all() for seen in wanted):
+            return None
+        for node in self.graph.nodes:
+            for name in node.output:
+                values = probes.of(name) if name else None
+                if values is not None and self._says(values, wanted):
+                    return name
+        return None
+
+    def _says(self, values: list[np.ndarray], wanted: list[np.ndarray]) -> bool:
+        """Whether a tensor holds 1, or true, for the keys that are seen, and 0 for the others."""
+        for value, seen in zip(values, wanted):
+            if value.shape != seen.shape or value.dtype.kind not in "biuf":
+                return False
+            counts = seen.any(1)
+            if (value.astype(np.float64)[counts] != seen[counts]).any():
                 return False
         return True
 
@@ -376,8 +412,8 @@ class _Masks:
     def _keys(self) -> str:
         return self._once("keys", self._keys_mask)
 
-    def _keys_mask(self) -> str:
-        mask = self.graph.add("Cast", ["attention_mask"], to=onnx.TensorProto.FLOAT)
+    def _keys_mask(self, keys: str = "attention_mask") -> str:
+        mask = self.graph.add("Cast", [keys], to=onnx.TensorProto.FLOAT)
         keys = self.graph.add("Unsqueeze", [mask, self.graph.integers(1, 2)])
         padded = self.graph.add("Sub", [self.graph.number(1.0), keys])
         return self.graph.add("Mul", [padded, self.graph.number(MASKED)])

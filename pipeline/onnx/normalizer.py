@@ -15,11 +15,22 @@ from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
 from bertile.families import model_config, table, text_settings
 from bertile.families.family import AFTER_PADDING, Family
-from bertile.onnx import attention, fusions, reach, rewrites
+from bertile.onnx import (
+    attention,
+    constants,
+    counts,
+    floats,
+    fusions,
+    products,
+    reach,
+    rewrites,
+    tokens,
+)
 from bertile.onnx import quantized as onnx_quantized
 from bertile.onnx.exported import TOKENIZER_FILES, ExportedModel, InputSpec
 from bertile.onnx.graph import OnnxGraph, save
 from bertile.onnx.inputs import Fed, input_specs, present, tried_limits
+from bertile.onnx.integer import is_quantized
 from bertile.onnx.lookups import write_lookups
 from bertile.onnx.masks import write_masks
 from bertile.onnx.places import write_place_tables
@@ -36,6 +47,7 @@ TOLERANCE = 1e-3  # largest absolute difference from the original, real tokens o
 # Norm of the difference by that of the original's outputs, where that is quantized and rounds other
 # activations too: 0.02 to 0.3 is seen, unrelated results are 1.4 apart.
 QUANTIZED_TOLERANCE = 0.5
+HALF_TOLERANCE = 0.05  # the same of an original that computes in float16
 _FAULT = "this is a fault in Bertile's normalizer; please report it"
 _CALIBRATE = (
     "the file also quantizes sums with the attention mask, as it seems, and is itself far from"
@@ -54,10 +66,18 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     original, opset = read(path)
     graph = OnnxGraph(original)
     batch, length, renamed = present(graph, path, config.rename)
-    graph.clean()
-    quantized = onnx_quantized.lift_quantization(graph)
+    with quiet.quiet():
+        halves = floats.to_float32(graph)
+        constants.fold(graph, opset)
+        # ONNX Runtime rounds activations too where weights alone are stored as integers.
+        integers = any(map(is_quantized, graph.nodes))
+        quantized = onnx_quantized.lift_quantization(graph)
+        constants.fold(graph, opset)
     check_operators(graph)
-    lifted = graph.to_model(opset) if quantized else None
+    lifted = graph.to_model(opset) if integers or halves else None
+    products.expand_einsums(graph)
+    products.look_up_one_hots(graph)
+    rewrites.split_gemms(graph)
     beside = model_config.beside(path.parent)
     family = table.of_type(beside.get("model_type"))
     inputs = tuple(_counted(spec, family) for spec in input_specs(graph))
@@ -80,9 +100,12 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     head = _head(tuple(graph.outputs), probes, inputs, config.head)
     directory.mkdir(parents=True, exist_ok=True)
     save(graph.to_model(OPSET), directory / "model.onnx")
-    original_session = Fed.of(session(path), path, config.rename)
-    normalized = directory / "model.onnx"
-    differs, seen = _check(original_session, normalized, lifted, inputs, shapes, batch, length)
+    rounded = ("quantized", QUANTIZED_TOLERANCE, _CALIBRATE)
+    if not integers:
+        rounded = (" and ".join(halves), HALF_TOLERANCE, _FAULT)
+    sizes = (shapes, batch, length)
+    theirs, normalized = Fed.of(session(path), path, config.rename), directory / "model.onnx"
+    differs, seen = _check(theirs, normalized, lifted, rounded, inputs, *sizes)
     _copy_files(path, directory)
     return ExportedModel(
         directory=directory,
@@ -98,7 +121,10 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         length=length,
         together=bool(seen.rows),
         padded=bool(seen.padding),
-        notes=(*renamed, *quantized, *notes, *seen.notes(), differs),
+        notes=(
+            *(*renamed, *floats.note(original, halves), *quantized, *notes, *seen.notes()),
+            differs,
+        ),
     ).write()
 
 
@@ -109,15 +135,20 @@ def _rewrite(
 
     ``positions`` are how many the model is said to have, where tables do not tell.
     """
-    notes = onnx_quantized.settle_quantization(graph, probes)
     # To opset 20: no other operator that TVM imports means something else there than in 13.
     rewrites.upgrade_reductions(graph)
     rewrites.upgrade_splits(graph)
     rewrites.drop_dropouts(graph)
+    floats.drop_casts(graph, probes)
+    axes = Axes(graph, probes)
+    tokens.unfold_first_axes(graph, probes, axes)
+    products.join_heads(graph, probes)
+    products.cut_products(graph, probes)
+    notes = onnx_quantized.settle_quantization(graph, probes)
     attention.expand_attention(graph, lambda name: _is_bool(probes, name))
     attention.unfold_softmax(graph, probes.sizes)
+    counts.gather_places(graph, probes, axes)
     # Judged by values. Lookups and masks first: they need none of the shapes they were made of.
-    axes = Axes(graph, probes)
     max_length = write_lookups(graph, probes, axes, max(opset, OPSET))
     kept = write_masks(graph, probes, axes, max_length or positions, max(opset, OPSET))
     max_length = max_length or positions
@@ -127,6 +158,7 @@ def _rewrite(
     attention.merge_transposes(graph, probes.sizes)
     rewrites.write_reshapes(graph, probes.sizes)
     fold_constants(graph, probes)
+    counts.write_counts(graph, probes, axes)
     write_shapes(graph, probes, axes)
     rewrites.drop_expands(graph, probes.sizes)
     # Judged by structure.
@@ -134,8 +166,8 @@ def _rewrite(
         attention.drop_nan_guards(graph)
     rewrites.transpose_weights(graph)
     attention.scale_scores(graph)
-    rewrites.split_gemms(graph)
-    fusions.fuse_layer_norms(graph)
+    rewrites.flatten_biases(graph)
+    fusions.fuse_layer_norms(graph, probes.sizes)
     fusions.fuse_gelus(graph)
     rewrites.name_weights(graph)
     graph.clean()
@@ -183,6 +215,7 @@ def _check(
     original: Fed,
     normalized: Path,
     lifted: onnx.ModelProto | None,
+    rounded: tuple[str, float, str],
     inputs: tuple[InputSpec, ...],
     shapes: tuple[tuple[int, int], ...],
     batch: int | None,
@@ -191,9 +224,10 @@ def _check(
     """Say how far the result is from the original, and how far its outputs see; raise
     NumericMismatchError for too far.
 
-    A quantized model (`lifted`: with its quantization lifted, otherwise as it was) is compared
-    twice: in floats alone, closely, and as it is, where one rounding more or less moves the result
-    by the step of an 8-bit number.
+    A model that rounds (`lifted`: with its quantization lifted and all in float32, otherwise as it
+    was) is compared twice: in float32 alone, closely, and as it is, where one rounding more or less
+    moves the result by the step of an 8-bit number. `rounded` says how it rounds, how far it may be
+    then, and what to do where it is further.
     """
     feeds = [sample(inputs, *shape, padding_id=1, seed=seed) for seed, shape in enumerate(shapes)]
     after = session(normalized)
@@ -219,13 +253,14 @@ def _check(
                 room = TOLERANCE * rounding(normalized, feeds)
                 _refuse(worst, room, "the original", _FAULT)
             return f"differs from the original by at most {worst:.2g} on real tokens", seen
-        what = "the quantized original, relative to its magnitude,"
-        _refuse(relative, QUANTIZED_TOLERANCE, what, _CALIBRATE)
+        kind, tolerance, hint = rounded
+        what = f"the {kind} original, relative to its magnitude,"
+        _refuse(relative, tolerance, what, hint)
     except NumericMismatchError:
         normalized.unlink()
         raise
     return (
-        f"differs from the quantized original by {relative:.2g} of its magnitude, and by at most"
+        f"differs from the {kind} original by {relative:.2g} of its magnitude, and by at most"
         f" {worst:.2g}, on real tokens"
     ), seen
 

@@ -5,10 +5,15 @@ Every public function changes the graph in place and is harmless where nothing m
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 
 from bertile.onnx.graph import OnnxGraph, Sizes, attributes
+
+RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")  # they keep the order of elements
 
 
 def upgrade_reductions(graph: OnnxGraph) -> None:
@@ -41,11 +46,30 @@ def drop_dropouts(graph: OnnxGraph) -> None:
 
 
 def write_reshapes(graph: OnnxGraph, sizes: Sizes) -> None:
-    """Reshape(x, Concat(Shape(x)[0], …)) → Reshape(x, [0, 0, 2, 64]), or x if no axis changes."""
+    """Reshape(x, Concat(Shape(x)[0], …)) → Reshape(x, [0, 0, 2, 64]), or x if no axis changes.
+
+    Of several reshapes in a row the last is left.
+    """
+    producers = graph.producers()
     for node in list(graph.nodes):
+        after = sizes(node.output[0])
+        if node.op_type in RESHAPES[1:] and after is not None:
+            same = (
+                name
+                for name, kind in _before_reshapes(producers, node.output[0])
+                if kind is None and sizes(name) == after
+            )
+            if source := next(same, None):
+                graph.replace(node.output[0], source)
         if node.op_type != "Reshape":
             continue
-        before, after = sizes(node.input[0]), sizes(node.output[0])
+        for source, kind in _before_reshapes(producers, node.input[0]):
+            if kind is not None and sizes(source) == after:
+                graph.rewrite(node.output[0], "Cast", [source], to=kind)
+                break
+            if kind is None and reshape_target(sizes(source), after) is not None:
+                node.input[0] = source
+        before = sizes(node.input[0])
         target = reshape_target(before, after)
         if target is not None and before == after:
             graph.replace(node.output[0], node.input[0])
@@ -53,6 +77,22 @@ def write_reshapes(graph: OnnxGraph, sizes: Sizes) -> None:
             node.input[1] = graph.constant(np.asarray(target, np.int64), "shape")
             del node.attribute[:]
     graph.clean()
+
+
+def _before_reshapes(
+    producers: dict[str, onnx.NodeProto], name: str
+) -> Iterator[tuple[str, int | None]]:
+    """The tensors that have the same elements as a tensor in the same order, the nearest first,
+    and the type that they are cast to.
+    """
+    kind = None
+    while (node := producers.get(name)) is not None:
+        if node.op_type == "Cast" and kind is None:
+            kind = attributes(node)["to"]
+        elif node.op_type not in RESHAPES:
+            return
+        name = node.input[0]
+        yield name, kind
 
 
 def reshape_target(before: list[object] | None, after: list[object] | None) -> list[int] | None:
@@ -91,22 +131,53 @@ def drop_expands(graph: OnnxGraph, sizes: Sizes) -> None:
 
 
 def split_gemms(graph: OnnxGraph) -> None:
-    """Gemm(x, w, b) with its weight in either layout → Add(MatMul(x, w as [in, out]), b)."""
-    for node in list(graph.nodes):
+    """Gemm(x, w, b), transposed and scaled in any way → Add(MatMul(x, w as [in, out]), b)."""
+    for node in [node for node in graph.nodes if node.op_type == "Gemm"]:
         options = attributes(node)
-        plain = options.get("alpha", 1.0) == options.get("beta", 1.0) == 1.0 and not options.get(
-            "transA"
-        )
-        if node.op_type != "Gemm" or not plain or not graph.is_constant(node.input[1]):
-            continue
-        weight = node.input[1]
+        x, weight = node.input[:2]
+        if options.get("transA"):
+            x = graph.add("Transpose", [x], perm=[1, 0])
         if options.get("transB"):
-            transposed = np.ascontiguousarray(graph.array(weight).T)
-            weight = graph.set_constant(f"{weight}.transposed", transposed)
-        product = graph.add("MatMul", [node.input[0], weight])
-        if len(node.input) > 2 and node.input[2]:
-            product = graph.add("Add", [product, node.input[2]])
-        graph.replace(node.output[0], product)
+            weight = _transposed(graph, weight)
+        weight = _scaled(graph, weight, options.get("alpha", 1.0))
+        bias = node.input[2] if len(node.input) > 2 else ""
+        if bias and options.get("beta", 1.0) != 0:
+            bias = _scaled(graph, bias, options.get("beta", 1.0))
+            graph.rewrite(node.output[0], "Add", [graph.add("MatMul", [x, weight]), bias])
+        else:
+            graph.rewrite(node.output[0], "MatMul", [x, weight])
+    graph.clean()
+
+
+def _transposed(graph: OnnxGraph, name: str) -> str:
+    if not graph.is_constant(name):
+        return graph.add("Transpose", [name], perm=[1, 0])
+    value = np.ascontiguousarray(graph.array(name).T)
+    return graph.set_constant(f"{name}.transposed", value)
+
+
+def _scaled(graph: OnnxGraph, name: str, factor: float) -> str:
+    if factor == 1.0:
+        return name
+    if not graph.is_constant(name):
+        return graph.add("Mul", [name, graph.number(factor)])
+    value = graph.array(name) * np.float32(factor)
+    return graph.set_constant(f"{name}.scaled{factor:g}", value)
+
+
+def flatten_biases(graph: OnnxGraph) -> None:
+    """Add(MatMul(x, w), b (1, 1, N)) → Add(MatMul(x, w), b (N))."""
+    producers = graph.producers()
+    for node in [node for node in graph.nodes if node.op_type == "Add"]:
+        for place, name in enumerate(node.input):
+            product = producers.get(node.input[1 - place])
+            if product is None or product.op_type != "MatMul" or not graph.is_constant(name):
+                continue
+            shape, weight = graph.shape(name), product.input[1]
+            width = graph.shape(weight)[-1:] if graph.is_constant(weight) else ()
+            if len(shape) > 1 and shape[-1:] == width and math.prod(shape) == shape[-1]:
+                flat = graph.array(name).reshape(-1)
+                node.input[place] = graph.set_constant(graph.fresh("bias"), flat)
     graph.clean()
 
 

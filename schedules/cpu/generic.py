@@ -63,6 +63,13 @@ def _schedule_block(sch: s_tir.Schedule, block: Any, kinds: list[str]) -> None:
         sch.vectorize(vector)
     if spatial:
         sch.parallel(sch.fuse(*spatial))
+    if reduction and any(_may_be_empty(sch, loop) for loop in reduction):
+        sch.decompose_reduction(block, reduction[0])  # the sum of nothing is zero, not unwritten
+
+
+def _may_be_empty(sch: s_tir.Schedule, loop: Any) -> bool:
+    """Whether a loop goes along a part of the request, which a short one does not have."""
+    return not isinstance(sch.get(loop).extent, (tirx.IntImm, tirx.Var))
 
 
 def _extent(sch: s_tir.Schedule, loop: Any) -> int:

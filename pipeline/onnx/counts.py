@@ -1,0 +1,263 @@
+"""Writes numbers that shapes alone decide, and that are read as values, by counting tokens.
+
+    table[:length]                        →  Gather(table, Slice([[0, 1, …]], 0, length))
+    x * (Range(length) + 1)               →  x * Slice(CumSum(ones), 0, 1)
+    x + Cast(Shape(input_ids)[1])         →  x + the last of them
+
+TVM's importer knows a shape only where another shape is made of it. What a tensor is, is judged by
+its values over several random batches.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import onnx
+
+from bertile.onnx.dependence import dependence, is_lookup
+from bertile.onnx.graph import OnnxGraph
+from bertile.onnx.probing import Probes
+from bertile.onnx.shapes import Axes
+
+# The operands that an operator reads as a shape, or as a place in one.
+_OF_SHAPES: dict[str, tuple[int, ...]] = {
+    "ConstantOfShape": (0,),
+    "CumSum": (1,),
+    "Expand": (1,),
+    "OneHot": (1,),
+    "Pad": (1, 3),
+    "Range": (0, 1, 2),
+    "Reshape": (1,),
+    "Resize": (1, 2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "Squeeze": (1,),
+    "Tile": (1,),
+    "TopK": (1,),
+    "Trilu": (1,),
+    "Unsqueeze": (1,),
+}
+_BROADCAST = ("Add", "Sub", "Mul", "Div", "Where", "Equal", "Less", "Greater", "And", "Or")
+_Runs = list[np.ndarray]
+
+
+def gather_places(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
+    """Slice(table, 0, length) → Gather(table, places), so that it is a lookup like others."""
+    for node, place, name in _read_as_values(graph):
+        values = probes.of(name)
+        table = None if values is None else _sliced_table(graph, name)
+        if table is None or is_lookup(graph, node):
+            continue
+        rows = graph.array(table)
+        rows = rows.reshape(-1, rows.shape[-1])
+        first = _first_row(rows, values, axes.sizes["length"])
+        broadcast = node.op_type in _BROADCAST and len(probes.sizes(node.output[0]) or []) > 2
+        if first is None or not (broadcast or values[0].ndim == 2):
+            continue
+        places = [np.arange(first, first + size)[None] for size in axes.sizes["length"]]
+        index = _cut(graph, axes, np.arange(first, len(rows))[None])
+        probes.learn(index, places)
+        looked_up = graph.add("Gather", [_flat(graph, table, rows), index])
+        if not broadcast:
+            looked_up = graph.add("Squeeze", [looked_up, graph.integers(0)])
+        node.input[place] = looked_up
+    graph.clean()
+
+
+def write_counts(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
+    """Write every number that is read as a value and decided by shapes."""
+    counts, written = _Counts(graph, axes), {}
+    for node, place, name in _read_as_values(graph):
+        if name not in written:
+            values = probes.of(name)
+            written[name] = None if values is None else counts.write(values)
+        if written[name] is not None:
+            node.input[place] = written[name]
+    graph.clean()
+
+
+def _read_as_values(graph: OnnxGraph) -> list[tuple[onnx.NodeProto, int, str]]:
+    """Each operand that shapes decide, of a node that more than shapes decide."""
+    kinds = dependence(graph)
+    return [
+        (node, place, name)
+        for node in graph.nodes
+        if kinds[node.output[0]] not in ("constant", "shape")
+        for place, name in enumerate(node.input)
+        if kinds.get(name) == "shape"
+        and place not in _OF_SHAPES.get(node.op_type, ())
+        and not (node.op_type.startswith("Reduce") and place == 1)
+    ]
+
+
+def _sliced_table(graph: OnnxGraph, name: str) -> str | None:
+    """The table of floats that a tensor is part of, through operators that move its rows."""
+    producers = graph.producers()
+    for _ in range(6):
+        if graph.is_constant(name):
+            shape = graph.shape(name)
+            whole = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
+            return name if whole and graph.is_float(name) else None
+        node = producers.get(name)
+        if node is None or node.op_type not in ("Slice", "Unsqueeze", "Squeeze", "Cast", "Expand"):
+            return None
+        name = node.input[0]
+    return None
+
+
+def _first_row(rows: np.ndarray, values: _Runs, lengths: np.ndarray) -> int | None:
+    """Where the table begins to be read, None if not all of so many rows follow one another."""
+    channels = rows.shape[1]
+    if any(value.shape[-2:] != (size, channels) for value, size in zip(values, lengths)):
+        return None
+    start = values[0].reshape(-1, channels)[0]
+    for first in np.flatnonzero((rows == start).all(1))[:4]:
+        if all(
+            first + size <= len(rows) and (value == rows[first : first + size]).all()
+            for value, size in zip(values, lengths)
+        ):
+            return int(first)
+    return None
+
+
+def _flat(graph: OnnxGraph, table: str, rows: np.ndarray) -> str:
+    return table if graph.shape(table) == rows.shape else graph.constant(rows, "position_table")
+
+
+def _cut(graph: OnnxGraph, axes: Axes, table: np.ndarray) -> str:
+    """A constant (1, P) cut to the length of the request."""
+    length = axes.static("length")
+    if length is not None:
+        return graph.constant(table[:, :length], "places")
+    zero, unit = graph.integers(0), graph.integers(1)
+    whole = graph.constant(table, "places")
+    return graph.add("Slice", [whole, zero, axes.tensor("length"), unit, unit])
+
+
+class _Counts:
+    """Tensors that count rows and tokens of the request, each made at most once.
+
+    A tensor is c + a·(its place along an axis) + b·length + …, whole numbers of the terms below.
+    """
+
+    def __init__(self, graph: OnnxGraph, axes: Axes) -> None:
+        self.graph, self.axes = graph, axes
+        self._terms: dict[str, str] = {}
+
+    def write(self, values: _Runs) -> str | None:
+        """Return a tensor with these values in each run, None where counting does not tell."""
+        rank = values[0].ndim
+        dtype = values[0].dtype
+        if dtype.kind not in "iuf" or any(value.ndim != rank for value in values):
+            return None
+        terms = self._candidates(values)
+        for count in range(1, min(3, len(terms)) + 1):
+            for chosen in combinations(terms, count):
+                factors = _whole_factors([terms[term] for term in chosen], values)
+                if factors is not None:
+                    return self._sum(chosen, factors, rank, dtype)
+        return None
+
+    def _candidates(self, values: _Runs) -> dict[tuple[str, int], _Runs]:
+        """What a tensor may be made of: by the term's name and the axis that it goes along."""
+        sizes = self.axes.sizes
+        terms: dict[tuple[str, int], _Runs] = {}
+        for name in ("length", "batch"):
+            if self.axes.static(name) is None:
+                terms[name, -1] = [np.full(v.shape, n) for v, n in zip(values, sizes[name])]
+        for name, along in (("place", "length"), ("row", "batch")):
+            for axis in range(values[0].ndim):
+                if all(value.shape[axis] == n for value, n in zip(values, sizes[along])):
+                    terms[name, axis] = [_along(value.shape, axis) for value in values]
+        by_row = [(key, runs) for key, runs in terms.items() if key[0] == "row"]
+        for (_, axis), runs in by_row:  # where a row begins among the tokens of all
+            terms["start", axis] = [run * n for run, n in zip(runs, sizes["length"])]
+        return terms
+
+    def _sum(
+        self, chosen: tuple[tuple[str, int], ...], factors: list[int], rank: int, dtype: Any
+    ) -> str:
+        add, constant = self.graph.add, self.graph.constant
+        total = ""
+        for (name, axis), factor in zip(chosen, factors):
+            term = self._term(name, axis, rank)
+            if factor != 1:
+                term = add("Mul", [term, constant(np.asarray(factor, np.int64))])
+            total = add("Add", [total, term]) if total else term
+        if factors[-1] or not total:
+            total = add("Add", [total, constant(np.asarray(factors[-1], np.int64))])
+        kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        return total if dtype == np.int64 else add("Cast", [total], to=kind)
+
+    def _term(self, name: str, axis: int, rank: int) -> str:
+        """A vector of int64 along its axis, or a number, from 0 on."""
+        vector = self._vector(name)
+        if name in ("length", "batch") or rank == 1:
+            return vector
+        others = [other for other in range(rank) if other != axis]
+        return self.graph.add("Unsqueeze", [vector, self.graph.integers(*others)])
+
+    def _vector(self, name: str) -> str:
+        if name not in self._terms:
+            self._terms[name] = getattr(self, f"_{name}")()
+        return self._terms[name]
+
+    def _ones(self) -> str:
+        same = self.graph.add("Equal", ["input_ids", "input_ids"])
+        return self.graph.add("Cast", [same], to=onnx.TensorProto.INT64)
+
+    def _counted(self, axis: int) -> str:
+        """1, 2, 3, … along an axis of the ids."""
+        number = self.graph.constant(np.asarray(axis, np.int64))
+        counted = self.graph.add("CumSum", [self._vector("ones"), number])
+        return self._first(counted, 1 - axis)
+
+    def _first(self, name: str, axis: int) -> str:
+        zero = self.graph.constant(np.asarray(0, np.int64))
+        return self.graph.add("Gather", [name, zero], axis=axis)
+
+    def _from_zero(self, name: str) -> str:
+        return self.graph.add("Sub", [name, self.graph.constant(np.asarray(1, np.int64))])
+
+    def _place(self) -> str:
+        return self._from_zero(self._counted(1))
+
+    def _row(self) -> str:
+        return self._from_zero(self._counted(0))
+
+    def _start(self) -> str:
+        return self.graph.add("Mul", [self._vector("row"), self._vector("length")])
+
+    def _length(self) -> str:
+        return self._summed(1)
+
+    def _batch(self) -> str:
+        return self._summed(0)
+
+    def _summed(self, axis: int) -> str:
+        summed = self.graph.add(
+            "ReduceSum", [self._vector("ones"), self.graph.integers(axis)], keepdims=0
+        )
+        return self._first(summed, 0)
+
+
+def _along(shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Each element's place along an axis."""
+    places = np.arange(shape[axis]).reshape(
+        [-1 if other == axis else 1 for other in range(len(shape))]
+    )
+    return np.broadcast_to(places, shape)
+
+
+def _whole_factors(terms: list[_Runs], values: _Runs) -> list[int] | None:
+    """The whole numbers by which the terms, and 1 as the last, add up to the values in all runs."""
+    columns = [np.concatenate([run.reshape(-1) for run in term]) for term in terms]
+    wanted = np.concatenate([value.reshape(-1) for value in values]).astype(np.float64)
+    matrix = np.stack([*columns, np.ones(len(wanted))], 1).astype(np.float64)
+    if not np.isfinite(wanted).all() or np.linalg.matrix_rank(matrix) < matrix.shape[1]:
+        return None
+    factors = np.rint(np.linalg.lstsq(matrix, wanted, rcond=None)[0]).astype(np.int64)
+    exact = (matrix @ factors == wanted).all() and factors[:-1].all()
+    return [int(factor) for factor in factors] if exact else None

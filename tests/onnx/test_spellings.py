@@ -1,0 +1,141 @@
+"""One encoder as exporters spell it: each becomes the same operators, and computes the same."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers import spelled_encoder as spelled
+from helpers.foreign_forms import operators
+
+import bertile
+from bertile.config import Config
+from bertile.onnx import normalizer
+from bertile.onnx.samples import session
+
+FORMS = {
+    "as torch has it": spelled.Encoder,
+    "rows of tokens": spelled.Flat,
+    "sums, powers and squares": spelled.Summed,
+    "einsums": spelled.Einsums,
+    "a matrix for each head": spelled.Stacked,
+    "batched products": spelled.Batched,
+}
+CUTS = ("split", "slice", "unbind", "head")
+SHAPES = ((1, 1), (3, 37), (2, 16))
+
+
+def padded(shape, seed, side):
+    """Inputs of that shape whose tokens are real on one side, or with holes between them."""
+    random = np.random.default_rng(seed)
+    batch, length = shape
+    mask = (np.arange(length) < random.integers(1, length + 1, (batch, 1))).astype(np.int64)
+    if side == "left":
+        mask = np.ascontiguousarray(mask[:, ::-1])
+    if side == "holes":
+        mask = random.integers(0, 2, shape)
+        mask[:, 0] = 1
+    return {
+        "input_ids": random.integers(1, spelled.WORDS, shape),
+        "attention_mask": mask,
+        "token_type_ids": random.integers(0, 2, shape),
+    }
+
+
+def assert_equal(model, path, shapes=SHAPES, tolerance=2e-5):
+    """The compiled model's real tokens, or rows, are those of ONNX Runtime."""
+    runner = session(path)
+    names = [output.name for output in runner.get_outputs()]
+    types = {argument.name: argument.type for argument in runner.get_inputs()}
+    for side in ("right", "left", "holes"):
+        for seed, shape in enumerate(shapes):
+            feed = padded(shape, seed, side)
+            dtypes = {name: types[name][len("tensor(") : -1] for name in types}
+            want = runner.run(names, {name: feed[name].astype(dtypes[name]) for name in types})
+            got = model(**{name: feed[name] for name in model.inputs})
+            for name, expected in zip(names, want):
+                actual, expected = got[name], expected.astype(np.float64)
+                assert actual.dtype == np.float32 and actual.shape == expected.shape, name
+                if expected.shape[:2] == shape:
+                    real = feed["attention_mask"] == 1
+                    actual, expected = actual[real], expected[real]
+                room = tolerance * max(1.0, np.abs(expected).max())
+                np.testing.assert_allclose(actual, expected, rtol=0, atol=room, err_msg=name)
+
+
+def compiled(path, tmp_path, cache_dir, **options):
+    settings = Config(threads=2, cache_dir=str(cache_dir), **options)
+    bertile.compile(str(path), tmp_path / "bundle", settings)
+    return bertile.load(tmp_path / "bundle")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("spelled")
+    paths = {}
+    for name, module in FORMS.items():
+        paths[name] = spelled.write(directory / f"{module.__name__}.onnx", module())
+    for cut in CUTS:
+        module = spelled.Together()
+        module.cut = cut
+        paths[cut] = spelled.write(directory / f"{cut}.onnx", module)
+    return paths
+
+
+@pytest.mark.parametrize("form", [*FORMS, *CUTS])
+def test_each_spelling_becomes_the_same_operators(files, form, tmp_path):
+    exported = normalizer.normalize(files[form], tmp_path, Config())
+    counts = Counter(operators(onnx.load(exported.onnx_path)))
+    layer = {"MatMul": 8, "Reshape": 4, "Transpose": 4, "Softmax": 1, "Gelu": 1}
+    assert {name: counts[name] for name in layer} == {n: 2 * c for n, c in layer.items()}
+    assert counts["LayerNormalization"] == 5 and counts["Gather"] == 3 and counts["Slice"] == 1
+    unwanted = {"Einsum", "Gemm", "Split", "Squeeze", "ReduceMean", "Sqrt", "Pow", "Expand", "Erf"}
+    assert not unwanted & set(counts)
+    assert exported.max_length == spelled.PLACES
+    assert [spec.below for spec in exported.inputs] == [spelled.WORDS, 2, 2]
+
+
+def test_names_of_weights_stay(files, tmp_path):
+    exported = normalizer.normalize(files["rows of tokens"], tmp_path, Config())
+    names = {tensor.name for tensor in onnx.load(exported.onnx_path).graph.initializer}
+    assert {"words", "first.0", "first.1", "layers.0.qkv.0.0", "layers.1.norms.1.1"} <= names
+
+
+FUSED = {"attention", "dense", "embedding", "layer_norm"}
+
+
+@pytest.mark.parametrize(
+    ("form", "precision"),
+    [
+        ("rows of tokens", "fp32"),
+        *(
+            pytest.param(form, precision, marks=pytest.mark.slow)
+            for form in [*FORMS, *CUTS]
+            for precision in ("fp32", "int8")
+            if (form, precision) != ("rows of tokens", "fp32")
+        ),
+    ],
+)
+def test_each_spelling_is_fused_and_computes_the_same(files, form, precision, tmp_path, cache):
+    model = compiled(files[form], tmp_path, cache, precision=precision)
+    assert {kernel["operation"] for kernel in model.manifest["kernels"]} >= FUSED
+    fallen = {entry.partition(" ")[0] for entry in model.manifest["fallthrough"]}
+    assert fallen <= {
+        "astype",
+        "expand_dims",
+        "subtract",
+        "multiply",
+        "strided_slice",
+    }  # mask, places
+    assert_equal(model, files[form], tolerance=2e-5 if precision == "fp32" else 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_other_ids_and_norms_of_odd_epsilon(tmp_path, dtype):
+    path = spelled.write(tmp_path / "m.onnx", spelled.Flat(layers=1, eps=3e-3), dtype=dtype)
+    exported = normalizer.normalize(path, tmp_path / "out", Config())
+    norms = [n for n in onnx.load(exported.onnx_path).graph.node if "Norm" in n.op_type]
+    values = [a.f for node in norms for a in node.attribute if a.name == "epsilon"]
+    np.testing.assert_allclose(values, 3e-3, rtol=1e-6)
