@@ -5,7 +5,6 @@ cache.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bertile import backends, loader
-from bertile.base import cache, machine
+from bertile.base import cache, machine, scratch
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
 from bertile.bundle import runtime_parts, writer
@@ -180,7 +179,7 @@ class _Run:
 
         self.backend.must_run(self.row)
         self.progress.status(f"compile, and evaluate on {len(dataset.texts)} texts")
-        with tempfile.TemporaryDirectory() as directory:
+        with scratch.directory() as directory:
             bundle = self._bundle(graph, self._build(graph, Path(directory)), Path(directory))
             return datasets.answers(bundle, dataset, self.row.threads, self._parts)
 

@@ -9,14 +9,13 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bertile.base import scratch
 from bertile.base.errors import BertileError
 from bertile.base.fingerprint import own_hash, source_hash
 
@@ -63,7 +62,7 @@ class Cache:
     """Directories under one directory, by key; whole or not there, whoever else is at work."""
 
     def __init__(self, directory: Path | str | None = None, limit_bytes: int = LIMIT_BYTES):
-        self.directory = Path(directory or "~/.cache/bertile").expanduser()
+        self.directory = Path(directory or "~/.cache/bertile").expanduser().absolute()
         self.limit_bytes = limit_bytes
 
     def has(self, key: str) -> bool:
@@ -78,6 +77,7 @@ class Cache:
         """
         entry = self.directory / key
         with _writing(self.directory), self._lock(key):
+            scratch.clear(self.directory, r"\..+-")
             if _is_whole(entry):
                 os.utime(entry)
                 return entry / "content", True
@@ -93,15 +93,14 @@ class Cache:
         for used, size, entry in sorted(self._entries(), reverse=True):
             leftover = entry.name.startswith(".")
             keep = not leftover and kept + size <= limit
-            if not keep and self._remove_unused(entry, used):
-                freed += size
-            else:
-                kept += size
+            with scratch.unheld(entry) if leftover else contextlib.nullcontext(True) as free:
+                removed = free and not keep and self._remove_unused(entry, used)
+            freed += size * removed
+            kept += size * (not removed)
         return freed
 
     def _make(self, entry: Path, make: Callable[[Path], None]) -> None:
-        making = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=self.directory))
-        try:
+        with scratch.held(self.directory, f".{entry.name}-") as making:
             (making / "content").mkdir()
             make(making / "content")
             sizes = json.dumps(_sizes(making / "content"))
@@ -109,8 +108,6 @@ class Cache:
             # Where locks do not work (some network disks) another process may have been first.
             if not _is_whole(entry):
                 making.rename(entry)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
         for entry in self.directory.iterdir() if self.directory.is_dir() else ():
@@ -130,9 +127,8 @@ class Cache:
     def _remove(self, entry: Path) -> None:
         # renamed first, so that nobody ever sees half an entry under its name
         with contextlib.suppress(FileNotFoundError):
-            gone = entry.with_name(f".{entry.name.lstrip('.')}-gone-{os.getpid()}")
-            entry.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            with scratch.held(self.directory, f".{entry.name.lstrip('.')}-") as gone:
+                entry.rename(gone / "entry")
 
     @contextlib.contextmanager
     def _lock(self, key: str, wait: bool = True) -> Iterator[bool]:

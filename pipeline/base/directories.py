@@ -10,20 +10,14 @@ import contextlib
 import ctypes
 import json
 import os
-import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bertile.base import scratch
 from bertile.base.errors import BertileError, UsageError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 SCHEMA = 1  # of a marker that has none of its own
 _ELSEWHERE = "choose another output directory"
@@ -121,35 +115,9 @@ def _temporary(home: Path, name: str) -> Iterator[Path]:
     """An empty directory in `home`, gone at the end unless it was renamed; what killed processes
     have left there goes first.
     """
-    prefix = f".{name[:100]}.bertile-"
-    ours = re.compile(re.escape(prefix) + r"\w{8}")  # as mkdtemp names it
-    for left in [path for path in home.iterdir() if ours.fullmatch(path.name)]:
-        with contextlib.suppress(FileNotFoundError), _locked(left) as free:  # gone meanwhile
-            if free:
-                shutil.rmtree(left)
-    directory = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
-    try:
-        with _locked(directory):
-            directory.chmod(0o777 & ~_umask())  # mkdtemp's own mode would lock other users out
-            yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)  # ours, as all that is in it
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Whether nobody else holds this directory; it is held until the end, or the process's."""
-    if fcntl is None:
-        yield False
-        return
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(handle)
+    with scratch.held(home, f".{name[:100]}.bertile-") as directory:
+        directory.chmod(0o777 & ~_umask())  # its own mode would lock other users out
+        yield directory
 
 
 def _rename(directory: Path, target: Path, owned: set[str] | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bertile import loader
-from bertile.base import machine
+from bertile.base import machine, scratch
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.bench import competitors, turns
@@ -120,7 +119,7 @@ def bench_models(
         competitors.check(name)  # before the minutes that compiling may take
     reports = []
     for target in targets:
-        with tempfile.TemporaryDirectory(prefix="bertile-bench-") as work_directory:
+        with scratch.directory("bench-") as work_directory:
             directory = _bundle(target, config, Path(work_directory), progress)
             choices |= {"threads": config.threads, "cache_dir": config.cache_dir}
             reports.append(bench(directory, onnx, progress=progress, **choices))

@@ -9,12 +9,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bertile.base import scratch
 from bertile.base.cache import Cache
 from bertile.base.progress import Progress
 from bertile.bench import deepsparse_server
@@ -38,7 +38,7 @@ def environment(cache_dir: str | None, progress: Progress | None = None) -> Path
     if progress:
         progress.say(f"bench     DeepSparse {VERSION} is installed into {directory}, once")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".deepsparse-", dir=directory.parent) as beside:
+    with scratch.held(directory.parent, ".deepsparse-") as beside:
         fresh = Path(beside) / "made"
         _run(_base_python(), "-m", "venv", str(fresh))
         _run(str(fresh / "bin" / "python"), "-m", "pip", "install", "--quiet", *PACKAGES)

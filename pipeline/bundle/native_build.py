@@ -23,6 +23,7 @@ def build(row: Target, directory: Path, compiler: Sequence[str] = (), *flags: st
     BertileError with the compiler's last lines where it fails.
     """
     cc = [*(compiler or link_command(row)), *flags]
+    directory = directory.absolute()  # which the compiler does not stand in
     objects = directory / "objects"
     objects.mkdir(parents=True)
     _run([*cc, *_FLAGS, f"-I{SOURCES}", "-c", *map(str, library_sources())], objects)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from bertile.base import cache
+from bertile.base import cache, scratch
 from bertile.base.errors import BertileError, PlatformError, UsageError
 from bertile.base.fingerprint import hash_path
 from bertile.loader import RUNTIME, find_runtime
@@ -98,7 +97,7 @@ def _is_part(path: Path) -> bool:
 
 
 def _fetch(directory: Path, row: Target) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.directory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += [
             "--disable-pip-version-check",

@@ -10,11 +10,11 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from bertile.base import scratch
 from bertile.base.errors import BertileError, PlatformError
 from bertile.base.progress import Progress
 from bertile.base.tables import size, table
@@ -197,7 +197,7 @@ def _cuda() -> Check:
 
 
 def _link_something(command: list[str]) -> None:
-    with tempfile.TemporaryDirectory() as directory:
+    with scratch.directory() as directory:
         source = Path(directory, "empty.c")
         source.write_text("int bertile_doctor(void) { return 0; }\n", encoding="ascii")
         line = [*command, "-shared", "-fPIC", "-o", str(source.with_suffix(".so")), str(source)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tvm
 
+from bertile.base import scratch
 from bertile.base.errors import BertileError
 from bertile.targets.linker import link_command
 from bertile.targets.rows import Target, tvm_target
@@ -30,17 +33,34 @@ def build_kernel(func: tvm.tirx.PrimFunc, row: Target) -> Any:
 
 def export_kernel(func: tvm.tirx.PrimFunc, row: Target, library: Path) -> None:
     """Write the kernel as a shared library for its row, which any machine can load."""
-    compiled(func, row).export_library(
-        str(library), fcompile=lambda out, objects, options=None: link(row, out, objects)
-    )
+    export_library(compiled(func, row), row, library)
 
 
-def link(row: Target, output: str, objects: Any) -> None:
-    """Link objects to a shared library for a row."""
+def export_library(executable: Any, row: Target, library: Path) -> None:
+    """Link what TVM has compiled, with what it imports, to a shared library for a row.
+
+    The same code gives the same bytes: objects have fixed names in a directory that has none.
+    """
+    with scratch.directory("link-") as place:
+        executable.export_library(
+            str(library),
+            fcompile=lambda out, objects, options=None: link(row, out, objects),
+            workspace_dir=str(place),
+        )
+
+
+def link(row: Target, output: str, objects: Sequence[str | Path]) -> None:
+    """Link objects, all in one directory, to a shared library for a row."""
     linker = link_command(row)
+    paths = [Path(file).absolute() for file in objects]
+    place, output = paths[0].parent, os.path.abspath(output)
     # not cc.create_shared, whose linker is a single word
-    line = [*linker, "-shared", "-fPIC", "-o", output, *map(str, objects)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    names = [os.path.relpath(path, place) for path in paths]
+    line = [*linker, "-shared", "-fPIC", "-o", output, *names]
+    environment = {**os.environ, "TMPDIR": str(place)}
+    done = subprocess.run(
+        line, capture_output=True, text=True, check=False, cwd=place, env=environment
+    )
     if done.returncode:
         reason = " ".join(done.stderr.split())[-500:]
         raise BertileError(f"{' '.join(linker)} cannot link {output}: {reason}")

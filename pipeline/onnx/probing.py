@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from bertile.base import scratch
 from bertile.base.errors import ModelError
 from bertile.onnx.exported import InputSpec
 from bertile.onnx.graph import EXTERNAL_DATA_BYTES, OnnxGraph, save, weight_bytes
@@ -105,7 +105,7 @@ def opened(model: onnx.ModelProto, optimize: bool = True) -> Iterator[Any]:
     if weight_bytes(model) < EXTERNAL_DATA_BYTES:
         yield session(model.SerializeToString(), optimize)
         return
-    with tempfile.TemporaryDirectory() as directory:
+    with scratch.directory() as directory:
         path = Path(directory) / "model.onnx"
         save(model, path)
         yield session(path, optimize)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from tvm import relax
 
 from bertile import loader
 from bertile.backends.cpu import builder
+from bertile.base import scratch
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, normalized
@@ -74,7 +74,7 @@ class Observer:
         layers = layer_inputs(graph)
         seen = list(dict.fromkeys(var for _, var in layers))
         self.places = [(name, seen.index(var)) for name, var in layers]
-        with tempfile.TemporaryDirectory() as directory:
+        with scratch.directory() as directory:
             library = Path(directory) / "lib.so"
             # kernels of no log: what is computed is the same
             chooser = Chooser(TuningLog([], _ignore), row, _ignore)

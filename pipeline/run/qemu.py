@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bertile import loader
+from bertile.base import scratch
 from bertile.base.errors import BertileError, InputError, PlatformError
 from bertile.bundle.native_build import COMMAND
 from bertile.targets.rows import Target
@@ -84,7 +84,7 @@ class Model:
         pass  # each call is a process that has ended
 
     def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray]:
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch.directory() as folder:
             request, reply = Path(folder, "in.npz"), Path(folder, "out.npz")
             np.savez(request, **{name: np.asarray(value) for name, value in inputs.items()})
             self.run("--input", str(request), "--output", str(reply))

@@ -6,7 +6,6 @@ python -m bertile.studies.compare MODEL --eval FILE --against onnxruntime-int8
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bertile import driver, loader
+from bertile.base import scratch
 from bertile.base.errors import UsageError, nearest, require
 from bertile.base.progress import Progress
 from bertile.base.quiet import quiet
@@ -62,9 +62,9 @@ def compare(
     datasets.output_of(model_files.head, dataset)
     order = ["fp32", *(precision for precision in dict.fromkeys(precisions) if precision != "fp32")]
     rows, reference = [], None
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch.directory() as place:
         for precision in order:
-            path = Path(scratch) / precision
+            path = place / precision
             driver.compile(model, path, _with_precision(config, precision), progress)
             answers = datasets.answers(path, dataset, config.threads)
             reference = answers if reference is None else reference
@@ -73,7 +73,7 @@ def compare(
                 _row(f"bertile {precision}", bytes_, dataset, answers, reference, model_files)
             )
         for peer in against:
-            path = quantized_by_onnxruntime(model_files, Path(scratch) / "int8.onnx")
+            path = quantized_by_onnxruntime(model_files, place / "int8.onnx")
             answers = _answers(OnnxModel(path, model_files), model_files, dataset)
             bytes_ = path.stat().st_size
             rows.append(_row(peer, bytes_, dataset, answers, reference, model_files))

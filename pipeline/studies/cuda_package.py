@@ -18,7 +18,6 @@ import lzma
 import shutil
 import statistics
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import numpy as np
 
 import bertile
 from bertile.backends.backend import TOLERANCES
+from bertile.base import scratch
 from bertile.base.errors import UsageError, require
 from bertile.base.progress import Progress
 from bertile.base.tables import table
@@ -55,7 +55,7 @@ def write(
     path: Path, target: str, name: str = "bert-base", config: dict[str, Any] | None = None
 ) -> int:
     """Write the archive; its size in bytes. ``config`` holds further fields of Config."""
-    with tempfile.TemporaryDirectory(prefix="bertile-bench-") as place:
+    with scratch.directory("bench-") as place:
         root = Path(place)
         model(name, root / "model")
         for precision in ("fp16", "int8"):
@@ -72,7 +72,7 @@ def write(
 
 def write_checks(path: Path, target: str, cases: Sequence[tuple[str, str]] = CHECKED) -> int:
     """Write bundles of small models in some precisions, with what ONNX Runtime gives for them."""
-    with tempfile.TemporaryDirectory(prefix="bertile-checks-") as place:
+    with scratch.directory("checks-") as place:
         root = Path(place)
         for name, precision in cases:
             directory = root / f"{name}-{precision}"

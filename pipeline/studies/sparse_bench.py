@@ -14,11 +14,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from bertile import driver, loader
 from bertile.backends.cpu import inspection
+from bertile.base import scratch
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.bench import benchmark, result_tables
@@ -111,7 +111,7 @@ def as_table(results: Sequence[tuple[Case, dict[str, Any]]], markdown: bool = Fa
 def shares(model: str, case: Case, config: Config, progress: Progress) -> list[tuple[str, float]]:
     """Percent of a request's time by kind of kernel, the longest first."""
     asked = dataclasses.replace(config, precision=case.precision)
-    with TemporaryDirectory(prefix="bertile-shares-") as parent:
+    with scratch.directory("shares-") as parent:
         directory = Path(parent) / "bundle"
         driver.compile(named(model, case.sparsity, case.pattern), directory, asked, progress)
         kinds = {

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from bertile import driver, loader
+from bertile.base import scratch
 from bertile.base.progress import Progress
 from bertile.bench import competitors, turns
 from bertile.bench.engines import Engine, Source
@@ -58,7 +58,7 @@ def measure(
     config = dataclasses.replace(config, precision=series.precision)
     threads = config.threads or loader.available_cores()
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(TemporaryDirectory(prefix="bertile-curve-")))
+        directory = Path(stack.enter_context(scratch.directory("curve-")))
         engines = dict(_engines(model, series, config, directory, progress))
         manifest = loader.read_manifest(directory / "dense")
         inputs = requests.random_inputs(manifest, 1, length)

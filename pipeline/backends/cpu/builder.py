@@ -12,6 +12,7 @@ from tvm import relax
 from bertile.backends.cpu.lowering import lower
 from bertile.bundle.manifest import interface_of
 from bertile.codegen import llvm
+from bertile.codegen.shape_stores import order_shape_stores
 from bertile.graph.graph import Graph
 from bertile.loader import LIBRARY
 from bertile.loading.interface import INTERFACE
@@ -35,9 +36,7 @@ def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
     text = interface_of(graph, lowered.params)
     executable = compile_module(with_interface(mod, text), target)
     library.parent.mkdir(parents=True, exist_ok=True)
-    executable.export_library(
-        str(library), fcompile=lambda out, objects, options=None: llvm.link(row, out, objects)
-    )
+    llvm.export_library(executable, row, library)
     kernels = [
         kernel_entry(task, count, *chooser.choices[task]) | _nonzeros(task, lowered)
         for task, count in lowered.tasks.items()
@@ -65,7 +64,8 @@ def with_interface(mod: tvm.IRModule, text: str) -> tvm.IRModule:
 def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     """The Relax executable of a scheduled module, not yet linked.
 
-    TVM's default CPU pipeline without RewriteDataflowReshape, which expects blocks in every kernel.
+    TVM's default CPU pipeline without RewriteDataflowReshape, which expects blocks in every kernel,
+    and with the same order of a shape function's stores in every process.
     """
     passes = [
         relax.transform.ToNonDataflow(),
@@ -77,6 +77,7 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
         relax.transform.LowerRuntimeBuiltin(),
         relax.transform.ComputePrimValue(),
         relax.transform.VMShapeLower(),
+        order_shape_stores(),
         relax.transform.AttachGlobalSymbol(),
     ]
     with llvm.context():

@@ -8,7 +8,6 @@ import ctypes
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from importlib import resources, util
 from pathlib import Path
 
-from bertile.base import cache
+from bertile.base import cache, scratch
 from bertile.base.errors import BertileError, PlatformError
 from bertile.targets.rows import Target
 
@@ -118,7 +117,7 @@ def nvcc() -> Compiler | None:
 
     def run(source: str, architecture: str) -> bytes:
         kind = "--cubin" if architecture.startswith("sm_") else "--ptx"
-        with tempfile.TemporaryDirectory() as directory:
+        with scratch.directory() as directory:
             code, binary = Path(directory, "kernels.cu"), Path(directory, "kernels.out")
             code.write_text(source, encoding="utf-8")
             command = [path, kind, f"-arch={architecture}", *OPTIONS, "-o", str(binary), str(code)]

@@ -13,6 +13,7 @@ from functools import cache
 from importlib import util
 from pathlib import Path
 
+from bertile.base import scratch
 from bertile.base.errors import BertileError, PlatformError
 
 _HERE = Path(__file__).parent
@@ -50,7 +51,7 @@ def build(source: str, directory: Path) -> Path:
     if library.exists():
         return library
     runtime = _runtime(directory)
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
+    with scratch.held(directory, "build-") as folder:
         unit, unlinked, linked = (Path(folder, f"kernels{end}") for end in (".cpp", ".o", ".so"))
         unit.write_text(text, encoding="utf-8")
         _compile(*_CHECKED, *_no_calls(), f"-I{_HERE}", "-c", str(unit), "-o", str(unlinked))
@@ -103,7 +104,7 @@ def _runtime(directory: Path) -> Path:
     """The object of emulation.cpp, in `directory`."""
     runtime = directory / f"emulation-{_runtime_key()}.o"
     if not runtime.exists():
-        with tempfile.TemporaryDirectory(dir=directory) as folder:
+        with scratch.held(directory, "build-") as folder:
             unlinked = Path(folder, "emulation.o")
             _compile("-O3", "-march=native", "-c", str(_HERE / _PARTS[0]), "-o", str(unlinked))
             unlinked.replace(runtime)

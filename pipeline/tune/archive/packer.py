@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bertile.base import scratch
 from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.schedules.schedule import Knobs
@@ -39,7 +39,7 @@ def pack(
     rounds = {task: _next(task, log, row, wanted) for task in tasks}
     rounds |= {task: _next(task, log, row, 1) for task in others if not _known(task, log, row)}
     rounds = {task: candidates for task, candidates in rounds.items() if candidates}
-    with tempfile.TemporaryDirectory(prefix="bertile-pack-") as directory:
+    with scratch.directory("pack-") as directory:
         total = sum(map(len, rounds.values()))
         written = kind(Path(directory), row, progress, total)
         for task, candidates in rounds.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import tvm
 
+from bertile.base import scratch
 from bertile.codegen.llvm import export_kernel
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
@@ -48,7 +48,7 @@ class Remote:
     ) -> dict[str, Any]:
         """What ``trial.measure`` says, of a device; and "machine", which it was."""
         task, row = Task(operation, shape), resolve(target, threads)
-        with tempfile.TemporaryDirectory(prefix="bertile-rpc-") as directory:
+        with scratch.directory("rpc-") as directory:
             library = Path(directory) / _NAME
             export_kernel(SCHEDULES[operation].kernel(task, knobs, row), row, library)
             board = session(self._tracker, self._key, SESSION_SECONDS, library)

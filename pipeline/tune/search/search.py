@@ -16,7 +16,6 @@ import json
 import logging
 import random
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -27,6 +26,7 @@ from tvm import s_tir
 from tvm.ir.utils import derived_object
 from tvm.script import tirx as T
 
+from bertile.base import scratch
 from bertile.schedules.schedule import Knobs, Space
 from bertile.schedules.task import Task
 
@@ -69,7 +69,7 @@ def search(
             raise
 
     try:
-        with tempfile.TemporaryDirectory(prefix="bertile-tune-") as directory:
+        with scratch.directory("tune-") as directory:
             ms.tune.tune_tasks(
                 tasks=tasks,
                 task_weights=weights,

@@ -8,13 +8,13 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bertile.base import scratch
 from bertile.base.errors import BertileError
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.task import Task
@@ -54,7 +54,7 @@ def main(archive: str, arguments: Sequence[str]) -> int:
 def measure(archive: Path, output: Path, seconds: float | None = None) -> str:
     """Write a line of times for each candidate; says how many there are."""
     end = time.monotonic() + seconds if seconds else float("inf")
-    with tempfile.TemporaryDirectory(prefix="bertile-measure-") as place:
+    with scratch.directory("measure-") as place:
         with zipfile.ZipFile(archive) as file:
             names = [name for name in file.namelist() if name.endswith(".cubin")]
             file.extractall(place, names)

@@ -4,13 +4,13 @@ compiled here side by side, and tried one at a time on each GPU.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from bertile.base import scratch
 from bertile.base.errors import PlatformError, UsageError
 from bertile.codegen.cuda.candidates import build
 from bertile.config import Config
@@ -32,20 +32,21 @@ class CudaRunner:
         self.parallel = available_cores() + trials.parallel - 1
         self._row, self._numbers = row, itertools.count()
         self._trials, self._turns = trials, threading.Semaphore(trials.parallel)
-        self._place = tempfile.TemporaryDirectory(prefix="bertile-tune-")
+        self._until_exit = contextlib.ExitStack()
+        self._place = self._until_exit.enter_context(scratch.directory("tune-"))
 
     def __enter__(self) -> CudaRunner:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._trials.__exit__(*exception)
-        self._place.cleanup()
+        self._until_exit.close()
 
     def run(
         self, task: Task, knobs: Mapping[str, int], blocks: int, also: Sequence[int] = ()
     ) -> dict[str, Any]:
         """What ``bertile.tune.measure.cuda.trial.measure`` says of these knobs."""
-        path = Path(self._place.name) / f"{next(self._numbers)}.cubin"
+        path = self._place / f"{next(self._numbers)}.cubin"
         try:
             path.write_bytes(build(task, knobs, self._row))
         except PlatformError:
