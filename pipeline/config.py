@@ -27,6 +27,8 @@ HEADS = (
     "token-classification",
     "question-answering",
     "masked-lm",
+    "next-sentence",
+    "multiple-choice",
 )
 
 

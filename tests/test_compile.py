@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import family_models, programs
-from helpers.family_models import NAMES
 
 import bertile
 from bertile import driver, loader
 from bertile.base.errors import BertileError, NumericMismatchError, UsageError
 from bertile.base.progress import Progress
-from bertile.config import HEADS, Config
+from bertile.config import Config
 from bertile.export.cached import export_cached
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import largest_difference, sample, session
@@ -24,8 +23,7 @@ from bertile.onnx.samples import largest_difference, sample, session
 QUICK = [("bert", "sequence-classification"), ("bert", "question-answering")]
 PAIRS = [
     pytest.param(family, head, marks=() if (family, head) in QUICK else pytest.mark.slow)
-    for family in NAMES
-    for head in HEADS
+    for family, head in family_models.PAIRS
     if head != "encoder"
 ]
 SHAPES = ((1, 1), (1, 511), (7, 33))

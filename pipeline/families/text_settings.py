@@ -58,6 +58,8 @@ def read(directory: Path) -> TextSettings:
         tokens = read_object(path)
     side = tokens.get("truncation_side")
     longest = _length(sentences.get("max_seq_length"))
+    if sentences and longest is None:  # as sentence-transformers does, which saves no other now
+        longest = _length(tokens.get("model_max_length"))
     return TextSettings(
         prompt=default_prompt(directory),
         lower=bool(sentences.get("do_lower_case")),
