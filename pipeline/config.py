@@ -28,6 +28,8 @@ HEADS = (
     "token-classification",
     "question-answering",
     "masked-lm",
+    "next-sentence",
+    "multiple-choice",
 )
 
 

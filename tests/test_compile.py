@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import family_models, programs
-from helpers.family_models import NAMES
 
 import bertile
 from bertile import driver, loader
 from bertile.base.errors import BertileError, NumericMismatchError, UsageError
 from bertile.base.progress import Progress
-from bertile.config import HEADS, Config
+from bertile.config import Config
 from bertile.export.cached import export_cached
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import largest_difference, sample, session
@@ -25,8 +25,7 @@ from bertile.tune.log.tuning_log import ORIGINS
 QUICK = [("bert", "sequence-classification"), ("bert", "question-answering")]
 PAIRS = [
     pytest.param(family, head, marks=() if (family, head) in QUICK else pytest.mark.slow)
-    for family in NAMES
-    for head in HEADS
+    for family, head in family_models.PAIRS
     if head != "encoder"
 ]
 SHAPES = ((1, 1), (1, 511), (7, 33))
@@ -165,3 +164,27 @@ def test_foreign_directory_is_left_alone(tmp_path, stages):
 def test_unknown_model_names_the_nearest(tmp_path):
     with pytest.raises(BertileError, match="bert-tiny"):
         driver.compile("synthetic:bert-tinny", tmp_path / "out", Config())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("vocabulary", "padding"), [(30, 29), (1000, 999), (1000, -1), (1000, None)], ids=str
+)
+@pytest.mark.parametrize(("precision", "most"), [("fp32", TOLERANCE), ("int8", 0.25)])
+def test_any_padding_id_compiles_in_any_precision(
+    vocabulary, padding, precision, most, compiled, stages, tmp_path
+):
+    """A table of 30 characters or amino acids whose last row is padding, as well as no such row."""
+    place = shutil.copytree(family_models.directory("bert-tiny", "encoder", stages), tmp_path / "m")
+    untouched = family_models.untouched("bert-tiny", "encoder")
+    untouched.resize_token_embeddings(vocabulary, mean_resizing=False)
+    untouched.config.pad_token_id = padding
+    untouched.save_pretrained(place)
+    model = compiled(str(place), precision=precision)
+    exported = export_cached(str(place), Config(cache_dir=stages))
+    for batch, length in ((1, 1), (3, 37)):
+        arrays = sample(exported.inputs, batch, length, max(0, padding or 0), seed=length)
+        got, want = model(**arrays), family_models.torch_outputs(untouched, "encoder", arrays)
+        for output, reference in want.items():
+            difference = largest_difference(got[output], reference, arrays["attention_mask"])
+            assert difference <= most * max(1, np.abs(reference).max())

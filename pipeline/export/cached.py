@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from bertile.base import cache
 from bertile.base.progress import Progress
 from bertile.config import Config
-from bertile.export import exporter
+from bertile.export import exporter, objects
 from bertile.onnx.exported import ExportedModel, read
 
 
@@ -15,7 +16,9 @@ def export_cached(model: Any, config: Config, progress: Progress | None = None) 
     """The exported model, from the cache where the same model was exported before."""
     progress = progress or Progress(verbosity=-1)
     with progress.stage("export") as stage:
-        asked = (str(model), config.allow_unused, config.rename)
+        if not isinstance(model, (str, Path)):
+            model = objects.opened(model)  # once: what it saves goes into the key and the export
+        asked = (str(model), config.head, config.allow_unused, config.rename)
         key = cache.key("export.exporter", exporter.fingerprint(model, config), *asked)
         path, stage.cached = cache.Cache(config.cache_dir).get_or_make(
             key, lambda directory: exporter.export(model, directory, config)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.base.quiet import quiet
-from bertile.export import pretrained, pruning, synthetic
+from bertile.export import choices, objects, pretrained, pruning, synthetic
 from bertile.export.files import (
     Pooling,
     find_directory,
@@ -17,13 +16,16 @@ from bertile.export.files import (
     pooling_of,
     transformer_directory,
 )
+from bertile.export.foreign import explained, ordinary
 from bertile.families import model_config, table, text_settings
 from bertile.families.family import AFTER_PADDING, Family
 from bertile.onnx.exported import TOKENIZER_FILES
 
+# Architectures whose heads are for training alone: their encoder is compiled.
+LEFT_OUT = ("ForPreTraining",)
 # head: (transformers class that loads it, how the names of its architectures end)
 HEADS = {
-    "encoder": ("AutoModel", ("Model", "ForPreTraining")),
+    "encoder": ("AutoModel", ("Model", *LEFT_OUT)),
     "embedding": ("AutoModel", ()),
     "sequence-classification": (
         "AutoModelForSequenceClassification",
@@ -31,7 +33,10 @@ HEADS = {
     ),
     "token-classification": ("AutoModelForTokenClassification", ("ForTokenClassification",)),
     "question-answering": ("AutoModelForQuestionAnswering", ("ForQuestionAnswering",)),
-    "masked-lm": ("AutoModelForMaskedLM", ("ForMaskedLM", "WithLMHeadModel")),
+    # a decoder is refused, and what else has such a head sees all tokens
+    "masked-lm": ("AutoModelForMaskedLM", ("ForMaskedLM", "LMHeadModel", "ForCausalLM")),
+    "next-sentence": ("AutoModelForNextSentencePrediction", ("ForNextSentencePrediction",)),
+    "multiple-choice": ("AutoModelForMultipleChoice", ("ForMultipleChoice",)),
 }
 
 
@@ -48,11 +53,12 @@ class Checkpoint:
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    kept: Any = None  # what the files are removed with
 
 
 def load(model: Any, head: str | None = None, allow_unused: bool = False) -> Checkpoint:
-    """Load MODEL: `minilm`, `synthetic:NAME[:HEAD][@SPARSITY:PATTERN]`, a directory, a hub id or a
-    PreTrainedModel.
+    """Load MODEL: `minilm`, `synthetic:NAME[:HEAD][@SPARSITY:PATTERN]`, a directory, a hub id or
+    what `objects.opened` takes.
 
     `head` None takes what the checkpoint's config says. `allow_unused` takes a checkpoint that says
     or holds more than its model reads. Raises UsageError for an unknown name or head, ModelError
@@ -60,36 +66,86 @@ def load(model: Any, head: str | None = None, allow_unused: bool = False) -> Che
     """
     if head is not None and head not in HEADS:
         raise UsageError(f"head '{head}' is unknown{nearest(head, HEADS)}")
-    with quiet():
+    with quiet(), ordinary():
         if not isinstance(model, (str, Path)):
-            return _from_object(model, head)
+            return _from_object(objects.opened(model), head)
         if str(model).startswith("synthetic:"):
             return _from_synthetic(str(model), head)
         return _from_directory(str(model), find_directory(str(model)), head, allow_unused)
 
 
-def _from_object(model: Any, head: str | None) -> Checkpoint:
-    if not hasattr(model, "config") or not hasattr(model, "state_dict"):
+def heads_of(model_type: str) -> tuple[str, ...]:
+    """The heads that transformers has for models of a supported type."""
+    family = table.supporting(model_type, model_type)
+    return tuple(head for head in HEADS if _class_of(family, head, model_type))
+
+
+def _from_object(held: objects.ModelObject, head: str | None) -> Checkpoint:
+    table.supporting(held.model.config.model_type, held.name)
+    pooling, files, notes = None, (), ()
+    if held.directory:
+        files = _text_files(held.directory, transformer_directory(held.directory))
+        pooling = pooling_of(held.directory) if head in (None, "embedding") else None
+    if pooling:
+        head = "embedding"
+    if head is None:
+        architecture = _architecture(held.model)
+        head, notes = _head_of_architectures([architecture], held.name), _left_out(architecture)
+    sha256 = fingerprint(held, head)
+    with explained(f"'{held.name}' cannot be exported"):
+        # A copy, because export sets the model's mode and swaps some of its modules.
+        model = objects.copied(held.model)
+        model.set_attn_implementation("eager")
+        model = _with_head(model, head, held.name)
+    checkpoint = _checkpoint(_plain(model), held.name, sha256, head, pooling, files, notes)
+    return replace(checkpoint, kept=held)
+
+
+def _architecture(model: Any) -> str:
+    """transformers' class of a model, which a program's own class may be made of."""
+    transformers, kind = require("export", "transformers")[0], type(model)
+    for base in kind.__mro__:
+        general = not issubclass(base, transformers.PreTrainedModel) or base.base_model_prefix == ""
+        known = base.__module__.startswith("transformers.") and not general
+        if known and not base.__name__.endswith("PreTrainedModel"):
+            return base.__name__
+    # What is no part of a larger model is an encoder, by whatever name.
+    return "Model" if model.base_model is model else f"{kind.__name__}, a class of its own"
+
+
+def _with_head(model: Any, head: str, name: str) -> Any:
+    """The model, its encoder, or that below another head for which the model has weights.
+
+    UsageError where it has none.
+    """
+    auto_class, endings = HEADS[head]
+    if auto_class == "AutoModel":
+        return model.base_model
+    if _architecture(model).endswith(endings):
+        return model
+    settings = model.config
+    other = _auto_class(head, settings.model_type).from_config(settings)
+    prefix, base = other.base_model_prefix, model.base_model
+    # An encoder's own names lack the prefix.
+    inner = {f"{prefix}.{key}": tensor for key, tensor in base.state_dict().items()}
+    held, asked = {**model.state_dict(), **inner}, other.state_dict()
+    absent = [key for key in asked if key not in held or held[key].shape != asked[key].shape]
+    if absent:
         raise UsageError(
-            f"cannot compile a {type(model).__name__}",
-            "give a path, a name, or a transformers PreTrainedModel",
+            f"a {name} has no weights for the head '{head}' (no {absent[0]})",
+            "choose the head that it was trained with",
         )
-    own = _head_of_architectures([type(model).__name__], type(model).__name__)
-    if head not in (None, own) and (head, own) != ("embedding", "encoder"):
-        raise UsageError(f"a {type(model).__name__} has the head '{own}', not '{head}'")
-    sha256 = fingerprint(model, head)
-    # A copy, because export sets the model's mode and swaps some of its modules.
-    model = copy.deepcopy(model).float().cpu().eval()
-    model.set_attn_implementation("eager")
-    return _checkpoint(_plain(model), type(model).__name__, sha256, head or own)
+    other.load_state_dict(held, strict=False)
+    setattr(other, prefix, base)
+    other.set_attn_implementation("eager")
+    return other.eval()
 
 
 def _from_synthetic(source: str, head: str | None) -> Checkpoint:
-    (transformers,) = require("export", "transformers")
     name, chosen = synthetic.parse(source, head)
     config = synthetic.config(name)
     family = table.supporting(config.model_type, source)
-    model = synthetic.build(getattr(transformers, _auto_class(family, chosen)), config)
+    model = synthetic.build(_auto_class(chosen, config.model_type), config)
     if asked := synthetic.pruned(source):
         pruning.prune(model, family.name, *asked)
     return _checkpoint(model, source, fingerprint(source, head), chosen)
@@ -101,16 +157,17 @@ def _from_directory(
     transformer = transformer_directory(directory)
     sha256 = fingerprint(directory, head)  # which refuses links to files outside
     config = model_config.read(transformer)
-    family = table.of_type(config["model_type"])
     pooling = pooling_of(directory) if head in (None, "embedding") else None
+    architectures = config.get("architectures")
+    left_out = ()
     if head is None and pooling is None:
-        head = _head_of_architectures(config.get("architectures"), source)
+        head = _head_of_architectures(architectures, source)
+        left_out = _left_out(architectures[0]) if architectures else ()
     head = head or "embedding"
-    auto_class = _auto_class(family, head)
+    auto_class = _auto_class(head, config["model_type"])
     model, notes = pretrained.load(source, transformer, config, auto_class, head, allow_unused)
-    own = ("config.json", *TOKENIZER_FILES, *text_settings.SENTENCES)
-    paths = (*(transformer / name for name in own), directory / text_settings.PROMPTS)
-    files = tuple(path for path in paths if path.is_file())
+    notes = (*left_out, *notes)
+    files = _text_files(directory, transformer)
     return _checkpoint(_plain(model), source, sha256, head, pooling, files, notes)
 
 
@@ -125,11 +182,17 @@ def _checkpoint(
 ) -> Checkpoint:
     family = table.supporting(model.config.model_type, source).name
     if getattr(model.config, "is_decoder", False):
-        raise ModelError(f"'{source}' is a decoder", "Bertile compiles encoders")
+        raise ModelError(
+            f"'{source}' is a decoder (is_decoder in its config), which is unsupported",
+            "Bertile compiles encoders, whose tokens all see each other",
+        )
     _must_have_places(model, source)
     if head == "embedding" and pooling is None:
         pooling = Pooling()
     labels: tuple[str, ...] = ()
+    if head == "multiple-choice":
+        choices.score_rows(model)
+        notes = (*notes, choices.NOTE)
     if head.endswith("-classification"):
         names = model.config.id2label
         labels = tuple(str(names[index]) for index in sorted(names))
@@ -151,8 +214,35 @@ def _must_have_places(model: Any, source: str) -> None:
         )
 
 
-def _auto_class(family: Family, head: str) -> str:
-    return family.auto_classes.get(head, HEADS[head][0])
+def _auto_class(head: str, model_type: str) -> Any:
+    """transformers' auto class for that head; UsageError where the family has no such head."""
+    auto_class = _class_of(table.of_type(model_type), head, model_type)
+    if auto_class is None:
+        known = ", ".join(heads_of(model_type))
+        raise UsageError(f"models of type '{model_type}' have no head '{head}'; known: {known}")
+    return auto_class
+
+
+def _class_of(family: Family, head: str, model_type: str) -> Any:
+    (transformers,) = require("export", "transformers")
+    auto_class = getattr(transformers, family.auto_classes.get(head, HEADS[head][0]))
+    return (
+        auto_class if transformers.CONFIG_MAPPING[model_type] in auto_class._model_mapping else None
+    )
+
+
+def _left_out(architecture: str) -> tuple[str, ...]:
+    """Notes for people on a head that is not compiled."""
+    if not architecture.endswith(LEFT_OUT):
+        return ()
+    return (f"left out: the head of {architecture}, of which the encoder is compiled",)
+
+
+def _text_files(directory: Path, transformer: Path) -> tuple[Path, ...]:
+    """What a bundle takes along of a directory, to make ids of texts."""
+    own = ("config.json", *TOKENIZER_FILES, *text_settings.SENTENCES)
+    paths = (*(transformer / name for name in own), directory / text_settings.PROMPTS)
+    return tuple(path for path in paths if path.is_file())
 
 
 def _plain(model: Any) -> Any:
@@ -166,10 +256,11 @@ def _plain(model: Any) -> Any:
 
 def _head_of_architectures(architectures: list[str] | None, source: str) -> str:
     for name in architectures or ["Model"]:
-        for head, (_, endings) in HEADS.items():
-            if name.endswith(endings):
-                return head
+        endings = [(end, head) for head, (_, ends) in HEADS.items() for end in ends]
+        fits = [(len(end), head) for end, head in endings if name.endswith(end)]
+        if fits:
+            return max(fits)[1]  # LMHeadModel before Model
     raise ModelError(
         f"'{source}' is a {', '.join(architectures or [])}, whose head is unsupported",
-        f"choose one with --head: {', '.join(HEADS)}",
+        f"compile its encoder with --head encoder, or choose another: {', '.join(HEADS)}",
     )

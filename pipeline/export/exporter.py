@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.config import Config
 from bertile.export import checkpoints, files
+from bertile.export.foreign import explained, ordinary
 from bertile.families import model_config, table
 from bertile.onnx import reach
 from bertile.onnx.exported import ExportedModel, InputSpec, read
@@ -29,6 +31,8 @@ _OUTPUTS = {
     "token-classification": ("logits",),
     "question-answering": ("start_logits", "end_logits"),
     "masked-lm": ("logits",),
+    "next-sentence": ("logits",),
+    "multiple-choice": ("logits",),
 }
 
 
@@ -46,10 +50,11 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
 
         return normalizer.normalize(Path(model), directory, config)
     checkpoint = checkpoints.load(model, config.head, config.allow_unused)
-    exported = _describe(checkpoint, directory)
-    (torch,) = require("export", "torch")
-    with quiet.quiet(), torch.no_grad(), torch.device("cpu"):
+    with explained(f"'{checkpoint.source}' cannot be exported"), quiet.quiet(), ordinary():
+        exported = _describe(checkpoint, directory)
+        want = _answers(checkpoint, exported)  # before anything of the model is changed
         module = _module(checkpoint, exported)
+        _must_answer_alike(module, want, exported)
         _write_onnx(module, exported)
         difference = _check(module, exported, _padding_id(checkpoint))
         seen = reach.look(session(exported.onnx_path), exported.inputs, None, None)
@@ -103,27 +108,58 @@ def _module(checkpoint: checkpoints.Checkpoint, exported: ExportedModel) -> Any:
     return Exportable(checkpoint, tuple(spec.name for spec in exported.inputs), exported.outputs)
 
 
+def _arguments(exported: ExportedModel) -> dict[str, Any]:
+    """Tensors to export with: of sizes 2 and 16, because torch makes a constant of an axis of 1."""
+    (torch,) = require("export", "torch")
+    arrays = sample(exported.inputs, batch=2, length=min(16, exported.max_length), padding_id=0)
+    return {spec.name: torch.from_numpy(arrays[spec.name]) for spec in exported.inputs}
+
+
+def _answers(checkpoint: checkpoints.Checkpoint, exported: ExportedModel) -> Mapping[str, Any]:
+    """What the model answers as its users call it, by name; {} where that is pooled first."""
+    if checkpoint.pooling is not None:
+        return {}
+    results = checkpoint.model(**_arguments(exported))
+    absent = [name for name in exported.outputs if name not in results]
+    if absent:
+        raise ModelError(
+            f"a {type(checkpoint.model).__name__} answers with {', '.join(results)}, not with"
+            f" {', '.join(absent)}",
+            "compile another --head of it",
+        )
+    return {name: results[name].numpy() for name in exported.outputs}
+
+
+def _must_answer_alike(module: Any, want: Mapping[str, Any], exported: ExportedModel) -> None:
+    """Refuse a model whose own code makes something else of the mask that the export gives it."""
+    arguments = _arguments(exported)
+    got = dict(zip(exported.outputs, module(*arguments.values())))
+    mask = arguments["attention_mask"].numpy()
+    for name, array in want.items():
+        worst = largest_difference(got[name].numpy(), array, mask)
+        if not worst <= TOLERANCE:
+            raise ModelError(
+                f"'{exported.source}' cannot be exported: its {name} differs by {worst:.3g} where"
+                " the attention mask is added to the scores, as eager attention does",
+                "its code must take a mask of (batch, 1, 1, length)",
+            )
+
+
 def _write_onnx(module: Any, exported: ExportedModel) -> None:
     (torch,) = require("export", "torch")
     batch = torch.export.Dim("batch", min=1)
     length = torch.export.Dim("length", min=1, max=exported.max_length)
-    # Sizes 2 and 16, because torch.export makes a constant of an axis that it sees as 1.
-    arrays = sample(exported.inputs, batch=2, length=min(16, exported.max_length), padding_id=0)
-    arguments = tuple(torch.from_numpy(arrays[spec.name]) for spec in exported.inputs)
-    try:
-        program = torch.onnx.export(
-            module,
-            arguments,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[spec.name for spec in exported.inputs],
-            output_names=list(exported.outputs),
-            dynamic_shapes=tuple({0: batch, 1: length} for _ in arguments),
-            verbose=False,
-        )
-    except Exception as error:  # the exporter wraps whatever a model's code raises
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ModelError(f"torch cannot export '{exported.source}': {cause}") from error
+    arguments = tuple(_arguments(exported).values())
+    program = torch.onnx.export(
+        module,
+        arguments,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[spec.name for spec in exported.inputs],
+        output_names=list(exported.outputs),
+        dynamic_shapes=tuple({0: batch, 1: length} for _ in arguments),
+        verbose=False,
+    )
     _write_canonical(program.model_proto, exported.onnx_path)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
-from bertile.export import synthetic
+from bertile.export import objects, synthetic
 from bertile.families import text_settings
 from bertile.families.model_config import read_object
 from bertile.onnx.exported import TOKENIZER_FILES
@@ -53,10 +53,10 @@ def fingerprint(model: Any, head: str | None = None) -> str:
     """Return a hex SHA-256 of what `load` or the normalizer would read, without loading it."""
     digest = hashlib.sha256()
     if not isinstance(model, (str, Path)):
-        digest.update(model.config.to_json_string(use_diff=False).encode())
-        for name, tensor in model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().float().contiguous().numpy())
+        held = objects.opened(model)
+        objects.digest(digest, held)
+        if held.directory:
+            digest_files(digest, companions(held.directory))
     elif str(model).startswith("synthetic:"):
         digest.update(synthetic.describe(str(model), head).encode())
     elif str(model).endswith(".onnx"):

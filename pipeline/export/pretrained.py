@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import ModelError, require
+from bertile.export import objects
 from bertile.export.removed_heads import class_without
 from bertile.families import table
 from bertile.families.model_config import read_object
@@ -37,6 +38,9 @@ OTHER_HEADS = (
 )
 # Numbers of places, which older versions of transformers saved with the weights.
 BUFFERS = ("position_ids", "token_type_ids")
+# What tensors of layers are called, of old too; and the dtypes of floats in files and in torch.
+WEIGHTS = ("weight", "bias", "gamma", "beta")
+FLOATS = {*("F16", "BF16", "F32", "F64"), *("float16", "bfloat16", "float32", "float64")}
 # Parameters that a file need not have (a pooler's), or of which it has less than a byte each.
 SLACK = 1 << 27
 
@@ -47,7 +51,7 @@ def load(
     source: str,
     directory: Path,
     config: Mapping[str, Any],
-    auto_class: str,
+    auto_class: Any,
     head: str,
     allow_unused: bool = False,
 ) -> tuple[Any, tuple[str, ...]]:
@@ -60,7 +64,7 @@ def load(
     torch, transformers = require("export", "torch", "transformers")
     notes = _refuse_other_models(source, directory, config, allow_unused)
     settings = _settings(transformers, directory, config)
-    loader = _loader(transformers, auto_class, settings)
+    loader = _loader(auto_class, settings)
     held = _check_files(torch, loader, directory, settings)
     try:
         with torch.device("cpu"):  # whatever device the program around has chosen
@@ -147,14 +151,13 @@ def _settings(transformers: Any, directory: Path, config: Mapping[str, Any]) -> 
         ) from error
 
 
-def _loader(transformers: Any, auto_class: str, settings: Any) -> Any:
+def _loader(auto_class: Any, settings: Any) -> Any:
     """What has the method `from_pretrained`; a model's own class where it lacks heads."""
-    auto = getattr(transformers, auto_class)
     removed = getattr(settings, "pruned_heads", None)
     if not removed:
-        return auto
+        return auto_class
     family = table.of_type(settings.model_type)
-    return class_without(auto._model_mapping[type(settings)], family, removed)
+    return class_without(auto_class._model_mapping[type(settings)], family, removed)
 
 
 def _built(loader: Any, settings: Any) -> Any:
@@ -210,12 +213,25 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _names(torch: Any, path: Path) -> list[str]:
-    """The names of the tensors in a file, which is not unpickled for anything else."""
+    """The names of the tensors in a file, of which layers' are floats."""
+    dtypes = _dtypes(torch, path)
+    for name, dtype in dtypes.items():
+        if name.rpartition(".")[2] in WEIGHTS and dtype not in FLOATS:
+            raise ModelError(
+                f"the weights in '{path}' cannot be loaded: {name} is of {dtype}, as quantized"
+                " weights are, which is unsupported",
+                objects.IN_FLOATS,
+            )
+    return list(dtypes)
+
+
+def _dtypes(torch: Any, path: Path) -> dict[str, str]:
+    """The dtype of each tensor in a file, which is not unpickled for anything else."""
     try:
         if path.suffix == ".safetensors":
             (safetensors,) = require("export", "safetensors")
             with safetensors.safe_open(path, framework="pt") as file:
-                return list(file.keys())
+                return {name: file.get_slice(name).get_dtype() for name in list(file.keys())}
         mapped = zipfile.is_zipfile(path)  # the form of old versions of torch is read whole
         content = torch.load(path, map_location="meta", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -235,7 +251,7 @@ def _names(torch: Any, path: Path) -> list[str]:
             f"the weights in '{path}' cannot be loaded: they are no dictionary of tensors",
             "save them with save_pretrained",
         )
-    return list(content)
+    return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in content.items()}
 
 
 def _refuse_mismatched(directory: Path, mismatched: Iterable[Any]) -> None:

@@ -47,7 +47,7 @@ class TextSettings:
 
 def read(directory: Path) -> TextSettings:
     """What the files in `directory` say; ModelError, naming the file, for what makes no sense."""
-    sentences: dict[str, Any] = {}
+    sentences: dict[str, Any] | None = None
     for name in SENTENCES:
         if (directory / name).exists():
             sentences = read_object(directory / name)
@@ -57,7 +57,11 @@ def read(directory: Path) -> TextSettings:
     if path.exists():
         tokens = read_object(path)
     side = tokens.get("truncation_side")
+    of_sentences = sentences is not None
+    sentences = sentences or {}
     longest = _length(sentences.get("max_seq_length"))
+    if of_sentences and longest is None:  # as sentence-transformers does, which saves no other now
+        longest = _length(tokens.get("model_max_length"))
     return TextSettings(
         prompt=default_prompt(directory),
         lower=bool(sentences.get("do_lower_case")),

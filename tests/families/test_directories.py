@@ -8,7 +8,7 @@ from helpers import family_models
 
 import bertile
 from bertile import loader
-from bertile.config import HEADS, Config
+from bertile.config import Config
 from bertile.families.table import named
 from bertile.onnx.samples import largest_difference, sample
 
@@ -17,11 +17,7 @@ SHAPES = ((1, 1), (1, 511), (7, 33), (3, 16))
 # with every head. A new row is quick until it is named here.
 ALIKE = set("bert ernie layoutlm data2vec-text roberta-prelayernorm rembert".split())
 QUICK = [(family, head) for family, head in family_models.HEAD_OF.items() if family not in ALIKE]
-REST = [
-    case
-    for case in ((family, head) for family in family_models.NAMES for head in HEADS)
-    if case not in QUICK
-]
+REST = [case for case in family_models.PAIRS if case not in QUICK]
 TOLERANCE = 5e-5  # two layers in float32, relative to the largest value of the output
 
 

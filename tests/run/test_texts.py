@@ -261,8 +261,11 @@ def test_ids_are_those_of_sentence_transformers(cased: Path, settings, prompt, n
         assert encoding.ids == ids[mask == 1].tolist()
 
 
-def test_text_longer_than_its_library_takes_is_refused(cased: Path) -> None:
-    settle(cased, "sentence_bert_config.json", max_seq_length=7)
+@pytest.mark.parametrize("name", ["max_seq_length", "model_max_length"])
+def test_text_longer_than_its_library_takes_is_refused(cased: Path, name: str) -> None:
+    """Newer versions of sentence-transformers save the length with the tokenizer alone."""
+    settle(cased, "sentence_bert_config.json", **{"max_seq_length": 7} if name[:3] == "max" else {})
+    settle(cased, "tokenizer_config.json", tokenizer_class="BertTokenizer", model_max_length=7)
     with pytest.raises(InputError, match="text 1 has 11 tokens, the model takes at most 7"):
         texts.encode(cased, ["a a a a a a a a a"], 20)
 
