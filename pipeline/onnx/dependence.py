@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import onnx
 
 from bertile.onnx.graph import OnnxGraph, attributes
 
 _SAME_NUMBERS = ("Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
+_BROADCAST = 65536  # elements
 KINDS = ("constant", "shape", "light", "heavy")
 
 
@@ -45,4 +49,8 @@ def source_input(graph: OnnxGraph, name: str) -> str:
 
 
 def _is_weight(graph: OnnxGraph, name: str) -> bool:
-    return graph.is_constant(name) and graph.is_float(name) and len(graph.shape(name)) > 1
+    if not graph.is_constant(name) or not graph.is_float(name) or len(graph.shape(name)) < 2:
+        return False
+    # a small tensor of equal numbers is what something is broadcast by: TensorFlow's masks
+    small = math.prod(graph.shape(name)) <= _BROADCAST
+    return not (small and np.ptp(graph.array(name)) == 0)

@@ -51,6 +51,28 @@ def test_each_spelling_becomes_the_same_operators(files, form, tmp_path):
     assert [spec.below for spec in exported.inputs] == [spelled.WORDS, 2, 2]
 
 
+def test_a_mask_of_ids_is_one_by_keys(tmp_path):
+    """Which keys are closed is a tensor of the graph, and no attention_mask is read."""
+    path = spelled.write(tmp_path / "m.onnx", spelled.Paddle())
+    exported = normalizer.normalize(path, tmp_path / "out", Config())
+    assert [spec.name for spec in exported.inputs] == ["input_ids", "token_type_ids"]
+    assert not any("is kept as it is" in note for note in exported.notes)
+    counts = Counter(operators(onnx.load(exported.onnx_path)))
+    assert counts["Equal"] == 1 and not {"CumSum", "Where", "Expand"} & set(counts)
+
+
+@pytest.mark.parametrize("dynamic", [(), ("batch",), ("length",)])
+@pytest.mark.parametrize("module", [spelled.Flat, spelled.Batched], ids=["rows", "batched"])
+def test_static_axes_come_to_the_same(module, dynamic, tmp_path):
+    path = spelled.write(tmp_path / "m.onnx", module(layers=1), dynamic=dynamic)
+    exported = normalizer.normalize(path, tmp_path / "out", Config())
+    counts = Counter(operators(onnx.load(exported.onnx_path)))
+    assert (counts["Reshape"], counts["Transpose"]) == (4, 4)
+    assert (counts["LayerNormalization"], counts["Mul"]) == (3, 2)
+    sizes = (None if "batch" in dynamic else 2, None if "length" in dynamic else 16)
+    assert (exported.batch, exported.length) == sizes
+
+
 def test_names_of_weights_stay(files, tmp_path):
     exported = normalizer.normalize(files["rows of tokens"], tmp_path, Config())
     names = {tensor.name for tensor in onnx.load(exported.onnx_path).graph.initializer}
