@@ -36,6 +36,7 @@ def import_onnx(exported: ExportedModel) -> Graph:
         raise ModelError(f"'{exported.onnx_path}' is not a readable ONNX model: {error}") from error
     mod, values = _from_onnx(model)
     main = mod["main"]
+    _check_shapes(main, exported)
     count = int(main.attrs["num_input"])
     weights, constants = {}, {}
     for var, value in zip(main.params[count:], values):
@@ -47,6 +48,18 @@ def import_onnx(exported: ExportedModel) -> Graph:
     mod = relax.transform.BindParams("main", constants)(mod)
     graph = Graph(mod, weights, exported)
     return graph.with_main(_with_table(graph.main, len(exported.inputs)))
+
+
+def _check_shapes(main: relax.Function, exported: ExportedModel) -> None:
+    """Raise ModelError for an output whose shape TVM cannot tell."""
+    types = list(main.ret_ty.fields) if hasattr(main.ret_ty, "fields") else [main.ret_ty]
+    for name, kind in zip(exported.outputs, types):
+        if getattr(kind, "shape", None) is None:
+            raise ModelError(
+                f"TVM cannot tell the shape of the output '{name}': an operator before it makes a"
+                " shape of what the model computes",
+                "export the model without that output, or without shapes that are computed",
+            )
 
 
 def _from_onnx(model: onnx.ModelProto) -> tuple[tvm.IRModule, list[tvm.runtime.Tensor]]:

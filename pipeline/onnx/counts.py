@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 
 from bertile.onnx.dependence import dependence, is_lookup
-from bertile.onnx.graph import OnnxGraph
+from bertile.onnx.graph import OnnxGraph, attributes
 from bertile.onnx.probing import Probes
 from bertile.onnx.shapes import Axes
 
@@ -67,15 +67,112 @@ def gather_places(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
 
 
 def write_counts(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
-    """Write every number that is read as a value and decided by shapes."""
-    counts, written = _Counts(graph, axes), {}
+    """Write every number that is read as a value and decided by shapes.
+
+    Of one that is no sum of counts, what it is computed of is written so.
+    """
+    counts = _Counts(graph, axes)
+    written = _Written(graph, probes, counts)
     for node, place, name in _read_as_values(graph):
-        if name not in written:
-            values = probes.of(name)
-            written[name] = None if values is None else counts.write(values)
-        if written[name] is not None:
-            node.input[place] = written[name]
+        node.input[place] = written.value(name)
     graph.clean()
+
+
+class _Written:
+    """Tensors of shapes as values, each made at most once."""
+
+    def __init__(self, graph: OnnxGraph, probes: Probes, counts: _Counts) -> None:
+        self.graph, self.probes, self.counts = graph, probes, counts
+        self.producers, self.kinds = graph.producers(), dependence(graph)
+        self._names: dict[str, str] = {}
+
+    def value(self, name: str) -> str:
+        """Return the tensor that has the same value; the same where that is not known."""
+        if name not in self._names:
+            self._names[name] = self._counted(name) or self._computed(name)
+        return self._names[name]
+
+    def _counted(self, name: str) -> str | None:
+        values = self.probes.of(name)
+        return None if values is None else self.counts.write(values)
+
+    def _computed(self, name: str) -> str:
+        node = self.producers.get(name)
+        if node is None or node.op_type in ("Shape", "Size") or len(node.output) > 1:
+            return name
+        kept = _OF_SHAPES.get(node.op_type, ())
+        inputs = [
+            self.value(operand)
+            if self.kinds.get(operand) == "shape" and place not in kept
+            else operand
+            for place, operand in enumerate(node.input)
+        ]
+        if inputs == list(node.input):
+            return name
+        return self.graph.add(node.op_type, inputs, **attributes(node))
+
+
+def write_flips(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
+    """Slice(x, …, step -1) → Gather(x, [last, …, 0]): TVM slices no axis backwards whose length
+    varies.
+    """
+    counts = _Counts(graph, axes)
+    for node in [node for node in graph.nodes if node.op_type == "Slice"]:
+        before, after = probes.of(node.input[0]), probes.of(node.output[0])
+        if before is None or after is None or before[0].shape != after[0].shape:
+            continue
+        steps = graph.array(node.input[4]) if len(node.input) > 4 else np.ones(1)
+        if steps.size != 1 or int(steps.reshape(-1)[0]) != -1:
+            continue
+        axis = int(graph.array(node.input[3]).reshape(-1)[0]) % before[0].ndim
+        if not all(np.array_equal(np.flip(x, axis), y) for x, y in zip(before, after)):
+            continue
+        places = [np.arange(x.shape[axis])[::-1] for x in before]
+        if len({len(place) for place in places}) == 1:
+            index = graph.constant(places[0])
+        else:
+            index = counts.write(places)
+        if index is not None:
+            graph.rewrite(node.output[0], "Gather", [node.input[0], index], axis=axis)
+    graph.clean()
+
+
+def pick_tokens(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
+    """GatherElements(tokens, the same place for all channels) → MatMul(one-hot places, tokens)."""
+    counts = _Counts(graph, axes)
+    for node in [node for node in graph.nodes if node.op_type == "GatherElements"]:
+        tokens, index = (probes.of(name) for name in node.input)
+        if tokens is None or index is None or attributes(node).get("axis", 0) not in (1, -2):
+            continue
+        if any(i.ndim != 3 or i.shape[2] != t.shape[2] for t, i in zip(tokens, index)):
+            continue
+        if any((i != i[:, :, :1]).any() or t.dtype != np.float32 for t, i in zip(tokens, index)):
+            continue
+        add = graph.add
+        first = _narrow(graph, probes, node.input[1], [i[:, :, :1] for i in index])
+        places = counts.write([np.arange(t.shape[1])[None, None] for t in tokens])
+        if first is None or places is None:
+            continue
+        number = graph.constant(np.asarray(0, np.int64))
+        behind = add("Add", [first, counts.length()])
+        first = add("Where", [add("Less", [first, number]), behind, first])
+        hot = add("Cast", [add("Equal", [first, places])], to=onnx.TensorProto.FLOAT)
+        graph.rewrite(node.output[0], "MatMul", [hot, node.input[0]])
+    graph.clean()
+
+
+def _narrow(graph: OnnxGraph, probes: Probes, name: str, wanted: _Runs) -> str | None:
+    """The tensor that an index is expanded from, with its last axis of one element."""
+    producers = graph.producers()
+    while (values := probes.of(name)) is not None:
+        if all(np.array_equal(value, want) for value, want in zip(values, wanted)):
+            cast = graph.add("Cast", [name], to=onnx.TensorProto.INT64)
+            return cast if values[0].dtype != np.int64 else name
+        node = producers.get(name)
+        if node is None or node.op_type not in ("Expand", "Tile", "Identity", "Cast"):
+            return None
+        name = node.input[0]
+    return None
 
 
 def _read_as_values(graph: OnnxGraph) -> list[tuple[onnx.NodeProto, int, str]]:
@@ -198,6 +295,10 @@ class _Counts:
             return vector
         others = [other for other in range(rank) if other != axis]
         return self.graph.add("Unsqueeze", [vector, self.graph.integers(*others)])
+
+    def length(self) -> str:
+        """The number of tokens of a sequence."""
+        return self._vector("length")
 
     def _vector(self, name: str) -> str:
         if name not in self._terms:

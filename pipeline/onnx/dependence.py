@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import onnx
 
 from bertile.onnx.graph import OnnxGraph, attributes
 
+_BROADCAST = 65536  # elements
 KINDS = ("constant", "shape", "light", "heavy")
 # Operators that keep the values of their first operand, or some of them.
 _MOVING = {
@@ -61,4 +65,8 @@ def lookup_source(graph: OnnxGraph, node: onnx.NodeProto) -> tuple[str, int]:
 
 
 def _is_weight(graph: OnnxGraph, name: str) -> bool:
-    return graph.is_constant(name) and graph.is_float(name) and len(graph.shape(name)) > 1
+    if not graph.is_constant(name) or not graph.is_float(name) or len(graph.shape(name)) < 2:
+        return False
+    # a small tensor of equal numbers is what something is broadcast by: TensorFlow's masks
+    small = math.prod(graph.shape(name)) <= _BROADCAST
+    return not (small and np.ptp(graph.array(name)) == 0)

@@ -295,8 +295,8 @@ class _Masks:
         if self._is_by_key(samples):
             return [self._keys()]
         keys = self._own_keys(samples)
-        if keys:
-            return [self._once(keys, lambda: self._keys_mask(keys))]
+        if keys is not None:
+            return [self._once(keys, lambda: self._keys_mask(*keys))]
         finite = not any(sample.closes for sample in samples)
         if finite or any(sample.blinds for sample in samples):
             return None
@@ -312,8 +312,9 @@ class _Masks:
                 return False
         return True
 
-    def _own_keys(self, samples: list[_Sample]) -> str | None:
-        """The tensor (B, S) of the graph that says which keys are seen, where it is no input.
+    def _own_keys(self, samples: list[_Sample]) -> tuple[str, bool] | None:
+        """The tensor (B, S) of the graph that says which keys are seen, where it is no input, or
+        which are closed, and whether it is of the first kind.
 
         Sequences that see no key at all do not count.
         """
@@ -331,19 +332,10 @@ class _Masks:
         for node in self.graph.nodes:
             for name in node.output:
                 values = probes.of(name) if name else None
-                if values is not None and self._says(values, wanted):
-                    return name
+                for seen in (True, False) if values is not None else ():
+                    if _says(values, wanted, seen):
+                        return name, seen
         return None
-
-    def _says(self, values: list[np.ndarray], wanted: list[np.ndarray]) -> bool:
-        """Whether a tensor holds 1, or true, for the keys that are seen, and 0 for the others."""
-        for value, seen in zip(values, wanted):
-            if value.shape != seen.shape or value.dtype.kind not in "biuf":
-                return False
-            counts = seen.any(1)
-            if (value.astype(np.float64)[counts] != seen[counts]).any():
-                return False
-        return True
 
     def _by_reach(self, samples: list[_Sample]) -> list[str] | None:
         """Queries that see all keys from so many before to so many behind their own place."""
@@ -412,9 +404,11 @@ class _Masks:
     def _keys(self) -> str:
         return self._once("keys", self._keys_mask)
 
-    def _keys_mask(self, keys: str = "attention_mask") -> str:
+    def _keys_mask(self, keys: str = "attention_mask", seen: bool = True) -> str:
         mask = self.graph.add("Cast", [keys], to=onnx.TensorProto.FLOAT)
         keys = self.graph.add("Unsqueeze", [mask, self.graph.integers(1, 2)])
+        if not seen:
+            return self.graph.add("Mul", [keys, self.graph.number(MASKED)])
         padded = self.graph.add("Sub", [self.graph.number(1.0), keys])
         return self.graph.add("Mul", [padded, self.graph.number(MASKED)])
 
@@ -422,6 +416,17 @@ class _Masks:
         if key not in self._canonical:
             self._canonical[key] = make()
         return self._canonical[key]
+
+
+def _says(values: list[np.ndarray], wanted: list[np.ndarray], number: bool) -> bool:
+    """Whether a tensor holds this number for the keys that are wanted, and the other for others."""
+    for value, keys in zip(values, wanted):
+        if value.shape != keys.shape or value.dtype.kind not in "biuf":
+            return False
+        counts = keys.any(1)
+        if (value.astype(np.float64)[counts] != (keys == number)[counts]).any():
+            return False
+    return True
 
 
 def _in_reach(reach: Reach, length: int) -> np.ndarray:

@@ -158,6 +158,8 @@ def _rewrite(
     attention.merge_transposes(graph, probes.sizes)
     rewrites.write_reshapes(graph, probes.sizes)
     fold_constants(graph, probes)
+    counts.write_flips(graph, probes, axes)
+    counts.pick_tokens(graph, probes, axes)
     counts.write_counts(graph, probes, axes)
     write_shapes(graph, probes, axes)
     rewrites.drop_expands(graph, probes.sizes)

@@ -111,6 +111,21 @@ class Flat(Encoder):
         return context.permute(0, 2, 1, 3).reshape(batch * length, HIDDEN)
 
 
+class Paddle(Flat):
+    """Places counted by a running sum, and the mask made of the ids."""
+
+    def forward(self, ids, mask, types):
+        self.padding = ids == 0
+        return super().forward(ids, mask, types)
+
+    def embedded(self, ids, types):
+        ones = torch.ones_like(ids)
+        return self.words[ids] + self.types[types] + self.places[ones.cumsum(1) - ones]
+
+    def mask(self, mask, batch, length):
+        return self.padding.float()[:, None, None, :] * -10000.0
+
+
 class Summed(Flat):
     """Means by sums and divisions, the variance by squares, GELU by powers and a Tanh."""
 
@@ -203,13 +218,22 @@ class Batched(Encoder):
         return self.joined(context, batch, length)
 
 
-def write(path, module, opset=13, dtype=torch.int64, outputs=("last_hidden_state",), axes=None):
-    """Write it with TorchScript, as it is spelled."""
+def write(
+    path,
+    module,
+    opset=13,
+    dtype=torch.int64,
+    outputs=("last_hidden_state",),
+    axes=None,
+    dynamic=("batch", "length"),
+):
+    """Write it with TorchScript, as it is spelled; axes that are not dynamic are 2 and 16."""
     ids = torch.arange(32).reshape(2, 16) + 5
     mask = (torch.arange(16) < torch.tensor([[16], [9]])).to(dtype)
     arrays = (ids.to(dtype), mask, (ids % 2).to(dtype))
-    dynamic = {name: {0: "batch", 1: "length"} for name in (*INPUTS, *outputs)} | (axes or {})
+    varying = {axis: name for axis, name in enumerate(("batch", "length")) if name in dynamic}
+    varying = {name: varying for name in (*INPUTS, *outputs)} | (axes or {})
     options = {"input_names": list(INPUTS), "output_names": list(outputs), "dynamo": False}
-    options |= {"dynamic_axes": dynamic, "opset_version": opset}
+    options |= {"dynamic_axes": varying, "opset_version": opset}
     run_quietly(module.eval().requires_grad_(False), arrays, path, options)
     return path

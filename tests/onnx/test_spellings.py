@@ -9,11 +9,10 @@ import pytest
 import torch
 from helpers import spelled_encoder as spelled
 from helpers.foreign_forms import operators
+from helpers.tokens_beside_padding import assert_equal, compiled
 
-import bertile
 from bertile.config import Config
 from bertile.onnx import normalizer
-from bertile.onnx.samples import session
 
 FORMS = {
     "as torch has it": spelled.Encoder,
@@ -24,51 +23,6 @@ FORMS = {
     "batched products": spelled.Batched,
 }
 CUTS = ("split", "slice", "unbind", "head")
-SHAPES = ((1, 1), (3, 37), (2, 16))
-
-
-def padded(shape, seed, side):
-    """Inputs of that shape whose tokens are real on one side, or with holes between them."""
-    random = np.random.default_rng(seed)
-    batch, length = shape
-    mask = (np.arange(length) < random.integers(1, length + 1, (batch, 1))).astype(np.int64)
-    if side == "left":
-        mask = np.ascontiguousarray(mask[:, ::-1])
-    if side == "holes":
-        mask = random.integers(0, 2, shape)
-        mask[:, 0] = 1
-    return {
-        "input_ids": random.integers(1, spelled.WORDS, shape),
-        "attention_mask": mask,
-        "token_type_ids": random.integers(0, 2, shape),
-    }
-
-
-def assert_equal(model, path, shapes=SHAPES, tolerance=2e-5):
-    """The compiled model's real tokens, or rows, are those of ONNX Runtime."""
-    runner = session(path)
-    names = [output.name for output in runner.get_outputs()]
-    types = {argument.name: argument.type for argument in runner.get_inputs()}
-    for side in ("right", "left", "holes"):
-        for seed, shape in enumerate(shapes):
-            feed = padded(shape, seed, side)
-            dtypes = {name: types[name][len("tensor(") : -1] for name in types}
-            want = runner.run(names, {name: feed[name].astype(dtypes[name]) for name in types})
-            got = model(**{name: feed[name] for name in model.inputs})
-            for name, expected in zip(names, want):
-                actual, expected = got[name], expected.astype(np.float64)
-                assert actual.dtype == np.float32 and actual.shape == expected.shape, name
-                if expected.shape[:2] == shape:
-                    real = feed["attention_mask"] == 1
-                    actual, expected = actual[real], expected[real]
-                room = tolerance * max(1.0, np.abs(expected).max())
-                np.testing.assert_allclose(actual, expected, rtol=0, atol=room, err_msg=name)
-
-
-def compiled(path, tmp_path, cache_dir, **options):
-    settings = Config(threads=2, cache_dir=str(cache_dir), **options)
-    bertile.compile(str(path), tmp_path / "bundle", settings)
-    return bertile.load(tmp_path / "bundle")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +49,28 @@ def test_each_spelling_becomes_the_same_operators(files, form, tmp_path):
     assert not unwanted & set(counts)
     assert exported.max_length == spelled.PLACES
     assert [spec.below for spec in exported.inputs] == [spelled.WORDS, 2, 2]
+
+
+def test_a_mask_of_ids_is_one_by_keys(tmp_path):
+    """Which keys are closed is a tensor of the graph, and no attention_mask is read."""
+    path = spelled.write(tmp_path / "m.onnx", spelled.Paddle())
+    exported = normalizer.normalize(path, tmp_path / "out", Config())
+    assert [spec.name for spec in exported.inputs] == ["input_ids", "token_type_ids"]
+    assert not any("is kept as it is" in note for note in exported.notes)
+    counts = Counter(operators(onnx.load(exported.onnx_path)))
+    assert counts["Equal"] == 1 and not {"CumSum", "Where", "Expand"} & set(counts)
+
+
+@pytest.mark.parametrize("dynamic", [(), ("batch",), ("length",)])
+@pytest.mark.parametrize("module", [spelled.Flat, spelled.Batched], ids=["rows", "batched"])
+def test_static_axes_come_to_the_same(module, dynamic, tmp_path):
+    path = spelled.write(tmp_path / "m.onnx", module(layers=1), dynamic=dynamic)
+    exported = normalizer.normalize(path, tmp_path / "out", Config())
+    counts = Counter(operators(onnx.load(exported.onnx_path)))
+    assert (counts["Reshape"], counts["Transpose"]) == (4, 4)
+    assert (counts["LayerNormalization"], counts["Mul"]) == (3, 2)
+    sizes = (None if "batch" in dynamic else 2, None if "length" in dynamic else 16)
+    assert (exported.batch, exported.length) == sizes
 
 
 def test_names_of_weights_stay(files, tmp_path):

@@ -61,6 +61,18 @@ M = tirx.Var("m", "int64")
 FLOATS = ([M, 48], "float32")
 
 
+def test_a_sum_over_no_rows_is_zero():
+    def of_later_rows(x):
+        return relax.op.sum(relax.op.strided_slice(x, [0], [1], [M]), axis=0)
+
+    mod = scheduled(of_later_rows, FLOATS)
+    library = tvm.compile(mod, target=tvm.target.Target({"kind": "llvm", "num-cores": 1}))
+    main = relax.VirtualMachine(library, tvm.cpu())["main"]
+    for rows in (9, 1, 2):  # what the first leaves in memory is no zero
+        x = random(rows, 48)
+        assert np.abs(main(tvm.runtime.tensor(x)).numpy() - x[1:].sum(0)).max() < 1e-5
+
+
 def test_elementwise_operators_are_fused_parallel_and_vectorized():
     mod = scheduled(lambda x: relax.op.add(relax.op.nn.silu(x), x), FLOATS)
     assert sorted(kinds_of(the_func(mod))) == ["PARALLEL", "VECTORIZED"]
