@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 import onnx
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.relax.frontend.onnx import from_onnx
 
@@ -36,7 +37,7 @@ def import_onnx(exported: ExportedModel) -> Graph:
         raise ModelError(f"'{exported.onnx_path}' is not a readable ONNX model: {error}") from error
     mod, values = _from_onnx(model)
     main = mod["main"]
-    _check_shapes(main, exported)
+    _check_shapes(normalized(main), exported)
     count = int(main.attrs["num_input"])
     weights, constants = {}, {}
     for var, value in zip(main.params[count:], values):
@@ -51,7 +52,18 @@ def import_onnx(exported: ExportedModel) -> Graph:
 
 
 def _check_shapes(main: relax.Function, exported: ExportedModel) -> None:
-    """Raise ModelError for an output whose shape TVM cannot tell."""
+    """Raise ModelError for a tensor whose shape the request's does not tell: memory is planned by
+    batch and length before anything is computed.
+    """
+    known = {var for param in main.params for var in _variables(param.ty)}
+    for binding in (binding for block in main.body.blocks for binding in block.bindings):
+        for var in _variables(binding.var.ty):
+            if var not in known:
+                raise ModelError(
+                    f"TVM cannot import operator {_operator(binding.value)}: the size '{var.name}'"
+                    " of what it makes depends on the values of inputs",
+                    "export the model without it: sizes may depend on the batch and length alone",
+                )
     types = list(main.ret_ty.fields) if hasattr(main.ret_ty, "fields") else [main.ret_ty]
     for name, kind in zip(exported.outputs, types):
         if getattr(kind, "shape", None) is None:
@@ -60,6 +72,21 @@ def _check_shapes(main: relax.Function, exported: ExportedModel) -> None:
                 " shape of what the model computes",
                 "export the model without that output, or without shapes that are computed",
             )
+
+
+def _variables(kind: tvm.ir.Type) -> list[tvm.tirx.Var]:
+    """The symbolic extents in the shape of a tensor."""
+    extents = getattr(kind, "shape", None)
+    variables: list[tvm.tirx.Var] = []
+    for size in extents if isinstance(extents, relax.ShapeExpr) else ():
+        tvm_ffi.structural_walk(size, (tvm.tirx.Var, variables.append))
+    return variables
+
+
+def _operator(value: relax.Expr) -> str:
+    """An operator's own name: relax.arange is Arange, as in ONNX's names."""
+    operator = getattr(getattr(value, "op", None), "name", type(value).__name__)
+    return str(operator).rpartition(".")[2].capitalize()
 
 
 def _from_onnx(model: onnx.ModelProto) -> tuple[tvm.IRModule, list[tvm.runtime.Tensor]]:
