@@ -325,6 +325,7 @@ class _Parts:
             moved = [node for node in readers if self._moves(node, name)]
             if len(moved) < len(readers) or name in self.graph.outputs or not readers:
                 ends[name] = chain
+                continue  # halves that rotary positions take beside the whole are no parts
             for node in moved:
                 late = node.op_type == "Add" and bool(chain)
                 cut = cut or node.op_type in _CUTS or late
