@@ -41,6 +41,7 @@ from bertile.loading import (
     platform,
     pool,
     runtime,
+    stream,
     threads,
     tvm_abi,
     weights,
@@ -75,7 +76,7 @@ LOADER = (
         platform,
         threads,
     ),
-    *(tvm_abi, runtime, pool, again, model, dispatch, command),
+    *(tvm_abi, runtime, pool, stream, again, model, dispatch, command),
 )
 CUDA_LOADER = (
     *(extents, driver, gpu, layout, plan, code, graph, workspace, device_array, borrowed),

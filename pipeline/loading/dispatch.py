@@ -19,7 +19,7 @@ from bertile.loading.model import Model
 from bertile.loading.platform import check_platform
 from bertile.loading.pool import outside
 from bertile.loading.runtime import open_runtime
-from bertile.loading.threads import thread_count
+from bertile.loading.threads import stream_count, thread_count
 from bertile.loading.tvm_abi import Object, Runtime
 from bertile.loading.weights import Place, check_ids, described, map_tensors
 
@@ -30,18 +30,23 @@ def load(
     *,
     verify: bool = True,
     device: int = 0,
+    streams: int | None = None,
 ) -> Model:
     """Load the bundle in `directory`; one for a GPU gives a `cuda_loader.Model`.
 
     `threads` is how many cores one call may use (default: every core this process may run on), or
     `device` the number of the GPU; `verify` compares the hash of every file with the manifest.
+    `streams` is how many calls run at once (default: one; several on a GPU), each on `threads`
+    cores and with buffers of its own: two of one thread answer more short requests a second than
+    one of two.
     Raises BundleError for a damaged bundle, PlatformError for one that this machine cannot run,
-    InputError for a wrong `threads` or `device`.
+    InputError for a wrong `threads`, `streams` or `device`.
     """
     root = Path(directory)
     manifest = read_manifest(root)
     if manifest["target"]["arch"] == CUDA:
-        return _cuda_loader().load(root, device, verify=verify)
+        chosen = {} if streams is None else {"streams": streams}
+        return _cuda_loader().load(root, device, verify=verify, **chosen)
     check_platform(manifest["target"])
     count = thread_count(threads)
     files = check_files(root, manifest["files"], verify)
@@ -50,14 +55,15 @@ def load(
     with outside:
         runtime = open_runtime(root, manifest["files"])
         params = _tensors(runtime, data, places)
-        model = Model(runtime, manifest, files[LIBRARY], params, count)
+        model = Model(runtime, manifest, files[LIBRARY], params, count, stream_count(streams))
     wanted = interface(manifest, described(manifest["params"], places))
     try:
         check_interface(model.interface, wanted, files[LIBRARY])
     except BundleError:
         model.close()
         raise
-    model.loaded_by = functools.partial(load, root.absolute(), threads, verify=verify)
+    again = {"verify": verify, "streams": streams}
+    model.loaded_by = functools.partial(load, root.absolute(), threads, **again)
     return model
 
 

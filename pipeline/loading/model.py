@@ -13,10 +13,10 @@ from bertile.loading.blocks import BLOCK_TOKENS, blocks_of, passes, sequence_end
 from bertile.loading.errors import AGAIN, BertileError, BundleError, InputError
 from bertile.loading.inputs import check_inputs, filled
 from bertile.loading.interface import INTERFACE
-from bertile.loading.memory import aligned
 from bertile.loading.padding import check_outputs, cut, fit
-from bertile.loading.pool import Host, outside
-from bertile.loading.tvm_abi import Object, Runtime, set_argument
+from bertile.loading.pool import outside
+from bertile.loading.stream import Stream
+from bertile.loading.tvm_abi import Object, Runtime
 
 # Of a pass through the model, for each thread; a longer batch takes several. More activations fall
 # out of the caches between two kernels: 8 texts of 128 tokens take up to a fifth longer at once.
@@ -24,10 +24,18 @@ PASS_BLOCKS = 8
 
 
 class Model:
-    """A loaded bundle. Any number of threads may call one; it answers them one after the other."""
+    """A loaded bundle. Any number of threads may call one; as many calls as it has streams are
+    answered at once, others one after the other.
+    """
 
     def __init__(
-        self, runtime: Runtime, manifest: dict, library: Path, params: list[Object], threads: int
+        self,
+        runtime: Runtime,
+        manifest: dict,
+        library: Path,
+        params: list[Object],
+        threads: int,
+        streams: int = 1,
     ):
         self.manifest = manifest
         self.inputs = tuple(spec["name"] for spec in manifest["inputs"])
@@ -36,17 +44,18 @@ class Model:
         self.threads = threads
         self.pass_blocks = PASS_BLOCKS * threads  # of tokens; what is more takes several passes
         self.loaded_by: Callable[[], Model] | None = None  # what loads the same once more
-        self._runtime, self._host = runtime, Host(runtime, threads)
+        self._runtime, entry, inputs = runtime, manifest["entry"], len(self.inputs) + 1
         try:
-            self._entry, self._held = _open_library(runtime, library, manifest["entry"])
-            self._check_arity(manifest["entry"], len(self.inputs) + 1 + len(params))
+            module = _open_library(runtime, library)
+            self._streams = [
+                Stream(runtime, module, entry, inputs, params, threads) for _ in range(streams)
+            ]
+            self._check_arity(entry, inputs + len(params))
             # what the library says of itself; None: that of an older Bertile says nothing
             self.interface: str | None = self._ask(INTERFACE)
         except BertileError as error:
             raise BundleError(f"cannot load {library}: {error.what}", error.remedy) from error
-        self._params = params
-        self._arguments = runtime.pack([0] * (len(self.inputs) + 1) + params)
-        self._shapes: set[tuple[int, ...]] = set()
+        self._held = (module, params)
 
     def __call__(self, /, **inputs) -> dict[str, np.ndarray]:
         """Run the model on arrays or nested lists of integers, each (batch, length).
@@ -86,9 +95,10 @@ class Model:
 
     def close(self) -> None:
         """Give back the library and the weights; a later call raises BertileError."""
-        with outside, self._host.lock:
-            self._entry, self._held, self._params, self._arguments = None, (), [], None
-            self._host.close()
+        with outside:
+            for stream in self._streams:
+                stream.close()
+            self._held = ()
 
     def __enter__(self) -> Model:
         return self
@@ -98,62 +108,26 @@ class Model:
 
     def __reduce__(self):
         """A pickle or a copy is the directory, which is loaded again where it is opened."""
-        return load_again(self.loaded_by, self.manifest, closed=self._entry is None)
+        return load_again(self.loaded_by, self.manifest, closed=self._streams[0].closed)
 
     def _check_arity(self, entry: str, count: int) -> None:
-        takes = self._runtime.call(self._find("get_function_arity"), entry.encode())
+        takes = self._runtime.call(self._streams[0].find("get_function_arity"), entry.encode())
         if takes != count:
             what = f"'{entry}' takes {takes} arrays, the manifest names {count}"
             raise BertileError(what, AGAIN)
 
     def _ask(self, name: str) -> str | None:
-        function = self._find(name)
+        function = self._streams[0].find(name)
         return None if function is None else self._runtime.text(self._runtime.call(function))
-
-    def _find(self, name: str) -> Object | None:
-        find = self._runtime.function("ffi.ModuleGetFunction")
-        return self._runtime.call(find, self._held[0], name.encode(), False)
 
     def _run(self, arrays: list[np.ndarray], blocks: np.ndarray) -> list[np.ndarray]:
         """Call the compiled function: aligned (batch, length) inputs and the table of blocks.
 
         A caller that packs sequences of unequal lengths builds its own table (see token_blocks).
         """
-
-        def call() -> list[np.ndarray]:
-            if self._entry is None:
-                raise BertileError("the model is closed", "load the bundle again")
-            self._limit_pool(arrays[0].shape, blocks.shape)
-            tensors = [self._runtime.tensor(array) for array in (*arrays, table)]
-            for slot, tensor in zip(self._arguments, tensors):
-                set_argument(slot, tensor)
-            result = self._runtime.call_packed(self._entry, self._arguments)
-            return self._runtime.arrays(result, len(self.outputs))
-
-        table = aligned(blocks, "int32")
-        return self._host.run(call)
-
-    def _limit_pool(self, *shapes: tuple[int, ...]) -> None:
-        # TVM's allocator keeps every freed buffer for the next request of exactly its size: without
-        # a limit, a server that sees every batch and length would keep all activations of each.
-        key = tuple(size for shape in shapes for size in shape)
-        if key not in self._shapes:
-            if len(self._shapes) >= 16:
-                self._shapes.clear()
-                self._runtime.call(self._runtime.function("vm.builtin.memory_manager.clear"))
-            self._shapes.add(key)
+        stream = min(self._streams, key=Stream.backlog)
+        return stream.run(arrays, blocks, len(self.outputs))
 
 
-def _open_library(runtime: Runtime, path: Path, entry: str) -> tuple[Object, tuple]:
-    find = runtime.function("ffi.ModuleGetFunction")
-    module = runtime.call(runtime.function("ffi.ModuleLoadFromFile"), os.fsencode(path))
-    start = runtime.call(find, module, b"vm_load_executable", False)
-    if start is None:
-        raise BertileError("it holds no compiled model")
-    machine = runtime.call(start)
-    cpu, device, pooled = 1, 0, 2
-    runtime.call(runtime.call(find, machine, b"vm_initialization", False), cpu, device, pooled)
-    function = runtime.call(find, machine, entry.encode(), False)
-    if function is None:
-        raise BertileError(f"it has no function '{entry}'")
-    return function, (machine, module)
+def _open_library(runtime: Runtime, path: Path) -> Object:
+    return runtime.call(runtime.function("ffi.ModuleLoadFromFile"), os.fsencode(path))

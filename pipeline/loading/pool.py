@@ -55,6 +55,12 @@ class Host:
             self._asked.put(call)
         return call.result()
 
+    def backlog(self) -> int:
+        """How many calls the thread is at, or has before it."""
+        if self._asked is None or self._started_in != _generation:
+            return 0
+        return self._asked.qsize() + self.lock.locked()
+
     def close(self) -> None:
         """End the thread behind the call that it is at; a later call raises BertileError."""
         self._closed = True

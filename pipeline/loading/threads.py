@@ -10,6 +10,8 @@ import numpy as np
 
 from bertile.loading.errors import InputError
 
+MOST_STREAMS = 256
+
 
 def set_thread_defaults() -> None:
     """Set, before TVM's thread pool starts, what the user has not: no pinning, a short spin.
@@ -50,3 +52,13 @@ def thread_count(threads: int | None) -> int:
     if threads > available:
         raise InputError(f"threads is {threads}, but this process may use {available} cores")
     return int(threads)
+
+
+def stream_count(streams: int | None) -> int:
+    """Return `streams`, 1 for None; raises InputError for what is no number from 1 to 256."""
+    if streams is None:
+        return 1
+    whole = isinstance(streams, (int, np.integer)) and not isinstance(streams, bool)
+    if not whole or not 1 <= streams <= MOST_STREAMS:
+        raise InputError(f"streams is {streams!r}", f"give a whole number from 1 to {MOST_STREAMS}")
+    return int(streams)

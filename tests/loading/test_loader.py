@@ -153,7 +153,7 @@ FOREIGN = {
     "complex": np.array([[1j]]),
     "records": np.array([[(1, 2)]], [("a", "i4"), ("b", "i4")]),
     "raw": np.zeros((1, 2), "V8"),
-    "long doubles": np.ones((1, 2), np.longdouble),
+    "long doubles": np.full((1, 2), 0.5, np.longdouble),
     "empty dates": np.zeros((0, 2), "datetime64[s]"),
     "a set": {1, 2},
     "a dictionary": {"a": 1},

@@ -149,7 +149,7 @@ import time
 def slow():
     time.sleep(0.5)
     print("done", flush=True)
-threading.Thread(target=lambda: model._host.run(slow), daemon=True).start()
+threading.Thread(target=lambda: model._streams[0].host.run(slow), daemon=True).start()
 time.sleep(0.1)
 """
     assert python(CALLED.format(directory=str(directory)) + code) == "done\n"
@@ -161,7 +161,7 @@ import signal, time
 began = time.monotonic()
 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
-    model._host.run(lambda: time.sleep(1))
+    model._streams[0].host.run(lambda: time.sleep(1))
 except KeyboardInterrupt:
     print("stopped", time.monotonic() - began < 0.9)
 print((model(input_ids=ids)["pooled"] == wanted).all(), time.monotonic() - began > 0.9)
@@ -178,9 +178,9 @@ def test_what_a_call_raises_is_the_callers(directory, error):
     with loader.load(directory) as model:
         for _ in range(2):
             with pytest.raises(type(error)) as caught:
-                model._host.run(fail)
+                model._streams[0].host.run(fail)
             assert caught.value is error and caught.traceback[-1].name == "fail"
-        assert model._host.run(lambda: 5) == 5
+        assert model._streams[0].host.run(lambda: 5) == 5
 
 
 def test_a_pool_that_cannot_be_sized_is_an_error_of_each_call(directory, monkeypatch):
@@ -199,9 +199,9 @@ def test_a_pool_that_cannot_be_sized_is_an_error_of_each_call(directory, monkeyp
 def test_a_model_that_is_lost_ends_its_thread(directory):
     model = loader.load(directory)
     with pytest.raises(ZeroDivisionError):
-        model._host.run(lambda: 1 / 0)
+        model._streams[0].host.run(lambda: 1 / 0)
     model(input_ids=[[1]])
-    thread, lost = model._host._thread, weakref.ref(model)
+    thread, lost = model._streams[0].host._thread, weakref.ref(model)
     del model
     assert lost() is None
     thread.join(10)
@@ -210,7 +210,9 @@ def test_a_model_that_is_lost_ends_its_thread(directory):
 
 def test_many_callers_of_one_model_each_get_their_own(directory):
     with loader.load(directory) as model, ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda n: model._host.run(lambda: n), range(500))) == [*range(500)]
+        assert list(pool.map(lambda n: model._streams[0].host.run(lambda: n), range(500))) == [
+            *range(500)
+        ]
 
 
 def test_a_call_beside_a_close_is_answered_or_refused(directory):
