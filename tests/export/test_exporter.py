@@ -96,7 +96,8 @@ def test_export_writes_the_canonical_operators(exports, family, head):
     assert not any(node.metadata_props for node in model.graph.node)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "Reshape":
+        # the scores of each question's choices are made a row of their own, of one
+        if node.op_type == "Reshape" and (head, node.output[0]) != ("multiple-choice", "logits"):
             target = onnx.numpy_helper.to_array(constants[node.input[1]]).tolist()
             assert target[:2] == [0, 0]
 
