@@ -43,8 +43,8 @@ class Config:
     or holds more than its model reads, without that; `rename` gives inputs of an ONNX file our
     names, each as OLD=NEW; `shipped_log` False leaves out the tuning logs that come with the
     package. Paths may be given as `Path`. `sparse` "always" skips zeros even where the dense kernel
-    is faster, which is for measuring. `calibrate`, `ranges`, `smooth` (0 to 1), `max_drop` (0 to 1)
-    and `eval` are for int8 alone.
+    is faster, which is for measuring. `calibrate`, `ranges`, `smooth` (0 to 1), `max_drop` (a
+    fraction of the metric: 0.005, or "0.5%") and `eval` are for int8 alone.
     Raises UsageError for a value that is not allowed, with the nearest one that is.
     """
 
@@ -191,6 +191,21 @@ def _share(name: str, value: Any) -> Any:
     raise UsageError(f"{name} is {value!r}", "give a number from 0 to 1, or leave it out")
 
 
+def _drop(name: str, value: Any) -> Any:
+    """A fraction of the metric's range: 0.005, or 0.5% in words."""
+    text = value.strip() if isinstance(value, str) else ""
+    try:
+        if text.endswith("%"):
+            value = float(text[:-1]) / 100
+        elif text:
+            value = float(text)
+        return _share(name, value)
+    except (ValueError, UsageError) as error:
+        raise UsageError(
+            f"{name} is {value!r}", "give a fraction, 0.005, or a percentage, 0.5%"
+        ) from error
+
+
 def _name_of(what: str) -> Callable[[str, Any], Any]:
     def check(name: str, value: Any) -> Any:
         if value is None or (isinstance(value, str) and value.strip()):
@@ -253,6 +268,6 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "calibrate": _path_of("a file"),
     "ranges": _one_of(RANGES),
     "smooth": _share,
-    "max_drop": _share,
+    "max_drop": _drop,
     "eval": _path_of("a file"),
 }

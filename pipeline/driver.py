@@ -26,6 +26,8 @@ from bertile.targets.rows import Target
 from bertile.tune.log.tuning_log import TuningLog
 from bertile.verify import summary, verifier
 
+LARGE_DROP = 0.1  # of a metric, from which on somebody may have meant percent
+
 # The modules that decide how a bundle comes out, on any kind of machine: its key in the cache
 # covers them with all that they import, so that a change of what else there is compiles nothing.
 STAGES = (
@@ -53,6 +55,9 @@ def compile(
     loader.set_thread_defaults()  # before TVM is imported and starts its thread pool
     row = rows.with_libc(rows.resolve(config.target, config.threads), config.libc)
     backends.of(row).check(config, row)
+    if config.max_drop is not None and config.max_drop > LARGE_DROP:
+        points, percent = f"{100 * config.max_drop:g}", f"{config.max_drop:g}%"
+        progress.say(f"--max-drop accepts a loss of {points} points of 100; is {percent} meant?")
     exported = export_cached(model, config, progress)
     compiled = _compile_cached(exported, row, config, progress)
     with progress.stage("bundle") as stage:

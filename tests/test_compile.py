@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -188,3 +189,12 @@ def test_any_padding_id_compiles_in_any_precision(
         for output, reference in want.items():
             difference = largest_difference(got[output], reference, arrays["attention_mask"])
             assert difference <= most * max(1, np.abs(reference).max())
+
+
+@pytest.mark.parametrize(("drop", "asks"), [(0.5, True), ("10%", False)])
+def test_large_accepted_loss_is_asked_about(tmp_path, drop, asks):
+    stream = io.StringIO()
+    config = Config(precision="int8", max_drop=drop, eval="x.tsv", cache_dir=str(tmp_path))
+    with pytest.raises(BertileError):  # there is no such model
+        driver.compile(tmp_path / "none", tmp_path / "out", config, Progress(0, stream))
+    assert ("accepts a loss of 50 points of 100; is 0.5% meant?" in stream.getvalue()) == asks

@@ -76,3 +76,19 @@ def test_bad_values_are_refused_with_the_nearest_name(values: dict, message: str
 def test_text_that_is_no_configuration_is_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Config.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "fraction"),
+    [("0.5%", 0.005), ("0.005", 0.005), (0.005, 0.005), ("100 %", 1.0), (0, 0)],
+)
+def test_accepted_loss_is_a_fraction_or_percent(asked, fraction):
+    config = Config(precision="int8", max_drop=asked, eval="x.tsv")
+    assert config.max_drop == pytest.approx(fraction)
+    assert Config.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("asked", ["0.5 points", "", "%", "101%", 1.5, -0.1, True, "nan%"])
+def test_accepted_loss_without_a_meaning_is_refused(asked):
+    with pytest.raises(UsageError, match="max_drop is .*0.5%"):
+        Config(precision="int8", max_drop=asked, eval="x.tsv")

@@ -54,7 +54,12 @@ CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--calibrate", "FILE", str, "int8: observe inputs on these: .txt, a text a line, or .npz"),
     ("--ranges", "dynamic|minmax|percentile|mse", str, "int8: per token, or fixed by --calibrate"),
     ("--smooth", "0..1", float, "int8: share of outliers to move from inputs to weights"),
-    ("--max-drop", "X", float, "int8: keep layers in higher precision until --eval drops less"),
+    (
+        "--max-drop",
+        "X%",
+        str,
+        "int8: largest accepted loss of the metric of --eval: 0.5%, or as a fraction 0.005",
+    ),
     ("--eval", "FILE", str, "what --max-drop measures: labelled .tsv/.jsonl, or sentences .txt"),
 )
 
