@@ -56,7 +56,7 @@ CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
     ("--smooth", "0..1", float, "int8: share of outliers to move from inputs to weights"),
     (
         "--max-drop",
-        "X%",
+        "LOSS",
         str,
         "int8: largest accepted loss of the metric of --eval: 0.5%, or as a fraction 0.005",
     ),
@@ -83,7 +83,7 @@ def add_some_config(parser: ArgumentParser, *names: str) -> Any:
                 takes = {"action": BooleanOptionalAction}
             if kind is list:
                 takes = {"metavar": metavar, "action": "append"}
-            group.add_argument(flag, default=SUPPRESS, help=help_text, **takes)
+            group.add_argument(flag, default=SUPPRESS, help=help_text.replace("%", "%%"), **takes)
     return group
 
 
