@@ -229,19 +229,25 @@ def test_load_takes_a_base_models_names_with_its_prefix(copy):
 # Configs that say the same in another way
 
 
+FORMS = [
+    {"return_dict": False},
+    {"use_return_dict": False, "torchscript": True},
+    {"_attn_implementation": "sdpa", "attn_implementation": "flash_attention_2"},
+    {"output_hidden_states": True, "output_attentions": True},
+    {"chunk_size_feed_forward": 7},
+    {"torch_dtype": "float16", "dtype": "bfloat16", "transformers_version": "2.3.0"},
+    {"num_labels": 2, "_num_labels": 2, "finetuning_task": None, "pruned_heads": {}},
+    {"output_past": True, "use_bfloat16": False, "xla_device": None, "to_dict": 1},
+]
+TOGETHER = {key: value for form in FORMS for key, value in form.items()}
+
+
 @pytest.mark.parametrize(
     "form",
     [
-        {"return_dict": False},
-        {"use_return_dict": False, "torchscript": True},
-        {"_attn_implementation": "sdpa", "attn_implementation": "flash_attention_2"},
-        {"output_hidden_states": True, "output_attentions": True},
-        {"chunk_size_feed_forward": 7},
-        {"torch_dtype": "float16", "dtype": "bfloat16", "transformers_version": "2.3.0"},
-        {"num_labels": 2, "_num_labels": 2, "finetuning_task": None, "pruned_heads": {}},
-        {"output_past": True, "use_bfloat16": False, "xla_device": None, "to_dict": 1},
+        pytest.param(TOGETHER, id="all together"),
+        *(pytest.param(form, id=next(iter(form)), marks=pytest.mark.slow) for form in FORMS),
     ],
-    ids=lambda form: next(iter(form)),
 )
 def test_export_is_the_same_in_whatever_way_a_config_computes_it(copy, form, tmp_path, cache):
     config = Config(cache_dir=cache)
@@ -377,7 +383,9 @@ def test_load_reads_weights_in_parts(copy, stages):
     assert_same_weights(checkpoints.load(directory).model, expected)
 
 
-@pytest.mark.parametrize("padding", [None, -1, 0, 7, 999])
+@pytest.mark.parametrize(
+    "padding", [-1, 999, *(pytest.param(other, marks=pytest.mark.slow) for other in (None, 0, 7))]
+)
 def test_export_takes_any_padding_id_of_the_table(copy, cache, padding):
     directory = change_config(copy(), pad_token_id=padding)
     exported = cached.export_cached(str(directory), Config(cache_dir=cache))
@@ -403,7 +411,7 @@ def test_export_counts_positions_behind_any_other_padding_id(copy, cache):
     assert exported.max_length == 514 - 401
 
 
-@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("device", ["meta", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_export_is_the_same_under_any_default_of_torch(copy, tmp_path, cache, device):
     plain = cached.export_cached(str(copy()), Config(cache_dir=cache))
     torch.set_default_device(device)

@@ -40,7 +40,13 @@ BERT = [
 ]
 
 
-@pytest.mark.parametrize("task", BERT, ids=lambda task: task.name)
+LARGE = BERT[7:12]  # BERT-large's and a student's: the same code as BERT-base's and MiniLM's
+
+
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(t, marks=[pytest.mark.slow] if t in LARGE else [], id=t.name) for t in BERT],
+)
 def test_dense_equals_numpy_on_bert_shapes(kernels, task):
     assert kernels.difference(task, blocks=2) < TOLERANCE
 
@@ -65,7 +71,7 @@ def test_every_line_of_the_next_panel_is_asked_for(width, unroll, lines):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("residual", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_dense_applies_activation_before_residual(kernels, activation, residual):
     assert kernels.difference(product(32, 33, activation, residual), blocks=3) < TOLERANCE
 

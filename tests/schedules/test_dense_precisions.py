@@ -34,7 +34,7 @@ def kernels(request, kernels_of):
     return kernels_of(request.param)
 
 
-@on_rows(SHAPES)
+@on_rows(SHAPES, share=3)
 def test_product_equals_numpy(kernels, precision, case):
     assert kernels.mistake(product(*case, precision=precision), blocks=3) is None
 

@@ -44,7 +44,7 @@ def kernels(request, kernels_of):
     return kernels_of(request.param)
 
 
-@on_rows("precision shape", PRECISIONS, SHAPES)
+@on_rows("precision shape", PRECISIONS, SHAPES, share=3)
 def test_product_equals_numpy(kernels, precision, shape):
     assert kernels.mistake(product(*shape, precision=precision), blocks=3) is None
 
@@ -71,14 +71,14 @@ def test_values_are_written_in_pairs_of_tokens(kernels, precision, values_from):
     assert kernels.mistake(task, blocks=5) is None
 
 
-@on_rows("precision seed", PRECISIONS, range(4), share=4)
+@on_rows("precision seed", PRECISIONS, range(4), share=5)
 def test_any_point_of_the_space_is_right(kernels, precision, seed):
     task = product(520, 84, "gelu", True, precision=precision, writes="to_bf16")
     (knobs,) = kernels.points(task, 1, seed)
     assert kernels.mistake(task, 13, knobs) is None, knobs
 
 
-@on_rows("activation residual", list(ACTIVATIONS), [False, True])
+@on_rows("activation residual", list(ACTIVATIONS), [False, True], share=4)
 def test_activation_comes_before_the_residual(kernels, activation, residual):
     assert kernels.mistake(product(32, 33, activation, residual), blocks=3) is None
 
