@@ -87,6 +87,7 @@ def test_json_is_what_lies_in_the_directory(tmp_path, capsys):
     assert all(row["zeros"] == 0.5 for row in report["layers"])
 
 
+@pytest.mark.slow
 def test_compiled_model_is_smaller_by_what_was_pruned(tmp_path, stages):
     """Half of the heads and half of the neurons; compiling checks the result against ONNX Runtime
     on the whole model.
