@@ -6,6 +6,7 @@ Each is locked by the process that uses it, and the system gives the lock back h
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ except ImportError:  # not a POSIX system: nobody knows whose a directory is
 RANDOM = r"[a-z0-9_]{8}"  # with which a name from `mkdtemp` ends
 # Where locks do not work, as on some network disks, what is this old is nobody's any more.
 OLD_SECONDS = 24 * 3600
+ATTEMPTS = 100  # at a directory that others take away as soon as it is made
 
 
 @contextlib.contextmanager
@@ -98,17 +100,22 @@ def _lock(handle: int, wait: bool) -> bool:
 
 
 def _make(home: Path, prefix: str) -> tuple[Path, int]:
-    while True:
+    lost = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(home))
+    for _ in range(ATTEMPTS):
         with contextlib.suppress(FileExistsError):
             os.mkdir(home, 0o700)
-        with contextlib.suppress(FileNotFoundError):  # `home`, or it, was taken away in between
+        try:
             path = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            _lock(handle, wait=True)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), path.lstat()):
-                    return path, handle
-            os.close(handle)
+        except FileNotFoundError as error:  # `home`, or it, was taken away in between
+            lost = error
+            continue
+        _lock(handle, wait=True)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.lstat()):
+                return path, handle
+        os.close(handle)
+    raise lost  # by no process of ours: /proc, say, has no room for a directory
 
 
 def _home() -> Path:

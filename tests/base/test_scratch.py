@@ -247,3 +247,9 @@ def test_a_compile_that_is_killed_leaves_nothing_behind_the_next(tmp_path, tempo
     assert done.returncode == 0, done.stderr
     assert leftovers(cache) == leftovers(temporary) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "tmp"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a /proc")
+def test_place_where_nothing_can_be_made_is_an_error_at_once():
+    with pytest.raises(OSError), scratch.held(Path("/proc"), "x-"):
+        pass
