@@ -90,5 +90,5 @@ def test_accepted_loss_is_a_fraction_or_percent(asked, fraction):
 
 @pytest.mark.parametrize("asked", ["0.5 points", "", "%", "101%", 1.5, -0.1, True, "nan%"])
 def test_accepted_loss_without_a_meaning_is_refused(asked):
-    with pytest.raises(UsageError, match="max_drop is .*0.5%"):
+    with pytest.raises(UsageError, match=r"max_drop is .*0\.5%"):
         Config(precision="int8", max_drop=asked, eval="x.tsv")
