@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from helpers.records import record
 
+from bertile import driver
 from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
@@ -222,3 +224,37 @@ def test_lengths_that_are_none_are_refused(lengths):
     with pytest.raises(Exception, match="lengths is"):
         Config(lengths=lengths)
     assert Config(lengths="16,128").lengths == (16, 128)
+
+
+@pytest.mark.slow
+def test_compile_settles_what_another_processor_tuned_once(tmp_path, stages, monkeypatch):
+    monkeypatch.setattr("bertile.base.machine.processor", lambda: HERE)
+    monkeypatch.setitem(tuner.EFFORTS, "auto", tuner.Effort(0, 600.0))  # however busy this one is
+    choices = {"cache_dir": stages, "log_dir": str(tmp_path / "log"), "shipped_log": False}
+    config, quiet = Config(**choices, tune="auto"), Progress(verbosity=-1)
+    log = driver.open_log(config, quiet)
+    tasks, _ = driver.tasks("synthetic:bert-tiny", log, ROW, config, quiet)
+    task = next(t for t in tasks if t.operation == "dense" and not t.shape.get("precision"))
+    default = SCHEDULES["dense"].default(task, ROW)
+    prior = next(
+        {**default, "chunk": chunk}
+        for chunk in SCHEDULES["dense"].space(task, ROW)["chunk"]
+        if chunk != default["chunk"]
+    )
+    log.append(dataclasses.replace(record(task, **prior), machine={"cpu": "another processor"}))
+
+    def compiled(progress: Progress) -> str:
+        driver.compile("synthetic:bert-tiny", tmp_path / "out", config, progress)
+        manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+        kernels = [Task(k["operation"], k["shape"]) for k in manifest["kernels"]]
+        return manifest["kernels"][kernels.index(task)]["provenance"]
+
+    def names(progress: Progress) -> list[str]:
+        return [stage["stage"] for stage in progress.summary()]
+
+    first, again = Progress(verbosity=-1), Progress(verbosity=-1)
+    assert compiled(first) == TUNED and "tune" in names(first)
+    row = rows.resolve("native")
+    measured_here = driver.open_log(config, quiet).tuned(task, row)
+    assert [dict(entry.knobs) for entry in measured_here] == [prior, default]
+    assert compiled(again) == TUNED and "tune" not in names(again)
