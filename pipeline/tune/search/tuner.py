@@ -93,8 +93,9 @@ def tune(
     began = time.monotonic()
     with open_runner(row, config) as trials:
         deadline = began + (config.timeout or effort.seconds)
-        # five seconds have no time for a reference
+        # Five seconds have no time for a reference, and a GPU's schedules have no such task.
         paced = config.tune != "auto" and not estimates and trials.parallel == 1
+        paced = paced and not row.kernels_are_text
         session = _Session(log, row, trials, progress, deadline, effort.patience, estimates, paced)
         stopped = _search(session, open_tasks, tasks, wanted, others)
         if session.repeated:
@@ -178,7 +179,7 @@ class _Session:
     deadline: float
     patience: int | None
     estimates: bool = False  # by a model of the machine: what was measured need not be
-    paced: bool = True  # whether the reference is timed: where it is this machine that measures
+    paced: bool = False  # whether the reference is timed: where it is this machine that measures
     idle: int = 0  # trials since a task last improved by 1%
     count: int = 0
     total: int = 0

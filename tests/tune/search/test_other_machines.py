@@ -258,3 +258,16 @@ def test_compile_settles_what_another_processor_tuned_once(tmp_path, stages, mon
     measured_here = driver.open_log(config, quiet).tuned(task, row)
     assert [dict(entry.knobs) for entry in measured_here] == [prior, default]
     assert compiled(again) == TUNED and "tune" not in names(again)
+
+
+def test_gpu_is_tuned_without_a_reference(tmp_path):
+    """Its schedules have no product without a precision."""
+    row = rows.resolve("cuda-sm90")
+    task = Task("layer_norm", {"channels": 64, "epsilon": 1e-12, "precision": "fp32"})
+    runner = Pretended({})
+    runner.run = lambda task, knobs, blocks, also=(): {"microseconds": [5.0], "also": {}}
+    log = TuningLog([tmp_path], pytest.fail, HERE)
+    config = Config(tune="quick", target=row.name, trials=1)
+    tasks = Counter({task: 1})
+    tuner.tune(tasks, log, row, config, Progress(verbosity=-1), (), lambda *_: runner)
+    assert {entry.reference for entry in log.records(task, row)} == {None}
