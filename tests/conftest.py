@@ -12,6 +12,7 @@ import pytest
 
 from bertile.loader import cpu_features
 from bertile.targets.rows import TABLE
+from bertile.tune.log import tuning_log
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,7 +56,7 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Commands in tests keep their stage results apart from the user's.
+    """Commands in tests keep their stage results, and what they measure, apart from the user's.
 
     Not ziglang its C libraries, which take it half a minute to build for the first time.
     """
@@ -64,6 +65,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
         if "ZIG_GLOBAL_CACHE_DIR" not in os.environ:
             patch.setenv("ZIG_GLOBAL_CACHE_DIR", str(user / "zig"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(tuning_log, "USER_LOG", tmp_path_factory.mktemp("log"))
         yield
 
 
