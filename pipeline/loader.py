@@ -12,7 +12,7 @@ from bertile.loading.command import main
 from bertile.loading.dispatch import load
 from bertile.loading.errors import BertileError, BundleError, InputError, PlatformError
 from bertile.loading.files import check_files
-from bertile.loading.inputs import FILL, check_inputs, check_names, filled
+from bertile.loading.inputs import FILL, NEUTRAL, check_inputs, check_names, filled
 from bertile.loading.manifest import (
     CUDA,
     LIBRARY,
@@ -37,6 +37,7 @@ __all__ = [
     "FILL",
     "LIBRARY",
     "MANIFEST",
+    "NEUTRAL",
     "PARTS",
     "PASS_BLOCKS",
     "RUNTIME",

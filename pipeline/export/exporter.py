@@ -17,7 +17,7 @@ from bertile.families import model_config, table
 from bertile.onnx import reach
 from bertile.onnx.exported import ExportedModel, InputSpec, read
 from bertile.onnx.samples import largest_difference, run_onnx, sample, session
-from bertile.onnx.scores import rounding
+from bertile.onnx.scores import room
 
 __all__ = ["ExportedModel", "InputSpec", "export", "fingerprint", "read"]
 
@@ -202,11 +202,10 @@ def _check(module: Any, exported: ExportedModel, padding_id: int) -> float:
         mask = arrays["attention_mask"]
         for name, tensor in zip(exported.outputs, want, strict=True):
             worst = max(worst, largest_difference(got[name], tensor.numpy(), mask))
-    if not worst <= TOLERANCE and not worst <= (
-        room := TOLERANCE * rounding(exported.onnx_path, feeds)
-    ):
+    bound = room(TOLERANCE, worst, exported.onnx_path, feeds)
+    if not worst <= bound:
         raise NumericMismatchError(
-            f"the exported ONNX model differs from torch by {worst:.3g}, more than {room:.3g}",
+            f"the exported ONNX model differs from torch by {worst:.3g}, more than {bound:.3g}",
             "this is a fault in Bertile's exporter or in the exporter of torch; please report it",
         )
     return worst

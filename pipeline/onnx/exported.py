@@ -11,15 +11,11 @@ from typing import Any
 
 from bertile.base.directories import mark
 from bertile.base.errors import ModelError
+from bertile.loader import NEUTRAL
 
 # The inputs that a model may have, in their order, and what fills each where a caller leaves it
-# out: "places" is 0, 1, 2, …
-DEFAULTS = {
-    "input_ids": None,
-    "attention_mask": "ones",
-    "token_type_ids": "zeros",
-    "position_ids": "places",
-}
+# out.
+DEFAULTS = {"input_ids": None, **NEUTRAL}
 
 
 @dataclass(frozen=True)

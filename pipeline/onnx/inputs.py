@@ -18,6 +18,7 @@ import onnx
 from onnx import helper
 
 from bertile.base.errors import ModelError, UsageError, nearest
+from bertile.loader import filled
 from bertile.onnx.dependence import is_lookup, lookup_source
 from bertile.onnx.exported import DEFAULTS, InputSpec
 from bertile.onnx.graph import OnnxGraph
@@ -183,9 +184,6 @@ class Fed:
         asked = [entry for entry in rename if entry.split("=", 1)[0] in names]
         return cls(runner, canonical_names(names, path, asked))
 
-    def get_inputs(self) -> Any:
-        return self._runner.get_inputs()
-
     def get_outputs(self) -> Any:
         return self._runner.get_outputs()
 
@@ -194,14 +192,10 @@ class Fed:
         shape, arrays = feed["input_ids"].shape, {}
         for argument in self._runner.get_inputs():
             name = self._names.get(argument.name, argument.name)
-            value = feed[name] if name in feed else np.broadcast_to(_fill(name, shape), shape)
-            arrays[argument.name] = np.ascontiguousarray(value, _dtype(argument.type))
+            value = feed[name] if name in feed else filled(DEFAULTS.get(name), shape) or 0
+            whole = np.broadcast_to(value, shape)
+            arrays[argument.name] = np.ascontiguousarray(whole, _dtype(argument.type))
         return self._runner.run(names, arrays)
-
-
-def _fill(name: str, shape: tuple[int, int]) -> np.ndarray:
-    fills = {"ones": np.ones(1), "places": np.arange(shape[1])}
-    return fills.get(DEFAULTS.get(name) or "", np.zeros(1))
 
 
 def _dtype(kind: str) -> np.dtype:

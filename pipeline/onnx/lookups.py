@@ -19,6 +19,7 @@ from bertile.onnx.probing import Probes, evaluate, evaluated
 from bertile.onnx.shapes import Axes
 
 LONGEST = 32768  # tokens: where an index is within its table so far, nothing limits the length
+MOST = 1 << 22  # elements of an index that is computed to see whether it is
 
 
 def write_lookups(graph: OnnxGraph, probes: Probes, axes: Axes, opset: int) -> int | None:
@@ -174,24 +175,34 @@ class _Lookups:
                 self._limit(longest.shape[axis])
 
     def _ones(self, length: int) -> dict[str, np.ndarray]:
-        """A request of one sequence whose ids, and whatever else, are all 1."""
-        feed = self.probes.feeds[0]
-        return {name: np.ones((1, length), array.dtype) for name, array in feed.items()}
+        """A request of one sequence, or as many as the batch has, where all there is is 1."""
+        feed, batch = self.probes.feeds[0], self.axes.static("batch") or 1
+        return {name: np.ones((batch, length), array.dtype) for name, array in feed.items()}
 
     def tried(self, node: onnx.NodeProto, opset: int) -> None:
-        """Limit the length by trying how long a sequence keeps an index within its table."""
+        """Limit the length by trying how long a sequence keeps an index within its table.
+
+        Lengths double until one does not, or the index has too many elements to go on: one by pairs
+        of places grows with their square.
+        """
         rows = self.graph.shape(node.input[0])[0]
         if self.axes.static("length") is not None or self.graph.is_constant(node.input[1]):
             return
 
-        def fits(length: int) -> bool:
+        def elements(length: int) -> int | None:
+            """How many the index has; None where one of them is outside of the table."""
             index = evaluated(self.graph, node.input[1], self._ones(length), opset)
-            return index is not None and bool((index < rows).all() and (index >= -rows).all())
+            fits = index is not None and bool((index < rows).all() and (index >= -rows).all())
+            return index.size if fits else None
 
-        fine, wrong = 1, LONGEST + 1
-        if fits(LONGEST):
-            return
+        fine, size = 1, elements(1)
+        while size is not None:
+            if fine >= LONGEST or size > MOST:
+                return
+            fine, size = 2 * fine, elements(2 * fine)
+        fine, wrong = fine // 2, fine
         while wrong - fine > 1:
             middle = (fine + wrong) // 2
-            fine, wrong = (middle, wrong) if fits(middle) else (fine, middle)
-        self._limit(fine)
+            fine, wrong = (middle, wrong) if elements(middle) else (fine, middle)
+        if fine:
+            self._limit(fine)

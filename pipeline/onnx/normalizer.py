@@ -38,7 +38,7 @@ from bertile.onnx.probing import Probes, opened, probe
 from bertile.onnx.quantized import drop_marks
 from bertile.onnx.reader import check_operators, read
 from bertile.onnx.samples import largest_difference, sample, session, squared_norms
-from bertile.onnx.scores import rounding
+from bertile.onnx.scores import room
 from bertile.onnx.shapes import Axes, fold_constants, write_shapes
 from bertile.onnx.source_files import fingerprint, inside
 
@@ -251,9 +251,7 @@ def _check(
         want = _results(original, names, feeds)
         worst, relative = _compare(want, _results(after, names, feeds), feeds)
         if lifted is None:
-            if worst > TOLERANCE:
-                room = TOLERANCE * rounding(normalized, feeds)
-                _refuse(worst, room, "the original", _FAULT)
+            _refuse(worst, room(TOLERANCE, worst, normalized, feeds), "the original", _FAULT)
             return f"differs from the original by at most {worst:.2g} on real tokens", seen
         kind, tolerance, hint = rounded
         what = f"the {kind} original, relative to its magnitude,"

@@ -21,6 +21,21 @@ USUAL = 100.0  # scores up to here come with the tolerances as they are
 NEAR = 20.0  # below the largest of its row, a score has no weight that counts
 
 
+def room(
+    tolerance: float,
+    difference: float,
+    path: Path,
+    feeds: Iterable[Mapping[str, np.ndarray]],
+    rename: Iterable[str] = (),
+) -> float:
+    """Return how far results for these inputs of an ONNX file may be apart: the tolerance, and
+    where the difference is beyond it, what it has grown to by the scores.
+    """
+    if difference <= tolerance:
+        return tolerance
+    return tolerance * rounding(path, feeds, rename)
+
+
 def rounding(
     path: Path, feeds: Iterable[Mapping[str, np.ndarray]], rename: Iterable[str] = ()
 ) -> float:

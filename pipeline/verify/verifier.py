@@ -15,7 +15,7 @@ from bertile.onnx import exported
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.inputs import Fed
 from bertile.onnx.samples import largest_difference, sample, session
-from bertile.onnx.scores import rounding
+from bertile.onnx.scores import room
 from bertile.run import opener
 from bertile.targets.rows import Target
 
@@ -129,9 +129,8 @@ def _compare(
                     "worst": [batch, length],
                 }
         cases.append({"batch": batch, "length": length, "max_abs_difference": largest})
-    if worst["max_abs_difference"] > worst["tolerance"]:
-        feeds = [sample(specs, *shape, padding, seed=shape[1]) for shape in wanted]
-        worst["tolerance"] *= rounding(onnx, feeds, rename)
+    feeds = (sample(specs, *shape, padding, seed=shape[1]) for shape in wanted)
+    worst["tolerance"] = room(worst["tolerance"], worst["max_abs_difference"], onnx, feeds, rename)
     return {"reference": f"onnxruntime {runtime.__version__}", **worst, "cases": cases}
 
 

@@ -56,10 +56,15 @@ def test_one_call_waits_for_no_other_as_long_as_a_stream_is_free(model):
 
 
 def test_weights_are_in_memory_once(directory):
-    """Every stream is handed the tensors that lie where the file is mapped."""
+    """Every stream hands its function the same tensors, which lie where the file is mapped."""
     with loader.load(directory, threads=1, streams=4) as model:
-        (_, params) = model._held
-        assert len(params) == len(PARAMS) and len(model._streams) == 4
+        first = len(model.inputs) + 1
+        handed = [
+            [slot.value.pointer for slot in stream._arguments[first:]] for stream in model._streams
+        ]
+        assert len(handed[0]) == len(PARAMS) and all(handed[0])
+        assert handed == [handed[0]] * 4
+        assert len({stream._machine.handle for stream in model._streams}) == 4
 
 
 def test_closed_model_has_no_stream(directory):

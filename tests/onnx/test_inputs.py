@@ -15,6 +15,7 @@ import bertile
 from bertile import loader
 from bertile.base.errors import InputError, ModelError, UsageError
 from bertile.config import Config
+from bertile.onnx import lookups as tables
 from bertile.onnx import normalizer
 from bertile.onnx.inputs import canonical_names
 from bertile.onnx.samples import session
@@ -200,6 +201,25 @@ def test_limits_of_ids_and_places_come_from_the_graph(tmp_path, index):
     assert exported.max_length == 40
 
 
+COUNTED = (
+    helper.make_node("Max", ["lowest", "lowest"], ["axis"]),
+    helper.make_node("Sub", ["axis", "minus"], ["three"]),
+    helper.make_node("Div", ["three", "three"], ["one"]),
+    helper.make_node("CumSum", ["attention_mask", "one"], ["position_ids"]),
+)
+
+
+@pytest.mark.parametrize("batch", ["batch", 1, 3])
+def test_length_is_limited_by_what_counts_real_tokens(tmp_path, batch):
+    """Positions from 1 on, in a table of 40: whether or not the batch is static."""
+    kinds = {"input_ids": TensorProto.INT64, "attention_mask": TensorProto.INT64}
+    model = lookups("input_ids", COUNTED, **kinds)
+    for value in model.graph.input:
+        value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.INT64, [batch, "s"]))
+    exported = normalizer.normalize(saved(model, tmp_path), tmp_path / "out", Config())
+    assert (exported.batch, exported.max_length) == (None if batch == "batch" else batch, 39)
+
+
 @pytest.fixture(scope="module")
 def placed(tmp_path_factory) -> tuple[Path, loader.Model]:
     """A file whose positions are an input, and its bundle."""
@@ -259,3 +279,40 @@ def test_mask_of_floats_is_taken_where_it_is_0_and_1():
 def test_no_name_of_an_input_hits_a_parameter_of_the_call(placed):
     with pytest.raises(InputError, match="the model has no input 'self'"):
         placed[1](input_ids=[[1]], self=[[1]])
+
+
+def test_lookup_by_pairs_of_places_is_tried_in_short_sequences_alone(tmp_path, monkeypatch):
+    """Distances that are clipped fit their table in any length, and grow with its square."""
+    seen, real = [], tables.evaluated
+
+    def evaluated(*arguments):
+        seen.append(real(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(tables, "evaluated", evaluated)
+    monkeypatch.setattr(tables, "MOST", 1 << 12)
+    model = lookups("input_ids", input_ids=TensorProto.INT64, position_ids=TensorProto.INT32)
+    numbers = {"zero": 0, "step": 1, "low": -3, "high": 3, "first": [0], "second": [1]}
+    arrays = {name: np.array(number) for name, number in numbers.items()}
+    arrays["near"] = np.random.default_rng(1).standard_normal((7, 8)).astype("float32")
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in arrays.items())
+    make = helper.make_node
+    model.graph.node[-2].output[0] = "plain"
+    model.graph.node.insert(3, make("Add", ["plain", "bias"], ["sum"]))
+    pairs = [
+        make("Shape", ["input_ids"], ["length"], start=1, end=2),
+        make("Squeeze", ["length"], ["end"]),
+        make("Range", ["zero", "end", "step"], ["range"]),
+        make("Unsqueeze", ["range", "first"], ["across"]),
+        make("Unsqueeze", ["range", "second"], ["down"]),
+        make("Sub", ["across", "down"], ["apart"]),
+        make("Clip", ["apart", "low", "high"], ["clipped"]),
+        make("Add", ["clipped", "high"], ["pair"]),
+        make("Gather", ["near", "pair"], ["pairs"]),
+        make("ReduceMean", ["pairs"], ["bias"], axes=[0], keepdims=0),
+    ]
+    for place, node in enumerate(pairs):
+        model.graph.node.insert(place, node)
+    exported = normalizer.normalize(saved(model, tmp_path), tmp_path / "out", Config())
+    assert exported.max_length == 40  # by the other table
+    assert max(index.size for index in seen if index is not None) <= 4 << 12

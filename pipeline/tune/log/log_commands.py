@@ -15,8 +15,7 @@ from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.schedules.task import Task
 from bertile.targets import rows as targets
-from bertile.targets.rows import Target
-from bertile.tune.log.tuning_log import Record, TuningLog, fair_time, missing, surely
+from bertile.tune.log.tuning_log import Record, TuningLog, fastest, surely
 
 # Both become parts of a path in our own log.
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -60,38 +59,29 @@ def best(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
     """
     rows = []
     for name, processor, threads, task, records in groups(log, target):
+        worked = [record for record in records if record.microseconds]
+        candidates = [record for record in worked if not record.estimated] or worked
+        if not candidates:
+            continue
         row = next((row for row in targets.TABLE if row.log == name), None)
-        fastest = fastest_of(records, row)
-        if fastest.estimated and row is not None:
-            fastest = surely(fastest, records, row)
-        if fastest.microseconds:
-            rows.append(
-                {
-                    "operation": task.operation,
-                    "shape": _shape(task),
-                    "target": name,
-                    "processor": processor,
-                    "threads": threads,
-                    "best_us": fastest.median,
-                    "estimated": fastest.estimated,
-                    "knobs": dict(fastest.knobs),
-                }
-            )
+        if row is None:  # another version's: which lengths count is not known
+            chosen = min(candidates, key=lambda record: record.median)
+        else:
+            chosen = fastest(candidates, row)
+            chosen = surely(chosen, records, row) if chosen.estimated else chosen
+        rows.append(
+            {
+                "operation": task.operation,
+                "shape": _shape(task),
+                "target": name,
+                "processor": processor,
+                "threads": threads,
+                "best_us": chosen.median,
+                "estimated": chosen.estimated,
+                "knobs": dict(chosen.knobs),
+            }
+        )
     return rows
-
-
-def fastest_of(records: Sequence[Record], row: Target | None) -> Record:
-    """The best of records that can be compared, by the lengths that count where a row tells."""
-    paces = [record.reference for record in records if record.reference and record.microseconds]
-
-    def order(record: Record) -> tuple[float, ...]:
-        if not record.microseconds:
-            return record.estimated, math.inf, math.inf
-        if row is None:
-            return record.estimated, 0, record.median
-        return record.estimated, missing(record, row), fair_time(record, row, paces)
-
-    return min(records, key=order)
 
 
 def groups(log: TuningLog, target: str | None = None) -> Iterator[Group]:

@@ -189,8 +189,7 @@ class TuningLog:
             return None
         nearest = min(self._strangeness(r, row) for r in candidates)
         candidates = [r for r in candidates if self._strangeness(r, row) == nearest]
-        paces = [r.reference for r in candidates if r.reference]
-        best = min(candidates, key=lambda r: (missing(r, row), fair_time(r, row, paces)))
+        best = fastest(candidates, row)
         return surely(best, candidates, row) if best.estimated else best
 
     def _strangeness(self, record: Record, row: Target) -> tuple[Any, ...]:
@@ -257,6 +256,14 @@ class TuningLog:
                         bad.append(number)
             if bad:
                 self._warn(f"{path}: line {', '.join(map(str, bad))} is no record and is skipped")
+
+
+def fastest(records: Sequence[Record], row: Target) -> Record:
+    """The fastest of some records that can be compared: of all the lengths that count, and by
+    these.
+    """
+    paces = [record.reference for record in records if record.reference]
+    return min(records, key=lambda r: (missing(r, row), fair_time(r, row, paces)))
 
 
 def missing(record: Record, row: Target) -> int:

@@ -14,6 +14,7 @@ import pytest
 from helpers.records import record
 
 from bertile import driver
+from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
@@ -221,7 +222,7 @@ def test_row_is_measured_on_the_lengths_that_a_model_takes():
 
 @pytest.mark.parametrize("lengths", ["", "16,", "a", (0,), (10**6,), 16])
 def test_lengths_that_are_none_are_refused(lengths):
-    with pytest.raises(Exception, match="lengths is"):
+    with pytest.raises(UsageError, match="lengths is"):
         Config(lengths=lengths)
     assert Config(lengths="16,128").lengths == (16, 128)
 
