@@ -23,6 +23,10 @@ LOG_PRUNED ?= int8@0.8:4x1 int8@0.9:4x1 int8@0.95:4x1 fp32@0.9:unstructured
 # What `make bench-sparse` prunes, of the synthetic models.
 SPARSE_MODEL ?= bert-base
 
+# What `make bench-load` and `make bench-streams` call, and for how many seconds each engine.
+LOAD_MODEL ?= minilm
+LOAD_SECONDS ?= 5
+
 # What `make bench-tuning` tunes from an empty log, and times beside the shipped log's kernels.
 TUNING_MODEL ?= synthetic:bert-base
 TUNING_TRIALS ?=
@@ -39,6 +43,7 @@ export PATH := $(abspath $(ARM))/usr/bin:$(PATH)
 ARM_ENV = $(if $(wildcard $(ARM)/usr/aarch64-linux-gnu),QEMU_LD_PREFIX=$(abspath $(ARM))/usr/aarch64-linux-gnu)
 
 .PHONY: help demo test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
+.PHONY: bench-load bench-streams bench-acceptance
 .PHONY: logs-arm pack-cuda bench-cuda ingest-cuda clean
 .DEFAULT_GOAL := help
 
@@ -50,6 +55,8 @@ help:
 	@echo "make bench      time models beside ONNX Runtime, OpenVINO and PyTorch; tables into $(RESULTS)"
 	@echo "make bench-precisions   the same in int8 and bf16, with DeepSparse"
 	@echo "make bench-sparse   pruned models beside peers, and time against sparsity, into $(RESULTS)"
+	@echo "make bench-load   a request beside busy cores; make bench-streams, several at once"
+	@echo "make bench-acceptance   every case that has a bound beside every peer, in one table"
 	@echo "make bench-tuning   tune a model from an empty log, compare with the shipped one (10 min)"
 	@echo "make pack-cuda    all that a machine with a GPU measures, to be carried there (20 min)"
 	@echo "make bench-cuda   measure it, on that machine; make ingest-cuda, its results at home"
@@ -108,6 +115,20 @@ bench-precisions: $(VENV)/.bench
 bench-sparse: $(VENV)/.bench
 	@$(BIN)/python -m bertile.studies.sparse_bench --model $(SPARSE_MODEL) --repeat $(REPEAT) \
 	  --into $(RESULTS) -o pipeline/studies
+
+# What a request costs on a machine that does something else too, and what a waiting model burns.
+bench-load: $(VENV)/.bench
+	@$(BIN)/bertile bench $(LOAD_MODEL) --load --duration $(LOAD_SECONDS) \
+	  --against onnxruntime,openvino,torch --markdown --into $(RESULTS)
+
+# Two streams of one thread beside one of two threads, each with two callers.
+bench-streams: $(VENV)/.bench
+	@$(BIN)/bertile bench $(LOAD_MODEL) --threads 2 --streams 1,2 --concurrency 2 --length 16,32 \
+	  --duration $(LOAD_SECONDS) --against onnxruntime,openvino --markdown --into $(RESULTS)
+
+# Each case with the share of the best peer's time that it may take at most; REPEAT=3 is a short run.
+bench-acceptance: $(VENV)/.bench
+	@$(BIN)/python -m bertile.studies.acceptance --repeat $(REPEAT) --into $(RESULTS)
 
 # "bertile / it" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.
 bench-tuning: $(VENV)/.bench

@@ -164,11 +164,22 @@ def test_python_blocks_are_python(page: Path) -> None:
 
 def test_results_have_each_place_that_make_writes_to_once() -> None:
     text = RESULTS.read_text(encoding="utf-8")
-    for name in ("", "-int8", "-bf16", "-sparse", "-tuning", "-cuda"):
+    names = (
+        "",
+        "-int8",
+        "-bf16",
+        "-sparse",
+        "-acceptance",
+        "-load",
+        "-streams",
+        "-tuning",
+        "-cuda",
+    )
+    for name in names:
         assert text.count(f"<!-- bench{name} -->") == text.count(f"<!-- /bench{name} -->") == 1
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert f"RESULTS ?= {RESULTS.relative_to(ROOT).as_posix()}\n" in makefile
-    assert len(re.findall(r"--into \"?\$\(RESULTS\)", makefile)) == 5
+    assert len(re.findall(r"--into \"?\$\(RESULTS\)", makefile)) == 8
 
 
 def test_readme_quotes_the_results() -> None:

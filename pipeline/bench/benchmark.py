@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from bertile import loader
 from bertile.base import machine, scratch
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
-from bertile.bench import competitors, turns
-from bertile.bench.engines import Arrays, Engine
+from bertile.bench import competitors, sameness, turns, workloads
 from bertile.bench.startup import startup as measure_startup
+from bertile.bench.workloads import Mix
 from bertile.config import Config
 from bertile.numerics.precision import PRECISIONS
-from bertile.run.requests import random_inputs
 from bertile.tune.measure import roofline
 
 STARTUP_SIZE = (1, 128)  # of the call that a new process makes, where it is among those timed
-# Float32 outputs are near each value too: a cosine does not see a factor.
-SAME_FP32 = 1e-2
-APART = "{engine}'s outputs differ from float32's by {max_abs_difference:.2g}: not the same model"
-DIFFERS = "{engine}'s outputs have a cosine of {cosine:.4f} to float32's: not the same model"
 
 
 def bench(
@@ -34,15 +27,16 @@ def bench(
     *,
     against: Sequence[str] = ("onnxruntime",),
     batches: Sequence[int] = (1,),
-    lengths: Sequence[int] = (128,),
+    lengths: Sequence[int | Mix] = (128,),
     threads: int | None = None,
     repeat: int = 30,
     startup: bool = False,
     cache_dir: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Time the bundle and each engine of `against` on the same random ids, without padding.
+    """Time the bundle and each engine of `against` on the same random ids.
 
+    A length in tokens has no padding; sequences of a `Mix` of lengths are padded to the longest.
     Each engine has a process of its own with `threads` cores, and they work in turns of some calls
     behind a warm-up. `onnx` None exports the bundle's source again, from the cache where it can.
     Gives "rows", one per engine and size, in milliseconds of a call: "ratio" is Bertile's median
@@ -52,35 +46,50 @@ def bench(
     "max_abs_difference" compare outputs with float32's. `startup` adds "startup", rows on new
     processes.
     """
-    _check({"batch": batches, "length": lengths, "repeat": [repeat]})
+    sizes = [(batch, length) for batch in batches for length in lengths]
+    numbers = [length for length in lengths if not isinstance(length, Mix)]
+    _check({"batch": batches, "length": numbers, "repeat": [repeat]})
     _check({} if threads is None else {"threads": [threads]})
     progress = progress or Progress(verbosity=-1)
     manifest = loader.read_manifest(directory)
     threads = threads or loader.available_cores()
-    sizes = [(batch, length) for batch in batches for length in lengths]
-    inputs = [random_inputs(manifest, *size) for size in sizes]
+    loads = [
+        workloads.of_mix(manifest, batch, length)
+        if isinstance(length, Mix)
+        else workloads.of_size(manifest, batch, length)
+        for batch, length in sizes
+    ]
+    inputs = [workload.requests[0] for workload in loads]
     engines, notes = competitors.engines(
         Path(directory), manifest, against, onnx, cache_dir, progress
     )
     progress.status("bench     the machine's peaks")
-    used = sorted({engine.precision for engine in engines})
+    used = sorted({engine.precision for engine in engines} & set(PRECISIONS))
+    pieces = sorted({size for workload in loads for size in workload.sizes})
     peaks, flops = roofline.facts_in_own_process(
-        manifest["kernels"], "native", threads, sizes, used
+        manifest["kernels"], "native", threads, pieces, used
     )
-    references = _references(engines, inputs, threads)
+    flops_of = dict(zip(pieces, flops))
+    references = sameness.references(engines, inputs, threads)
     rows: list[dict[str, Any]] = []
     with turns.started(engines, inputs[0], threads, cache_dir) as (workers, versions, left_out):
         watch = machine.Watch([worker.pid for worker in workers])
-        for arrays, reference in zip(inputs, references):
-            rows += turns.measure(workers, arrays, repeat, progress, reference)
+        for workload, reference in zip(loads, references):
+            measured = turns.measure(workers, workload.requests[0], repeat, progress, reference)
+            work = sum(flops_of[size] for size in workload.sizes)
+            tokens = sum(batch * length for batch, length in workload.sizes)
+            rows += [
+                {**row, "length": workload.length, "tokens": tokens, "flops": work}
+                for row in measured
+            ]
         busy = watch.busy()
     # once more, for a machine that was busy the first time
     again, _ = roofline.facts_in_own_process((), "native", threads, (), used)
     peaks = {precision: max(peak, again[precision]) for precision, peak in peaks.items()}
-    model, flops_of = manifest["model"]["source"], dict(zip(sizes, flops))
-    doubts = [doubt for row in rows if (doubt := _doubt(row))]
+    model = manifest["model"]["source"]
+    doubts = [doubt for row in rows if (doubt := sameness.doubt(row))]
     report = {
-        "rows": [{"model": model, **_shares(row, flops_of, peaks)} for row in rows],
+        "rows": [{"model": model, **_shares(row, peaks)} for row in rows],
         "source": model,
         "versions": versions,
         "threads": threads,
@@ -98,7 +107,7 @@ def bench(
         first_results = measure_startup(
             ready, inputs[chosen], weights, threads, cache_dir, progress
         )
-        size = dict(zip(("batch", "length"), sizes[chosen]))
+        size = {"batch": loads[chosen].batch, "length": loads[chosen].length}
         report["startup"] = [{"model": model, **size, **row} for row in first_results]
     return report
 
@@ -108,10 +117,11 @@ def bench_models(
     config: Config,
     progress: Progress,
     onnx: Path | None = None,
+    measure: Callable[..., dict[str, Any]] | None = None,
     **choices: Any,
 ) -> list[dict[str, Any]]:
     """One report each for bundles and models; a model is compiled first, and nothing of it stays
-    but the cache.
+    but the cache. `measure` makes a report of a bundle: `bench`, or what is called like it.
     """
     if onnx and len(targets) > 1:
         raise UsageError("--onnx is one model's", "name one bundle with it")
@@ -122,7 +132,7 @@ def bench_models(
         with scratch.directory("bench-") as work_directory:
             directory = _bundle(target, config, Path(work_directory), progress)
             choices |= {"threads": config.threads, "cache_dir": config.cache_dir}
-            reports.append(bench(directory, onnx, progress=progress, **choices))
+            reports.append((measure or bench)(directory, onnx, progress=progress, **choices))
     return reports
 
 
@@ -144,29 +154,11 @@ def _bundle(target: str, config: Config, work_directory: Path, progress: Progres
     return work_directory / "bundle"
 
 
-def _references(
-    engines: Sequence[Engine], inputs: Sequence[Arrays], threads: int
-) -> list[list[np.ndarray] | None]:
-    """Float32's outputs, where not all compute in it and there is an ONNX file."""
-    if engines[0].source.onnx is None or all(engine.precision == "fp32" for engine in engines):
-        return [None] * len(inputs)
-    return [*turns.float_outputs(engines[0], inputs, threads)]
-
-
-def _doubt(row: dict[str, Any]) -> str | None:
-    """Why an engine cannot have computed the same model, None where it may have."""
-    if not row["cosine"] >= PRECISIONS[row["precision"]].cosine:
-        return DIFFERS.format(**row)
-    if row["precision"] == "fp32" and not row["max_abs_difference"] <= SAME_FP32:
-        return APART.format(**row)
-    return None
-
-
-def _shares(
-    row: dict[str, Any], flops: dict[tuple[int, int], float], peaks: dict[str, float]
-) -> dict[str, Any]:
-    speed = flops[row["batch"], row["length"]] / row["median_ms"] / 1e6
-    tokens = row["batch"] * row["length"] / row["median_ms"] * 1e3
+def _shares(row: dict[str, Any], peaks: dict[str, float]) -> dict[str, Any]:
+    """The row with its speed: "flops" and "tokens" of a request become those of a second."""
+    counts = {name: value for name, value in row.items() if name not in ("flops", "tokens")}
+    speed = row["flops"] / row["median_ms"] / 1e6
+    tokens = row["tokens"] / row["median_ms"] * 1e3
     peak = peaks.get(row["precision"])
     share = 100 * speed / peak if peak else None
-    return {**row, "tokens_per_s": tokens, "gflops": speed, "peak_percent": share}
+    return {**counts, "tokens_per_s": tokens, "gflops": speed, "peak_percent": share}

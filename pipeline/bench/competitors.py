@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bertile import loader
-from bertile.base.errors import BundleError, ModelError, UsageError, nearest
+from bertile.base.errors import BundleError, MissingExtraError, ModelError, UsageError, nearest
 from bertile.base.progress import Progress
 from bertile.bench import deepsparse, peer_models
 from bertile.bench.engines import Engine, LeftOut, Source
@@ -18,12 +18,15 @@ from bertile.onnx.exported import ExportedModel, InputSpec
 
 # Which precisions a peer computes in on a CPU.
 PEERS = {
-    "onnxruntime": ("fp32", "int8"),
+    "onnxruntime": ("fp32", "int8", "int4"),
     "openvino": ("fp32", "bf16", "int8"),
     "torch": ("fp32", "bf16", "int8"),
+    "torch-compile": ("fp32", "bf16", "int8"),
+    "llamacpp": ("fp32", "int8", "int4"),
     "deepsparse": ("fp32", "int8"),
 }
-NOT_TORCH = "torch is left out: {} is an ONNX file, and torch runs checkpoints"
+CHECKPOINTS = ("torch", "torch-compile", "llamacpp")  # run these, not ONNX files
+NOT_A_CHECKPOINT = "{} is left out: {} is an ONNX file, and it runs checkpoints"
 NO_FORM = "{} is left out: it computes in {} on a CPU, not in {}"
 
 
@@ -45,7 +48,7 @@ def engines(
     wanted = list(dict.fromkeys(parse(name, precision) for name in against if name != "none"))
     peers, notes = possible([choice for choice in wanted if choice[1] != "bertile"], manifest)
     ours = source(directory, manifest, [kind for _, kind, _ in peers], onnx, cache_dir)
-    exported = _exported(directory, manifest)
+    exported = described(directory, manifest)
     ready = [Engine("bertile", "bertile", precision, ours)]
     for name, kind, its_precision in wanted:
         if kind == "bertile":
@@ -98,9 +101,9 @@ def possible(
     kept, notes = [], []
     for name, kind, precision in wanted:
         if precision not in PEERS[kind]:
-            notes.append(NO_FORM.format(name, " and ".join(PEERS[kind]), precision))
-        elif kind == "torch" and model.endswith(".onnx"):
-            notes.append(NOT_TORCH.format(model))
+            notes.append(NO_FORM.format(name, ", ".join(PEERS[kind]), precision))
+        elif kind in CHECKPOINTS and model.endswith(".onnx"):
+            notes.append(NOT_A_CHECKPOINT.format(name, model))
         else:
             kept.append((name, kind, precision))
     return kept, notes
@@ -115,7 +118,7 @@ def source(
 ) -> Source:
     """What the engines read; BundleError where the model has changed since it was compiled."""
     model = manifest["model"]
-    if kinds and not (onnx and "torch" not in kinds):
+    if kinds and not (onnx and not set(kinds) & set(CHECKPOINTS)):
         from bertile.export import cached, files
 
         config = Config.from_dict({**manifest["config"], "cache_dir": cache_dir})
@@ -139,12 +142,12 @@ def _prepared(
         form = peer_models.prepared(
             peer.kind, peer.precision, peer.source.onnx, exported, cache_dir, progress
         )
-    except ModelError as error:
+    except (ModelError, MissingExtraError) as error:
         raise LeftOut(f"{peer.name} is left out: {error}") from error
     return dataclasses.replace(peer, source=dataclasses.replace(peer.source, onnx=form))
 
 
-def _exported(directory: Path, manifest: dict[str, Any]) -> ExportedModel:
+def described(directory: Path, manifest: dict[str, Any]) -> ExportedModel:
     """What the bundle says of the model that it was compiled from; the tokenizer is in it too."""
     model = manifest["model"]
     return ExportedModel(

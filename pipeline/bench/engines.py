@@ -31,6 +31,7 @@ class Engine:
     kind: str  # a name that `peers` opens
     precision: str
     source: Source
+    streams: int = 1  # calls that it answers at once; the threads are divided among them
 
 
 class LeftOut(BertileError):

@@ -20,6 +20,7 @@ from bertile.base import cache
 from bertile.base.errors import BertileError, require
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
+from bertile.bench import llamacpp
 from bertile.evaluation.sentences import sentences
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import sample, session
@@ -27,7 +28,11 @@ from bertile.quantize import calibration
 
 CALIBRATION_SAMPLES = 300  # NNCF's own default
 RANDOM_LENGTH = 64
+FLOAT = 1  # onnx.TensorProto.FLOAT
+INT8_ACTIVATIONS = 4  # what MatMulNBits calls an accuracy level
 TRY_LENGTH, TRY_CALLS = 128, 9  # by which the fastest of several forms is told
+
+Make = Callable[[Path, ExportedModel, Path], None]
 
 
 def prepared(
@@ -46,7 +51,7 @@ def prepared(
     if onnx is None or (kind, precision) not in FORMS:
         return onnx
     name, _ = FORMS[kind, precision]
-    packages = [_version(package) for package in ("onnxruntime", "openvino", "nncf")]
+    packages = [_version(package) for package in ("onnxruntime", "openvino", "nncf", "gguf")]
     key = cache.key("bench.peer_models", kind, precision, hash_path(onnx), packages)
 
     def make(directory: Path) -> None:
@@ -67,38 +72,80 @@ def _make(kind: str, precision: str, onnx: Path, exported: ExportedModel, target
 
 
 def _onnxruntime_int8(onnx: Path, exported: ExportedModel, target: Path) -> None:
-    """Optimized for transformers, then quantized dynamically: weights s8 per channel, activations
-    u8; with the optimizer's fusions or without, whichever is faster.
-    """
-    require("bench", "onnxruntime", "onnx", "sympy")
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.transformers import optimizer
+    """Quantized dynamically: weights s8 per channel, activations u8."""
+    (quantization,) = require("bench", "onnxruntime.quantization")
 
-    from bertile.onnx import legacy as onnx_legacy
-
-    legacy, fused = target.with_name("legacy.onnx"), target.with_name("fused.onnx")
-    onnx_legacy.rewrite(onnx, legacy)
-    # heads and width 0: it finds them in the graph
-    optimizer.optimize_model(
-        str(legacy), model_type="bert", num_heads=0, hidden_size=0, opt_level=0
-    ).save_model_to_file(str(fused))
-    by_milliseconds = {}
-    for source in (legacy, fused):
-        quantized = source.with_suffix(".int8.onnx")
-        quantize_dynamic(
+    def quantize(source: Path, quantized: Path) -> None:
+        quantization.quantize_dynamic(
             source,
             quantized,
             per_channel=True,
             reduce_range=False,
-            weight_type=QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
             # behind its own fused operators it cannot tell the type of a tensor
             extra_options={"DefaultTensorType": FLOAT},
         )
+
+    _fastest_of_onnxruntime(onnx, exported, target, quantize)
+
+
+def _onnxruntime_int4(onnx: Path, exported: ExportedModel, target: Path) -> None:
+    """MatMulNBits: weights in 4 bits by blocks of 32 inputs, activations in 8 as they come."""
+    (quantizers,) = require("bench", "onnxruntime.quantization.matmul_nbits_quantizer")
+
+    def quantize(source: Path, quantized: Path) -> None:
+        quantizer = quantizers.MatMulNBitsQuantizer(
+            str(source), bits=4, block_size=32, is_symmetric=True, accuracy_level=INT8_ACTIVATIONS
+        )
+        quantizer.process()
+        quantizer.model.save_model_to_file(str(quantized))
+
+    _fastest_of_onnxruntime(onnx, exported, target, quantize)
+
+
+def _fastest_of_onnxruntime(
+    onnx: Path, exported: ExportedModel, target: Path, quantize: Callable[[Path, Path], None]
+) -> None:
+    """Quantize the model as it is, with the fusions of ONNX Runtime's optimizer for transformers,
+    and with all of them but attention's, and keep what is fastest.
+    """
+    require("bench", "onnxruntime", "onnx", "sympy")
+    from onnxruntime.transformers import fusion_options, optimizer
+
+    from bertile.onnx import legacy as onnx_legacy
+
+    legacy = target.with_name("legacy.onnx")
+    onnx_legacy.rewrite(onnx, legacy)
+    sources = [legacy]
+    for attention in (True, False):
+        options = fusion_options.FusionOptions("bert")
+        options.enable_attention = attention
+        sources.append(target.with_name(f"fused{attention:d}.onnx"))
+        # heads and width 0: it finds them in the graph
+        optimizer.optimize_model(
+            str(legacy),
+            model_type="bert",
+            num_heads=0,
+            hidden_size=0,
+            opt_level=0,
+            optimization_options=options,
+        ).save_model_to_file(str(sources[-1]))
+    by_milliseconds = {}
+    for source in sources:
+        quantized = source.with_suffix(".quantized.onnx")
+        quantize(source, quantized)
         by_milliseconds[_milliseconds(quantized, exported)] = quantized
     by_milliseconds[min(by_milliseconds)].rename(target)
     for path in target.parent.glob("*.onnx"):
         if path != target:
             path.unlink()
+
+
+def _llamacpp(precision: str) -> Make:
+    def make(onnx: Path, exported: ExportedModel, target: Path) -> None:
+        llamacpp.write(precision, exported, target)
+
+    return make
 
 
 def _openvino_int8(onnx: Path, exported: ExportedModel, target: Path) -> None:
@@ -191,12 +238,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-FLOAT = 1  # onnx.TensorProto.FLOAT
-
-Make = Callable[[Path, ExportedModel, Path], None]
 FORMS: dict[tuple[str, str], tuple[str, Make]] = {
     ("onnxruntime", "int8"): ("model.onnx", _onnxruntime_int8),
+    ("onnxruntime", "int4"): ("model.onnx", _onnxruntime_int4),
     ("openvino", "int8"): ("model.xml", _openvino_int8),
     ("deepsparse", "fp32"): ("model.onnx", _deepsparse_fp32),
     ("deepsparse", "int8"): ("model.onnx", _deepsparse_int8),
+    **{
+        ("llamacpp", precision): (llamacpp.NAME, _llamacpp(precision))
+        for precision in llamacpp.TYPES
+    },
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +12,21 @@ import numpy as np
 from bertile.base.errors import require
 from bertile.bench.engines import Arrays, Engine
 
+COMPILED_SIZES = 256  # of requests, that torch.compile makes code for
+
 Infer = Callable[[Arrays], list[np.ndarray]]
+
+
+def threads_of(engine: Engine, threads: int) -> int:
+    """Of `threads` in all, those that one call of the engine may use."""
+    return max(1, threads // engine.streams)
 
 
 def _bertile(engine: Engine, threads: int) -> tuple[Infer, str]:
     import bertile
     from bertile import loader
 
-    model = loader.load(engine.source.bundle, threads)
+    model = loader.load(engine.source.bundle, threads_of(engine, threads), streams=engine.streams)
     return lambda inputs: list(model(**inputs).values()), f"Bertile {bertile.__version__}"
 
 
@@ -26,7 +34,8 @@ def _onnxruntime(engine: Engine, threads: int) -> tuple[Infer, str]:
     (ort,) = require("bench", "onnxruntime")
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads
+    # the thread that calls is one of them: any number of callers may have a call in one session
+    options.intra_op_num_threads = threads_of(engine, threads)
     options.inter_op_num_threads = 1
     path = str(engine.source.onnx)
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -36,17 +45,25 @@ def _onnxruntime(engine: Engine, threads: int) -> tuple[Infer, str]:
 def _openvino(engine: Engine, threads: int) -> tuple[Infer, str]:
     (openvino,) = require("bench", "openvino")
     config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    if engine.streams > 1:
+        config |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": engine.streams}
     # Given, since on a CPU with bf16 a float32 model would otherwise compute in that; what an int8
     # model leaves in floating point is OpenVINO's to choose.
     hint = {"fp32": "f32", "bf16": "bf16"}.get(engine.precision)
     if hint:
         config["INFERENCE_PRECISION_HINT"] = hint
     model = openvino.Core().compile_model(str(engine.source.onnx), "CPU", config)
-    request = model.create_infer_request()
+    idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # a request answers one caller at a time
 
     def infer(inputs: Arrays) -> list[np.ndarray]:
+        try:
+            request = idle.get_nowait()
+        except queue.Empty:
+            request = model.create_infer_request()
         results = request.infer(inputs, share_inputs=True)
-        return [results[port] for port in model.outputs]
+        answer = [results[port] for port in model.outputs]
+        idle.put(request)
+        return answer
 
     return infer, f"OpenVINO {openvino.__version__.partition('-')[0]}"
 
@@ -58,8 +75,9 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     from bertile.export.torch_module import pool
     from bertile.families import table
 
+    compiled = engine.kind == "torch-compile"
     source = engine.source
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads_of(engine, threads))
     torch.set_num_interop_threads(1)
     checkpoint = checkpoints.load(source.model, source.head, allow_unused=True)
     model = checkpoint.model
@@ -69,7 +87,10 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     if source.head == "embedding" and optional and hasattr(model, "pooler"):
         model.pooler = None  # nobody reads it
     with quiet.quiet():
-        model = _converted(torch, model, engine.precision)
+        convert = _by_torchao if compiled and engine.precision == "int8" else _converted
+        model = convert(torch, model, engine.precision)
+    if compiled:
+        model = _compiled(torch, model)
 
     def infer(inputs: Arrays) -> list[np.ndarray]:
         with torch.inference_mode():
@@ -81,7 +102,8 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
             hidden = outputs.last_hidden_state.float()
             return [pool(hidden, mask, checkpoint.pooling).numpy()]
 
-    return infer, f"PyTorch {torch.__version__.partition('+')[0]}"
+    compiler = ", compiled" if compiled else ""
+    return infer, f"PyTorch {torch.__version__.partition('+')[0]}{compiler}"
 
 
 def _converted(torch: Any, model: Any, precision: str) -> Any:
@@ -94,9 +116,35 @@ def _converted(torch: Any, model: Any, precision: str) -> Any:
     return model
 
 
+def _by_torchao(torch: Any, model: Any, precision: str) -> Any:
+    """int8: weights per channel, activations per token as they come."""
+    (quantization,) = require("bench", "torchao.quantization")
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def _compiled(torch: Any, model: Any) -> Any:
+    """The model by torch.compile, anew for each size of request; none falls back in silence."""
+    from torch._dynamo import config as tracing
+    from torch._inductor import config as inductor
+
+    inductor.freezing = True  # weights are constants: their layouts and sums are made once
+    tracing.recompile_limit = tracing.accumulated_recompile_limit = COMPILED_SIZES
+    tracing.fail_on_recompile_limit_hit = True
+    return torch.compile(model, dynamic=False)
+
+
+def _llamacpp(engine: Engine, threads: int) -> tuple[Infer, str]:
+    from bertile.bench import llamacpp
+
+    return llamacpp.open_model(engine, threads_of(engine, threads))
+
+
 OPENERS: dict[str, Callable[[Engine, int], tuple[Infer, str]]] = {
     "bertile": _bertile,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "torch": _torch,
+    "torch-compile": _torch,
+    "llamacpp": _llamacpp,
 }

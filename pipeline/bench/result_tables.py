@@ -77,11 +77,17 @@ def facts(reports: Sequence[Report], columns: str = MEANINGS) -> str:
     """One paragraph: processor, threads, peak, date, what columns mean, how busy the machine was,
     what is missing.
     """
+    how = f"{_peaks(reports)}; {reports[0]['repeat']} calls of each engine"
+    return circumstances(reports, how, columns)
+
+
+def circumstances(reports: Sequence[Report], how: str, columns: str) -> str:
+    """The same paragraph for any measurement; `how` says what was measured, and how often."""
     first = reports[0]
     busiest = max((report["busy"] for report in reports), key=lambda b: b["others_percent"] or 0)
     lines = [
-        f"{first['cpu']}; {first['threads']} threads; {_peaks(reports)};"
-        f" {first['repeat']} calls of each engine, in turns, after warm-up; {first['time']}.",
+        f"{first['cpu']}; {first['threads']} threads; {how}, in turns, after warm-up;"
+        f" {first['time']}.",
         columns,
         f"{busy_sentence(busiest)[0].upper()}{busy_sentence(busiest)[1:]}.",
     ]
@@ -89,16 +95,20 @@ def facts(reports: Sequence[Report], columns: str = MEANINGS) -> str:
     return "\n".join([*lines, *(f"{note[0].upper()}{note[1:]}." for note in notes)])
 
 
-def write_table(place: str, reports: Sequence[Report], command: str) -> None:
-    """Put the table into a page: ``FILE#NAME`` at the markers of that name, ``FILE`` alone at
-    <!-- bench --> for float32 and at <!-- bench-PRECISION --> for another precision.
+def place_of(reports: Sequence[Report]) -> str:
+    """The name of the markers that a table belongs to: that of its precision."""
+    precision = next(r["precision"] for r in reports[0]["rows"] if r["engine"] == "bertile")
+    return "bench" if precision == "fp32" else f"bench-{precision}"
+
+
+def write_table(place: str, name: str, content: str, command: str) -> None:
+    """Put a table into a page: ``FILE#OTHER`` at the markers <!-- OTHER -->, ``FILE`` alone at
+    <!-- `name` -->.
 
     UsageError where the page lacks the markers.
     """
-    path, _, name = place.partition("#")
-    precision = next(r["precision"] for r in reports[0]["rows"] if r["engine"] == "bertile")
-    name = name or ("bench" if precision == "fp32" else f"bench-{precision}")
-    write_block(Path(path), name, f"{as_table(reports, markdown=True)}\n\nMade by `{command}`.")
+    path, _, other = place.partition("#")
+    write_block(Path(path), other or name, f"{content}\n\nMade by `{command}`.")
 
 
 def write_block(path: Path, name: str, content: str) -> None:

@@ -1,6 +1,4 @@
-"""Engines and inputs come in; the times of their calls, taken in turns, and what their outputs have
-in common go out.
-"""
+"""Times the calls of engines in turns, and compares what they answer."""
 
 from __future__ import annotations
 
@@ -11,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from bertile.base.errors import MissingExtraError
 from bertile.base.progress import Progress
+from bertile.bench import sameness
 from bertile.bench.engines import Arrays, Engine, LeftOut
-from bertile.bench.workers import Worker, start
+from bertile.bench.sameness import Outputs
+from bertile.bench.workers import start
 from bertile.numerics.precision import PRECISIONS
 
 # Calls that one engine makes before it is the next one's turn: few enough that all see the same
@@ -21,8 +22,6 @@ from bertile.numerics.precision import PRECISIONS
 TURN = 5
 # Threads of the engine before still spin for a while; nobody starts beside them.
 PAUSE_SECONDS = 0.05
-
-Outputs = list[np.ndarray]
 
 
 @contextlib.contextmanager
@@ -46,24 +45,15 @@ def started(
                 version = worker.receive()
                 worker.outputs(inputs)
                 versions[worker.name] = version
-            except LeftOut as reason:
-                notes.append(str(reason))
+            except (LeftOut, MissingExtraError) as reason:
+                left_out = f"{worker.name} is left out: "
+                notes.append(f"{left_out}{str(reason).removeprefix(left_out)}")
                 workers.remove(worker)
                 worker.close()
         yield workers, versions, notes
     finally:
         for worker in workers:
             worker.close()
-
-
-def float_outputs(engine: Engine, inputs: Sequence[Arrays], threads: int) -> list[Outputs]:
-    """What ONNX Runtime gives in float32 for each of the inputs."""
-    worker = Worker(Engine("ONNX Runtime", "onnxruntime", "fp32", engine.source), threads)
-    try:
-        worker.receive()
-        return [worker.outputs(arrays) for arrays in inputs]
-    finally:
-        worker.close()
 
 
 def measure(
@@ -86,10 +76,7 @@ def measure(
             times[worker.name] += worker.call(inputs, min(TURN, repeat - done))
     medians = {name: float(np.median(milliseconds)) for name, milliseconds in times.items()}
     ours = medians[workers[0].name]
-    others = [
-        medians[worker.name] for worker in workers[1:] if _rivals(workers[0].engine, worker.engine)
-    ]
-    return [
+    rows = [
         {
             "engine": worker.name,
             "precision": worker.engine.precision,
@@ -99,29 +86,21 @@ def measure(
             "p90_ms": float(np.quantile(times[worker.name], 0.9)),
             "p99_ms": float(np.quantile(times[worker.name], 0.99)),
             "ratio": ours / medians[worker.name],
-            "best_ratio": ours / min(others) if worker is workers[0] and others else None,
-            "cosine": cosine(reference, outputs[worker.name]),
-            "max_abs_difference": _difference(reference, outputs[worker.name]),
+            "best_ratio": None,
+            **sameness.compared(reference, outputs[worker.name], inputs),
         }
         for worker in workers
     ]
+    # who has computed another model is no rival
+    others = [
+        row["median_ms"]
+        for row, worker in zip(rows[1:], workers[1:])
+        if _rivals(workers[0].engine, worker.engine) and sameness.doubt(row) is None
+    ]
+    return [{**rows[0], "best_ratio": ours / min(others) if others else None}, *rows[1:]]
 
 
 def _rivals(ours: Engine, theirs: Engine) -> bool:
     """Another library in the same arithmetic."""
     same = theirs.precision in (ours.precision, PRECISIONS[ours.precision].peer)
     return theirs.kind != "bertile" and same
-
-
-def cosine(ours: Outputs, theirs: Outputs) -> float:
-    """The mean over all vectors along the last axis, of all outputs."""
-    cosines = []
-    for pair in zip(ours, theirs, strict=True):
-        a, b = (output.reshape(-1, output.shape[-1]).astype(np.float64) for output in pair)
-        lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        cosines.append((a * b).sum(axis=1) / np.maximum(lengths, 1e-30))
-    return float(np.concatenate(cosines).mean())
-
-
-def _difference(ours: Outputs, theirs: Outputs) -> float:
-    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -12,6 +14,7 @@ from bertile.base.errors import BertileError
 from bertile.bench.engines import Arrays, Engine
 from bertile.bench.peers import OPENERS
 from bertile.bench.timing import timed
+from bertile.bench.traffic import Served, Traffic, drive
 
 
 def start(engine: Engine, threads: int, cache_dir: str | None) -> Any:
@@ -42,13 +45,24 @@ class Worker:
 
     def call(self, inputs: Arrays, count: int) -> list[float]:
         """Warm up, run `count` calls on the inputs, and give their milliseconds."""
-        self._pipe.send((inputs, count))
-        return self.receive()
+        return self._ask("call", inputs, count)
 
     def outputs(self, inputs: Arrays) -> list[np.ndarray]:
         """What one call gives, which is not timed."""
-        self._pipe.send((inputs, 0))
+        return self._ask("outputs", inputs)
+
+    def drive(self, requests: Sequence[Arrays], traffic: Traffic) -> Served:
+        """Warm up, and send the requests as `traffic` says."""
+        self.begin_drive(requests, traffic)
         return self.receive()
+
+    def begin_drive(self, requests: Sequence[Arrays], traffic: Traffic) -> None:
+        """Ask for the same without waiting; `receive` gives the answer."""
+        self._pipe.send(("drive", requests, traffic))
+
+    def cpu_seconds(self) -> float:
+        """The processor time that the process has taken so far."""
+        return self._ask("cpu_seconds")
 
     def receive(self) -> Any:
         """What the process sends next, its version at first; its error is raised here."""
@@ -61,6 +75,10 @@ class Worker:
         if kind == "error":
             raise value
         return value
+
+    def _ask(self, question: str, *arguments: Any) -> Any:
+        self._pipe.send((question, *arguments))
+        return self.receive()
 
     def close(self) -> None:
         """End the process."""
@@ -76,12 +94,19 @@ def _serve(pipe: Connection, engine: Engine, threads: int) -> None:
         infer, version = OPENERS[engine.kind](engine, threads)
         pipe.send(("ready", version))
         while True:
-            inputs, count = pipe.recv()
-            answer = timed(infer, inputs, count) if count else infer(inputs)
-            pipe.send(("done", answer))
+            question, *arguments = pipe.recv()
+            pipe.send(("done", ANSWERS[question](infer, *arguments)))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except BertileError as error:
         pipe.send(("error", error))
     except Exception as error:
         pipe.send(("error", BertileError(f"{engine.name}: {type(error).__name__}: {error}")))
+
+
+ANSWERS: dict[str, Callable[..., Any]] = {
+    "call": timed,
+    "outputs": lambda infer, inputs: infer(inputs),
+    "drive": drive,
+    "cpu_seconds": lambda infer: time.process_time(),
+}

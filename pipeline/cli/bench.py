@@ -6,20 +6,28 @@ import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bertile.base.progress import Progress
 from bertile.cli.command import Outcome
 from bertile.cli.config_flags import add_some_config, read_config
 
+if TYPE_CHECKING:
+    from bertile.bench.serving import Service
+
 CONFIG = ("threads", "precision", "sparse", "log-dir", "shipped-log", "cache-dir")
 PEERS = (
-    "onnxruntime (default), openvino, torch, deepsparse, each in the bundle's precision, or in"
-    " another as openvino:bf16; another bundle's directory; or none; with blanks or commas between"
+    "onnxruntime (default), openvino, torch, torch-compile, deepsparse, llamacpp, each in the"
+    " bundle's precision, or in another as openvino:bf16 or onnxruntime:int4; another bundle's"
+    " directory; or none; with blanks or commas between"
 )
 INTO = (
-    "put the tables into a page, at <!-- bench -->, <!-- bench-PRECISION --> or <!-- NAME -->"
-    " (--update-readme is its old name)"
+    "put the tables into a page, at <!-- bench -->, <!-- bench-PRECISION -->, <!-- bench-load -->,"
+    " <!-- bench-streams -->, <!-- bench-traffic --> or <!-- NAME --> (--update-readme is its old"
+    " name)"
 )
+# Flags that ask for callers and their requests, by their names in the options.
+SERVING = ("duration", "concurrency", "streams", "rate", "input", "mix", "load")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -29,38 +37,95 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--onnx", metavar="FILE", help="the exported model (default: as compiled)")
     add("--against", metavar="ENGINE", nargs="+", default=["onnxruntime"], help=PEERS)
     add("--batch", metavar="N", nargs="+", default=["1"], help="sequences in a call, one or more")
-    add("--length", metavar="N", nargs="+", default=["128"], help="tokens in a sequence")
+    add("--length", metavar="N", nargs="+", help="tokens in a sequence (default: 128)")
     add("--repeat", metavar="N", type=int, default=30, help="measured calls of each engine")
     form = parser.add_mutually_exclusive_group().add_argument
     form("--markdown", action="store_true", help="print the tables as Markdown")
     form("--csv", action="store_true", help="print every number of the first table as CSV")
     add("--startup", action="store_true", help="a second table: new processes, time and memory")
     add("--into", "--update-readme", metavar="FILE[#NAME]", help=INTO)
+    group = parser.add_argument_group(
+        "serving", "Calls a second and percentiles of the latency, as callers see them."
+    )
+    _add_serving(group.add_argument)
     add_some_config(parser, *CONFIG)
+
+
+def _add_serving(add: Any) -> None:
+    add("--duration", metavar="SECONDS", type=float, help="call each engine so long")
+    add("--concurrency", metavar="N", type=int, help="callers at once (default: streams)")
+    streams = "calls that an engine answers at once, dividing the threads; several are compared"
+    add("--streams", metavar="N", nargs="+", help=streams)
+    rate = "requests that fall due each second, at random; latencies count from there"
+    add("--rate", metavar="R", type=float, help=rate)
+    add("--input", metavar="FILE", help="your own requests: .txt, a text a line, or .npz of inputs")
+    mix = "mixed lengths in tokens: 8-128, or with shares 16:0.5,128:0.5"
+    add("--lengths", metavar="MIX", dest="mix", help=mix)
+    load = (
+        "the same beside nothing, one busy core, all cores busy and a second process of the engine"
+        " (default: 32 tokens, 5 seconds of each)"
+    )
+    add("--load", action="store_const", const=True, help=load)
 
 
 def run(options: Namespace, progress: Progress) -> Outcome:
     """One report, or a list of one each; and their tables."""
-    from bertile.bench import benchmark, result_tables
+    from bertile.bench import benchmark, result_tables, serving, serving_tables
     from bertile.cli.option_lists import numbers, words
 
+    asked = [name for name in SERVING if getattr(options, name) is not None]
+    choices: dict[str, Any] = {"against": words(options.against)}
+    if asked:
+        tables = serving_tables
+        choices |= {"measure": serving.bench, "service": _service(options)}
+    else:
+        tables = result_tables
+        choices |= {
+            "batches": numbers("--batch", options.batch),
+            "lengths": numbers("--length", options.length or ["128"]),
+            "repeat": options.repeat,
+            "startup": options.startup,
+        }
+    onnx = options.onnx and Path(options.onnx)
     reports = benchmark.bench_models(
-        options.targets,
-        read_config(options),
-        progress,
-        onnx=options.onnx and Path(options.onnx),
-        against=words(options.against),
-        batches=numbers("--batch", options.batch),
-        lengths=numbers("--length", options.length),
-        repeat=options.repeat,
-        startup=options.startup,
+        options.targets, read_config(options), progress, onnx=onnx, **choices
     )
     if options.into:
         command = shlex.join(["bertile", *sys.argv[1:]])
-        result_tables.write_table(options.into, reports, command)
+        content = tables.as_table(reports, markdown=True)
+        result_tables.write_table(options.into, tables.place_of(reports), content, command)
     text = (
-        result_tables.as_csv(reports)
+        tables.as_csv(reports)
         if options.csv
-        else result_tables.as_table(reports, markdown=options.markdown)
+        else tables.as_table(reports, markdown=options.markdown)
     )
     return Outcome(reports[0] if len(reports) == 1 else reports, text)
+
+
+def _service(options: Namespace) -> Service:
+    """What the flags of SERVING ask for; UsageError for those that do not go together."""
+    from bertile.base.errors import UsageError
+    from bertile.bench import serving, workloads
+    from bertile.cli.option_lists import numbers
+
+    if options.startup:
+        raise UsageError("--startup is another measurement", "run it without flags for serving")
+    if options.length and (options.mix or options.input):
+        other = "--lengths" if options.mix else "--input"
+        raise UsageError(f"--length and {other} both say the lengths", "leave out one of them")
+    usual = "32" if options.load else "128"
+    seconds = options.duration
+    if seconds is None and options.load:
+        seconds = serving.LOAD_SECONDS
+    return serving.Service(
+        batches=numbers("--batch", options.batch),
+        lengths=numbers("--length", options.length or [usual]),
+        mix=workloads.parse_mix(options.mix) if options.mix else None,
+        source=Path(options.input) if options.input else None,
+        streams=numbers("--streams", options.streams or ["1"]),
+        callers=options.concurrency,
+        rate=options.rate,
+        seconds=seconds,
+        repeat=options.repeat,
+        loads=serving.LOADS if options.load else (serving.IDLE,),
+    )

@@ -49,6 +49,8 @@ FAMILIES = (
             "minilm": _sizes(6, 384, 12, 30522),
             "bert-base": _sizes(12, 768, 12, 30522),
             "bert-large": _sizes(24, 1024, 16, 30522),
+            # two layers of BERT-base that take long texts
+            "bert-long": _sizes(2, 768, 12, 30522, max_position_embeddings=8192),
         },
     ),
     Family(

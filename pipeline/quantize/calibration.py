@@ -33,10 +33,18 @@ def read_requests(path: Path, exported: ExportedModel) -> list[Arrays]:
     the model's inputs, each (sequences, length). Raises UsageError for a file that is neither,
     ModelError for texts when the model has no tokenizer, InputError for inputs that do not fit.
     """
+    return batches(_some(read_rows(path, exported, "calibration file")), exported)
+
+
+def read_rows(path: Path, exported: ExportedModel, what: str = "file") -> list[Row]:
+    """All sequences of a file as `read_requests` takes it, in their order; texts that are longer
+    than the model takes are cut. `what` is how errors call the file.
+    """
     if not path.is_file():
-        raise UsageError(f"there is no calibration file '{path}'")
-    rows = _arrays(path, exported) if path.suffix == ".npz" else _texts(path, exported)
-    return batches(_some(rows), exported)
+        raise UsageError(f"there is no {what} '{path}'")
+    if path.suffix == ".npz":
+        return _arrays(path, exported)
+    return _texts(path, exported, what)
 
 
 def usual_requests(exported: ExportedModel) -> list[Arrays]:
@@ -55,7 +63,7 @@ def tokenized(texts: Sequence[str], exported: ExportedModel) -> list[Row]:
     if not (exported.directory / "tokenizer.json").is_file():
         raise ModelError(
             f"'{exported.source}' has no tokenizer.json",
-            "calibrate it with an .npz of its inputs instead of texts",
+            "give an .npz of its inputs instead of texts",
         )
     limits = (exported.max_length, exported.length, LONGEST)
     limit = min(limit for limit in limits if limit)
@@ -81,14 +89,20 @@ def batches(rows: Sequence[Row], exported: ExportedModel) -> list[Arrays]:
             groups[-1].append(row)
         else:
             groups.append([row])
-    return [_joined(group, exported, masked) for group in groups]
+    return [joined(group, exported) for group in groups]
 
 
-def _joined(group: list[Row], exported: ExportedModel, masked: bool) -> Arrays:
-    longest = _length(group[-1])
-    width = exported.length or longest
-    if longest > width or (longest < width and not masked):
-        raise InputError(f"a sequence has {longest} tokens, the model takes exactly {width}")
+def joined(group: Sequence[Row], exported: ExportedModel) -> Arrays:
+    """Sequences as one request, padded to the longest, or to the model's static shape.
+
+    Raises InputError where the model cannot take them: without attention_mask no padding.
+    """
+    masked = any(spec.name == "attention_mask" for spec in exported.inputs)
+    lengths = [_length(row) for row in group]
+    width = exported.length or max(lengths)
+    for length in lengths:
+        if length > width or (length < width and not masked):
+            raise InputError(f"a sequence has {length} tokens, the model takes exactly {width}")
     missing = (exported.batch or len(group)) - len(group)
     group = [*group, *[group[-1]] * missing]  # of a static batch, the rest is said again
     arrays = {}
@@ -96,9 +110,7 @@ def _joined(group: list[Row], exported: ExportedModel, masked: bool) -> Arrays:
         arrays[spec.name] = np.zeros((len(group), width), spec.dtype)
         if spec.name not in group[0]:  # which no text says
             if spec.default is None:
-                raise InputError(
-                    f"no text says what {spec.name} is", "calibrate with an .npz of all inputs"
-                )
+                raise InputError(f"no text says what {spec.name} is", "give an .npz of all inputs")
             arrays[spec.name][...] = loader.filled(spec.default, (len(group), width))
             continue
         for index, row in enumerate(group):
@@ -115,7 +127,7 @@ def _some(rows: list[Row]) -> list[Row]:
     return [rows[index] for index in chosen]
 
 
-def _texts(path: Path, exported: ExportedModel) -> list[Row]:
+def _texts(path: Path, exported: ExportedModel, what: str) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -125,7 +137,7 @@ def _texts(path: Path, exported: ExportedModel) -> list[Row]:
         ) from error
     texts = [line for line in lines if line.strip()]
     if not texts:
-        raise UsageError(f"the calibration file '{path}' has no text", "write one text a line")
+        raise UsageError(f"the {what} '{path}' has no text", "write one text a line")
     return tokenized(texts, exported)
 
 

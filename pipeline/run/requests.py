@@ -1,13 +1,33 @@
-"""Draws the inputs of a request that a bundle takes."""
+"""Draws the inputs of a request that a bundle takes, with padding or without."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from bertile.base.errors import UsageError
 from bertile.run.texts import max_tokens
+
+
+def padded_inputs(manifest: dict[str, Any], lengths: Sequence[int]) -> dict[str, np.ndarray]:
+    """Seeded ids for sequences of these lengths, each (sequences, longest); zeros are padding.
+
+    Raises UsageError for a length that the model does not take, and for padding where it has no
+    attention_mask.
+    """
+    longest = int(max(lengths))
+    inputs = random_inputs(manifest, len(lengths), longest)
+    if min(lengths) == longest:
+        return inputs
+    if "attention_mask" not in inputs:
+        raise UsageError(
+            "the model has no attention_mask, so that a request cannot have padding",
+            "give sequences of one length, or single ones",
+        )
+    padding = np.arange(longest) >= np.asarray(lengths)[:, None]
+    return {name: np.where(padding, 0, array).astype(array.dtype) for name, array in inputs.items()}
 
 
 def random_inputs(manifest: dict[str, Any], batch: int, length: int) -> dict[str, np.ndarray]:

@@ -13,8 +13,10 @@ from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.bench import benchmark
 from bertile.bench.engines import Engine, Source
+from bertile.bench.workloads import Mix
 from bertile.cli import main
 from bertile.config import Config
+from bertile.numerics.precision import PRECISIONS
 from bertile.run import requests
 
 MANIFEST = {
@@ -64,7 +66,7 @@ def measured_report(
 
     monkeypatch.setattr("bertile.bench.turns.PAUSE_SECONDS", 0.0)
     monkeypatch.setattr("bertile.bench.turns.start", Worker)
-    monkeypatch.setattr("bertile.bench.turns.Worker", Worker)
+    monkeypatch.setattr("bertile.bench.sameness.Worker", Worker)
     monkeypatch.setattr("bertile.bench.startup.start", Worker)
     monkeypatch.setattr("bertile.bench.startup._resident_mb", lambda pid: 7.0)
     monkeypatch.setattr(benchmark.loader, "read_manifest", lambda directory: MANIFEST)
@@ -95,8 +97,8 @@ def test_lower_precisions_are_compared_with_float32(monkeypatch: pytest.MonkeyPa
 
 
 def test_outputs_of_another_model_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    strict = benchmark.PRECISIONS["int8"]._replace(cosine=0.999)
-    monkeypatch.setitem(benchmark.PRECISIONS, "int8", strict)
+    strict = PRECISIONS["int8"]._replace(cosine=0.999)
+    monkeypatch.setitem(PRECISIONS, "int8", strict)
     report = measured_report(
         monkeypatch, {"bertile": "fp32", "onnxruntime:int8": "int8"}, lengths=[8]
     )
@@ -105,6 +107,20 @@ def test_outputs_of_another_model_are_noted(monkeypatch: pytest.MonkeyPatch) -> 
         note
         == "onnxruntime:int8's outputs have a cosine of 0.9950 to float32's: not the same model"
     )
+
+
+def test_request_of_mixed_lengths_counts_what_is_no_padding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mix = Mix("4,8", (4, 8), (0.5, 0.5))
+    report = measured_report(
+        monkeypatch, {"bertile": "fp32", "torch": "fp32"}, lengths=[mix], batches=[2]
+    )
+    ours, theirs = report["rows"]
+    assert (ours["batch"], ours["length"], theirs["length"]) == (2, "4,8", "4,8")
+    # each sequence is one GFLOP here; together in 2 ms
+    assert ours["gflops"] == pytest.approx(1000)
+    assert ours["tokens_per_s"] == pytest.approx(6000)
 
 
 def test_startup_is_a_second_list_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,12 +201,3 @@ def test_command_takes_blanks_and_commas(
     assert json.loads(capsys.readouterr().out)["rows"][0]["engine"] == "bertile"
     assert main.main(["bench", "out", "--batch", "1,x"]) == 2
     assert "--batch is 'x'" in capsys.readouterr().err
-
-
-def test_float32_outputs_of_another_size_are_not_the_same_model() -> None:
-    row = {"engine": "onnxruntime", "precision": "fp32", "cosine": 1.0}
-    assert benchmark._doubt({**row, "max_abs_difference": 5e-3}) is None
-    assert "differ from float32's by 0.02" in str(
-        benchmark._doubt({**row, "max_abs_difference": 0.02})
-    )
-    assert benchmark._doubt({**row, "precision": "int8", "max_abs_difference": 0.02}) is None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bertile import loader
-from bertile.base.errors import BundleError, ModelError, UsageError
+from bertile.base.errors import BundleError, MissingExtraError, ModelError, UsageError
 from bertile.base.progress import Progress
 from bertile.bench import competitors
 from bertile.bench.engines import LeftOut
@@ -79,7 +79,7 @@ def test_peer_has_the_bundles_precision_unless_told(
     ("name", "message"),
     [
         ("onnxruntim", "did you mean 'onnxruntime'?"),
-        ("openvino:int4", "precision 'int4' of 'openvino:int4' is unknown"),
+        ("openvino:int3", "precision 'int3' of 'openvino:int3' is unknown"),
         ("no/such/directory", "or give the directory of another bundle"),
     ],
 )
@@ -123,15 +123,17 @@ def test_precision_that_a_peer_lacks_is_a_note(exports: list[tuple]) -> None:
     engines, notes = find(["onnxruntime:bf16", "onnxruntime"])
     assert [engine.name for engine in engines] == ["bertile", "onnxruntime"]
     assert notes == [
-        "onnxruntime:bf16 is left out: it computes in fp32 and int8 on a CPU, not in bf16"
+        "onnxruntime:bf16 is left out: it computes in fp32, int8, int4 on a CPU, not in bf16"
     ]
 
 
-def test_torch_is_left_out_with_a_sentence_for_a_foreign_onnx_file() -> None:
+def test_what_runs_checkpoints_is_left_out_with_a_sentence_for_a_foreign_onnx_file() -> None:
     manifest = {**MANIFEST, "model": {"source": "my.onnx"}}
-    wanted = [competitors.parse(name, "fp32") for name in ("onnxruntime", "torch")]
-    kept, (note,) = competitors.possible(wanted, manifest)
-    assert kept == wanted[:1] and "my.onnx is an ONNX file" in note
+    names = ("onnxruntime", *competitors.CHECKPOINTS)
+    wanted = [competitors.parse(name, "fp32") for name in names]
+    kept, notes = competitors.possible(wanted, manifest)
+    assert kept == wanted[:1] and [note.split()[0] for note in notes] == list(names[1:])
+    assert all("my.onnx is an ONNX file" in note for note in notes)
     assert competitors.possible(wanted, MANIFEST) == (wanted, [])
 
 
@@ -141,12 +143,17 @@ def test_peer_that_cannot_take_the_model_is_a_note(
     def fail(*_: Any) -> None:
         raise ModelError("the model cannot be written in ONNX opset 17")
 
+    def bare(*_: Any) -> None:
+        raise MissingExtraError("this step needs the package gguf")
+
     def absent(*_: Any) -> None:
         raise LeftOut("deepsparse is left out: it needs Python 3.11, which is not installed")
 
     monkeypatch.setattr(competitors.peer_models, "prepared", fail)
     engines, notes = find(["openvino"])
     assert len(engines) == 1 and notes[0].startswith("openvino is left out: the model cannot")
+    monkeypatch.setattr(competitors.peer_models, "prepared", bare)
+    assert find(["onnxruntime"])[1] == ["onnxruntime is left out: this step needs the package gguf"]
     monkeypatch.setattr(competitors.deepsparse, "environment", absent)
     assert "it needs Python 3.11" in find(["deepsparse"])[1][0]
 

@@ -11,6 +11,7 @@ import pytest
 from bertile.base.errors import BertileError
 from bertile.bench import peers
 from bertile.bench.engines import Engine, Source
+from bertile.bench.traffic import Traffic
 from bertile.bench.workers import Worker
 
 
@@ -22,11 +23,23 @@ def test_worker_runs_onnx_runtime_in_its_own_process(tmp_path: Path) -> None:
         assert len(worker.call(inputs, 3)) == 3
 
 
+def test_worker_answers_several_callers_and_tells_its_processor_time(tmp_path: Path) -> None:
+    with started("onnxruntime", Source(tmp_path, _doubling_model(tmp_path))) as worker:
+        worker.receive()
+        before = worker.cpu_seconds()
+        requests = [{"x": np.arange(count)} for count in (1, 2, 3)]
+        served = worker.drive(requests, Traffic(callers=3, count=12))
+        assert len(served.milliseconds) == 12 and served.seconds > 0
+        assert worker.cpu_seconds() >= before + served.cpu_seconds > before
+
+
 def test_worker_runs_openvino_in_its_own_process(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     with started("openvino", Source(tmp_path, _doubling_model(tmp_path))) as worker:
         assert worker.receive().startswith("OpenVINO 20")
-        assert worker.outputs({"x": np.array([1, 2], np.int64)})[0].tolist() == [2, 4]
+        inputs = {"x": np.array([1, 2], np.int64)}
+        assert worker.outputs(inputs)[0].tolist() == [2, 4]
+        assert len(worker.drive([inputs], Traffic(callers=2, count=4)).milliseconds) == 4
 
 
 def test_torch_runs_the_checkpoint_with_its_pooling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from bertile.base.progress import Progress
 from bertile.bench import peer_models
 from bertile.bench.engines import Engine, Source
-from bertile.bench.turns import cosine
+from bertile.bench.sameness import cosine
 from bertile.bench.workers import Worker
 from bertile.config import Config
 from bertile.export import cached
@@ -56,6 +56,21 @@ def test_int8_form_computes_nearly_the_same_in_bytes(
     inputs = sample(exported.inputs, 1, 24, padding_id=0)
     want, got = (list(run_onnx(model, inputs).values()) for model in (exported.onnx_path, path))
     assert 0.98 < cosine(want, got) < 0.999999
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_int4_form_computes_nearly_the_same_in_four_bits(
+    exported: ExportedModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    peer_models.FORMS["onnxruntime", "int4"][1](exported.onnx_path, exported, path)
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type == "MatMulNBits"]
+    values = [{field.name: field.i for field in node.attribute} for node in nodes]
+    assert {(v["bits"], v["block_size"], v["accuracy_level"]) for v in values} == {(4, 32, 4)}
+    assert len(nodes) >= 2 * 4  # of two layers, whose query, key and value may be one product
+    inputs = sample(exported.inputs, 1, 24, padding_id=0)
+    want, got = (list(run_onnx(model, inputs).values()) for model in (exported.onnx_path, path))
+    assert 0.8 < cosine(want, got) < 0.999
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 

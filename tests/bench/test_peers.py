@@ -10,7 +10,7 @@ from helpers import family_models
 
 from bertile.bench import peers
 from bertile.bench.engines import Engine, Source
-from bertile.bench.turns import cosine
+from bertile.bench.sameness import cosine
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import run_onnx, sample
 
@@ -40,6 +40,21 @@ def test_torch_rounds_as_its_precision_says(exported: ExportedModel, precision: 
     away = 1 - cosine(want, got)
     least, most = {"fp32": (-1e-6, 1e-6), "bf16": (1e-7, 1e-3), "int8": (1e-6, 1e-2)}[precision]
     assert least < away < most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.usefixtures("one_thread_setting")
+def test_torch_compile_computes_nearly_the_same(exported: ExportedModel, precision: str) -> None:
+    if precision == "int8":
+        pytest.importorskip("torchao")
+    source = Source(Path(), None, "synthetic:bert-tiny", "encoder", exported.outputs)
+    inputs = sample(exported.inputs, 2, 16, padding_id=0)
+    inputs["attention_mask"][:] = 1
+    got = outputs(Engine("torch-compile", "torch-compile", precision, source), inputs)
+    want = list(run_onnx(exported.onnx_path, inputs).values())
+    least, most = {"fp32": (-1e-6, 1e-6), "int8": (1e-6, 1e-2)}[precision]
+    assert least < 1 - cosine(want, got) < most
 
 
 @pytest.mark.parametrize("family", family_models.NAMES)

@@ -54,6 +54,11 @@ def report(**changes: Any) -> dict[str, Any]:
     }
 
 
+def write(place: str, reports: list[dict[str, Any]], command: str) -> None:
+    content = result_tables.as_table(reports, markdown=True)
+    result_tables.write_table(place, result_tables.place_of(reports), content, command)
+
+
 def test_table_is_text_markdown_or_csv() -> None:
     text = result_tables.as_table([report()])
     assert "8000" in text and "2 threads" in text and "ONNX Runtime 1" in text
@@ -105,7 +110,7 @@ def test_page_is_changed_between_the_markers_alone(tmp_path: Path) -> None:
     path = tmp_path / "RESULTS.md"
     path.write_text("above\n<!-- bench -->\nold \\1\n<!-- /bench -->\nbelow\n")
     for _ in range(2):
-        result_tables.write_table(str(path), [report()], "bertile bench \\1 minilm")
+        write(str(path), [report()], "bertile bench \\1 minilm")
     text = path.read_text()
     assert text.startswith("above\n<!-- bench -->\n| model") and text.endswith("-->\nbelow\n")
     assert "old" not in text and "`bertile bench \\1 minilm`" in text and "2026-01-01" in text
@@ -118,7 +123,7 @@ def test_page_has_a_place_for_each_precision_and_for_any_name(tmp_path: Path, na
     path.write_text(f"<!-- bench -->\n<!-- /bench -->\n<!-- {name} -->\n<!-- /{name} -->\n")
     rows = [{**row, "precision": "int8"} for row in report()["rows"]]
     place = str(path) if name == "bench-int8" else f"{path}#{name}"
-    result_tables.write_table(place, [report(rows=rows)], "bertile bench --precision int8")
+    write(place, [report(rows=rows)], "bertile bench --precision int8")
     before, after = path.read_text().split(f"<!-- {name} -->")
     assert "| model" in after and "| model" not in before
 
@@ -128,5 +133,5 @@ def test_page_without_markers_is_left_alone(tmp_path: Path, text: str) -> None:
     path = tmp_path / "RESULTS.md"
     path.write_text(text)
     with pytest.raises(UsageError, match="has no place for the table"):
-        result_tables.write_table(str(path), [report()], "bertile bench")
+        write(str(path), [report()], "bertile bench")
     assert path.read_text() == text

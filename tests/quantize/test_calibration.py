@@ -126,7 +126,7 @@ def test_arrays_that_the_model_cannot_take_are_refused(tmp_path, arrays, message
 
 def test_texts_for_a_model_without_tokenizer_are_refused(tmp_path):
     (tmp_path / "texts.txt").write_text("A text.\n")
-    with pytest.raises(ModelError, match=r"no tokenizer.json; calibrate it with an .npz"):
+    with pytest.raises(ModelError, match=r"no tokenizer.json; give an .npz of its inputs"):
         read_requests(tmp_path / "texts.txt", model(tmp_path))
 
 
