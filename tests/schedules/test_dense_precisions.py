@@ -12,12 +12,13 @@ from bertile.schedules.cpu import arithmetic
 from bertile.schedules.cpu.dense import dense
 from bertile.schedules.task import Task
 
-PRECISIONS = ("fp16", "bf16", "int8", "int8_static")
+PRECISIONS = ("fp16", "bf16", "int8", "int8_static", "int4")
 
 
 def product(inputs, outputs, activation="none", residual=False, **more):
     shape = {"inputs": inputs, "outputs": outputs, "activation": activation, "residual": residual}
-    return Task("dense", {**shape, **more})
+    groups = {"group": 32} if more.get("precision") == "int4" else {}
+    return Task("dense", {**shape, **groups, **more})
 
 
 ROWS = ("x86-avx512-bf16", "x86-avx2", "x86-avx512")
@@ -37,6 +38,14 @@ def kernels(request, kernels_of):
 @on_rows(SHAPES, share=3)
 def test_product_equals_numpy(kernels, precision, case):
     assert kernels.mistake(product(*case, precision=precision), blocks=3) is None
+
+
+@pytest.mark.parametrize("kernels", ROWS, indirect=True)
+@pytest.mark.parametrize("case", [(768, 40), (96, 17), (130, 3)])
+def test_groups_of_64_inputs_share_a_scale_too(kernels, case):
+    """The last one may be short."""
+    task = product(*case, precision="int4", group=64)
+    assert kernels.mistake(task, blocks=2) is None
 
 
 @on_rows([1, 2, 3, 7, 8, 33], share=1)
