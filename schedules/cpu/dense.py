@@ -25,11 +25,12 @@ softmax, LayerNorm and per-token scales all need shuffles.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from bertile.schedules.cpu import dense_samples, lanes
-from bertile.schedules.cpu.dense_kernel import Layout, kernel, step_count
+from bertile.schedules.cpu import dense_kernel, dense_samples, lanes, tiles
+from bertile.schedules.cpu.dense_kernel import Layout, step_count
 from bertile.schedules.cpu.nibbles import pack_nibbles
 from bertile.schedules.cpu.product import (
     byte_offset,
@@ -49,6 +50,8 @@ def space(task: Task, row: Row) -> Space:
     A tile of ``accumulators`` vectors is ``token_blocks`` blocks by ``accumulators //
     token_blocks`` outputs: two knobs that keep inside the register file whatever is chosen.
     """
+    if tiles.takes(task, row):
+        return tiles.space(task, row)
     math = multiplies(task, row)
     steps = step_count(task, math)
     in_floats = group(task) == 1 and writes(task) == "to_fp32"
@@ -78,6 +81,8 @@ def default(task: Task, row: Row) -> Knobs:
     """The widest tile of four token blocks (ten loads for 24 multiply-adds, where two blocks take
     fourteen), of one where their activations would push accumulators out of the registers.
     """
+    if tiles.takes(task, row):
+        return tiles.default(task, row)
     choices = space(task, row)
     room = lanes.vector_capacity(row) - _accumulators(task, row)
     token_blocks = 4 if room >= 4 and 4 in choices["token_blocks"] else 1
@@ -101,6 +106,8 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
 
     ``weights`` are w (float32, or int8 for bytes), then the vectors in the kernel's order.
     """
+    if tiles.takes(task, row):
+        return tiles.pack(task, knobs, weights, row)
     w, *vectors = weights
     of = Layout.of(task, knobs, row)
     padding = of.panels * of.width - w.shape[1]
@@ -116,6 +123,12 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
         w = np.pad(w, ((0, len(w) % 2), (0, 0))).reshape(of.steps, 2, -1, 2).transpose(0, 2, 3, 1)
     w = np.ascontiguousarray(w.reshape(of.steps, of.panels, -1).transpose(1, 0, 2))
     return [w, *(np.pad(v, (0, padding)) for v in vectors), *limits, *offset]
+
+
+def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
+    """The PrimFunc, by tiles where the machine has them."""
+    write = tiles.kernel if tiles.takes(task, row) else dense_kernel.kernel
+    return write(task, knobs, row)
 
 
 def flops(task: Task, tokens: int) -> float:
