@@ -12,6 +12,8 @@ RESULTS ?= pipeline/bench/RESULTS.md
 # What `make bench` times; `make bench MODELS=minilm LENGTHS=128` is a short one.
 MODELS ?= minilm synthetic:distilbert-base synthetic:bert-base synthetic:bert-large
 BATCHES ?= 1,8
+# Who is timed beside Bertile; torch-compile makes code for each size, a minute or so of a large model.
+PEERS ?= onnxruntime openvino torch torch-compile deepsparse llamacpp
 LENGTHS ?= 16,32,64,128,384
 REPEAT ?= 10
 LOG_SECONDS ?= 300
@@ -52,8 +54,8 @@ help:
 	@echo "make test       the tests (some minutes); make test-slow has the long ones too"
 	@echo "make test-arm   bundles for ARM, run under QEMU, and compared with this machine's"
 	@echo "make lint       ruff; make format lets it rewrite"
-	@echo "make bench      time models beside ONNX Runtime, OpenVINO and PyTorch; tables into $(RESULTS)"
-	@echo "make bench-precisions   the same in int8 and bf16, with DeepSparse"
+	@echo "make bench      time models in fp32 beside $(PEERS); tables into $(RESULTS)"
+	@echo "make bench-precisions   the same in int8 and bf16"
 	@echo "make bench-sparse   pruned models beside peers, and time against sparsity, into $(RESULTS)"
 	@echo "make bench-load   a request beside busy cores; make bench-streams, several at once"
 	@echo "make bench-acceptance   every case that has a bound beside every peer, in one table"
@@ -100,7 +102,7 @@ format: $(VENV)/.installed
 	@$(BIN)/ruff format .
 
 bench: $(VENV)/.bench
-	@$(BIN)/bertile bench $(MODELS) --against onnxruntime,openvino,torch \
+	@$(BIN)/bertile bench $(MODELS) --against $(PEERS) \
 	  --batch $(BATCHES) --length $(LENGTHS) --repeat $(REPEAT) --startup --markdown \
 	  --into $(RESULTS)
 
@@ -108,7 +110,7 @@ bench: $(VENV)/.bench
 bench-precisions: $(VENV)/.bench
 	@for precision in int8 bf16; do \
 	  $(BIN)/bertile bench $(MODELS) --precision $$precision \
-	    --against onnxruntime,openvino,torch,deepsparse --batch $(BATCHES) --length $(LENGTHS) \
+	    --against $(PEERS) --batch $(BATCHES) --length $(LENGTHS) \
 	    --repeat $(REPEAT) --markdown --into $(RESULTS) || exit; done
 
 # Table into RESULTS, curve (.svg, .csv) beside the module that draws it; peers get the same zeros.

@@ -17,6 +17,8 @@ from bertile.bench.engines import Engine, Source
 from bertile.bench.serving import IDLE, LOADS, Service
 from bertile.bench.traffic import Served, Traffic
 from bertile.cli import main
+from bertile.config import Config
+from bertile.onnx.exported import ExportedModel
 
 MANIFEST: dict[str, Any] = {
     "model": {"source": "minilm", "max_length": 512},
@@ -237,3 +239,32 @@ def test_flags_that_do_not_go_together_are_refused(
 ) -> None:
     assert main.main(["bench", "out", "-q", *line.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_real_engines_answer_beside_every_load(
+    exported: ExportedModel, stages: str, tmp_path: Path
+) -> None:
+    """A bundle and ONNX Runtime with two streams, a mix of lengths and every load, for moments."""
+    from bertile import driver
+
+    config = Config(threads=2, cache_dir=stages)
+    driver.compile(exported.source, tmp_path / "out", config)
+    service = Service(
+        batches=[2],
+        mix=workloads.parse_mix("8-32"),
+        streams=[1, 2] if len(busy_cores.cores()) > 1 else [1],
+        callers=2,
+        rate=100.0,
+        seconds=0.3,
+        loads=LOADS,
+    )
+    report = serving.bench(
+        tmp_path / "out", service=service, threads=max(service.streams), cache_dir=stages
+    )
+    engines = 2 * len(service.streams)
+    assert len(report["rows"]) == 4 * engines and len(report["waiting"]) == engines
+    assert all(0 < row["p50_ms"] <= row["p99_ms"] and row["calls"] > 0 for row in report["rows"])
+    assert all(row["cosine"] == pytest.approx(1, abs=1e-4) for row in report["rows"])
+    ours = [row["cpu_per_s"] for row in report["waiting"] if row["engine"] == "bertile"]
+    assert max(ours) < 0.05  # a model that waits burns no processor time
