@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
+from bertile.loader import available_cores
+
 # It ends by itself where nobody ends it: when the process that started it is gone.
 SPIN = """
 import os, sys
@@ -22,10 +24,10 @@ while os.getppid() == parent:
 
 
 def cores() -> list[int]:
-    """The numbers of the cores that this process may use."""
+    """The numbers of cores that this process may use: as many as its quota allows."""
     if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+        return sorted(os.sched_getaffinity(0))[: available_cores()]
+    return list(range(available_cores()))
 
 
 @contextlib.contextmanager

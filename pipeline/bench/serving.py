@@ -222,6 +222,7 @@ def _measure(
 ) -> list[list[Served]]:
     """What came of the turns of each worker; a twin's answers count as its worker's."""
     requests, served = list(workload.requests), [[] for _ in workers]
+    shapes = list(workload.of_each_shape)
     together = [
         [worker, *(twin for twin in twins if twin.engine == worker.engine)] for worker in workers
     ]
@@ -234,7 +235,7 @@ def _measure(
             callers = service.callers_of(workers[number].engine)
             if turn == 0:  # every shape once: what a new one costs is no part of a latency
                 for process in together[number]:
-                    process.drive(requests, Traffic(callers, count=len(requests)))
+                    process.drive(shapes, Traffic(callers, count=len(shapes)))
             time.sleep(turns.PAUSE_SECONDS)
             first = sum(len(part.milliseconds) for part in served[number])
             traffic = Traffic(callers, rate=service.rate, first=first, **plans[number][turn])

@@ -64,6 +64,12 @@ class Workload:
         return [(1, int(length)) for length in mask.sum(axis=1)]
 
     @property
+    def of_each_shape(self) -> tuple[Arrays, ...]:
+        """One request of each shape among them."""
+        by_shape = {next(iter(arrays.values())).shape: arrays for arrays in self.requests}
+        return tuple(by_shape.values())
+
+    @property
     def tokens(self) -> float:
         """Of a request, without padding, on average over all requests."""
         counts = [

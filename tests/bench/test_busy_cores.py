@@ -36,6 +36,11 @@ def test_processes_count_on_their_cores_and_end() -> None:
     assert all(map(is_gone, pids))
 
 
+def test_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy_cores, "available_cores", lambda: 1)
+    assert busy_cores.cores() == [min(os.sched_getaffinity(0))]
+
+
 def test_nothing_is_busy_without_cores() -> None:
     with busy_cores.busy([]) as pids:
         assert pids == []

@@ -10,6 +10,8 @@ import pytest
 
 from bertile.base.errors import UsageError
 from bertile.bench import workloads
+from bertile.config import Config
+from bertile.export.cached import export_cached
 from bertile.onnx.exported import ExportedModel
 
 MANIFEST: dict[str, Any] = {
@@ -95,3 +97,17 @@ def test_arrays_of_a_file_keep_their_order(exported: ExportedModel, tmp_path: Pa
     }
     with pytest.raises(UsageError, match="there is no file"):
         workloads.of_file(tmp_path / "absent.txt", exported, 1)
+
+
+def test_texts_of_a_file_become_ids_in_their_order(stages: str, tmp_path: Path) -> None:
+    minilm = export_cached("minilm", Config(cache_dir=stages))
+    (tmp_path / "queries.txt").write_text("yes yes yes\n\nno\nyes\nno no no\n")
+    workload = workloads.of_file(tmp_path / "queries.txt", minilm, 1)
+    lengths = [request["input_ids"].shape for request in workload.requests]
+    assert lengths == [(1, 5), (1, 3), (1, 3), (1, 5)]  # with the marks at both ends
+    assert workload.tokens == 4 and len(workload.of_each_shape) == 2
+    padded = workloads.of_file(tmp_path / "queries.txt", minilm, 2)
+    assert [request["attention_mask"].sum(1).tolist() for request in padded.requests] == [
+        [5, 3],
+        [3, 5],
+    ]
