@@ -23,8 +23,10 @@ from bertile.bench import busy_cores, competitors, sameness, turns, workloads
 from bertile.bench.engines import Engine
 from bertile.bench.traffic import Served, Traffic
 from bertile.bench.workloads import Mix, Workload
+from bertile.run.requests import USUAL_LENGTH, usual_length
 
 SLICE_SECONDS = 1.0  # of one engine's turn, where a run is measured in seconds
+LOAD_LENGTH = 32  # tokens, where nobody says
 LOAD_SECONDS = 5.0  # of each engine beside each kind of load, where nobody says
 SETTLE_SECONDS = 0.5  # behind a call: threads that spin for a while have gone to sleep
 PERCENTILES = (50, 90, 99)
@@ -55,14 +57,16 @@ LOADS = (
 class Service:
     """How engines are called.
 
-    `batches` of `lengths` (tokens), or of a `mix` of lengths, or what the file `source` holds.
+    `batches` of `lengths` (tokens; none: of the `usual` one, or as many as the model takes), or of
+    a `mix` of lengths, or what the file `source` holds.
     `streams` are the numbers of calls answered at once that are compared; the threads are divided
     among them. `callers` None: as many as streams. `rate`: requests a second that fall due,
     answered or not. Each engine is called for `seconds`, or `repeat` times where that is None.
     """
 
     batches: Sequence[int] = (1,)
-    lengths: Sequence[int] = (128,)
+    lengths: Sequence[int] = ()
+    usual: int = USUAL_LENGTH
     mix: Mix | None = None
     source: Path | None = None
     streams: Sequence[int] = (1,)
@@ -184,7 +188,7 @@ def _workloads(directory: Path, manifest: dict[str, Any], service: Service) -> l
     return [
         workloads.of_size(manifest, batch, length)
         for batch in service.batches
-        for length in service.lengths
+        for length in service.lengths or [usual_length(manifest, service.usual)]
     ]
 
 

@@ -17,13 +17,13 @@ HOW = ("callers", "beside", "batch", "length")
 FIGURES = ("calls_per_s", "tokens_per_s", "p50_ms", "p90_ms", "p99_ms", "cores")
 RATIOS = ("p50_ms_ratio", "p99_ms_ratio", "calls_per_s_ratio")
 HEADER = (*WHAT, *HOW, "calls/s", "tokens/s", "p50 ms", "p90 ms", "p99 ms", "cores")
-HEADER += ("p50 / its", "p99 / its", "calls/s / its")
+HEADER += ("p50 vs engine", "p99 vs engine", "calls/s vs engine")
 WAITING = (*WHAT, "processor seconds a second")
 MEANINGS = (
     "streams: calls answered at once, which divide the threads; beside: what else the machine did;"
     " a latency counts from the moment that a request was due; cores: processor seconds a second."
-    " p50 / its, p99 / its: Bertile's latency divided by that engine's, below 1 where Bertile is"
-    " faster; calls/s / its: the same of calls a second, above 1 where Bertile answers more."
+    " vs engine: Bertile's figure divided by this engine's; below 1 Bertile's latency is lower,"
+    " above 1 it answers more calls a second."
 )
 BURNT = "What a model burns that is loaded, has answered, and waits."
 

@@ -107,19 +107,20 @@ def _service(options: Namespace) -> Service:
     from bertile.base.errors import UsageError
     from bertile.bench import serving, workloads
     from bertile.cli.option_lists import numbers
+    from bertile.run.requests import USUAL_LENGTH
 
     if options.startup:
         raise UsageError("--startup is another measurement", "run it without flags for serving")
     if options.length and (options.mix or options.input):
         other = "--lengths" if options.mix else "--input"
         raise UsageError(f"--length and {other} both say the lengths", "leave out one of them")
-    usual = "32" if options.load else "128"
     seconds = options.duration
     if seconds is None and options.load:
         seconds = serving.LOAD_SECONDS
     return serving.Service(
         batches=numbers("--batch", options.batch),
-        lengths=numbers("--length", options.length or [usual]),
+        lengths=numbers("--length", options.length) if options.length else (),
+        usual=serving.LOAD_LENGTH if options.load else USUAL_LENGTH,
         mix=workloads.parse_mix(options.mix) if options.mix else None,
         source=Path(options.input) if options.input else None,
         streams=numbers("--streams", options.streams or ["1"]),

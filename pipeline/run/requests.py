@@ -10,6 +10,16 @@ import numpy as np
 from bertile.base.errors import UsageError
 from bertile.run.texts import max_tokens
 
+USUAL_LENGTH = 128  # tokens of a request where nobody says how many
+
+
+def usual_length(manifest: dict[str, Any], wish: int = USUAL_LENGTH) -> int:
+    """The tokens of a request where nobody says how many: 128 (or the `wish`), or as many as the
+    model takes.
+    """
+    static = manifest["static"].get("length")
+    return static or min(wish, max_tokens(manifest) or wish)
+
 
 def padded_inputs(manifest: dict[str, Any], lengths: Sequence[int]) -> dict[str, np.ndarray]:
     """Seeded ids for sequences of these lengths, each (sequences, longest); zeros are padding.

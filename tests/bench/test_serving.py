@@ -156,6 +156,16 @@ def test_loads_are_what_they_say_and_a_twin_doubles_the_calls(asked: list, busy:
     assert serving_tables.place_of([report]) == "bench-load"
 
 
+def test_length_that_nobody_says_is_the_usual_one_or_what_the_model_takes(
+    asked: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench(Service(repeat=1))["rows"][0]["length"] == 128
+    short = {**MANIFEST, "model": {**MANIFEST["model"], "max_length": 20}}
+    monkeypatch.setattr(serving.loader, "read_manifest", lambda directory: short)
+    assert bench(Service(repeat=1))["rows"][0]["length"] == 20
+    assert bench(Service(repeat=1, usual=16))["rows"][0]["length"] == 16
+
+
 def test_waiting_engines_tell_what_they_burn(asked: list) -> None:
     ours, theirs = bench(Service(lengths=[16], repeat=1))["waiting"]
     assert ours["cpu_per_s"] == 0 and theirs["cpu_per_s"] > 1
@@ -189,14 +199,14 @@ def table(reports: list[dict]) -> str:
 def test_tables_are_markdown_or_csv(asked: list, tmp_path: Path) -> None:
     report = bench(Service(lengths=[16], repeat=2))
     text = table([report])
-    assert text.count("| model") == 2 and "| p99 / its |" in text and "2 calls of each" in text
+    assert text.count("| model") == 2 and "| p99 vs engine |" in text and "2 calls of each" in text
     assert serving_tables.place_of([report]) == "bench-traffic"
     rows = list(csv.DictReader(serving_tables.as_csv([report]).splitlines()))
     assert len(rows) == 2 and float(rows[1]["p50_ms_ratio"]) == 0.5
     page = tmp_path / "RESULTS.md"
     page.write_text("<!-- bench-load -->\n<!-- /bench-load -->\n")
     result_tables.write_table(str(page), "bench-load", text, "bertile bench --load")
-    assert "| p99 / its |" in page.read_text()
+    assert "| p99 vs engine |" in page.read_text()
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, *words: str) -> Service:
@@ -216,7 +226,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, *words: str) -> Service:
 
 def test_flags_of_the_command_line_make_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
     service = ask(monkeypatch, "--load")
-    assert (list(service.lengths), service.seconds, service.loads) == ([32], 5.0, LOADS)
+    assert (service.lengths, service.usual, service.seconds, service.loads) == ((), 32, 5.0, LOADS)
     line = "--streams 1,2 --concurrency 2 --rate 50 --duration 0.5 --lengths 8-16 --batch 4"
     service = ask(monkeypatch, *line.split())
     assert service.streams == [1, 2] and service.callers == 2 and service.batches == [4]
