@@ -10,27 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bertile.base.allowed import HEADS, LIBCS, RANGES, RUNNERS, RUNTIMES, TUNE_EFFORTS
 from bertile.base.errors import UsageError, nearest
 from bertile.numerics.precision import PRECISIONS, SPARSE
 from bertile.targets.rows import GENERIC
 from bertile.targets.rows import names as target_names
 
-TUNE_EFFORTS = ("auto", "none", "quick", "full")
-RUNTIMES = ("none", "include")
-RUNNERS = ("local", "mca")
-LIBCS = ("glibc", "musl")
-RANGES = ("dynamic", "minmax", "percentile", "mse")
 LONGEST = 32768  # tokens of a sequence that kernels are measured on
-HEADS = (
-    "encoder",
-    "embedding",
-    "sequence-classification",
-    "token-classification",
-    "question-answering",
-    "masked-lm",
-    "next-sentence",
-    "multiple-choice",
-)
 
 
 @dataclass(frozen=True)
@@ -41,10 +27,11 @@ class Config:
     `timeout` (seconds) and `threads` are positive, or None for what the effort and the machine
     give. `head` None keeps the checkpoint's own head; `allow_unused` takes a checkpoint that says
     or holds more than its model reads, without that; `rename` gives inputs of an ONNX file our
-    names, each as OLD=NEW; `shipped_log` False leaves out the tuning logs that come with the
-    package. Paths may be given as `Path`. `sparse` "always" skips zeros even where the dense kernel
-    is faster, which is for measuring. `calibrate`, `ranges`, `smooth` (0 to 1), `max_drop` (a
-    fraction of the metric: 0.005, or "0.5%") and `eval` are for int8 alone.
+    names, each as OLD=NEW; `tokenizer` is the directory whose tokenizer and config.json belong to
+    an ONNX file, in place of those beside it; `shipped_log` False leaves out the tuning logs that
+    come with the package. Paths may be given as `Path`. `sparse` "always" skips zeros even where
+    the dense kernel is faster, which is for measuring. `calibrate`, `ranges`, `smooth` (0 to 1),
+    `max_drop` (a fraction of the metric: 0.005, or "0.5%") and `eval` are for int8 alone.
     Raises UsageError for a value that is not allowed, with the nearest one that is.
     """
 
@@ -65,6 +52,7 @@ class Config:
     head: str | None = None
     allow_unused: bool = False
     rename: tuple[str, ...] = ()
+    tokenizer: str | None = None
     log_dir: str | None = None
     shipped_log: bool = True
     cache_dir: str | None = None
@@ -261,6 +249,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "head": _one_of(HEADS, optional=True),
     "allow_unused": _flag,
     "rename": _renamed,
+    "tokenizer": _path_of("a directory"),
     "log_dir": _path_of("a directory"),
     "shipped_log": _flag,
     "cache_dir": _path_of("a directory"),

@@ -105,7 +105,7 @@ def test_extras_agree_on_versions() -> None:
 
 
 def test_wheels_of_other_machines_are_of_the_pinned_versions() -> None:
-    runtime = set(PROJECT["project"]["optional-dependencies"]["runtime"])
+    runtime = set(PROJECT["project"]["optional-dependencies"]["device"])
     for path in (ROOT / MAP["bertile"]).rglob("wheels-*.txt"):
         lines = path.read_text(encoding="utf-8").splitlines()
         assert {line.split()[0] for line in lines if "==" in line} == runtime

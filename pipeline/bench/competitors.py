@@ -13,6 +13,7 @@ from bertile.base.progress import Progress
 from bertile.bench import deepsparse, peer_models
 from bertile.bench.engines import Engine, LeftOut, Source
 from bertile.config import Config
+from bertile.export import files
 from bertile.numerics.precision import PRECISIONS
 from bertile.onnx.exported import ExportedModel, InputSpec
 
@@ -23,7 +24,7 @@ PEERS = {
     "torch": ("fp32", "bf16", "int8"),
     "deepsparse": ("fp32", "int8"),
 }
-NOT_TORCH = "torch is left out: {} is an ONNX file, and torch runs checkpoints"
+NOT_TORCH = "torch is left out: {} is in ONNX, and torch runs checkpoints"
 NO_FORM = "{} is left out: it computes in {} on a CPU, not in {}"
 
 
@@ -99,7 +100,7 @@ def possible(
     for name, kind, precision in wanted:
         if precision not in PEERS[kind]:
             notes.append(NO_FORM.format(name, " and ".join(PEERS[kind]), precision))
-        elif kind == "torch" and model.endswith(".onnx"):
+        elif kind == "torch" and files.is_onnx(model):
             notes.append(NOT_TORCH.format(model))
         else:
             kept.append((name, kind, precision))
@@ -116,10 +117,10 @@ def source(
     """What the engines read; BundleError where the model has changed since it was compiled."""
     model = manifest["model"]
     if kinds and not (onnx and "torch" not in kinds):
-        from bertile.export import cached, files
+        from bertile.export import cached, exporter
 
         config = Config.from_dict({**manifest["config"], "cache_dir": cache_dir})
-        if files.fingerprint(model["source"], config.head) != model["sha256"]:
+        if exporter.fingerprint(model["source"], config) != model["sha256"]:
             raise BundleError(
                 f"'{model['source']}' has changed since {directory} was compiled from it",
                 "compile it again",

@@ -78,14 +78,6 @@ def examine(cache_dir: str | None = None) -> list[Check]:
     return checks
 
 
-def extra_of(module: str) -> str | None:
-    """The extra that installs a module, None for one that Bertile does not know."""
-    package = module.partition(".")[0]
-    if package in ("tvm", "tvm_ffi"):
-        return "compile"
-    return next((extra for extra, modules in EXTRAS.items() if package in modules), None)
-
-
 def as_text(checks: list[Check]) -> str:
     """One line per check and, below, one line for each problem with its remedy."""
     lines = [table(("check", "status", "found"), [(c.name, c.status, c.detail) for c in checks])]

@@ -24,7 +24,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="*",
         help="a text; behind -- it may begin with a dash; none: each line of stdin is a text",
     )
-    parser.set_defaults(rest="texts")
     add("--file", metavar="FILE", help="a file in UTF-8, of which each line is a text; -: stdin")
     add("--truncate", action="store_true", help="cut a text that is too long, instead of failing")
     add("--threads", metavar="N", type=int, help="cores to use")

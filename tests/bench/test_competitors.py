@@ -131,7 +131,7 @@ def test_torch_is_left_out_with_a_sentence_for_a_foreign_onnx_file() -> None:
     manifest = {**MANIFEST, "model": {"source": "my.onnx"}}
     wanted = [competitors.parse(name, "fp32") for name in ("onnxruntime", "torch")]
     kept, (note,) = competitors.possible(wanted, manifest)
-    assert kept == wanted[:1] and "my.onnx is an ONNX file" in note
+    assert kept == wanted[:1] and "my.onnx is in ONNX" in note
     assert competitors.possible(wanted, MANIFEST) == (wanted, [])
 
 
@@ -154,6 +154,6 @@ def test_peer_that_cannot_take_the_model_is_a_note(
 def test_model_that_changed_since_it_was_compiled_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bertile.export.files.fingerprint", lambda model, head: "new")
+    monkeypatch.setattr("bertile.export.files.fingerprint", lambda *_: "new")
     with pytest.raises(BundleError, match="'minilm' has changed since out was compiled"):
         competitors.source(Path("out"), MANIFEST, ["torch"], None, None)

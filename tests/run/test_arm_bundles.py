@@ -250,7 +250,7 @@ def test_runtime_of_another_machine_needs_a_network_once(tmp_path, monkeypatch):
     with pytest.raises(PlatformError) as caught:
         runtime_libraries.find(targets.resolve("arm-a76"), None, str(tmp_path))
     assert str(caught.value).startswith("cannot fetch the TVM runtime for aarch64: ERROR: ")
-    assert "connect to a package index once, or give the wheels with --runtime-from" in str(
+    assert "connect to a package index once, give the wheels with --runtime-from, or leave" in str(
         caught.value
     )
 
