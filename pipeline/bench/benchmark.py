@@ -18,7 +18,7 @@ from bertile.bench.engines import Arrays, Engine
 from bertile.bench.startup import startup as measure_startup
 from bertile.config import Config
 from bertile.numerics.precision import PRECISIONS
-from bertile.run.requests import random_inputs
+from bertile.run.requests import random_inputs, usual_length
 from bertile.tune.measure import roofline
 
 STARTUP_SIZE = (1, 128)  # of the call that a new process makes, where it is among those timed
@@ -34,7 +34,7 @@ def bench(
     *,
     against: Sequence[str] = ("onnxruntime",),
     batches: Sequence[int] = (1,),
-    lengths: Sequence[int] = (128,),
+    lengths: Sequence[int] = (),
     threads: int | None = None,
     repeat: int = 30,
     startup: bool = False,
@@ -43,6 +43,7 @@ def bench(
 ) -> dict[str, Any]:
     """Time the bundle and each engine of `against` on the same random ids, without padding.
 
+    No `lengths` are the usual one: 128 tokens, or as many as the model takes.
     Each engine has a process of its own with `threads` cores, and they work in turns of some calls
     behind a warm-up. `onnx` None exports the bundle's source again, from the cache where it can.
     Gives "rows", one per engine and size, in milliseconds of a call: "ratio" is Bertile's median
@@ -57,6 +58,7 @@ def bench(
     progress = progress or Progress(verbosity=-1)
     manifest = loader.read_manifest(directory)
     threads = threads or loader.available_cores()
+    lengths = lengths or [usual_length(manifest)]
     sizes = [(batch, length) for batch in batches for length in lengths]
     inputs = [random_inputs(manifest, *size) for size in sizes]
     engines, notes = competitors.engines(

@@ -10,6 +10,7 @@ from pathlib import Path
 from bertile.base.progress import Progress
 from bertile.cli.command import Outcome
 from bertile.cli.config_flags import add_some_config, read_config
+from bertile.cli.option_lists import LENGTH, positive
 
 CONFIG = ("threads", "precision", "sparse", "log-dir", "shipped-log", "cache-dir")
 PEERS = (
@@ -29,8 +30,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--onnx", metavar="FILE", help="the exported model (default: as compiled)")
     add("--against", metavar="ENGINE", nargs="+", default=["onnxruntime"], help=PEERS)
     add("--batch", metavar="N", nargs="+", default=["1"], help="sequences in a call, one or more")
-    add("--length", metavar="N", nargs="+", default=["128"], help="tokens in a sequence")
-    add("--repeat", metavar="N", type=int, default=30, help="measured calls of each engine")
+    add("--length", metavar="N", nargs="+", help=LENGTH)
+    add("--repeat", metavar="N", type=positive, default=30, help="measured calls of each engine")
     form = parser.add_mutually_exclusive_group().add_argument
     form("--markdown", action="store_true", help="print the tables as Markdown")
     form("--csv", action="store_true", help="print every number of the first table as CSV")
@@ -51,7 +52,7 @@ def run(options: Namespace, progress: Progress) -> Outcome:
         onnx=options.onnx and Path(options.onnx),
         against=words(options.against),
         batches=numbers("--batch", options.batch),
-        lengths=numbers("--length", options.length),
+        lengths=numbers("--length", options.length) if options.length else (),
         repeat=options.repeat,
         startup=options.startup,
     )

@@ -27,7 +27,7 @@ def write(
     measure: bool = True,
     log_dir: str | None = None,
     batch: int = 1,
-    length: int = 128,
+    length: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _of_bundle(
     log: TuningLog,
     measure: bool,
     batch: int,
-    length: int,
+    length: int | None,
     threads: int | None,
     progress: Progress,
 ) -> Page:
@@ -120,7 +120,7 @@ def _of_bundle(
     elif inspected:
         kernels = inspected["kernels"]
         facts["processor"] = machine.cpu_name()
-        facts["request"] = f"{batch} x {length} tokens, {inspected['threads']} threads"
+        facts["request"] = f"{batch} x {inspected['length']} tokens, {inspected['threads']} threads"
         facts["time"] = f"{inspected['total_ms']:.2f} ms a request"
         facts["peak"] = f"{inspected['peak_gflops']:.0f} GFLOP/s, measured in the same run"
         between = max(0.0, inspected["between_kernels_ms"])

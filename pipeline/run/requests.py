@@ -9,6 +9,14 @@ import numpy as np
 from bertile.base.errors import UsageError
 from bertile.run.texts import max_tokens
 
+USUAL_LENGTH = 128  # tokens of a request where nobody says how many
+
+
+def usual_length(manifest: dict[str, Any]) -> int:
+    """The tokens of a request where nobody says how many: 128, or as many as the model takes."""
+    static = manifest["static"].get("length")
+    return static or min(USUAL_LENGTH, max_tokens(manifest) or USUAL_LENGTH)
+
 
 def random_inputs(manifest: dict[str, Any], batch: int, length: int) -> dict[str, np.ndarray]:
     """Seeded ids for every input of the manifest; no padding, as a full batch has none."""

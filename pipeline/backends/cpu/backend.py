@@ -128,7 +128,7 @@ class CpuBackend:
         self,
         directory: Path,
         batch: int,
-        length: int,
+        length: int | None,
         threads: int | None,
         progress: Progress,
         measure: bool = True,
