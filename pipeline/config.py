@@ -46,7 +46,7 @@ class Config:
     rpc_tracker: str | None = None
     rpc_key: str | None = None
     threads: int | None = None
-    runtime: str = "none"
+    runtime: str = "include"
     runtime_from: str | None = None
     libc: str = "glibc"
     head: str | None = None

@@ -53,10 +53,10 @@ def compile(
     """
     config, progress = config or Config(), progress or Progress(verbosity=-1)
     loader.set_thread_defaults()  # before TVM is imported and starts its thread pool
-    row = preflight.compiling(model, output, config)
     if config.max_drop is not None and config.max_drop > LARGE_DROP:
         points, percent = f"{100 * config.max_drop:g}", f"{config.max_drop:g}%"
         progress.say(f"--max-drop accepts a loss of {points} points of 100; is {percent} meant?")
+    row = preflight.compiling(model, output, config)
     exported = export_cached(model, config, progress)
     compiled = _compile_cached(exported, row, config, progress)
     with progress.stage("bundle") as stage:

@@ -155,3 +155,21 @@ def test_dry_run_leaves_no_trace_where_all_is_well(home, capsys) -> None:
         words = [command, "roberta", "-o", "new/out", "--cache-dir", "stages", "--dry-run"]
         assert main.main(words) == 0 and "new/out" in capsys.readouterr().out
     assert sorted(home.rglob("*")) == before
+
+
+def test_accuracy_needs_what_runs_the_bundle(home, typed, monkeypatch) -> None:
+    """Before anything is exported, not after the first bundle is compiled."""
+    from bertile.run import qemu
+
+    monkeypatch.setattr(qemu, "_qemu", lambda arch: None)
+    (home / "texts.txt").write_text("One.\nTwo.\n")
+    words = [TINY, "--target", "arm-a76", "--precision", "int8", "--max-drop", "1%", "--no-runtime"]
+    code, text = typed("compile", *words, "--eval", "texts.txt", "-o", "out", "--dry-run")
+    assert code == 3 and "cannot be run here: qemu-aarch64 is not installed" in text
+
+
+def test_no_runtime_for_the_target_names_the_way_out(home, typed) -> None:
+    words = [TINY, "--target", "arm-a76", "--libc", "musl", "-o", "out", "--dry-run"]
+    code, text = typed("compile", *words)
+    assert code == 3 and "no TVM runtime libraries for musl" in text and "--no-runtime" in text
+    assert main.main(["compile", *words, "--no-runtime"]) == 0

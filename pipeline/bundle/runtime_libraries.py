@@ -18,7 +18,7 @@ from bertile.targets.rows import Target, is_foreign
 
 LICENCES = ("LICENSE", "NOTICE")
 # pip's requirements with the hashes of the wheels that it may take, by architecture
-PINS = {"aarch64": Path(__file__).with_name("wheels-aarch64.txt")}
+PINS = {arch: Path(__file__).with_name(f"wheels-{arch}.txt") for arch in ("x86_64", "aarch64")}
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17")
 _MACHINES = {62: "x86_64", 183: "aarch64", 40: "32-bit ARM", 243: "riscv64"}  # e_machine of ELF
 
@@ -60,7 +60,7 @@ def find(row: Target, source: str | None = None, cache_dir: str | None = None) -
             "bundle.runtime_libraries", row.arch, str(Path(source).absolute()), _state(source)
         )
         return _cached(
-            key, cache_dir, lambda directory: _extract(_parts_of(source), directory, row)
+            key, cache_dir, lambda directory: extract(_parts_of(source), directory, row.arch)
         )
     if not is_foreign(row):
         versions = [str(path) for path in find_runtime()]
@@ -110,28 +110,36 @@ def _is_part(path: Path) -> bool:
 
 def _fetch(directory: Path, row: Target) -> None:
     with scratch.directory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += [
-            "--disable-pip-version-check",
-            "--retries=2",
-            "--only-binary=:all:",
-            "--python-version=3.11",
-        ]
-        command += [f"--platform={platform}_{row.arch}" for platform in _PLATFORMS]
-        command += ["--require-hashes", "-r", str(PINS[row.arch]), "-d", folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
-            raise PlatformError(
-                f"cannot fetch the TVM runtime for {row.arch}: {lines[-1].strip()}",
-                "connect to a package index once, give the wheels with --runtime-from, or leave the"
-                " runtime out with --no-runtime",
-            )
-        _extract(sorted(Path(folder).glob("*.whl")), directory, row)
+        extract(sorted(download(row.arch, folder).glob("*.whl")), directory, row.arch)
 
 
-def _extract(sources: Iterable[Path], directory: Path, row: Target) -> None:
-    """Put the two libraries and the licences, from files or out of wheels, into `directory`."""
+def download(arch: str, folder: Path) -> Path:
+    """Fetch the pinned wheels for an architecture of PINS into `folder`, by pip; return it."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += [
+        "--disable-pip-version-check",
+        "--retries=2",
+        "--only-binary=:all:",
+        "--python-version=3.11",
+    ]
+    command += [f"--platform={platform}_{arch}" for platform in _PLATFORMS]
+    command += ["--require-hashes", "-r", str(PINS[arch]), "-d", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+        raise PlatformError(
+            f"cannot fetch the TVM runtime for {arch}: {lines[-1].strip()}",
+            "connect to a package index once, give the wheels with --runtime-from, or leave the"
+            " runtime out with --no-runtime",
+        )
+    return folder
+
+
+def extract(sources: Iterable[Path], directory: Path, arch: str) -> None:
+    """Put the two libraries and the licences, from files or out of wheels, into `directory`.
+
+    PlatformError where a library is missing, or for another architecture.
+    """
     for source in sources:
         if zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as wheel:
@@ -145,8 +153,8 @@ def _extract(sources: Iterable[Path], directory: Path, row: Target) -> None:
         if not path.is_file():
             raise PlatformError(f"what --runtime-from names has no {name}", _both())
         machine = _machine(path)
-        if machine != row.arch:
-            raise PlatformError(f"{name} is for {machine}, not for {row.arch}", _both())
+        if machine != arch:
+            raise PlatformError(f"{name} is for {machine}, not for {arch}", _both())
 
 
 def _wanted(name: str) -> bool:

@@ -90,7 +90,8 @@ CONFIG_FLAGS: tuple[Flag, ...] = (
         "|".join(RUNTIMES),
         str,
         MACHINE,
-        "whether the bundle brings the TVM runtime and the loaders along",
+        "include (default): the bundle brings TVM's runtime and the loaders along, and needs numpy"
+        " alone",
         without="none",
     ),
     Flag("--runtime-from", "FILE", str, MACHINE, "wheel or directory of the target's TVM runtime"),

@@ -19,7 +19,7 @@ def check(config: Config, row: Target) -> None:
     if config.runtime_from is not None:
         raise UsageError(
             f"--runtime-from says nothing about {row.name}: {_NO_HOST_CODE}",
-            "leave it out; --runtime include puts the loader's two files into the bundle",
+            "leave it out; the loader's two files come with the bundle",
         )
     if config.sparse == "always":
         raise UsageError(
