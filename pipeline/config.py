@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bertile.base.allowed import HEADS, LIBCS, RANGES, RUNNERS, RUNTIMES, TUNE_EFFORTS
+from bertile.base.allowed import HEADS, LIBCS, RANGES, ROUNDINGS, RUNNERS, RUNTIMES, TUNE_EFFORTS
 from bertile.base.errors import UsageError, nearest
+from bertile.numerics.four_bit import SIZES
 from bertile.numerics.precision import PRECISIONS, SPARSE
 from bertile.targets.rows import GENERIC
 from bertile.targets.rows import names as target_names
@@ -30,8 +31,9 @@ class Config:
     names, each as OLD=NEW; `tokenizer` is the directory whose tokenizer and config.json belong to
     an ONNX file, in place of those beside it; `shipped_log` False leaves out the tuning logs that
     come with the package. Paths may be given as `Path`. `sparse` "always" skips zeros even where
-    the dense kernel is faster, which is for measuring. `calibrate`, `ranges`, `smooth` (0 to 1),
-    `max_drop` (a fraction of the metric: 0.005, or "0.5%") and `eval` are for int8 alone.
+    the dense kernel is faster, which is for measuring. `calibrate`, `smooth` (0 to 1), `max_drop`
+    (a fraction of the metric: 0.005, or "0.5%") and `eval` are for int8 and int4 alone, `ranges`
+    for int8, `group_size` (inputs that share a scale) and `rounding` for int4.
     Raises UsageError for a value that is not allowed, with the nearest one that is.
     """
 
@@ -59,6 +61,8 @@ class Config:
     dump_ir: str | None = None
     calibrate: str | None = None
     ranges: str = "dynamic"
+    group_size: int = 32
+    rounding: str = "nearest"
     smooth: float | None = None
     max_drop: float | None = None
     eval: str | None = None
@@ -172,6 +176,12 @@ def _lengths(name: str, value: Any) -> tuple[int, ...] | None:
     return lengths
 
 
+def _group_size(name: str, value: Any) -> int:
+    if value in SIZES and not isinstance(value, bool):
+        return int(value)
+    raise UsageError(f"{name} is {value!r}", f"give {' or '.join(map(str, SIZES))}")
+
+
 def _share(name: str, value: Any) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is None or (number and 0 <= value <= 1):
@@ -221,11 +231,19 @@ def _check_quantization(config: Config) -> None:
         for flag in ("calibrate", "smooth", "max_drop", "eval")
         if getattr(config, flag) is not None
     ]
-    chosen += ["ranges"] if config.ranges != "dynamic" else []
-    if chosen and not PRECISIONS[config.precision].quantized:
+    of_ranges = ["ranges"] if config.ranges != "dynamic" else []
+    of_groups = [] if config.group_size == Config.group_size else ["group_size"]
+    of_groups += ["rounding"] if config.rounding == "gptq" else []
+    row = PRECISIONS[config.precision]
+    if chosen and not row.quantized:
         raise UsageError(f"{chosen[0]} is for quantized models", "give precision int8 with it")
-    if config.calibrate is None and {"smooth", "ranges"} & set(chosen):
-        raise UsageError(f"{chosen[-1]} needs texts to observe", "give a file with --calibrate")
+    if of_ranges and not row.ranges:
+        raise UsageError("ranges is for 8-bit models", "give precision int8 with it")
+    if of_groups and not row.groups:
+        raise UsageError(f"{of_groups[0]} is for 4-bit models", "give precision int4 with it")
+    needs = {"smooth", "ranges", "rounding"} & {*chosen, *of_ranges, *of_groups}
+    if config.calibrate is None and needs:
+        raise UsageError(f"{min(needs)} needs texts to observe", "give a file with --calibrate")
     if (config.max_drop is None) != (config.eval is None):
         raise UsageError("of --max-drop and --eval one is missing", "give both")
 
@@ -256,6 +274,8 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "dump_ir": _path_of("a directory"),
     "calibrate": _path_of("a file"),
     "ranges": _one_of(RANGES),
+    "group_size": _group_size,
+    "rounding": _one_of(ROUNDINGS),
     "smooth": _share,
     "max_drop": _drop,
     "eval": _path_of("a file"),

@@ -20,7 +20,7 @@ from bertile.targets import rows
 from bertile.targets.rows import Target
 
 # What a bundle takes of its weights in float32, at least: embeddings are never smaller than halves.
-_SHARE = {"fp32": 1.0, "tf32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.25}
+_SHARE = {"fp32": 1.0, "tf32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.25, "int4": 0.125}
 _COMPILE = ("tvm", "tvm_ffi", "onnx", "onnxruntime")
 
 

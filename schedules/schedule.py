@@ -39,6 +39,7 @@ class Row(Protocol):
     vector_bits: int  # width of one of them
     dot_product: str | None  # "vnni", "sdot", "usmmla": four bytes at once
     bf16: bool  # two bfloat16 at once
+    tiles: bool  # 16 by 16 sums at once, of bytes and of bfloat16 (AMX)
     gpu: Gpu | None
     threads: int  # that a kernel is made for; any number may run it
 

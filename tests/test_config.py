@@ -56,6 +56,12 @@ def test_paths_become_text() -> None:
         ({"timeout": float("inf")}, "timeout is inf"),
         ({"log_dir": ""}, "log_dir is ''"),
         ({"cache_dir": 3}, "cache_dir is 3"),
+        ({"group_size": 48}, "group_size is 48"),
+        ({"precision": "int8", "group_size": 64}, "group_size is for 4-bit models"),
+        ({"precision": "int8", "rounding": "gptq"}, "rounding is for 4-bit models"),
+        ({"precision": "int4", "rounding": "gptq"}, "rounding needs texts to observe"),
+        ({"precision": "int4", "ranges": "mse", "calibrate": "x"}, "ranges is for 8-bit models"),
+        ({"calibrate": "x.txt"}, "calibrate is for quantized models"),
     ],
 )
 def test_bad_values_are_refused_with_the_nearest_name(values: dict, message: str) -> None:

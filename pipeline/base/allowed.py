@@ -10,6 +10,7 @@ RUNTIMES = ("none", "include")
 RUNNERS = ("local", "mca")
 LIBCS = ("glibc", "musl")
 RANGES = ("dynamic", "minmax", "percentile", "mse")
+ROUNDINGS = ("nearest", "gptq")
 HEADS = (
     "encoder",
     "embedding",

@@ -8,7 +8,7 @@ from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bertile.base.allowed import HEADS, LIBCS, RANGES, RUNNERS, RUNTIMES, TUNE_EFFORTS
+from bertile.base.allowed import HEADS, LIBCS, RANGES, ROUNDINGS, RUNNERS, RUNTIMES, TUNE_EFFORTS
 from bertile.base.errors import UsageError
 from bertile.numerics.precision import PRECISIONS, SPARSE
 from bertile.targets.processors import PROCESSORS
@@ -136,7 +136,7 @@ CONFIG_FLAGS: tuple[Flag, ...] = (
         "FILE",
         str,
         NUMBERS,
-        "int8: observe inputs on these: .txt, a text a line, or .npz",
+        "int8, int4: observe inputs on a text a line (.txt), or .npz",
     ),
     Flag(
         "--ranges",
@@ -145,15 +145,27 @@ CONFIG_FLAGS: tuple[Flag, ...] = (
         NUMBERS,
         "int8: per token (dynamic, default), or fixed by --calibrate",
     ),
+    Flag("--group-size", "32|64", int, NUMBERS, "int4: inputs that share a scale of their weights"),
     Flag(
-        "--smooth", "0..1", float, NUMBERS, "int8: share of outliers to move from inputs to weights"
+        "--rounding",
+        "|".join(ROUNDINGS),
+        str,
+        NUMBERS,
+        "int4: to the nearest (default), or gptq, which makes up for errors by --calibrate",
+    ),
+    Flag(
+        "--smooth",
+        "0..1",
+        float,
+        NUMBERS,
+        "int8, int4: share of outliers to move from inputs to weights",
     ),
     Flag(
         "--max-drop",
         "LOSS",
         str,
         NUMBERS,
-        "int8: largest accepted loss of the metric of --eval: 0.5%, or as a fraction 0.005",
+        "int8, int4: largest accepted loss of the metric of --eval: 0.5%, or as a fraction 0.005",
     ),
     Flag(
         "--eval",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
 from pathlib import Path
 
@@ -27,8 +29,23 @@ def check_platform(target: dict) -> None:
             f"(target {target.get('name')})",
             "compile the model with a --target that fits this CPU",
         )
+    if "amx_tile" in target["features"]:
+        _ask_for_tiles()
 
 
+def _ask_for_tiles() -> None:
+    """Let this process use tiles, which Linux gives to those that ask; PlatformError where it
+    does not. That children and threads inherit it makes one question enough.
+    """
+    if ctypes.CDLL(None, use_errno=True).syscall(_ARCH_PRCTL, _REQUEST, _TILE_DATA):
+        reason = os.strerror(ctypes.get_errno())
+        raise PlatformError(
+            f"Linux does not let this process use the CPU's tiles (AMX): {reason}",
+            "compile the model with --target x86-avx512-bf16",
+        )
+
+
+_ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18  # asm/prctl.h: ARCH_REQ_XCOMP_PERM
 _FLAGS = ("flags", "Features")  # what x86 and what ARM call the line in /proc/cpuinfo
 
 

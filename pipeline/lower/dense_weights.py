@@ -6,7 +6,8 @@ import numpy as np
 
 from bertile.lower.form import Form
 from bertile.numerics.eight_bit import quantize_weights, weight_scales
-from bertile.numerics.precision import LayerPlan, Plan
+from bertile.numerics.four_bit import quantize_groups
+from bertile.numerics.precision import PRECISIONS, LayerPlan, Plan
 from bertile.schedules.reference import LEVELS, byte_limits
 from bertile.schedules.task import Task
 
@@ -18,13 +19,19 @@ def dense_weights(task: Task, weights: Arrays, plan: LayerPlan) -> Arrays:
     w (K, N) and b (N). What is zero in w is zero in them, whatever the precision.
 
     Bytes: x ≈ low + s q, w ≈ scale v, so x w + b ≈ s scale Σ q v + low shift + b with
-    shift = scale Σ v. With one range for all tokens, s goes into scale, and low shift into b.
+    shift = scale Σ v. With one range for all tokens, s goes into scale, and low shift into b. In 4
+    bits scale is that of a group.
     """
-    if not str(task.shape.get("precision", "fp32")).startswith("int8"):
+    if not plan.quantized:
         return weights
     (name, w), (bias_name, b) = weights
     if plan.smooth is not None:
         w = w / plan.smooth[:, None]
+    if PRECISIONS[plan.precision].groups:
+        rounded = plan.rounded or quantize_groups(w, plan.group)
+        shift = rounded.values().sum(0, dtype="float64").astype("float32")
+        arrays = {name: rounded.levels, f"{name}.scales": rounded.scales}
+        return [*arrays.items(), (f"{name}.shift", shift), (bias_name, b)]
     scale = weight_scales(w)
     v = quantize_weights(w, scale)
     shift = (v.sum(0, dtype="int64") * scale.astype("float64")).astype("float32")

@@ -76,6 +76,7 @@ def _dense_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
         "activation": str(call.attrs["activation"]),
         "residual": len(call.args) == 4,
         **_precision(call, static=plan.static),
+        **({"group": plan.group} if ops.precision(call) == "int4" else {}),
         **output.writes,
     }
     if output == QKV:
@@ -85,7 +86,7 @@ def _dense_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
 
 
 def _dense_reads(precision: str, owner: str, plan: LayerPlan) -> Form:
-    if precision != "int8":
+    if precision not in ("int8", "int4"):
         return Form("bf16") if precision == "bf16" else FP32
     owned = plan.static or plan.smooth is not None
     return Form("int8_static" if plan.static else "int8", owner if owned else "")

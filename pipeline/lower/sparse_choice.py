@@ -20,6 +20,7 @@ from bertile.lower.sparse_costs import relative_time
 from bertile.numerics.precision import Plan, ZerosPlan
 from bertile.numerics.zeros import Sparsity, analyse, density
 from bertile.schedules.cpu.product import group
+from bertile.schedules.cpu.sparse import sparse
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
 from bertile.tune.log.tuning_log import Record, TuningLog
@@ -98,6 +99,8 @@ class SparseChoice:
         if self.sparse == "off" or (self.sparse == "auto" and seen.pattern == "dense"):
             return known
         percent = rounded(lanes)
+        if lacks := sparse.refuses(sparse_task(tasks[0], percent)):
+            return dataclasses.replace(known, why=f"zeros are not skipped in {lacks}")
         if self.sparse == "always":
             return dataclasses.replace(known, density=percent, why="asked for")
         share, why = self._compared(tasks, percent)

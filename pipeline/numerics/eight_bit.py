@@ -1,4 +1,4 @@
-"""Does the arithmetic of 8 bits in numpy: kernels are compared with it, and reports made of it.
+"""Does the arithmetic of bytes in numpy: kernels are compared with it, and reports made of it.
 
 Weights: symmetric per output channel, s8. Inputs: asymmetric, u8, per token or one range for all.
 """
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bertile.numerics.four_bit import quantize_groups
 from bertile.numerics.precision import LayerPlan
 from bertile.schedules.reference import LEVELS
 
@@ -124,12 +125,27 @@ def computed(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray,
 
 
 def _in_bytes(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray, np.ndarray]:
+    def rounded(smoothed: np.ndarray) -> np.ndarray:
+        scale = weight_scales(smoothed)
+        return quantize_weights(smoothed, scale) * scale
+
+    return _smoothed(x, w, plan, rounded)
+
+
+def _in_four_bits(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray, np.ndarray]:
+    def rounded(smoothed: np.ndarray) -> np.ndarray:
+        return (plan.rounded or quantize_groups(smoothed, plan.group)).values()
+
+    return _smoothed(x, w, plan, rounded)
+
+
+def _smoothed(
+    x: np.ndarray, w: np.ndarray, plan: LayerPlan, rounded: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     smooth = np.float32(1) if plan.smooth is None else plan.smooth
-    inputs = quantize_input(x * smooth, plan.low, plan.high).values() / smooth
     column = np.reshape(smooth, (-1, 1))
-    smoothed = w / column
-    scale = weight_scales(smoothed)
-    return inputs, quantize_weights(smoothed, scale) * scale * column
+    inputs = quantize_input(x * smooth, plan.low, plan.high).values() / smooth
+    return inputs, rounded(w / column) * column
 
 
 SEEN: Mapping[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
@@ -137,6 +153,7 @@ SEEN: Mapping[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
     "fp16": lambda x, w, plan: (x, w.astype(np.float16).astype(np.float32)),
     "bf16": lambda x, w, plan: (round_to_bf16(x), round_to_bf16(w)),
     "int8": _in_bytes,
+    "int4": _in_four_bits,
 }
 
 

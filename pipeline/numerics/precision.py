@@ -11,20 +11,25 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
+    from bertile.numerics.four_bit import FourBits
+
 
 class Precision(NamedTuple):
     """A row: a number format that is asked for, and that a layer may be computed in.
 
     `tolerance` is the largest difference of a model's output at a real token, relative to the
     largest magnitude of the reference output (at least 1); `cosine` the least mean cosine to
-    float32 that its rounding explains, where other weights give far less. With `quantized`, each
-    layer has a range of its own, which is observed. `peer` is what other libraries compute that
-    has no more digits, "" where that is the same format.
+    float32 that its rounding explains, where other weights give far less. What is `quantized` is
+    multiplied in bytes; `ranges` of those may be fixed for all tokens. `groups` of inputs share a
+    scale of 4-bit weights. `peer` is what other libraries compute that has no more digits, ""
+    where that is the same format.
     """
 
     tolerance: float
     cosine: float
     quantized: bool = False
+    ranges: bool = False
+    groups: bool = False
     peer: str = ""
 
 
@@ -35,7 +40,8 @@ PRECISIONS: Mapping[str, Precision] = {
     "tf32": Precision(0.02, 0.999),
     "fp16": Precision(5e-3, 0.999, peer="fp32"),
     "bf16": Precision(0.05, 0.99),
-    "int8": Precision(0.25, 0.7, quantized=True),
+    "int8": Precision(0.25, 0.7, quantized=True, ranges=True),
+    "int4": Precision(0.5, 0.6, quantized=True, groups=True),
 }
 # Whether zeros in weights are skipped: where that is faster, nowhere, or everywhere.
 SPARSE = ("auto", "off", "always")
@@ -66,8 +72,10 @@ class LayerPlan:
     asymmetric, x ≈ low + scale q with scale = (high - low) / 255: per token from its own smallest
     and largest value ("dynamic"), or from `low`, `high` where given ("static"). `smooth` (K,): the
     input's channels are multiplied by it before they are quantized, the weight's rows divided by
-    it. `why` says why the layer has this precision, where it is not what was asked for. `sparse`
-    is None until the choice between the dense and the sparse kernel is made.
+    it. int4: the same input, always per token; weights of 4 bits in groups of `group` inputs,
+    `rounded` where calibration has done that (of the divided rows), else to nearest. `why` says why
+    the layer has this precision, where it is not what was asked for. `sparse` is None until the
+    choice between the dense and the sparse kernel is made.
     """
 
     precision: str = "fp32"
@@ -76,6 +84,8 @@ class LayerPlan:
     smooth: np.ndarray | None = None
     why: str = ""
     sparse: ZerosPlan | None = None
+    group: int = 32
+    rounded: FourBits | None = None
 
     @property
     def quantized(self) -> bool:

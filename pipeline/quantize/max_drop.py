@@ -44,7 +44,7 @@ def search(
 
     if good(0, higher[0]):
         return Search(plan, tuple(tried))
-    cost = f"all in int8 drop by {baseline - tried[0][2]:.4f}, more than {max_drop:g}"
+    cost = f"all quantized drop by {baseline - tried[0][2]:.4f}, more than {max_drop:g}"
     for precision in higher:
         kept = _fewest(len(order), lambda count, p=precision: good(count, p))
         if kept is not None:

@@ -33,7 +33,7 @@ class Observation:
     """The values of one input x (tokens, K), padding left out.
 
     `channels` (K,) is the largest |x| of each channel; `rows` (at most KEPT_ROWS, K) are some of
-    the tokens as they were.
+    the tokens as they were; `moments` (K, K) is the sum of x xᵀ, where it was asked for.
     """
 
     low: float
@@ -41,13 +41,19 @@ class Observation:
     channels: np.ndarray
     histogram: Histogram
     rows: np.ndarray
+    moments: np.ndarray | None = None
 
     @classmethod
-    def of(cls, x: np.ndarray, keep: int = KEPT_ROWS) -> Observation:
+    def of(cls, x: np.ndarray, keep: int = KEPT_ROWS, moments: bool = False) -> Observation:
         """What there is to see in x (tokens, K), of which `keep` rows are kept."""
         chosen = np.unique(np.linspace(0, len(x) - 1, min(keep, len(x))).astype(int))
         return cls(
-            float(x.min()), float(x.max()), np.abs(x).max(0), Histogram.of(x), x[chosen].copy()
+            float(x.min()),
+            float(x.max()),
+            np.abs(x).max(0),
+            Histogram.of(x),
+            x[chosen].copy(),
+            x.T @ x if moments else None,
         )
 
     def with_more(self, other: Observation) -> Observation:
@@ -58,6 +64,7 @@ class Observation:
             np.maximum(self.channels, other.channels),
             self.histogram.with_more(other.histogram),
             np.concatenate([self.rows, other.rows])[:KEPT_ROWS],
+            None if self.moments is None else self.moments + other.moments,
         )
 
 
@@ -84,7 +91,7 @@ class Observer:
         self._params = [tvm.runtime.tensor(value) for value in built.params.values()]
 
     def observe(
-        self, requests: Sequence[Arrays], smooth: Arrays | None = None
+        self, requests: Sequence[Arrays], smooth: Arrays | None = None, moments: bool = False
     ) -> dict[str, Observation]:
         """Run the requests; the observations are by the name of the layer's weight.
 
@@ -94,7 +101,8 @@ class Observer:
         keep = -(-KEPT_ROWS // max(1, len(requests)))
         for request in requests:
             for name, x in self._inputs(request):
-                observation = Observation.of(x * smooth[name] if name in smooth else x, keep)
+                x = x * smooth[name] if name in smooth else x
+                observation = Observation.of(x, keep, moments)
                 observations[name] = (
                     observations[name].with_more(observation)
                     if name in observations

@@ -19,9 +19,9 @@ from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow
 from bertile.numerics.eight_bit import layer_report
-from bertile.numerics.precision import LayerPlan, Plan
-from bertile.quantize import calibration, max_drop, ranges
-from bertile.quantize.observer import Arrays, Observation, Observer
+from bertile.numerics.precision import PRECISIONS, LayerPlan, Plan
+from bertile.quantize import calibration, gptq, max_drop, ranges
+from bertile.quantize.observer import Arrays, Observation, Observer, layer_inputs
 from bertile.targets.rows import Target
 
 # What a graph whose operators have their precisions answers to the texts of a dataset.
@@ -49,6 +49,8 @@ class Quantizer:
         return plan if self.config.max_drop is None else self._kept(plan, answers)
 
     def _wanted(self) -> Plan:
+        if PRECISIONS[self.config.precision].groups:
+            return {**self._in_groups(), **self.graph.plan}
         if self.config.ranges == "dynamic" and self.config.smooth is None:
             return self.graph.plan
         smooth = self._smooth()
@@ -61,6 +63,23 @@ class Quantizer:
         }
         return {**int8_layers, **self.graph.plan}
 
+    def _in_groups(self) -> Plan:
+        """The plan in 4 bits."""
+        size, smooth = self.config.group_size, self._smooth()
+        plan = {
+            name: LayerPlan("int4", smooth=smooth.get(name), group=size)
+            for name, _ in layer_inputs(self.graph)
+        }
+        if self.config.rounding == "nearest":
+            return plan
+        seen = self._observer.observe(self._requests, smooth, moments=True)
+        for name, layer in plan.items():
+            w = self.graph.params[name]
+            w = w if layer.smooth is None else w / layer.smooth[:, None]
+            rounded = gptq.quantize(w, seen.pop(name).moments, size)
+            plan[name] = dataclasses.replace(layer, rounded=rounded)
+        return plan
+
     def _kept(self, plan: Plan, answers: Answers) -> Plan:
         """The plan with as many layers in higher precision as `max_drop` takes."""
         exported = self.graph.exported
@@ -71,15 +90,16 @@ class Quantizer:
         def score(outputs: np.ndarray) -> float:
             return dataset.score(outputs, reference, exported.labels)
 
-        whole = self._planned(plan, "int8").plan
+        precision = self.config.precision
+        whole = self._planned(plan, precision).plan
         rows = self.report(whole)["layers"]
         search = max_drop.search(
             whole,
             {row["layer"]: row["output dB"] for row in rows if whole[row["layer"]].quantized},
-            lambda candidate: score(answers(self._planned(candidate, "int8"), dataset)),
+            lambda candidate: score(answers(self._planned(candidate, precision), dataset)),
             baseline=score(reference),
             max_drop=float(self.config.max_drop or 0),
-            higher=backends.of(self.row).higher_precisions(self.row),
+            higher=self._higher(),
         )
         self._search = {
             "metric": dataset.metric,
@@ -91,6 +111,12 @@ class Quantizer:
             ],
         }
         return search.plan
+
+    def _higher(self) -> tuple[str, ...]:
+        """What a layer that costs too much is kept in, the fastest first."""
+        in_floats = backends.of(self.row).higher_precisions(self.row)
+        in_bytes = ("int8",) if PRECISIONS[self.config.precision].groups else ()
+        return (*in_bytes, *in_floats)
 
     def _planned(self, plan: Plan, precision: str) -> Graph:
         """All on dense kernels: those that skip zeros give the same integers."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 # By the name of a row. Nothing is imported here: `bertile compile --help` shows them.
 PROCESSORS = {
-    "x86-avx512-bf16": "AMD Zen 4 and newer, Intel Cooper Lake, Sapphire Rapids and newer",
+    "x86-amx": "Intel Sapphire Rapids and newer",
+    "x86-avx512-bf16": "AMD Zen 4 and newer, Intel Cooper Lake",
     "x86-avx512-vnni": "Intel Cascade Lake, Ice Lake",
     "x86-avx512": "Intel Skylake-X",
     "x86-avx2": "Intel Haswell and newer, AMD Zen and newer",

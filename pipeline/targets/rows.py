@@ -25,9 +25,10 @@ TRIAL_BLOCKS = 8  # a trial runs on 128 tokens, the length that most requests ar
 class Target:
     """What schedules, tuner, builder and loader may ask about a machine.
 
-    `tvm` is the TVM target without "num-cores"; `features` are the CPU features that its code may
-    use, as /proc/cpuinfo spells them; `log` names the row whose tuning log this one reads and
-    writes; `triple` is the target of a cross linker; `threads` is what `resolve` found or was told.
+    `tvm` is the TVM target without "num-cores"; `tiles` are those of AMX; `features` are the CPU
+    features that its code may use, as /proc/cpuinfo spells them; `log` names the row whose tuning
+    log this one reads and writes; `triple` is the target of a cross linker; `threads` is what
+    `resolve` found or was told.
     A row with a `gpu` has no code for a processor: its bundles are the same for every one.
     """
 
@@ -40,6 +41,7 @@ class Target:
     log: str
     dot_product: str | None = None
     bf16: bool = False
+    tiles: bool = False
     triple: str = "x86_64-linux-gnu.2.28"
     threads: int = 1
     gpu: Gpu | None = None
@@ -143,6 +145,18 @@ def _cuda(capability: int, shared_per_block: int, multiprocessors: int, **facts:
 # fp32 code is the same on every AVX-512 row, hence one log for all of them.
 # Order: `native` takes the first row whose features this processor has.
 TABLE: tuple[Target, ...] = (
+    Target(
+        name="x86-amx",
+        arch="x86_64",
+        tvm=_avx512("+avx512vnni", "+avx512bf16", "+amx-tile", "+amx-int8", "+amx-bf16"),
+        vector_bits=512,
+        registers=32,
+        features=(*_V4, "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
+        log="x86-avx512",
+        dot_product="vnni",
+        bf16=True,
+        tiles=True,
+    ),
     Target(
         name="x86-avx512-bf16",
         arch="x86_64",

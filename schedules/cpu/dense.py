@@ -12,7 +12,9 @@ of tokens, in float32, bfloat16 or bytes (see ``arithmetic``).
 
 ``precision`` "int8" has a range per token, and ``scale`` and ``shift`` (N) behind ``w``:
 y = range.scale (scale Σ) + (range.low shift + b). "int8_static" has one range for all tokens,
-which is folded into ``scale`` and ``b``. ``writes`` "to_bf16" or "to_int8" stores y as the layer
+which is folded into ``scale`` and ``b``. "int4" has a range per token, weights of 4 bits and
+scales (panels, K / group, width) in float16 behind ``w``: y = range.scale Σ scales Σ +
+(range.low shift + b). ``writes`` "to_bf16" or "to_int8" stores y as the layer
 that reads it wants it, the latter by ``limits`` (2): low, and steps per unit. Channels from
 ``values_from`` on are written for attention in bfloat16, in pairs of tokens instead of channels.
 
@@ -23,14 +25,17 @@ softmax, LayerNorm and per-token scales all need shuffles.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from bertile.schedules.cpu import dense_samples, lanes
-from bertile.schedules.cpu.dense_kernel import Layout, kernel, step_count
+from bertile.schedules.cpu import dense_kernel, dense_samples, lanes, tiles
+from bertile.schedules.cpu.dense_kernel import Layout, step_count
+from bertile.schedules.cpu.nibbles import pack_nibbles
 from bertile.schedules.cpu.product import (
     byte_offset,
     group,
+    group_size,
     multiplies,
     weight_lanes,
     writes,
@@ -45,10 +50,21 @@ def space(task: Task, row: Row) -> Space:
     A tile of ``accumulators`` vectors is ``token_blocks`` blocks by ``accumulators //
     token_blocks`` outputs: two knobs that keep inside the register file whatever is chosen.
     """
+    if tiles.takes(task, row):
+        return tiles.space(task, row)
     math = multiplies(task, row)
     steps = step_count(task, math)
     in_floats = group(task) == 1 and writes(task) == "to_fp32"
     fits = _accumulators(task, row)
+    if size := group_size(task):
+        return {
+            "accumulators": tuple(range(min(4, fits), fits + 1)),
+            "token_blocks": (1,),
+            "unroll": tuple(u for u in (1, 2, 4, 8) if size // 4 % u == 0),
+            "passes": (1,),
+            "panels": (1, 2, 4, 8),
+            "chunk": (4, 8, 16, 32),
+        }
     unrolls = (1, 2, 4, 8) if row.dot_product == "sdot" and math.signed else (1, 2, 4)
     ready = math.signed or bool(math.matrix)  # for one block, and better for more outputs
     return {
@@ -65,6 +81,8 @@ def default(task: Task, row: Row) -> Knobs:
     """The widest tile of four token blocks (ten loads for 24 multiply-adds, where two blocks take
     fourteen), of one where their activations would push accumulators out of the registers.
     """
+    if tiles.takes(task, row):
+        return tiles.default(task, row)
     choices = space(task, row)
     room = lanes.vector_capacity(row) - _accumulators(task, row)
     token_blocks = 4 if room >= 4 and 4 in choices["token_blocks"] else 1
@@ -88,9 +106,16 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
 
     ``weights`` are w (float32, or int8 for bytes), then the vectors in the kernel's order.
     """
+    if tiles.takes(task, row):
+        return tiles.pack(task, knobs, weights, row)
     w, *vectors = weights
     of = Layout.of(task, knobs, row)
     padding = of.panels * of.width - w.shape[1]
+    if size := group_size(task):
+        scales, *vectors = vectors
+        limits = [vectors.pop()] if writes(task) == "to_int8" else []
+        nibbles = pack_nibbles(w, scales, of.panels, of.width, size)
+        return [*nibbles, *(np.pad(v, (0, padding)) for v in vectors), *limits]
     limits = [vectors.pop()] if writes(task) == "to_int8" else []
     offset = [np.pad(byte_offset(w), (0, padding))] if of.math.signed else []
     w = np.pad(weight_lanes(task, w), ((0, 0), (0, padding)))
@@ -98,6 +123,12 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
         w = np.pad(w, ((0, len(w) % 2), (0, 0))).reshape(of.steps, 2, -1, 2).transpose(0, 2, 3, 1)
     w = np.ascontiguousarray(w.reshape(of.steps, of.panels, -1).transpose(1, 0, 2))
     return [w, *(np.pad(v, (0, padding)) for v in vectors), *limits, *offset]
+
+
+def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
+    """The PrimFunc, by tiles where the machine has them."""
+    write = tiles.kernel if tiles.takes(task, row) else dense_kernel.kernel
+    return write(task, knobs, row)
 
 
 def flops(task: Task, tokens: int) -> float:

@@ -17,7 +17,8 @@ from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.inputs import Inputs, unzipped, zipped
-from bertile.schedules.cpu.product import Epilogue, arguments, multiplies, packed
+from bertile.schedules.cpu.nibbles import Nibbles
+from bertile.schedules.cpu.product import Epilogue, arguments, group_size, multiplies, packed
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
 
@@ -55,7 +56,9 @@ class Layout:
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
-    """The PrimFunc (x, [range], [residual], w, [scale, [shift]], b, [limits], y)."""
+    """The PrimFunc (x, [range], [residual], w, [scale, [shift]], b, [limits], y); with groups
+    (x, range, [residual], w, scales, shift, b, [limits], y).
+    """
     of = Layout.of(task, knobs, row)
     math = of.math
     group = min(knobs["panels"] * knobs["token_blocks"], of.panels)
@@ -64,6 +67,8 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     with lanes.kernel(task.name) as builder:
 
         def weights() -> Any:
+            if size := group_size(task):
+                return Nibbles.declare(builder, of.panels, of.steps, of.width, size)
             return builder.tensor("w", of.panels, of.steps, numbers, dtype=math.weight)
 
         linked = replace(math, llvm=math.matrix or math.llvm)
@@ -72,36 +77,21 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         chunks = T.Bind((builder.blocks + (chunk - 1)) // chunk)
         with T.parallel(groups * chunks) as job:
             scratch = T.alloc_buffer((of.width * knobs["token_blocks"], BLOCK_TOKENS), "float32")
-            inputs = Inputs(x, math, knobs["token_blocks"], bool(math.matrix))
             scratch = scratch if packed(task) > 1 else None
-            tile = _Tile(task, knobs, of, inputs, w, epilogue, scratch)
+            if group_size(task):
+                w.allocate()
+                inputs = Inputs(x, math, 1, ready=False)
+                tile: _Tile = _NibbleTile(task, knobs, of, inputs, w, epilogue, scratch)
+            else:
+                inputs = Inputs(x, math, knobs["token_blocks"], bool(math.matrix))
+                tile = _Tile(task, knobs, of, inputs, w, epilogue, scratch)
             # threads take their jobs in this order: each some panels of all tokens, so that no
             # thread is left with the shorter chunk
             first = T.Bind(job % chunks * chunk)
             count = T.Bind(T.min(chunk, builder.blocks - first))
             for part in range(knobs["passes"]):
-                _tiles(tile, job // chunks * group, group, first, count, part)
+                tile.walk(job // chunks * group, group, first, count, part)
     return builder.func
-
-
-def _tiles(tile: _Tile, base: Any, group: int, first: Any, count: Any, part: int) -> None:
-    """Tiles of ``token_blocks`` blocks by one panel; then the blocks that are left, by as many
-    panels at once as fill the registers, so that a short request runs at full speed too.
-    """
-    wide = tile.knobs["token_blocks"]
-    if tile.inputs.buffer is not None:  # a block at a time, made ready for all panels
-        with T.serial(count) as t:
-            tile.inputs.fill(first + t, 1)
-            with tile.panels(base, group, 1) as panel:
-                tile.emit(panel, 1, first + t, 1, part)
-        return
-    with tile.panels(base, group, 1) as panel, T.serial(count // wide) as t:
-        tile.emit(panel, 1, first + t * wide, wide, part)
-    for rest in range(1, wide):
-        with T.If(count % wide == rest), T.Then():
-            together = wide // rest
-            with tile.panels(base, group, together) as panel:
-                tile.emit(panel, together, first + count // wide * wide, rest, part)
 
 
 class _Tile:
@@ -120,6 +110,26 @@ class _Tile:
         self.task, self.knobs, self.of, self.scratch = task, knobs, of, scratch
         self.math, self.width, self.outputs = of.math, of.width, task.shape["outputs"]
         self.inputs, self.w, self.epilogue = inputs, w, epilogue
+        self.total = self.math.total  # of the registers of a tile
+
+    def walk(self, base: Any, group: int, first: Any, count: Any, part: int) -> None:
+        """Tiles of ``token_blocks`` blocks by a panel; then the blocks that are left, by as many
+        panels at once as fill the registers, so that a short request runs at full speed too.
+        """
+        wide = self.knobs["token_blocks"]
+        if self.inputs.buffer is not None:  # a block at a time, made ready for all panels
+            with T.serial(count) as t:
+                self.inputs.fill(first + t, 1)
+                with self.panels(base, group, 1) as panel:
+                    self.emit(panel, 1, first + t, 1, part)
+            return
+        with self.panels(base, group, 1) as panel, T.serial(count // wide) as t:
+            self.emit(panel, 1, first + t * wide, wide, part)
+        for rest in range(1, wide):
+            with T.If(count % wide == rest), T.Then():
+                together = wide // rest
+                with self.panels(base, group, together) as panel:
+                    self.emit(panel, together, first + count // wide * wide, rest, part)
 
     @contextmanager
     def panels(self, base: Any, group: int, together: int) -> Iterator[Any]:
@@ -134,10 +144,7 @@ class _Tile:
 
     def emit(self, panel: Any, panels: int, block: Any, token_blocks: int, part: int) -> None:
         """The tile of ``panels`` panels from ``panel``, ``token_blocks`` blocks from ``block``."""
-        unroll = self.knobs["unroll"]
-        depth = self.of.steps // self.knobs["passes"]
-        unroll = unroll if depth % unroll == 0 else 1
-        registers = iter(lanes.registers(panels * self.width * token_blocks, dtype=self.math.total))
+        registers = iter(lanes.registers(panels * self.width * token_blocks, dtype=self.total))
         # (accumulator, panel, output within it, block)
         tile = [
             (next(registers), p, n, block + t)
@@ -146,21 +153,7 @@ class _Tile:
             for t in range(token_blocks)
         ]
         self._start(tile, part)
-        step, together = self._multiply, 1
-        if self.math.by_lane:
-            wanted = 4 // gcd(self.width, 4)  # lanes whose weights fill whole registers
-            together = wanted if unroll % wanted == 0 else 1
-            step = partial(self._multiply_rows, count=together)
-        if self.math.matrix:
-            step = self._multiply_matrix
-            _exchange(tile, zipped, self.math.total)
-        with T.serial(depth // unroll) as outer:
-            start = T.Bind(part * depth + outer * unroll)
-            self._prefetch(panel + panels, panels, start, unroll)
-            with T.unroll(unroll // together) as inner:
-                step(tile, start + inner * together)
-        if self.math.matrix:
-            _exchange(tile, unzipped, self.math.total)
+        self._sum(tile, panel, panels, part)
         last = part == self.knobs["passes"] - 1
         low, count = panel * self.width, panels * self.width
         if self.scratch is not None:
@@ -179,6 +172,27 @@ class _Tile:
                     self._store(tile, last, padded=True)
         if last and self.task.shape["activation"] != "none":
             self._activate(low, count, block, token_blocks)
+
+    def _sum(self, tile: list, panel: Any, panels: int, part: int) -> None:
+        """Add the products of one part of K to the tile's registers."""
+        unroll = self.knobs["unroll"]
+        depth = self.of.steps // self.knobs["passes"]
+        unroll = unroll if depth % unroll == 0 else 1
+        step, together = self._multiply, 1
+        if self.math.by_lane:
+            wanted = 4 // gcd(self.width, 4)  # lanes whose weights fill whole registers
+            together = wanted if unroll % wanted == 0 else 1
+            step = partial(self._multiply_rows, count=together)
+        if self.math.matrix:
+            step = self._multiply_matrix
+            _exchange(tile, zipped, self.math.total)
+        with T.serial(depth // unroll) as outer:
+            start = T.Bind(part * depth + outer * unroll)
+            self._prefetch(panel + panels, panels, start, unroll)
+            with T.unroll(unroll // together) as inner:
+                step(tile, start + inner * together)
+        if self.math.matrix:
+            _exchange(tile, unzipped, self.math.total)
 
     def _multiply(self, tile: list, k: Any) -> None:
         for total, p, n, t in tile:
@@ -227,7 +241,7 @@ class _Tile:
         for total, p, n, t in tile:
             channel = p * self.width + n
             if self.math.group == 4:
-                lanes.write(total, self.math.zero())
+                lanes.write(total, tirx.Broadcast(tirx.const(0, self.total), BLOCK_TOKENS))
             elif part == 0:
                 lanes.write(total, lanes.splat(self.epilogue.b[channel]))
             else:
@@ -275,6 +289,47 @@ class _Tile:
                 channel = low + n * lane + i
                 values.append(T.Bind(self.epilogue.finished(value, block + t, channel)))
             self.epilogue.store(values, block + t, T.Bind((low + n * lane) // lane))
+
+
+class _NibbleTile(_Tile):
+    """The same of weights in 4 bits: a panel is unpacked to bytes, then multiplied as bytes are, by
+    all blocks of the job; the sum of each group is added, times the group's scale, to one in
+    float32.
+    """
+
+    w: Nibbles
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.total = "float32"
+
+    def walk(self, base: Any, group: int, first: Any, count: Any, part: int) -> None:
+        with self.panels(base, group, 1) as panel:
+            self.w.unpack(panel)
+            with T.serial(count) as t:
+                self.emit(panel, 1, first + t, 1, part)
+
+    def _sum(self, tile: list, panel: Any, panels: int, part: int) -> None:
+        depth, size = self.of.steps, self.w.steps
+        with T.serial(depth // size) as number:
+            self.w.prefetch(panel + 1, number)
+            self._group(tile, number, size)
+        if depth % size:
+            self._group(tile, depth // size, depth % size)
+
+    def _group(self, tile: list, number: Any, steps: int) -> None:
+        """Add the products of the group of that number, which has so many lanes."""
+        sums = lanes.registers(len(tile), dtype=self.math.total)
+        for total in sums:
+            lanes.write(total, self.math.zero())
+        with lanes.loop(steps, self.knobs["unroll"]) as step:
+            k = number * self.w.steps + step
+            for total, (_, _, n, t) in zip(sums, tile):
+                x, w = self.inputs.load(t, 0, k), self.math.spread(self.w.lane(k, n))
+                lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
+        for total, (whole, _, n, _) in zip(sums, tile):
+            value = lanes.read(total).astype(f"float32x{BLOCK_TOKENS}")
+            lanes.write(whole, lanes.read(whole) + value * lanes.splat(self.w.scale(number, n)))
 
 
 def _exchange(tile: list, both: Callable[..., tuple[Any, Any]], dtype: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import arithmetic, lanes, precisions
+from bertile.schedules.cpu.product import group_size
 from bertile.schedules.cpu.samples import result_sample
 from bertile.schedules.reference import LEVELS, apply_activation
 from bertile.schedules.schedule import Sample
@@ -34,7 +35,8 @@ def product_sample(
     inputs, outputs = w.shape
     x = rng.standard_normal((blocks * BLOCK_TOKENS, inputs)).astype("float32")
     trial = TRIALS[precisions.name(task)]
-    activations, weights, product = trial.operands(x, w, b)
+    size = [group_size(task)] if group_size(task) else []
+    activations, weights, product = trial.operands(x, w, b, *size)
     expected = apply_activation(task.shape["activation"], product)
     if task.shape["residual"]:
         r = rng.standard_normal((blocks * BLOCK_TOKENS, outputs)).astype("float32")
@@ -64,11 +66,28 @@ def _bf16(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
 
 def _int8(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
     q, scale = _quantized(w)
-    bytes_, x_scale, low = arithmetic.quantized_rows(x)
-    x_ = low[:, None].astype("float64") + x_scale[:, None].astype("float64") * bytes_
+    activations, x_ = _bytes(x)
     shift = (q.astype("float64").sum(0) * scale).astype("float32")
-    activations = [arithmetic.grouped(bytes_, 4), arithmetic.range_lanes(x_scale, low)]
     return activations, [q, scale, shift, b], x_ @ (q * scale.astype("float64")) + b
+
+
+def _int4(x: np.ndarray, w: np.ndarray, b: np.ndarray, size: int) -> Operands:
+    parts = np.pad(w, ((0, -len(w) % size), (0, 0))).reshape(-1, size, w.shape[1])
+    # to both ends of the range, -8 and 7
+    scales = (parts.max(1) - parts.min(1)).clip(1e-6) / 15
+    scales = scales.astype("float16")
+    wide = scales.astype("float64").repeat(size, 0)[: len(w)]
+    q = np.rint(w / wide).clip(-8, 7).astype("int8")
+    activations, x_ = _bytes(x)
+    shift = (q * wide).sum(0).astype("float32")
+    return activations, [q, scales, shift, b], x_ @ (q * wide) + b
+
+
+def _bytes(x: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """x as a kernel reads it, a range a token, and what that stands for."""
+    bytes_, scale, low = arithmetic.quantized_rows(x)
+    values = low[:, None].astype("float64") + scale[:, None].astype("float64") * bytes_
+    return [arithmetic.grouped(bytes_, 4), arithmetic.range_lanes(scale, low)], values
 
 
 def _int8_static(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
@@ -88,12 +107,13 @@ def _quantized(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Trial(NamedTuple):
-    """A row: how a precision is tried. ``operands`` of x, w and b are activations and weights as
-    the kernel reads them, and x w + b of what they stand for; ``tolerance`` is what the sums, and
-    the activations as that precision computes them, may be off by, ``of_gelu`` where that is more.
+    """A row: how a precision is tried. ``operands`` of x, w and b (and the size of a group) are
+    activations and weights as the kernel reads them, and x w + b of what they stand for;
+    ``tolerance`` is what the sums, and the activations as that precision computes them, may be off
+    by, ``of_gelu`` where that is more.
     """
 
-    operands: Callable[[np.ndarray, np.ndarray, np.ndarray], Operands]
+    operands: Callable[..., Operands]
     tolerance: float = 2e-4
     of_gelu: float = 0.0
 
@@ -104,6 +124,7 @@ TRIALS = {
     "bf16": Trial(_bf16),
     "int8": Trial(_int8, of_gelu=6e-4),
     "int8_static": Trial(_int8_static, of_gelu=6e-4),
+    "int4": Trial(_int4, of_gelu=6e-4),
 }
 
 

@@ -22,14 +22,22 @@ class Inputs:
     """x (m, K / G, 16), of which ``fill`` makes some blocks ready where the arithmetic wants it.
 
     To be made where a job's buffers are. In a matrix ``load`` counts halves of tokens: lane 2 k is
-    tokens 0 to 7 of lanes 2 k and 2 k + 1, lane 2 k + 1 the other tokens.
+    tokens 0 to 7 of lanes 2 k and 2 k + 1, lane 2 k + 1 the other tokens. Without ``ready`` there
+    is no buffer, and signed bytes are made at each load.
     """
 
-    def __init__(self, x: Any, math: Arithmetic, token_blocks: int, matrix: bool = False) -> None:
+    def __init__(
+        self,
+        x: Any,
+        math: Arithmetic,
+        token_blocks: int,
+        matrix: bool = False,
+        ready: bool = True,
+    ) -> None:
         self.x, self.math, self.matrix = x, math, matrix
         self.depth = int(x.shape[1])
         self.buffer = None
-        if matrix or math.signed:
+        if ready and (matrix or math.signed):
             depth = self.depth + self.depth % 2 if matrix else self.depth
             self.buffer = T.alloc_buffer((token_blocks, depth, BLOCK_TOKENS), math.lane)
 
@@ -42,9 +50,7 @@ class Inputs:
                 self._zip(block, t)
                 return
             with T.serial(self.depth) as k:
-                value = lanes.load(self.x, block + t, k)
-                signed = tirx.call_extern(f"int32x{BLOCK_TOKENS}", "bertile_signed", value)
-                lanes.store(self.buffer, signed, t, k)
+                lanes.store(self.buffer, _signed(lanes.load(self.x, block + t, k)), t, k)
 
     def _zip(self, block: Any, t: Any) -> None:
         def pair(k: Any, low: Any, high: Any) -> None:
@@ -61,9 +67,15 @@ class Inputs:
 
     def load(self, block: Any, t: int, k: Any) -> Any:
         """Lane k of the block ``block`` + t, the one from which ``fill`` was told to begin."""
-        if self.buffer is None:
-            return lanes.load(self.x, block + t, k)
-        return lanes.load(self.buffer, t, k)
+        if self.buffer is not None:
+            return lanes.load(self.buffer, t, k)
+        value = lanes.load(self.x, block + t, k)
+        return _signed(value) if self.math.signed else value
+
+
+def _signed(value: Any) -> Any:
+    """Unsigned bytes less 128, in the order in which they are multiplied."""
+    return tirx.call_extern(f"int32x{BLOCK_TOKENS}", "bertile_signed", value)
 
 
 def zipped(low: Any, high: Any, dtype: str) -> tuple[Any, Any]:

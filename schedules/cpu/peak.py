@@ -14,13 +14,16 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from bertile.schedules import BLOCK_TOKENS
-from bertile.schedules.cpu import lanes
+from bertile.schedules.cpu import lanes, precisions
 from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.precisions import arithmetic
+from bertile.schedules.intrinsics import amx
 from bertile.schedules.schedule import Row
 
 CHAINS = 12  # independent accumulators: more than latency × throughput of any core so far
 STEPS = 3_000_000
+TILES = " in tiles"
+TILE_STEPS = 500_000
 RUNS = 9
 READ_SECONDS = 0.01  # of one run
 
@@ -28,7 +31,13 @@ READ_SECONDS = 0.01  # of one run
 def peak_gflops(
     target: tvm.target.Target, row: Row, threads: int, precision: str = "fp32"
 ) -> float:
-    """Measured GFLOP/s (2 per multiply-add), best of a few runs of about 10 ms each."""
+    """Measured GFLOP/s (2 per multiply-add), best of a few runs of about 10 ms each.
+
+    ``precision`` is that of registers, or with TILES behind it that of tiles.
+    """
+    name, tiled, _ = precision.partition(TILES)
+    if tiled:
+        return _tiles_gflops(target, threads, precisions.PRECISIONS[name].group)
     math = arithmetic(precision, row)
     chains = min(CHAINS, lanes.vector_capacity(row) - 2)
     run = _built(_multiply_adds(math, chains, threads), target)
@@ -37,6 +46,31 @@ def peak_gflops(
     seconds = _best(run, [factors, out])
     outputs = 2 if math.matrix else 1  # of one multiply-add
     return 2.0 * BLOCK_TOKENS * math.group * outputs * chains * STEPS * threads / seconds / 1e9
+
+
+def _tiles_gflops(target: tvm.target.Target, threads: int, group: int) -> float:
+    run = _built(_tile_products(group, threads), target)
+    seconds = _best(run, [tvm.runtime.tensor(np.zeros((threads, BLOCK_TOKENS), "float32"))])
+    lanes_ = len(amx.SUMS) * amx.ROWS**2 * BLOCK_TOKENS  # multiplied at each step
+    return 2.0 * lanes_ * group * TILE_STEPS * threads / seconds / 1e9
+
+
+def _tile_products(group: int, threads: int) -> Any:
+    """Products of tiles of zeros, as kernels do them: two of weights by two of inputs."""
+    with lanes.kernel("peak") as builder:
+        out = builder.tensor("out", threads, BLOCK_TOKENS)
+        builder.link(amx.TILES)
+        with T.parallel(threads) as thread:
+            words = ["tiles_open", *(f"tile_zero{c}" for c in amx.SUMS)]
+            for word in words:
+                T.evaluate(tirx.call_extern("int32", f"bertile_{word}"))
+            with T.serial(TILE_STEPS):
+                for c in amx.SUMS:
+                    word = f"tile_dot{group}_{c}_{amx.WEIGHTS[c // 2]}_{amx.INPUTS[c % 2]}"
+                    T.evaluate(tirx.call_extern("int32", f"bertile_{word}"))
+            T.evaluate(tirx.call_extern("int32", "bertile_tiles_close"))
+            lanes.store(out, lanes.splat(1.0), thread)
+    return builder.func
 
 
 def read_gbs(

@@ -22,7 +22,9 @@ class Precision:
     """``arithmetic`` is what one multiply-add is on a machine, of ``group`` channels; ``stored``
     what becomes of a weight before its channels share a lane; ``activations`` are computed as
     exactly as the operands are. Sums of ``in_bytes`` have a scale; ``per_token`` operands have a
-    range of each token, and a shift of each channel for it.
+    range of each token, and a shift of each channel for it. ``grouped`` weights are stored in 4
+    bits, with a scale of each output for the task's ``group`` inputs (``nibbles``). What is
+    ``tiled`` is multiplied by tiles where a machine has those (``tiles``).
     """
 
     arithmetic: Callable[[Row], Arithmetic]
@@ -30,6 +32,8 @@ class Precision:
     stored: Callable[[np.ndarray], np.ndarray] = lambda w: w
     activations: Mapping[str, Callable] = field(default_factory=lambda: ACTIVATIONS)
     per_token: bool = False
+    grouped: bool = False
+    tiled: bool = False
 
     @property
     def in_bytes(self) -> bool:
@@ -77,6 +81,12 @@ def _int8(row: Row) -> Arithmetic:
     return replace(bytes_, llvm=text, signed=True, by_lane=True)
 
 
+def _int4(row: Row) -> Arithmetic:
+    """Bytes by bytes that are broadcast from where they were unpacked to."""
+    bytes_ = _int8(row)
+    return replace(bytes_, llvm=bytes_.llvm + llvm.HALF, matrix="", by_lane=False)
+
+
 def _halves(w: np.ndarray) -> np.ndarray:
     return w.astype("float16").view("int16")
 
@@ -88,7 +98,8 @@ def _upper_halves(w: np.ndarray) -> np.ndarray:
 PRECISIONS: Mapping[str, Precision] = {
     "fp32": Precision(lambda row: FP32),
     "fp16": Precision(_fp16, stored=_halves),
-    "bf16": Precision(_bf16, 2, _upper_halves, ACTIVATIONS_BF16),
-    "int8": Precision(_int8, 4, activations=ACTIVATIONS_INT8, per_token=True),
-    "int8_static": Precision(_int8, 4, activations=ACTIVATIONS_INT8),
+    "bf16": Precision(_bf16, 2, _upper_halves, ACTIVATIONS_BF16, tiled=True),
+    "int8": Precision(_int8, 4, activations=ACTIVATIONS_INT8, per_token=True, tiled=True),
+    "int8_static": Precision(_int8, 4, activations=ACTIVATIONS_INT8, tiled=True),
+    "int4": Precision(_int4, 4, activations=ACTIVATIONS_INT8, per_token=True, grouped=True),
 }

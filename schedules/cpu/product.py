@@ -36,6 +36,11 @@ def group(task: Task) -> int:
     return precisions.of(task).group
 
 
+def group_size(task: Task) -> int:
+    """Inputs that share a scale of 4-bit weights; 0 where weights are not in 4 bits."""
+    return int(task.shape["group"]) if precisions.of(task).grouped else 0
+
+
 def packed(task: Task) -> int:
     """Channels of one lane of y."""
     return {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes(task)]
@@ -72,17 +77,24 @@ class Epilogue:
     limits: Any
     offset: Any
     y: Any
+    signed: bool = False
 
     def value(self, total: Any, place: Any, block: Any) -> Any:
-        """The float32 that a sum of bytes stands for; one of floats is that already."""
-        if self.scale is None:
-            return total
-        if self.offset is not None:
-            total = total + tirx.Broadcast(self.offset[place], BLOCK_TOKENS)
-        value = total.astype(f"float32x{BLOCK_TOKENS}") * lanes.splat(self.scale[place])
+        """The float32 that a sum of bytes stands for; one of floats is that already, one of groups
+        but for the range of the tokens.
+        """
+        value = total
+        if self.scale is not None:
+            if self.offset is not None:
+                total = total + tirx.Broadcast(self.offset[place], BLOCK_TOKENS)
+            value = total.astype(f"float32x{BLOCK_TOKENS}") * lanes.splat(self.scale[place])
+            if self.range is None:
+                return value + lanes.splat(self.b[place])
         if self.range is None:
-            return value + lanes.splat(self.b[place])
+            return value
         scale, low = lanes.load(self.range, block, 0), lanes.load(self.range, block, 1)
+        if self.scale is None and self.signed:  # sums of x less 128
+            low = low + scale * lanes.splat(128.0)
         shift = low * lanes.splat(self.shift[place]) + lanes.splat(self.b[place])
         return value * scale + shift
 
@@ -143,12 +155,15 @@ def arguments(
     range_ = builder.activation("range", 2) if per_token else None
     residual = builder.activation("residual", outputs) if task.shape["residual"] else None
     w = weights()
-    scale = builder.tensor("scale", places) if in_bytes else None
+    grouped = precisions.of(task).grouped  # scales are among the weights
+    scale = builder.tensor("scale", places) if in_bytes and not grouped else None
     shift = builder.tensor("shift", places) if per_token else None
     b = builder.tensor("b", places)
     limits = builder.tensor("limits", 2) if writes(task) == "to_int8" else None
-    offset = builder.tensor("offset", places, dtype="int32") if math.signed else None
+    folded = grouped or not math.signed
+    offset = None if folded else builder.tensor("offset", places, dtype="int32")
     form = "float32" if writes(task) == "to_fp32" else "int32"
     y = builder.activation("y", outputs // packed(task), form)
     builder.link(math.llvm + llvm.PREFETCH)
-    return x, w, Epilogue(task, range_, residual, scale, shift, b, limits, offset, y)
+    rest = (residual, scale, shift, b, limits, offset, y)
+    return x, w, Epilogue(task, range_, *rest, signed=math.signed)

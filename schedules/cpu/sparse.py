@@ -24,7 +24,7 @@ costs as much as half of them; and four sums of one token block hide the multipl
 from __future__ import annotations
 
 from bertile.schedules.cpu import lanes, sparse_samples
-from bertile.schedules.cpu.product import group, packed
+from bertile.schedules.cpu.product import group, group_size, packed
 from bertile.schedules.cpu.sparse_kernel import kernel
 from bertile.schedules.cpu.sparse_pack import PARTS, pack
 from bertile.schedules.schedule import Knobs, Row, Schedule, Space
@@ -77,4 +77,11 @@ def _accumulators(task: Task, row: Row) -> int:
     return capacity - (capacity // 4 if widened else 2)
 
 
-sparse = Schedule("sparse", space, default, kernel, sparse_samples.sample, flops, pack, PARTS)
+def refuses(task: Task) -> str | None:
+    """What of a task has no kernel here, None if nothing."""
+    return "weights of 4 bits" if group_size(task) else None
+
+
+sparse = Schedule(
+    "sparse", space, default, kernel, sparse_samples.sample, flops, pack, PARTS, refuses
+)

@@ -59,7 +59,7 @@ def test_some_drop_is_allowed():
 def test_the_reason_names_the_drop():
     result = searched(Score(["w1"]))
     assert result.plan["w0"].why == (
-        "all in int8 drop by 0.1000, more than 0.005; of the 2 with the most noise"
+        "all quantized drop by 0.1000, more than 0.005; of the 2 with the most noise"
     )
     assert result.plan["w2"] is PLAN["w2"] and result.plan["pooler"] is PLAN["pooler"]
 

@@ -237,3 +237,34 @@ def test_compile_keeps_layers_until_embeddings_are_close_enough(tmp_path, stages
     higher = [row for row in quantization["layers"] if row["why"]]
     assert quantization["accuracy"]["tried"][0]["score"] < 0.9996 and 0 < len(higher) < 24
     assert all("drop by" in row["why"] and row["precision"] != "int8" for row in higher)
+
+
+def in_four_bits(graph, **config):
+    return Quantizer(graph, ROW, Config(precision="int4", **config)).plan(no_answers)
+
+
+def test_every_layer_of_tokens_is_in_four_bits_of_the_size_asked_for(graph, monkeypatch):
+    monkeypatch.setattr("bertile.quantize.quantizer.Observer", None)
+    plan = in_four_bits(graph, group_size=64)
+    assert {(layer.precision, layer.group, layer.rounded) for layer in plan.values()} == {
+        ("int4", 64, None)
+    }
+    assert set(plan) == {name for name, _ in layer_inputs(graph)}
+
+
+def test_calibrated_weights_change_the_layers_outputs_less(graph, samples):
+    near, made_up = (
+        in_four_bits(graph, calibrate=samples, rounding=rounding)
+        for rounding in ("nearest", "gptq")
+    )
+    rows = {}
+    for name, plan in (("nearest", near), ("gptq", made_up)):
+        quantizer = Quantizer(graph, ROW, Config(precision="int4", calibrate=samples))
+        rows[name] = {row["layer"]: row["output dB"] for row in quantizer.report(plan)["layers"]}
+    better = [rows["gptq"][name] > rows["nearest"][name] for name in rows["gptq"]]
+    assert len(better) == len(made_up) and np.mean(better) > 0.9
+
+
+def test_layers_that_cost_too_much_in_four_bits_are_tried_in_eight_first(graph):
+    assert Quantizer(graph, ROW, Config(precision="int4"))._higher()[0] == "int8"
+    assert "int8" not in Quantizer(graph, ROW, Config(precision="int8"))._higher()

@@ -65,6 +65,8 @@ INT8 = [
     (product(52, 44, residual=True, precision="int8", writes="to_int8"), 2),
     (product(80, 38, "gelu", residual=True, density=30, precision="int8"), 3),
     (product(37, 20, density=50, precision="int8_static", writes="to_int8"), 2),
+    (product(70, 38, "gelu", residual=True, precision="int4", group=32), 3),
+    (product(200, 44, precision="int4", group=64, writes="to_int8"), 2),
 ]
 BF16 = [
     (product(64, 12, precision="bf16"), 1),
@@ -81,7 +83,7 @@ TASKS = {
     "arm-a72": [*FP32, *INT8],
     "arm-a76": [*FP32[:2], *INT8],
     "arm-v1": [*FP32[:7], *INT8, *BF16],
-    "arm-v2": [*FP32[:2], *INT8[:3], *BF16[:3]],
+    "arm-v2": [*FP32[:2], *INT8[:3], INT8[-2], *BF16[:3]],
 }
 CALLS = [
     pytest.param(name, place, id=f"{name}-{task.name}")

@@ -12,21 +12,23 @@ from bertile.schedules.cpu import arithmetic
 from bertile.schedules.cpu.dense import dense
 from bertile.schedules.task import Task
 
-PRECISIONS = ("fp16", "bf16", "int8", "int8_static")
+PRECISIONS = ("fp16", "bf16", "int8", "int8_static", "int4")
 
 
 def product(inputs, outputs, activation="none", residual=False, **more):
     shape = {"inputs": inputs, "outputs": outputs, "activation": activation, "residual": residual}
-    return Task("dense", {**shape, **more})
+    groups = {"group": 32} if more.get("precision") == "int4" else {}
+    return Task("dense", {**shape, **groups, **more})
 
 
-ROWS = ("x86-avx512-bf16", "x86-avx2", "x86-avx512")
+ROWS = ("x86-avx512-bf16", "x86-avx2", "x86-avx512", "x86-amx")
 SHAPES = [(768, 768), (13, 17), (26, 26), (312, 100), (97, 2), (1, 5)]
 
 
 def on_rows(cases, share=2):
-    """Of fp16 the last row's kernels are those of the first: they are for the slow tests."""
-    return spread("precision case", ROWS, PRECISIONS, cases, share, late={("x86-avx512", "fp16")})
+    """Kernels that are those of another row too are for the slow tests."""
+    same = {("x86-avx512", "fp16"), ("x86-amx", "fp16"), ("x86-amx", "int4")}
+    return spread("precision case", ROWS, PRECISIONS, cases, share, late=same)
 
 
 @pytest.fixture
@@ -37,6 +39,14 @@ def kernels(request, kernels_of):
 @on_rows(SHAPES, share=3)
 def test_product_equals_numpy(kernels, precision, case):
     assert kernels.mistake(product(*case, precision=precision), blocks=3) is None
+
+
+@pytest.mark.parametrize("kernels", ROWS, indirect=True)
+@pytest.mark.parametrize("case", [(768, 40), (96, 17), (130, 3)])
+def test_groups_of_64_inputs_share_a_scale_too(kernels, case):
+    """The last one may be short."""
+    task = product(*case, precision="int4", group=64)
+    assert kernels.mistake(task, blocks=2) is None
 
 
 @on_rows([1, 2, 3, 7, 8, 33], share=1)
@@ -100,3 +110,25 @@ def test_inner_loop_keeps_its_sums_in_registers(kernels_of, name, precision, ins
     busiest = max(loops, key=lambda block: block.count(instruction))
     # a spilled sum would be loaded and stored around each of its multiply-adds
     assert len(re.findall(r"%[yz]mm\d+, .*\(%r[sb]p\)", busiest)) < busiest.count(instruction) / 4
+
+
+@pytest.mark.parametrize(("precision", "word"), [("bf16", "tdpbf16ps"), ("int8", "tdpbsud")])
+def test_tiles_are_multiplied_without_leaving_them(kernels_of, precision, word):
+    library = kernels_of("x86-amx").build(product(768, 768, precision=precision))
+    loops = re.split(r"\n\.L\w+:", library.inspect_source("asm"))
+    busiest = max(loops, key=lambda block: block.count(f"\t{word}"))
+    words = [line.split()[0] for line in busiest.splitlines() if line.strip()]
+    # two tiles of outputs by two of tokens, and by the one that may be left
+    assert words.count(word) >= 4 and words.count("tileloadd") <= 1.5 * words.count(word)
+    assert words.count("tilestored") <= 6
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_sums_of_tiles_are_those_of_registers(kernels_of, precision):
+    """Of bytes to the last bit."""
+    task = product(200, 64, precision=precision)
+    tiles, registers = (
+        kernels_of(name).run(task, blocks=3, seed=5)[1][0]
+        for name in ("x86-amx", "x86-avx512-bf16")
+    )
+    np.testing.assert_allclose(tiles, registers, rtol=0, atol=0 if precision == "int8" else 1e-5)

@@ -24,6 +24,7 @@ LLVM_NAMES = {
     "bmi1": "bmi",
     "avx512_vnni": "avx512vnni",
     "avx512_bf16": "avx512bf16",
+    **{name: name.replace("_", "-") for name in ("amx_tile", "amx_int8", "amx_bf16")},
     **targets.ARM_FEATURES,
 }
 # What processors with AVX-512, and those of the ARM rows, have beside, and no row may use.
@@ -31,7 +32,7 @@ FOREIGN = (
     "avx512vbmi",
     "avx512vbmi2",
     "avx512fp16",
-    "amx-tile",
+    "amx-fp16",
     "sha",
     "vaes",
     "gfni",
@@ -65,7 +66,7 @@ def test_native_is_the_row_itself_on_a_processor_with_just_its_features(row: Tar
 
 def test_native_names_what_is_missing_when_no_row_fits() -> None:
     features = set(X86[-1].features) - {"avx2", "fma"}
-    with pytest.raises(PlatformError, match="it lacks fma avx2; name a target: x86-avx512-bf16"):
+    with pytest.raises(PlatformError, match="it lacks fma avx2; name a target: x86-amx, "):
         native(features, "x86_64")
     with pytest.raises(PlatformError, match="it lacks asimd; name a target"):
         native((), "aarch64")

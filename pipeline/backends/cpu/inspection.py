@@ -49,8 +49,9 @@ def inspect(
         inputs = random_inputs(manifest, batch, length)
         seen, total = _profile(Path(directory), manifest, inputs, threads)
         limits = _limits(manifest, seen, threads)
+    target = manifest["target"]["name"]
     kernels = [
-        _row(kernel, seen.get(kernel["name"], _Seen()), total, limits, batch, length)
+        _row(kernel, seen.get(kernel["name"], _Seen()), total, limits, batch, length, target)
         for kernel in manifest["kernels"]
     ]
     kernels.sort(key=lambda row: -row["ms"])
@@ -94,10 +95,8 @@ class _Limits:
 
 def _limits(manifest: dict[str, Any], seen: dict[str, _Seen], threads: int) -> _Limits:
     target = manifest["target"]["name"]
-    precisions = {roofline.precision(kernel) for kernel in manifest["kernels"]} | {"fp32"}
-    peaks = {
-        precision: roofline.peak(target, threads, precision) for precision in sorted(precisions)
-    }
+    units = {roofline.unit(kernel, target) for kernel in manifest["kernels"]} | {"fp32"}
+    peaks = {unit: roofline.peak(target, threads, unit) for unit in sorted(units)}
     sizes = sorted({_rounded(kernel.activations) for kernel in seen.values()} | {_rounded(0)})
     bandwidths = roofline.bandwidths(target, threads, [*sizes, MEMORY_BYTES])
     return _Limits(peaks, bandwidths.pop(MEMORY_BYTES), bandwidths)
@@ -172,7 +171,13 @@ def _typical(seconds: list[float]) -> float:
 
 
 def _row(
-    kernel: dict[str, Any], seen: _Seen, total: float, limits: _Limits, batch: int, length: int
+    kernel: dict[str, Any],
+    seen: _Seen,
+    total: float,
+    limits: _Limits,
+    batch: int,
+    length: int,
+    target: str,
 ) -> dict[str, Any]:
     row = {
         "kernel": kernel["name"],
@@ -189,7 +194,7 @@ def _row(
         if kernel["operation"] == "embedding":  # reads some rows of its tables, as wide as y
             seen = replace(seen, weights=seen.activations)
         bounds = {
-            "arithmetic": flops / limits.peaks[roofline.precision(kernel)] / 1e9,
+            "arithmetic": flops / limits.peaks[roofline.unit(kernel, target)] / 1e9,
             "bandwidth": limits.bytes_seconds(seen),
         }
         bound = max(bounds, key=lambda name: bounds[name])

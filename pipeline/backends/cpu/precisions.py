@@ -27,6 +27,7 @@ PRECISIONS: Mapping[str, OnCpu] = {
     "fp16": OnCpu("fp32", "fp16"),
     "bf16": OnCpu("bf16", "fp16"),
     "int8": OnCpu("bf16", "fp16"),
+    "int4": OnCpu("bf16", "fp16"),
 }
 
 

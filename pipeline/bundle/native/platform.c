@@ -1,11 +1,13 @@
 #include "internal.h"
 
+#include <errno.h>
 #include <limits.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/auxv.h>
+#include <sys/syscall.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
@@ -65,6 +67,16 @@ static int has_feature(const char *name) {
 }
 #endif
 
+/* Linux gives the tiles of AMX to processes that ask. */
+static int may_use_tiles(void) {
+#if defined(__x86_64__)
+    const long request = 0x1023, tile_data = 18; /* asm/prctl.h: ARCH_REQ_XCOMP_PERM */
+    return !syscall(SYS_arch_prctl, request, tile_data);
+#else
+    return 0;
+#endif
+}
+
 /* What this process is: a 32-bit one is no aarch64, whatever its kernel is. */
 static const char *architecture(void) {
 #if defined(__aarch64__)
@@ -93,6 +105,12 @@ bertile_status bt_check_platform(const json *target) {
             size_t used = strlen(missing);
             snprintf(missing + used, sizeof missing - used, "%s%s", used ? ", " : "", word->text);
         }
+    for (const json *word = json_get(target, "features")->first; word; word = word->next)
+        if (!*missing && !strcmp(word->text, "amx_tile") && !may_use_tiles())
+            return bt_fail(BERTILE_PLATFORM,
+                           "Linux does not let this process use the CPU's tiles (AMX): %s; compile "
+                           "the model with --target x86-avx512-bf16",
+                           strerror(errno));
     if (!*missing) return BERTILE_OK;
     const json *name = json_get_kind(target, "name", JSON_STRING);
     return bt_fail(BERTILE_PLATFORM,

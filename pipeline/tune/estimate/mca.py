@@ -67,6 +67,8 @@ _ZEN4_READS = (
 _ZEN = (Cache(32 * KB, 2), Cache(1024 * KB, 6), Cache(4096 * KB, 12))
 _ZEN4 = Model("x86_64", "znver4", 3.7, _ZEN, reads=_ZEN4_READS)
 _ZEN3 = Model("x86_64", "znver3", 3.4, (_ZEN[0], Cache(512 * KB, 6), _ZEN[2]))
+# its tiles are not described, so that what multiplies by them is estimated too fast
+_AMX = Model("x86_64", "sapphirerapids", 3.0, (Cache(48 * KB, 2), Cache(2048 * KB, 8)), reads=())
 _A72 = Model(
     "aarch64-linux-gnu", "cortex-a72", 1.8, (Cache(32 * KB, 4), Cache(512 * KB, 38)), since=14
 )
@@ -84,6 +86,7 @@ def _neoverse(
 # The processor that stands for a row. A Cortex-A76 is a Neoverse N1 but for its caches, and LLVM
 # describes the N1 better (as an A76 it takes a Cortex-A57).
 MODELS = {
+    "x86-amx": _AMX,
     "x86-avx512-bf16": _ZEN4,
     "x86-avx512-vnni": _ZEN4,
     "x86-avx512": _ZEN4,

@@ -151,8 +151,12 @@ class TuningLog:
         return cls([*ours, Path(directory or USER_LOG)], warn, processor)
 
     def records(self, task: Task, row: Target) -> list[Record]:
-        """What is known of a task on this kind of machine, failures included."""
-        return self._of(row.log).get(task.key, [])
+        """What is known of a task on this kind of machine, failures included: of kernels that this
+        row has. Rows that share a log may have several for a task, and versions too.
+        """
+        knobs = _knobs(task, row)
+        records = self._of(row.log).get(task.key, [])
+        return [r for r in records if knobs is None or set(r.knobs) == knobs]
 
     def tasks(self, row: Target) -> list[Task]:
         """Every task that has records on this kind of machine."""
@@ -265,6 +269,15 @@ class TuningLog:
                         bad.append(number)
             if bad:
                 self._warn(f"{path}: line {', '.join(map(str, bad))} is no record and is skipped")
+
+
+def _knobs(task: Task, row: Target) -> set[str] | None:
+    """The names of the knobs of the row's kernel for a task; None where no schedule knows it."""
+    schedule = schedules_for(row).get(task.operation)
+    try:
+        return set(schedule.space(task, row)) if schedule else None
+    except (KeyError, TypeError, ValueError):  # a shape of another version's schedule
+        return None
 
 
 def fastest(records: Sequence[Record], row: Target) -> Record:

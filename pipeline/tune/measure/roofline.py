@@ -74,9 +74,20 @@ def _prepared(target: str, threads: int) -> tuple[Any, Any]:
     return row, tvm_target(row)
 
 
-def precision(kernel: Kernel) -> str:
-    """What a kernel multiplies in."""
-    return str(kernel["shape"].get("precision", "fp32")).removesuffix("_static")
+def unit(kernel: Kernel, target: str) -> str:
+    """What a kernel multiplies in, as ``peak`` takes it."""
+    shape = kernel["shape"]
+    name = str(shape.get("precision", "fp32")).removesuffix("_static")
+    return _tiled(name, target) if kernel["operation"] == "dense" else name
+
+
+def _tiled(precision: str, target: str) -> str:
+    """A precision with the word for tiles where the machine multiplies dense layers by these."""
+    from bertile.schedules.cpu import peak, precisions
+    from bertile.targets.rows import resolve
+
+    tiles = resolve(target).tiles and precisions.PRECISIONS[precision].tiled
+    return precision + peak.TILES if tiles else precision
 
 
 def use_threads(threads: int) -> None:
@@ -118,5 +129,5 @@ def _facts(
 
     bf16 = resolve(target, threads).bf16
     able = [precision for precision in precisions if precision != "bf16" or bf16]
-    peaks = {precision: peak(target, threads, precision) for precision in able}
+    peaks = {each: peak(target, threads, _tiled(each, target)) for each in able}
     return peaks, [request_flops(kernels, *size) for size in sizes]

@@ -23,6 +23,9 @@ ROW = resolve("x86-avx512", threads=2)
 TASK = Task("dense", {"inputs": 64, "outputs": 32, "activation": "none", "residual": False})
 
 
+DEFAULT = SCHEDULES["dense"].default(TASK, ROW)
+
+
 def record(microseconds: float = 5.0, threads: int = 2, **knobs: int) -> Record:
     return Record(
         operation=TASK.operation,
@@ -30,7 +33,7 @@ def record(microseconds: float = 5.0, threads: int = 2, **knobs: int) -> Record:
         target=ROW.log,
         threads=threads,
         tokens=128,
-        knobs=knobs or {"accumulators": 24},
+        knobs={**DEFAULT, **knobs},
         microseconds=(microseconds, microseconds + 1, microseconds + 2),
         machine={"cpu": "test", "cores": 2},
         versions={"apache-tvm": "0"},
@@ -49,7 +52,7 @@ def test_record_comes_back_from_its_line():
 def test_append_is_found_by_a_new_log(tmp_path):
     open_log(tmp_path).append(record(unroll=2))
     best = open_log(tmp_path).best(TASK, ROW)
-    assert dict(best.knobs) == {"unroll": 2} and best.median == 6.0
+    assert best.knobs["unroll"] == 2 and best.median == 6.0
 
 
 @pytest.mark.parametrize(("times", "sure"), [(SURE + 0.01, True), (SURE - 0.01, False)])
@@ -59,7 +62,7 @@ def test_estimated_gain_must_be_larger_than_the_estimate_s_error(tmp_path, times
     guess = replace(record(chunk=4), estimated=True, microseconds=(100.0,))
     log.append(guess)
     log.append(replace(guess, knobs=default, microseconds=(100 * times,)))
-    assert dict(log.best(TASK, ROW).knobs) == ({"chunk": 4} if sure else default)
+    assert log.best(TASK, ROW).knobs["chunk"] == (4 if sure else default["chunk"])
     log.append(replace(guess, estimated=False, microseconds=(100 * times,)))
     assert not log.best(TASK, ROW).estimated
 
@@ -78,13 +81,13 @@ def test_best_is_the_fastest_of_the_same_threads(tmp_path):
     log = open_log(tmp_path)
     for trial in (record(9.0, unroll=1), record(3.0, unroll=2), record(1.0, threads=1, unroll=4)):
         log.append(trial)
-    assert dict(log.best(TASK, ROW).knobs) == {"unroll": 2}
+    assert log.best(TASK, ROW).knobs["unroll"] == 2
 
 
 def test_best_takes_another_number_of_threads_before_nothing(tmp_path):
     log = open_log(tmp_path)
     log.append(record(threads=1, unroll=4))
-    assert dict(log.best(TASK, ROW).knobs) == {"unroll": 4}
+    assert log.best(TASK, ROW).knobs["unroll"] == 4
 
 
 def test_failed_trial_is_never_the_best(tmp_path):
@@ -120,9 +123,9 @@ def test_digest_changes_with_what_would_be_chosen_alone(tmp_path):
 def test_digest_changes_with_the_best_time(tmp_path):
     """Times decide which of two kernels a layer gets."""
     log = open_log(tmp_path)
-    log.append(record(5.0, a=1))
+    log.append(record(5.0, unroll=1))
     before = log.digest(ROW)
-    log.append(record(4.0, a=1))
+    log.append(record(4.0, unroll=1))
     assert log.digest(ROW) != before
 
 
@@ -158,7 +161,7 @@ def test_two_writers_and_kill_9_lose_and_mix_nothing(tmp_path):
     for writer in writers:
         writer.join()
     said: list[str] = []
-    records = open_log(tmp_path, said).records(TASK, ROW)
+    records = open_log(tmp_path, said).all_records(ROW.log)
     lines = path.read_bytes().count(b"\n")
     torn = lines + (not path.read_bytes().endswith(b"\n")) - len(records)
     assert torn <= 2  # at most the line that each was killed in
@@ -187,3 +190,18 @@ def test_shipped_log_is_left_out_where_it_is_not_wanted(tmp_path):
     assert with_shipped.tasks(ROW) and not alone.tasks(ROW)
     assert with_shipped.directories[-1] == tmp_path.resolve()
     assert alone.directories == [tmp_path.resolve()]
+
+
+def test_records_of_another_row_s_kernel_are_not_this_row_s(tmp_path):
+    """Rows with and without tiles share a log: of floats their kernels are the same."""
+    task = Task("dense", {**TASK.shape, "precision": "int8"})
+    log, rows = open_log(tmp_path), [resolve(name, 2) for name in ("x86-amx", "x86-avx512-vnni")]
+    for row in rows:
+        knobs = SCHEDULES["dense"].default(task, row)
+        log.append(replace(record(), shape=dict(task.shape), knobs=knobs))
+    for row in rows:
+        (mine,) = log.records(task, row)
+        assert dict(mine.knobs) == SCHEDULES["dense"].default(task, row)
+        assert log.best(task, row) == mine
+    log.append(record())
+    assert len(log.records(TASK, rows[0])) == len(log.records(TASK, rows[1])) == 1

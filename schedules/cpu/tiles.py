@@ -1,0 +1,209 @@
+"""Multiplies matrices by tiles (AMX), on the operands and to the results of ``dense``.
+
+Lanes are as tiles want them: 16 lanes of x of a block are one operand of an instruction, 16 outputs
+by as many lanes of weights the other, and their product is 16 channels of y in lanes.
+
+    w (panels, K / 16 G, tiles, 16, 16): of each 16 lanes the outputs of some tiles, one behind the
+    other, so that all of it is read front to back
+
+    parallel over tasks = groups of panels × chunks of token blocks
+      for each panel of the group, one or two blocks of tokens
+        for k: load the tiles of x and w, multiply-add
+        sums to a buffer in the first-level cache; from there the epilogue
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from bertile.schedules import BLOCK_TOKENS
+from bertile.schedules.cpu import lanes, precisions
+from bertile.schedules.cpu.product import (
+    Epilogue,
+    arguments,
+    multiplies,
+    packed,
+    weight_lanes,
+    writes,
+)
+from bertile.schedules.intrinsics import amx
+from bertile.schedules.schedule import Knobs, Row, Space
+from bertile.schedules.task import Task
+
+OUTPUTS = LANES = amx.ROWS  # of a tile of weights
+AHEAD = 8  # tiles of weights that are asked for before they are loaded
+
+
+def takes(task: Task, row: Row) -> bool:
+    """Whether the machine has tiles for the task's precision."""
+    return row.tiles and precisions.of(task).tiled
+
+
+def space(task: Task, row: Row) -> Space:
+    """Sums in tiles, by how many blocks of tokens; and how the work is cut between threads."""
+    return {
+        "tiles": (1, 2, 4),
+        "token_blocks": (1, 2),
+        "panels": (1, 2, 4, 8),
+        "chunk": (4, 8, 16, 32),
+    }
+
+
+def default(task: Task, row: Row) -> Knobs:
+    """Two tiles of outputs by two of tokens: a load for each product."""
+    return {"tiles": 4, "token_blocks": 2, "panels": 4, "chunk": 16}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How weights are packed: ``panels`` of ``tiles`` tiles of outputs, by ``depth`` of lanes."""
+
+    tiles: int
+    token_blocks: int
+    depth: int
+    panels: int
+
+    @staticmethod
+    def of(task: Task, knobs: Knobs, row: Row) -> Layout:
+        """What the knobs make of the task's shape."""
+        token_blocks = min(knobs["token_blocks"], knobs["tiles"])
+        tiles = knobs["tiles"] // token_blocks
+        depth = -(-multiplies(task, row).lanes(task.shape["inputs"]) // LANES)
+        panels = -(-task.shape["outputs"] // (OUTPUTS * tiles))
+        return Layout(tiles, token_blocks, depth, panels)
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a panel."""
+        return OUTPUTS * self.tiles
+
+
+def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> list[np.ndarray]:
+    """w (K, N) → (panels, K / 16 G, tiles, 16 outputs, 16 lanes); vectors (N) padded."""
+    w, *vectors = weights
+    of = Layout.of(task, knobs, row)
+    padding = of.panels * of.outputs - w.shape[1]
+    limits = [vectors.pop()] if writes(task) == "to_int8" else []
+    w = weight_lanes(task, w)
+    w = np.pad(w, ((0, of.depth * LANES - len(w)), (0, padding)))
+    w = w.reshape(of.depth, LANES, of.panels, of.tiles, OUTPUTS).transpose(2, 0, 3, 4, 1)
+    return [np.ascontiguousarray(w), *(np.pad(v, (0, padding)) for v in vectors), *limits]
+
+
+def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
+    """The PrimFunc (x, [range], [residual], w, [scale, [shift]], b, [limits], y)."""
+    of, math = Layout.of(task, knobs, row), multiplies(task, row)
+    group = min(knobs["panels"], of.panels)
+    groups = -(-of.panels // group)
+    chunk = knobs["chunk"]
+    with lanes.kernel(task.name) as builder:
+
+        def weights() -> Any:
+            shape = (of.panels, of.depth, of.tiles, OUTPUTS, LANES)
+            return builder.tensor("w", *shape, dtype="int32")
+
+        x, w, epilogue = arguments(builder, task, math, of.panels * of.outputs, weights)
+        builder.link(amx.TILES)
+        chunks = T.Bind((builder.blocks + (chunk - 1)) // chunk)
+        with T.parallel(groups * chunks) as job:
+            first = T.Bind(job % chunks * chunk)
+            count = T.Bind(T.min(chunk, builder.blocks - first))
+            _Job(task, of, math.total, x, w, epilogue).emit(
+                job // chunks * group, group, first, count
+            )
+    return builder.func
+
+
+class _Job:
+    """Emits the product of a group of panels with a chunk of token blocks."""
+
+    def __init__(
+        self, task: Task, of: Layout, total: str, x: Any, w: Any, epilogue: Epilogue
+    ) -> None:
+        self.task, self.of, self.x, self.w, self.epilogue = task, of, x, w, epilogue
+        self.dot = f"dot{precisions.of(task).group}"
+        self.rest = int(x.shape[1]) % LANES  # lanes of x that fill no tile
+        shape = (of.token_blocks, of.tiles, OUTPUTS, BLOCK_TOKENS)
+        self.sums = T.alloc_buffer(shape, total)
+        self.last = None
+        if self.rest:
+            self.last = T.alloc_buffer((of.token_blocks, LANES, BLOCK_TOKENS), "int32")
+
+    def emit(self, base: Any, group: int, first: Any, count: Any) -> None:
+        """Panels ``base`` to ``base + group``, blocks ``first`` to ``first + count``."""
+        wide = self.of.token_blocks
+        _tile("tiles_open")
+        if self.last is not None:
+            nothing = tirx.Broadcast(tirx.const(0, "int32"), BLOCK_TOKENS)
+            with T.serial(wide) as t, T.serial(LANES) as k:
+                lanes.store(self.last, nothing, t, k)
+        with T.serial(group) as member:
+            panel = T.Bind(base + member)
+            with T.If(panel < self.of.panels), T.Then():
+                with T.serial(count // wide) as t:
+                    self._product(panel, first + t * wide, wide)
+                if wide > 1:
+                    with T.If(count % wide == 1), T.Then():
+                        self._product(panel, first + count - 1, 1)
+        _tile("tiles_close")
+
+    def _product(self, panel: Any, block: Any, blocks: int) -> None:
+        sums = [(i, t) for i in range(self.of.tiles) for t in range(blocks)]
+        for c in range(len(sums)):
+            _tile(f"tile_zero{c}")
+        whole = int(self.x.shape[1]) // LANES
+        with T.serial(whole) as k:
+            for t in range(blocks):
+                _load(6 + t, self.x, block + t, k * LANES, 0)
+            self._multiply(panel, k, sums)
+        if self.last is not None:
+            for t in range(blocks):
+                with T.serial(self.rest) as k:
+                    value = lanes.load(self.x, block + t, whole * LANES + k)
+                    lanes.store(self.last, value, t, k)
+                _load(6 + t, self.last, t, 0, 0)
+            self._multiply(panel, whole, sums)
+        for c, (i, t) in enumerate(sums):
+            _tile(f"tile_store{c}", T.address_of(self.sums[t, i, 0, 0]), _stride(amx.BYTES))
+        self._finish(panel, block, blocks)
+
+    def _multiply(self, panel: Any, k: Any, sums: list[tuple[int, int]]) -> None:
+        for c, (i, t) in enumerate(sums):
+            if t == 0:
+                _load(4 + i % 2, self.w, panel, k, i, 0, 0)
+            _tile(f"tile_{self.dot}_{c}_{4 + i % 2}_{6 + t}")
+
+    def _finish(self, panel: Any, block: Any, blocks: int) -> None:
+        """Scale, bias, activation and residual, packed as the task writes them."""
+        lane, outputs = packed(self.task), self.task.shape["outputs"]
+        low = panel * self.of.outputs
+        last = T.Bind(T.min(self.of.outputs, outputs - low) // lane)
+        in_bytes = precisions.of(self.task).in_bytes
+        with T.serial(blocks) as t, T.serial(last) as n:
+            values = []
+            for i in range(lane):
+                place = n * lane + i
+                total = self.sums[t, place // OUTPUTS, place % OUTPUTS, lanes.RAMP]
+                value = self.epilogue.value(total, low + place, block + t)
+                if not in_bytes:
+                    value = value + lanes.splat(self.epilogue.b[low + place])
+                values.append(T.Bind(self.epilogue.finished(value, block + t, low + place)))
+            self.epilogue.store(values, block + t, T.Bind((low + n * lane) // lane))
+
+
+def _tile(name: str, *arguments: Any) -> None:
+    T.evaluate(tirx.call_extern("int32", f"bertile_{name}", *arguments))
+
+
+def _load(tile: int, buffer: Any, *index: Any) -> None:
+    _tile(f"tile_load{tile}", T.address_of(buffer[index]), _stride(amx.BYTES))
+
+
+def _stride(bytes_: int) -> Any:
+    return tirx.const(bytes_, "int64")

@@ -1,0 +1,86 @@
+"""Writes the tile instructions of x86 (AMX) as lines of LLVM IR that a kernel links and inlines.
+
+A tile is 16 rows of 64 bytes. Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 inputs.
+
+    bertile_tiles_open()           all eight tiles at full size; to be said before any other
+    bertile_tiles_close()          give them up, so that no thread is switched with them
+    bertile_tile_zero0()           sums from nothing, and so for 1 to 3
+    bertile_tile_load4(p, bytes)   rows that lie so far apart, into a tile from 4 on
+    bertile_tile_store0(p, bytes)  sums to memory
+    bertile_tile_dot4_0_4_6()      0 += 4 × 6, signed bytes by unsigned ones; dot2 of bfloat16
+
+Linux gives a process tiles when it asks (``arch_prctl``), for good: the first kernel that opens
+them does so.
+"""
+
+from __future__ import annotations
+
+SUMS, WEIGHTS, INPUTS = range(4), range(4, 6), range(6, 8)
+ROWS, BYTES = 16, 64  # of a tile
+
+_OPEN = """
+declare void @llvm.x86.ldtilecfg(ptr)
+declare void @llvm.x86.tilerelease()
+declare void @llvm.x86.tilezero(i8)
+declare void @llvm.x86.tileloadd64(i8, ptr, i64)
+declare void @llvm.x86.tilestored64(i8, ptr, i64)
+declare void @llvm.x86.tdpbsud(i8, i8, i8)
+declare void @llvm.x86.tdpbf16ps(i8, i8, i8)
+@bertile_has_tiles = linkonce_odr global i32 0, align 4
+define linkonce_odr i32 @bertile_tiles_open() alwaysinline {
+  %has = load atomic i32, ptr @bertile_has_tiles monotonic, align 4
+  %asked = icmp ne i32 %has, 0
+  br i1 %asked, label %open, label %ask
+ask:
+  %r = call i64 asm sideeffect "syscall",
+    "={rax},{rax},{rdi},{rsi},~{rcx},~{r11},~{memory}"(i64 158, i64 4131, i64 18)
+  store atomic i32 1, ptr @bertile_has_tiles monotonic, align 4
+  br label %open
+open:
+  call void @llvm.x86.ldtilecfg(ptr @bertile_tile_sizes)
+  ret i32 0
+}
+"""
+
+
+def _function(name: str, call: str, arguments: str = "") -> str:
+    return f"""
+define linkonce_odr i32 @bertile_{name}({arguments}) alwaysinline {{
+  call void @llvm.x86.{call}
+  ret i32 0
+}}
+"""
+
+
+def _config() -> str:
+    # palette 1, no restart, 14 reserved; 16 times bytes of a row, 16 times rows
+    sizes = [BYTES] * 8 + [0] * 8
+    numbers = [1, *[0] * 15, *(b for size in sizes for b in (size, 0))]
+    numbers += [ROWS] * 8 + [0] * 8
+    values = ", ".join(f"i8 {number}" for number in numbers)
+    return f"@bertile_tile_sizes = linkonce_odr constant [64 x i8] [{values}], align 64\n"
+
+
+TILES = "".join(
+    [
+        _config(),
+        _OPEN,
+        _function("tiles_close", "tilerelease()"),
+        *(_function(f"tile_zero{c}", f"tilezero(i8 {c})") for c in SUMS),
+        *(
+            _function(f"tile_load{i}", f"tileloadd64(i8 {i}, ptr %p, i64 %s)", "ptr %p, i64 %s")
+            for i in (*WEIGHTS, *INPUTS)
+        ),
+        *(
+            _function(f"tile_store{c}", f"tilestored64(i8 {c}, ptr %p, i64 %s)", "ptr %p, i64 %s")
+            for c in SUMS
+        ),
+        *(
+            _function(f"tile_{name}_{c}_{a}_{b}", f"{instruction}(i8 {c}, i8 {a}, i8 {b})")
+            for name, instruction in (("dot4", "tdpbsud"), ("dot2", "tdpbf16ps"))
+            for c in SUMS
+            for a in WEIGHTS
+            for b in INPUTS
+        ),
+    ]
+)
