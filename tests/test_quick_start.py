@@ -9,11 +9,11 @@ import venv
 from pathlib import Path
 
 import pytest
-import tomllib
 from helpers import tiny_encoder, wheels
 
 from bertile.bundle import runtime_wheel
 
+tomllib = pytest.importorskip("tomllib")  # part of Python from 3.11 on
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 LARGEST = 150 * 10**6  # bytes of pip install 'bertile[run]'

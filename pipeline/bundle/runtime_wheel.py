@@ -38,7 +38,7 @@ Metadata-Version: 2.4
 Name: bertile-runtime
 Version: {version}
 Summary: The two libraries of Apache TVM that run a bundle of Bertile.
-License-Expression: Apache-2.0 AND BSD-3-Clause AND MIT
+License-Expression: Apache-2.0 AND BSD-3-Clause AND Apache-2.0 WITH LLVM-exception
 {licences}
 Requires-Python: >=3.9
 Description-Content-Type: text/plain
