@@ -145,10 +145,10 @@ def test_completion_knows_commands_flags_and_words(
 def test_bash_reads_the_completion_and_answers(capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("shtab")
     _, script, _ = call(capsys, "completion", "bash")
-    line = "COMP_WORDS=(bertile compile --precision i); COMP_CWORD=3; _shtab_bertile"
+    line = "COMP_WORDS=(bertile compile --precision bf); COMP_CWORD=3; _shtab_bertile"
     command = ["bash", "-c", f"{script}\n{line}; echo ${{COMPREPLY[@]}}"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (run.stdout.split(), run.stderr) == (["int8"], "")
+    assert (run.stdout.split(), run.stderr) == (["bf16"], "")
 
 
 def test_completion_names_its_extra_where_shtab_is_missing(
