@@ -15,9 +15,9 @@ The score matrix is never written: a tile of 16 × key_tile × 16 floats stays i
 cache. The table says where each block's sequence lies (see ``bertile.loader.token_blocks``), so
 that packed sequences of unequal lengths need no padding and no other kernel.
 
-What an ``AttentionSpec`` may vary are two hooks of ``_Sight``: which blocks of keys a block of
-queries sees, so that no others are visited, and what is done to a score, where a query sees some
-keys of a block and not others.
+What an ``AttentionSpec`` may vary are two hooks of ``attention_parts.Sight``: which blocks of keys
+a block of queries sees, so that no others are visited, and what is done to a score, where a query
+sees some keys of a block and not others.
 
 With ``precision`` "bf16" both products are of bfloat16, and qkv (m, 3 H D / 2, 16) holds Q and K in
 pairs of channels, V in pairs of tokens (a dense layer writes it so: ``values_from``); the softmax
@@ -35,14 +35,12 @@ from tvm.tirx.script import builder as T
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.attention_spec import REACH, AttentionSpec
 from bertile.schedules.cpu import arithmetic as arithmetics
-from bertile.schedules.cpu import lanes, precisions, product, vector_math
+from bertile.schedules.cpu import attention_tiles, lanes, precisions, product, vector_math
 from bertile.schedules.cpu.arithmetic import Arithmetic
+from bertile.schedules.cpu.attention_parts import LOWEST, Operands, Sight
 from bertile.schedules.cpu.samples import result_sample
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
-
-LOWEST = -1e30  # below any score, and small enough that differences of two stay finite
-NEVER = -1e38  # its weight is nothing, even beside the lowest score
 
 
 def refuses(task: Task) -> str | None:
@@ -52,6 +50,8 @@ def refuses(task: Task) -> str | None:
 
 def space(task: Task, row: Row) -> Space:
     """Key blocks per tile of the online softmax, and the register tiles of the two products."""
+    if attention_tiles.takes(task, row):
+        return attention_tiles.space(task, row)
     fits = lanes.vector_capacity(row)
     return {
         "key_tile": (2, 4, 8, 16, 32),
@@ -62,6 +62,8 @@ def space(task: Task, row: Row) -> Space:
 
 def default(task: Task, row: Row) -> Knobs:
     """The widest register tiles; 128 keys at a time."""
+    if attention_tiles.takes(task, row):
+        return attention_tiles.default(task, row)
     choices = space(task, row)
     channels = [c for c in choices["channels"] if c <= 16]
     size = AttentionSpec.from_shape(task.shape).head_size
@@ -74,18 +76,11 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     if lacks := refuses(task):
         raise ValueError(f"there is no kernel for {lacks}")
     spec = AttentionSpec.from_shape(task.shape)
-    math, packed = product.multiplies(task, row), product.packed(task)
+    if attention_tiles.takes(task, row):
+        return attention_tiles.kernel(task, knobs, row)
+    math = product.multiplies(task, row)
     with lanes.kernel(task.name) as builder:
-        qkv = builder.activation("qkv", sum(spec.channels()) // math.group, math.lane)
-        keys = builder.tensor("keys", builder.blocks, BLOCK_TOKENS)
-        table = builder.tensor("table", builder.blocks, 4, dtype="int32")
-        bias = None
-        if spec.bias == "tensor":
-            extents = [T.int32() for _ in range(4)]
-            bias = builder.tensor("bias", *extents, BLOCK_TOKENS)
-        limits = builder.tensor("limits", 2) if packed == 4 else None
-        dtype = "float32" if packed == 1 else "int32"
-        y = builder.activation("y", spec.channels()[0] // packed, dtype)
+        operands = Operands.declare(builder, task)
         builder.link(math.llvm)
         kind = _QUERIES[precisions.name(task)]
         # registers of four: LLVM makes one load and products by its lanes of four broadcasts
@@ -93,60 +88,31 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         with T.parallel(spec.heads * builder.blocks) as job:
             head = T.Bind(job // builder.blocks)
             query = T.Bind(job % builder.blocks)
-            kind(spec, knobs, math, unroll, qkv, keys, table, bias, limits, y, head, query).emit()
+            kind(spec, knobs, math, unroll, operands, head, query).emit()
     return builder.func
-
-
-class _Sight:
-    """The keys that a block of 16 queries sees, those that lie in their spec's reach.
-
-    ``own`` is the queries' block among the ``count`` of their sequence.
-    """
-
-    def __init__(self, spec: AttentionSpec, own: Any, count: Any) -> None:
-        self.before, self.behind = spec.reach()
-        self.own, self.count = own, count
-
-    def blocks(self) -> tuple[Any, Any]:
-        """The first block of keys that any of the queries sees, and the one behind the last."""
-        low, stop = 0, self.count
-        if self.before is not None:
-            low = T.Bind(T.max(self.own - -(-self.before // BLOCK_TOKENS), 0))
-        if self.behind is not None:
-            stop = T.Bind(T.min(self.own + (-(-self.behind // BLOCK_TOKENS) + 1), self.count))
-        return low, stop
-
-    def score(self, value: Any, key: Any) -> Any:
-        """The scores of the queries with one key, given by its place in the sequence."""
-        if self.before is None and self.behind is None:
-            return value
-        queries, key = (
-            tirx.Ramp(self.own * BLOCK_TOKENS, 1, BLOCK_TOKENS),
-            tirx.Broadcast(key, BLOCK_TOKENS),
-        )
-        # not below LOWEST: a query whose keys are all masked takes the mean of those that it sees
-        value = tirx.max(value, lanes.splat(LOWEST))
-        for distance, most in ((key - queries, self.behind), (queries - key, self.before)):
-            if most is not None:
-                seen = distance <= tirx.Broadcast(most, BLOCK_TOKENS)
-                value = tirx.Select(seen, value, lanes.splat(NEVER))
-        return value
 
 
 class _Query:
     """Emits the attention of one head for one block of 16 queries."""
 
     def __init__(
-        self, spec: AttentionSpec, knobs: Knobs, math: Arithmetic, unroll: int, *operands: Any
+        self,
+        spec: AttentionSpec,
+        knobs: Knobs,
+        math: Arithmetic,
+        unroll: int,
+        operands: Operands,
+        head: Any,
+        query: Any,
     ) -> None:
-        self.qkv, self.keys, self.table, self.bias, self.limits, self.y = operands[:6]
-        self.head, self.query = operands[6:]
+        self.operands, self.head, self.query = operands, head, query
+        self.qkv, self.keys, self.table = operands.qkv, operands.keys, operands.table
         self.math, self.unroll = math, unroll
         self.size, self.scale, self.width = spec.head_size, spec.scale, spec.channels()[0]
         self.knobs = knobs
         self.first = T.Bind(self.table[self.query, 2])
         self.count = T.Bind(self.table[self.query, 3])
-        self.sight = _Sight(spec, self.table[self.query, 1] // BLOCK_TOKENS, self.count)
+        self.sight = Sight(spec, self.table[self.query, 1] // BLOCK_TOKENS, self.count)
 
     def emit(self) -> None:
         tile = self.knobs["key_tile"]
@@ -169,20 +135,7 @@ class _Query:
             self._softmax(scores, weights, state, blocks)
             self._context(weights, context, start, blocks)
         inverse = T.Bind(lanes.splat(1.0) / lanes.load(state, 1))
-        self._store(context, inverse)
-
-    def _store(self, context: Any, inverse: Any) -> None:
-        """The context over the sum of its weights, in the form that is asked for."""
-        packed = self.width // int(self.y.shape[1])
-        with T.serial(self.size // packed) as d:
-            values = [lanes.load(context, packed * d + i) * inverse for i in range(packed)]
-            if self.limits is not None:
-                low, steps = (lanes.splat(self.limits[i]) for i in range(2))
-                inside = [arithmetics.clamp(arithmetics.steps(v, low, steps)) for v in values]
-                value = arithmetics.pack_bytes(inside)
-            else:
-                value = values[0] if packed == 1 else arithmetics.pack_bf16(*values)
-            lanes.store(self.y, value, self.query, self.head * (self.size // packed) + d)
+        self.operands.store(lambda d: lanes.load(context, d) * inverse, self.query, self.head)
 
     def _weights(self, scores: Any) -> Any:
         """Where the softmax leaves what V is multiplied by: over the scores."""
@@ -211,22 +164,14 @@ class _Query:
                 value = lanes.read(total[j]) * lanes.splat(self.scale)
                 value = value + lanes.splat(self.keys[where, low + j])
                 key = (start + block) * BLOCK_TOKENS + low + j
-                if self.bias is not None:
-                    value = value + self._bias(key)
+                if self.operands.bias is not None:
+                    value = value + self.operands.bias_of(self.query, self.head, key)
                 value = self.sight.score(value, key)
                 lanes.store(scores, value, block * BLOCK_TOKENS + low + j)
             highest = lanes.load(state, 2)
             for j in range(per_tile):
                 highest = tirx.max(highest, lanes.load(scores, block * BLOCK_TOKENS + low + j))
             lanes.store(state, highest, 2)
-
-    def _bias(self, key: Any) -> Any:
-        """The additive bias of one key; a bias of one row or one head serves all."""
-        row, start = self.table[self.query, 0], self.table[self.query, 1]
-        rows, heads = self.bias.shape[0], self.bias.shape[1]
-        return lanes.load(
-            self.bias, T.min(row, rows - 1), T.min(self.head, heads - 1), start // BLOCK_TOKENS, key
-        )
 
     def _rescale(self, context: Any, state: Any, step: Any) -> None:
         """What was summed before is rescaled to the new maximum."""

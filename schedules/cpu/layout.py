@@ -17,7 +17,7 @@ from tvm.tirx.script import builder as T
 
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.attention import LOWEST
+from bertile.schedules.cpu.attention_parts import LOWEST
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule
 from bertile.schedules.task import Task
 

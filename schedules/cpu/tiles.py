@@ -32,6 +32,7 @@ from bertile.schedules.cpu.product import (
     weight_lanes,
     writes,
 )
+from bertile.schedules.cpu.tile_words import load_tile, store_tile, tile
 from bertile.schedules.intrinsics import amx
 from bertile.schedules.schedule import Knobs, Row, Space
 from bertile.schedules.task import Task
@@ -138,7 +139,7 @@ class _Job:
     def emit(self, base: Any, group: int, first: Any, count: Any) -> None:
         """Panels ``base`` to ``base + group``, blocks ``first`` to ``first + count``."""
         wide = self.of.token_blocks
-        _tile("tiles_open")
+        tile("tiles_open")
         if self.last is not None:
             nothing = tirx.Broadcast(tirx.const(0, "int32"), BLOCK_TOKENS)
             with T.serial(wide) as t, T.serial(LANES) as k:
@@ -151,33 +152,33 @@ class _Job:
                 if wide > 1:
                     with T.If(count % wide == 1), T.Then():
                         self._product(panel, first + count - 1, 1)
-        _tile("tiles_close")
+        tile("tiles_close")
 
     def _product(self, panel: Any, block: Any, blocks: int) -> None:
         sums = [(i, t) for i in range(self.of.tiles) for t in range(blocks)]
         for c in range(len(sums)):
-            _tile(f"tile_zero{c}")
+            tile(f"tile_zero{c}")
         whole = int(self.x.shape[1]) // LANES
         with T.serial(whole) as k:
             for t in range(blocks):
-                _load(6 + t, self.x, block + t, k * LANES, 0)
+                load_tile(6 + t, self.x, block + t, k * LANES, 0)
             self._multiply(panel, k, sums)
         if self.last is not None:
             for t in range(blocks):
                 with T.serial(self.rest) as k:
                     value = lanes.load(self.x, block + t, whole * LANES + k)
                     lanes.store(self.last, value, t, k)
-                _load(6 + t, self.last, t, 0, 0)
+                load_tile(6 + t, self.last, t, 0, 0)
             self._multiply(panel, whole, sums)
         for c, (i, t) in enumerate(sums):
-            _tile(f"tile_store{c}", T.address_of(self.sums[t, i, 0, 0]), _stride(amx.BYTES))
+            store_tile(c, self.sums, t, i, 0, 0)
         self._finish(panel, block, blocks)
 
     def _multiply(self, panel: Any, k: Any, sums: list[tuple[int, int]]) -> None:
         for c, (i, t) in enumerate(sums):
             if t == 0:
-                _load(4 + i % 2, self.w, panel, k, i, 0, 0)
-            _tile(f"tile_{self.dot}_{c}_{4 + i % 2}_{6 + t}")
+                load_tile(4 + i % 2, self.w, panel, k, i, 0, 0)
+            tile(f"tile_{self.dot}_{c}_{4 + i % 2}_{6 + t}")
 
     def _finish(self, panel: Any, block: Any, blocks: int) -> None:
         """Scale, bias, activation and residual, packed as the task writes them."""
@@ -195,15 +196,3 @@ class _Job:
                     value = value + lanes.splat(self.epilogue.b[low + place])
                 values.append(T.Bind(self.epilogue.finished(value, block + t, low + place)))
             self.epilogue.store(values, block + t, T.Bind((low + n * lane) // lane))
-
-
-def _tile(name: str, *arguments: Any) -> None:
-    T.evaluate(tirx.call_extern("int32", f"bertile_{name}", *arguments))
-
-
-def _load(tile: int, buffer: Any, *index: Any) -> None:
-    _tile(f"tile_load{tile}", T.address_of(buffer[index]), _stride(amx.BYTES))
-
-
-def _stride(bytes_: int) -> Any:
-    return tirx.const(bytes_, "int64")

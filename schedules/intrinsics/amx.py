@@ -9,11 +9,16 @@ A tile is 16 rows of 64 bytes. Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 i
     bertile_tile_store0(p, bytes)  sums to memory
     bertile_tile_dot4_0_4_6()      0 += 4 × 6, signed bytes by unsigned ones; dot2 of bfloat16
 
+    bertile_turn16(from, to)       16 rows of 16 lanes, turned: lane i of row j is lane j of row i;
+                                   of fewer rows the others are zero
+
 Linux gives a process tiles when it asks (``arch_prctl``), for good: the first kernel that opens
 them does so.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 SUMS, WEIGHTS, INPUTS = range(4), range(4, 6), range(6, 8)
 ROWS, BYTES = 16, 64  # of a tile
@@ -84,3 +89,37 @@ TILES = "".join(
         ),
     ]
 )
+
+
+def turned(rows: Iterable[int]) -> str:
+    """The functions that turn so many rows each."""
+    return "".join(map(_turned, sorted(set(rows))))
+
+
+def _turned(rows: int) -> str:
+    """Blocks of 1, 2, 4 and 8 lanes change places with those of the row that far away."""
+    vector, lines = "<16 x i32>", []
+    for i in range(rows):
+        lines.append(f"%a{i} = getelementptr i8, ptr %from, i64 {BYTES * i}")
+        lines.append(f"%v0_{i} = load {vector}, ptr %a{i}, align 64")
+    names = [f"%v0_{i}" if i < rows else "zeroinitializer" for i in range(ROWS)]
+    for stage, far in enumerate((1, 2, 4, 8), 1):
+        for i in range(ROWS):
+            if i & far:
+                continue
+            low, high = names[i], names[i + far]
+            first = [j if not j & far else 16 + j - far for j in range(ROWS)]
+            second = [j + far if not j & far else 16 + j for j in range(ROWS)]
+            for place, picked in ((i, first), (i + far, second)):
+                mask = ", ".join(f"i32 {lane}" for lane in picked)
+                names[place] = f"%v{stage}_{place}"
+                lines.append(
+                    f"{names[place]} = shufflevector {vector} {low}, {vector} {high},"
+                    f" {vector} <{mask}>"
+                )
+    for i in range(ROWS):
+        lines.append(f"%b{i} = getelementptr i8, ptr %to, i64 {BYTES * i}")
+        lines.append(f"store {vector} {names[i]}, ptr %b{i}, align 64")
+    body = "".join(f"  {line}\n" for line in lines)
+    head = f"define linkonce_odr i32 @bertile_turn{rows}(ptr %from, ptr %to)"
+    return f"\n{head} alwaysinline {{\n{body}  ret i32 0\n}}\n"

@@ -12,8 +12,9 @@ from bertile.base.errors import ModelError
 from bertile.loader import token_blocks
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.attention_spec import AttentionSpec
-from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.attention import LOWEST, attention
+from bertile.schedules.cpu import arithmetic, lanes
+from bertile.schedules.cpu.attention import attention
+from bertile.schedules.cpu.attention_parts import LOWEST
 from bertile.schedules.task import Task
 from bertile.targets import rows as targets
 from bertile.tune.log.chooser import must_fit
@@ -242,20 +243,63 @@ def test_what_no_kernel_has_is_refused_by_name_before_anything_is_built(lacked):
         attention.kernel(task, attention.default(task, row), row)
 
 
+HALF = pytest.mark.parametrize("name", ["x86-avx512-bf16", "x86-amx"])  # by registers, by tiles
+
+
+@HALF
 @pytest.mark.parametrize("writes", ["to_fp32", "to_bf16", "to_int8"])
 @pytest.mark.parametrize(("size", "bias"), [(64, False), (28, True), (4, False)])
 @pytest.mark.parametrize("blocks", [1, 3, 17])
-def test_bf16_products_are_near_float32(kernels_of, writes, size, bias, blocks):
+def test_bf16_products_are_near_float32(kernels_of, name, writes, size, bias, blocks):
     task = task_of(3, size, bias)
     task = Task("attention", {**task.shape, "precision": "bf16", "writes": writes})
-    assert kernels_of("x86-avx512-bf16").mistake(task, blocks) is None
+    assert kernels_of(name).mistake(task, blocks) is None
 
 
+@HALF
 @OTHERS
 @pytest.mark.parametrize("blocks", [1, 17])
-def test_bf16_products_of_other_variants_are_near_float32(kernels_of, blocks, variant):
+def test_bf16_products_of_other_variants_are_near_float32(kernels_of, name, blocks, variant):
     shape = {**task_of(3, 28, True, variant).shape, "precision": "bf16", "writes": "to_bf16"}
-    assert kernels_of("x86-avx512-bf16").mistake(Task("attention", shape), blocks) is None
+    assert kernels_of(name).mistake(Task("attention", shape), blocks) is None
+
+
+# Channels that fill no tile, one, some, and more than there are tiles for.
+@pytest.mark.parametrize("size", [2, 30, 32, 64, 96, 160])
+def test_tiles_take_heads_of_any_size(kernels_of, size):
+    kernels = kernels_of("x86-amx")
+    task = Task("attention", {**task_of(2, size).shape, "precision": "bf16"})
+    for knobs in ({"key_tile": 4, "chunk": 2}, {"key_tile": 32, "chunk": 16}):
+        for blocks in (1, 9):
+            assert kernels.mistake(task, blocks, knobs) is None, (knobs, blocks)
+
+
+def in_halves(batch, kernels, knobs=None):
+    """A batch in bfloat16: the result in rows, and what float64 makes of the same halves."""
+    batch.qkv = arithmetic.bf16_values(arithmetic.bf16_pairs(batch.qkv))
+    task = Task("attention", {**batch.task.shape, "precision": "bf16"})
+    operands = [arithmetic.bf16_qkv_lanes(batch.qkv), batch.keys, batch.table]
+    shape = (len(batch.table), batch.spec.channels()[0], BLOCK_TOKENS)
+    result = kernels.call(kernels.build(task, knobs), operands, shape)
+    return lanes.from_lanes(result), batch.expected()
+
+
+@pytest.mark.parametrize("knobs", [None, {"key_tile": 4, "chunk": 4}, {"key_tile": 8, "chunk": 16}])
+@ALL
+def test_tiles_keep_sequences_of_unequal_lengths_apart(kernels_of, variant, knobs):
+    """Chunks of queries begin and end within sequences, and hold several."""
+    batch = Batch([50, 1, 16, 17, 200, 33, 2], size=32, **VARIANTS[variant].fields)
+    got, want = in_halves(batch, kernels_of("x86-amx"), knobs)
+    assert np.abs(got - want).max() < 2.0**-7
+
+
+@pytest.mark.parametrize("lowest", [LOWEST, FINFO_MIN, -10000.0])
+def test_tiles_give_the_mean_where_every_key_is_masked(kernels_of, lowest):
+    batch = Batch([40], size=32)
+    batch.keys[:] = lowest
+    batch.qkv[:, : 2 * batch.spec.channels()[0]] = 0  # scores of nothing, in any precision
+    got, want = in_halves(batch, kernels_of("x86-amx"))
+    assert np.abs(got - want).max() < 2.0**-7
 
 
 @OTHERS

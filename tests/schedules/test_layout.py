@@ -8,7 +8,7 @@ import pytest
 from bertile.loader import token_blocks
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import SCHEDULES, lanes, layout
-from bertile.schedules.cpu.attention import LOWEST
+from bertile.schedules.cpu.attention_parts import LOWEST
 from bertile.schedules.task import Task
 
 SEVEN = ["tokens_in", "tokens_out", "rows_in", "rows_out", "first_token", "key_mask", "query_bias"]
