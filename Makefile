@@ -44,7 +44,7 @@ ARM := $(VENV)/arm
 export PATH := $(abspath $(ARM))/usr/bin:$(PATH)
 ARM_ENV = $(if $(wildcard $(ARM)/usr/aarch64-linux-gnu),QEMU_LD_PREFIX=$(abspath $(ARM))/usr/aarch64-linux-gnu)
 
-.PHONY: help demo test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
+.PHONY: wheel help demo test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
 .PHONY: bench-load bench-streams bench-acceptance
 .PHONY: logs-arm pack-cuda bench-cuda ingest-cuda clean
 .DEFAULT_GOAL := help
@@ -64,6 +64,7 @@ help:
 	@echo "make bench-cuda   measure it, on that machine; make ingest-cuda, its results at home"
 	@echo "make logs       tune the kernels whose logs ship in tuning_logs (three hours)"
 	@echo "make logs-arm   the same for ARM, by estimate (half an hour)"
+	@echo "make wheel      what a package index serves, into dist/: Bertile, TVM's runtime"
 	@echo "make clean      remove .venv, out and what Python and the tests left"
 
 demo: $(VENV)/.installed
@@ -200,6 +201,16 @@ pack-cuda: $(VENV)/.installed
 # Needs no .venv: it is what the session on the machine with the GPU runs.
 bench-cuda:
 	@sh $(CUDA)/gpu_session.sh $(CUDA) $(CUDA)/results
+
+# Wheels of another checkout's state would come along out of build/.
+wheel: $(VENV)/.installed
+	@rm -rf build dist
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+	@for arch in x86_64 aarch64; do \
+	  $(BIN)/python -m bertile.bundle.runtime_wheel --arch $$arch -o dist || exit; \
+	done
+	@rm -rf build
+	@ls -l dist
 
 # Times of candidates into the log (make pack-cuda then packs the next ones), the table into RESULTS.
 ingest-cuda: $(VENV)/.installed

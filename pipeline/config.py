@@ -10,29 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bertile.base.allowed import HEADS, LIBCS, RANGES, ROUNDINGS, RUNNERS, RUNTIMES, TUNE_EFFORTS
 from bertile.base.errors import UsageError, nearest
 from bertile.numerics.four_bit import SIZES
 from bertile.numerics.precision import PRECISIONS, SPARSE
 from bertile.targets.rows import GENERIC
 from bertile.targets.rows import names as target_names
 
-TUNE_EFFORTS = ("auto", "none", "quick", "full")
-RUNTIMES = ("none", "include")
-RUNNERS = ("local", "mca")
-LIBCS = ("glibc", "musl")
-RANGES = ("dynamic", "minmax", "percentile", "mse")
-ROUNDINGS = ("nearest", "gptq")
 LONGEST = 32768  # tokens of a sequence that kernels are measured on
-HEADS = (
-    "encoder",
-    "embedding",
-    "sequence-classification",
-    "token-classification",
-    "question-answering",
-    "masked-lm",
-    "next-sentence",
-    "multiple-choice",
-)
 
 
 @dataclass(frozen=True)
@@ -43,11 +28,12 @@ class Config:
     `timeout` (seconds) and `threads` are positive, or None for what the effort and the machine
     give. `head` None keeps the checkpoint's own head; `allow_unused` takes a checkpoint that says
     or holds more than its model reads, without that; `rename` gives inputs of an ONNX file our
-    names, each as OLD=NEW; `shipped_log` False leaves out the tuning logs that come with the
-    package. Paths may be given as `Path`. `sparse` "always" skips zeros even where the dense kernel
-    is faster, which is for measuring. `calibrate`, `smooth` (0 to 1), `max_drop` (a fraction of the
-    metric: 0.005, or "0.5%") and `eval` are for int8 and int4 alone, `ranges` for int8,
-    `group_size` (inputs that share a scale) and `rounding` for int4.
+    names, each as OLD=NEW; `tokenizer` is the directory whose tokenizer and config.json belong to
+    an ONNX file, in place of those beside it; `shipped_log` False leaves out the tuning logs that
+    come with the package. Paths may be given as `Path`. `sparse` "always" skips zeros even where
+    the dense kernel is faster, which is for measuring. `calibrate`, `smooth` (0 to 1), `max_drop`
+    (a fraction of the metric: 0.005, or "0.5%") and `eval` are for int8 and int4 alone, `ranges`
+    for int8, `group_size` (inputs that share a scale) and `rounding` for int4.
     Raises UsageError for a value that is not allowed, with the nearest one that is.
     """
 
@@ -62,12 +48,13 @@ class Config:
     rpc_tracker: str | None = None
     rpc_key: str | None = None
     threads: int | None = None
-    runtime: str = "none"
+    runtime: str = "include"
     runtime_from: str | None = None
     libc: str = "glibc"
     head: str | None = None
     allow_unused: bool = False
     rename: tuple[str, ...] = ()
+    tokenizer: str | None = None
     log_dir: str | None = None
     shipped_log: bool = True
     cache_dir: str | None = None
@@ -280,6 +267,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "head": _one_of(HEADS, optional=True),
     "allow_unused": _flag,
     "rename": _renamed,
+    "tokenizer": _path_of("a directory"),
     "log_dir": _path_of("a directory"),
     "shipped_log": _flag,
     "cache_dir": _path_of("a directory"),

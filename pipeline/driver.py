@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bertile import backends, loader
+from bertile import backends, loader, preflight
 from bertile.base import cache, machine, scratch
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
@@ -53,11 +53,10 @@ def compile(
     """
     config, progress = config or Config(), progress or Progress(verbosity=-1)
     loader.set_thread_defaults()  # before TVM is imported and starts its thread pool
-    row = rows.with_libc(rows.resolve(config.target, config.threads), config.libc)
-    backends.of(row).check(config, row)
     if config.max_drop is not None and config.max_drop > LARGE_DROP:
         points, percent = f"{100 * config.max_drop:g}", f"{config.max_drop:g}%"
         progress.say(f"--max-drop accepts a loss of {points} points of 100; is {percent} meant?")
+    row = preflight.compiling(model, output, config)
     exported = export_cached(model, config, progress)
     compiled = _compile_cached(exported, row, config, progress)
     with progress.stage("bundle") as stage:
@@ -71,6 +70,7 @@ def export(
 ) -> dict[str, Any]:
     """The export stage alone: write model.onnx, export.json and the tokenizer to ``output``."""
     config, progress = config or Config(), progress or Progress(verbosity=-1)
+    preflight.exporting(model, output, config)
     source = export_cached(model, config, progress)
     path = writer.copy(source.directory, output, marker="export.json")
     return {**read(path).to_json(), "output": str(path), "onnx": str(path / "model.onnx")}
@@ -100,7 +100,9 @@ def _compile_cached(
     files = {
         name: _content(getattr(config, name)) for name in ("calibrate", "eval", "runtime_from")
     }
-    places = dict.fromkeys(("cache_dir", "dump_ir", "log_dir", "rpc_tracker", "rpc_key"))
+    places = dict.fromkeys(
+        ("cache_dir", "dump_ir", "log_dir", "rpc_tracker", "rpc_key", "tokenizer")
+    )
     decides = dataclasses.replace(config, runner="local", **places, **files)
     surroundings = (hash_path(SOURCES), backends.of(row).surroundings(row))
     inputs = (exported.to_json(), dataclasses.asdict(row), decides, surroundings)
@@ -285,7 +287,7 @@ def tune_model(model: Any, config: Config, progress: Progress) -> dict[str, Any]
     """The tuning stage by itself: export, import and optimize ``model``, then tune its kernels."""
 
     loader.set_thread_defaults()
-    row = rows.resolve(config.target, config.threads)
+    row = preflight.tuning(model, config)
     log = open_log(config, progress)
     result = tune(model, log, row, config, progress)
     return {"log": str(log.directories[-1] / row.log), **result}

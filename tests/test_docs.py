@@ -21,6 +21,7 @@ PLACES = ("pipeline", "schedules", "tests", "tuning_logs")
 PAGES = [
     README,
     ROOT / "CHANGELOG.md",
+    ROOT / ".github" / "CONTRIBUTING.md",
     *sorted(page for place in PLACES for page in (ROOT / place).rglob("*.md")),
 ]
 # A fenced block, or lines that are indented by four behind an empty line.

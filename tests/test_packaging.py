@@ -10,11 +10,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import wheels
 
 tomllib = pytest.importorskip("tomllib")  # part of Python from 3.11 on
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 MAP = PROJECT["tool"]["setuptools"]["package-dir"]
 
 
@@ -36,6 +38,8 @@ def names(paths: list[Path]) -> list[str]:
 def test_listed_packages_are_the_packages_of_the_tree() -> None:
     listed = {directory(name) for name in PROJECT["tool"]["setuptools"]["packages"]}
     tree = {file.parent for part in MAP.values() for file in (ROOT / part).rglob("__init__.py")}
+    studies = ROOT / MAP["bertile"] / "studies"  # experiments, which are in no wheel
+    listed |= {studies.resolve()}
     assert listed == tree
     modules = {file.parent for part in MAP.values() for file in (ROOT / part).rglob("*.py")}
     assert modules <= tree, "a directory with modules lacks its __init__.py"
@@ -105,7 +109,7 @@ def test_extras_agree_on_versions() -> None:
 
 
 def test_wheels_of_other_machines_are_of_the_pinned_versions() -> None:
-    runtime = set(PROJECT["project"]["optional-dependencies"]["runtime"])
+    runtime = set(PROJECT["project"]["optional-dependencies"]["device"])
     for path in (ROOT / MAP["bertile"]).rglob("wheels-*.txt"):
         lines = path.read_text(encoding="utf-8").splitlines()
         assert {line.split()[0] for line in lines if "==" in line} == runtime
@@ -120,6 +124,23 @@ def test_makefile_installs_the_torch_that_the_extra_pins() -> None:
     assert f"$(PIP) {torch}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
+def test_changelog_begins_with_the_version_of_the_package() -> None:
+    first = re.search(r"^## (\S+) - \d{4}-\d\d-\d\d$", CHANGELOG, re.MULTILINE)
+    assert first and first[1] == PROJECT["project"]["version"]
+    assert CHANGELOG.index("## ") == first.start()
+
+
+def test_issue_templates_are_forms() -> None:
+    yaml = pytest.importorskip("yaml")
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(forms) == 4
+    for form in forms:
+        content = yaml.safe_load(form.read_text(encoding="utf-8"))
+        if form.stem != "config":
+            assert {"name", "description", "body"} <= set(content)
+            assert all({"type", "attributes"} <= set(part) for part in content["body"])
+
+
 def test_importing_bertile_imports_nothing_heavy() -> None:
     code = "import bertile, sys; print({'numpy', 'tvm', 'torch', 'onnx'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -127,12 +148,7 @@ def test_importing_bertile_imports_nothing_heavy() -> None:
 
 
 def test_wheel_holds_every_module_the_c_loader_and_the_tuning_logs(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    copy = tmp_path / "source"
-    for name in ("pyproject.toml", "README.md", "LICENSE", *MAP.values()):
-        _copy(ROOT / name, copy / name)
-    subprocess.run([*line, "-w", str(tmp_path), str(copy)], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = wheels.build(tmp_path, MAP.values())
     with zipfile.ZipFile(wheel) as file:
         packed = set(file.namelist())
     wanted = set()
@@ -142,18 +158,15 @@ def test_wheel_holds_every_module_the_c_loader_and_the_tuning_logs(tmp_path: Pat
             wanted.add(f"{package.replace('.', '/')}/{inside}")
     assert wanted <= packed
     assert not [name for name in packed if name.split("/")[0] in ("pipeline", "schedules", "tests")]
+    assert not [name for name in packed if "studies" in name or name.endswith((".md", ".svg"))]
+    assert wheel.name == f"bertile-{PROJECT['project']['version']}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as file:
+        (about,) = (name for name in packed if name.endswith("METADATA"))
+        description = file.read(about).decode().partition("\n\n")[2]
+    assert 500 < len(description) < 4000 and "](" not in description  # no links into the checkout
 
 
 def _data(package: str) -> list[Path]:
     pattern = {"bertile.tuning_logs": "*.json*", "bertile": "native/**/*.*"}.get(package)
     files = directory(package).rglob(pattern) if pattern else ()
     return [path for path in files if path.is_file()]
-
-
-def _copy(source: Path, target: Path) -> None:
-    files = source.rglob("*") if source.is_dir() else [source]
-    for file in files:
-        if file.is_file() and "__pycache__" not in file.parts:
-            path = target / file.relative_to(source) if source.is_dir() else target
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(file.read_bytes())

@@ -21,11 +21,11 @@ from bertile.targets.rows import native, resolve
 
 MODEL = "synthetic:bert-tiny"
 CASES = {
-    "here": (),
-    "with the runtime": ("--runtime", "include", "--precision", "int8"),
-    "for ARM": ("--target", "arm-a76", "--runtime", "include"),
-    "for ARM in int8": ("--target", "arm-v1", "--precision", "int8"),
-    "for a GPU": ("--target", "cuda-sm80", "--precision", "fp16", "--runtime", "include"),
+    "here": ("--no-runtime",),
+    "with the runtime": ("--precision", "int8"),
+    "for ARM": ("--target", "arm-a76"),
+    "for ARM in int8": ("--target", "arm-v1", "--precision", "int8", "--no-runtime"),
+    "for a GPU": ("--target", "cuda-sm80", "--precision", "fp16"),
 }
 
 

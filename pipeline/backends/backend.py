@@ -97,12 +97,13 @@ class Backend(Protocol):
         self,
         directory: Path,
         batch: int,
-        length: int,
+        length: int | None,
         threads: int | None,
         progress: Progress,
         measure: bool = True,
     ) -> dict[str, Any] | None:
-        """What the kernels of a bundle are and take: always "kernels", and with "total_ms" and
+        """What the kernels of a bundle are and take, by a request of "batch" sequences of "length"
+        tokens (None: as many as are usual): always "kernels", and with "total_ms" and
         "peak_gflops" where they were measured on this machine. None where nothing is known without
         measuring.
         """

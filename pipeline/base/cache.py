@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bertile.base import scratch
+from bertile.base import directories, scratch
 from bertile.base.errors import BertileError
 from bertile.base.fingerprint import own_hash, source_hash
 
@@ -65,6 +65,13 @@ class Cache:
         self.directory = Path(directory or "~/.cache/bertile").expanduser().absolute()
         self.limit_bytes = limit_bytes
 
+    def check(self) -> None:
+        """BertileError where the cache cannot be written."""
+        try:
+            directories.must_be_writable(directories.existing(self.directory))
+        except OSError as error:
+            raise _unwritable(self.directory, error) from error
+
     def has(self, key: str) -> bool:
         """Whether the entry of a key is there, and whole."""
         return _is_whole(self.directory / key)
@@ -86,15 +93,29 @@ class Cache:
         self.prune()
         return entry / "content", False
 
-    def prune(self, limit_bytes: int | None = None) -> int:
-        """Remove the entries used longest ago until the rest fits; returns the bytes freed."""
+    def stages(self) -> dict[str, dict[str, int]]:
+        """What the cache holds by the name of the stage: "entries" and "bytes", the largest first;
+        what stopped processes left is "leftovers".
+        """
+        stages: dict[str, dict[str, int]] = {}
+        for _, size, entry in self._entries():
+            name = "leftovers" if entry.name.startswith(".") else entry.name.rpartition("-")[0]
+            stage = stages.setdefault(name, {"entries": 0, "bytes": 0})
+            stage["entries"] += 1
+            stage["bytes"] += size
+        return dict(sorted(stages.items(), key=lambda item: -item[1]["bytes"]))
+
+    def prune(self, limit_bytes: int | None = None, spared: float = IN_USE_SECONDS) -> int:
+        """Remove the entries used longest ago until the rest fits, but none that was used in the
+        last `spared` seconds; returns the bytes freed.
+        """
         limit = self.limit_bytes if limit_bytes is None else limit_bytes
         freed = kept = 0
         for used, size, entry in sorted(self._entries(), reverse=True):
             leftover = entry.name.startswith(".")
             keep = not leftover and kept + size <= limit
             with scratch.unheld(entry) if leftover else contextlib.nullcontext(True) as free:
-                removed = free and not keep and self._remove_unused(entry, used)
+                removed = free and not keep and self._remove_unused(entry, used, spared)
             freed += size * removed
             kept += size * (not removed)
         return freed
@@ -115,8 +136,8 @@ class Cache:
                 if entry.is_dir() and entry.name != "locks":
                     yield entry.stat().st_mtime, sum(_sizes(entry).values()), entry
 
-    def _remove_unused(self, entry: Path, used: float) -> bool:
-        if time.time() - used < IN_USE_SECONDS:
+    def _remove_unused(self, entry: Path, used: float, spared: float) -> bool:
+        if time.time() - used < spared:
             return False
         with self._lock(entry.name, wait=False) as held, contextlib.suppress(OSError):
             if held and entry.stat().st_mtime == used:
@@ -133,7 +154,7 @@ class Cache:
     @contextlib.contextmanager
     def _lock(self, key: str, wait: bool = True) -> Iterator[bool]:
         locks = self.directory / "locks"
-        locks.mkdir(exist_ok=True)
+        locks.mkdir(parents=True, exist_ok=True)
         with open(locks / key, "w", encoding="ascii") as lock:
             try:
                 if fcntl:
@@ -180,12 +201,16 @@ def _is_whole(entry: Path) -> bool:
 
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-    remedy = "make room or give another directory with --cache-dir"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         ours = str(error.filename or "").startswith(str(directory))
         if ours or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise BertileError(f"the cache {directory}: {error.strerror}", remedy) from error
+            raise _unwritable(directory, error) from error
         raise
+
+
+def _unwritable(directory: Path, error: OSError) -> BertileError:
+    remedy = "make room or give another directory with --cache-dir"
+    return BertileError(f"the cache {directory}: {error.strerror}", remedy)

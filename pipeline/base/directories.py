@@ -40,34 +40,62 @@ def making(output: str | os.PathLike, marker: str) -> Iterator[Path]:
     Raises UsageError for a directory that is not empty and has no such marker, and for a file of
     somebody's that is in the way; BertileError where the disk does not take it.
     """
-    target = Path(output)
+    missing: list[Path] = []
     try:
+        with _explained(output):
+            target = Path(os.path.realpath(output))
+            owned = _owned(target, marker)
+            missing = [parent for parent in target.parents if not parent.exists()]
+            inside = owned is not None and _must_stay(target)
+            home = target if inside else target.parent
+            home.mkdir(parents=True, exist_ok=True)
+            with _temporary(home, target.name) as directory:
+                yield directory
+                _sync(directory)
+                if inside:
+                    _fill(directory, target, owned, marker)
+                else:
+                    _rename(directory, target, owned)
+            missing = []
+    finally:
+        with contextlib.suppress(OSError):
+            for parent in missing if not target.exists() else ():
+                parent.rmdir()
+
+
+def check(output: str | os.PathLike, marker: str) -> None:
+    """Raise at once what `making` would of a directory that it may not replace or cannot write."""
+    with _explained(output):
         target = Path(os.path.realpath(output))
-        owned = _owned(target, marker)
-        missing = [parent for parent in target.parents if not parent.exists()]
-        inside = owned is not None and _must_stay(target)
-        home = target if inside else target.parent
-        home.mkdir(parents=True, exist_ok=True)
-        with _temporary(home, target.name) as directory:
-            yield directory
-            _sync(directory)
-            if inside:
-                _fill(directory, target, owned, marker)
-            else:
-                _rename(directory, target, owned)
-        missing = []
+        inside = _owned(target, marker) is not None and _must_stay(target)
+        must_be_writable(target if inside else existing(target.parent))
+
+
+def existing(directory: Path) -> Path:
+    """The directory itself, or the nearest around it that is there."""
+    return next(place for place in (directory, *directory.parents) if os.path.lexists(place))
+
+
+def must_be_writable(directory: Path) -> None:
+    """OSError where no directory can be made in this one: tried, since root may what modes deny."""
+    with scratch.held(directory, ".bertile-check-"):
+        pass
+
+
+@contextlib.contextmanager
+def _explained(output: str | os.PathLike) -> Iterator[None]:
+    """What the system refuses, as a BertileError that names the output."""
+    try:
+        yield
     except OSError as error:
+        target = os.path.realpath(output)
         name = error.filename2 or error.filename
         place = f" ({name})" if name and len(str(name)) < 200 else ""
-        shown = str(target) if len(str(target)) < 200 else f"{str(target)[:100]}…"
+        shown = target if len(target) < 200 else f"{target[:100]}…"
         raise BertileError(
             f"cannot write {shown}: {error.strerror or error}{place}",
             "free some space or choose another output directory",
         ) from error
-    finally:
-        with contextlib.suppress(OSError, NameError):
-            for parent in missing if not target.exists() else ():
-                parent.rmdir()
 
 
 def copy_file(source: Path, place: Path) -> None:

@@ -16,6 +16,7 @@ from bertile.bench.startup import startup as measure_startup
 from bertile.bench.workloads import Mix
 from bertile.config import Config
 from bertile.numerics.precision import PRECISIONS
+from bertile.run.requests import usual_length
 from bertile.tune.measure import roofline
 
 STARTUP_SIZE = (1, 128)  # of the call that a new process makes, where it is among those timed
@@ -27,7 +28,7 @@ def bench(
     *,
     against: Sequence[str] = ("onnxruntime",),
     batches: Sequence[int] = (1,),
-    lengths: Sequence[int | Mix] = (128,),
+    lengths: Sequence[int | Mix] = (),
     threads: int | None = None,
     repeat: int = 30,
     startup: bool = False,
@@ -36,7 +37,8 @@ def bench(
 ) -> dict[str, Any]:
     """Time the bundle and each engine of `against` on the same random ids.
 
-    A length in tokens has no padding; sequences of a `Mix` of lengths are padded to the longest.
+    No `lengths` are the usual one: 128 tokens, or as many as the model takes. A length in tokens
+    has no padding; sequences of a `Mix` of lengths are padded to the longest.
     Each engine has a process of its own with `threads` cores, and they work in turns of some calls
     behind a warm-up. `onnx` None exports the bundle's source again, from the cache where it can.
     Gives "rows", one per engine and size, in milliseconds of a call: "ratio" is Bertile's median
@@ -46,13 +48,14 @@ def bench(
     "max_abs_difference" compare outputs with float32's. `startup` adds "startup", rows on new
     processes.
     """
-    sizes = [(batch, length) for batch in batches for length in lengths]
     numbers = [length for length in lengths if not isinstance(length, Mix)]
     _check({"batch": batches, "length": numbers, "repeat": [repeat]})
     _check({} if threads is None else {"threads": [threads]})
     progress = progress or Progress(verbosity=-1)
     manifest = loader.read_manifest(directory)
     threads = threads or loader.available_cores()
+    lengths = lengths or [usual_length(manifest)]
+    sizes = [(batch, length) for batch in batches for length in lengths]
     loads = [
         workloads.of_mix(manifest, batch, length)
         if isinstance(length, Mix)

@@ -13,6 +13,7 @@ from bertile.base.progress import Progress
 from bertile.bench import deepsparse, peer_models
 from bertile.bench.engines import Engine, LeftOut, Source
 from bertile.config import Config
+from bertile.export import files
 from bertile.numerics.precision import PRECISIONS
 from bertile.onnx.exported import ExportedModel, InputSpec
 
@@ -102,7 +103,7 @@ def possible(
     for name, kind, precision in wanted:
         if precision not in PEERS[kind]:
             notes.append(NO_FORM.format(name, ", ".join(PEERS[kind]), precision))
-        elif kind in CHECKPOINTS and model.endswith(".onnx"):
+        elif kind in CHECKPOINTS and files.is_onnx(model):
             notes.append(NOT_A_CHECKPOINT.format(name, model))
         else:
             kept.append((name, kind, precision))
@@ -119,10 +120,10 @@ def source(
     """What the engines read; BundleError where the model has changed since it was compiled."""
     model = manifest["model"]
     if kinds and not (onnx and not set(kinds) & set(CHECKPOINTS)):
-        from bertile.export import cached, files
+        from bertile.export import cached, exporter
 
         config = Config.from_dict({**manifest["config"], "cache_dir": cache_dir})
-        if files.fingerprint(model["source"], config.head) != model["sha256"]:
+        if exporter.fingerprint(model["source"], config) != model["sha256"]:
             raise BundleError(
                 f"'{model['source']}' has changed since {directory} was compiled from it",
                 "compile it again",

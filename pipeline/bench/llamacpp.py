@@ -35,9 +35,9 @@ def write(precision: str, exported: ExportedModel, target: Path) -> None:
     Raises ModelError for a model that llama.cpp does not compute, MissingExtraError without gguf.
     """
     (gguf,) = require("bench", "gguf")
-    from bertile.export import checkpoints
+    from bertile.export import checkpoints, files
 
-    if exported.family != FAMILY or exported.source.endswith(".onnx"):
+    if exported.family != FAMILY or files.is_onnx(exported.source):
         raise ModelError(f"it is written here for checkpoints of the family '{FAMILY}' alone")
     if not set(exported.outputs) <= {"last_hidden_state", "pooler_output", "sentence_embedding"}:
         raise ModelError(f"it gives vectors of tokens and texts, not {', '.join(exported.outputs)}")

@@ -172,7 +172,7 @@ def _deepsparse_int8(onnx: Path, exported: ExportedModel, target: Path) -> None:
     """ONNX Runtime's static quantization in QOperator form: every product, attention's too, takes
     bytes and gives bytes. With ranges per channel DeepSparse leaves products to its fallback.
     """
-    (quantization,) = require("bench", "onnxruntime.quantization")
+    (quantization,) = require("compile", "onnxruntime.quantization")
     from bertile.onnx import legacy as onnx_legacy
 
     legacy = target.with_name("legacy.onnx")

@@ -31,7 +31,7 @@ def _bertile(engine: Engine, threads: int) -> tuple[Infer, str]:
 
 
 def _onnxruntime(engine: Engine, threads: int) -> tuple[Infer, str]:
-    (ort,) = require("bench", "onnxruntime")
+    (ort,) = require("compile", "onnxruntime")
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # the thread that calls is one of them: any number of callers may have a call in one session

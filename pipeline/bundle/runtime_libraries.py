@@ -18,9 +18,33 @@ from bertile.targets.rows import Target, is_foreign
 
 LICENCES = ("LICENSE", "NOTICE")
 # pip's requirements with the hashes of the wheels that it may take, by architecture
-PINS = {"aarch64": Path(__file__).with_name("wheels-aarch64.txt")}
+PINS = {arch: Path(__file__).with_name(f"wheels-{arch}.txt") for arch in ("x86_64", "aarch64")}
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17")
 _MACHINES = {62: "x86_64", 183: "aarch64", 40: "32-bit ARM", 243: "riscv64"}  # e_machine of ELF
+
+
+def check(row: Target, source: str | None = None) -> None:
+    """Raise what `find` would without fetching anything."""
+    if source is not None:
+        if not Path(source).exists():
+            raise UsageError(
+                f"--runtime-from {source} does not exist", "give a wheel or a directory"
+            )
+    elif "musl" in row.triple:
+        raise PlatformError(
+            "there are no TVM runtime libraries for musl",
+            "build them, or take those for glibc with what pipeline/bundle/README.md says that they"
+            " want on musl, and give their directory with --runtime-from; or leave them out with"
+            " --no-runtime",
+        )
+    elif not is_foreign(row):
+        find_runtime()
+    elif row.arch not in PINS:
+        raise PlatformError(
+            f"there are no TVM runtime libraries for {row.arch}",
+            "build them and give their directory with --runtime-from, or leave them out with"
+            " --no-runtime",
+        )
 
 
 def find(row: Target, source: str | None = None, cache_dir: str | None = None) -> Path:
@@ -28,30 +52,20 @@ def find(row: Target, source: str | None = None, cache_dir: str | None = None) -
 
     `source` is a wheel, or a directory with wheels or with the libraries themselves; without it
     they are those installed here, or, for another architecture, come out of the wheels of the same
-    versions, which pip fetches once. PlatformError where they cannot be had.
+    versions, which pip fetches once. UsageError or PlatformError where they cannot be had.
     """
+    check(row, source)
     if source is not None:
         key = cache.key(
             "bundle.runtime_libraries", row.arch, str(Path(source).absolute()), _state(source)
         )
         return _cached(
-            key, cache_dir, lambda directory: _extract(_parts_of(source), directory, row)
-        )
-    if "musl" in row.triple:
-        raise PlatformError(
-            "there are no TVM runtime libraries for musl",
-            "build them, or take those for glibc with what pipeline/bundle/README.md says that they"
-            " want on musl, and give their directory with --runtime-from",
+            key, cache_dir, lambda directory: extract(_parts_of(source), directory, row.arch)
         )
     if not is_foreign(row):
         versions = [str(path) for path in find_runtime()]
         key = cache.key("bundle.runtime_libraries", row.arch, versions)
         return _cached(key, cache_dir, copy_installed)
-    if row.arch not in PINS:
-        raise PlatformError(
-            f"there are no TVM runtime libraries for {row.arch}",
-            "build them and give their directory with --runtime-from",
-        )
     # not cache.key, which changes with our own source: these 95 MB are fetched once
     key = f"runtime_libraries-{row.arch}-{hash_path(PINS[row.arch])[:40]}"
     return _cached(key, cache_dir, lambda directory: _fetch(directory, row))
@@ -83,8 +97,6 @@ def _state(source: str) -> list[tuple[str, int, int]]:
 def _parts_of(source: str) -> list[Path]:
     """The wheels and libraries of a directory, or a wheel with those that lie beside it."""
     path = Path(source)
-    if not path.exists():
-        raise UsageError(f"--runtime-from {source} does not exist", "give a wheel or a directory")
     if path.is_dir():
         parts = [file for file in sorted(path.rglob("*")) if _is_part(file)]
     else:
@@ -98,27 +110,36 @@ def _is_part(path: Path) -> bool:
 
 def _fetch(directory: Path, row: Target) -> None:
     with scratch.directory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += [
-            "--disable-pip-version-check",
-            "--retries=2",
-            "--only-binary=:all:",
-            "--python-version=3.11",
-        ]
-        command += [f"--platform={platform}_{row.arch}" for platform in _PLATFORMS]
-        command += ["--require-hashes", "-r", str(PINS[row.arch]), "-d", folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
-            raise PlatformError(
-                f"cannot fetch the TVM runtime for {row.arch}: {lines[-1].strip()}",
-                "connect to a package index once, or give the wheels with --runtime-from",
-            )
-        _extract(sorted(Path(folder).glob("*.whl")), directory, row)
+        extract(sorted(download(row.arch, folder).glob("*.whl")), directory, row.arch)
 
 
-def _extract(sources: Iterable[Path], directory: Path, row: Target) -> None:
-    """Put the two libraries and the licences, from files or out of wheels, into `directory`."""
+def download(arch: str, folder: Path) -> Path:
+    """Fetch the pinned wheels for an architecture of PINS into `folder`, by pip; return it."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += [
+        "--disable-pip-version-check",
+        "--retries=2",
+        "--only-binary=:all:",
+        "--python-version=3.11",
+    ]
+    command += [f"--platform={platform}_{arch}" for platform in _PLATFORMS]
+    command += ["--require-hashes", "-r", str(PINS[arch]), "-d", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+        raise PlatformError(
+            f"cannot fetch the TVM runtime for {arch}: {lines[-1].strip()}",
+            "connect to a package index once, give the wheels with --runtime-from, or leave the"
+            " runtime out with --no-runtime",
+        )
+    return folder
+
+
+def extract(sources: Iterable[Path], directory: Path, arch: str) -> None:
+    """Put the two libraries and the licences, from files or out of wheels, into `directory`.
+
+    PlatformError where a library is missing, or for another architecture.
+    """
     for source in sources:
         if zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as wheel:
@@ -132,8 +153,8 @@ def _extract(sources: Iterable[Path], directory: Path, row: Target) -> None:
         if not path.is_file():
             raise PlatformError(f"what --runtime-from names has no {name}", _both())
         machine = _machine(path)
-        if machine != row.arch:
-            raise PlatformError(f"{name} is for {machine}, not for {row.arch}", _both())
+        if machine != arch:
+            raise PlatformError(f"{name} is for {machine}, not for {arch}", _both())
 
 
 def _wanted(name: str) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bertile.base.progress import Progress
 from bertile.cli.command import Outcome
 from bertile.cli.config_flags import add_some_config, read_config
+from bertile.cli.option_lists import LENGTH, positive
 
 if TYPE_CHECKING:
     from bertile.bench.serving import Service
@@ -37,8 +38,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--onnx", metavar="FILE", help="the exported model (default: as compiled)")
     add("--against", metavar="ENGINE", nargs="+", default=["onnxruntime"], help=PEERS)
     add("--batch", metavar="N", nargs="+", default=["1"], help="sequences in a call, one or more")
-    add("--length", metavar="N", nargs="+", help="tokens in a sequence (default: 128)")
-    add("--repeat", metavar="N", type=int, default=30, help="measured calls of each engine")
+    add("--length", metavar="N", nargs="+", help=LENGTH)
+    add("--repeat", metavar="N", type=positive, default=30, help="measured calls of each engine")
     form = parser.add_mutually_exclusive_group().add_argument
     form("--markdown", action="store_true", help="print the tables as Markdown")
     form("--csv", action="store_true", help="print every number of the first table as CSV")
@@ -82,7 +83,7 @@ def run(options: Namespace, progress: Progress) -> Outcome:
         tables = result_tables
         choices |= {
             "batches": numbers("--batch", options.batch),
-            "lengths": numbers("--length", options.length or ["128"]),
+            "lengths": numbers("--length", options.length) if options.length else (),
             "repeat": options.repeat,
             "startup": options.startup,
         }

@@ -6,9 +6,11 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bertile.base.tables import lines
+from bertile.cli.config_flags import EXPORT_FLAGS
 
 if TYPE_CHECKING:
     from bertile.config import Config
+    from bertile.targets.rows import Target
 
 
 class Outcome(NamedTuple):
@@ -25,7 +27,8 @@ def add_model(parser: ArgumentParser, nargs: str | None = None) -> None:
         "model",
         metavar="MODEL",
         nargs=nargs,
-        help="a directory or hub id of Hugging Face, an .onnx file, minilm, or synthetic:NAME",
+        help="a directory or hub id of Hugging Face, an .onnx file, a directory that export has"
+        " written, minilm, or synthetic:NAME",
     )
 
 
@@ -34,18 +37,23 @@ def add_bundle(parser: ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a directory that compile has written")
 
 
-def dry_run(options: Namespace, config: Config) -> Outcome:
-    """What --dry-run prints: the command's arguments, the row of its target and every choice."""
-    from bertile.targets.rows import resolve
-
-    row = resolve(config.target, config.threads)
+def dry_run(options: Namespace, config: Config, row: Target | None = None) -> Outcome:
+    """What --dry-run prints: the command's arguments, the row of its target, and what its flags
+    may choose.
+    """
     plan = {
         "command": options.command,
         "model": options.model,
         "output": getattr(options, "output", None),
-        "target": row.name,
-        "features": " ".join(row.features),
-        "threads": row.threads,
     }
-    rest = {name: value for name, value in config.to_dict().items() if name not in plan}
-    return Outcome({**plan, "config": config.to_dict()}, lines({**plan, **rest}))
+    choices = config.to_dict()
+    if row is None:  # an export is for no machine
+        choices = {name.replace("-", "_"): choices[name.replace("-", "_")] for name in EXPORT_FLAGS}
+    else:
+        plan |= {
+            "target": row.name,
+            "features": " ".join(row.features),
+            "threads": row.threads,
+        }
+    rest = {name: value for name, value in choices.items() if name not in plan}
+    return Outcome({**plan, "config": choices}, lines({**plan, **rest}))

@@ -23,7 +23,9 @@ def run(options: Namespace, progress: Progress) -> Outcome:
     """Compile; ends with size, speed, difference and the origin of the kernels."""
     config = read_config(options)
     if options.dry_run:
-        return dry_run(options, config)
+        from bertile import preflight
+
+        return dry_run(options, config, preflight.compiling(options.model, options.output, config))
     from bertile import driver
 
     summary = driver.compile(options.model, Path(options.output), config, progress)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bertile.base.progress import Progress
 from bertile.base.tables import size, table
 from bertile.cli.command import Outcome, dry_run
-from bertile.cli.config_flags import add_config, read_config
+from bertile.cli.config_flags import FLAGS, MODEL, add_config, read_config
 
 if TYPE_CHECKING:
     from bertile.config import Config
@@ -30,17 +30,19 @@ LENGTHS = (16, 128)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Where the bundle is written, and every choice of a compile."""
+    """Where the bundle is written, and every choice of a compile but those of the model."""
     parser.add_argument("-o", "--output", metavar="DIR", default="out/minilm", help="the bundle")
-    add_config(parser)
+    add_config(parser, *(name for name in FLAGS if FLAGS[name].group != MODEL))
 
 
 def run(options: Namespace, progress: Progress) -> Outcome:
     """The first thing to try: from a model to a bundle, an answer and a time."""
     config = read_config(options)
     if options.dry_run:
+        from bertile import preflight
+
         options.model = "minilm"
-        return dry_run(options, config)
+        return dry_run(options, config, preflight.compiling("minilm", options.output, config))
     result = demo(Path(options.output), config, progress)
     return Outcome(result, as_text(result))
 

@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.cli.command import Outcome
+from bertile.cli.option_lists import positive
 
 ACTIONS = {
     "serve": "run candidates that a tuner sends, on this machine",
@@ -22,14 +23,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("action", metavar="|".join(ACTIONS), choices=tuple(ACTIONS), help=listing)
     add("--tracker", metavar="HOST:PORT", help="of serve and list: the tracker's address")
     add("--key", metavar="KEY", help="of serve: the kind of device, the same for all of one kind")
-    add("--threads", metavar="N", type=int, help="of serve: cores to use")
+    add("--threads", metavar="N", type=positive, help="of serve: cores to use")
     add(
         "--host",
         metavar="HOST",
         default="127.0.0.1",
         help="of serve and tracker: the interface to listen on; 0.0.0.0 lets other machines in",
     )
-    add("--port", metavar="N", type=int, help="of serve and tracker: the port to listen on")
+    add("--port", metavar="N", type=positive, help="of serve and tracker: the port to listen on")
 
 
 def run(options: Namespace, progress: Progress) -> Outcome:

@@ -78,14 +78,6 @@ def examine(cache_dir: str | None = None) -> list[Check]:
     return checks
 
 
-def extra_of(module: str) -> str | None:
-    """The extra that installs a module, None for one that Bertile does not know."""
-    package = module.partition(".")[0]
-    if package in ("tvm", "tvm_ffi"):
-        return "compile"
-    return next((extra for extra, modules in EXTRAS.items() if package in modules), None)
-
-
 def as_text(checks: list[Check]) -> str:
     """One line per check and, below, one line for each problem with its remedy."""
     lines = [table(("check", "status", "found"), [(c.name, c.status, c.detail) for c in checks])]
@@ -152,11 +144,17 @@ def _tvm() -> Check:
     text = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
     if versions == PINS:
         return Check("tvm", "ok", text)
+    if not any(versions.values()):  # who only loads bundles needs none of it
+        return Check("tvm", "note", text, "to compile: pip install 'bertile[compile]'")
     wanted = " ".join(f"{name}=={version}" for name, version in PINS.items())
     return Check("tvm", "fails", text, f"pip install {wanted}")
 
 
 def _llvm() -> Check:
+    if not any(_version(name) for name in PINS):
+        return Check(
+            "llvm", "note", "it comes with TVM", "to compile: pip install 'bertile[compile]'"
+        )
     # In a process of its own: a broken library may crash, and importing takes a second.
     code = "import tvm.target.codegen as c; print('LLVM', c.llvm_version_major())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -8,6 +8,7 @@ from pathlib import Path
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.cli.command import Outcome, add_bundle
+from bertile.cli.option_lists import LENGTH, positive
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -17,9 +18,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     only = parser.add_mutually_exclusive_group().add_argument
     only("--quant", action="store_true", help="the noise of each quantized layer, and no times")
     only("--sparse", action="store_true", help="each layer's zeros and kernel, and no times")
-    add("--batch", metavar="N", type=int, default=1, help="sequences in the measured call")
-    add("--length", metavar="N", type=int, default=128, help="tokens in a sequence")
-    add("--threads", metavar="N", type=int, help="cores to use")
+    add("--batch", metavar="N", type=positive, default=1, help="sequences in the measured call")
+    add("--length", metavar="N", type=positive, help=LENGTH)
+    add("--threads", metavar="N", type=positive, help="cores to use")
 
 
 def run(options: Namespace, progress: Progress) -> Outcome:

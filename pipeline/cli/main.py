@@ -7,9 +7,12 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from bertile.base.errors import UsageError, nearest
+from bertile.cli import parser
+from bertile.cli.parser import Parser
 from bertile.families import table
 
 # Nothing else of Bertile is imported up here: `bertile --help` must not pay for numpy or TVM.
@@ -28,22 +31,12 @@ COMMANDS = {
     "inspect": "the kernels of a bundle: origin, time, share of peak",
     "device": "boards to tune on: serve one, list them, share them out",
     "targets": "the machines that can be compiled for",
+    "cache": "what the cache of stage results holds; clear it",
     "doctor": "check this machine; each problem with its remedy",
     "demo": "compile minilm and compare sentences with it",
+    "completion": "what makes a shell complete commands and flags",
+    "help": "explain a command",
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        import re
-
-        from bertile.base.errors import UsageError, nearest
-
-        command = re.search(r"invalid choice: '?([^' ]+)'?", message)
-        if command:
-            known = nearest(command[1], list(COMMANDS))
-            raise UsageError(f"command '{command[1]}' is unknown{known}")
-        raise UsageError(message, f"see: {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +81,7 @@ def _command(name: str) -> Any:
 
 
 def _explain(error: Exception) -> int:
+    from bertile.base import extras
     from bertile.base.errors import BertileError
 
     if isinstance(error, BertileError):
@@ -95,17 +89,11 @@ def _explain(error: Exception) -> int:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror}", 1)
-    if isinstance(error, ModuleNotFoundError) and (extra := _extra_of(error.name or "")):
+    if isinstance(error, ModuleNotFoundError) and (extra := extras.extra_of(error.name or "")):
         remedy = f"install it with: pip install 'bertile[{extra}]'"
         return _fail(f"this step needs the package {error.name}; {remedy}", 3)
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return _fail(f"an unexpected error: {text}; run it again with --debug and report it", 1)
-
-
-def _extra_of(module: str) -> str | None:
-    from bertile.cli.doctor import extra_of
-
-    return extra_of(module)
 
 
 def _fail(text: str, code: int) -> int:
@@ -122,68 +110,59 @@ def _clean_up_when_terminated() -> None:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     # No flag in front of the command takes a value: the first word is the command.
-    asked = next((word for word in arguments if not word.startswith("-")), None)
-    parser, parsers = _parser(*(name for name in COMMANDS if name == asked))
-    # argparse gives a positional of many words only those that stand together: the rest is ours
-    rest = parsers[asked].get_default("rest") if asked in parsers else None
-    words, literal = list(arguments), []
-    if rest and "--" in words:
-        words, literal = words[: words.index("--")], words[words.index("--") + 1 :]
-    options, unknown = parser.parse_known_args(words)
-    if rest and not any(word.startswith("-") and not _is_value(word) for word in unknown):
-        literal, unknown = unknown + literal, []
-    if rest:
-        setattr(options, rest, getattr(options, rest) + literal)
-    if unknown:
-        _refuse(unknown, parsers[options.command])
-    for name, default in (("json", False), ("quiet", 0), ("verbose", 0), ("debug", False)):
-        setattr(options, name, getattr(options, name, default))
+    place = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
+    before = arguments if place is None else arguments[:place]
+    name = None if place is None else arguments[place]
+    top, parsers = _parser(*(command for command in COMMANDS if command == name))
+    options = parser.parse(top, _add_top, before)
+    if name is None:
+        top.error("the following arguments are required: COMMAND")
+    if name not in COMMANDS:
+        raise UsageError(f"command '{name}' is unknown{nearest(name, COMMANDS)}")
+    options = parser.parse(parsers[name], _adder(name), arguments[place + 1 :], options)
+    options.command = name
+    for flag, default in (("json", False), ("quiet", 0), ("verbose", 0), ("debug", False)):
+        setattr(options, flag, getattr(options, flag, default))
     return options
 
 
-def _is_value(word: str) -> bool:
-    """Whether argparse takes a word with a dash in front for a value: a number, or a sentence."""
-    import re
-
-    return " " in word or re.fullmatch(r"-\d+|-\d*\.\d+", word) is not None
-
-
-def _refuse(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
-    import difflib
-
-    from bertile.base.errors import UsageError
-
-    flag = next((argument for argument in unknown if argument.startswith("-")), None)
-    if flag is None:
-        raise UsageError(f"'{unknown[0]}' is one argument too many", f"see: {parser.prog} --help")
-    name = flag.partition("=")[0]
-    close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
-    question = f"did you mean '{close[0]}'?" if close else f"see: {parser.prog} --help"
-    raise UsageError(f"option '{name}' is unknown", question)
-
-
-def _parser(
-    *asked: str,
-) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser and those of its commands, of which those in `asked` know their own flags."""
-    parser = _Parser(
+def _parser(*asked: str) -> tuple[Parser, dict[str, Parser]]:
+    """What shows help: of the program and of its commands, of which those in `asked` know their own
+    flags.
+    """
+    top = Parser(
         prog="bertile",
         description=f"Compile encoders into small, fast native libraries: {table.titles()}.",
-        allow_abbrev=False,
+        usage="bertile COMMAND ... [FLAG ...]",
+        epilog="bertile help COMMAND explains one command.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
-    _add_global(parser)
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_top(top)
+    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     parsers = {}
     for name, help_text in COMMANDS.items():
+        description = f"{help_text[0].upper()}{help_text[1:]}."
         parsers[name] = subparsers.add_parser(
-            name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}."
+            name, prog=f"bertile {name}", help=help_text, description=description
         )
-        parsers[name].allow_abbrev = False
         if name in asked:
-            _command(name).add_arguments(parsers[name])
-        _add_global(parsers[name])
-    return parser, parsers
+            _adder(name)(parsers[name])
+            parsers[name].shorten_usage()
+    return top, parsers
+
+
+def _adder(name: str) -> Callable[[argparse.ArgumentParser], None]:
+    """What gives a parser all that a command takes."""
+
+    def add(whole: argparse.ArgumentParser) -> None:
+        _command(name).add_arguments(whole)
+        _add_global(whole)
+
+    return add
+
+
+def _add_top(top: argparse.ArgumentParser) -> None:
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    _add_global(top)
 
 
 class _Version(argparse.Action):

@@ -1,10 +1,20 @@
-"""Splits what a flag with several values was given into words or whole numbers."""
+"""Reads whole numbers above 0, and the words or numbers of a flag that takes several."""
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 
 from bertile.base.errors import UsageError
+
+LENGTH = "tokens in a sequence (default: 128, or as many as the model takes)"
+
+
+def positive(text: str) -> int:
+    """The number that a flag was given; argparse tells of anything else."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"'{text}' is no whole number above 0")
+    return int(text)
 
 
 def words(values: Sequence[str]) -> list[str]:

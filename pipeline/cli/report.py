@@ -9,6 +9,7 @@ from bertile.base.progress import Progress
 from bertile.base.tables import lines
 from bertile.cli.command import Outcome
 from bertile.cli.config_flags import add_some_config, read_config
+from bertile.cli.option_lists import LENGTH, positive
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -17,8 +18,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("source", metavar="BUNDLE|LOGDIR", help="a bundle with its log, or a tuning log alone")
     add("-o", "--output", metavar="FILE", required=True, help="the HTML page to write")
     add("--no-measure", action="store_true", help="leave out the time of the bundle's kernels")
-    add("--batch", metavar="N", type=int, default=1, help="sequences in the measured call")
-    add("--length", metavar="N", type=int, default=128, help="tokens in a sequence")
+    add("--batch", metavar="N", type=positive, default=1, help="sequences in the measured call")
+    add("--length", metavar="N", type=positive, help=LENGTH)
     add_some_config(parser, "threads", "log-dir")
 
 

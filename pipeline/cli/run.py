@@ -10,6 +10,7 @@ from pathlib import Path
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.cli.command import Outcome, add_bundle
+from bertile.cli.option_lists import positive
 
 _REMEDY = "give texts as arguments, with --file FILE, or as lines on stdin"
 
@@ -24,10 +25,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="*",
         help="a text; behind -- it may begin with a dash; none: each line of stdin is a text",
     )
-    parser.set_defaults(rest="texts")
     add("--file", metavar="FILE", help="a file in UTF-8, of which each line is a text; -: stdin")
     add("--truncate", action="store_true", help="cut a text that is too long, instead of failing")
-    add("--threads", metavar="N", type=int, help="cores to use")
+    add("--threads", metavar="N", type=positive, help="cores to use")
 
 
 def run(options: Namespace, progress: Progress) -> Outcome:

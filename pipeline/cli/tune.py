@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +11,17 @@ from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
 from bertile.base.tables import lines
 from bertile.cli.command import Outcome, add_model, dry_run
-from bertile.cli.config_flags import add_config, read_config
+from bertile.cli.config_flags import FLAGS, TUNING, add_config, read_config
 
 if TYPE_CHECKING:
     from bertile.config import Config
 
+# What a search does not ask: how the bundle is packed. --tune has fewer words than a compile's.
+NOT_TUNED = ("tune", "runtime", "libc")
+
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """A model, what takes the place of a search, and every choice of a compile."""
+    """A model, what takes the place of a search, and what a search asks."""
     add_model(parser, nargs="?")
     group = parser.add_argument_group("the log, in place of tuning")
     add = group.add_mutually_exclusive_group().add_argument
@@ -27,7 +30,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--merge", metavar="FILE|DIR", nargs="+", help="add the records of other logs to yours")
     add("--pack", metavar="FILE", help="write candidates to be measured on a device")
     add("--ingest", metavar="RESULT", nargs="+", help="add what a device measured")
-    add_config(parser)
+    groups = add_config(parser, *(name for name in FLAGS if name not in NOT_TUNED))
+    groups[TUNING].add_argument(
+        "--tune",
+        metavar="quick|full",
+        default=SUPPRESS,
+        help="how long to search: quick (default) ends after 10 minutes, full after 2 hours",
+    )
 
 
 def run(options: Namespace, progress: Progress) -> Outcome:
@@ -42,7 +51,9 @@ def run(options: Namespace, progress: Progress) -> Outcome:
     if config.tune in ("auto", "none"):
         config = dataclasses.replace(config, tune="quick")
     if options.dry_run:
-        return dry_run(options, config)
+        from bertile import preflight
+
+        return dry_run(options, config, preflight.tuning(options.model, config))
     if options.pack:
         return _pack(options, config, progress)
     from bertile import driver

@@ -8,13 +8,14 @@ from pathlib import Path
 from bertile.base.progress import Progress
 from bertile.cli.command import Outcome, add_bundle
 from bertile.cli.config_flags import add_some_config, read_config
+from bertile.cli.option_lists import positive
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """A bundle, the model that it is compared with, and how it is run."""
     add_bundle(parser)
     parser.add_argument("--onnx", metavar="FILE", help="the exported model (default: as compiled)")
-    parser.add_argument("--threads", metavar="N", type=int, help="cores to use")
+    parser.add_argument("--threads", metavar="N", type=positive, help="cores to use")
     add_some_config(parser, "runtime-from")
 
 

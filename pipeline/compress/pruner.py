@@ -35,9 +35,9 @@ def prune(
     """
     progress = progress or Progress(verbosity=-1)
     sparsity = pruning.check(sparsity, pattern)
-    if str(model).endswith(".onnx"):
+    if files.is_onnx(model):
         raise UsageError(
-            f"'{model}' is an ONNX file, and prune needs a Hugging Face directory",
+            f"'{model}' is in ONNX, and prune needs a Hugging Face directory",
             "give the directory that it was exported from",
         )
     with progress.stage("load"):

@@ -18,11 +18,19 @@ def export_cached(model: Any, config: Config, progress: Progress | None = None) 
     with progress.stage("export") as stage:
         if not isinstance(model, (str, Path)):
             model = objects.opened(model)  # once: what it saves goes into the key and the export
-        asked = (str(model), config.head, config.allow_unused, config.rename)
-        key = cache.key("export.exporter", exporter.fingerprint(model, config), *asked)
         path, stage.cached = cache.Cache(config.cache_dir).get_or_make(
-            key, lambda directory: exporter.export(model, directory, config)
+            _key(model, config), lambda directory: exporter.export(model, directory, config)
         )
         exported = read(path)
         stage.detail = f"{exported.family}, {exported.head}"
     return exported
+
+
+def has(model: Any, config: Config) -> bool:
+    """Whether the cache has the exported model; a hub id that is not on this machine is fetched."""
+    return cache.Cache(config.cache_dir).has(_key(model, config))
+
+
+def _key(model: Any, config: Config) -> str:
+    asked = (str(model), config.head, config.allow_unused, config.rename)
+    return cache.key("export.exporter", exporter.fingerprint(model, config), *asked)

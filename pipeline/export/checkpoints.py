@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from bertile.export.files import (
     Pooling,
     find_directory,
     fingerprint,
+    local_directory,
     pooling_of,
     transformer_directory,
 )
 from bertile.export.foreign import explained, ordinary
 from bertile.families import model_config, table, text_settings
-from bertile.families.family import AFTER_PADDING, Family
+from bertile.families.family import AFTER_PADDING
 from bertile.onnx.exported import TOKENIZER_FILES
 
 # Architectures whose heads are for training alone: their encoder is compiled.
@@ -74,10 +76,22 @@ def load(model: Any, head: str | None = None, allow_unused: bool = False) -> Che
         return _from_directory(str(model), find_directory(str(model)), head, allow_unused)
 
 
-def heads_of(model_type: str) -> tuple[str, ...]:
-    """The heads that transformers has for models of a supported type."""
-    family = table.supporting(model_type, model_type)
-    return tuple(head for head in HEADS if _class_of(family, head, model_type))
+def check(model: str, head: str | None) -> Path | None:
+    """Refuse, without loading anything, a name that nobody knows, a directory that is no supported
+    checkpoint, and a head that it cannot have; give its directory.
+
+    None for a synthetic model, and for a hub id that is not on this machine yet. Raises as `load`.
+    """
+    if model.startswith("synthetic:"):
+        name, chosen = synthetic.parse(model, head)
+        synthetic.pruned(model)
+        table.must_have_head(synthetic.SYNTHETIC[name][0], chosen)
+        return None
+    directory = local_directory(model)
+    if directory is not None:
+        config = model_config.read(transformer_directory(directory))
+        table.must_have_head(config["model_type"], _asked_head(model, directory, config, head)[0])
+    return directory
 
 
 def _from_object(held: objects.ModelObject, head: str | None) -> Checkpoint:
@@ -157,18 +171,24 @@ def _from_directory(
     transformer = transformer_directory(directory)
     sha256 = fingerprint(directory, head)  # which refuses links to files outside
     config = model_config.read(transformer)
-    pooling = pooling_of(directory) if head in (None, "embedding") else None
-    architectures = config.get("architectures")
-    left_out = ()
-    if head is None and pooling is None:
-        head = _head_of_architectures(architectures, source)
-        left_out = _left_out(architectures[0]) if architectures else ()
-    head = head or "embedding"
+    head, pooling, left_out = _asked_head(source, directory, config, head)
     auto_class = _auto_class(head, config["model_type"])
     model, notes = pretrained.load(source, transformer, config, auto_class, head, allow_unused)
     notes = (*left_out, *notes)
     files = _text_files(directory, transformer)
     return _checkpoint(_plain(model), source, sha256, head, pooling, files, notes)
+
+
+def _asked_head(
+    source: str, directory: Path, config: Mapping[str, Any], head: str | None
+) -> tuple[str, Pooling | None, tuple[str, ...]]:
+    """The head, its pooling, and notes for people on what of the checkpoint is left out."""
+    pooling = pooling_of(directory) if head in (None, "embedding") else None
+    if head is not None or pooling is not None:
+        return head or "embedding", pooling, ()
+    architectures = config.get("architectures")
+    left_out = _left_out(architectures[0]) if architectures else ()
+    return _head_of_architectures(architectures, source), None, left_out
 
 
 def _checkpoint(
@@ -216,19 +236,10 @@ def _must_have_places(model: Any, source: str) -> None:
 
 def _auto_class(head: str, model_type: str) -> Any:
     """transformers' auto class for that head; UsageError where the family has no such head."""
-    auto_class = _class_of(table.of_type(model_type), head, model_type)
-    if auto_class is None:
-        known = ", ".join(heads_of(model_type))
-        raise UsageError(f"models of type '{model_type}' have no head '{head}'; known: {known}")
-    return auto_class
-
-
-def _class_of(family: Family, head: str, model_type: str) -> Any:
+    table.must_have_head(model_type, head)
     (transformers,) = require("export", "transformers")
-    auto_class = getattr(transformers, family.auto_classes.get(head, HEADS[head][0]))
-    return (
-        auto_class if transformers.CONFIG_MAPPING[model_type] in auto_class._model_mapping else None
-    )
+    classes = table.of_type(model_type).auto_classes
+    return getattr(transformers, classes.get(head, HEADS[head][0]))
 
 
 def _left_out(architecture: str) -> tuple[str, ...]:

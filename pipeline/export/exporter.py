@@ -11,7 +11,7 @@ from typing import Any
 from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.config import Config
-from bertile.export import checkpoints, files
+from bertile.export import asked, checkpoints, files
 from bertile.export.foreign import explained, ordinary
 from bertile.families import model_config, table
 from bertile.onnx import reach
@@ -39,13 +39,16 @@ _OUTPUTS = {
 def export(model: Any, directory: Path, config: Config) -> ExportedModel:
     """Write MODEL as `directory`/model.onnx with its tokenizer files and export.json.
 
-    MODEL is what `checkpoints.load` takes, or an .onnx file, which goes to the normalizer. Raises
+    MODEL is what `checkpoints.load` takes, an .onnx file, which goes to the normalizer, or what an
+    earlier export wrote, which is copied. Raises
     ModelError or UsageError for what cannot be exported, NumericMismatchError if ONNX Runtime
     and torch differ by more than TOLERANCE on a real token.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, (str, Path)) and str(model).endswith(".onnx"):
+    if files.is_exported(model):
+        return _copied(Path(model), directory, config)
+    if files.is_onnx(model):
         from bertile.onnx import normalizer
 
         return normalizer.normalize(Path(model), directory, config)
@@ -67,7 +70,19 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
 
 def fingerprint(model: Any, config: Config) -> str:
     """Return a hex SHA-256 of everything that `export` depends on, for a cache key."""
-    return files.fingerprint(model, config.head)
+    return files.fingerprint(model, config.head, config.tokenizer)
+
+
+def _copied(source: Path, directory: Path, config: Config) -> ExportedModel:
+    """What an earlier export wrote, under its own name: who changes it, changes the model."""
+    exported = read(source)
+    asked.must_agree(exported, source, config.head)
+    for path in files.exported_files(source):
+        shutil.copyfile(path, directory / path.name)
+    sha256 = files.fingerprint(source)
+    return dataclasses.replace(
+        exported, directory=directory, source=str(source), sha256=sha256
+    ).write()
 
 
 def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedModel:

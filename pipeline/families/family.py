@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bertile.base.allowed import HEADS
+
 FROM_ZERO = "from zero"
 # As fairseq does: the first real token has the position `padding_idx` + 1, and tokens that are the
 # padding id are not counted.
@@ -32,6 +34,7 @@ class Family:
     prepare          changes a model in place so that its export shows what it computes; returns
                      notes for people
     auto_classes     by head, transformers' class that loads it, where that is not the usual one
+    lacks            the heads that transformers has no class for
     """
 
     name: str
@@ -45,6 +48,12 @@ class Family:
     optional_pooler: bool = True
     prepare: Callable[[Any], tuple[str, ...]] | None = None
     auto_classes: Mapping[str, str] = field(default_factory=dict)
+    lacks: tuple[str, ...] = ("next-sentence",)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that its models may have."""
+        return tuple(head for head in HEADS if head not in self.lacks)
 
     def padding_id(self, model: Any) -> int | None:
         """The id behind which positions count; None where they count from zero."""

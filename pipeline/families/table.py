@@ -41,6 +41,7 @@ FAMILIES = (
     Family(
         name="bert",
         title="BERT / MiniLM",
+        lacks=(),
         model_types=("bert",),
         layers=_BERT_LAYERS,
         tiny=_tiny(),
@@ -125,6 +126,7 @@ FAMILIES = (
     Family(
         name="ernie",
         title="ERNIE",
+        lacks=(),
         model_types=("ernie",),
         layers=_BERT_LAYERS,
         prepare=ernie.fold_task_type,
@@ -141,6 +143,7 @@ FAMILIES = (
     Family(
         name="megatron-bert",
         title="MegatronBERT",
+        lacks=(),
         model_types=("megatron-bert",),
         layers=_BERT_LAYERS,
         tiny=_tiny(),
@@ -163,6 +166,7 @@ FAMILIES = (
     Family(
         name="layoutlm",
         title="LayoutLM without boxes",
+        lacks=("next-sentence", "multiple-choice"),
         model_types=("layoutlm",),
         layers=_BERT_LAYERS,
         optional_pooler=False,
@@ -197,6 +201,16 @@ def supporting(model_type: Any, source: str) -> Family:
             f"supported: {', '.join(types)}",
         )
     return family
+
+
+def must_have_head(model_type: Any, head: str) -> None:
+    """UsageError where models of a supported type have no such head."""
+    family = of_type(model_type)
+    if head not in family.heads:
+        from bertile.base.errors import UsageError
+
+        known = ", ".join(family.heads)
+        raise UsageError(f"models of type '{model_type}' have no head '{head}'; known: {known}")
 
 
 def titles() -> str:

@@ -12,6 +12,8 @@ from bertile.loading.files import sha256
 from bertile.loading.tvm_abi import Runtime
 
 RUNTIME = ("libtvm_ffi.so", "libtvm_runtime.so")  # in the order in which they are loaded
+# Where they lie: `import tvm` must find its own already loaded, so those come first.
+_PACKAGES = (("tvm_ffi", "tvm"), ("bertile_runtime", "bertile_runtime"))
 _process: dict[str, Runtime] = {}
 _process_lock = threading.Lock()
 
@@ -39,17 +41,19 @@ def find_runtime() -> tuple[str, str]:
     """Return the paths of libtvm_ffi and libtvm_runtime, without importing what they belong to.
 
     What the process has loaded already comes first, then the packages apache-tvm-ffi and
-    apache-tvm. Raises PlatformError where one of the two is missing.
+    apache-tvm, then bertile-runtime, which has both. Raises PlatformError where one of the two is
+    missing.
     """
     loaded = _mapped_libraries()
-    pairs = zip(("tvm_ffi", "tvm"), RUNTIME)
-    paths = [loaded.get(name) or _package_library(package, name) for package, name in pairs]
-    if not paths[0] or not paths[1]:
-        raise PlatformError(
-            "the TVM runtime libraries are missing",
-            "install them with: pip install apache-tvm, or compile with --runtime include",
-        )
-    return paths[0], paths[1]
+    for packages in _PACKAGES:
+        pairs = zip(packages, RUNTIME)
+        paths = [loaded.get(name) or _package_library(package, name) for package, name in pairs]
+        if paths[0] and paths[1]:
+            return paths[0], paths[1]
+    raise PlatformError(
+        "the TVM runtime libraries are missing",
+        "install them with: pip install 'bertile[runtime]', or compile without --no-runtime",
+    )
 
 
 def _mapped_libraries() -> dict[str, str]:

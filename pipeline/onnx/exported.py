@@ -18,6 +18,9 @@ from bertile.loader import NEUTRAL
 DEFAULTS = {"input_ids": None, **NEUTRAL}
 
 
+MARKER = "export.json"
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """One integer input of shape (batch, length); ids are at least 0 and less than `below`.
@@ -62,7 +65,7 @@ class ExportedModel:
 
     def files(self) -> list[Path]:
         """What goes into a bundle as it is: the tokenizer's files and config.json."""
-        ours = ("model.onnx", "export.json")
+        ours = ("model.onnx", MARKER)
         files = sorted(path for path in self.directory.iterdir() if path.is_file())
         return [path for path in files if not path.name.startswith(ours)]
 
@@ -81,17 +84,24 @@ class ExportedModel:
 
     def write(self) -> ExportedModel:
         """Write export.json, last of all files beside model.onnx, and return self."""
-        mark(self.directory, "export.json", self.to_json())
+        mark(self.directory, MARKER, self.to_json())
         return self
 
 
 def read(directory: Path) -> ExportedModel:
     """Read the description that an earlier export left in `directory`; ModelError without one."""
-    path = Path(directory) / "export.json"
+    path = Path(directory) / MARKER
     try:
         return ExportedModel.from_json(path.parent, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"'{path}' is no description of an exported model: {error}") from error
+
+
+def files_of(directory: Path) -> list[Path]:
+    """The files that an earlier export wrote into `directory`, in order; ModelError without one."""
+    read(directory)
+    names = json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"]
+    return [directory / name for name in sorted(map(str, names))]
 
 
 TOKENIZER_FILES = (

@@ -13,7 +13,7 @@ import onnx
 from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
-from bertile.families import model_config, table, text_settings
+from bertile.families import model_config, table
 from bertile.families.family import AFTER_PADDING, Family
 from bertile.onnx import (
     attention,
@@ -27,7 +27,7 @@ from bertile.onnx import (
     tokens,
 )
 from bertile.onnx import quantized as onnx_quantized
-from bertile.onnx.exported import TOKENIZER_FILES, ExportedModel, InputSpec
+from bertile.onnx.exported import ExportedModel, InputSpec
 from bertile.onnx.graph import OnnxGraph, save
 from bertile.onnx.inputs import Fed, input_specs, present, tried_limits
 from bertile.onnx.integer import is_quantized
@@ -40,7 +40,7 @@ from bertile.onnx.reader import check_operators, read
 from bertile.onnx.samples import largest_difference, sample, session, squared_norms
 from bertile.onnx.scores import room
 from bertile.onnx.shapes import Axes, fold_constants, write_shapes
-from bertile.onnx.source_files import fingerprint, inside
+from bertile.onnx.source_files import fingerprint, text_files
 
 OPSET = 20
 TOLERANCE = 1e-3  # largest absolute difference from the original, real tokens only
@@ -58,9 +58,10 @@ _CALIBRATE = (
 def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     """Write the model in `path` as `directory`/model.onnx in canonical form, with export.json.
 
-    Tokenizer files and config.json beside `path` are copied. Raises ModelError for a file that
-    is damaged, not an encoder, or uses an operator that cannot be imported (named), and
-    NumericMismatchError if the result differs from the original by more than TOLERANCE.
+    Tokenizer files and config.json beside `path`, or in `config.tokenizer`, are copied. Raises
+    ModelError for a file that is damaged, not an encoder, or uses an operator that cannot be
+    imported (named), and NumericMismatchError if the result differs from the original by more than
+    TOLERANCE.
     """
     path, directory = Path(path), Path(directory)
     original, opset = read(path)
@@ -78,7 +79,8 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     products.expand_einsums(graph)
     products.look_up_one_hots(graph)
     rewrites.split_gemms(graph)
-    beside = model_config.beside(path.parent)
+    home = Path(config.tokenizer) if config.tokenizer else path.parent
+    beside = model_config.beside(home)
     family = table.of_type(beside.get("model_type"))
     inputs = tuple(_counted(spec, family) for spec in input_specs(graph))
     with quiet.quiet():
@@ -106,11 +108,12 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     sizes = (shapes, batch, length)
     theirs, normalized = Fed.of(session(path), path, config.rename), directory / "model.onnx"
     differs, seen = _check(theirs, normalized, lifted, rounded, inputs, *sizes)
-    _copy_files(path, directory)
+    for file in text_files(home):
+        shutil.copyfile(file, directory / file.name)
     return ExportedModel(
         directory=directory,
         source=str(path),
-        sha256=fingerprint(path),
+        sha256=fingerprint(path, home),
         family=family.name if family else "unknown",
         head=head,
         max_length=max_length,
@@ -293,12 +296,6 @@ def _compare(
             worst = max(worst, largest_difference(actual, expected, mask))
             squares += squared_norms(actual, expected, mask)
     return worst, float(np.sqrt(squares[0] / max(squares[1], 1e-30)))
-
-
-def _copy_files(path: Path, directory: Path) -> None:
-    for name in ("config.json", *TOKENIZER_FILES, *text_settings.FILES):
-        if (path.parent / name).is_file():
-            shutil.copyfile(inside(path.parent / name, path.parent), directory / name)
 
 
 def _head(

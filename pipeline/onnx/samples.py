@@ -48,7 +48,7 @@ def run_onnx(path: Path | bytes, arrays: Mapping[str, np.ndarray]) -> dict[str, 
 
 def session(path: Path | bytes, optimize: bool = True) -> Any:
     """Open a model, a file or its bytes, in ONNX Runtime on the CPU; ModelError if it cannot."""
-    (runtime,) = require("export", "onnxruntime")
+    (runtime,) = require("compile", "onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     if not optimize:

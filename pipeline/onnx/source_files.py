@@ -12,25 +12,34 @@ from bertile.families.text_settings import FILES
 from bertile.onnx.exported import TOKENIZER_FILES
 
 
-def fingerprint(path: Path) -> str:
-    """The hex SHA-256 of an ONNX file with its weights and what is copied from beside it."""
+def fingerprint(path: Path, home: Path | None = None) -> str:
+    """The hex SHA-256 of what `onnx_files` lists."""
     digest = hashlib.sha256()
-    digest_files(digest, onnx_files(path))
+    digest_files(digest, onnx_files(path, home))
     return digest.hexdigest()
 
 
-def onnx_files(path: Path) -> list[Path]:
-    """List an ONNX file, the files that hold its weights, and what is copied from beside it."""
-    (onnx,) = require("export", "onnx")
-    locations = {path.name, "config.json", *TOKENIZER_FILES, *FILES}
+def text_files(home: Path) -> list[Path]:
+    """List what goes with an ONNX file of the directory `home`: tokenizer, config, settings."""
+    places = (home / name for name in sorted({"config.json", *TOKENIZER_FILES, *FILES}))
+    return [inside(place, home) for place in places if place.is_file()]
+
+
+def onnx_files(path: Path, home: Path | None = None) -> list[Path]:
+    """List an ONNX file, the files that hold its weights, and the `text_files` of `home` (default:
+    the directory that it lies in).
+    """
+    (onnx,) = require("compile", "onnx")
+    locations = {path.name}
     with contextlib.suppress(Exception):  # a damaged file is named where it is read
         for tensor in onnx.load(path, load_external_data=False).graph.initializer:
             locations.update(
                 entry.value for entry in tensor.external_data if entry.key == "location"
             )
     beside = (path.parent / name for name in sorted(locations))
-    files = [file for file in beside if file.is_file() and file != path]
-    return [path, *(inside(file, path.parent) for file in files)]
+    weights = [file for file in beside if file.is_file() and file != path]
+    texts = text_files(path.parent if home is None else home)
+    return [path, *(inside(file, path.parent) for file in weights), *texts]
 
 
 def inside(path: Path, directory: Path) -> Path:

@@ -27,7 +27,7 @@ def write(
     measure: bool = True,
     log_dir: str | None = None,
     batch: int = 1,
-    length: int = 128,
+    length: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -85,6 +85,8 @@ def curves(
                 best=best.median if best else None,
                 knobs=dict(best.knobs) if best else {},
                 calls=calls[task] if calls is not None else None,
+                machine=_machine(records),
+                when=_days(records),
             )
         )
     return tuple(all_curves)
@@ -95,7 +97,7 @@ def _of_bundle(
     log: TuningLog,
     measure: bool,
     batch: int,
-    length: int,
+    length: int | None,
     threads: int | None,
     progress: Progress,
 ) -> Page:
@@ -119,8 +121,8 @@ def _of_bundle(
         notes.append(backend.summary(inspected))
     elif inspected:
         kernels = inspected["kernels"]
-        facts["processor"] = machine.cpu_name()
-        facts["request"] = f"{batch} x {length} tokens, {inspected['threads']} threads"
+        facts["kernels timed on"] = machine.cpu_name()
+        facts["request"] = f"{batch} x {inspected['length']} tokens, {inspected['threads']} threads"
         facts["time"] = f"{inspected['total_ms']:.2f} ms a request"
         facts["peak"] = f"{inspected['peak_gflops']:.0f} GFLOP/s, measured in the same run"
         between = max(0.0, inspected["between_kernels_ms"])
@@ -131,6 +133,8 @@ def _of_bundle(
     tuned = curves(log, manifest["target"]["name"], calls)
     if threads is not None and any(curve.threads == threads for curve in tuned):
         tuned = tuple(curve for curve in tuned if curve.threads == threads)
+    if tuned:
+        facts["tuned on"] = "; ".join(dict.fromkeys(curve.machine for curve in tuned))
     return Page(
         title=f"Bertile: {model['source']}",
         facts=facts,
@@ -155,6 +159,18 @@ def _of_log(directory: Path, progress: Progress) -> Page:
         )
     drawn = tuple(curve for name in names for curve in curves(log, name))
     return Page(f"Bertile: {directory.name}", _log_facts(records), drawn)
+
+
+def _machine(records: Sequence[Record]) -> str:
+    """The machine of the records of a curve, which all have the same processor."""
+    facts = records[-1].machine
+    name = str(facts.get("gpu") or facts.get("cpu") or "an unknown machine")
+    return f"{name}, by estimate" if all(record.estimated for record in records) else name
+
+
+def _days(records: Sequence[Record]) -> str:
+    days = sorted({record.time[:10] for record in records})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
 def _log_facts(records: Sequence[Record]) -> dict[str, str]:

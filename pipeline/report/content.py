@@ -17,6 +17,8 @@ class Curve:
     best: float | None
     knobs: dict[str, Any]
     calls: int | None = None  # of one request; None where there is no bundle
+    machine: str = ""  # that the trials ran on, or were estimated for
+    when: str = ""  # the day of the trials, or the first and the last
 
     @property
     def best_so_far(self) -> tuple[tuple[int, float], ...]:

@@ -145,7 +145,9 @@ def _figure(curve: Curve) -> str:
     failed = sum(trial is None for trial in curve.trials)
     best = f"best {_number(curve.best)} µs" if curve.best else "no trial works"
     detail = f"{curve.threads} threads, {len(curve.trials)} trials, {failed} failed, {best}"
+    origin = ", ".join(part for part in (curve.machine, curve.when) if part)
     caption = f"<b>{escape(curve.name)}</b><span>{escape(detail)}</span>"
+    caption += f"<br/><span>{escape(origin)}</span>" if origin else ""
     return f"<figure><figcaption>{caption}</figcaption>{_svg(curve)}</figure>"
 
 

@@ -63,7 +63,7 @@ def must_run(row: Target) -> None:
     reason = cannot_run(row)
     if reason is None:
         return
-    remedy = "run it on such a machine: bertile-run comes with --runtime include"
+    remedy = "run it on such a machine: bertile-run is in every bundle made without --no-runtime"
     if row.arch in qemu.PROCESSORS and "musl" not in row.triple:
         remedy = "apt install qemu-user libstdc++6-arm64-cross, or run it on such a machine"
     raise PlatformError(f"a bundle for {row.name} cannot be run here: {reason}", remedy)

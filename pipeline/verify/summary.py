@@ -12,10 +12,9 @@ import numpy as np
 
 from bertile import backends, loader
 from bertile.base.progress import Progress
+from bertile.run import requests
 from bertile.targets.rows import Target
 from bertile.tune.log.tuning_log import ORIGINS
-
-SPEED_LENGTH = 128  # tokens of the request that is timed
 
 
 def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
@@ -30,10 +29,7 @@ def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
     from bertile.verify import verifier
 
     manifest = loader.read_manifest(path)
-    length = min(
-        manifest["static"]["length"] or SPEED_LENGTH,
-        manifest["model"]["max_length"] or SPEED_LENGTH,
-    )
+    length = requests.usual_length(manifest)
     executed = manifest["check"].get("executed", True)
     runs_here = executed and backends.of(row).runs_here(row, manifest["check"])
     return {

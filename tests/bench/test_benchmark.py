@@ -141,6 +141,22 @@ def test_random_inputs_are_valid_and_the_same_every_time() -> None:
     assert (inputs["input_ids"] == again["input_ids"]).all()
 
 
+@pytest.mark.parametrize(
+    ("most", "static", "length"),
+    [(None, None, 128), (512, None, 128), (32, None, 32), (512, 16, 16), (512, 384, 384)],
+)
+def test_usual_length_is_what_the_model_takes(most, static, length) -> None:
+    model = {**MANIFEST["model"], "max_length": most}
+    manifest = {**MANIFEST, "model": model, "static": {"length": static}}
+    assert requests.usual_length(manifest) == length
+    assert requests.random_inputs(manifest, 1, length)["input_ids"].shape == (1, length)
+
+
+def test_bench_takes_the_usual_length_where_none_is_asked_for(monkeypatch) -> None:
+    report = measured_report(monkeypatch, {"bertile": "fp32"})
+    assert [row["length"] for row in report["rows"]] == [32]
+
+
 def test_length_past_the_maximum_is_refused() -> None:
     with pytest.raises(UsageError, match="length 33 is too much; the model takes at most 32"):
         requests.random_inputs(MANIFEST, 1, 33)

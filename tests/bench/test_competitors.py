@@ -161,6 +161,6 @@ def test_peer_that_cannot_take_the_model_is_a_note(
 def test_model_that_changed_since_it_was_compiled_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bertile.export.files.fingerprint", lambda model, head: "new")
+    monkeypatch.setattr("bertile.export.files.fingerprint", lambda *_: "new")
     with pytest.raises(BundleError, match="'minilm' has changed since out was compiled"):
         competitors.source(Path("out"), MANIFEST, ["torch"], None, None)

@@ -347,7 +347,7 @@ def test_a_bundle_without_runtime_says_what_is_missing(built, damaged):
 
     tiny_bundle.change_manifest(damaged, without)
     code, text = refusal(built, damaged)
-    assert code == 3 and text.endswith("compile with --runtime include, or give its directory")
+    assert code == 3 and text.endswith("compile without --no-runtime, or give its directory")
     libraries = Path(loader.find_runtime()[1]).parent
     done = start(built / "bertile-run", damaged, "--runtime", libraries)
     assert done.returncode == 3 and "libtvm_ffi.so" in done.stderr
@@ -432,7 +432,7 @@ def test_cpp_header_runs_a_model_and_throws(built, directory):
 
 @pytest.fixture(scope="module")
 def whole(directory, tmp_path_factory) -> Path:
-    """A bundle with both loaders, as `--runtime include` writes it."""
+    """A bundle with both loaders, as a compile writes it."""
     folder = tmp_path_factory.mktemp("whole")
     native_build.build(native(), folder / "native")
     add = partial(writer.include_runtime, native=folder / "native")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from bertile.base.errors import NumericMismatchError, PlatformError
 from bertile.base.progress import Progress
 from bertile.cli import config_flags, main
 from bertile.config import HEADS, PRECISIONS, RUNTIMES, TUNE_EFFORTS, Config
+from bertile.targets import rows
+from bertile.targets.processors import PROCESSORS
 
 SUMMARY = {
     "output": "out",
@@ -56,6 +59,19 @@ def call(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]
     return code, captured.out, captured.err
 
 
+def shown(name: str) -> str:
+    """The help of a command, its lines joined."""
+    _, parsers = main._parser(name)
+    text = parsers[name].format_help()
+    # argparse breaks lines at blanks and behind hyphens
+    return re.sub(r"(?<=-)\n +", "", text).replace("\n                        ", " ")
+
+
+def flags(name: str) -> set[str]:
+    _, parsers = main._parser(name)
+    return set(parsers[name]._option_string_actions)
+
+
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_help_imports_nothing_heavy_and_no_other_command(name: str) -> None:
     code = (
@@ -72,13 +88,75 @@ def test_help_imports_nothing_heavy_and_no_other_command(name: str) -> None:
 
 
 def test_help_names_the_values_that_config_allows() -> None:
-    metavars = {flag: metavar for flag, metavar, _, _ in config_flags.CONFIG_FLAGS}
+    metavars = {flag.name: flag.metavar for flag in config_flags.CONFIG_FLAGS}
     assert metavars["--precision"] == "|".join(PRECISIONS)
     assert metavars["--tune"] == "|".join(TUNE_EFFORTS)
     assert metavars["--runtime"] == "|".join(RUNTIMES)
-    assert [flag for flag, *_ in config_flags.CONFIG_FLAGS] == [
+    assert [flag.name for flag in config_flags.CONFIG_FLAGS] == [
         f"--{name.replace('_', '-')}" for name in Config().to_dict()
     ]
+    help_text = shown("compile")
+    for word in (*HEADS, *PROCESSORS, *PROCESSORS.values(), "native"):
+        assert word in help_text
+    assert tuple(PROCESSORS) == rows.names()
+
+
+def test_commands_list_their_own_flags_alone() -> None:
+    """Of the choices of a compile each offers those that it reads."""
+    assert not {"--tune", "--precision", "--target", "--threads"} & flags("export")
+    assert {"--head", "--rename", "--tokenizer", "--cache-dir", "--dry-run"} <= flags("export")
+    assert not {"--runtime", "--no-runtime", "--libc"} & flags("tune")
+    assert not {"--head", "--rename", "--tokenizer"} & flags("demo")
+    assert {flag.name for flag in config_flags.CONFIG_FLAGS} <= flags("compile")
+    assert "quick|full" in shown("tune") and "auto|none" not in shown("tune")
+
+
+def test_flags_stand_in_groups() -> None:
+    text = shown("compile")
+    places = [text.index(f"\n{flag.group}:") for flag in config_flags.CONFIG_FLAGS]
+    assert min(places) > 0 and len(set(places)) == 5
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_help_of_a_command_is_its_own_help(capsys: pytest.CaptureFixture, name: str) -> None:
+    code, out, _ = call(capsys, "help", name)
+    with pytest.raises(SystemExit):
+        main.main([name, "--help"])
+    assert code == 0 and out == capsys.readouterr().out
+    assert out.startswith(f"usage: bertile {name}")
+
+
+def test_help_alone_lists_all_commands(capsys: pytest.CaptureFixture) -> None:
+    code, out, _ = call(capsys, "help")
+    assert code == 0 and all(name in out for name in main.COMMANDS)
+    assert call(capsys, "help", "compil")[0] == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_flags_and_words(
+    capsys: pytest.CaptureFixture, shell: str
+) -> None:
+    pytest.importorskip("shtab")
+    code, script, _ = call(capsys, "completion", shell)
+    words = (*main.COMMANDS, "--max-drop", "x86-avx512-vnni", "masked-lm", "percentile", "tracker")
+    assert code == 0 and [word for word in words if word not in script] == []
+
+
+def test_bash_reads_the_completion_and_answers(capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("shtab")
+    _, script, _ = call(capsys, "completion", "bash")
+    line = "COMP_WORDS=(bertile compile --precision bf); COMP_CWORD=3; _shtab_bertile"
+    command = ["bash", "-c", f"{script}\n{line}; echo ${{COMPREPLY[@]}}"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (run.stdout.split(), run.stderr) == (["bf16"], "")
+
+
+def test_completion_names_its_extra_where_shtab_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    code, out, err = call(capsys, "completion", "zsh")
+    assert (code, out) == (3, "") and "pip install 'bertile[completion]'" in err
 
 
 def test_every_command_is_a_module_that_runs_it() -> None:
@@ -105,6 +183,10 @@ def test_every_command_is_a_module_that_runs_it() -> None:
         (["compile", "minilm", "-o", "x", "--head", "masked-ml"], "did you mean 'masked-lm'?"),
         (["compile", "a", "b", "-o", "x"], "'b' is one argument too many"),
         (["compile", "minilm", "-o", "x", "--config", "/no/file"], "/no/file cannot be read"),
+        (["export", "minilm", "-o", "x", "--tune", "none"], "option '--tune' is unknown"),
+        (["device", "serv"], "action 'serv' of bertile device is unknown; did you mean 'serve'?"),
+        (["cache", "clean"], "action 'clean' of bertile cache is unknown; did you mean 'clear'?"),
+        (["--jsno", "targets"], "option '--jsno' is unknown; did you mean '--json'?"),
     ],
 )
 def test_usage_mistakes_are_one_line_and_exit_code_2(

@@ -31,6 +31,15 @@ def test_wrong_pin_fails_and_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     assert "apache-tvm-ffi==0.1.14.post1" in check.remedy
 
 
+def test_who_only_runs_bundles_needs_no_tvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    for check in (doctor._tvm(), doctor._llvm()):
+        assert (check.status, check.remedy) == (
+            "note",
+            "to compile: pip install 'bertile[compile]'",
+        )
+
+
 def test_pins_are_those_of_the_package() -> None:
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     for name, version in doctor.PINS.items():

@@ -119,7 +119,7 @@ def test_families_import_errors_alone():
                 imported.update(alias.name for alias in node.names)
     ours = {name for name in imported if name.split(".")[0] == "bertile"}
     others = {name for name in ours if not name.startswith("bertile.families")}
-    assert others == {"bertile.base.errors"}
+    assert others == {"bertile.base.errors", "bertile.base.allowed"}
 
 
 NAMES = {name for family in FAMILIES for name in (family.name, *family.model_types)}
@@ -148,3 +148,16 @@ def test_tests_list_no_families_of_their_own():
             if len(values & NAMES) > 1:
                 lists.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert lists == []
+
+
+@pytest.mark.parametrize(
+    "model_type", [model_type for family in FAMILIES for model_type in family.model_types]
+)
+def test_heads_of_a_family_are_those_of_transformers(model_type):
+    transformers = pytest.importorskip("transformers")
+    checkpoints = pytest.importorskip("bertile.export.checkpoints")
+    family, config = of_type(model_type), transformers.CONFIG_MAPPING[model_type]
+    classes = {head: checkpoints._auto_class(head, model_type) for head in family.heads}
+    assert [head for head, kind in classes.items() if config not in kind._model_mapping] == []
+    for head in family.lacks:
+        assert config not in getattr(transformers, checkpoints.HEADS[head][0])._model_mapping

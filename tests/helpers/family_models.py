@@ -19,11 +19,7 @@ from bertile.onnx.exported import ExportedModel
 NAMES = tuple(family.name for family in FAMILIES)
 OTHERS = NAMES[1:]  # beside BERT, with which every test is made anyway
 # Every head that transformers has for each family.
-PAIRS = tuple(
-    (family.name, head)
-    for family in FAMILIES
-    for head in checkpoints.heads_of(family.model_types[0])
-)
+PAIRS = tuple((family.name, head) for family in FAMILIES for head in family.heads)
 # The head that quick tests give each family's model: every head is there, and every export is made
 # once for all files. A head of its own class comes before the turn.
 HEAD_OF = {

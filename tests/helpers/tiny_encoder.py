@@ -16,12 +16,21 @@ MODEL = "synthetic:bert-tiny:embedding"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "movie"]
 
 
-def compile(output: Path, stages: str) -> Path:
+def compile(output: Path, stages: str, **choices: Any) -> Path:
     """A real bundle with a tokenizer of seven words."""
-    bertile.compile(MODEL, output, Config(cache_dir=stages))
+    bertile.compile(MODEL, output, Config(cache_dir=stages, **choices))
     path = _tokenizer(output / "tokenizer.json")
     change_manifest(output, lambda m: m["files"].update(described(path)))
     return output
+
+
+def save(directory: Path) -> Path:
+    """The model as a Hugging Face directory, with the same tokenizer."""
+    from bertile.export import checkpoints
+
+    checkpoints.load(MODEL).model.save_pretrained(directory)
+    _tokenizer(directory / "tokenizer.json")
+    return directory
 
 
 def described(path: Path) -> dict[str, Any]:

@@ -22,8 +22,8 @@ def test_every_row_has_a_schedule_of_its_name(schedules):
 
 
 def test_every_precision_is_met_by_a_row_of_each_backend():
-    from bertile.backends.cpu import precision_plan
+    from bertile.backends.cpu import precisions
     from bertile.numerics import eight_bit
 
-    assert set(PRECISIONS) - set(precision_plan.PRECISIONS) == {"tf32"}  # GPUs alone have it
-    assert set(eight_bit.SEEN) == set(precision_plan.PRECISIONS)
+    assert set(PRECISIONS) - set(precisions.PRECISIONS) == {"tf32"}  # GPUs alone have it
+    assert set(eight_bit.SEEN) == set(precisions.PRECISIONS)

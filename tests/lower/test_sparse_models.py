@@ -120,7 +120,7 @@ def test_prunebert_keeps_its_zeros(head, tmp_path):
 def test_prunebert_is_compiled_as_it_is(tmp_path):
     """With so few weights left that some neurons have none."""
     prunebert(tmp_path / "checkpoint", "question-answering", 0.99)
-    config = Config(cache_dir=str(tmp_path / "cache"))
+    config = Config(cache_dir=str(tmp_path / "cache"), runtime="none")
     bertile.compile(tmp_path / "checkpoint", tmp_path / "out", config)
     manifest = loader.read_manifest(tmp_path / "out")
     assert [output["name"] for output in manifest["outputs"]] == ["start_logits", "end_logits"]
@@ -195,7 +195,9 @@ def assert_close(path, exported, tolerance):
 @pytest.mark.parametrize("form", sparseml_forms.FORMS)
 def test_obert_is_compiled_as_it_is(form, obert, tmp_path):
     path = sparseml_forms.write(obert[1], tmp_path / "quantized.onnx", form, list(batches()))
-    bertile.compile(path, tmp_path / "out", Config(cache_dir=str(tmp_path / "cache")))
+    bertile.compile(
+        path, tmp_path / "out", Config(cache_dir=str(tmp_path / "cache"), runtime="none")
+    )
     kernels = loader.read_manifest(tmp_path / "out")["kernels"]
     assert sum(kernel["shape"].get("precision") == "int8_static" for kernel in kernels) == 4
 

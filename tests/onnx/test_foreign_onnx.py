@@ -64,7 +64,11 @@ SLOW_FORMS = {
 @pytest.fixture
 def compiled(tmp_path):
     def compile_file(path: Path) -> loader.Model:
-        bertile.compile(str(path), tmp_path / "bundle", Config(cache_dir=str(tmp_path / "cache")))
+        bertile.compile(
+            str(path),
+            tmp_path / "bundle",
+            Config(cache_dir=str(tmp_path / "cache"), runtime="none"),
+        )
         return bertile.load(tmp_path / "bundle")
 
     return compile_file

@@ -141,7 +141,9 @@ COMPILED = [
 @pytest.mark.parametrize(("variant", "spelling"), COMPILED)
 def test_a_model_with_a_mask_by_query_equals_onnxruntime(tmp_path, variant, spelling):
     path = write(tmp_path / "m.onnx", SPELLINGS[spelling](VARIANTS[variant].sees))
-    bertile.compile(str(path), tmp_path / "bundle", Config(cache_dir=str(tmp_path / "cache")))
+    bertile.compile(
+        str(path), tmp_path / "bundle", Config(cache_dir=str(tmp_path / "cache"), runtime="none")
+    )
     model, original = bertile.load(tmp_path / "bundle"), session(path)
     (kernel,) = (k for k in model.manifest["kernels"] if k["operation"] == "attention")
     assert VARIANTS[variant].fields.items() <= kernel["shape"].items()
@@ -227,7 +229,9 @@ def test_a_look_alike_is_a_tensor(tmp_path, sees):
 @pytest.mark.parametrize("sees", [one_key_off, pytest.param(longer_before, marks=pytest.mark.slow)])
 def test_a_model_with_a_look_alike_equals_onnxruntime(tmp_path, sees):
     path = write(tmp_path / "m.onnx", chosen(sees))
-    bertile.compile(str(path), tmp_path / "bundle", Config(cache_dir=str(tmp_path / "cache")))
+    bertile.compile(
+        str(path), tmp_path / "bundle", Config(cache_dir=str(tmp_path / "cache"), runtime="none")
+    )
     model, original = bertile.load(tmp_path / "bundle"), session(path)
     rng = np.random.default_rng(0)
     for batch, length in SHAPES:

@@ -178,4 +178,8 @@ def test_flattened_tokens_are_refused_by_name(tmp_path):
     path = tmp_path / "model.onnx"
     onnx.save(proto, path)
     with pytest.raises(ModelError, match=r"output 'y' has the shape \('y_0', 8\)"):
-        bertile.compile(str(path), tmp_path / "out", bertile.Config(cache_dir=str(tmp_path / "c")))
+        bertile.compile(
+            str(path),
+            tmp_path / "out",
+            bertile.Config(cache_dir=str(tmp_path / "c"), runtime="none"),
+        )

@@ -123,6 +123,23 @@ def test_tables_hold_the_numbers_of_kernels_and_of_tuning() -> None:
     assert "on 2 threads: 1.62 ms before, 0.54 ms after" in text and "astype (lv)" in text
 
 
+def test_curves_say_on_which_machine_they_were_measured(tmp_path) -> None:
+    """Not on the one that writes the page."""
+    write_log(tmp_path)
+    log = TuningLog([tmp_path], print)
+    (curve,) = collector.curves(log, "x86-avx512")
+    assert (curve.machine, curve.when) == ("a <processor>", "2026-01-01")
+    text = html(replace(PAGE, curves=(curve,)))
+    assert "a &lt;processor&gt;, 2026-01-01" in text
+    last = log.all_records("x86-avx512")[-1]
+    other = {"time": "2026-03-01T00:00:00+00:00", "estimated": True}
+    log.append(replace(last, **other))
+    assert collector.curves(log, "x86-avx512")[0].when == "2026-01-01 to 2026-03-01"
+    log.append(replace(last, machine={"cpu": "another"}, **other))
+    machines = {curve.machine for curve in collector.curves(log, "x86-avx512")}
+    assert machines == {"a <processor>", "another, by estimate"}
+
+
 def test_text_from_a_log_or_a_model_is_escaped() -> None:
     evil = "<script>alert('x')</script> & \"quoted\""
     page = replace(

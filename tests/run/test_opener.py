@@ -28,7 +28,7 @@ def bundle(tmp_path_factory, stages) -> Path:
 
 
 def config(stages: str, **more: object) -> Config:
-    return Config(target="arm-a76", cache_dir=stages, **more)
+    return Config(target="arm-a76", runtime="none", cache_dir=stages, **more)
 
 
 def test_verify_finds_what_the_compile_found(bundle):

@@ -62,7 +62,7 @@ def test_zero_sparsity_is_the_model_itself() -> None:
 
 @pytest.mark.slow
 def test_curve_of_a_small_model(tmp_path) -> None:
-    config = Config(threads=1, cache_dir=str(tmp_path))
+    config = Config(threads=1, cache_dir=str(tmp_path), runtime="none")
     series = Series("int8", "4x1", (0.0, 0.9), (0.9,), ("onnxruntime",))
     curve = measure("bert-tiny", series, config, 16, 2, Progress(-1))
     assert [(row.sparsity, row.engine.split()[0]) for row in curve] == [

@@ -36,9 +36,9 @@ class CpuBackend:
     )
 
     def check(self, config: Config, row: Target) -> None:
-        from bertile.backends.cpu import precision_plan
+        from bertile.backends.cpu import flags
 
-        precision_plan.check(config.precision, row)
+        flags.check(config, row)
 
     def higher_precisions(self, row: Target) -> tuple[str, ...]:
         from bertile.backends.cpu import precision_plan
@@ -128,7 +128,7 @@ class CpuBackend:
         self,
         directory: Path,
         batch: int,
-        length: int,
+        length: int | None,
         threads: int | None,
         progress: Progress,
         measure: bool = True,

@@ -15,7 +15,7 @@ from bertile import loader
 from bertile.base.errors import require
 from bertile.base.progress import Progress
 from bertile.bundle import safetensors as weights
-from bertile.run.requests import random_inputs
+from bertile.run.requests import random_inputs, usual_length
 from bertile.tune.measure import roofline
 
 RUNS = 20
@@ -25,11 +25,11 @@ MEMORY_BYTES = 256 << 20  # more than any cache holds
 def inspect(
     directory: Path,
     batch: int = 1,
-    length: int = 128,
+    length: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure every kernel of a bundle on random ids.
+    """Measure every kernel of a bundle on random ids, `length` None on as many as are usual.
 
     "kernels" has a row each: "kernel", "origin" (tuned, default, generic), "calls", "ms" (of one
     request, all calls together), "time %", "GFLOP/s" and "peak %" (of what multiply-adds of the
@@ -44,6 +44,7 @@ def inspect(
     loader.check_platform(manifest["target"])
     loader.set_thread_defaults()
     threads = loader.thread_count(threads)
+    length = length or usual_length(manifest)
     with progress.stage("measure"):
         inputs = random_inputs(manifest, batch, length)
         seen, total = _profile(Path(directory), manifest, inputs, threads)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import NamedTuple
 
 from tvm import relax
 
-from bertile.base.errors import PlatformError
+from bertile.backends.cpu.precisions import PRECISIONS, check
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow
@@ -19,44 +17,6 @@ from bertile.numerics.precision import LayerPlan
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
 from bertile.tune.log.tuning_log import TuningLog
-
-
-class OnCpu(NamedTuple):
-    """A row: what a precision asked for makes of the operators that are no linear layers.
-
-    `attention` is what it multiplies in where the processor and the layer before it can, `tables`
-    how those of an embedding are stored.
-    """
-
-    attention: str
-    tables: str
-
-
-# Attention multiplies in bfloat16 wherever it may: that is faster than bytes there, which would
-# need a range per row of scores.
-PRECISIONS: Mapping[str, OnCpu] = {
-    "fp32": OnCpu("fp32", "fp32"),
-    "fp16": OnCpu("fp32", "fp16"),
-    "bf16": OnCpu("bf16", "fp16"),
-    "int8": OnCpu("bf16", "fp16"),
-    "int4": OnCpu("bf16", "fp16"),
-}
-
-
-def check(precision: str, row: Target) -> None:
-    """PlatformError where the target cannot compute in that precision."""
-    if precision not in PRECISIONS:
-        raise PlatformError(
-            f"target {row.name} has no {precision}: tensor cores of NVIDIA GPUs from cuda-sm80 on"
-            " have it",
-            "compile with --precision fp32",
-        )
-    if precision == "bf16" and not row.bf16:
-        raise PlatformError(
-            f"target {row.name} has no bfloat16 instructions (its features end in"
-            f" {' '.join(row.features[-2:])})",
-            "compile with --precision fp32 or int8, or for a target that has avx512_bf16",
-        )
 
 
 def higher(row: Target) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ class CudaBackend:
         self,
         directory: Path,
         batch: int,
-        length: int,
+        length: int | None,
         threads: int | None,
         progress: Progress,
         measure: bool = True,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bertile.backends.cuda import precision_plan
+from bertile.backends.cuda import precisions
 from bertile.base.errors import PlatformError, UsageError
+from bertile.codegen.cuda import compiler
 from bertile.config import Config
 from bertile.targets import detect
 from bertile.targets.rows import Target
@@ -18,14 +19,14 @@ def check(config: Config, row: Target) -> None:
     if config.runtime_from is not None:
         raise UsageError(
             f"--runtime-from says nothing about {row.name}: {_NO_HOST_CODE}",
-            "leave it out; --runtime include puts the loader's two files into the bundle",
+            "leave it out; the loader's two files come with the bundle",
         )
     if config.sparse == "always":
         raise UsageError(
             f"no kernel for {row.name} skips zeros: tensor cores are faster with them",
             "leave --sparse out; heads and neurons that are zero are removed in any case",
         )
-    precision_plan.check(config.precision, row)
+    precisions.check(config.precision, row)
     if config.max_drop is not None:
         card = detect.gpu()
         if isinstance(card, str):
@@ -33,3 +34,4 @@ def check(config: Config, row: Target) -> None:
                 f"--max-drop runs the model on many texts, and {card}",
                 "compile on a machine with the GPU, or leave it out",
             )
+    compiler.find()

@@ -9,13 +9,15 @@ import numpy as np
 
 from bertile import loader
 from bertile.base.errors import PlatformError
-from bertile.run.requests import random_inputs
+from bertile.run.requests import random_inputs, usual_length
 from bertile.targets import detect
 
 _NOT_ASKED = {"total_ms": None, "gpu": None, "reason": "nobody asked for them"}
 
 
-def inspect(directory: Path, batch: int, length: int, measure: bool = True) -> dict[str, Any]:
+def inspect(
+    directory: Path, batch: int, length: int | None = None, measure: bool = True
+) -> dict[str, Any]:
     """A row for each entry of each kernel: "kernel", "origin", "calls", "registers" and "local"
     (bytes; spilled registers are among them) of a thread, static "shared" bytes of a block,
     "tensor" (instructions of tensor cores in its code). "total_ms" is None without a GPU.
@@ -26,6 +28,7 @@ def inspect(directory: Path, batch: int, length: int, measure: bool = True) -> d
         for kernel in manifest["kernels"]
         for entry, takes in kernel["entries"].items()
     ]
+    length = length or usual_length(manifest)
     timed = _timed(directory, random_inputs(manifest, batch, length)) if measure else _NOT_ASKED
     fallen = manifest["fallthrough"]
     return {"kernels": kernels, "fallthrough": fallen, "batch": batch, "length": length, **timed}

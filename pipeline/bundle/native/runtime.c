@@ -139,7 +139,7 @@ static bertile_status load_libraries(const char *root, const json *files, const 
         handles[i] = (size_t)length < sizeof path ? dlopen(path, RTLD_NOW | RTLD_GLOBAL) : NULL;
         if (!handles[i])
             return bt_fail(BERTILE_PLATFORM, "cannot load the TVM runtime: %s%s", dlerror(),
-                           folder ? "" : "; compile with --runtime include, or give its directory");
+                           folder ? "" : "; compile without --no-runtime, or give its directory");
     }
     return find_symbols(handles[0]);
 }

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bertile.base.errors import UsageError
-from bertile.base.machine import identity
+from bertile.base import machine
+from bertile.base.errors import PlatformError, UsageError
 from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.schedules.task import Task
@@ -32,56 +32,70 @@ class Group(NamedTuple):
 
 
 def tasks(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
-    """A row per task, processor and number of threads: trials, best time, when last, which TVM."""
+    """A row per task, processor and number of threads, this machine's first: trials, the time of
+    what `best` shows, when last, which TVM.
+    """
     return [
         {
-            "operation": task.operation,
-            "shape": _shape(task),
-            "target": name,
-            "processor": processor,
-            "threads": threads,
-            "trials": len(records),
-            "failed": sum(not record.microseconds for record in records),
-            "estimated": sum(record.estimated for record in records),
-            "best_us": _finite(min(record.median for record in records)),
-            "when": max(record.time for record in records),
+            "operation": group.task.operation,
+            "shape": _shape(group.task),
+            "target": group.target,
+            "processor": group.processor,
+            "threads": group.threads,
+            "trials": len(group.records),
+            "failed": sum(not record.microseconds for record in group.records),
+            "estimated": sum(record.estimated for record in group.records),
+            "best_us": chosen.median if (chosen := _chosen(group)) else None,
+            "when": max(record.time for record in group.records),
             "tvm": ", ".join(
-                sorted({record.versions.get("apache-tvm", "?") for record in records})
+                sorted({record.versions.get("apache-tvm", "?") for record in group.records})
             ),
         }
-        for name, processor, threads, task, records in groups(log, target)
+        for group in _mine_first(groups(log, target))
     ]
 
 
 def best(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
-    """A row per task, processor and number of threads that any candidate worked for, with its
-    knobs.
+    """A row per task, processor and number of threads that any candidate worked for, this machine's
+    first, with its knobs.
     """
-    rows = []
-    for name, processor, threads, task, records in groups(log, target):
-        worked = [record for record in records if record.microseconds]
-        candidates = [record for record in worked if not record.estimated] or worked
-        if not candidates:
-            continue
-        row = next((row for row in targets.TABLE if row.log == name), None)
-        if row is None:  # another version's: which lengths count is not known
-            chosen = min(candidates, key=lambda record: record.median)
-        else:
-            chosen = fastest(candidates, row)
-            chosen = surely(chosen, records, row) if chosen.estimated else chosen
-        rows.append(
-            {
-                "operation": task.operation,
-                "shape": _shape(task),
-                "target": name,
-                "processor": processor,
-                "threads": threads,
-                "best_us": chosen.median,
-                "estimated": chosen.estimated,
-                "knobs": dict(chosen.knobs),
-            }
-        )
-    return rows
+    return [
+        {
+            "operation": group.task.operation,
+            "shape": _shape(group.task),
+            "target": group.target,
+            "processor": group.processor,
+            "threads": group.threads,
+            "best_us": chosen.median,
+            "estimated": chosen.estimated,
+            "knobs": dict(chosen.knobs),
+        }
+        for group in _mine_first(groups(log, target))
+        if (chosen := _chosen(group))
+    ]
+
+
+def _chosen(group: Group) -> Record | None:
+    """What a build would take of these records; None where no candidate worked."""
+    worked = [record for record in group.records if record.microseconds]
+    candidates = [record for record in worked if not record.estimated] or worked
+    if not candidates:
+        return None
+    row = next((row for row in targets.TABLE if row.log == group.target), None)
+    if row is None:  # another version's: which lengths count is not known
+        return min(candidates, key=lambda record: record.median)
+    chosen = fastest(candidates, row)
+    return surely(chosen, group.records, row) if chosen.estimated else chosen
+
+
+def _mine_first(all_groups: Iterable[Group]) -> list[Group]:
+    """The groups of this machine's row before others, and in a row those of its processor."""
+    try:
+        mine = targets.native().log
+    except PlatformError:  # no row fits this machine
+        mine = None
+    here = short_name(machine.processor())
+    return sorted(all_groups, key=lambda group: (group.target != mine, group.processor != here))
 
 
 def groups(log: TuningLog, target: str | None = None) -> Iterator[Group]:
@@ -90,15 +104,15 @@ def groups(log: TuningLog, target: str | None = None) -> Iterator[Group]:
     for name in names:
         by_task: dict[tuple[str, str, str, int], list[Record]] = defaultdict(list)
         for record in log.all_records(name):
-            task, processor = record.task, _processor(record)
+            task, processor = record.task, short_name(record.machine)
             by_task[task.operation, task.key, processor, record.threads].append(record)
         for (_, _, processor, threads), records in sorted(by_task.items()):
             yield Group(name, processor, threads, records[0].task, records)
 
 
-def _processor(record: Record) -> str:
+def short_name(facts: Mapping[str, Any]) -> str:
     """A processor's maker and numbers, in few words; its name where it has none."""
-    maker, family, model = identity(record.machine)
+    maker, family, model = machine.identity(facts)
     return f"{maker} {family}/{model}" if family else maker
 
 
@@ -184,10 +198,6 @@ def _cell(value: Any) -> Any:
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -233,9 +233,18 @@ class TuningLog:
     def digest(self, row: Target) -> str:
         """A hash of what the log would choose for this row, for the stage cache."""
         best = {task.key: self.best(task, row) for task in self.tasks(row)}
-        # times too: they decide which of two kernels a layer gets
+        # times too: they decide which of two kernels a layer gets; and where a record is from,
+        # which a bundle says
         choices = {
-            key: (dict(record.knobs), record.median, self.origin(record, row)) if record else None
+            key: (
+                dict(record.knobs),
+                record.median,
+                self.origin(record, row),
+                dict(record.machine),
+                record.time,
+            )
+            if record
+            else None
             for key, record in best.items()
         }
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()

@@ -128,6 +128,12 @@ def _search(
         for knobs in _first(task, session.log, row, estimates)
     ]
     session.total = max(missing + len(others), len(first))
+    if wanted:
+        left = max(0.0, session.deadline - time.monotonic())
+        session.progress.say(
+            f"plan: at most {session.total} trials, {wanted} of each of {len(open_tasks)} kernels,"
+            f" and at most {left:.0f} s"
+        )
     schedules = schedules_for(row)
     try:
         for begin in range(0, len(first), ROUND):

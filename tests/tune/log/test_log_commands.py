@@ -13,7 +13,7 @@ from bertile.base.progress import Progress
 from bertile.cli import main
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
-from bertile.targets.rows import native
+from bertile.targets.rows import TABLE, native
 from bertile.tune.log import log_commands
 from bertile.tune.log.tuning_log import Record, TuningLog
 
@@ -63,7 +63,41 @@ def test_best_of_estimates_is_what_a_build_takes(tmp_path: Path) -> None:
     assert chosen["knobs"] == knobs == log.best(DENSE, row).knobs and chosen["estimated"]
 
 
-def test_list_has_a_row_per_task_and_threads(tmp_path: Path) -> None:
+@pytest.fixture
+def on_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine's best row is that of AVX2."""
+    (row,) = (row for row in TABLE if row.name == "x86-avx2")
+    monkeypatch.setattr(log_commands.targets, "native", lambda: row)
+
+
+def test_this_machine_comes_first(tmp_path: Path, on_avx2, monkeypatch) -> None:
+    log = filled(tmp_path)
+    log.append(record(1.0, NORM, target="x86-avx2", machine={"cpu": "here"}))
+    log.append(record(1.0, NORM, target="arm-v2"))
+    monkeypatch.setattr(log_commands.machine, "processor", lambda: {"cpu": "here"})
+    for rows in (log_commands.tasks(log), log_commands.best(log)):
+        places = [(row["target"], row["processor"]) for row in rows]
+        assert places[:2] == [("x86-avx2", "here"), ("x86-avx2", "test")]
+        assert {target for target, _ in places[2:]} == {"arm-v2", "x86-avx512"}
+
+
+def test_list_and_best_agree(tmp_path: Path, on_avx2) -> None:
+    """By the lengths that count and by the pace of the machine, not by the least median alone."""
+    log = filled(tmp_path)
+    log.append(record(3.0, knobs={"unroll": 4}, reference=30.0))
+    log.append(record(6.0, knobs={"unroll": 5}, reference=100.0))
+    log.append(record(1.0, knobs={"unroll": 6}, estimated=True))
+    chosen = {(r["operation"], r["target"], r["threads"]): r for r in log_commands.best(log)}
+    listed = log_commands.tasks(log)
+    assert [(row["operation"], row["threads"]) for row in listed] == [
+        (operation, threads) for operation, _, threads in chosen
+    ]
+    for row in listed:
+        assert row["best_us"] == chosen[row["operation"], row["target"], row["threads"]]["best_us"]
+    assert chosen["dense", "x86-avx512", 2]["knobs"] == {"unroll": 5}
+
+
+def test_list_has_a_row_per_task_and_threads(tmp_path: Path, on_avx2) -> None:
     rows = log_commands.tasks(filled(tmp_path))
     names = [(row["target"], row["operation"], row["threads"]) for row in rows]
     assert names == [

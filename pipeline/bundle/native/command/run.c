@@ -92,7 +92,7 @@ static bertile_status read_number(const char *option, const char *text, int32_t 
     return BERTILE_OK;
 }
 
-/* The directory that this command lies in, which is a bundle after --runtime include. */
+/* The directory that this command lies in, which is a bundle that has its runtime. */
 static const char *own_directory(void) {
     static char path[PATH_MAX];
     ssize_t length = readlink("/proc/self/exe", path, sizeof path - 1);

@@ -1,0 +1,23 @@
+"""Lists the words that choices of a compile may be, for those who check them and for help texts.
+
+Nothing is imported here: `bertile --help` names them all.
+"""
+
+from __future__ import annotations
+
+TUNE_EFFORTS = ("auto", "none", "quick", "full")
+RUNTIMES = ("none", "include")
+RUNNERS = ("local", "mca")
+LIBCS = ("glibc", "musl")
+RANGES = ("dynamic", "minmax", "percentile", "mse")
+ROUNDINGS = ("nearest", "gptq")
+HEADS = (
+    "encoder",
+    "embedding",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+    "next-sentence",
+    "multiple-choice",
+)
