@@ -38,7 +38,6 @@ from bertile.schedules.schedule import Knobs, Row, Space
 from bertile.schedules.task import Task
 
 OUTPUTS = LANES = amx.ROWS  # of a tile of weights
-AHEAD = 8  # tiles of weights that are asked for before they are loaded
 
 
 def takes(task: Task, row: Row) -> bool:
@@ -148,13 +147,13 @@ class _Job:
             panel = T.Bind(base + member)
             with T.If(panel < self.of.panels), T.Then():
                 with T.serial(count // wide) as t:
-                    self._product(panel, first + t * wide, wide)
+                    self._product(panel, first + t * wide, wide, t == 0)
                 if wide > 1:
                     with T.If(count % wide == 1), T.Then():
-                        self._product(panel, first + count - 1, 1)
+                        self._product(panel, first + count - 1, 1, count == 1)
         tile("tiles_close")
 
-    def _product(self, panel: Any, block: Any, blocks: int) -> None:
+    def _product(self, panel: Any, block: Any, blocks: int, is_first: Any) -> None:
         sums = [(i, t) for i in range(self.of.tiles) for t in range(blocks)]
         for c in range(len(sums)):
             tile(f"tile_zero{c}")
@@ -162,6 +161,8 @@ class _Job:
         with T.serial(whole) as k:
             for t in range(blocks):
                 load_tile(6 + t, self.x, block + t, k * LANES, 0)
+            with T.If(is_first), T.Then():
+                self._prefetch(panel + 1, k)
             self._multiply(panel, k, sums)
         if self.last is not None:
             for t in range(blocks):
@@ -173,6 +174,12 @@ class _Job:
         for c, (i, t) in enumerate(sums):
             store_tile(c, self.sums, t, i, 0, 0)
         self._finish(panel, block, blocks)
+
+    def _prefetch(self, panel: Any, k: Any) -> None:
+        """Ask for weights of the next panel: in a model all of them come from memory."""
+        for i in range(self.of.tiles):
+            for n in range(OUTPUTS):
+                lanes.prefetch(self.w, panel, k, i, n, 0)
 
     def _multiply(self, panel: Any, k: Any, sums: list[tuple[int, int]]) -> None:
         for c, (i, t) in enumerate(sums):

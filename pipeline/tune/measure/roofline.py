@@ -76,18 +76,14 @@ def _prepared(target: str, threads: int) -> tuple[Any, Any]:
 
 def unit(kernel: Kernel, target: str) -> str:
     """What a kernel multiplies in, as ``peak`` takes it."""
-    shape = kernel["shape"]
-    name = str(shape.get("precision", "fp32")).removesuffix("_static")
-    return _tiled(name, target) if kernel["operation"] == "dense" else name
-
-
-def _tiled(precision: str, target: str) -> str:
-    """A precision with the word for tiles where the machine multiplies dense layers by these."""
-    from bertile.schedules.cpu import peak, precisions
+    from bertile.schedules.cpu import attention_tiles, tiles
+    from bertile.schedules.cpu.peak import TILES
     from bertile.targets.rows import resolve
 
-    tiles = resolve(target).tiles and precisions.PRECISIONS[precision].tiled
-    return precision + peak.TILES if tiles else precision
+    takes = {"dense": tiles.takes, "attention": attention_tiles.takes}.get(kernel["operation"])
+    task = Task(kernel["operation"], kernel["shape"])
+    name = str(task.shape.get("precision", "fp32")).removesuffix("_static")
+    return name + TILES if takes and takes(task, resolve(target)) else name
 
 
 def use_threads(threads: int) -> None:
@@ -129,5 +125,6 @@ def _facts(
 
     bf16 = resolve(target, threads).bf16
     able = [precision for precision in precisions if precision != "bf16" or bf16]
-    peaks = {each: peak(target, threads, _tiled(each, target)) for each in able}
+    layers = {each: {"operation": "dense", "shape": {"precision": each}} for each in able}
+    peaks = {each: peak(target, threads, unit(layer, target)) for each, layer in layers.items()}
     return peaks, [request_flops(kernels, *size) for size in sizes]
