@@ -83,7 +83,8 @@ class Schedule:
     The kernel's arguments are the activations, the packed weights and the result, in this order.
     Every space has a default that is good without tuning. ``parts`` names the arrays that the first
     weight is packed into, where they are several: the values of what is not zero first. ``refuses``
-    names what a task asks for that no kernel here has; None where there is nothing.
+    names what a task asks for that no kernel here has; None where there is nothing. ``later`` are
+    knobs that records may lack, with what kernels did before these were there.
     """
 
     operation: str
@@ -97,6 +98,7 @@ class Schedule:
     )
     parts: tuple[str, ...] = ()
     refuses: Callable[[Task], str | None] = lambda task: None
+    later: Mapping[str, int] = field(default_factory=dict)
 
     def valid(self, task: Task, row: Row, knobs: Mapping[str, int]) -> bool:
         """Whether these decisions (of another shape, say) lie in this task's space."""

@@ -4,9 +4,9 @@ any lengths.
     qkv (m, 3 H D, 16), keys (m, 16) additive, table (m, 4), [bias (B, H, S/16, S, 16)]
         →  y (m, H D, 16)
 
-    parallel over heads × blocks of 16 queries (queries in lanes)
+    parallel over heads × one or two blocks of 16 queries (queries in lanes)
       for each tile of those key blocks of their sequence that the queries see
-        scores: 16 keys × 16 queries in registers, keys broadcast
+        scores: some keys × the queries in registers, keys broadcast
         online softmax (Milakov & Gimelshein 2018): running maximum and sum, context rescaled per
         tile
         context: values broadcast
@@ -26,6 +26,7 @@ stays in float32. ``writes`` "to_bf16" or "to_int8" is as for dense layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,18 +58,25 @@ def space(task: Task, row: Row) -> Space:
         "key_tile": (2, 4, 8, 16, 32),
         "keys": tuple(k for k in (2, 4, 8, 16) if k < fits),
         "channels": tuple(c for c in (2, 4, 6, 8, 12, 16, 20, 24) if c < fits),
+        # two share each number of K and V that is broadcast; who sees not all keys is alone
+        "queries": (1, 2) if AttentionSpec.from_shape(task.shape).keys == "all" else (1,),
     }
 
 
 def default(task: Task, row: Row) -> Knobs:
-    """The widest register tiles; 128 keys at a time."""
+    """Register tiles of two blocks of queries, and as many keys as the first-level cache holds of K
+    and V; or the widest tiles of one, where registers are few.
+    """
     if attention_tiles.takes(task, row):
         return attention_tiles.default(task, row)
     choices = space(task, row)
     channels = [c for c in choices["channels"] if c <= 16]
     size = AttentionSpec.from_shape(task.shape).head_size
     even = [c for c in channels if size % c == 0 and c * 2 >= max(channels)]
-    return {"key_tile": 8, "keys": max(choices["keys"]), "channels": max(even or channels)}
+    if row.vector_bits < 512:
+        both = {"keys": max(choices["keys"]), "channels": max(even or channels), "queries": 1}
+        return {"key_tile": 8, **both}
+    return {"key_tile": 4, "keys": 8, "channels": 8, "queries": max(choices["queries"])}
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
@@ -85,15 +93,31 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         kind = _QUERIES[precisions.name(task)]
         # registers of four: LLVM makes one load and products by its lanes of four broadcasts
         unroll = 4 if row.vector_bits == 128 else 1
-        with T.parallel(spec.heads * builder.blocks) as job:
-            head = T.Bind(job // builder.blocks)
-            query = T.Bind(job % builder.blocks)
-            kind(spec, knobs, math, unroll, operands, head, query).emit()
+        together = knobs["queries"]
+        groups = T.Bind((builder.blocks + (together - 1)) // together)
+        with T.parallel(spec.heads * groups) as job:
+            head = T.Bind(job // groups)
+            first = T.Bind(job % groups * together)
+
+            def emit(query: Any, queries: int) -> None:
+                kind(spec, knobs, math, unroll, operands, head, query, queries).emit()
+
+            if together == 1:
+                emit(first, 1)
+            else:
+                last = T.Bind(T.min(first + together, builder.blocks) - 1)
+                whole = last - first == together - 1
+                same = operands.table[first, 2] == operands.table[last, 2]
+                with T.If(tirx.all(whole, same)):
+                    with T.Then():
+                        emit(first, together)
+                    with T.Else(), T.serial(last - first + 1) as i:
+                        emit(first + i, 1)
     return builder.func
 
 
 class _Query:
-    """Emits the attention of one head for one block of 16 queries."""
+    """Emits the attention of one head for some neighbouring blocks of 16 queries of a sequence."""
 
     def __init__(
         self,
@@ -104,38 +128,51 @@ class _Query:
         operands: Operands,
         head: Any,
         query: Any,
+        queries: int,
     ) -> None:
-        self.operands, self.head, self.query = operands, head, query
+        self.operands, self.head = operands, head
+        self.query, self.queries = T.Bind(query), queries
         self.qkv, self.keys, self.table = operands.qkv, operands.keys, operands.table
         self.math, self.unroll = math, unroll
         self.size, self.scale, self.width = spec.head_size, spec.scale, spec.channels()[0]
         self.knobs = knobs
         self.first = T.Bind(self.table[self.query, 2])
         self.count = T.Bind(self.table[self.query, 3])
-        self.sight = Sight(spec, self.table[self.query, 1] // BLOCK_TOKENS, self.count)
+        own = self.table[self.query, 1] // BLOCK_TOKENS
+        self.sights = [Sight(spec, own + i, self.count) for i in range(queries)]
 
     def emit(self) -> None:
-        tile = self.knobs["key_tile"]
-        scores = T.alloc_buffer((tile * BLOCK_TOKENS, BLOCK_TOKENS), "float32")
+        tile, every = self.knobs["key_tile"], range(self.queries)
+        scores = T.alloc_buffer((self.queries, tile * BLOCK_TOKENS, BLOCK_TOKENS), "float32")
         weights = self._weights(scores)
-        context = T.alloc_buffer((self.size, BLOCK_TOKENS), "float32")
-        state = T.alloc_buffer((3, BLOCK_TOKENS), "float32")  # running maximum, sum, tile's maximum
-        lanes.store(state, lanes.splat(LOWEST), 0)
-        lanes.store(state, lanes.splat(0.0), 1)
+        context = T.alloc_buffer((self.queries, self.size, BLOCK_TOKENS), "float32")
+        # of each block of queries the running maximum, the sum, and the tile's maximum
+        state = T.alloc_buffer((3 * self.queries, BLOCK_TOKENS), "float32")
+        for i in every:
+            lanes.store(state, lanes.splat(LOWEST), 3 * i)
+            lanes.store(state, lanes.splat(0.0), 3 * i + 1)
         with T.serial(self.size) as d:
-            lanes.store(context, lanes.splat(0.0), d)
-        low, stop = self.sight.blocks()
+            for i in every:
+                lanes.store(context, lanes.splat(0.0), i, d)
+        low, stop = self.sights[0].blocks()  # several see all
         with T.serial((stop - low + (tile - 1)) // tile) as step:
             start = T.Bind(low + step * tile)
             blocks = T.Bind(T.min(tile, stop - start))
-            lanes.store(state, lanes.load(state, 0), 2)
+            for i in every:
+                lanes.store(state, lanes.load(state, 3 * i), 3 * i + 2)
             with T.serial(blocks) as block:
                 self._scores(scores, state, start, block)
-            self._rescale(context, state, step)
-            self._softmax(scores, weights, state, blocks)
+            for i in every:
+                self._rescale(context, state, step, i)
+                self._softmax(scores, weights, state, blocks, i)
             self._context(weights, context, start, blocks)
-        inverse = T.Bind(lanes.splat(1.0) / lanes.load(state, 1))
-        self.operands.store(lambda d: lanes.load(context, d) * inverse, self.query, self.head)
+        for i in every:
+            inverse = T.Bind(lanes.splat(1.0) / lanes.load(state, 3 * i + 1))
+
+            def value(d: Any, i: int = i, inverse: Any = inverse) -> Any:
+                return lanes.load(context, i, d) * inverse
+
+            self.operands.store(value, self.query + i, self.head)
 
     def _weights(self, scores: Any) -> Any:
         """Where the softmax leaves what V is multiplied by: over the scores."""
@@ -149,66 +186,91 @@ class _Query:
         """scores[key] = q · k scale + mask, for the 16 keys of a block; the tile's maximum on the
         way.
         """
-        per_tile = self.knobs["keys"]
+        per_tile, every = self.knobs["keys"], range(self.queries)
         for low in range(0, BLOCK_TOKENS, per_tile):
-            total = lanes.registers(per_tile)
+            registers = iter(lanes.registers(per_tile * self.queries))
+            total = [[next(registers) for _ in range(per_tile)] for _ in every]
             where = T.Bind(self.first + start + block)
-            for j in range(per_tile):
-                lanes.write(total[j], lanes.splat(0.0))
+            for i in every:
+                for j in range(per_tile):
+                    lanes.write(total[i][j], lanes.splat(0.0))
             with lanes.loop(self.size // self.math.group, self.unroll) as d:
-                q = lanes.load(self.qkv, self.query, self._channel(0, d))
+                q = [lanes.load(self.qkv, self.query + i, self._channel(0, d)) for i in every]
                 for j in range(per_tile):
                     k = lanes.splat(self.qkv[where, self._channel(1, d), low + j])
-                    lanes.write(total[j], self.math.multiply_add(lanes.read(total[j]), q, k))
-            for j in range(per_tile):
-                value = lanes.read(total[j]) * lanes.splat(self.scale)
-                value = value + lanes.splat(self.keys[where, low + j])
-                key = (start + block) * BLOCK_TOKENS + low + j
-                if self.operands.bias is not None:
-                    value = value + self.operands.bias_of(self.query, self.head, key)
-                value = self.sight.score(value, key)
-                lanes.store(scores, value, block * BLOCK_TOKENS + low + j)
-            highest = lanes.load(state, 2)
-            for j in range(per_tile):
-                highest = tirx.max(highest, lanes.load(scores, block * BLOCK_TOKENS + low + j))
-            lanes.store(state, highest, 2)
+                    for i in every:
+                        value = self.math.multiply_add(lanes.read(total[i][j]), q[i], k)
+                        lanes.write(total[i][j], value)
+            for i in every:
+                self._scaled(scores, state, total[i], i, start, block, where, low)
 
-    def _rescale(self, context: Any, state: Any, step: Any) -> None:
+    def _scaled(
+        self,
+        scores: Any,
+        state: Any,
+        total: Sequence[Any],
+        i: int,
+        start: Any,
+        block: Any,
+        where: Any,
+        low: int,
+    ) -> None:
+        """Store some keys' scores of one block of queries, and see the largest."""
+        for j, register in enumerate(total):
+            value = lanes.read(register) * lanes.splat(self.scale)
+            value = value + lanes.splat(self.keys[where, low + j])
+            key = (start + block) * BLOCK_TOKENS + low + j
+            if self.operands.bias is not None:
+                value = value + self.operands.bias_of(self.query + i, self.head, key)
+            value = self.sights[i].score(value, key)
+            lanes.store(scores, value, i, block * BLOCK_TOKENS + low + j)
+        highest = lanes.load(state, 3 * i + 2)
+        for j in range(len(total)):
+            highest = tirx.max(highest, lanes.load(scores, i, block * BLOCK_TOKENS + low + j))
+        lanes.store(state, highest, 3 * i + 2)
+
+    def _rescale(self, context: Any, state: Any, step: Any, i: int) -> None:
         """What was summed before is rescaled to the new maximum."""
         with T.If(step > 0), T.Then():
-            shrink = T.Bind(vector_math.exp(lanes.load(state, 0) - lanes.load(state, 2)))
-            lanes.store(state, lanes.load(state, 1) * shrink, 1)
+            lowered = lanes.load(state, 3 * i) - lanes.load(state, 3 * i + 2)
+            shrink = T.Bind(vector_math.exp2(lowered * lanes.splat(vector_math.LOG2E)))
+            lanes.store(state, lanes.load(state, 3 * i + 1) * shrink, 3 * i + 1)
             with T.serial(self.size) as d:
-                lanes.store(context, lanes.load(context, d) * shrink, d)
-        lanes.store(state, lanes.load(state, 2), 0)
+                lanes.store(context, lanes.load(context, i, d) * shrink, i, d)
+        lanes.store(state, lanes.load(state, 3 * i + 2), 3 * i)
 
-    def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any) -> None:
+    def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any, i: int) -> None:
         """Exponentials against the new maximum, and their sum."""
+        highest = T.Bind(lanes.load(state, 3 * i) * lanes.splat(vector_math.LOG2E))
         with T.serial(blocks * BLOCK_TOKENS) as j:
-            weight = T.Bind(vector_math.exp(lanes.load(scores, j) - lanes.load(state, 0)))
-            lanes.store(weights, weight, j)
-            lanes.store(state, lanes.load(state, 1) + weight, 1)
+            score = lanes.load(scores, i, j) * lanes.splat(vector_math.LOG2E)
+            weight = T.Bind(vector_math.exp2(score - highest))
+            lanes.store(weights, weight, i, j)
+            lanes.store(state, lanes.load(state, 3 * i + 1) + weight, 3 * i + 1)
 
     def _context(self, weights: Any, context: Any, start: Any, blocks: Any) -> None:
         """context[d] += weights · v, a few channels at a time in registers."""
-        widest = self.knobs["channels"]
+        widest, every = self.knobs["channels"], range(self.queries)
         full = self.size // widest
 
         def channels(low: Any, width: int) -> None:
-            total = lanes.registers(width)
-            for d in range(width):
-                lanes.write(total[d], lanes.load(context, low + d))
+            registers = iter(lanes.registers(width * self.queries))
+            total = [[next(registers) for _ in range(width)] for _ in every]
+            for i in every:
+                for d in range(width):
+                    lanes.write(total[i][d], lanes.load(context, i, low + d))
             with T.serial(blocks) as block:
                 steps = BLOCK_TOKENS // self.math.group
                 with lanes.loop(steps, self.unroll) as j:
-                    weight = lanes.load(weights, block * steps + j)
+                    weight = [lanes.load(weights, i, block * steps + j) for i in every]
                     for d in range(width):
                         v = lanes.splat(self._value(self.first + start + block, low + d, j))
-                        lanes.write(
-                            total[d], self.math.multiply_add(lanes.read(total[d]), weight, v)
-                        )
-            for d in range(width):
-                lanes.store(context, lanes.read(total[d]), low + d)
+                        for i in every:
+                            value = self.math.multiply_add(lanes.read(total[i][d]), weight[i], v)
+                            lanes.write(total[i][d], value)
+            for i in every:
+                for d in range(width):
+                    lanes.store(context, lanes.read(total[i][d]), i, low + d)
 
         with T.serial(full) as part:
             channels(part * widest, widest)
@@ -224,17 +286,19 @@ class _HalfQuery(_Query):
     """In bfloat16: a lane of weights holds those of two neighbouring keys, one of V too."""
 
     def _weights(self, scores: Any) -> Any:
-        return T.alloc_buffer((self.knobs["key_tile"] * BLOCK_TOKENS // 2, BLOCK_TOKENS), "int32")
+        pairs = self.knobs["key_tile"] * BLOCK_TOKENS // 2
+        return T.alloc_buffer((self.queries, pairs, BLOCK_TOKENS), "int32")
 
-    def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any) -> None:
-        highest = T.Bind(lanes.load(state, 0) * lanes.splat(vector_math.LOG2E))
+    def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any, i: int) -> None:
+        highest = T.Bind(lanes.load(state, 3 * i) * lanes.splat(vector_math.LOG2E))
         with T.serial(blocks * (BLOCK_TOKENS // 2)) as j:
             pair = []
-            for i in range(2):
-                score = lanes.load(scores, 2 * j + i) * lanes.splat(vector_math.LOG2E)
+            for odd in range(2):
+                score = lanes.load(scores, i, 2 * j + odd) * lanes.splat(vector_math.LOG2E)
                 pair.append(T.Bind(vector_math.exp2_coarse(score - highest)))
-            lanes.store(weights, arithmetics.pack_bf16(*pair), j)
-            lanes.store(state, lanes.load(state, 1) + (pair[0] + pair[1]), 1)
+            lanes.store(weights, arithmetics.pack_bf16(*pair), i, j)
+            total = lanes.load(state, 3 * i + 1) + (pair[0] + pair[1])
+            lanes.store(state, total, 3 * i + 1)
 
     def _value(self, block: Any, d: Any, j: Any) -> Any:
         # two channels of 8 pairs of tokens share the place of one pair of channels
@@ -293,4 +357,6 @@ def flops(task: Task, tokens: int) -> float:
     return AttentionSpec.from_shape(task.shape).flops(tokens)
 
 
-attention = Schedule("attention", space, default, kernel, sample, flops, refuses=refuses)
+attention = Schedule(
+    "attention", space, default, kernel, sample, flops, refuses=refuses, later={"queries": 1}
+)

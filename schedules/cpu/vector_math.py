@@ -46,6 +46,26 @@ def exp(x: Any) -> Any:
     return _scaled(p * r * r + r + splat(1.0), bits)
 
 
+def exp2(x: Any) -> Any:
+    """2**x for x ≤ 127, relative error below 2e-7; below -125 it is 2**-125."""
+    x = T.Bind(tirx.max(x, splat(-125.0)))
+    bits, n = _rounded(x)
+    r = T.Bind(x - n)
+    p = _horner(
+        r,
+        (
+            0.000153456501,
+            0.0013399876,
+            0.00961848905,
+            0.0555032892,
+            0.240226469,
+            0.693147206,
+            1.0,
+        ),
+    )
+    return _scaled(p, bits)
+
+
 def exp2_coarse(x: Any) -> Any:
     """2**x for x ≤ 127, relative error below 8e-5, for results that are rounded to bfloat16; below
     -125 it is 2**-125.

@@ -154,9 +154,9 @@ class TuningLog:
         """What is known of a task on this kind of machine, failures included: of kernels that this
         row has. Rows that share a log may have several for a task, and versions too.
         """
-        knobs = _knobs(task, row)
-        records = self._of(row.log).get(task.key, [])
-        return [r for r in records if knobs is None or set(r.knobs) == knobs]
+        known, later = _knobs(task, row)
+        records = [_with(r, later) for r in self._of(row.log).get(task.key, [])]
+        return [r for r in records if known is None or set(r.knobs) == known]
 
     def tasks(self, row: Target) -> list[Task]:
         """Every task that has records on this kind of machine."""
@@ -271,13 +271,25 @@ class TuningLog:
                 self._warn(f"{path}: line {', '.join(map(str, bad))} is no record and is skipped")
 
 
-def _knobs(task: Task, row: Target) -> set[str] | None:
-    """The names of the knobs of the row's kernel for a task; None where no schedule knows it."""
+def _knobs(task: Task, row: Target) -> tuple[set[str] | None, Mapping[str, int]]:
+    """The names of the knobs of the row's kernel for a task, and those that came later; None where
+    no schedule knows it.
+    """
     schedule = schedules_for(row).get(task.operation)
+    if schedule is None:
+        return None, {}
     try:
-        return set(schedule.space(task, row)) if schedule else None
+        known = set(schedule.space(task, row))
     except (KeyError, TypeError, ValueError):  # a shape of another version's schedule
-        return None
+        return None, {}
+    return known, {name: value for name, value in schedule.later.items() if name in known}
+
+
+def _with(record: Record, later: Mapping[str, int]) -> Record:
+    """The record with the knobs that it lacks."""
+    if set(later) <= set(record.knobs):
+        return record
+    return dataclasses.replace(record, knobs={**later, **record.knobs})
 
 
 def fastest(records: Sequence[Record], row: Target) -> Record:

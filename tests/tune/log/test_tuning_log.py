@@ -205,3 +205,16 @@ def test_records_of_another_row_s_kernel_are_not_this_row_s(tmp_path):
         assert log.best(task, row) == mine
     log.append(record())
     assert len(log.records(TASK, rows[0])) == len(log.records(TASK, rows[1])) == 1
+
+
+def test_records_that_lack_a_later_knob_have_what_kernels_did_before(tmp_path):
+    shape = {"heads": 2, "head_size": 32, "scale": 32**-0.5, "bias": False}
+    task, schedule = Task("attention", shape), SCHEDULES["attention"]
+    knobs = schedule.default(task, ROW)
+    old = {name: value for name, value in knobs.items() if name not in schedule.later}
+    assert old != knobs
+    log = open_log(tmp_path)
+    log.append(replace(record(), operation="attention", shape=shape, knobs=old))
+    best = open_log(tmp_path).best(task, ROW)
+    assert dict(best.knobs) == {**old, **schedule.later}
+    assert schedule.valid(task, ROW, best.knobs)
