@@ -6,15 +6,16 @@ python -m bertile.studies.compare MODEL --eval FILE --against onnxruntime-int8
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bertile import driver, loader
+from bertile import backends, driver, loader
 from bertile.base import scratch
-from bertile.base.errors import UsageError, nearest, require
+from bertile.base.errors import PlatformError, UsageError, nearest, require
 from bertile.base.progress import Progress
 from bertile.base.quiet import quiet
 from bertile.base.tables import size, table
@@ -28,6 +29,7 @@ from bertile.numerics.precision import PRECISIONS
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import session
 from bertile.run import texts
+from bertile.targets import rows as targets
 
 PEERS = ("onnxruntime-int8",)
 
@@ -50,12 +52,14 @@ def compare(
     precisions: Sequence[str] = PRECISIONS,
     against: Sequence[str] = (),
     progress: Progress | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for float32, each other precision and each peer: "engine", "bytes", and the metrics.
 
     All but accuracy is measured against our float32. `config` holds what the precisions have in
-    common; what it says of quantization is used for int8.
+    common, `quantization` more fields of it, for the precisions that take them.
     """
+    quantization = quantization or {}
     _check("precision", precisions, PRECISIONS)
     _check("peer", against, PEERS)
     model_files = cached.export_cached(model, config, progress)
@@ -65,7 +69,7 @@ def compare(
     with scratch.directory() as place:
         for precision in order:
             path = place / precision
-            driver.compile(model, path, _with_precision(config, precision), progress)
+            driver.compile(model, path, _with_precision(config, precision, quantization), progress)
             answers = datasets.answers(path, dataset, config.threads)
             reference = answers if reference is None else reference
             bytes_ = (path / loader.WEIGHTS).stat().st_size
@@ -99,12 +103,30 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
     return table(("engine", "weights", *columns), cells)
 
 
-def _with_precision(config: Config, precision: str) -> Config:
-    values = config.to_dict()
-    if precision != "int8":
-        plain = Config().to_dict()
-        values.update({name: plain[name] for name in ("calibrate", "ranges", "smooth")})
-    return Config.from_dict({**values, "precision": precision})
+def _with_precision(config: Config, precision: str, quantization: Mapping[str, Any]) -> Config:
+    row = PRECISIONS[precision]
+    takes = {
+        "calibrate": row.quantized,
+        "smooth": row.quantized,
+        "ranges": row.ranges,
+        "group_size": row.groups,
+        "rounding": row.groups,
+    }
+    values = {name: value for name, value in quantization.items() if takes[name]}
+    return dataclasses.replace(config, precision=precision, **values)
+
+
+def _possible(config: Config) -> list[str]:
+    """The precisions that the target has."""
+    target = targets.resolve(config.target, config.threads)
+    possible = []
+    for precision in PRECISIONS:
+        try:
+            backends.of(target).check(Config(precision=precision), target)
+        except PlatformError:
+            continue
+        possible.append(precision)
+    return possible
 
 
 def _answers(model: OnnxModel, files: ExportedModel, dataset: Dataset) -> np.ndarray:
@@ -138,28 +160,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="what bertile compile takes")
     add("--eval", metavar="FILE", required=True, help="labelled .tsv or .jsonl, or sentences .txt")
-    add("--precision", metavar="LIST", default=",".join(PRECISIONS), help="with commas between")
+    add("--precision", metavar="LIST", help="with commas between (default: all of this machine)")
     add("--against", metavar="LIST", default="", help="onnxruntime-int8")
     add("--threads", metavar="N", type=int, help="cores to use")
     add("--calibrate", metavar="FILE", help="texts or an .npz, for int8")
     add("--ranges", metavar="NAME", default="dynamic", help="how int8 finds its ranges")
-    add("--smooth", metavar="0..1", type=float, help="of SmoothQuant, for int8")
+    add("--smooth", metavar="0..1", type=float, help="of SmoothQuant, for int8 and int4")
+    add("--rounding", metavar="NAME", default="nearest", help="how int4 rounds: nearest or gptq")
+    add("--group-size", metavar="32|64", type=int, default=32, help="inputs with a scale, for int4")
     options = parser.parse_args(arguments)
-    config = Config(
-        precision="int8",
-        threads=options.threads,
-        calibrate=options.calibrate,
-        ranges=options.ranges,
-        smooth=options.smooth,
-        cache_dir=cache_directory(None),
-    )
+    common = Config(threads=options.threads, cache_dir=cache_directory(None))
+    names = ("calibrate", "ranges", "smooth", "rounding", "group_size")
     rows = compare(
         options.model,
         datasets.read(Path(options.eval)),
-        config,
-        words([options.precision]),
+        common,
+        words([options.precision]) if options.precision else _possible(common),
         words([options.against]),
         Progress(),
+        {name: getattr(options, name) for name in names},
     )
     print(as_text(rows))
 
