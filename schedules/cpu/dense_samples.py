@@ -72,10 +72,12 @@ def _int8(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
 
 
 def _int4(x: np.ndarray, w: np.ndarray, b: np.ndarray, size: int) -> Operands:
-    parts = np.pad(w, ((0, -len(w) % size), (0, 0))).reshape(-1, size, w.shape[1])
-    # to both ends of the range, -8 and 7
-    scales = (parts.max(1) - parts.min(1)).clip(1e-6) / 15
-    scales = scales.astype("float16")
+    # whole multiples of a part of the largest: such scales lose nothing where groups are rescaled
+    groups = -(-len(w) // size)
+    whole = 8 + np.arange(groups * w.shape[1]).reshape(groups, -1) % 8
+    whole[0] = 15
+    base = np.exp2(np.floor(np.log2(np.abs(w).max(0).clip(1e-6) / 64)))
+    scales = (whole * base).astype("float16")
     wide = scales.astype("float64").repeat(size, 0)[: len(w)]
     q = np.rint(w / wide).clip(-8, 7).astype("int8")
     activations, x_ = _bytes(x)

@@ -101,5 +101,7 @@ PRECISIONS: Mapping[str, Precision] = {
     "bf16": Precision(_bf16, 2, _upper_halves, ACTIVATIONS_BF16, tiled=True),
     "int8": Precision(_int8, 4, activations=ACTIVATIONS_INT8, per_token=True, tiled=True),
     "int8_static": Precision(_int8, 4, activations=ACTIVATIONS_INT8, tiled=True),
-    "int4": Precision(_int4, 4, activations=ACTIVATIONS_INT8, per_token=True, grouped=True),
+    "int4": Precision(
+        _int4, 4, activations=ACTIVATIONS_INT8, per_token=True, grouped=True, tiled=True
+    ),
 }

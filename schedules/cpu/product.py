@@ -142,11 +142,13 @@ def arguments(
     math: Arithmetic,
     places: int,
     weights: Callable[[], Any],
+    rescaled: bool = False,
 ) -> tuple[Any, Any, Epilogue]:
     """Declare (x, [range], [residual], weights, [scale, [shift]], b, [limits], [offset], y).
 
     ``weights`` declares its own and may give anything; scale, shift, b and the offset of signed
-    bytes have ``places``.
+    bytes have ``places``. Groups have no scale here, but where they were ``rescaled`` to that of
+    their output: it stands in the offset's place.
     Gives x, what ``weights`` gave, and the rest.
     """
     outputs = task.shape["outputs"]
@@ -162,6 +164,7 @@ def arguments(
     limits = builder.tensor("limits", 2) if writes(task) == "to_int8" else None
     folded = grouped or not math.signed
     offset = None if folded else builder.tensor("offset", places, dtype="int32")
+    scale = builder.tensor("scale", places) if rescaled else scale
     form = "float32" if writes(task) == "to_fp32" else "int32"
     y = builder.activation("y", outputs // packed(task), form)
     builder.link(math.llvm + llvm.PREFETCH)

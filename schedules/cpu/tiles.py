@@ -10,6 +10,9 @@ by as many lanes of weights the other, and their product is 16 channels of y in 
       for each panel of the group, one or two blocks of tokens
         for k: load the tiles of x and w, multiply-add
         sums to a buffer in the first-level cache; from there the epilogue
+
+Weights of 4 bits are unpacked to a buffer of a panel's bytes first, each group rescaled to the
+output's own scale: what that rounds is little beside what 4 bits have rounded.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from bertile.schedules.cpu import lanes, precisions
 from bertile.schedules.cpu.product import (
     Epilogue,
     arguments,
+    group_size,
     multiplies,
     packed,
     weight_lanes,
@@ -90,10 +94,52 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
     of = Layout.of(task, knobs, row)
     padding = of.panels * of.outputs - w.shape[1]
     limits = [vectors.pop()] if writes(task) == "to_int8" else []
+    if size := group_size(task):
+        scales, _, *vectors = vectors
+        levels, multipliers, scale, shift = _rescaled(w, scales, size)
+        vectors = [np.pad(v, (0, padding)) for v in (shift, *vectors)]
+        packed_ = _pack_nibbles(levels, multipliers, size, of, padding)
+        return [*packed_, *vectors, *limits, np.pad(scale, (0, padding))]
     w = weight_lanes(task, w)
     w = np.pad(w, ((0, of.depth * LANES - len(w)), (0, padding)))
     w = w.reshape(of.depth, LANES, of.panels, of.tiles, OUTPUTS).transpose(2, 0, 3, 4, 1)
     return [np.ascontiguousarray(w), *(np.pad(v, (0, padding)) for v in vectors), *limits]
+
+
+def _rescaled(
+    levels: np.ndarray, scales: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Levels (K, N); multipliers (G, N) int16, eighths by which they become bytes; the scale (N) of
+    these, and the sum (N) of what they stand for. The largest multiplier is 15, so that a byte is
+    at most 120.
+    """
+    wide = scales.astype("float32")
+    largest = np.abs(wide).max(0)
+    scale = np.where(largest > 0, largest / np.float32(15), np.float32(1)).astype("float32")
+    multipliers = np.rint(8 * wide / scale).astype("int16")
+    each = multipliers.astype("int64").repeat(size, 0)[: len(levels)]
+    bytes_ = (levels * each + 4) // 8
+    return levels, multipliers, scale, (bytes_.sum(0) * scale.astype("float64")).astype("float32")
+
+
+def _pack_nibbles(
+    levels: np.ndarray, multipliers: np.ndarray, size: int, of: Layout, padding: int
+) -> list[np.ndarray]:
+    """w (panels, depth, tiles, 8, 16) int32, two rows of a tile in 64 bytes, and the multipliers
+    (panels, depth, tiles, 16, 1 or 2) of each row.
+    """
+    inputs = 4 * LANES * of.depth
+    levels = np.pad(levels, ((0, inputs - len(levels)), (0, padding))).view("uint8") & 15
+    levels = levels.reshape(of.depth, 4 * LANES, of.panels, of.tiles, OUTPUTS)
+    pairs = levels.transpose(2, 0, 3, 4, 1).reshape(of.panels, of.depth, of.tiles, 8, 2, -1, 2)
+    first, second = pairs.astype("uint16").transpose(4, 0, 1, 2, 3, 5, 6)
+    words = first[..., 0] | first[..., 1] << 4 | second[..., 0] << 8 | second[..., 1] << 12
+    w = np.ascontiguousarray(words).view("int32")
+    halves = 4 * LANES // size
+    short = halves * of.depth - len(multipliers)
+    m = np.pad(multipliers, ((0, short), (0, padding)))
+    m = m.reshape(of.depth, halves, of.panels, of.tiles, OUTPUTS).transpose(2, 0, 3, 4, 1)
+    return [w, np.ascontiguousarray(m)]
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
@@ -103,13 +149,16 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     groups = -(-of.panels // group)
     chunk = knobs["chunk"]
     with lanes.kernel(task.name) as builder:
-
-        def weights() -> Any:
-            shape = (of.panels, of.depth, of.tiles, OUTPUTS, LANES)
-            return builder.tensor("w", *shape, dtype="int32")
-
-        x, w, epilogue = arguments(builder, task, math, of.panels * of.outputs, weights)
-        builder.link(amx.TILES)
+        kind = _Nibbles if group_size(task) else _Tiles
+        x, w, epilogue = arguments(
+            builder,
+            task,
+            math,
+            of.panels * of.outputs,
+            lambda: kind(builder, task, of),
+            rescaled=kind is _Nibbles,
+        )
+        builder.link(amx.TILES + w.llvm)
         chunks = T.Bind((builder.blocks + (chunk - 1)) // chunk)
         with T.parallel(groups * chunks) as job:
             first = T.Bind(job % chunks * chunk)
@@ -120,15 +169,72 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     return builder.func
 
 
+class _Tiles:
+    """Weights that lie in memory as tiles want them."""
+
+    llvm = ""
+
+    def __init__(self, builder: lanes.KernelBuilder, task: Task, of: Layout) -> None:
+        self.of = of
+        shape = (of.panels, of.depth, of.tiles, OUTPUTS, LANES)
+        self.w = builder.tensor("w", *shape, dtype="int32")
+
+    def allocate(self) -> None:
+        """To be called where a job's buffers are."""
+
+    def open(self, panel: Any) -> None:
+        """To be called before the tiles of a panel are loaded."""
+
+    def load(self, number: int, panel: Any, k: Any, i: int) -> None:
+        """Tile i of the lanes k."""
+        load_tile(number, self.w, panel, k, i, 0, 0)
+
+    def prefetch(self, panel: Any, k: Any) -> None:
+        """Ask for weights of the next panel: in a model all of them come from memory."""
+        for i in range(self.of.tiles):
+            for n in range(int(self.w.shape[3])):
+                lanes.prefetch(self.w, panel, k, i, n, 0)
+
+
+class _Nibbles(_Tiles):
+    """Weights in 4 bits, of which a panel is unpacked."""
+
+    def __init__(self, builder: lanes.KernelBuilder, task: Task, of: Layout) -> None:
+        self.of, self.halves = of, 4 * LANES // group_size(task)
+        self.llvm = amx.nibbles(self.halves)
+        shape = (of.panels, of.depth, of.tiles)
+        self.w = builder.tensor("w", *shape, OUTPUTS // 2, LANES, dtype="int32")
+        self.m = builder.tensor("m", *shape, OUTPUTS, self.halves, dtype="int16")
+
+    def allocate(self) -> None:
+        self.bytes = T.alloc_buffer((self.of.depth, self.of.tiles, OUTPUTS, LANES), "int32")
+
+    def open(self, panel: Any) -> None:
+        # TVM cuts a buffer to what it sees written, and does not see what a function writes
+        nothing = tirx.Broadcast(tirx.const(0, "int32"), LANES)
+        lanes.store(self.bytes, nothing, self.of.depth - 1, self.of.tiles - 1, OUTPUTS - 1)
+        with T.serial(self.of.depth) as k:
+            self.prefetch(panel + 1, k)
+            for i in range(self.of.tiles):
+                for r in range(OUTPUTS // 2):
+                    source = (self.w[panel, k, i, r, 0], self.m[panel, k, i, 2 * r, 0])
+                    places = (*source, self.bytes[k, i, 2 * r, 0])
+                    tile(f"nibbles{self.halves}", *map(T.address_of, places))
+
+    def load(self, number: int, panel: Any, k: Any, i: int) -> None:
+        load_tile(number, self.bytes, k, i, 0, 0)
+
+
 class _Job:
     """Emits the product of a group of panels with a chunk of token blocks."""
 
     def __init__(
-        self, task: Task, of: Layout, total: str, x: Any, w: Any, epilogue: Epilogue
+        self, task: Task, of: Layout, total: str, x: Any, w: _Tiles, epilogue: Epilogue
     ) -> None:
         self.task, self.of, self.x, self.w, self.epilogue = task, of, x, w, epilogue
         self.dot = f"dot{precisions.of(task).group}"
         self.rest = int(x.shape[1]) % LANES  # lanes of x that fill no tile
+        w.allocate()
         shape = (of.token_blocks, of.tiles, OUTPUTS, BLOCK_TOKENS)
         self.sums = T.alloc_buffer(shape, total)
         self.last = None
@@ -146,6 +252,7 @@ class _Job:
         with T.serial(group) as member:
             panel = T.Bind(base + member)
             with T.If(panel < self.of.panels), T.Then():
+                self.w.open(panel)
                 with T.serial(count // wide) as t:
                     self._product(panel, first + t * wide, wide, t == 0)
                 if wide > 1:
@@ -161,8 +268,9 @@ class _Job:
         with T.serial(whole) as k:
             for t in range(blocks):
                 load_tile(6 + t, self.x, block + t, k * LANES, 0)
-            with T.If(is_first), T.Then():
-                self._prefetch(panel + 1, k)
+            if not group_size(self.task):
+                with T.If(is_first), T.Then():
+                    self.w.prefetch(panel + 1, k)
             self._multiply(panel, k, sums)
         if self.last is not None:
             for t in range(blocks):
@@ -175,16 +283,10 @@ class _Job:
             store_tile(c, self.sums, t, i, 0, 0)
         self._finish(panel, block, blocks)
 
-    def _prefetch(self, panel: Any, k: Any) -> None:
-        """Ask for weights of the next panel: in a model all of them come from memory."""
-        for i in range(self.of.tiles):
-            for n in range(OUTPUTS):
-                lanes.prefetch(self.w, panel, k, i, n, 0)
-
     def _multiply(self, panel: Any, k: Any, sums: list[tuple[int, int]]) -> None:
         for c, (i, t) in enumerate(sums):
             if t == 0:
-                load_tile(4 + i % 2, self.w, panel, k, i, 0, 0)
+                self.w.load(4 + i % 2, panel, k, i)
             tile(f"tile_{self.dot}_{c}_{4 + i % 2}_{6 + t}")
 
     def _finish(self, panel: Any, block: Any, blocks: int) -> None:

@@ -12,6 +12,9 @@ A tile is 16 rows of 64 bytes. Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 i
     bertile_turn16(from, to)       16 rows of 16 lanes, turned: lane i of row j is lane j of row i;
                                    of fewer rows the others are zero
 
+    bertile_nibbles1(from, m, to)  two rows of 64 bytes from 64 bytes of nibbles, each times an
+                                   eighth of its row's multiplier of 16 bits; nibbles2 of each half
+
 Linux gives a process tiles when it asks (``arch_prctl``), for good: the first kernel that opens
 them does so.
 """
@@ -89,6 +92,46 @@ TILES = "".join(
         ),
     ]
 )
+
+
+def nibbles(halves: int) -> str:
+    """The function that unpacks nibbles with so many multipliers a row.
+
+    16 bits of the source are two neighbours of the first row, then two of the second: shifted to
+    the upper end of their 16 bits they are 4096 times as much, of which a rounded product of the
+    upper halves keeps an eighth of level × multiplier.
+    """
+    words, upper, lower = "<32 x i16>", "splat (i16 -4096)", "splat (i16 255)"
+    lines = [f"%v = load {words}, ptr %from, align 64"]
+    for place, distance in enumerate((12, 8, 4, 0)):
+        lines.append(f"%s{place} = shl {words} %v, splat (i16 {distance})")
+        lines.append(f"%n{place} = and {words} %s{place}, {upper}")
+    for row in range(2):
+        for half in range(halves):
+            name, at = f"{row}{half}", row * halves + half
+            lines.append(f"%p{name} = getelementptr i16, ptr %m, i64 {at}")
+            lines.append(f"%x{name} = load i16, ptr %p{name}, align 2")
+            lines.append(f"%e{name} = insertelement {words} poison, i16 %x{name}, i64 0")
+        picked = ", ".join(f"i32 {32 * (lane * halves // 32)}" for lane in range(32))
+        other = f"%e{row}{halves - 1}"
+        mask = f"<32 x i32> <{picked}>"
+        lines.append(f"%m{row} = shufflevector {words} %e{row}0, {words} {other}, {mask}")
+        for odd in range(2):
+            place = 2 * row + odd
+            call = f"call {words} @{_ROUNDED}({words} %n{place}, {words} %m{row})"
+            lines.append(f"%r{place} = {call}")
+        lines.append(f"%l{row} = and {words} %r{2 * row}, {lower}")
+        lines.append(f"%h{row} = shl {words} %r{2 * row + 1}, splat (i16 8)")
+        lines.append(f"%b{row} = or {words} %l{row}, %h{row}")
+        lines.append(f"%t{row} = getelementptr i8, ptr %to, i64 {BYTES * row}")
+        lines.append(f"store {words} %b{row}, ptr %t{row}, align 64")
+    body = "".join(f"  {line}\n" for line in lines)
+    head = f"define linkonce_odr i32 @bertile_nibbles{halves}(ptr %from, ptr %m, ptr %to)"
+    declared = f"\ndeclare {words} @{_ROUNDED}({words}, {words})\n"
+    return f"{declared}{head} alwaysinline {{\n{body}  ret i32 0\n}}\n"
+
+
+_ROUNDED = "llvm.x86.avx512.pmul.hr.sw.512"
 
 
 def turned(rows: Iterable[int]) -> str:

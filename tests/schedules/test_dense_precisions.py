@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.spread import spread
 
-from bertile.schedules.cpu import arithmetic
+from bertile.schedules.cpu import arithmetic, lanes
 from bertile.schedules.cpu.dense import dense
 from bertile.schedules.task import Task
 
@@ -27,7 +27,7 @@ SHAPES = [(768, 768), (13, 17), (26, 26), (312, 100), (97, 2), (1, 5)]
 
 def on_rows(cases, share=2):
     """Kernels that are those of another row too are for the slow tests."""
-    same = {("x86-avx512", "fp16"), ("x86-amx", "fp16"), ("x86-amx", "int4")}
+    same = {("x86-avx512", "fp16"), ("x86-amx", "fp16")}
     return spread("precision case", ROWS, PRECISIONS, cases, share, late=same)
 
 
@@ -132,3 +132,23 @@ def test_sums_of_tiles_are_those_of_registers(kernels_of, precision):
         for name in ("x86-amx", "x86-avx512-bf16")
     )
     np.testing.assert_allclose(tiles, registers, rtol=0, atol=0 if precision == "int8" else 1e-5)
+
+
+def test_groups_of_any_scale_lose_little_where_they_are_rescaled(kernels_of):
+    """Tiles multiply bytes of the output's own scale: what that rounds is little beside 4 bits."""
+    kernels, random = kernels_of("x86-amx"), np.random.default_rng(4)
+    task = product(256, 48, precision="int4")
+    levels = random.integers(-8, 8, (256, 48)).astype("int8")
+    scales = np.exp(random.normal(-4, 0.3, (8, 48))) * random.choice([-1, 1], (8, 48))
+    scales = scales.astype("float16")
+    w = levels * scales.astype("float32").repeat(32, 0)
+    x = random.integers(0, 256, (16, 256)).astype("uint8")
+    # bytes as they are: a scale of 1 and a low end of 0
+    range_ = np.stack([np.ones((1, 16)), np.zeros((1, 16))], 1).astype("float32")
+    vectors = [w.sum(0), np.zeros(48, "float32")]
+    knobs = dense.default(task, kernels.row)
+    weights = dense.pack(task, knobs, [levels, scales, *vectors], kernels.row)
+    operands = [arithmetic.grouped(x, 4), range_, *weights]
+    got = lanes.from_lanes(kernels.call(kernels.build(task), operands, (1, 48, 16)))
+    want = x.astype("float64") @ w
+    assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
