@@ -109,7 +109,7 @@ bench-sparse: $(VENV)/.bench
 	@$(BIN)/python -m bertile.studies.sparse_bench --model $(SPARSE_MODEL) --repeat $(REPEAT) \
 	  --into $(RESULTS) -o pipeline/studies
 
-# "bertile / it" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.
+# "vs engine" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.
 bench-tuning: $(VENV)/.bench
 	@rm -rf $(TUNING)
 	@$(BIN)/bertile compile $(TUNING_MODEL) -q --log-dir $(TUNING)/none -o $(TUNING)/shipped

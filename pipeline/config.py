@@ -81,9 +81,11 @@ class Config:
             object.__setattr__(self, name, check(name, getattr(self, name)))
         _check_quantization(self)
         if (self.rpc_tracker is None) != (self.rpc_key is None):
-            raise UsageError("of --rpc-tracker and --rpc-key one is missing", "give both")
+            raise UsageError("--rpc-tracker and --rpc-key need each other", "give both")
         if self.rpc_tracker and self.runner == "mca":
-            raise UsageError("--runner mca runs nothing on devices", "leave out --rpc-tracker")
+            raise UsageError(
+                "--runner mca estimates, and runs nothing on devices", "leave out --rpc-tracker"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -117,7 +119,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise UsageError(f"configuration key '{key}' stands twice", "remove one of the two")
+            raise UsageError(f"configuration key '{key}' is there twice", "remove one of the two")
     return dict(pairs)
 
 
@@ -166,7 +168,8 @@ def _renamed(name: str, value: Any) -> tuple[str, ...]:
     for entry in entries:
         if not isinstance(entry, str) or not all(entry.partition("=")):
             raise UsageError(
-                f"{name} has {entry!r}", "give OLD=NEW: the file's name of an input and ours"
+                f"{name} has {entry!r}",
+                "give OLD=NEW: the input's name in the file, then Bertile's",
             )
     return tuple(entries)
 
@@ -235,11 +238,13 @@ def _check_quantization(config: Config) -> None:
     ]
     chosen += ["ranges"] if config.ranges != "dynamic" else []
     if chosen and not PRECISIONS[config.precision].quantized:
-        raise UsageError(f"{chosen[0]} is for quantized models", "give precision int8 with it")
+        raise UsageError(f"{chosen[0]} has no effect without quantization", "add precision int8")
     if config.calibrate is None and {"smooth", "ranges"} & set(chosen):
-        raise UsageError(f"{chosen[-1]} needs texts to observe", "give a file with --calibrate")
+        raise UsageError(
+            f"{chosen[-1]} needs samples to calibrate on", "name a file with --calibrate"
+        )
     if (config.max_drop is None) != (config.eval is None):
-        raise UsageError("of --max-drop and --eval one is missing", "give both")
+        raise UsageError("--max-drop and --eval need each other", "give both")
 
 
 # One row per field, so that a field without a check cannot be added: from_dict would refuse it.

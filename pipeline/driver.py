@@ -227,9 +227,7 @@ class _Run:
         graph = self.optimized()
         with self.progress.stage("build") as stage:
             built = self._build(graph, directory)
-            stage.detail = ", ".join(
-                f"{n} {kind}" for kind, n in summary.count(built.kernels).items()
-            )
+            stage.detail = summary.in_words(built.kernels)
         with self.progress.stage("verify") as stage:
 
             def check(path: Path) -> dict[str, Any]:

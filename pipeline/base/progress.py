@@ -71,7 +71,7 @@ class Progress:
             self.close()
         entry.seconds = time.monotonic() - began
         self.stages.append(entry)
-        done = "unchanged, not run again" if entry.cached else f"{entry.seconds:.1f} s"
+        done = "cached" if entry.cached else f"{entry.seconds:.1f} s"
         self.say(f"{name:<9} {done}{'  ' + entry.detail if entry.detail else ''}")
 
     def summary(self) -> list[dict[str, Any]]:

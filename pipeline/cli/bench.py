@@ -26,15 +26,29 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The flags that are the benchmark's own, and those of CONFIG."""
     add = parser.add_argument
     add("targets", metavar="BUNDLE|MODEL", nargs="+", help="a model is compiled first")
-    add("--onnx", metavar="FILE", help="the exported model (default: as compiled)")
+    add(
+        "--onnx",
+        metavar="FILE",
+        help="the ONNX model to compare with (default: the bundle's own source)",
+    )
     add("--against", metavar="ENGINE", nargs="+", default=["onnxruntime"], help=PEERS)
-    add("--batch", metavar="N", nargs="+", default=["1"], help="sequences in a call, one or more")
-    add("--length", metavar="N", nargs="+", default=["128"], help="tokens in a sequence")
-    add("--repeat", metavar="N", type=int, default=30, help="measured calls of each engine")
+    add("--batch", metavar="N", nargs="+", default=["1"], help="batch sizes to time")
+    add(
+        "--length",
+        metavar="N",
+        nargs="+",
+        default=["128"],
+        help="sequence lengths to time, in tokens",
+    )
+    add("--repeat", metavar="N", type=int, default=30, help="timed calls of each engine")
     form = parser.add_mutually_exclusive_group().add_argument
     form("--markdown", action="store_true", help="print the tables as Markdown")
     form("--csv", action="store_true", help="print every number of the first table as CSV")
-    add("--startup", action="store_true", help="a second table: new processes, time and memory")
+    add(
+        "--startup",
+        action="store_true",
+        help="time and memory of new processes too, as a second table",
+    )
     add("--into", "--update-readme", metavar="FILE[#NAME]", help=INTO)
     add_some_config(parser, *CONFIG)
 

@@ -31,7 +31,9 @@ def add_model(parser: ArgumentParser, nargs: str | None = None) -> None:
 
 def add_bundle(parser: ArgumentParser) -> None:
     """BUNDLE, the directory to look at or to run."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a directory that compile has written")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", help="a directory that `bertile compile` has written"
+    )
 
 
 def dry_run(options: Namespace, config: Config) -> Outcome:

@@ -15,62 +15,92 @@ if TYPE_CHECKING:
     from bertile.config import Config  # which imports numpy: not for --help
 
 CONFIG_FLAGS: tuple[tuple[str, str | None, Any, str], ...] = (
-    ("--target", "NAME", str, "native, or a name that `bertile targets` lists"),
+    ("--target", "NAME", str, "native (this machine), or a name that `bertile targets` lists"),
     ("--precision", "|".join(PRECISIONS), str, "number format of weights and activations"),
-    ("--sparse", "|".join(SPARSE), str, "skip zeros in weights where faster, never, or always"),
+    (
+        "--sparse",
+        "|".join(SPARSE),
+        str,
+        "kernels that skip zero weights: where faster, never, or always",
+    ),
     (
         "--tune",
         "auto|none|quick|full",
         str,
-        "how long to search for faster kernels; auto: at most 5 s, for a processor new to the log",
+        "how long to search for faster kernels; auto: 5 s at most, on a processor new to the log",
     ),
     (
         "--lengths",
         "16,128",
         str,
-        "numbers of tokens that a search weighs alike",
+        "sequence lengths to tune for, all of the same weight",
     ),
-    ("--trials", "N", int, "kernels to try while tuning, instead of what --tune says"),
+    ("--trials", "N", int, "candidates to try, instead of the number that --tune implies"),
     ("--timeout", "SECONDS", float, "stop tuning after this time"),
-    ("--runner", "local|mca", str, "tune by running kernels here, or by llvm-mca's estimate"),
-    ("--rpc-tracker", "HOST:PORT", str, "tune on the devices of this RPC tracker"),
-    ("--rpc-key", "KEY", str, "which of its devices"),
-    ("--threads", "N", int, "cores to plan, tune and measure for"),
+    ("--runner", "local|mca", str, "tune by running candidates here, or by llvm-mca's estimate"),
+    ("--rpc-tracker", "HOST:PORT", str, "tune on the devices that this tracker shares out"),
+    ("--rpc-key", "KEY", str, "the key of the devices to use"),
+    ("--threads", "N", int, "threads to compile, tune and measure for"),
     ("--runtime", "none|include", str, "put the TVM runtime and the loaders into the bundle"),
     ("--runtime-from", "FILE", str, "wheel or directory of the TVM runtime for the target"),
     ("--libc", "glibc|musl", str, "the C library of the target's system"),
-    ("--head", "NAME", str, "what the model computes, instead of what the checkpoint says"),
+    ("--head", "NAME", str, "the model's task, instead of the one that the checkpoint names"),
     (
         "--allow-unused",
         None,
         bool,
-        "take a checkpoint that says or holds more than its model",
+        "accept weights and settings in a checkpoint that its model does not use",
     ),
-    ("--rename", "OLD=NEW", list, "call an input of an ONNX file input_ids, say; may be repeated"),
-    ("--log-dir", "DIR", str, "your own tuning logs, read and written"),
+    (
+        "--rename",
+        "OLD=NEW",
+        list,
+        "rename an input of an ONNX file, as in ids=input_ids; may be repeated",
+    ),
+    ("--log-dir", "DIR", str, "your own tuning logs, which are read and written"),
     ("--shipped-log", None, bool, "use the tuning logs that come with Bertile (default)"),
-    ("--cache-dir", "DIR", str, "where stage results are kept"),
-    ("--dump-ir", "DIR", str, "write one readable module per phase"),
-    ("--calibrate", "FILE", str, "int8: observe inputs on these: .txt, a text a line, or .npz"),
-    ("--ranges", "dynamic|minmax|percentile|mse", str, "int8: per token, or fixed by --calibrate"),
-    ("--smooth", "0..1", float, "int8: share of outliers to move from inputs to weights"),
+    ("--cache-dir", "DIR", str, "where the results of stages are cached"),
+    ("--dump-ir", "DIR", str, "write the graph after each phase of optimization, as text"),
+    (
+        "--calibrate",
+        "FILE",
+        str,
+        "int8: samples to calibrate on: a .txt with a text per line, or an .npz",
+    ),
+    (
+        "--ranges",
+        "dynamic|minmax|percentile|mse",
+        str,
+        "int8: ranges of activations: per token, or fixed on --calibrate's samples",
+    ),
+    (
+        "--smooth",
+        "0..1",
+        float,
+        "int8: SmoothQuant's alpha: the share of outliers that moves into the weights",
+    ),
     (
         "--max-drop",
         "LOSS",
         str,
-        "int8: largest accepted loss of the metric of --eval: 0.5%, or as a fraction 0.005",
+        "int8: largest accepted loss of --eval's metric: 0.5%, or 0.005 as a fraction",
     ),
-    ("--eval", "FILE", str, "what --max-drop measures: labelled .tsv/.jsonl, or sentences .txt"),
+    (
+        "--eval",
+        "FILE",
+        str,
+        "what --max-drop is measured on: labelled .tsv/.jsonl, or sentences .txt",
+    ),
 )
 
 
 def add_config(parser: ArgumentParser) -> None:
     """A flag for every field of Config, and what reads, saves and tries them."""
     add = add_some_config(parser).add_argument
-    add("--mcpu", metavar="NAME", help="the processor, for --target aarch64")
-    add("--config", metavar="FILE", help="read choices from JSON; flags go first")
-    add("--save-config", metavar="FILE", help="write all choices as JSON")
-    add("--dry-run", action="store_true", help="say what would be done, and stop")
+    add("--mcpu", metavar="NAME", help="LLVM's name of the processor, for --target aarch64")
+    add("--config", metavar="FILE", help="read options from a JSON file; flags override the file")
+    add("--save-config", metavar="FILE", help="write all options into a JSON file")
+    add("--dry-run", action="store_true", help="print what would be done, and stop")
 
 
 def add_some_config(parser: ArgumentParser, *names: str) -> Any:

@@ -9,9 +9,9 @@ from bertile.base.progress import Progress
 from bertile.cli.command import Outcome
 
 ACTIONS = {
-    "serve": "run candidates that a tuner sends, on this machine",
-    "list": "what devices a tracker has",
-    "tracker": "share devices out to tuners",
+    "serve": "run the candidates of a tuner on this machine",
+    "list": "list the devices of a tracker",
+    "tracker": "share devices among tuners",
 }
 
 

@@ -14,7 +14,9 @@ from bertile.cli.config_flags import add_config, read_config
 def add_arguments(parser: ArgumentParser) -> None:
     """The same as for `compile`, of which it is the first stage."""
     add_model(parser)
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="what to write")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", required=True, help="the directory to write"
+    )
     add_config(parser)
 
 

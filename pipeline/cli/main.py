@@ -17,19 +17,19 @@ from bertile.families import table
 # In the order of --help. A command is the module of its name in this folder, imported when it is
 # asked for: `add_arguments(parser)` says what it takes, and `run(options, progress)` does it.
 COMMANDS = {
-    "compile": "model in, bundle out: every stage, checked",
-    "export": "model in, canonical ONNX out",
-    "prune": "model in, the same with most weights zero out",
-    "tune": "search for faster kernels and keep the log",
-    "verify": "compare a bundle with ONNX Runtime",
-    "bench": "time a bundle or a model and other engines in turn",
-    "run": "text in, result out",
-    "report": "one HTML page: tuning curves, kernels, before and after",
-    "inspect": "the kernels of a bundle: origin, time, share of peak",
-    "device": "boards to tune on: serve one, list them, share them out",
-    "targets": "the machines that can be compiled for",
-    "doctor": "check this machine; each problem with its remedy",
-    "demo": "compile minilm and compare sentences with it",
+    "compile": "compile a model into a deployable bundle, verified against ONNX Runtime",
+    "export": "export a model to ONNX, the first stage of a compile",
+    "prune": "set most weights of a model to zero, to be retrained",
+    "tune": "search for faster kernels, and log them for later compiles",
+    "verify": "compare a bundle's outputs with ONNX Runtime's",
+    "bench": "time a bundle or a model beside other engines",
+    "run": "run a bundle on texts: vectors and similarities, or labels and scores",
+    "report": "write an HTML page about a bundle: kernels, tuning curves, gains",
+    "inspect": "list a bundle's kernels: origin, time, share of the machine's peak",
+    "device": "tune on other machines: serve one, list them, share them out",
+    "targets": "list the processors and GPUs that can be compiled for",
+    "doctor": "check this machine, and say how to solve each problem",
+    "demo": "compile a sentence encoder, compare sentences, time it",
 }
 
 
@@ -155,7 +155,7 @@ def _refuse(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
 
     flag = next((argument for argument in unknown if argument.startswith("-")), None)
     if flag is None:
-        raise UsageError(f"'{unknown[0]}' is one argument too many", f"see: {parser.prog} --help")
+        raise UsageError(f"unexpected argument '{unknown[0]}'", f"see: {parser.prog} --help")
     name = flag.partition("=")[0]
     close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
     question = f"did you mean '{close[0]}'?" if close else f"see: {parser.prog} --help"
@@ -196,10 +196,10 @@ class _Version(argparse.Action):
 
 def _add_global(parser: argparse.ArgumentParser) -> None:
     # SUPPRESS everywhere: a flag may stand before or behind the command
-    group = parser.add_argument_group("for every command")
+    group = parser.add_argument_group("options of every command")
     add = group.add_argument
     suppress = argparse.SUPPRESS
     add("--json", action="store_true", default=suppress, help="print the result as JSON")
-    add("-q", "--quiet", action="count", default=suppress, help="no progress on stderr")
-    add("-v", "--verbose", action="count", default=suppress, help="more progress on stderr")
-    add("--debug", action="store_true", default=suppress, help="show the stack of an error")
+    add("-q", "--quiet", action="count", default=suppress, help="print no progress (stderr)")
+    add("-v", "--verbose", action="count", default=suppress, help="print more progress (stderr)")
+    add("--debug", action="store_true", default=suppress, help="show the traceback of an error")

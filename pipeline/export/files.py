@@ -40,7 +40,8 @@ def find_directory(model: str) -> Path:
         return Path(model)
     if Path(model).is_file():
         raise ModelError(
-            f"'{model}' is a file but no .onnx", "give the directory that save_pretrained wrote"
+            f"'{model}' is a file, but not an .onnx file",
+            "give the directory that save_pretrained wrote",
         )
     if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
         raise ModelError(f"there is no directory '{model}'")
@@ -122,8 +123,8 @@ def _fetch(model: str) -> Path:
         raise ModelError(f"the Hugging Face hub has no model '{model}'{question}") from error
     except Exception as error:  # the hub's client raises many kinds for "no network"
         raise ModelError(
-            f"model '{model}' is no local path, and could not be fetched from the Hugging Face hub"
-            f"{question}",
+            f"model '{model}' is not a local path, and could not be fetched from the Hugging Face"
+            f" hub{question}",
             "connect to the network, or give a directory, an .onnx file, minilm or synthetic:NAME",
         ) from error
 

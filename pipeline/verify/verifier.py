@@ -14,7 +14,7 @@ from bertile.families import model_config
 from bertile.onnx import exported
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.inputs import Fed
-from bertile.onnx.samples import largest_difference, sample, session
+from bertile.onnx.samples import cosine, largest_difference, sample, session
 from bertile.onnx.scores import room
 from bertile.run import opener
 from bertile.targets.rows import Target
@@ -36,9 +36,9 @@ def verify(
     """Compare the bundle with ONNX Runtime on ``onnx`` (default: its source, exported again).
 
     Returns the check of the manifest: "max_abs_difference" and "tolerance" (of the same output,
-    the worst one), "cases", and the "emulator" of a bundle for another processor (`opener.opened`
-    says how such a one is run, and with which `parts`). It does not raise for a difference;
-    :func:`checked` does.
+    the worst one), the lowest "cosine" of an output, the "precision" whose bound it is, "cases",
+    and the "emulator" of a bundle for another processor (`opener.opened` says how such a one is
+    run, and with which `parts`). It does not raise for a difference; :func:`checked` does.
     """
     manifest = loader.read_manifest(directory)
     backend = backends.of_bundle(manifest)
@@ -67,7 +67,7 @@ def checked(
         raise NumericMismatchError(
             f"the compiled model differs from ONNX Runtime by {check['max_abs_difference']:.2g},"
             f" more than {check['tolerance']:.2g}, at batch and length {check['worst']}",
-            "calibrate with more texts, or leave --ranges out; nothing was written"
+            "calibrate with more texts, or leave --ranges out; no bundle was written"
             if fixed
             else "report the model with `bertile doctor`'s output; nothing was written",
         )
@@ -80,7 +80,12 @@ def as_text(check: dict[str, Any]) -> str:
         return f"not executed here: {check['reason']}"
     by = f", run by {check['emulator']}" if "emulator" in check else ""
     by = f", on {check['gpu']}" if check.get("gpu") else by
-    return f"at most {check['max_abs_difference']:.1e} from ONNX Runtime{by}"
+    close = check["max_abs_difference"] <= check["tolerance"]
+    bound = f"{check['precision']}'s bound of {check['tolerance']:.2g}"
+    return (
+        f"largest error {check['max_abs_difference']:.2g} against ONNX Runtime{by}:"
+        f" {'within' if close else 'ABOVE'} {bound} (cosine {check['cosine']:.4f})"
+    )
 
 
 def _onnx(directory: Path, path: str | Path | None, progress: Progress | None) -> Path:
@@ -103,14 +108,15 @@ def _compare(
 ) -> dict[str, Any]:
     (runtime,) = require("compile", "onnxruntime")
     manifest = model.manifest
-    relative = max(tolerances[precision] for precision in _precisions(manifest))
+    loosest = max(sorted(_precisions(manifest)), key=lambda precision: tolerances[precision])
+    relative = tolerances[loosest]
     specs = [exported.InputSpec(**spec) for spec in manifest["inputs"]]
     rename, padding = manifest["config"].get("rename", ()), _padding_id(onnx.parent)
     peer = Fed.of(session(onnx), onnx, rename)
     names = [output.name for output in peer.get_outputs()]
     axes = {output["name"]: output["axes"] for output in manifest["outputs"]}
     worst: dict[str, Any] = {"max_abs_difference": -1.0, "tolerance": relative, "worst": None}
-    cases = []
+    cases, cosines = [], [1.0]
     for batch, length in wanted:
         arrays = sample(specs, batch, length, padding, seed=length)
         want, got = peer.run(names, arrays), model(**arrays)
@@ -120,6 +126,7 @@ def _compare(
             difference = largest_difference(got[name], reference, mask, axes[name])
             tolerance = relative * max(1.0, float(abs(reference).max()))
             largest = max(largest, difference)
+            cosines.append(cosine(got[name], reference, mask, axes[name]))
             if worst["max_abs_difference"] < 0 or difference / tolerance > (
                 worst["max_abs_difference"] / worst["tolerance"]
             ):
@@ -131,7 +138,13 @@ def _compare(
         cases.append({"batch": batch, "length": length, "max_abs_difference": largest})
     feeds = (sample(specs, *shape, padding, seed=shape[1]) for shape in wanted)
     worst["tolerance"] = room(worst["tolerance"], worst["max_abs_difference"], onnx, feeds, rename)
-    return {"reference": f"onnxruntime {runtime.__version__}", **worst, "cases": cases}
+    return {
+        "reference": f"onnxruntime {runtime.__version__}",
+        "precision": loosest,
+        "cosine": round(min(cosines), 6),
+        **worst,
+        "cases": cases,
+    }
 
 
 def _precisions(manifest: dict[str, Any]) -> set[str]:

@@ -23,7 +23,7 @@ def test_lines_are_plain_when_there_is_no_terminal() -> None:
         stage.cached = True
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("export    0.0 s") and lines[0].endswith("12 layers")
-    assert lines[1] == "import    unchanged, not run again"
+    assert lines[1] == "import    cached"
     assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
     assert [(record["stage"], record["cached"]) for record in progress.summary()] == [
         ("export", False),

@@ -668,7 +668,7 @@ def test_loader_runs_the_ids_it_is_given(bare, portable):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        (["--ids", "1,fifty"], 2, "loader.py: '1,fifty' is no list of ids; write them as 101"),
+        (["--ids", "1,fifty"], 2, "loader.py: '1,fifty' is not a list of ids; write them as 101"),
         (["--ids", "1,50"], 2, "loader.py: input_ids[0, 1] is 50, the model takes 0 to 49"),
         (["--threads", "1000"], 2, "loader.py: threads is 1000, but this process may use"),
         (["elsewhere"], 1, "loader.py: elsewhere is not a bundle: it has no manifest.json"),

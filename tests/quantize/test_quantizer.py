@@ -162,8 +162,8 @@ def test_changed_calibration_file_is_read_again_and_named_without_its_directory(
         ({"precision": "int8", "smooth": 0.5}, "smooth needs texts to observe"),
         ({"precision": "int8", "ranges": "mae"}, "did you mean 'mse'?"),
         ({"precision": "int8", "smooth": 1.5}, "smooth is 1.5; give a number from 0 to 1"),
-        ({"precision": "int8", "max_drop": 0.01}, "of --max-drop and --eval one is missing"),
-        ({"precision": "int8", "eval": "x.tsv"}, "of --max-drop and --eval one is missing"),
+        ({"precision": "int8", "max_drop": 0.01}, "--max-drop and --eval need each other"),
+        ({"precision": "int8", "eval": "x.tsv"}, "--max-drop and --eval need each other"),
     ],
 )
 def test_choices_that_do_not_fit_together_are_refused(fields, message):

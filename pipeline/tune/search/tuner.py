@@ -274,7 +274,7 @@ class _Session:
             f"tune      {task.name}  trial {self.count} of {self.total}"
             f"  best {best.median:.0f} us  ETA {left:.0f} s"
             if best
-            else f"tune      {task.name}  trial {self.count} of {self.total}  none works so far"
+            else f"tune      {task.name}  trial {self.count} of {self.total}  no success so far"
         )
 
 
@@ -302,7 +302,7 @@ def _missing(task: Task, log: TuningLog, row: Target, wanted: int, estimates: bo
 
 
 def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
-    """How much faster the best knobs are than the defaults, over a whole request."""
+    """How much faster the best settings are than the defaults, over a whole request."""
     before = after = 0.0
     for task, calls in tasks.items():
         default = schedules_for(row)[task.operation].default(task, row)

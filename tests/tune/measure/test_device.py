@@ -108,7 +108,7 @@ def test_a_host_that_others_reach_is_warned_of(capsys, host, warned):
 
 
 def test_a_host_that_is_none_is_refused():
-    with pytest.raises(UsageError, match="is no interface of this machine"):
+    with pytest.raises(UsageError, match="is not a network interface of this machine"):
         device._warn("no.such.host.invalid", 9090, QUIET)
 
 
