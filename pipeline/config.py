@@ -6,9 +6,9 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Union
 
 from bertile.base.errors import UsageError, nearest
 from bertile.numerics.precision import PRECISIONS, SPARSE
@@ -31,6 +31,40 @@ HEADS = (
     "next-sentence",
     "multiple-choice",
 )
+
+
+FilePath = Union[str, "os.PathLike[str]"]
+
+
+class ConfigFields(TypedDict, total=False):
+    """The fields of `Config` as keyword arguments, for type checkers."""
+
+    target: str
+    precision: str
+    sparse: str
+    tune: str
+    lengths: str | Sequence[int] | None
+    trials: int | None
+    timeout: float | None
+    runner: str
+    rpc_tracker: str | None
+    rpc_key: str | None
+    threads: int | None
+    runtime: str
+    runtime_from: FilePath | None
+    libc: str
+    head: str | None
+    allow_unused: bool
+    rename: str | Sequence[str]
+    log_dir: FilePath | None
+    shipped_log: bool
+    cache_dir: FilePath | None
+    dump_ir: FilePath | None
+    calibrate: FilePath | None
+    ranges: str
+    smooth: float | None
+    max_drop: str | float | None
+    eval: FilePath | None
 
 
 @dataclass(frozen=True)
@@ -113,6 +147,17 @@ class Config:
     def to_json(self) -> str:
         """The fields as readable JSON; `from_json` gives an equal Config back."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def configured(config: Config | None, fields: Mapping[str, Any]) -> Config:
+    """`config`, or the default one, with these fields in the place of its own.
+
+    Raises UsageError for a field that there is not, with the nearest that there is.
+    """
+    for name in fields:
+        if name not in CHECKS:
+            raise UsageError(f"there is no option '{name}'{nearest(name, CHECKS)}")
+    return dataclasses.replace(config or Config(), **fields)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

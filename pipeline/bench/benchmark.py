@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from bertile import loader
 from bertile.base import machine, scratch
 from bertile.base.errors import UsageError
-from bertile.base.progress import Progress
+from bertile.base.progress import Progress, default_progress
 from bertile.bench import competitors, turns
 from bertile.bench.engines import Arrays, Engine
 from bertile.bench.startup import startup as measure_startup
@@ -29,8 +30,8 @@ DIFFERS = "{engine}'s outputs have a cosine of {cosine:.4f} to float32's: not th
 
 
 def bench(
-    directory: Path,
-    onnx: Path | None = None,
+    directory: str | os.PathLike[str],
+    onnx: str | os.PathLike[str] | None = None,
     *,
     against: Sequence[str] = ("onnxruntime",),
     batches: Sequence[int] = (1,),
@@ -54,14 +55,13 @@ def bench(
     """
     _check({"batch": batches, "length": lengths, "repeat": [repeat]})
     _check({} if threads is None else {"threads": [threads]})
-    progress = progress or Progress(verbosity=-1)
+    progress = progress or default_progress()
+    directory, onnx = Path(directory), None if onnx is None else Path(onnx)
     manifest = loader.read_manifest(directory)
     threads = threads or loader.available_cores()
     sizes = [(batch, length) for batch in batches for length in lengths]
     inputs = [random_inputs(manifest, *size) for size in sizes]
-    engines, notes = competitors.engines(
-        Path(directory), manifest, against, onnx, cache_dir, progress
-    )
+    engines, notes = competitors.engines(directory, manifest, against, onnx, cache_dir, progress)
     progress.status("bench     the machine's peaks")
     used = sorted({engine.precision for engine in engines})
     peaks, flops = roofline.facts_in_own_process(

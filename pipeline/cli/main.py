@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from bertile.base import tables
+    from bertile.base import screen, tables
     from bertile.base.progress import Progress
 
     progress = Progress(options.verbose - options.quiet)
@@ -78,7 +78,10 @@ def _run(options: argparse.Namespace) -> int:
             outcome = _command(options.command).run(options, progress)
     finally:
         progress.close()
-    print(tables.as_json(outcome.data) if options.json else outcome.text, flush=True)
+    if options.json:
+        print(tables.as_json(outcome.data), flush=True)
+    else:
+        screen.show(outcome.text, sys.stdout)
     return outcome.exit_code
 
 

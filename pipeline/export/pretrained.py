@@ -44,7 +44,7 @@ FLOATS = {*("F16", "BF16", "F32", "F64"), *("float16", "bfloat16", "float32", "f
 # Parameters that a file need not have (a pooler's), or of which it has less than a byte each.
 SLACK = 1 << 27
 
-_ALLOW = "if that is right for this model, --allow-unused compiles it without them"
+_ALLOW = "--allow-unused compiles it without them, if that is right for this model"
 
 
 def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from bertile import backends, loader
 from bertile.backends.backend import NotHere
 from bertile.base.errors import NumericMismatchError, require
-from bertile.base.progress import Progress
+from bertile.base.progress import Progress, track
 from bertile.families import model_config
 from bertile.onnx import exported
 from bertile.onnx.exported import ExportedModel
@@ -27,8 +28,8 @@ EMULATED_CASES = ((1, 1), (2, 18))
 
 
 def verify(
-    directory: Path,
-    onnx: str | Path | None = None,
+    directory: str | os.PathLike[str],
+    onnx: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     parts: opener.Parts | None = None,
@@ -40,6 +41,7 @@ def verify(
     and the "emulator" of a bundle for another processor (`opener.opened` says how such a one is
     run, and with which `parts`). It does not raise for a difference; :func:`checked` does.
     """
+    directory = Path(directory)
     manifest = loader.read_manifest(directory)
     backend = backends.of_bundle(manifest)
     with backend.open_for_check(directory, threads, parts) as (model, runs_on):
@@ -88,7 +90,7 @@ def as_text(check: dict[str, Any]) -> str:
     )
 
 
-def _onnx(directory: Path, path: str | Path | None, progress: Progress | None) -> Path:
+def _onnx(directory: Path, path: str | os.PathLike[str] | None, progress: Progress | None) -> Path:
     """The model to compare a bundle with: what was given, else what it was made of."""
     if path is not None:
         return Path(path)
@@ -117,7 +119,7 @@ def _compare(
     axes = {output["name"]: output["axes"] for output in manifest["outputs"]}
     worst: dict[str, Any] = {"max_abs_difference": -1.0, "tolerance": relative, "worst": None}
     cases, cosines = [], [1.0]
-    for batch, length in wanted:
+    for batch, length in track(wanted, "compare"):
         arrays = sample(specs, batch, length, padding, seed=length)
         want, got = peer.run(names, arrays), model(**arrays)
         mask = arrays.get("attention_mask", arrays[specs[0].name] * 0 + 1)
