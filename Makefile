@@ -38,7 +38,7 @@ ARM := $(VENV)/arm
 export PATH := $(abspath $(ARM))/usr/bin:$(PATH)
 ARM_ENV = $(if $(wildcard $(ARM)/usr/aarch64-linux-gnu),QEMU_LD_PREFIX=$(abspath $(ARM))/usr/aarch64-linux-gnu)
 
-.PHONY: help demo test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
+.PHONY: help demo docs test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
 .PHONY: logs-arm pack-cuda bench-cuda ingest-cuda clean
 .DEFAULT_GOAL := help
 
@@ -46,6 +46,7 @@ help:
 	@echo "make demo       compile minilm for this machine, compare sentences, time it"
 	@echo "make test       the tests (some minutes); make test-slow has the long ones too"
 	@echo "make test-arm   bundles for ARM, run under QEMU, and compared with this machine's"
+	@echo "make docs       the pages, the notebooks and the Python API as a site, into out/docs"
 	@echo "make lint       ruff; make format lets it rewrite"
 	@echo "make bench      time models beside ONNX Runtime, OpenVINO and PyTorch; tables into $(RESULTS)"
 	@echo "make bench-precisions   the same in int8 and bf16, with DeepSparse"
@@ -82,6 +83,16 @@ $(VENV)/.arm-python: tests/install_arm_python.sh pipeline/bundle/wheels-aarch64.
 $(VENV)/.arm: tests/install_arm.sh pipeline/bundle/wheels-aarch64.txt | $(VENV)/.installed
 	@echo "install what runs ARM code: QEMU, arm64 libraries, TVM's runtime for arm64"
 	@sh tests/install_arm.sh $(ARM) $(BIN)/python
+	@touch $@
+
+# All pages, the notebooks and the reference of the Python API; a warning is an error.
+docs: $(VENV)/.docs
+	@$(BIN)/python -m sphinx -q -W --keep-going -c .ci -b html . out/docs
+	@echo "out/docs/index.html"
+
+$(VENV)/.docs: $(VENV)/.installed
+	@echo "install what builds the pages"
+	@$(PIP) -e ".[docs]"
 	@touch $@
 
 lint: $(VENV)/.installed

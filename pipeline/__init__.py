@@ -1,5 +1,7 @@
 """Compiles BERT-family encoders into small native libraries; names load on first use.
 
+In short::
+
     import bertile
 
     bertile.compile("minilm", "out/minilm", precision="int8")

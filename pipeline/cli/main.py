@@ -112,7 +112,9 @@ def _extra_of(module: str) -> str | None:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"bertile: {text}", file=sys.stderr)
+    from bertile.base import screen
+
+    screen.show(f"bertile: {text}", sys.stderr)
     return code
 
 
