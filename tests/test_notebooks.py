@@ -10,6 +10,7 @@ from bertile.run import qemu
 from bertile.targets import rows
 
 ROOT = Path(__file__).parent.parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
 NOTEBOOKS = sorted((ROOT / "pipeline" / "docs").glob("*.ipynb"))
 
 
@@ -29,13 +30,12 @@ def test_notebook_runs(path: Path, tmp_path: Path, stages: str, monkeypatch) -> 
     if path.stem == "cross_compile" and (reason := qemu.missing(rows.resolve("arm-a72"))):
         pytest.skip(reason)
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path(stages).parent / "notebooks"))
+    monkeypatch.setenv("HOME", str(tmp_path))  # where what is measured goes
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=1200, resources=resources).execute()
-    streams = [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", ())
-        if output.output_type == "stream"
-    ]
-    assert any(output.name == "stdout" for output in streams)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert [o for o in outputs if o.output_type == "stream" and o.name == "stdout"]
+    stages_shown = [o.data["text/plain"] for o in outputs if o.output_type == "display_data"]
+    assert any("export " in text for text in stages_shown)
+    assert any(WIDGET in o.data for o in outputs if o.output_type == "display_data")
