@@ -25,7 +25,7 @@ def add_model(parser: ArgumentParser, nargs: str | None = None) -> None:
         "model",
         metavar="MODEL",
         nargs=nargs,
-        help="a directory or hub id of Hugging Face, an .onnx file, minilm, or synthetic:NAME",
+        help="a Hugging Face directory or hub name, an .onnx file, minilm, or synthetic:NAME",
     )
 
 
