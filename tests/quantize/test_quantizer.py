@@ -158,8 +158,8 @@ def test_changed_calibration_file_is_read_again_and_named_without_its_directory(
     [
         ({"calibrate": "x.txt"}, "calibrate is for quantized models; give precision int8"),
         ({"precision": "bf16", "smooth": 0.5}, "smooth is for quantized models"),
-        ({"precision": "int8", "ranges": "mse"}, "ranges needs texts to observe"),
-        ({"precision": "int8", "smooth": 0.5}, "smooth needs texts to observe"),
+        ({"precision": "int8", "ranges": "mse"}, "ranges needs samples to calibrate on"),
+        ({"precision": "int8", "smooth": 0.5}, "smooth needs samples to calibrate on"),
         ({"precision": "int8", "ranges": "mae"}, "did you mean 'mse'?"),
         ({"precision": "int8", "smooth": 1.5}, "smooth is 1.5; give a number from 0 to 1"),
         ({"precision": "int8", "max_drop": 0.01}, "--max-drop and --eval need each other"),
