@@ -156,7 +156,7 @@ def test_changed_calibration_file_is_read_again_and_named_without_its_directory(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"calibrate": "x.txt"}, "calibrate has no effect without quantization; add precision int8"),
+        ({"calibrate": "x.txt"}, "calibrate has no effect without quantization; add precision"),
         ({"precision": "bf16", "smooth": 0.5}, "smooth has no effect without quantization"),
         ({"precision": "int8", "ranges": "mse"}, "ranges needs samples to calibrate on"),
         ({"precision": "int8", "smooth": 0.5}, "smooth needs samples to calibrate on"),
