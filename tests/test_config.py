@@ -76,7 +76,7 @@ def test_bad_values_are_refused_with_the_nearest_name(values: dict, message: str
     [
         ("{", "the configuration is not JSON"),
         ("[]", "a configuration is an object of keys, not list"),
-        ('{"tune": "none", "tune": "full"}', "configuration key 'tune' stands twice"),
+        ('{"tune": "none", "tune": "full"}', "configuration key 'tune' is there twice"),
     ],
 )
 def test_text_that_is_no_configuration_is_refused(text: str, message: str) -> None:
