@@ -84,8 +84,7 @@ def _add_serving(add: Any) -> None:
     add("--lengths", metavar="MIX", dest="mix", help=mix)
     load = (
         "measure on an idle machine, beside one busy core, with all cores busy, and beside a second"
-        " process of the engine"
-        " (default: 32 tokens, 5 seconds of each)"
+        " process of the engine (default: 32 tokens, 5 seconds of each)"
     )
     add("--load", action="store_const", const=True, help=load)
 
@@ -135,7 +134,7 @@ def _service(options: Namespace) -> Service:
         raise UsageError("--startup is another measurement", "run it without flags for serving")
     if options.length and (options.mix or options.input):
         other = "--lengths" if options.mix else "--input"
-        raise UsageError(f"--length and {other} both say the lengths", "leave out one of them")
+        raise UsageError(f"--length and {other} exclude each other", "leave one of them out")
     seconds = options.duration
     if seconds is None and options.load:
         seconds = serving.LOAD_SECONDS
