@@ -44,7 +44,7 @@ ARM := $(VENV)/arm
 export PATH := $(abspath $(ARM))/usr/bin:$(PATH)
 ARM_ENV = $(if $(wildcard $(ARM)/usr/aarch64-linux-gnu),QEMU_LD_PREFIX=$(abspath $(ARM))/usr/aarch64-linux-gnu)
 
-.PHONY: wheel help demo test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
+.PHONY: wheel help demo docs test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
 .PHONY: bench-load bench-streams bench-acceptance
 .PHONY: logs-arm pack-cuda bench-cuda ingest-cuda clean
 .DEFAULT_GOAL := help
@@ -53,6 +53,7 @@ help:
 	@echo "make demo       compile minilm for this machine, compare sentences, time it"
 	@echo "make test       the tests (some minutes); make test-slow has the long ones too"
 	@echo "make test-arm   bundles for ARM, run under QEMU, and compared with this machine's"
+	@echo "make docs       the pages, the notebooks and the Python API as a site, into out/docs"
 	@echo "make lint       ruff; make format lets it rewrite"
 	@echo "make bench      time models in fp32 beside $(PEERS); tables into $(RESULTS)"
 	@echo "make bench-precisions   the same in int8 and bf16"
@@ -74,7 +75,7 @@ test: $(VENV)/.installed
 	@$(MAKE) -s $(VENV)/.arm || echo "ARM code cannot be run here: its tests are skipped" >&2
 	@$(ARM_ENV) $(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu"
 
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.slow
 	@$(MAKE) -s $(VENV)/.arm || echo "ARM code cannot be run here: its tests are skipped" >&2
 	@$(ARM_ENV) $(BIN)/python -m pytest -q $(WORKERS) -m "not gpu"
 
@@ -92,6 +93,16 @@ $(VENV)/.arm-python: tests/install_arm_python.sh pipeline/bundle/wheels-aarch64.
 $(VENV)/.arm: tests/install_arm.sh pipeline/bundle/wheels-aarch64.txt | $(VENV)/.installed
 	@echo "install what runs ARM code: QEMU, arm64 libraries, TVM's runtime for arm64"
 	@sh tests/install_arm.sh $(ARM) $(BIN)/python
+	@touch $@
+
+# All pages, the notebooks and the reference of the Python API; a warning is an error.
+docs: $(VENV)/.slow
+	@$(BIN)/python -m sphinx -q -W --keep-going -c .ci -b html . out/docs
+	@echo "out/docs/index.html"
+
+$(VENV)/.slow: $(VENV)/.installed
+	@echo "install what builds the pages and checks types"
+	@$(PIP) -e ".[slow]"
 	@touch $@
 
 lint: $(VENV)/.installed
@@ -133,7 +144,7 @@ bench-streams: $(VENV)/.bench
 bench-acceptance: $(VENV)/.bench
 	@$(BIN)/python -m bertile.studies.acceptance --repeat $(REPEAT) --into $(RESULTS)
 
-# "bertile / it" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.
+# "vs engine" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.
 bench-tuning: $(VENV)/.bench
 	@rm -rf $(TUNING)
 	@$(BIN)/bertile compile $(TUNING_MODEL) -q --log-dir $(TUNING)/none -o $(TUNING)/shipped

@@ -6,9 +6,9 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Union
 
 from bertile.base.allowed import HEADS, LIBCS, RANGES, ROUNDINGS, RUNNERS, RUNTIMES, TUNE_EFFORTS
 from bertile.base.errors import UsageError, nearest
@@ -18,6 +18,43 @@ from bertile.targets.rows import GENERIC
 from bertile.targets.rows import names as target_names
 
 LONGEST = 32768  # tokens of a sequence that kernels are measured on
+
+
+FilePath = Union[str, "os.PathLike[str]"]
+
+
+class ConfigFields(TypedDict, total=False):
+    """The fields of `Config` as keyword arguments, for type checkers."""
+
+    target: str
+    precision: str
+    sparse: str
+    tune: str
+    lengths: str | Sequence[int] | None
+    trials: int | None
+    timeout: float | None
+    runner: str
+    rpc_tracker: str | None
+    rpc_key: str | None
+    threads: int | None
+    runtime: str
+    runtime_from: FilePath | None
+    libc: str
+    head: str | None
+    allow_unused: bool
+    rename: str | Sequence[str]
+    tokenizer: FilePath | None
+    log_dir: FilePath | None
+    shipped_log: bool
+    cache_dir: FilePath | None
+    dump_ir: FilePath | None
+    calibrate: FilePath | None
+    ranges: str
+    group_size: int
+    rounding: str
+    smooth: float | None
+    max_drop: str | float | None
+    eval: FilePath | None
 
 
 @dataclass(frozen=True)
@@ -73,9 +110,11 @@ class Config:
             object.__setattr__(self, name, check(name, getattr(self, name)))
         _check_quantization(self)
         if (self.rpc_tracker is None) != (self.rpc_key is None):
-            raise UsageError("of --rpc-tracker and --rpc-key one is missing", "give both")
+            raise UsageError("--rpc-tracker and --rpc-key need each other", "give both")
         if self.rpc_tracker and self.runner == "mca":
-            raise UsageError("--runner mca runs nothing on devices", "leave out --rpc-tracker")
+            raise UsageError(
+                "--runner mca estimates, and runs nothing on devices", "leave out --rpc-tracker"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -105,11 +144,22 @@ class Config:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
+def configured(config: Config | None, fields: Mapping[str, Any]) -> Config:
+    """`config`, or the default one, with these fields in the place of its own.
+
+    Raises UsageError for a field that there is not, with the nearest that there is.
+    """
+    for name in fields:
+        if name not in CHECKS:
+            raise UsageError(f"there is no option '{name}'{nearest(name, CHECKS)}")
+    return dataclasses.replace(config or Config(), **fields)
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise UsageError(f"configuration key '{key}' stands twice", "remove one of the two")
+            raise UsageError(f"configuration key '{key}' is there twice", "remove one of the two")
     return dict(pairs)
 
 
@@ -158,7 +208,8 @@ def _renamed(name: str, value: Any) -> tuple[str, ...]:
     for entry in entries:
         if not isinstance(entry, str) or not all(entry.partition("=")):
             raise UsageError(
-                f"{name} has {entry!r}", "give OLD=NEW: the file's name of an input and ours"
+                f"{name} has {entry!r}",
+                "give OLD=NEW: the input's name in the file, then Bertile's",
             )
     return tuple(entries)
 
@@ -236,16 +287,18 @@ def _check_quantization(config: Config) -> None:
     of_groups += ["rounding"] if config.rounding == "gptq" else []
     row = PRECISIONS[config.precision]
     if chosen and not row.quantized:
-        raise UsageError(f"{chosen[0]} is for quantized models", "give precision int8 with it")
+        raise UsageError(f"{chosen[0]} has no effect without quantization", "add precision int8")
     if of_ranges and not row.ranges:
-        raise UsageError("ranges is for 8-bit models", "give precision int8 with it")
+        raise UsageError("ranges has no effect without 8-bit layers", "add precision int8")
     if of_groups and not row.groups:
-        raise UsageError(f"{of_groups[0]} is for 4-bit models", "give precision int4 with it")
+        raise UsageError(f"{of_groups[0]} has no effect without 4-bit layers", "add precision int4")
     needs = {"smooth", "ranges", "rounding"} & {*chosen, *of_ranges, *of_groups}
     if config.calibrate is None and needs:
-        raise UsageError(f"{min(needs)} needs texts to observe", "give a file with --calibrate")
+        raise UsageError(
+            f"{min(needs)} needs samples to calibrate on", "name a file with --calibrate"
+        )
     if (config.max_drop is None) != (config.eval is None):
-        raise UsageError("of --max-drop and --eval one is missing", "give both")
+        raise UsageError("--max-drop and --eval need each other", "give both")
 
 
 # One row per field, so that a field without a check cannot be added: from_dict would refuse it.

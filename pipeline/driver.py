@@ -5,19 +5,20 @@ cache.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bertile import backends, loader, preflight
 from bertile.base import cache, machine, scratch
 from bertile.base.fingerprint import hash_path
-from bertile.base.progress import Progress
+from bertile.base.progress import Progress, default_progress
 from bertile.bundle import runtime_parts, writer
 from bertile.bundle.native_build import SOURCES
-from bertile.config import Config
+from bertile.config import Config, ConfigFields, configured
 from bertile.export.cached import export_cached
 from bertile.numerics.precision import PRECISIONS
 from bertile.onnx.exported import ExportedModel, read
@@ -25,6 +26,9 @@ from bertile.targets import rows
 from bertile.targets.rows import Target
 from bertile.tune.log.tuning_log import TuningLog
 from bertile.verify import summary, verifier
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LARGE_DROP = 0.1  # of a metric, from which on somebody may have meant percent
 
@@ -44,14 +48,19 @@ STAGES = (
 
 
 def compile(
-    model: Any, output: str | Path, config: Config | None = None, progress: Progress | None = None
+    model: Any,
+    output: str | os.PathLike[str],
+    config: Config | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[ConfigFields],
 ) -> dict[str, Any]:
     """Compile MODEL into a bundle at ``output`` and return what the command prints at its end.
 
-    MODEL is what ``bertile compile`` takes, or a transformers model object. Raises BertileError
-    with the exit code of its kind; nothing half-written stays behind.
+    MODEL is what ``bertile compile`` takes, or a transformers model object. ``options`` are fields
+    of Config, ``precision="int8"``, which go before those of ``config``. Raises BertileError with
+    the exit code of its kind; nothing half-written stays behind.
     """
-    config, progress = config or Config(), progress or Progress(verbosity=-1)
+    config, progress = configured(config, options), progress or default_progress()
     loader.set_thread_defaults()  # before TVM is imported and starts its thread pool
     if config.max_drop is not None and config.max_drop > LARGE_DROP:
         points, percent = f"{100 * config.max_drop:g}", f"{config.max_drop:g}%"
@@ -60,19 +69,23 @@ def compile(
     exported = export_cached(model, config, progress)
     compiled = _compile_cached(exported, row, config, progress)
     with progress.stage("bundle") as stage:
-        path = writer.copy(compiled, output)
+        path = writer.copy(compiled, Path(output))
         stage.detail = str(path)
     return summary.describe(path, row, progress)
 
 
 def export(
-    model: Any, output: str | Path, config: Config | None = None, progress: Progress | None = None
+    model: Any,
+    output: str | os.PathLike[str],
+    config: Config | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[ConfigFields],
 ) -> dict[str, Any]:
     """The export stage alone: write model.onnx, export.json and the tokenizer to ``output``."""
-    config, progress = config or Config(), progress or Progress(verbosity=-1)
+    config, progress = configured(config, options), progress or default_progress()
     preflight.exporting(model, output, config)
     source = export_cached(model, config, progress)
-    path = writer.copy(source.directory, output, marker="export.json")
+    path = writer.copy(source.directory, Path(output), marker="export.json")
     return {**read(path).to_json(), "output": str(path), "onnx": str(path / "model.onnx")}
 
 
@@ -229,9 +242,7 @@ class _Run:
         graph = self.optimized()
         with self.progress.stage("build") as stage:
             built = self._build(graph, directory)
-            stage.detail = ", ".join(
-                f"{n} {kind}" for kind, n in summary.count(built.kernels).items()
-            )
+            stage.detail = summary.in_words(built.kernels)
         with self.progress.stage("verify") as stage:
 
             def check(path: Path) -> dict[str, Any]:

@@ -57,11 +57,14 @@ def test_paths_become_text() -> None:
         ({"log_dir": ""}, "log_dir is ''"),
         ({"cache_dir": 3}, "cache_dir is 3"),
         ({"group_size": 48}, "group_size is 48"),
-        ({"precision": "int8", "group_size": 64}, "group_size is for 4-bit models"),
-        ({"precision": "int8", "rounding": "gptq"}, "rounding is for 4-bit models"),
-        ({"precision": "int4", "rounding": "gptq"}, "rounding needs texts to observe"),
-        ({"precision": "int4", "ranges": "mse", "calibrate": "x"}, "ranges is for 8-bit models"),
-        ({"calibrate": "x.txt"}, "calibrate is for quantized models"),
+        ({"precision": "int8", "group_size": 64}, "group_size has no effect without 4-bit"),
+        ({"precision": "int8", "rounding": "gptq"}, "rounding has no effect without 4-bit"),
+        ({"precision": "int4", "rounding": "gptq"}, "rounding needs samples to calibrate on"),
+        (
+            {"precision": "int4", "ranges": "mse", "calibrate": "x"},
+            "ranges has no effect without 8",
+        ),
+        ({"calibrate": "x.txt"}, "calibrate has no effect without quantization"),
     ],
 )
 def test_bad_values_are_refused_with_the_nearest_name(values: dict, message: str) -> None:
@@ -76,7 +79,7 @@ def test_bad_values_are_refused_with_the_nearest_name(values: dict, message: str
     [
         ("{", "the configuration is not JSON"),
         ("[]", "a configuration is an object of keys, not list"),
-        ('{"tune": "none", "tune": "full"}', "configuration key 'tune' stands twice"),
+        ('{"tune": "none", "tune": "full"}', "configuration key 'tune' is there twice"),
     ],
 )
 def test_text_that_is_no_configuration_is_refused(text: str, message: str) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shlex
+import subprocess
+import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -202,6 +205,27 @@ def test_readme_quotes_the_results() -> None:
         name = {"MiniLM": "minilm", "BERT-base": "synthetic:bert-base"}[model]
         for engine, median in (("Bertile", ours), (peer, best)):
             assert medians[name, versions[engine], precision, batch, length] == median
+
+
+def test_site_has_every_page_and_notebook() -> None:
+    site = runpy.run_path(str(ROOT / ".ci" / "conf.py"))
+    listed = {page for pages in site["PAGES"].values() for page in pages}
+    notebooks = (ROOT / "pipeline" / "docs").glob("*.ipynb")
+    wanted = {path.with_suffix("") for path in (*PAGES, *notebooks)} - {README.with_suffix("")}
+    assert listed - {"pipeline/docs/api"} == {p.relative_to(ROOT).as_posix() for p in wanted}
+
+
+@pytest.mark.slow
+def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("myst_nb")
+    pytest.importorskip("furo")
+    line = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", str(ROOT / ".ci")]
+    run = subprocess.run([*line, str(ROOT), str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    reference = (tmp_path / "pipeline" / "docs" / "api.html").read_text(encoding="utf-8")
+    for name in ("bertile.compile", "bertile.load", "bertile.Model.labels", "bertile.Config"):
+        assert f'id="{name}"' in reference
+    assert (tmp_path / "index.html").is_file()
 
 
 def test_table_of_passes_is_their_order():

@@ -68,7 +68,7 @@ REFUSED = {
     "no head of its own": (["odd"], "is a RobertaForRanking, whose head is unsupported"),
     "precision": ([TINY, "--target", "x86-avx2", "--precision", "bf16"], "has no bfloat16"),
     "precision of GPUs": ([TINY, "--target", "x86-avx2", "--precision", "tf32"], "has no tf32"),
-    "flag of a GPU": ([TINY, "--target", "cuda-sm80", "--libc", "musl"], "--libc says nothing"),
+    "flag of a GPU": ([TINY, "--target", "cuda-sm80", "--libc", "musl"], "--libc has no meaning"),
     "calibration": (
         [TINY, "--precision", "int8", "--calibrate", "none.txt"],
         "--calibrate none.txt cannot be read: No such file",
@@ -81,7 +81,7 @@ REFUSED = {
     "tokenizer that is none": (["model.onnx", "--tokenizer", "roberta"], "has no tokenizer"),
 }
 OUTPUTS = {
-    "a file": ("file", "exists and is no directory"),
+    "a file": ("file", "exists and is not a directory"),
     "somebody's": ("mine", "was not made by Bertile, so it is left alone"),
     "in a file": ("file/out", "/file/out: Not a directory"),
     "nowhere": ("/proc/out", "cannot write /proc/out: "),

@@ -87,7 +87,8 @@ def room(module: str) -> str:
     return next((room for room in ROOMS if f"{inside}.".startswith(f"{room}.")), "")
 
 
-EDGES = {module: sorted(set(imports(module))) for module in MODULES}
+# The package itself imports nothing but for type checkers: its names load on first use.
+EDGES = {module: sorted(set(imports(module)) if module != "bertile" else ()) for module in MODULES}
 
 
 def test_every_module_has_a_room():

@@ -121,7 +121,7 @@ def _owned(target: Path, marker: str) -> set[str] | None:
     if not os.path.lexists(target):
         return None
     if not target.is_dir():
-        raise UsageError(f"{target} exists and is no directory", _ELSEWHERE)
+        raise UsageError(f"{target} exists and is not a directory", _ELSEWHERE)
     if not any(target.iterdir()):
         return set()
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
@@ -204,7 +204,7 @@ def _link_foreign(target: Path, directory: Path, owned: set[str]) -> set[str]:
                 os.link(path, place, follow_symlinks=False)
         except OSError as error:
             raise UsageError(
-                f"{target} holds what Bertile did not write and cannot keep: {name}"
+                f"{target} holds something that Bertile did not write and cannot keep: {name}"
                 f" ({error.strerror})",
                 "move it away, or choose another output directory",
             ) from error
@@ -214,7 +214,7 @@ def _link_foreign(target: Path, directory: Path, owned: set[str]) -> set[str]:
 
 def _in_the_way(path: Path) -> UsageError:
     return UsageError(
-        f"{path} was not written by Bertile, and a file of that name is to be written",
+        f"{path} was not written by Bertile, and would be overwritten",
         "move it away, or choose another output directory",
     )
 

@@ -23,9 +23,12 @@ EXTRA_OF = {
     "safetensors": "export",
     "torch": "export",
     "transformers": "export",
+    "gguf": "bench",
     "nncf": "bench",
     "openvino": "bench",
     "sympy": "bench",
+    "torchao": "bench",
+    "xllamacpp": "bench",
     "sentence_transformers": "demo",
     "shtab": "completion",
 }

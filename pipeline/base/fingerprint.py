@@ -6,8 +6,14 @@ import ast
 import contextlib
 import hashlib
 import importlib.util
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+from bertile.base.progress import open_bar
+
+BLOCK = 1 << 20
+LARGE = 1 << 28  # bytes, which take a slow disk some seconds
 
 
 def hash_path(path: Path) -> str:
@@ -97,7 +103,19 @@ def _source_file(module: str) -> Path | None:
 
 def _hash_file(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for block in read_blocks(path):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, a mebibyte at a time; a large file has a bar."""
+    size = path.stat().st_size
+    with contextlib.ExitStack() as stack, open(path, "rb") as file:
+        bar = None
+        if size >= LARGE:
+            bar = stack.enter_context(open_bar(f"hash {path.name}, MiB", -(-size // BLOCK)))
+        while block := file.read(BLOCK):
+            yield block
+            if bar is not None:
+                bar.advance()

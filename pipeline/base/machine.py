@@ -97,6 +97,12 @@ def identity(machine: Mapping[str, Any]) -> tuple[str, int, int]:
     return maker, int(numbers[1], 0), int(numbers[2], 0)
 
 
+def in_words(machine: Mapping[str, Any]) -> str:
+    """A processor's maker with its numbers, in few words; its name where it has none."""
+    maker, family, model = identity(machine)
+    return f"{maker} family {family} model {model}" if family else maker
+
+
 def cpu_name() -> str:
     """The processor as a person calls it, with the numbers that tell two of one name apart."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from bertile import loader
 from bertile.base import machine, scratch
 from bertile.base.errors import UsageError
-from bertile.base.progress import Progress
+from bertile.base.progress import Progress, default_progress
 from bertile.bench import competitors, sameness, turns, workloads
 from bertile.bench.startup import startup as measure_startup
 from bertile.bench.workloads import Mix
@@ -23,8 +24,8 @@ STARTUP_SIZE = (1, 128)  # of the call that a new process makes, where it is amo
 
 
 def bench(
-    directory: Path,
-    onnx: Path | None = None,
+    directory: str | os.PathLike[str],
+    onnx: str | os.PathLike[str] | None = None,
     *,
     against: Sequence[str] = ("onnxruntime",),
     batches: Sequence[int] = (1,),
@@ -51,7 +52,8 @@ def bench(
     numbers = [length for length in lengths if not isinstance(length, Mix)]
     _check({"batch": batches, "length": numbers, "repeat": [repeat]})
     _check({} if threads is None else {"threads": [threads]})
-    progress = progress or Progress(verbosity=-1)
+    progress = progress or default_progress()
+    directory, onnx = Path(directory), None if onnx is None else Path(onnx)
     manifest = loader.read_manifest(directory)
     threads = threads or loader.available_cores()
     lengths = lengths or [usual_length(manifest)]
@@ -63,9 +65,7 @@ def bench(
         for batch, length in sizes
     ]
     inputs = [workload.requests[0] for workload in loads]
-    engines, notes = competitors.engines(
-        Path(directory), manifest, against, onnx, cache_dir, progress
-    )
+    engines, notes = competitors.engines(directory, manifest, against, onnx, cache_dir, progress)
     progress.status("bench     the machine's peaks")
     used = sorted({engine.precision for engine in engines} & set(PRECISIONS))
     pieces = sorted({size for workload in loads for size in workload.sizes})

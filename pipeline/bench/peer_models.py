@@ -73,7 +73,7 @@ def _make(kind: str, precision: str, onnx: Path, exported: ExportedModel, target
 
 def _onnxruntime_int8(onnx: Path, exported: ExportedModel, target: Path) -> None:
     """Quantized dynamically: weights s8 per channel, activations u8."""
-    (quantization,) = require("bench", "onnxruntime.quantization")
+    (quantization,) = require("compile", "onnxruntime.quantization")
 
     def quantize(source: Path, quantized: Path) -> None:
         quantization.quantize_dynamic(
@@ -91,7 +91,7 @@ def _onnxruntime_int8(onnx: Path, exported: ExportedModel, target: Path) -> None
 
 def _onnxruntime_int4(onnx: Path, exported: ExportedModel, target: Path) -> None:
     """MatMulNBits: weights in 4 bits by blocks of 32 inputs, activations in 8 as they come."""
-    (quantizers,) = require("bench", "onnxruntime.quantization.matmul_nbits_quantizer")
+    (quantizers,) = require("compile", "onnxruntime.quantization.matmul_nbits_quantizer")
 
     def quantize(source: Path, quantized: Path) -> None:
         quantizer = quantizers.MatMulNBitsQuantizer(

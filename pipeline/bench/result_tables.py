@@ -32,8 +32,8 @@ COLUMNS = (
     "max_abs_difference",
 )
 HEADER = ("model", "engine", "precision", "batch", "length", "median ms", "p90 ms", "p99 ms")
-HEADER += ("tokens/s", "peak %", "bertile / it", "bertile / best", "cosine")
-STARTUP = ("model", "engine", "precision", "batch", "length", "first result ms", "bertile / it")
+HEADER += ("tokens/s", "peak %", "vs engine", "vs fastest", "cosine")
+STARTUP = ("model", "engine", "precision", "batch", "length", "first result ms", "vs engine")
 STARTUP += ("resident MB", "weights MB")
 NEW_PROCESSES = (
     "First result: from the start of a new process, Python and imports included; resident: what it"
@@ -41,9 +41,9 @@ NEW_PROCESSES = (
 )
 MEANINGS = (
     "peak %: of the multiply-adds that the model asks for, without zeros that Bertile skips;"
-    " bertile / it: Bertile's median divided by that engine's, below 1 where Bertile is faster;"
-    " bertile / best: by that of the fastest"
-    " other library in the same precision; cosine: of the outputs to float32's."
+    " vs engine, vs fastest: Bertile's median time against this engine's, and against that of the"
+    " fastest other library in the same precision (below 1: Bertile is faster); cosine: of the"
+    " outputs to float32's."
 )
 
 Report = dict[str, Any]

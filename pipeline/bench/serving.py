@@ -18,7 +18,7 @@ import numpy as np
 from bertile import loader
 from bertile.base import machine
 from bertile.base.errors import UsageError
-from bertile.base.progress import Progress
+from bertile.base.progress import Progress, default_progress
 from bertile.bench import busy_cores, competitors, sameness, turns, workloads
 from bertile.bench.engines import Engine
 from bertile.bench.traffic import Served, Traffic
@@ -123,7 +123,7 @@ def bench(
     that is loaded, warm, and not asked.
     """
     _above_zero("threads", *([] if threads is None else [threads]))
-    progress = progress or Progress(verbosity=-1)
+    progress = progress or default_progress()
     manifest = loader.read_manifest(directory)
     threads = threads or loader.available_cores()
     for streams in service.streams:

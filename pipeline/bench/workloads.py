@@ -93,7 +93,7 @@ def parse_mix(text: str) -> Mix:
             raise UsageError(f"--lengths has '{part}'", LIKE)
         first, last = int(match[1]), int(match[2] or match[1])
         if not 0 < first <= last:
-            raise UsageError(f"--lengths has '{part}', which is no range from 1 up", LIKE)
+            raise UsageError(f"--lengths has '{part}', which is not a range from 1 up", LIKE)
         weight = float(match[3] or 1)
         for length in range(first, last + 1):
             shares[length] = shares.get(length, 0.0) + weight / (last - first + 1)

@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from bertile.loading import (
+    about,
     again,
     blocks,
     command,
@@ -76,7 +77,7 @@ LOADER = (
         platform,
         threads,
     ),
-    *(tvm_abi, runtime, pool, stream, again, model, dispatch, command),
+    *(tvm_abi, runtime, pool, stream, about, again, model, dispatch, command),
 )
 CUDA_LOADER = (
     *(extents, driver, gpu, layout, plan, code, graph, workspace, device_array, borrowed),

@@ -170,6 +170,6 @@ def _machine(path: Path) -> str:
     with path.open("rb") as file:
         header = file.read(20)
     if len(header) < 20 or header[:4] != b"\x7fELF":
-        raise BertileError(f"{path.name} is no ELF library", _both())
+        raise BertileError(f"{path.name} is not an ELF library", _both())
     number = int.from_bytes(header[18:20], "little")
     return _MACHINES.get(number, f"machine {number}")

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from bertile.base.progress import Progress
 from bertile.cli.command import Outcome
 from bertile.cli.config_flags import add_some_config, read_config
-from bertile.cli.option_lists import LENGTH, positive
+from bertile.cli.option_lists import positive
 
 if TYPE_CHECKING:
     from bertile.bench.serving import Service
 
 CONFIG = ("threads", "precision", "sparse", "log-dir", "shipped-log", "cache-dir")
+LENGTHS = "sequence lengths to time, in tokens (default: 128, or as many as the model takes)"
 PEERS = (
     "onnxruntime (default), openvino, torch, torch-compile, deepsparse, llamacpp, each in the"
     " bundle's precision, or in another as openvino:bf16 or onnxruntime:int4; another bundle's"
@@ -35,15 +36,23 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The flags that are the benchmark's own, and those of CONFIG."""
     add = parser.add_argument
     add("targets", metavar="BUNDLE|MODEL", nargs="+", help="a model is compiled first")
-    add("--onnx", metavar="FILE", help="the exported model (default: as compiled)")
+    add(
+        "--onnx",
+        metavar="FILE",
+        help="the ONNX model to compare with (default: the bundle's own source)",
+    )
     add("--against", metavar="ENGINE", nargs="+", default=["onnxruntime"], help=PEERS)
-    add("--batch", metavar="N", nargs="+", default=["1"], help="sequences in a call, one or more")
-    add("--length", metavar="N", nargs="+", help=LENGTH)
-    add("--repeat", metavar="N", type=positive, default=30, help="measured calls of each engine")
+    add("--batch", metavar="N", nargs="+", default=["1"], help="batch sizes to time")
+    add("--length", metavar="N", nargs="+", help=LENGTHS)
+    add("--repeat", metavar="N", type=positive, default=30, help="timed calls of each engine")
     form = parser.add_mutually_exclusive_group().add_argument
     form("--markdown", action="store_true", help="print the tables as Markdown")
     form("--csv", action="store_true", help="print every number of the first table as CSV")
-    add("--startup", action="store_true", help="a second table: new processes, time and memory")
+    add(
+        "--startup",
+        action="store_true",
+        help="time and memory of new processes too, as a second table",
+    )
     add("--into", "--update-readme", metavar="FILE[#NAME]", help=INTO)
     group = parser.add_argument_group(
         "serving", "Calls a second and percentiles of the latency, as callers see them."
@@ -53,18 +62,29 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def _add_serving(add: Any) -> None:
-    add("--duration", metavar="SECONDS", type=float, help="call each engine so long")
-    add("--concurrency", metavar="N", type=int, help="callers at once (default: streams)")
-    streams = "calls that an engine answers at once, dividing the threads; several are compared"
+    add("--duration", metavar="SECONDS", type=float, help="call each engine for so many seconds")
+    add(
+        "--concurrency",
+        metavar="N",
+        type=int,
+        help="callers at the same time (default: as many as streams)",
+    )
+    streams = (
+        "calls that an engine answers at the same time, sharing the threads; several are compared"
+    )
     add("--streams", metavar="N", nargs="+", help=streams)
-    rate = "requests that fall due each second, at random; latencies count from there"
+    rate = "requests a second, at random moments; a latency counts from when a request is due"
     add("--rate", metavar="R", type=float, help=rate)
-    add("--input", metavar="FILE", help="your own requests: .txt, a text a line, or .npz of inputs")
+    add(
+        "--input",
+        metavar="FILE",
+        help="your own requests: a .txt with a text per line, or an .npz of inputs",
+    )
     mix = "mixed lengths in tokens: 8-128, or with shares 16:0.5,128:0.5"
     add("--lengths", metavar="MIX", dest="mix", help=mix)
     load = (
-        "the same beside nothing, one busy core, all cores busy and a second process of the engine"
-        " (default: 32 tokens, 5 seconds of each)"
+        "measure on an idle machine, beside one busy core, with all cores busy, and beside a second"
+        " process of the engine (default: 32 tokens, 5 seconds of each)"
     )
     add("--load", action="store_const", const=True, help=load)
 
@@ -114,7 +134,7 @@ def _service(options: Namespace) -> Service:
         raise UsageError("--startup is another measurement", "run it without flags for serving")
     if options.length and (options.mix or options.input):
         other = "--lengths" if options.mix else "--input"
-        raise UsageError(f"--length and {other} both say the lengths", "leave out one of them")
+        raise UsageError(f"--length and {other} exclude each other", "leave one of them out")
     seconds = options.duration
     if seconds is None and options.load:
         seconds = serving.LOAD_SECONDS

@@ -20,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="?",
         default="show",
         choices=ACTIONS,
-        help="show (default): its place, its size and what of it is of which stage; clear: remove"
+        help="show (default): where it is, its size, and what each stage takes of it; clear: remove"
         " what was not used in the last hour",
     )
     parser.add_argument(

@@ -27,14 +27,16 @@ def add_model(parser: ArgumentParser, nargs: str | None = None) -> None:
         "model",
         metavar="MODEL",
         nargs=nargs,
-        help="a directory or hub id of Hugging Face, an .onnx file, a directory that export has"
-        " written, minilm, or synthetic:NAME",
+        help="a Hugging Face directory or hub name, an .onnx file, a directory that `bertile"
+        " export` has written, minilm, or synthetic:NAME",
     )
 
 
 def add_bundle(parser: ArgumentParser) -> None:
     """BUNDLE, the directory to look at or to run."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a directory that compile has written")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", help="a directory that `bertile compile` has written"
+    )
 
 
 def dry_run(options: Namespace, config: Config, row: Target | None = None) -> Outcome:

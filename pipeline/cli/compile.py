@@ -15,12 +15,14 @@ from bertile.cli.config_flags import add_config, read_config
 def add_arguments(parser: ArgumentParser) -> None:
     """A model, a directory, and every choice of a compile."""
     add_model(parser)
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="what to write")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", required=True, help="the directory to write"
+    )
     add_config(parser)
 
 
 def run(options: Namespace, progress: Progress) -> Outcome:
-    """Compile; ends with size, speed, difference and the origin of the kernels."""
+    """Compile; ends with size, speed, accuracy and the origin of the kernels."""
     config = read_config(options)
     if options.dry_run:
         from bertile import preflight
@@ -36,7 +38,6 @@ def as_text(summary: dict[str, Any], model: str) -> str:
     """The table that ends a compile of a model."""
     from bertile.tune.log.tuning_log import ELSEWHERE
 
-    kernels = ", ".join(f"{count} {origin}" for origin, count in summary["kernels"].items())
     rows = {
         "bundle": summary["output"],
         "size": size(summary["size_bytes"]),
@@ -44,11 +45,11 @@ def as_text(summary: dict[str, Any], model: str) -> str:
         if summary["milliseconds"] is None
         else f"{summary['milliseconds']:.2f} ms for {summary['length']} tokens,"
         f" {summary.get('gpu') or str(summary['threads']) + ' threads'}",
-        "difference": summary["check"],
-        "kernels": kernels,
+        "accuracy": summary["check"],
+        "kernels": summary["kernels_in_words"],
     }
     if summary["kernels"].get(ELSEWHERE):
         rows["faster yet"] = (
-            f"bertile tune {model}: the log's choices are another processor's; then compile again"
+            f"bertile tune {model}, then compile again: the log's choices are another processor's"
         )
     return lines(rows)

@@ -47,7 +47,7 @@ CONFIG_FLAGS: tuple[Flag, ...] = (
         "NAME",
         str,
         MACHINE,
-        f"what to compile for: native (default: the first row that this machine has), {_ROWS}",
+        f"native (default: this machine), or one of: {_ROWS}",
         ("native", *PROCESSORS),
     ),
     Flag(
@@ -62,46 +62,72 @@ CONFIG_FLAGS: tuple[Flag, ...] = (
         "|".join(SPARSE),
         str,
         NUMBERS,
-        "skip zeros in weights where that is faster (default), never, or always",
+        "kernels that skip zero weights: where faster (default), never, or always",
     ),
     Flag(
         "--tune",
         "|".join(TUNE_EFFORTS),
         str,
         TUNING,
-        "how long to search for faster kernels; auto (default): at most 5 s, for a processor new to"
+        "how long to search for faster kernels; auto (default): 5 s at most, on a processor new to"
         " the log",
     ),
-    Flag("--lengths", "16,128", str, TUNING, "numbers of tokens that a search weighs alike"),
-    Flag("--trials", "N", int, TUNING, "candidates to try of each kernel (quick: 32, full: 2000)"),
-    Flag("--timeout", "SECONDS", float, TUNING, "stop the search after this time"),
+    Flag(
+        "--lengths", "16,128", str, TUNING, "sequence lengths to tune for, all of the same weight"
+    ),
+    Flag(
+        "--trials",
+        "N",
+        int,
+        TUNING,
+        "candidates to try of each kernel (default: quick 32, full 2000)",
+    ),
+    Flag("--timeout", "SECONDS", float, TUNING, "stop tuning after this time"),
     Flag(
         "--runner",
         "|".join(RUNNERS),
         str,
         TUNING,
-        "run the candidates here (default), or rank them by llvm-mca's estimate",
+        "tune by running candidates here (default), or by llvm-mca's estimate",
     ),
-    Flag("--rpc-tracker", "HOST:PORT", str, TUNING, "tune on the devices of this RPC tracker"),
-    Flag("--rpc-key", "KEY", str, TUNING, "which of its devices"),
-    Flag("--threads", "N", int, MACHINE, "cores to plan, tune and measure for (default: all)"),
+    Flag(
+        "--rpc-tracker",
+        "HOST:PORT",
+        str,
+        TUNING,
+        "tune on the devices that this tracker shares out",
+    ),
+    Flag("--rpc-key", "KEY", str, TUNING, "the key of the devices to use"),
+    Flag(
+        "--threads",
+        "N",
+        int,
+        MACHINE,
+        "threads to compile, tune and measure for (default: all cores)",
+    ),
     Flag(
         "--runtime",
         "|".join(RUNTIMES),
         str,
         MACHINE,
-        "include (default): the bundle brings TVM's runtime and the loaders along, and needs numpy"
-        " alone",
+        "include (default): put the TVM runtime and the loaders into the bundle, which then needs"
+        " numpy alone",
         without="none",
     ),
-    Flag("--runtime-from", "FILE", str, MACHINE, "wheel or directory of the target's TVM runtime"),
+    Flag(
+        "--runtime-from",
+        "FILE",
+        str,
+        MACHINE,
+        "wheel or directory of the TVM runtime for the target",
+    ),
     Flag("--libc", "|".join(LIBCS), str, MACHINE, "the C library of the target's system"),
     Flag(
         "--head",
         "NAME",
         str,
         MODEL,
-        f"what the model computes (default: what the checkpoint says): {', '.join(HEADS)}",
+        f"the model's task (default: the one that the checkpoint names): {', '.join(HEADS)}",
         HEADS,
     ),
     Flag(
@@ -109,70 +135,79 @@ CONFIG_FLAGS: tuple[Flag, ...] = (
         None,
         bool,
         MODEL,
-        "take a checkpoint that says or holds more than its model",
+        "accept weights and settings in a checkpoint that its model does not use",
     ),
     Flag(
         "--rename",
         "OLD=NEW",
         list,
         MODEL,
-        "call an input of an ONNX file input_ids, say; may be repeated",
+        "rename an input of an ONNX file, as in ids=input_ids; may be repeated",
     ),
     Flag(
         "--tokenizer",
         "DIR",
         str,
         MODEL,
-        "whose tokenizer and config.json belong to an ONNX file (default: those beside it)",
+        "directory of the tokenizer and config.json of an ONNX file (default: where the file is)",
     ),
-    Flag("--log-dir", "DIR", str, FILES, "your own tuning logs, read and written"),
+    Flag("--log-dir", "DIR", str, FILES, "your own tuning logs, which are read and written"),
     Flag(
         "--shipped-log", None, bool, FILES, "use the tuning logs that come with Bertile (default)"
     ),
-    Flag("--cache-dir", "DIR", str, FILES, "where stage results are kept"),
-    Flag("--dump-ir", "DIR", str, FILES, "write one readable module per phase"),
+    Flag("--cache-dir", "DIR", str, FILES, "where the results of stages are cached"),
+    Flag(
+        "--dump-ir", "DIR", str, FILES, "write the graph after each phase of optimization, as text"
+    ),
     Flag(
         "--calibrate",
         "FILE",
         str,
         NUMBERS,
-        "int8, int4: observe inputs on a text a line (.txt), or .npz",
+        "int8, int4: samples to calibrate on: a .txt with a text per line, or an .npz",
     ),
     Flag(
         "--ranges",
         "|".join(RANGES),
         str,
         NUMBERS,
-        "int8: per token (dynamic, default), or fixed by --calibrate",
+        "int8: ranges of activations: per token (dynamic, default), or fixed on --calibrate's"
+        " samples",
     ),
-    Flag("--group-size", "32|64", int, NUMBERS, "int4: inputs that share a scale of their weights"),
+    Flag(
+        "--group-size",
+        "32|64",
+        int,
+        NUMBERS,
+        "int4: how many weights in a row share a scale (default: 32)",
+    ),
     Flag(
         "--rounding",
         "|".join(ROUNDINGS),
         str,
         NUMBERS,
-        "int4: to the nearest (default), or gptq, which makes up for errors by --calibrate",
+        "int4: round weights to the nearest (default), or by GPTQ on --calibrate's samples",
     ),
     Flag(
         "--smooth",
         "0..1",
         float,
         NUMBERS,
-        "int8, int4: share of outliers to move from inputs to weights",
+        "int8, int4: SmoothQuant's alpha: the share of outliers that moves into the weights",
     ),
     Flag(
         "--max-drop",
         "LOSS",
         str,
         NUMBERS,
-        "int8, int4: largest accepted loss of the metric of --eval: 0.5%, or as a fraction 0.005",
+        "int8, int4: largest accepted loss of --eval's metric: 0.5%, or 0.005 as a fraction",
     ),
     Flag(
         "--eval",
         "FILE",
         str,
         NUMBERS,
-        "what --max-drop measures: labelled .tsv/.jsonl, or sentences .txt",
+        "what --max-drop is measured on: labelled .tsv/.jsonl, or sentences .txt",
     ),
 )
 FLAGS = {flag.name.removeprefix("--"): flag for flag in CONFIG_FLAGS}
@@ -187,12 +222,18 @@ def add_config(parser: ArgumentParser, *names: str) -> dict[str, Any]:
     groups = add_some_config(parser, *names)
     if MACHINE in groups:
         groups[MACHINE].add_argument(
-            "--mcpu", metavar="NAME", help="the processor, for --target aarch64: cortex-a55, say"
+            "--mcpu",
+            metavar="NAME",
+            help="LLVM's name of the processor, for --target aarch64: cortex-a55, say",
         )
-    add = parser.add_argument_group("all choices").add_argument
-    add("--config", metavar="FILE", help="read choices from JSON; flags override the file")
-    add("--save-config", metavar="FILE", help="write all choices as JSON")
-    add("--dry-run", action="store_true", help="check all that, say what would be done, and stop")
+    add = parser.add_argument_group("options as a whole").add_argument
+    add("--config", metavar="FILE", help="read options from a JSON file; flags override the file")
+    add("--save-config", metavar="FILE", help="write all options into a JSON file")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print what would be done, stop",
+    )
     return groups
 
 

@@ -10,9 +10,9 @@ from bertile.cli.command import Outcome
 from bertile.cli.option_lists import positive
 
 ACTIONS = {
-    "serve": "run candidates that a tuner sends, on this machine",
-    "list": "what devices a tracker has",
-    "tracker": "share devices out to tuners",
+    "serve": "run the candidates of a tuner on this machine",
+    "list": "list the devices of a tracker",
+    "tracker": "share devices among tuners",
 }
 
 

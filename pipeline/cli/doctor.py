@@ -45,7 +45,7 @@ class Check:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Whose free space and right to write are looked at."""
-    parser.add_argument("--cache-dir", metavar="DIR", help="where stage results are kept")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where the results of stages are cached")
 
 
 def run(options: Namespace, progress: Progress) -> Outcome:
@@ -84,7 +84,7 @@ def as_text(checks: list[Check]) -> str:
     problems = [check for check in checks if check.remedy]
     lines += [f"\n{check.name}: {check.remedy}" for check in problems]
     if not problems:
-        lines.append("\nnothing to mend")
+        lines.append("\nno problems found")
     return "\n".join(lines)
 
 
@@ -133,7 +133,7 @@ def _cores() -> Check:
 def _thread_variables() -> Check:
     variables = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
     if not variables:
-        return Check("threads", "ok", "no variable limits them")
+        return Check("threads", "ok", "no environment variable limits the threads")
     text = ", ".join(f"{name}={value}" for name, value in variables.items())
     remedy = f"unset {' '.join(variables)}, unless you mean it; --threads does it for one command"
     return Check("threads", "note", text, remedy)

@@ -14,7 +14,9 @@ from bertile.cli.config_flags import EXPORT_FLAGS, add_config, read_config
 def add_arguments(parser: ArgumentParser) -> None:
     """A model, a directory, and what decides how a model is exported."""
     add_model(parser)
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="what to write")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", required=True, help="the directory to write"
+    )
     add_config(parser, *EXPORT_FLAGS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 from bertile.base.progress import Progress
 from bertile.base.tables import table
@@ -16,11 +17,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_bundle(parser)
     add = parser.add_argument
     only = parser.add_mutually_exclusive_group().add_argument
-    only("--quant", action="store_true", help="the noise of each quantized layer, and no times")
-    only("--sparse", action="store_true", help="each layer's zeros and kernel, and no times")
-    add("--batch", metavar="N", type=positive, default=1, help="sequences in the measured call")
+    only(
+        "--quant",
+        action="store_true",
+        help="show the quantization noise of each layer, instead of times",
+    )
+    only(
+        "--sparse",
+        action="store_true",
+        help="show the zeros and the kernel of each layer, instead of times",
+    )
+    add("--batch", metavar="N", type=positive, default=1, help="batch size of the measured call")
     add("--length", metavar="N", type=positive, help=LENGTH)
-    add("--threads", metavar="N", type=positive, help="cores to use")
+    add("--threads", metavar="N", type=positive, help="threads to use")
 
 
 def run(options: Namespace, progress: Progress) -> Outcome:
@@ -39,14 +48,27 @@ def run(options: Namespace, progress: Progress) -> Outcome:
     kernels = report.get("kernels", [])
     plain = (str, int, float, type(None))
     columns = [name for name in (kernels or [{}])[0] if isinstance(kernels[0][name], plain)]
-    rows = [[kernel.get(name) for name in columns] for kernel in kernels]
-    fallen = report.get("fallthrough", [])
+    rows = [[_shown(kernel.get(name)) for name in columns] for kernel in kernels]
     text = table([name.replace("_", " ") for name in columns], rows) if rows else "no kernels"
     if rows:
         text += f"\n\n{backend.summary(report)}"
-    if fallen:
-        text += f"\nfell through to the generic path: {', '.join(fallen)}"
+    if fallen := report.get("fallthrough", []):
+        text += f"\n{_small(fallen, kernels)}" + ("" if options.verbose else "; -v lists them")
+        text += f": {', '.join(fallen)}" if options.verbose else ""
     return Outcome(report, text)
+
+
+def _small(operators: list[str], kernels: list[dict[str, Any]]) -> str:
+    """How many operators have no kernel of ours, and what share of the time theirs take."""
+    shares = [k["time %"] for k in kernels if k["origin"] == "generic" and "time %" in k]
+    share = f" ({sum(shares):.0f}% of the time)" if shares else ""
+    several = len(operators) != 1
+    what = "small operators use" if several else "small operator uses"
+    return f"{len(operators)} {what} TVM's own kernels{share}"
+
+
+def _shown(value: Any) -> Any:
+    return "TVM" if value == "generic" else value
 
 
 def _quantization(options: Namespace) -> Outcome:

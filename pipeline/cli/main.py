@@ -20,21 +20,21 @@ from bertile.families import table
 # In the order of --help. A command is the module of its name in this folder, imported when it is
 # asked for: `add_arguments(parser)` says what it takes, and `run(options, progress)` does it.
 COMMANDS = {
-    "compile": "model in, bundle out: every stage, checked",
-    "export": "model in, canonical ONNX out",
-    "prune": "model in, the same with most weights zero out",
-    "tune": "search for faster kernels and keep the log",
-    "verify": "compare a bundle with ONNX Runtime",
-    "bench": "time a bundle or a model and other engines in turn",
-    "run": "text in, result out",
-    "report": "one HTML page: tuning curves, kernels, before and after",
-    "inspect": "the kernels of a bundle: origin, time, share of peak",
-    "device": "boards to tune on: serve one, list them, share them out",
-    "targets": "the machines that can be compiled for",
-    "cache": "what the cache of stage results holds; clear it",
-    "doctor": "check this machine; each problem with its remedy",
-    "demo": "compile minilm and compare sentences with it",
-    "completion": "what makes a shell complete commands and flags",
+    "compile": "compile a model into a deployable bundle, verified against ONNX Runtime",
+    "export": "export a model to ONNX, the first stage of a compile",
+    "prune": "set most weights of a model to zero, to be retrained",
+    "tune": "search for faster kernels, and log them for later compiles",
+    "verify": "compare a bundle's outputs with ONNX Runtime's",
+    "bench": "time a bundle or a model beside other engines",
+    "run": "run a bundle on texts: vectors and similarities, or labels and scores",
+    "report": "write an HTML page about a bundle: kernels, tuning curves, gains",
+    "inspect": "list a bundle's kernels: origin, time, share of the machine's peak",
+    "device": "tune on other machines: serve one, list them, share them out",
+    "targets": "list the processors and GPUs that can be compiled for",
+    "cache": "show what is cached, or remove it",
+    "doctor": "check this machine, and say how to solve each problem",
+    "demo": "compile a sentence encoder, compare sentences, time it",
+    "completion": "print a script that makes a shell complete commands and flags",
     "help": "explain a command",
 }
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from bertile.base import tables
+    from bertile.base import screen, tables
     from bertile.base.progress import Progress
 
     progress = Progress(options.verbose - options.quiet)
@@ -71,7 +71,10 @@ def _run(options: argparse.Namespace) -> int:
             outcome = _command(options.command).run(options, progress)
     finally:
         progress.close()
-    print(tables.as_json(outcome.data) if options.json else outcome.text, flush=True)
+    if options.json:
+        print(tables.as_json(outcome.data), flush=True)
+    else:
+        screen.show(outcome.text, sys.stdout)
     return outcome.exit_code
 
 
@@ -97,7 +100,9 @@ def _explain(error: Exception) -> int:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"bertile: {text}", file=sys.stderr)
+    from bertile.base import screen
+
+    screen.show(f"bertile: {text}", sys.stderr)
     return code
 
 
@@ -175,10 +180,10 @@ class _Version(argparse.Action):
 
 def _add_global(parser: argparse.ArgumentParser) -> None:
     # SUPPRESS everywhere: a flag may stand before or behind the command
-    group = parser.add_argument_group("for every command")
+    group = parser.add_argument_group("options of every command")
     add = group.add_argument
     suppress = argparse.SUPPRESS
     add("--json", action="store_true", default=suppress, help="print the result as JSON")
-    add("-q", "--quiet", action="count", default=suppress, help="no progress on stderr")
-    add("-v", "--verbose", action="count", default=suppress, help="more progress on stderr")
-    add("--debug", action="store_true", default=suppress, help="show the stack of an error")
+    add("-q", "--quiet", action="count", default=suppress, help="print no progress (stderr)")
+    add("-v", "--verbose", action="count", default=suppress, help="print more progress (stderr)")
+    add("--debug", action="store_true", default=suppress, help="show the traceback of an error")

@@ -13,7 +13,7 @@ LENGTH = "tokens in a sequence (default: 128, or as many as the model takes)"
 def positive(text: str) -> int:
     """The number that a flag was given; argparse tells of anything else."""
     if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"'{text}' is no whole number above 0")
+        raise ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
 
 

@@ -92,7 +92,7 @@ def _shared_out(parser: Parser, words: list[str]) -> dict[str, Any]:
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     if words:
-        parser.error(f"'{words[0]}' is one argument too many")
+        parser.error(f"unexpected argument '{words[0]}'")
     return values
 
 

@@ -10,7 +10,7 @@ from bertile.base.progress import Progress
 from bertile.base.tables import table
 from bertile.cli.command import Outcome
 
-MODEL = "a directory or hub id of Hugging Face, minilm, or synthetic:NAME"
+MODEL = "a Hugging Face directory or hub name, minilm, or synthetic:NAME"
 PATTERN = (
     "4x1 (default; inputs x outputs of a block), 16x1, 32x1, 1x16, 2:4, unstructured, heads or"
     " neurons"

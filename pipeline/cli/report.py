@@ -15,10 +15,10 @@ from bertile.cli.option_lists import LENGTH, positive
 def add_arguments(parser: ArgumentParser) -> None:
     """What the page is about, where it is written, and how its kernels are measured."""
     add = parser.add_argument
-    add("source", metavar="BUNDLE|LOGDIR", help="a bundle with its log, or a tuning log alone")
+    add("source", metavar="BUNDLE|LOGDIR", help="a bundle, or the directory of a tuning log")
     add("-o", "--output", metavar="FILE", required=True, help="the HTML page to write")
-    add("--no-measure", action="store_true", help="leave out the time of the bundle's kernels")
-    add("--batch", metavar="N", type=positive, default=1, help="sequences in the measured call")
+    add("--no-measure", action="store_true", help="do not time the bundle's kernels")
+    add("--batch", metavar="N", type=positive, default=1, help="batch size of the measured call")
     add("--length", metavar="N", type=positive, help=LENGTH)
     add_some_config(parser, "threads", "log-dir")
 

@@ -26,8 +26,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="a text; behind -- it may begin with a dash; none: each line of stdin is a text",
     )
     add("--file", metavar="FILE", help="a file in UTF-8, of which each line is a text; -: stdin")
-    add("--truncate", action="store_true", help="cut a text that is too long, instead of failing")
-    add("--threads", metavar="N", type=positive, help="cores to use")
+    add(
+        "--truncate",
+        action="store_true",
+        help="cut texts that are too long, instead of refusing them",
+    )
+    add("--threads", metavar="N", type=positive, help="threads to use")
 
 
 def run(options: Namespace, progress: Progress) -> Outcome:
@@ -43,7 +47,7 @@ def run(options: Namespace, progress: Progress) -> Outcome:
 
 def _texts(arguments: list[str], file: str | None) -> list[str]:
     if arguments and file is not None:
-        raise UsageError("texts and --file were both given", "give one of them")
+        raise UsageError("texts and --file exclude each other", "leave one of them out")
     if file not in (None, "-"):
         try:
             content = Path(file).read_bytes()

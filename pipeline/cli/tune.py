@@ -23,19 +23,28 @@ NOT_TUNED = ("tune", "runtime", "libc")
 def add_arguments(parser: ArgumentParser) -> None:
     """A model, what takes the place of a search, and what a search asks."""
     add_model(parser, nargs="?")
-    group = parser.add_argument_group("the log, in place of tuning")
+    group = parser.add_argument_group("what is done instead of tuning")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--list", action="store_true", help="what has been tuned: a line per task")
-    add("--best", action="store_true", help="the best knobs of each task")
-    add("--merge", metavar="FILE|DIR", nargs="+", help="add the records of other logs to yours")
-    add("--pack", metavar="FILE", help="write candidates to be measured on a device")
-    add("--ingest", metavar="RESULT", nargs="+", help="add what a device measured")
+    add("--list", action="store_true", help="list what has been tuned, a line per kernel")
+    add("--best", action="store_true", help="list the best settings of each kernel")
+    add("--merge", metavar="FILE|DIR", nargs="+", help="add the records of other logs to your log")
+    add(
+        "--pack",
+        metavar="FILE",
+        help="write candidate kernels into an archive, to measure on another machine",
+    )
+    add(
+        "--ingest",
+        metavar="RESULT",
+        nargs="+",
+        help="add to your log what another machine measured",
+    )
     groups = add_config(parser, *(name for name in FLAGS if name not in NOT_TUNED))
     groups[TUNING].add_argument(
         "--tune",
         metavar="quick|full",
         default=SUPPRESS,
-        help="how long to search: quick (default) ends after 10 minutes, full after 2 hours",
+        help="how long to search: quick (default), 10 minutes at most, or full, 2 hours at most",
     )
 
 
@@ -47,7 +56,9 @@ def run(options: Namespace, progress: Progress) -> Outcome:
     if options.ingest:
         return _ingest(options, config, progress)
     if options.model is None:
-        raise UsageError("there is no MODEL to tune", "name one, or give --list, --best or --merge")
+        raise UsageError(
+            "no MODEL to tune was named", "name one, or give --list, --best or --merge"
+        )
     if config.tune in ("auto", "none"):
         config = dataclasses.replace(config, tune="quick")
     if options.dry_run:
@@ -68,7 +79,7 @@ def _log(options: Namespace, config: Config, progress: Progress) -> Outcome:
     from bertile.tune.log.tuning_log import TuningLog
 
     if options.model is not None:
-        raise UsageError(f"'{options.model}' is one argument too many", "the log is no model's")
+        raise UsageError(f"unexpected argument '{options.model}'", "a log is not of one model")
     log = TuningLog.open(config.log_dir, progress.say, config.shipped_log)
     if options.merge:
         summary = log_commands.merge(log, list(map(Path, options.merge)), progress)

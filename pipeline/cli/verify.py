@@ -14,8 +14,12 @@ from bertile.cli.option_lists import positive
 def add_arguments(parser: ArgumentParser) -> None:
     """A bundle, the model that it is compared with, and how it is run."""
     add_bundle(parser)
-    parser.add_argument("--onnx", metavar="FILE", help="the exported model (default: as compiled)")
-    parser.add_argument("--threads", metavar="N", type=positive, help="cores to use")
+    parser.add_argument(
+        "--onnx",
+        metavar="FILE",
+        help="the ONNX model to compare with (default: the bundle's own source)",
+    )
+    parser.add_argument("--threads", metavar="N", type=positive, help="threads to use")
     add_some_config(parser, "runtime-from")
 
 
@@ -29,10 +33,4 @@ def run(options: Namespace, progress: Progress) -> Outcome:
         bundle, options.onnx, options.threads, progress, opener.parts_of(bundle, source)
     )
     close = check["max_abs_difference"] <= check["tolerance"]
-    verdict = "equal" if close else "DIFFERENT"
-    text = (
-        f"{verdict}: at most {check['max_abs_difference']:.2g} from {check['reference']}"
-        f" (tolerance {check['tolerance']:.2g})"
-        + (f", run by {check['emulator']}" if "emulator" in check else "")
-    )
-    return Outcome(check, text, 0 if close else 4)
+    return Outcome(check, verifier.as_text(check), 0 if close else 4)

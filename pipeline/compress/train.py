@@ -110,7 +110,9 @@ def _batches(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train on this machine's package index, and say how good the model became."""
     parser = argparse.ArgumentParser(prog="python -m bertile.compress.train")
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="what to write")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", required=True, help="the directory to write"
+    )
     parser.add_argument("--epochs", metavar="N", type=int, default=EPOCHS, help="default: 3")
     options = parser.parse_args(arguments)
     output = Path(options.output)

@@ -68,7 +68,7 @@ def read(path: Path) -> Dataset:
     readers = {".tsv": _tsv, ".jsonl": _jsonl, ".txt": lambda line: (line, None)}
     if path.suffix not in readers:
         raise UsageError(
-            f"'{path}' is no file to evaluate with",
+            f"'{path}' is not a file to evaluate with",
             "give labelled texts as .tsv or .jsonl, or sentences as .txt",
         )
     try:
@@ -76,7 +76,7 @@ def read(path: Path) -> Dataset:
     except FileNotFoundError as error:
         raise UsageError(f"there is no file '{path}'") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"'{path}' is no text in UTF-8: {error.reason}") from error
+        raise UsageError(f"'{path}' is not UTF-8 text: {error.reason}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():

@@ -78,7 +78,9 @@ def first_sentence(text: str) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the sentences, one a line."""
     parser = argparse.ArgumentParser(prog="python -m bertile.evaluation.sentences")
-    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="what to write")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", required=True, help="the directory to write"
+    )
     parser.add_argument("--count", metavar="N", type=int, default=COUNT, help="how many (500)")
     options = parser.parse_args(arguments)
     text = "".join(f"{sentence}\n" for sentence in sentences(options.count))

@@ -224,7 +224,7 @@ def _must_have_places(model: Any, source: str) -> None:
     family, padding = table.of_type(model.config.model_type), model.config.pad_token_id
     if family.positions == AFTER_PADDING and (padding is None or padding < 0):
         raise ModelError(
-            f"'{source}' has pad_token_id {padding}, behind which its positions would count",
+            f"'{source}' has pad_token_id {padding}, from which its positions would be counted",
             "give it the id that it was trained with",
         )
     if family.max_length(model) < 1:

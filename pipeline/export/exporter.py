@@ -10,6 +10,7 @@ from typing import Any
 
 from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, require
+from bertile.base.progress import Bar, open_bar
 from bertile.config import Config
 from bertile.export import asked, checkpoints, files
 from bertile.export.foreign import explained, ordinary
@@ -52,15 +53,26 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
         from bertile.onnx import normalizer
 
         return normalizer.normalize(Path(model), directory, config)
+    with open_bar("export", 5) as bar:
+        return _export(model, directory, config, bar)
+
+
+def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedModel:
+    bar.advance(0, "load the weights")
     checkpoint = checkpoints.load(model, config.head, config.allow_unused)
+    bar.advance(note="run it in torch")
     with explained(f"'{checkpoint.source}' cannot be exported"), quiet.quiet(), ordinary():
         exported = _describe(checkpoint, directory)
         want = _answers(checkpoint, exported)  # before anything of the model is changed
         module = _module(checkpoint, exported)
         _must_answer_alike(module, want, exported)
+        bar.advance(note="torch's exporter writes the graph")
         _write_onnx(module, exported)
+        bar.advance(note="compare with torch")
         difference = _check(module, exported, _padding_id(checkpoint))
+        bar.advance(note="look which outputs depend on other rows")
         seen = reach.look(session(exported.onnx_path), exported.inputs, None, None)
+        bar.advance()
     _copy_files(checkpoint, directory)
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
     notes = (*exported.notes, *module.notes, *seen.notes(), note)

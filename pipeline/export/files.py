@@ -7,12 +7,13 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
+from bertile.base.progress import aside, open_bar
 from bertile.export import objects, synthetic
 from bertile.families import text_settings
 from bertile.families.model_config import read_object
@@ -47,7 +48,8 @@ def local_directory(model: str) -> Path | None:
         return Path(model)
     if Path(model).is_file():
         raise ModelError(
-            f"'{model}' is a file but no .onnx", "give the directory that save_pretrained wrote"
+            f"'{model}' is a file, but not an .onnx file",
+            "give the directory that save_pretrained wrote",
         )
     if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
         raise ModelError(f"there is no directory '{model}'")
@@ -144,18 +146,34 @@ def _fetch(model: str) -> Path:
             cached = Path(hub.snapshot_download(model, local_files_only=True))
             if (cached / "config.json").is_file():
                 return cached
-        directory = Path(hub.snapshot_download(model, allow_patterns=[*text, "*.safetensors"]))
-        if not any(directory.glob("*.safetensors")):
-            hub.snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
+        with _bars_of_the_hub(hub, model):
+            directory = Path(hub.snapshot_download(model, allow_patterns=[*text, "*.safetensors"]))
+            if not any(directory.glob("*.safetensors")):
+                hub.snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
         return directory
     except errors.RepositoryNotFoundError as error:
         raise ModelError(f"the Hugging Face hub has no model '{model}'{question}") from error
     except Exception as error:  # the hub's client raises many kinds for "no network"
         raise ModelError(
-            f"model '{model}' is no local path, and could not be fetched from the Hugging Face hub"
-            f"{question}",
+            f"model '{model}' is not a local path, and could not be fetched from the Hugging Face"
+            f" hub{question}",
             "connect to the network, or give a directory, an .onnx file, minilm or synthetic:NAME",
         ) from error
+
+
+@contextlib.contextmanager
+def _bars_of_the_hub(hub: Any, model: str) -> Iterator[None]:
+    """The hub's own bars, in bytes, where a person sees them; elsewhere a line."""
+    with aside() as draws, open_bar("download") as bar:
+        if draws or hub.utils.are_progress_bars_disabled():
+            yield
+            return
+        bar.advance(note=model)
+        hub.utils.disable_progress_bars()
+        try:
+            yield
+        finally:
+            hub.utils.enable_progress_bars()
 
 
 def _sentence_modules(directory: Path) -> list[tuple[str, Path]]:

@@ -58,7 +58,7 @@ def opened(held: Any) -> ModelObject:
         inside = _place_of_model(torch, transformers, model)
         raise UsageError(
             f"cannot compile a {name}" + (f", which holds a model at '{inside}'" if inside else ""),
-            f"give that: object.{inside}"
+            f"give its object.{inside}"
             if inside
             else "give a path, a name, or a transformers PreTrainedModel",
         )

@@ -44,7 +44,7 @@ FLOATS = {*("F16", "BF16", "F32", "F64"), *("float16", "bfloat16", "float32", "f
 # Parameters that a file need not have (a pooler's), or of which it has less than a byte each.
 SLACK = 1 << 27
 
-_ALLOW = "--allow-unused compiles it without, for who knows that this is right"
+_ALLOW = "--allow-unused compiles it without them, if that is right for this model"
 
 
 def load(
@@ -91,7 +91,7 @@ def load(
     unread = _unread(model, head, report["unexpected_keys"], held)
     if unread and not allow_unused:
         raise ModelError(
-            f"'{source}' is another model than its model_type '{config['model_type']}' says: its"
+            f"'{source}' is not the model that its model_type '{config['model_type']}' names: its"
             f" tensors {_listed(unread)} are never read",
             _ALLOW,
         )
@@ -128,8 +128,8 @@ def _refuse_other_models(
         reasons.append(f"an adapter ({ADAPTER})")
     if reasons and not allow_unused:
         raise ModelError(
-            f"'{source}' is another model than its model_type '{config['model_type']}' says: it has"
-            f" {' and '.join(reasons)}",
+            f"'{source}' is not the model that its model_type '{config['model_type']}' names: it"
+            f" has {' and '.join(reasons)}",
             _ALLOW,
         )
     return tuple(f"left out: {reason}" for reason in reasons)
@@ -248,7 +248,7 @@ def _dtypes(torch: Any, path: Path) -> dict[str, str]:
     )
     if not plain:
         raise ModelError(
-            f"the weights in '{path}' cannot be loaded: they are no dictionary of tensors",
+            f"the weights in '{path}' cannot be loaded: they are not a dictionary of tensors",
             "save them with save_pretrained",
         )
     return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in content.items()}

@@ -51,7 +51,8 @@ def pruned(model: str) -> tuple[float, str] | None:
         sparsity = float(share)
     except ValueError as error:
         raise UsageError(
-            f"'{share}' of '{model}' is no sparsity", "write it as in synthetic:bert-base@0.9:4x1"
+            f"'{share}' of '{model}' is not a sparsity",
+            "write it as in synthetic:bert-base@0.9:4x1",
         ) from error
     return pruning.check(sparsity, pattern), pattern
 

@@ -25,7 +25,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ModelError, with the path, for anything else."""
     try:
         if path.exists() and not path.is_file():
-            raise ModelError(f"'{path}' is no file")
+            raise ModelError(f"'{path}' is not a file")
         if path.stat().st_size > LARGEST:
             raise ModelError(f"'{path}' is larger than {LARGEST >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -34,7 +34,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ModelError(f"'{path}' cannot be read: it is nested too deep") from error
     if not isinstance(value, dict):
-        raise ModelError(f"'{path}' is no JSON object, but a {type(value).__name__}")
+        raise ModelError(f"'{path}' is not a JSON object, but of type {type(value).__name__}")
     if _deeper(value, DEEPEST):
         raise ModelError(f"'{path}' cannot be read: it is nested too deep")
     return value

@@ -68,7 +68,7 @@ def _parse(text: str) -> list[list[int]]:
     try:
         return [[int(part) for part in text.split(",")]]
     except ValueError as error:
-        raise InputError(f"'{text}' is no list of ids", "write them as 101,7592,102") from error
+        raise InputError(f"'{text}' is not a list of ids", "write them as 101,7592,102") from error
 
 
 def _example(model: Model) -> list[list[int]]:

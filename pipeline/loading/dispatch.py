@@ -25,7 +25,7 @@ from bertile.loading.weights import Place, check_ids, described, map_tensors
 
 
 def load(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     threads: int | None = None,
     *,
     verify: bool = True,

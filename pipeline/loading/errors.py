@@ -10,7 +10,7 @@ class BertileError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str, remedy: str = ""):
+    def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(what, remedy)
         self.what, self.remedy = what, remedy
 

@@ -95,7 +95,7 @@ def _integers(name: str, value) -> np.ndarray:
             "give (batch, length), for one text [ids]",
         )
     if array.dtype == object and array.size:  # numpy older than 1.24 makes this of ragged lists
-        raise InputError(f"{name} holds values that are no integers of 64 bits")
+        raise InputError(f"{name} holds values that are not 64-bit integers")
     if name == "attention_mask" and array.dtype.kind == "f" and np.isin(array, (0, 1)).all():
         array = array.astype(np.int64)
     if array.dtype.kind not in "iub" and array.size:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from bertile.loading.blocks import BLOCK_TOKENS
 from bertile.loading.errors import AGAIN, BundleError
@@ -29,7 +30,7 @@ _RESULTS = {
 }
 
 
-def read_manifest(directory: str | os.PathLike) -> dict:
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the checked manifest of the bundle in `directory`; raises BundleError."""
     path = Path(directory) / MANIFEST
     try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bertile.loading.about import Bundled
 from bertile.loading.again import load_again
 from bertile.loading.blocks import BLOCK_TOKENS, blocks_of, passes, sequence_ends
 from bertile.loading.errors import AGAIN, BertileError, BundleError, InputError
@@ -23,7 +24,7 @@ from bertile.loading.tvm_abi import Object, Runtime
 PASS_BLOCKS = 8
 
 
-class Model:
+class Model(Bundled):
     """A loaded bundle. Any number of threads may call one; as many calls as it has streams are
     answered at once, others one after the other.
     """
@@ -31,19 +32,19 @@ class Model:
     def __init__(
         self,
         runtime: Runtime,
-        manifest: dict,
+        manifest: dict[str, Any],
         library: Path,
         params: list[Object],
         threads: int,
         streams: int = 1,
-    ):
+    ) -> None:
         self.manifest = manifest
         self.inputs = tuple(spec["name"] for spec in manifest["inputs"])
         self.outputs = tuple(spec["name"] for spec in manifest["outputs"])
-        self.max_length: int | None = manifest["model"]["max_length"]
+        self.max_length = manifest["model"]["max_length"]
         self.threads = threads
         self.pass_blocks = PASS_BLOCKS * threads  # of tokens; what is more takes several passes
-        self.loaded_by: Callable[[], Model] | None = None  # what loads the same once more
+        self.loaded_by = None
         self._runtime, entry, inputs = runtime, manifest["entry"], len(self.inputs) + 1
         try:
             module = _open_library(runtime, library)
@@ -57,7 +58,7 @@ class Model:
             raise BundleError(f"cannot load {library}: {error.what}", error.remedy) from error
         self._held = (module, params)
 
-    def __call__(self, /, **inputs) -> dict[str, np.ndarray]:
+    def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray]:
         """Run the model on arrays or nested lists of integers, each (batch, length).
 
         A missing attention_mask is all ones, missing token_type_ids are all zeros and missing
@@ -103,12 +104,20 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """A pickle or a copy is the directory, which is loaded again where it is opened."""
-        return load_again(self.loaded_by, self.manifest, closed=self._streams[0].closed)
+        return load_again(self.loaded_by, self.manifest, closed=self.closed)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._streams[0].closed
+
+    def _place(self) -> str:
+        return f"{self.threads} thread{'s' * (self.threads != 1)}"
 
     def _check_arity(self, entry: str, count: int) -> None:
         takes = self._runtime.call(self._streams[0].find("get_function_arity"), entry.encode())

@@ -160,7 +160,7 @@ class Runtime:
             return
         handle = ctypes.c_void_p()
         self._raised(ctypes.byref(handle))
-        message = "no reason given"
+        message = "no reason was reported"
         if handle.value:
             error = Object(0, handle.value, self._release)
             message = _text(error, skip=1).strip()

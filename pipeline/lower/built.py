@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bertile.base import machine
 from bertile.loader import LIBRARY
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
@@ -31,13 +32,19 @@ class Built:
         return self.files[LIBRARY]
 
 
-def kernel_entry(task: Task, calls: int, source: str, knobs: Knobs) -> dict[str, Any]:
-    """What a manifest says of a kernel of ours."""
+def kernel_entry(
+    task: Task, calls: int, source: str, knobs: Knobs, record: Any = None
+) -> dict[str, Any]:
+    """What a manifest says of a kernel of ours; `record` is the log's, None of a default."""
+    measured = (
+        {"measured_on": machine.in_words(record.machine), "at": record.time} if record else {}
+    )
     return {
         "name": task.name,
         "operation": task.operation,
         "shape": dict(task.shape),
         "provenance": source,
+        **({"record": measured} if measured else {}),
         "calls": calls,
         "decisions": dict(knobs),
     }

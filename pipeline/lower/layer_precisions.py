@@ -13,7 +13,7 @@ from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, rewrite
 from bertile.numerics.precision import LayerPlan
 
-FEW_ROWS = "it sees one row a sequence: too little work to gain anything"
+FEW_ROWS = "it runs on one row of each sequence: too little work to gain from int8"
 # What an operator without a plan of its own is computed in.
 Rule = Callable[[Dataflow, relax.Call], str]
 

@@ -208,7 +208,7 @@ def as_text(rows: Sequence[Mapping[str, Any]], sparse: str) -> str:
     for.
     """
     if not rows:
-        return f"no layer's zeros were looked at: compiled with --sparse {sparse}"
+        return f"no layer was checked for zeros: the bundle was compiled with --sparse {sparse}"
     return table(list(rows[0]), [list(row.values()) for row in rows])
 
 

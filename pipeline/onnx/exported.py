@@ -94,7 +94,7 @@ def read(directory: Path) -> ExportedModel:
     try:
         return ExportedModel.from_json(path.parent, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"'{path}' is no description of an exported model: {error}") from error
+        raise ModelError(f"'{path}' does not describe an exported model: {error}") from error
 
 
 def files_of(directory: Path) -> list[Path]:

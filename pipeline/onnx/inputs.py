@@ -57,7 +57,9 @@ def present(
         kind, old, name = value.type.tensor_type, value.name, names[value.name]
         dims = kind.shape.dim
         if kind.elem_type not in _NUMBERS or (kind.HasField("shape") and len(dims) != 2):
-            raise ModelError(f"input '{old}' of '{path}' is no (batch, length) tensor of numbers")
+            raise ModelError(
+                f"input '{old}' of '{path}' is not a (batch, length) tensor of numbers"
+            )
         # without a shape, or of -1, as Paddle writes it: any
         sizes.append([max(dim.dim_value, 0) for dim in dims] or [0, 0])
         wanted = kind.elem_type

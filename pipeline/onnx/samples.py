@@ -76,6 +76,22 @@ def largest_difference(
     return float(np.abs(got - want).max(initial=0.0))
 
 
+def cosine(
+    got: np.ndarray, want: np.ndarray, mask: np.ndarray, axes: Sequence[Any] | None = None
+) -> float:
+    """Return the cosine between two outputs, each as one vector of its real tokens' values.
+
+    0 for other shapes and values that are not finite, 1 where both are zero throughout.
+    """
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return 0.0
+    got, want = (_real(values, mask, axes).reshape(-1) for values in (got, want))
+    if not got.any() and not want.any():
+        return 1.0
+    norms = float(np.linalg.norm(got) * np.linalg.norm(want))
+    return float(got @ want) / norms if norms else 0.0
+
+
 def squared_norms(got: np.ndarray, want: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
     """Return the squared norms of the difference and of `want`, of the same elements."""
     if got.shape != want.shape or not np.isfinite(got).all():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import ModelError, require
+from bertile.base.fingerprint import read_blocks
 from bertile.families.text_settings import FILES
 from bertile.onnx.exported import TOKENIZER_FILES
 
@@ -65,8 +66,7 @@ def digest_files(digest: Any, paths: list[Path]) -> None:
     for path in paths:
         digest.update(path.name.encode())
         try:
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
+            for block in read_blocks(path):
+                digest.update(block)
         except OSError as error:
             raise ModelError(f"'{path}' cannot be read: {error.strerror}") from error

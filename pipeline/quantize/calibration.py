@@ -132,7 +132,7 @@ def _texts(path: Path, exported: ExportedModel, what: str) -> list[Row]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"'{path}' is no text in UTF-8: {error.reason}",
+            f"'{path}' is not UTF-8 text: {error.reason}",
             "give a text file with one text a line, or an .npz of the model's inputs",
         ) from error
     texts = [line for line in lines if line.strip()]
@@ -147,7 +147,7 @@ def _arrays(path: Path, exported: ExportedModel) -> list[Row]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, NotImplementedError, zipfile.error) as error:
-        raise UsageError(f"'{path}' is no .npz of arrays: {error}") from error
+        raise UsageError(f"'{path}' is not an .npz file of arrays: {error}") from error
     except (RuntimeError, zlib.error) as error:  # encrypted, or damaged within
         raise UsageError(f"'{path}' cannot be read: {error}") from error
     specs = [dataclasses.asdict(spec) for spec in exported.inputs]

@@ -44,15 +44,16 @@ def search(
 
     if good(0, higher[0]):
         return Search(plan, tuple(tried))
-    cost = f"all quantized drop by {baseline - tried[0][2]:.4f}, more than {max_drop:g}"
+    cost = f"with all layers quantized the metric drops by {baseline - tried[0][2]:.4f}"
     for precision in higher:
         kept = _fewest(len(order), lambda count, p=precision: good(count, p))
         if kept is not None:
-            why = f"{cost}; of the {kept} with the most noise"
+            why = f"{cost}, more than {max_drop:g}; among the {kept} noisiest"
             return Search(_keeping(plan, order[:kept], precision, why), tuple(tried))
     best = max(value for _, _, value in tried)
     raise BertileError(
-        f"no plan keeps the metric within {max_drop:g} of {baseline:.4f}: the best has {best:.4f}",
+        f"no choice of layers keeps the metric within {max_drop:g} of {baseline:.4f}: the best"
+        f" reaches {best:.4f}",
         "allow a larger --max-drop, or compile with --precision fp32",
     )
 

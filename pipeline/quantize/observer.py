@@ -14,6 +14,7 @@ from tvm import relax
 from bertile import loader
 from bertile.backends.cpu import builder
 from bertile.base import scratch
+from bertile.base.progress import track
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, normalized
@@ -99,7 +100,7 @@ class Observer:
         """
         smooth, observations = smooth or {}, {}
         keep = -(-KEPT_ROWS // max(1, len(requests)))
-        for request in requests:
+        for request in track(requests, "calibrate"):
             for name, x in self._inputs(request):
                 x = x * smooth[name] if name in smooth else x
                 observation = Observation.of(x, keep, moments)

@@ -154,7 +154,7 @@ def _of_log(directory: Path, progress: Progress) -> Page:
     records = [record for name in names for record in log.all_records(name)]
     if not records:
         raise UsageError(
-            f"'{directory}' is no bundle and has no tuning records",
+            f"'{directory}' is neither a bundle nor a tuning log",
             "give a directory that `bertile compile` or `bertile tune` has written",
         )
     drawn = tuple(curve for name in names for curve in curves(log, name))

@@ -88,7 +88,7 @@ def _kernels(page: Page) -> str:
     ]
     text = "".join(f"<p>{escape(note)}</p>" for note in page.notes)
     if page.fallthrough:
-        text += f"<p>On the generic path: {escape(', '.join(page.fallthrough))}.</p>"
+        text += f"<p>Operators on TVM's own kernels: {escape(', '.join(page.fallthrough))}.</p>"
     return f"<h2>Time per kernel</h2>{text}{_table('kernels', header, rows)}"
 
 
@@ -96,7 +96,7 @@ def _gains(curves: Sequence[Curve]) -> str:
     if not curves:
         return "<h2>Tuning</h2><p>The log has no records of these kernels.</p>"
     header = (("task", ""), ("threads", "n"), ("trials", "n"), ("default µs", "n"))
-    header += (("best µs", "n"), ("speed-up", "n"), ("best knobs", ""))
+    header += (("best µs", "n"), ("speed-up", "n"), ("best settings", ""))
     rows = []
     for curve in curves:
         gain = curve.default / curve.best if curve.default and curve.best else None
@@ -124,8 +124,9 @@ def _whole(curves: Sequence[Curve]) -> str:
             before = sum(c.calls * c.default for c in known) / 1e3
             after = sum(c.calls * c.best for c in known) / 1e3
             text += (
-                f"<p>{len(known)} tasks whose default was measured, as often as a request calls"
-                f" them, on {threads} threads: {before:.2f} ms before, {after:.2f} ms after.</p>"
+                f"<p>{len(known)} kernels whose defaults were measured, as often as a request"
+                f" calls them, on {threads} threads: {before:.2f} ms before, {after:.2f} ms"
+                " after.</p>"
             )
     return text
 
@@ -143,7 +144,7 @@ def _curves(curves: Sequence[Curve]) -> str:
 
 def _figure(curve: Curve) -> str:
     failed = sum(trial is None for trial in curve.trials)
-    best = f"best {_number(curve.best)} µs" if curve.best else "no trial works"
+    best = f"best {_number(curve.best)} µs" if curve.best else "every trial failed"
     detail = f"{curve.threads} threads, {len(curve.trials)} trials, {failed} failed, {best}"
     origin = ", ".join(part for part in (curve.machine, curve.when) if part)
     caption = f"<b>{escape(curve.name)}</b><span>{escape(detail)}</span>"

@@ -10,6 +10,7 @@ import numpy as np
 
 from bertile import loader
 from bertile.base.errors import BundleError, InputError, require
+from bertile.base.progress import track
 from bertile.base.tables import table
 from bertile.families import model_config, text_settings
 from bertile.families.text_settings import TextSettings
@@ -120,7 +121,7 @@ def infer(model: loader.Model, encodings: Sequence[Any]) -> list[dict[str, np.nd
     """Run texts in batches of similar length; one row of each output per text, in their order."""
     outputs: list[dict[str, np.ndarray]] = [{} for _ in encodings]
     order = sorted(range(len(encodings)), key=lambda index: len(encodings[index].ids))
-    for first in range(0, len(order), BATCH):
+    for first in track(range(0, len(order), BATCH), "run texts"):
         chosen = order[first : first + BATCH]
         results = model(**_batch([encodings[index] for index in chosen], model.inputs))
         for row, index in enumerate(chosen):

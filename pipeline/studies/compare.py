@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--eval", metavar="FILE", required=True, help="labelled .tsv or .jsonl, or sentences .txt")
     add("--precision", metavar="LIST", help="with commas between (default: all of this machine)")
     add("--against", metavar="LIST", default="", help="onnxruntime-int8")
-    add("--threads", metavar="N", type=int, help="cores to use")
+    add("--threads", metavar="N", type=int, help="threads to use")
     add("--calibrate", metavar="FILE", help="texts or an .npz, for int8")
     add("--ranges", metavar="NAME", default="dynamic", help="how int8 finds its ranges")
     add("--smooth", metavar="0..1", type=float, help="of SmoothQuant, for int8 and int4")

@@ -3,8 +3,8 @@ for ``cuda_package`` to make a table of goes out.
 
     python3 cuda_bench.py --fp16 BUNDLE --int8 BUNDLE --model DIR -o RESULT.json
 
-One file on numpy, torch and transformers, that needs nothing of ours but what bundles made with
-`--runtime include` hold, so that it can be carried to a machine with them. Times are of the GPU, by
+One file on numpy, torch and transformers, that needs nothing of ours but what bundles hold with
+their runtime, so that it can be carried to a machine with them. Times are of the GPU, by
 events before and behind each call; beside them, of calls that are waited for, on tensors that are
 on the GPU. Copies of inputs and outputs are in none of them.
 """

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, fit, print."""
     parser = argparse.ArgumentParser(prog="python -m bertile.studies.fit_sparse_costs")
     add = parser.add_argument
-    add("--threads", metavar="N", type=int, help="cores to use")
+    add("--threads", metavar="N", type=int, help="threads to use")
     add("--precision", metavar="NAME", nargs="+", default=PRECISIONS, help="of the layers")
     add("--log-dir", metavar="DIR", help="your own tuning logs")
     options = parser.parse_args(arguments)

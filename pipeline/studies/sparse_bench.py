@@ -58,7 +58,7 @@ CURVES = (("int8", "4x1", True), ("int8", "unstructured", False), ("fp32", "unst
 PEERS = ("onnxruntime", "openvino", "deepsparse")
 NAME = "sparse_curve"
 MEANINGS = (
-    "Every engine has the same pruned weights, in its own form of the precision; bertile / best:"
+    "Every engine has the same pruned weights, in its own form of the precision; vs fastest:"
     " Bertile's median divided by the fastest other engine's."
 )
 
@@ -91,7 +91,7 @@ def as_table(results: Sequence[tuple[Case, dict[str, Any]]], markdown: bool = Fa
         if row["engine"] != "bertile"
     )
     header = ("case", "batch", "length", "Bertile ms", "samples/s")
-    header += (*(f"{version} ms" for _, version in engines), "bertile / best", "at most")
+    header += (*(f"{version} ms" for _, version in engines), "vs fastest", "at most")
     rows = []
     for case, report in results:
         times = {row["engine"]: row["median_ms"] for row in report["rows"]}
@@ -199,8 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--points", metavar="SHARE", nargs="+", type=float, default=POINTS, help="of the curve")
     add("--length", metavar="N", type=int, default=128, help="tokens of the curve's request")
     add("--longest", metavar="N", type=int, default=384, help="leave out longer cases")
-    add("--repeat", metavar="N", type=int, default=30, help="measured calls of each engine")
-    add("--threads", metavar="N", type=int, help="cores to use")
+    add("--repeat", metavar="N", type=int, default=30, help="timed calls of each engine")
+    add("--threads", metavar="N", type=int, help="threads to use")
     add("--log-dir", metavar="DIR", help="your own tuning logs")
     add("-o", "--output", metavar="DIR", default="out/sparse", help="for the curve's two files")
     add(

@@ -14,14 +14,50 @@ from bertile import backends, loader
 from bertile.base.progress import Progress
 from bertile.run import requests
 from bertile.targets.rows import Target
-from bertile.tune.log.tuning_log import ORIGINS
+from bertile.tune.log.tuning_log import ELSEWHERE, ORIGINS
+
+GENERIC = "generic"  # the provenance of what TVM compiles by its own schedules
 
 
 def count(kernels: list[dict[str, Any]]) -> dict[str, int]:
     """How many kernels have which provenance."""
     kinds = [kernel["provenance"] for kernel in kernels]
-    counts = {kind: kinds.count(kind) for kind in (*ORIGINS, "nearest", "default", "generic")}
+    counts = {kind: kinds.count(kind) for kind in (*ORIGINS, "nearest", "default", GENERIC)}
     return {kind: count for kind, count in counts.items() if count or kind not in ORIGINS[1:]}
+
+
+# What a kernel's provenance is called in a sentence, of one and of several.
+_WORDS = {
+    "tuned": ("tuned", "tuned"),
+    ELSEWHERE: ("tuned on another processor", "tuned on another processor"),
+    "estimated": ("chosen by estimate", "chosen by estimate"),
+    "nearest": ("with settings of a similar shape", "with settings of similar shapes"),
+    "default": ("default", "defaults"),
+}
+
+
+def in_words(kernels: list[dict[str, Any]]) -> str:
+    """The same in a sentence, which says too on what processors the records were measured."""
+    counts = count(kernels)
+    parts = [
+        f"{number} {_WORDS[kind][number != 1]}{_machines(kernels, kind)}"
+        for kind, number in counts.items()
+        if number and kind != GENERIC
+    ]
+    ours = sum(number for kind, number in counts.items() if kind != GENERIC)
+    origins = f" ({', '.join(parts)})" if parts else ""
+    return f"{ours} kernel{'s' * (ours != 1)} of Bertile{origins}, {counts[GENERIC]} of TVM"
+
+
+def _machines(kernels: list[dict[str, Any]], kind: str) -> str:
+    """On which processors the records of that kind were measured; "" where none is known."""
+    machines = {
+        kernel["record"]["measured_on"]
+        for kernel in kernels
+        if kernel["provenance"] == kind and kernel.get("record", {}).get("measured_on")
+    }
+    join = ": " if kind == ELSEWHERE else " on "
+    return f"{join}{' and '.join(sorted(machines))}" if machines and kind in ORIGINS[:2] else ""
 
 
 def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
@@ -42,6 +78,7 @@ def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
         "max_abs_difference": manifest["check"]["max_abs_difference"],
         "check": verifier.as_text(manifest["check"]),
         "kernels": count(manifest["kernels"]),
+        "kernels_in_words": in_words(manifest["kernels"]),
         "stages": progress.summary(),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 from bertile import backends, loader
 from bertile.backends.backend import NotHere
 from bertile.base.errors import NumericMismatchError, require
-from bertile.base.progress import Progress
+from bertile.base.progress import Progress, track
 from bertile.families import model_config
 from bertile.onnx import exported
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.inputs import Fed
-from bertile.onnx.samples import largest_difference, sample, session
+from bertile.onnx.samples import cosine, largest_difference, sample, session
 from bertile.onnx.scores import room
 from bertile.run import opener
 from bertile.targets.rows import Target
@@ -27,8 +28,8 @@ EMULATED_CASES = ((1, 1), (2, 18))
 
 
 def verify(
-    directory: Path,
-    onnx: str | Path | None = None,
+    directory: str | os.PathLike[str],
+    onnx: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     parts: opener.Parts | None = None,
@@ -36,10 +37,11 @@ def verify(
     """Compare the bundle with ONNX Runtime on ``onnx`` (default: its source, exported again).
 
     Returns the check of the manifest: "max_abs_difference" and "tolerance" (of the same output,
-    the worst one), "cases", and the "emulator" of a bundle for another processor (`opener.opened`
-    says how such a one is run, and with which `parts`). It does not raise for a difference;
-    :func:`checked` does.
+    the worst one), the lowest "cosine" of an output, the "precision" whose bound it is, "cases",
+    and the "emulator" of a bundle for another processor (`opener.opened` says how such a one is
+    run, and with which `parts`). It does not raise for a difference; :func:`checked` does.
     """
+    directory = Path(directory)
     manifest = loader.read_manifest(directory)
     backend = backends.of_bundle(manifest)
     with backend.open_for_check(directory, threads, parts) as (model, runs_on):
@@ -67,7 +69,7 @@ def checked(
         raise NumericMismatchError(
             f"the compiled model differs from ONNX Runtime by {check['max_abs_difference']:.2g},"
             f" more than {check['tolerance']:.2g}, at batch and length {check['worst']}",
-            "calibrate with more texts, or leave --ranges out; nothing was written"
+            "calibrate with more texts, or leave --ranges out; no bundle was written"
             if fixed
             else "report the model with `bertile doctor`'s output; nothing was written",
         )
@@ -80,10 +82,15 @@ def as_text(check: dict[str, Any]) -> str:
         return f"not executed here: {check['reason']}"
     by = f", run by {check['emulator']}" if "emulator" in check else ""
     by = f", on {check['gpu']}" if check.get("gpu") else by
-    return f"at most {check['max_abs_difference']:.1e} from ONNX Runtime{by}"
+    close = check["max_abs_difference"] <= check["tolerance"]
+    bound = f"{check['precision']}'s bound of {check['tolerance']:.2g}"
+    return (
+        f"largest error {check['max_abs_difference']:.2g} against ONNX Runtime{by}:"
+        f" {'within' if close else 'ABOVE'} {bound} (cosine {check['cosine']:.4f})"
+    )
 
 
-def _onnx(directory: Path, path: str | Path | None, progress: Progress | None) -> Path:
+def _onnx(directory: Path, path: str | os.PathLike[str] | None, progress: Progress | None) -> Path:
     """The model to compare a bundle with: what was given, else what it was made of."""
     if path is not None:
         return Path(path)
@@ -103,15 +110,16 @@ def _compare(
 ) -> dict[str, Any]:
     (runtime,) = require("compile", "onnxruntime")
     manifest = model.manifest
-    relative = max(tolerances[precision] for precision in _precisions(manifest))
+    loosest = max(sorted(_precisions(manifest)), key=lambda precision: tolerances[precision])
+    relative = tolerances[loosest]
     specs = [exported.InputSpec(**spec) for spec in manifest["inputs"]]
     rename, padding = manifest["config"].get("rename", ()), _padding_id(onnx.parent)
     peer = Fed.of(session(onnx), onnx, rename)
     names = [output.name for output in peer.get_outputs()]
     axes = {output["name"]: output["axes"] for output in manifest["outputs"]}
     worst: dict[str, Any] = {"max_abs_difference": -1.0, "tolerance": relative, "worst": None}
-    cases = []
-    for batch, length in wanted:
+    cases, cosines = [], [1.0]
+    for batch, length in track(wanted, "compare"):
         arrays = sample(specs, batch, length, padding, seed=length)
         want, got = peer.run(names, arrays), model(**arrays)
         mask = arrays.get("attention_mask", arrays[specs[0].name] * 0 + 1)
@@ -120,6 +128,7 @@ def _compare(
             difference = largest_difference(got[name], reference, mask, axes[name])
             tolerance = relative * max(1.0, float(abs(reference).max()))
             largest = max(largest, difference)
+            cosines.append(cosine(got[name], reference, mask, axes[name]))
             if worst["max_abs_difference"] < 0 or difference / tolerance > (
                 worst["max_abs_difference"] / worst["tolerance"]
             ):
@@ -131,7 +140,13 @@ def _compare(
         cases.append({"batch": batch, "length": length, "max_abs_difference": largest})
     feeds = (sample(specs, *shape, padding, seed=shape[1]) for shape in wanted)
     worst["tolerance"] = room(worst["tolerance"], worst["max_abs_difference"], onnx, feeds, rename)
-    return {"reference": f"onnxruntime {runtime.__version__}", **worst, "cases": cases}
+    return {
+        "reference": f"onnxruntime {runtime.__version__}",
+        "precision": loosest,
+        "cosine": round(min(cosines), 6),
+        **worst,
+        "cases": cases,
+    }
 
 
 def _precisions(manifest: dict[str, Any]) -> set[str]:

@@ -67,7 +67,8 @@ def test_int4_form_computes_nearly_the_same_in_four_bits(
     nodes = [node for node in onnx.load(path).graph.node if node.op_type == "MatMulNBits"]
     values = [{field.name: field.i for field in node.attribute} for node in nodes]
     assert {(v["bits"], v["block_size"], v["accuracy_level"]) for v in values} == {(4, 32, 4)}
-    assert len(nodes) >= 2 * 4  # of two layers, whose query, key and value may be one product
+    # of two layers; where fusing the attention was faster, its products are none of these
+    assert len(nodes) >= 2 * 3
     inputs = sample(exported.inputs, 1, 24, padding_id=0)
     want, got = (list(run_onnx(model, inputs).values()) for model in (exported.onnx_path, path))
     assert 0.8 < cosine(want, got) < 0.999

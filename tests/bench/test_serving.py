@@ -238,7 +238,7 @@ def test_flags_of_the_command_line_make_a_service(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--lengths 8-16 --length 8", "both say the lengths"),
+        ("--lengths 8-16 --length 8", "exclude each other"),
         ("--load --startup", "--startup is another measurement"),
         ("--duration 0", "seconds is 0"),
         ("--lengths 8-x", "--lengths has '8-x'"),

@@ -252,7 +252,7 @@ def test_unknown_names_and_floats_are_refused(built, directory, tmp_path):
 
 
 OPTIONS = {
-    "ids": (["--ids", "1 x"], "'1 x' is no list of ids; write them as 101 7592 102"),
+    "ids": (["--ids", "1 x"], "'1 x' is not a list of ids; write them as 101 7592 102"),
     "threads": (["--threads", "0"], "--threads is '0'; give a whole number from 1"),
     "cores": (["--threads", "9999"], "threads is 9999, but this process may use "),
     "option": (["--idz", "1"], "option '--idz' is unknown; see: bertile-run --help"),

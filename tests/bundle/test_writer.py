@@ -141,7 +141,7 @@ def test_write_refuses_a_directory_that_is_no_bundle(parts, tmp_path, foreign):
 
 def test_write_refuses_a_file(parts, tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(UsageError, match="is no directory"):
+    with pytest.raises(UsageError, match="is not a directory"):
         write(parts, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 

@@ -38,7 +38,7 @@ def test_txt_has_sentences(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", "a,b", "is no file to evaluate with"),
+        ("x.csv", "a,b", "is not a file to evaluate with"),
         ("x.tsv", "a\tb\nno label\n", "line 2 of '.*' is not: text, a tab, a label"),
         ("x.tsv", "a\t\n", "line 1"),
         ("x.jsonl", '{"text": "a"}\n', "line 1 of"),
@@ -57,7 +57,7 @@ def test_other_files_are_refused(tmp_path, name, content, message):
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="is no text in UTF-8"):
+    with pytest.raises(UsageError, match="is not UTF-8 text"):
         read(tmp_path / "x.txt")
 
 

@@ -195,7 +195,7 @@ def test_load_names_the_remedy_when_the_hub_cannot_be_reached(monkeypatch):
     with pytest.raises(ModelError) as caught:
         checkpoints.load("minilmm")
     assert str(caught.value) == (
-        "model 'minilmm' is no local path, and could not be fetched from the Hugging Face hub;"
+        "model 'minilmm' is not a local path, and could not be fetched from the Hugging Face hub;"
         " did you mean 'minilm'?; connect to the network, or give a directory, an .onnx file,"
         " minilm or synthetic:NAME"
     )

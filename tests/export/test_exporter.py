@@ -132,7 +132,7 @@ def test_export_writes_a_description_that_reads_back(exports):
 
 def test_read_refuses_a_damaged_description(tmp_path):
     (tmp_path / "export.json").write_text('{"source": "x"}')
-    with pytest.raises(ModelError, match="no description of an exported model"):
+    with pytest.raises(ModelError, match="does not describe an exported model"):
         read(tmp_path)
 
 

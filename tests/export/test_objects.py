@@ -259,7 +259,7 @@ def test_load_writes_weights_that_a_rule_makes_of_others():
         (torch.nn.Linear(2, 2), "cannot compile a Linear; give a path"),
         (
             Net(),
-            "cannot compile a Net, which holds a model at 'encoder'; give that: object.encoder",
+            "cannot compile a Net, which holds a model at 'encoder'; give its object.encoder",
         ),
         ({"a": 1}, "cannot compile a dict; give a path"),
     ],

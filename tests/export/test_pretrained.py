@@ -280,9 +280,9 @@ class Code:
     [
         (Code(), "pickled with more than plain tensors, and unpickling that could run code; save"),
         ({"a": Code()}, "pickled with more than plain tensors"),
-        ({"model": {"a": torch.ones(1)}}, "they are no dictionary of tensors; save them with"),
-        ([torch.ones(1)], "they are no dictionary of tensors"),
-        ({1: torch.ones(1)}, "they are no dictionary of tensors"),
+        ({"model": {"a": torch.ones(1)}}, "they are not a dictionary of tensors; save them with"),
+        ([torch.ones(1)], "they are not a dictionary of tensors"),
+        ({1: torch.ones(1)}, "they are not a dictionary of tensors"),
     ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
@@ -395,8 +395,8 @@ def test_export_takes_any_padding_id_of_the_table(copy, cache, padding):
 @pytest.mark.parametrize(
     ("padding", "message"),
     [
-        (None, "has pad_token_id None, behind which its positions would count"),
-        (-1, "has pad_token_id -1, behind which its positions would count"),
+        (None, "has pad_token_id None, from which its positions would be counted"),
+        (-1, "has pad_token_id -1, from which its positions would be counted"),
         (513, "has no position for a token: pad_token_id 513 leaves none of max_position_emb"),
     ],
 )

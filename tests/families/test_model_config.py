@@ -82,9 +82,9 @@ def test_read_names_the_value_that_no_encoder_has(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("5", "is no JSON object, but a int"),
-        ("null", "is no JSON object, but a NoneType"),
-        ('["bert"]', "is no JSON object, but a list"),
+        ("5", "is not a JSON object, but of type int"),
+        ("null", "is not a JSON object, but of type NoneType"),
+        ('["bert"]', "is not a JSON object, but of type list"),
         ("{", "cannot be read"),
         ("", "cannot be read"),
         ('{"a": ' * 40 + "1" + "}" * 40, "it is nested too deep"),
@@ -107,7 +107,7 @@ def test_read_refuses_what_is_no_text_or_no_file(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"has no config\.json; give the directory"):
         model_config.read(tmp_path)
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(ModelError, match=r"config\.json' is no file"):
+    with pytest.raises(ModelError, match=r"config\.json' is not a file"):
         model_config.read(tmp_path)
     (tmp_path / "config.json").rmdir()
     monkeypatch.setattr(model_config, "LARGEST", 10)

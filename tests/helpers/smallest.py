@@ -15,7 +15,7 @@ class Smallest(Chooser):
     """
 
     def choose(self, task: Task) -> Choice:
-        source, knobs = super().choose(task)
+        source, knobs, _ = super().choose(task)
         schedule = schedules_for(self.row)[task.operation]
         for name, values in schedule.space(task, self.row).items():
             smaller = {**knobs, name: min(values)}

@@ -158,7 +158,7 @@ WRONG_INPUTS = {
     "floats": (dict(input_ids=[[1.0]]), "input_ids has dtype float64; give integers"),
     "float mask": (dict(input_ids=[[1]], attention_mask=[[0.5]]), "attention_mask has dtype"),
     "text": (dict(input_ids=[["a"]]), "input_ids has dtype <U1"),
-    "huge": (dict(input_ids=[[2**70]]), "input_ids holds values that are no integers"),
+    "huge": (dict(input_ids=[[2**70]]), "input_ids holds values that are not 64-bit integers"),
     "no rows": (dict(input_ids=np.zeros((0, 4), int)), "input_ids has shape (0, 4)"),
     "no tokens": (dict(input_ids=[[]]), "input_ids has shape (1, 0)"),
     "shapes": (

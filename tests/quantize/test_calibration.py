@@ -98,8 +98,8 @@ def test_static_shape_is_filled_up():
     [
         ("absent.txt", None, "there is no calibration file"),
         ("empty.txt", b" \n\n", "has no text; write one text a line"),
-        ("picture.png", b"\x89PNG\xff\xd8", "is no text in UTF-8"),
-        ("broken.npz", b"not a zip", "is no .npz of arrays"),
+        ("picture.png", b"\x89PNG\xff\xd8", "is not UTF-8 text"),
+        ("broken.npz", b"not a zip", "is not an .npz file of arrays"),
     ],
 )
 def test_files_that_are_neither_are_refused(tmp_path, name, content, message):

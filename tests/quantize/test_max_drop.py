@@ -59,7 +59,8 @@ def test_some_drop_is_allowed():
 def test_the_reason_names_the_drop():
     result = searched(Score(["w1"]))
     assert result.plan["w0"].why == (
-        "all quantized drop by 0.1000, more than 0.005; of the 2 with the most noise"
+        "with all layers quantized the metric drops by 0.1000, more than 0.005;"
+        " among the 2 noisiest"
     )
     assert result.plan["w2"] is PLAN["w2"] and result.plan["pooler"] is PLAN["pooler"]
 
@@ -70,7 +71,7 @@ def test_layers_that_bf16_does_not_help_are_kept_in_fp32():
 
 
 def test_metric_that_no_plan_keeps_is_an_error():
-    with pytest.raises(BertileError, match=r"within 0.005 of 0.9000: the best has 0.8500"):
+    with pytest.raises(BertileError, match=r"within 0.005 of 0.9000: the best reaches 0.8500"):
         searched(Score(["w2"], in_bf16=0.5), higher=("bf16",))
 
 

@@ -287,7 +287,9 @@ def test_emulated_processors_have_what_the_rows_ask_for():
 
 
 def test_check_in_words():
-    done = {"max_abs_difference": 2e-6, "emulator": "qemu-aarch64 -cpu max"}
-    assert (
-        verifier.as_text(done) == "at most 2.0e-06 from ONNX Runtime, run by qemu-aarch64 -cpu max"
+    done = {"max_abs_difference": 2e-6, "tolerance": 1e-4, "precision": "fp32", "cosine": 0.99998}
+    assert verifier.as_text({**done, "emulator": "qemu-aarch64 -cpu max"}) == (
+        "largest error 2e-06 against ONNX Runtime, run by qemu-aarch64 -cpu max:"
+        " within fp32's bound of 0.0001 (cosine 1.0000)"
     )
+    assert ": ABOVE fp32's bound of 1e-06" in verifier.as_text({**done, "tolerance": 1e-6})

@@ -40,7 +40,7 @@ def test_verify_finds_what_the_compile_found(bundle):
 def test_verify_as_a_command_says_what_ran_the_bundle(bundle, capsys):
     assert main.main(["verify", str(bundle), "--runtime-from", str(arm_code.RUNTIME)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("equal: ") and "run by qemu-aarch64 -cpu cortex-a76" in text
+    assert text.startswith("largest error ") and "run by qemu-aarch64 -cpu cortex-a76" in text
 
 
 def test_bundle_that_brings_its_runtime_needs_no_other(stages, tmp_path, monkeypatch):

@@ -287,9 +287,9 @@ def test_directory_without_settings_is_tokenized_as_its_tokenizer_says(cased: Pa
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer_config.json", "[]", "is no JSON object"),
+        ("tokenizer_config.json", "[]", "is not a JSON object"),
         ("sentence_bert_config.json", "{", "cannot be read"),
-        ("config_sentence_transformers.json", "3", "is no JSON object"),
+        ("config_sentence_transformers.json", "3", "is not a JSON object"),
         ("config_sentence_transformers.json", '{"default_prompt_name": "q"}', "no prompt of the n"),
         (
             "config_sentence_transformers.json",

@@ -9,16 +9,16 @@ from bertile.config import Config
 from bertile.targets import detect
 from bertile.targets.rows import Target
 
-_NO_HOST_CODE = "a bundle for a GPU has no code for a processor"
+_NO_HOST_CODE = "a bundle for a GPU has no code for the CPU"
 
 
 def check(config: Config, row: Target) -> None:
     """UsageError or PlatformError, before anything takes time."""
     if config.libc != "glibc":
-        raise UsageError(f"--libc says nothing about {row.name}: {_NO_HOST_CODE}", "leave it out")
+        raise UsageError(f"--libc has no meaning for {row.name}: {_NO_HOST_CODE}", "leave it out")
     if config.runtime_from is not None:
         raise UsageError(
-            f"--runtime-from says nothing about {row.name}: {_NO_HOST_CODE}",
+            f"--runtime-from has no meaning for {row.name}: {_NO_HOST_CODE}",
             "leave it out; the loader's two files come with the bundle",
         )
     if config.sparse == "always":

@@ -133,8 +133,8 @@ def _step(call: Any, places: Mapping[Any, Any], known: Mapping[Any, Extent]) -> 
     grid = tuple(launch.pop(f"blockIdx.{axis}", 1) for axis in "xyz")
     if launch or not isinstance(threads, int):
         raise ModelError(
-            f"TVM launches {name.value} with {', '.join(launch) or 'unknown threads'}, which no"
-            " plan for a GPU can say",
+            f"TVM launches {name.value} with {', '.join(launch) or 'unknown threads'}, which a"
+            " plan for a GPU cannot express",
             "compile the model for a CPU",
         )
     arguments = tuple(

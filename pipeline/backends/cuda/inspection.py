@@ -12,7 +12,7 @@ from bertile.base.errors import PlatformError
 from bertile.run.requests import random_inputs, usual_length
 from bertile.targets import detect
 
-_NOT_ASKED = {"total_ms": None, "gpu": None, "reason": "nobody asked for them"}
+_NOT_ASKED = {"total_ms": None, "gpu": None, "reason": "they were not asked for"}
 
 
 def inspect(

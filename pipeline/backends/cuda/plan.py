@@ -87,7 +87,7 @@ class _Writer:
         types = list(ret.fields) if isinstance(ret, relax.TupleType) else [ret]
         if any(kind != "buffer" for kind, _ in places) or len(set(places)) < len(places):
             raise ModelError(
-                "a result of the model is one of its inputs or weights, or stands there twice",
+                "an output of the model is one of its inputs or weights, or another output",
                 "compile the model for a CPU",
             )
         return [

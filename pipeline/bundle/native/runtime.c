@@ -38,7 +38,7 @@ static struct {
 /* The message of TVM's last error in this thread, on one line. */
 static bertile_status tvm_error(void) {
     void *error = NULL;
-    char text[500] = "no reason given";
+    char text[500] = "no reason was reported";
     ffi.raised(&error);
     if (error) { /* TVMFFIErrorCell: kind, message */
         const bytes *message = (const bytes *)((const char *)error + HEADER) + 1;

@@ -119,7 +119,7 @@ def _planned(layers: list[_Layer], smooth: np.ndarray | None) -> LayerPlan:
 def _noted(graph: Graph, dropped: int) -> Graph:
     if not dropped:
         return graph
-    note = f"quantized: {dropped} inputs of what is no linear layer here are computed in float32"
+    note = f"quantized: {dropped} inputs of other than linear layers are computed in float32"
     exported = graph.exported
     exported = dataclasses.replace(exported, notes=(*exported.notes, note))
     return dataclasses.replace(graph, exported=exported)

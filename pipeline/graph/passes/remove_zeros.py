@@ -215,6 +215,6 @@ def _noted(graph: Graph, removed: dict[str, int]) -> Graph:
     said = [f"{count} {what}" for what, count in removed.items() if count]
     if not said:
         return graph
-    note = f"zeros: {' and '.join(said)} do not count and were removed"
+    note = f"zeros: {' and '.join(said)} have no effect and were removed"
     exported = dataclasses.replace(graph.exported, notes=(*graph.exported.notes, note))
     return dataclasses.replace(graph, exported=exported)

@@ -7,12 +7,14 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bertile.loading.about import Bundled
 from bertile.loading.again import load_again
 from bertile.loading.blocks import BLOCK_TOKENS
 from bertile.loading.cuda.borrowed import borrow_all, on_device
@@ -34,7 +36,7 @@ STREAMS = 4  # requests at once; more wait for their turn
 
 
 def load(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     device: int = 0,
     driver: str | None = None,
     *,
@@ -76,21 +78,23 @@ def load(
     return model
 
 
-class Model:
+class Model(Bundled):
     """A bundle on a GPU. Any number of threads may call it; up to `streams` run at once.
 
     Each shape of a request is one CUDA graph, made when the shape is first seen.
     """
 
-    def __init__(self, gpu: Gpu, manifest: dict, plan: Plan, streams: int = STREAMS):
+    def __init__(
+        self, gpu: Gpu, manifest: dict[str, Any], plan: Plan, streams: int = STREAMS
+    ) -> None:
         if type(streams) is not int or streams < 1:
             raise InputError(f"streams is {streams!r}", "give a whole number from 1")
         self.manifest, self.gpu = manifest, gpu
         self.inputs = tuple(spec["name"] for spec in manifest["inputs"])
         self.outputs = tuple(spec["name"] for spec in manifest["outputs"])
-        self.max_length: int | None = manifest["model"]["max_length"]
+        self.max_length = manifest["model"]["max_length"]
         self.pass_blocks = PASS_BLOCKS  # of tokens; what is more takes several passes
-        self.loaded_by: Callable[[], Model] | None = None  # what loads the same once more
+        self.loaded_by = None
         self._plan, self._streams = plan, streams
         self._code: Code | None = None
         self._results = Results(gpu)
@@ -103,7 +107,7 @@ class Model:
         with self.gpu:
             self._code = Code(self.gpu, self.manifest, self._plan, files)
 
-    def __call__(self, /, *, stream=None, **inputs) -> dict:
+    def __call__(self, /, *, stream: Any = None, **inputs: Any) -> dict[str, Any]:
         """Run the model on arrays or nested lists of integers, each (batch, length).
 
         As for a model on a CPU, a missing attention_mask is all ones, missing token_type_ids are
@@ -132,7 +136,7 @@ class Model:
         }
 
     def time(
-        self, *, repeats: int = 100, warm: int = 10, copies: bool = False, **inputs
+        self, *, repeats: int = 100, warm: int = 10, copies: bool = False, **inputs: Any
     ) -> np.ndarray:
         """Return how many milliseconds each of `repeats` runs on `inputs` takes on the GPU.
 
@@ -173,12 +177,20 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """A pickle or a copy is the directory, which is loaded again where it is opened."""
         return load_again(self.loaded_by, self.manifest, closed=self._closed)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def _place(self) -> str:
+        return self.gpu.name
 
     def __del__(self):
         if getattr(self, "_turn", None) is not None and not sys.is_finalizing():

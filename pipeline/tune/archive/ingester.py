@@ -34,7 +34,8 @@ def ingest(path: Path, log: TuningLog, progress: Progress) -> dict[str, Any]:
     header = next(lines, {})
     if header.get("schema") != SCHEMA or not isinstance(header.get("pack"), dict):
         raise UsageError(
-            f"'{path}' is no result of bertile-run --measure", "give the --output of it"
+            f"'{path}' is not a result of bertile-run --measure",
+            "give the file that its --output wrote",
         )
     result = _Result(header, list(lines))
     counts = {"added": 0, "known": 0, "failed": 0}

@@ -23,11 +23,13 @@ OTHER_FLAG = 0.5  # how far apart two tasks are that differ in their epilogue
 
 class Choice(NamedTuple):
     """``source`` is "tuned", "tuned elsewhere" (on another processor), "estimated" (by a model of
-    the machine), "nearest" (the record of another shape) or "default".
+    the machine), "nearest" (the record of another shape) or "default"; ``record`` is the one that
+    was chosen, None of a default.
     """
 
     source: str
     knobs: Knobs
+    record: Record | None = None
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Chooser:
         must_fit(task, self.row)
         for source, record in self._candidates(task):
             if self._trusted(task, record):
-                return Choice(source, dict(record.knobs))
+                return Choice(source, dict(record.knobs), record)
         return Choice("default", schedules_for(self.row)[task.operation].default(task, self.row))
 
     def _candidates(self, task: Task) -> Iterator[tuple[str, Record]]:
@@ -78,12 +80,15 @@ class Chooser:
         if self.row.kernels_are_text or record.versions.get("apache-tvm") == version("apache-tvm"):
             return True  # kernels for GPUs are text, which TVM has no part in
         if not fits(self.row, cpu_features()):
-            self.warn(f"{task.name}: the record of another TVM cannot be checked on this machine")
+            self.warn(
+                f"{task.name}: a record made with another version of TVM is ignored: it cannot be"
+                " checked on this machine"
+            )
             return False
         with TrialRunner(self.row) as trials:
             error = trials.run(task, record.knobs, blocks=2).get("error")
         if error:
-            self.warn(f"{task.name}: a record of another TVM is left out: {error}")
+            self.warn(f"{task.name}: a record made with another version of TVM is ignored: {error}")
         return error is None
 
 

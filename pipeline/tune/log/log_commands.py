@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ def _mine_first(all_groups: Iterable[Group]) -> list[Group]:
         mine = targets.native().log
     except PlatformError:  # no row fits this machine
         mine = None
-    here = short_name(machine.processor())
+    here = machine.in_words(machine.processor())
     return sorted(all_groups, key=lambda group: (group.target != mine, group.processor != here))
 
 
@@ -104,16 +104,10 @@ def groups(log: TuningLog, target: str | None = None) -> Iterator[Group]:
     for name in names:
         by_task: dict[tuple[str, str, str, int], list[Record]] = defaultdict(list)
         for record in log.all_records(name):
-            task, processor = record.task, short_name(record.machine)
+            task, processor = record.task, machine.in_words(record.machine)
             by_task[task.operation, task.key, processor, record.threads].append(record)
         for (_, _, processor, threads), records in sorted(by_task.items()):
             yield Group(name, processor, threads, records[0].task, records)
-
-
-def short_name(facts: Mapping[str, Any]) -> str:
-    """A processor's maker and numbers, in few words; its name where it has none."""
-    maker, family, model = machine.identity(facts)
-    return f"{maker} {family}/{model}" if family else maker
 
 
 def merge(log: TuningLog, sources: Sequence[Path], progress: Progress) -> dict[str, Any]:
@@ -144,7 +138,9 @@ def merge(log: TuningLog, sources: Sequence[Path], progress: Progress) -> dict[s
                 ours.add(record.to_line())
                 counts["added"] += 1
         if bad:
-            progress.say(f"{path}: line {', '.join(map(str, bad))} is no record and is skipped")
+            progress.say(
+                f"{path}: line {', '.join(map(str, bad))} is not a tuning record and is skipped"
+            )
         counts["bad"] += len(bad)
     return {"log": str(log.directories[-1]), **counts}
 
@@ -154,22 +150,22 @@ def usable(line: str) -> Record:
     record = Record.from_line(line)
     names = (record.operation, record.target)
     if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
-        raise ValueError("the operation and the target are no names")
+        raise ValueError("the operation or the target is not a name")
     numbers = [*record.microseconds, record.threads, record.tokens]
     if not all(_is_number(value) and value > 0 for value in numbers):
-        raise ValueError("a time or a count is no positive number")
+        raise ValueError("a time or a count is not a positive number")
     kinds = (record.shape, record.knobs, record.machine, record.versions)
     if not all(isinstance(value, dict) for value in kinds) or not isinstance(record.time, str):
         raise ValueError("a field has another type")
     if not all(_is_number(value) for value in record.knobs.values()):
-        raise ValueError("a knob is no number")
+        raise ValueError("a knob is not a number")
     return record
 
 
 def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """A table of rows of equal keys."""
     if not rows:
-        return "the log has no records"
+        return "the log is empty"
     cells = [[_cell(value) for value in row.values()] for row in rows]
     return table([name.replace("_us", " us") for name in rows[0]], cells)
 

@@ -268,7 +268,9 @@ class TuningLog:
                     except ValueError:
                         bad.append(number)
             if bad:
-                self._warn(f"{path}: line {', '.join(map(str, bad))} is no record and is skipped")
+                self._warn(
+                    f"{path}: line {', '.join(map(str, bad))} is not a tuning record and is skipped"
+                )
 
 
 def _knobs(task: Task, row: Target) -> tuple[set[str] | None, Mapping[str, int]]:

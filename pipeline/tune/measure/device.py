@@ -40,7 +40,7 @@ def address(text: str) -> tuple[str, int]:
     """HOST:PORT as its parts; UsageError for anything else."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"'{text}' is no address of a tracker", "give HOST:PORT")
+        raise UsageError(f"'{text}' is not the address of a tracker", "give HOST:PORT")
     return host.strip("[]"), int(port)
 
 
@@ -88,7 +88,7 @@ def _warn(host: str, port: int, progress: Progress) -> None:
         addresses = {info[4][0] for info in socket.getaddrinfo(host, port, socket.AF_INET)}
     except OSError as error:
         raise UsageError(
-            f"'{host}' is no interface of this machine: {error.strerror}",
+            f"'{host}' is not a network interface of this machine: {error.strerror}",
             f"give --host {LOOPBACK}, 0.0.0.0 for all interfaces, or the address of one",
         ) from error
     if not all(ipaddress.ip_address(known).is_loopback for known in addresses):

@@ -17,7 +17,7 @@ from typing import Any
 
 from bertile import loader
 from bertile.base.machine import processor
-from bertile.base.progress import Progress
+from bertile.base.progress import Bar, Progress
 from bertile.config import Config
 from bertile.schedules import BLOCK_TOKENS, schedules_for
 from bertile.schedules.schedule import Knobs
@@ -117,8 +117,6 @@ def _search(
     """Defaults first, so that a short search never ends behind them; then MetaSchedule."""
     if not open_tasks and not others:
         return ", everything is tuned already"
-    from bertile.tune.search.search import search
-
     row = session.row
     estimates = session.estimates
     missing = sum(_missing(task, session.log, row, wanted, estimates) for task in open_tasks)
@@ -127,14 +125,28 @@ def _search(
         for task in (*open_tasks, *others)
         for knobs in _first(task, session.log, row, estimates)
     ]
-    session.total = max(missing + len(others), len(first))
+    total = max(missing + len(others), len(first))
     if wanted:
         left = max(0.0, session.deadline - time.monotonic())
         session.progress.say(
-            f"plan: at most {session.total} trials, {wanted} of each of {len(open_tasks)} kernels,"
+            f"plan: at most {total} trials, {wanted} of each of {len(open_tasks)} kernels,"
             f" and at most {left:.0f} s"
         )
-    schedules = schedules_for(row)
+    with session.progress.bar("trials", total) as session.bar:
+        return _measured(session, first, open_tasks, tasks, wanted, missing)
+
+
+def _measured(
+    session: _Session,
+    first: list[tuple[Task, Knobs]],
+    open_tasks: list[Task],
+    tasks: Counter[Task],
+    wanted: int,
+    missing: int,
+) -> str:
+    from bertile.tune.search.search import search
+
+    row, schedules = session.row, schedules_for(session.row)
     try:
         for begin in range(0, len(first), ROUND):
             session.measure(first[begin : begin + ROUND])
@@ -188,7 +200,7 @@ class _Session:
     paced: bool = False  # whether the reference is timed: where it is this machine that measures
     idle: int = 0  # trials since a task last improved by 1%
     count: int = 0
-    total: int = 0
+    bar: Bar | None = None
     repeated: int = 0
     pace: float | None = None  # of the reference now, in microseconds
     fastest: float | None = None
@@ -239,8 +251,7 @@ class _Session:
 
     def _tried(self, task: Task, knobs: Knobs, outcomes: Iterator[dict[str, Any]]) -> Record:
         """The record of the candidate whose answer comes next."""
-        began = time.monotonic()
-        if began > self.deadline:
+        if time.monotonic() > self.deadline:
             raise _Enough("out of time")
         if self.patience and self.idle >= self.patience * ROUND:
             raise _Enough(f"no task improved by 1% in {self.patience} rounds")
@@ -251,7 +262,7 @@ class _Session:
         better = bool(record.microseconds) and fair_time(record, self.row) < IMPROVEMENT * bar
         self.idle = 0 if better else self.idle + 1
         self.log.append(record)
-        self._show(task, time.monotonic() - began)
+        self._show(task)
         return record
 
     def _record(self, task: Task, knobs: Knobs, outcome: dict[str, Any]) -> Record:
@@ -273,15 +284,11 @@ class _Session:
             reference=self.pace,
         )
 
-    def _show(self, task: Task, seconds: float) -> None:
+    def _show(self, task: Task) -> None:
         best = self.log.best(task, self.row)
-        left = max(0, self.total - self.count) * seconds
-        self.progress.status(
-            f"tune      {task.name}  trial {self.count} of {self.total}"
-            f"  best {best.median:.0f} us  ETA {left:.0f} s"
-            if best
-            else f"tune      {task.name}  trial {self.count} of {self.total}  none works so far"
-        )
+        so_far = f"best {best.median:.0f} us" if best else "no success so far"
+        if self.bar is not None:
+            self.bar.advance(note=f"{task.name}, {so_far}")
 
 
 def _rounded(times: Sequence[float]) -> tuple[float, ...]:
@@ -308,7 +315,7 @@ def _missing(task: Task, log: TuningLog, row: Target, wanted: int, estimates: bo
 
 
 def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
-    """How much faster the best knobs are than the defaults, over a whole request."""
+    """How much faster the best settings are than the defaults, over a whole request."""
     before = after = 0.0
     for task, calls in tasks.items():
         default = schedules_for(row)[task.operation].default(task, row)

@@ -14,8 +14,8 @@ from bertile.targets import detect
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"libc": "musl"}, UsageError, "--libc says nothing about cuda-sm75"),
-        ({"runtime_from": "x.whl"}, UsageError, "--runtime-from says nothing about cuda-sm75"),
+        ({"libc": "musl"}, UsageError, "--libc has no meaning for cuda-sm75"),
+        ({"runtime_from": "x.whl"}, UsageError, "--runtime-from has no meaning for cuda-sm75"),
         ({"sparse": "always"}, UsageError, "no kernel for cuda-sm75 skips zeros"),
         ({"precision": "bf16"}, PlatformError, "cuda-sm75 has no bfloat16: .* --precision fp16"),
         ({"precision": "tf32"}, PlatformError, "cuda-sm75 has no tf32"),

@@ -146,7 +146,7 @@ def test_dense_weights_are_left_alone(pruned):
 def test_neurons_that_nobody_reads_are_removed(pruned):
     start = pruned(feed_forward, NEURONS, change=zero("v", slice(5, 37)))
     after = check(start, **neurons(N - 32))
-    assert after.exported.notes == ("first", "zeros: 32 neurons do not count and were removed")
+    assert after.exported.notes == ("first", "zeros: 32 neurons have no effect and were removed")
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "tanh", "none"])
@@ -194,7 +194,7 @@ def test_heads_without_effect_are_removed(pruned, which):
         b.value for b in Dataflow(after.main).bindings if ops.is_call(b.value, "bertile.attention")
     )
     assert int(call.attrs["heads"]) == HEADS - 1
-    assert after.exported.notes[-1] == "zeros: 1 attention heads do not count and were removed"
+    assert after.exported.notes[-1] == "zeros: 1 attention heads have no effect and were removed"
 
 
 def test_head_whose_queries_are_zero_stays(pruned):

@@ -152,7 +152,7 @@ def test_round_for_an_arm_row_runs_as_arm_code(tmp_path, precision):
 
 def test_what_is_no_result_is_refused(tmp_path):
     (tmp_path / "result").write_text('{"candidate": 0}\n')
-    with pytest.raises(UsageError, match="no result of bertile-run --measure"):
+    with pytest.raises(UsageError, match="not a result of bertile-run --measure"):
         ingester.ingest(tmp_path / "result", open_log(tmp_path / "log"), QUIET)
 
 

@@ -46,12 +46,12 @@ def chosen(tmp_path, said):
 
 
 def test_empty_log_gives_the_default(chosen):
-    assert chosen(task()) == ("default", SCHEDULES["dense"].default(task(), ROW))
+    assert chosen(task()) == ("default", SCHEDULES["dense"].default(task(), ROW), None)
 
 
 def test_estimated_record_is_named_so_and_comes_behind_measured_ones(chosen):
     guess = replace(record(task(), chunk=8), estimated=True, microseconds=(1.0,))
-    assert chosen(task(), guess) == ("estimated", guess.knobs)
+    assert chosen(task(), guess) == ("estimated", guess.knobs, guess)
     far, near = record(task(768, 3072), chunk=4), record(task(768, 1536), chunk=32)
     choice = chosen(task(768, 1024), far, replace(near, estimated=True))
     assert choice.source == "nearest" and choice.knobs["chunk"] == 4

@@ -177,7 +177,7 @@ def test_merge_reports_a_line_that_must_not_enter_the_log(
     file.write_text(record(**changes).to_line() + "{half a li\n" + record().to_line())
     done = log_commands.merge(open_log(tmp_path / "ours"), [file], Progress(0))
     assert (done["added"], done["bad"]) == (1, 2)
-    assert f"{file}: line 1, 2 is no record" in capsys.readouterr().err
+    assert f"{file}: line 1, 2 is not a tuning record" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "records.jsonl"]
 
 
@@ -204,8 +204,8 @@ def test_commands_print_tables_and_json(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "there is no MODEL to tune"),
-        (["minilm", "--list"], "'minilm' is one argument too many"),
+        ([], "no MODEL to tune was named"),
+        (["minilm", "--list"], "unexpected argument 'minilm'"),
         (["--list", "--best"], "not allowed with"),
         (["--merge", "/no/log"], "there is no log '/no/log'"),
     ],

@@ -58,7 +58,7 @@ def test_device_that_dies_costs_its_trial_alone(fleet, tmp_path, monkeypatch):
     config = Config(tune="quick", rpc_tracker=tracker, rpc_key="board")
     answered = []
 
-    def kill_one(self, task, seconds):
+    def kill_one(self, task):
         answered.append(task)
         if len(answered) == 1:
             os.killpg(victim.pid, signal.SIGKILL)
@@ -83,7 +83,7 @@ def test_absent_tracker_and_device_are_said_with_what_to_do(tmp_path):
         tune(nowhere, tmp_path, [NORM])
     with pytest.raises(UsageError, match="HOST:PORT"):
         device.address("localhost")
-    with pytest.raises(UsageError, match="one is missing; give both"):
+    with pytest.raises(UsageError, match="need each other; give both"):
         Config(rpc_tracker=nowhere)
     assert main.main(["device", "serve", "--key", "board"]) == 2
 
@@ -108,7 +108,7 @@ def test_a_host_that_others_reach_is_warned_of(capsys, host, warned):
 
 
 def test_a_host_that_is_none_is_refused():
-    with pytest.raises(UsageError, match="is no interface of this machine"):
+    with pytest.raises(UsageError, match="is not a network interface of this machine"):
         device._warn("no.such.host.invalid", 9090, QUIET)
 
 

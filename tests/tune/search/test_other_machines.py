@@ -123,7 +123,7 @@ def test_build_takes_this_machine_then_the_most_like_it_then_estimates(tmp_path)
         log.append(entry)
         assert log.best(TASK, ROW) == entry
         choice = Chooser(log, ROW, pytest.fail).choose(TASK)
-        assert choice == (ELSEWHERE, dict(entry.knobs))
+        assert choice == (ELSEWHERE, dict(entry.knobs), entry)
     log.append(own := measured(HERE, 99.0))
     assert log.best(TASK, ROW) == own
     assert Chooser(log, ROW, pytest.fail).choose(TASK).source == TUNED
@@ -135,7 +135,7 @@ def test_near_shape_of_this_machine_goes_before_one_of_another(tmp_path):
     far = dataclasses.replace(measured(HERE, 5.0), shape={**TASK.shape, "outputs": 192})
     far = dataclasses.replace(far, knobs=DEFAULT)
     log = logged(tmp_path, near, far)
-    assert Chooser(log, ROW, pytest.fail).choose(TASK) == ("nearest", dict(DEFAULT))
+    assert Chooser(log, ROW, pytest.fail).choose(TASK)[:2] == ("nearest", dict(DEFAULT))
 
 
 def test_other_machines_records_are_tried_first_and_stop_no_search(tmp_path):

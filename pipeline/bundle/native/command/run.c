@@ -71,7 +71,7 @@ static bertile_status parse(int count, char **words, arguments *found) {
             return bt_fail(BERTILE_INPUT, "option '%s' is unknown; see: bertile-run --help",
                            words[i]);
         } else if (found->bundle) {
-            return bt_fail(BERTILE_INPUT, "'%s' is one argument too many", words[i]);
+            return bt_fail(BERTILE_INPUT, "unexpected argument '%s'", words[i]);
         } else {
             found->bundle = words[i];
         }
@@ -137,7 +137,7 @@ static bertile_status parse_ids(const char *text, inputs *made) {
         ids[count] = strtoll(at, &end, 10);
         if (end == at || errno || (*end && !strchr(" ,", *end))) {
             free(ids);
-            return bt_fail(BERTILE_INPUT, "'%s' is no list of ids; write them as 101 7592 102",
+            return bt_fail(BERTILE_INPUT, "'%s' is not a list of ids; write them as 101 7592 102",
                            text);
         }
         count++;
