@@ -19,6 +19,7 @@ REPEAT ?= 10
 LOG_SECONDS ?= 300
 # What `make logs` searches, and how: a processor's first log takes LOG_EFFORT=quick and two models.
 LOG_EFFORT ?= full
+LOG_THREADS ?= 2 1
 LOG_MODELS ?= bert-base minilm bert-large distilbert-base
 LOG_PRECISIONS ?= fp32 int8 bf16 fp16
 LOG_PRUNED ?= int8@0.8:4x1 int8@0.9:4x1 int8@0.95:4x1 fp32@0.9:unstructured
@@ -177,12 +178,12 @@ $(VENV)/.bench: $(VENV)/.installed
 
 # What ships in tuning_logs: three hours, on a machine that does nothing else meanwhile.
 logs: $(VENV)/.installed
-	@for precision in $(LOG_PRECISIONS); do for threads in 2 1; do \
+	@for precision in $(LOG_PRECISIONS); do for threads in $(LOG_THREADS); do \
 	  for model in $(LOG_MODELS); do \
 	    $(BIN)/bertile tune synthetic:$$model --tune $(LOG_EFFORT) --timeout $(LOG_SECONDS) \
 	      --precision $$precision --threads $$threads --log-dir tuning_logs || exit; \
 	done; done; done
-	@for threads in 2 1; do \
+	@for threads in $(LOG_THREADS); do \
 	  for model in $(LOG_PRUNED); do \
 	    $(BIN)/bertile tune synthetic:bert-base@$${model#*@} --precision $${model%@*} --tune $(LOG_EFFORT) \
 	      --timeout $(LOG_SECONDS) --threads $$threads --log-dir tuning_logs || exit; \
