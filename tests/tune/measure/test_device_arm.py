@@ -86,9 +86,11 @@ def test_kernels_of_an_arm_row_are_measured_on_an_arm_server(server, tmp_path):
     log = TuningLog([tmp_path], lambda text: None)
     config = Config(tune="quick", rpc_tracker=server, rpc_key="board")
     quiet = Progress(verbosity=-1)
-    assert tuner.tune(Counter(), log, ROW, config, quiet, tasks)["trials"] == 2
+    trials = tuner.tune(Counter(), log, ROW, config, quiet, tasks)["trials"]
+    assert trials in (2, 4, 6)  # the same two again where the machine was slow meanwhile
     for task in tasks:
-        (record,) = log.records(task, ROW)
+        record = log.best(task, ROW)
+        assert len(log.records(task, ROW)) == trials // 2
         assert record.error is None and not record.estimated
         assert len(record.microseconds) == 5 and min(record.microseconds) > 0
         assert record.machine["row"] == "arm-a76" and set(record.also) == {"16", "384"}
