@@ -19,6 +19,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: fam
 # Strings that are a family's name and mean something else.
 OTHER_MEANINGS = {
     ("pipeline/bench/peer_models.py", "bert"): "ONNX Runtime's name for its own fusions",
+    ("pipeline/bench/llamacpp.py", "bert"): "llama.cpp's name for an architecture, and a tokenizer",
 }
 
 
