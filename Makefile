@@ -21,7 +21,7 @@ LOG_SECONDS ?= 300
 LOG_EFFORT ?= full
 LOG_THREADS ?= 2 1
 LOG_MODELS ?= bert-base minilm bert-large distilbert-base
-LOG_PRECISIONS ?= fp32 int8 bf16 fp16
+LOG_PRECISIONS ?= fp32 int8 int4 bf16 fp16
 LOG_PRUNED ?= int8@0.8:4x1 int8@0.9:4x1 int8@0.95:4x1 fp32@0.9:unstructured
 # What `make bench-sparse` prunes, of the synthetic models.
 SPARSE_MODEL ?= bert-base
