@@ -55,8 +55,9 @@ def test_processes_end_with_an_error() -> None:
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 def test_processes_end_with_the_process_that_started_them(ending: signal.Signals) -> None:
     script = """
-        import time
+        import signal, time
         from bertile.bench import busy_cores
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
         with busy_cores.busy(busy_cores.cores()[:1]) as pids:
             print(pids[0], flush=True)
             time.sleep(60)
