@@ -154,11 +154,14 @@ def run_cases(
             reports.append(report)
         except BertileError as error:  # the other cases are measured all the same
             notes += [f"{case.name} was not measured: {error}" for case in group]
+        except KeyboardInterrupt:  # what was measured is worth a table
+            notes.append(f"Stopped by Ctrl-C at {group[0].name}.")
+            break
         for case in group:
             length = case.length.text if isinstance(case.length, Mix) else case.length
             rows = [row for row in report["rows"] if row["length"] == length]
             outcomes[case] = Outcome(case, rows, report["versions"])
-    return [outcomes[case] for case in cases], reports, notes
+    return [outcomes.get(case, Outcome(case, [], {})) for case in cases], reports, notes
 
 
 def as_table(outcomes: Sequence[Outcome], markdown: bool = False) -> str:

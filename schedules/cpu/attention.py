@@ -65,7 +65,7 @@ def space(task: Task, row: Row) -> Space:
 
 def default(task: Task, row: Row) -> Knobs:
     """Register tiles of two blocks of queries, and as many keys as the first-level cache holds of K
-    and V; or the widest tiles of one, where registers are few.
+    and V; or the widest tiles of one, where registers are few or a query sees not all keys.
     """
     if attention_tiles.takes(task, row):
         return attention_tiles.default(task, row)
@@ -73,10 +73,10 @@ def default(task: Task, row: Row) -> Knobs:
     channels = [c for c in choices["channels"] if c <= 16]
     size = AttentionSpec.from_shape(task.shape).head_size
     even = [c for c in channels if size % c == 0 and c * 2 >= max(channels)]
-    if row.vector_bits < 512:
-        both = {"keys": max(choices["keys"]), "channels": max(even or channels), "queries": 1}
-        return {"key_tile": 8, **both}
-    return {"key_tile": 4, "keys": 8, "channels": 8, "queries": max(choices["queries"])}
+    if row.vector_bits == 512 and 2 in choices["queries"]:
+        return {"key_tile": 4, "keys": 8, "channels": 8, "queries": 2}
+    widest = {"keys": max(choices["keys"]), "channels": max(even or channels)}
+    return {"key_tile": 8, **widest, "queries": 1}
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:

@@ -52,6 +52,8 @@ def run(
         asked.append((targets, config.precision, choices))
         if targets == ["broken"]:
             raise ModelError("it is broken")
+        if targets == ["stopped"]:
+            raise KeyboardInterrupt
         texts = [str(getattr(length, "text", length)) for length in choices["lengths"]]
         lengths = [int(text) if text.isdecimal() else text for text in texts]
         return [report([{**row, "length": length} for length in lengths for row in rows])]
@@ -152,3 +154,12 @@ def test_table_goes_into_a_page(
     assert asked == ["minilm"] and "1 of 1 cases keep" in capsys.readouterr().out
     text = page.read_text()
     assert "| minilm, int8, 1 × 16 |" in text and "--only minilm" in text and "old" not in text
+
+
+def test_what_was_measured_before_ctrl_c_is_in_the_table(monkeypatch):
+    models = (BASE, "stopped", "never asked")
+    cases = [Case(model, "fp32", 1, 16, 0.9, ("openvino",)) for model in models]
+    rows = (row("bertile", 1.0), row("openvino", 2.0))
+    outcomes, _, notes, asked = run(monkeypatch, cases, *rows)
+    assert [outcome.ratio for outcome in outcomes] == [0.5, None, None]
+    assert notes == ["Stopped by Ctrl-C at stopped, fp32, 1 × 16."] and len(asked) == 2
