@@ -30,7 +30,7 @@ def on_the_grid(model: torch.nn.Module, size: int) -> None:
             layer.weight.data = (levels * wide).to(layer.weight.dtype)
 
 
-@pytest.fixture(scope="module", params=[32, 64])
+@pytest.fixture(scope="module", params=[32, pytest.param(64, marks=pytest.mark.slow)])
 def both(request, tmp_path_factory, stages):
     """A model of odd widths on the grid in groups of that size, and its bundle."""
     from transformers import BertConfig, BertModel
