@@ -25,7 +25,7 @@ from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes, precisions, vector_math
 from bertile.schedules.cpu.attention_parts import LOWEST, Operands, Sight
-from bertile.schedules.cpu.tile_words import load_tile, store_tile, tile
+from bertile.schedules.cpu.tile_words import keep_whole, load_tile, store_tile, tile
 from bertile.schedules.intrinsics import amx
 from bertile.schedules.schedule import Knobs, Row, Space
 from bertile.schedules.task import Task
@@ -98,8 +98,7 @@ class _Chunk:
         """The blocks of queries from ``first`` on, sequence by sequence."""
         tile("tiles_open")
         nothing = tirx.Broadcast(tirx.const(0, "int32"), BLOCK_TOKENS)
-        # TVM cuts a buffer to what it sees written, and does not see what an instruction writes
-        lanes.store(self.k, nothing, self.tile - 1, len(self.rows) - 1, amx.ROWS - 1)
+        keep_whole(self.k)
         if self.parts * amx.ROWS > self.size:
             with T.serial(self.tile // 2) as pair, T.serial(self.parts * amx.ROWS) as c:
                 lanes.store(self.v, nothing, pair, c)

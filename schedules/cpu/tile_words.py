@@ -25,5 +25,14 @@ def store_tile(number: int, buffer: Any, *index: Any) -> None:
     tile(f"tile_store{number}", T.address_of(buffer[index]), _row())
 
 
+def keep_whole(buffer: Any) -> None:
+    """Write the last vector of a buffer that functions fill: TVM cuts a buffer to what it sees
+    written, and does not see what a function writes.
+    """
+    *outer, lanes_ = (int(extent) for extent in buffer.shape)
+    nothing = tirx.Broadcast(tirx.const(0, buffer.dtype), lanes_)
+    T.buffer_store(buffer, nothing, [*(extent - 1 for extent in outer), tirx.Ramp(0, 1, lanes_)])
+
+
 def _row() -> Any:
     return tirx.const(amx.BYTES, "int64")

@@ -36,7 +36,7 @@ from bertile.schedules.cpu.product import (
     weight_lanes,
     writes,
 )
-from bertile.schedules.cpu.tile_words import load_tile, store_tile, tile
+from bertile.schedules.cpu.tile_words import keep_whole, load_tile, store_tile, tile
 from bertile.schedules.intrinsics import amx
 from bertile.schedules.schedule import Knobs, Row, Space
 from bertile.schedules.task import Task
@@ -96,9 +96,9 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
     limits = [vectors.pop()] if writes(task) == "to_int8" else []
     if size := group_size(task):
         scales, _, *vectors = vectors
-        levels, multipliers, scale, shift = _rescaled(w, scales, size)
+        multipliers, scale, shift = _rescaled(w, scales, size)
         vectors = [np.pad(v, (0, padding)) for v in (shift, *vectors)]
-        packed_ = _pack_nibbles(levels, multipliers, size, of, padding)
+        packed_ = _pack_nibbles(w, multipliers, size, of, padding)
         return [*packed_, *vectors, *limits, np.pad(scale, (0, padding))]
     w = weight_lanes(task, w)
     w = np.pad(w, ((0, of.depth * LANES - len(w)), (0, padding)))
@@ -108,10 +108,10 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
 
 def _rescaled(
     levels: np.ndarray, scales: np.ndarray, size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Levels (K, N); multipliers (G, N) int16, eighths by which they become bytes; the scale (N) of
-    these, and the sum (N) of what they stand for. The largest multiplier is 15, so that a byte is
-    at most 120.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of levels (K, N): multipliers (G, N) int16, eighths by which they become bytes; the scale (N)
+    of these, and the sum (N) of what they stand for. The largest multiplier is 15, so that a byte
+    is at most 120.
     """
     wide = scales.astype("float32")
     largest = np.abs(wide).max(0)
@@ -119,7 +119,7 @@ def _rescaled(
     multipliers = np.rint(8 * wide / scale).astype("int16")
     each = multipliers.astype("int64").repeat(size, 0)[: len(levels)]
     bytes_ = (levels * each + 4) // 8
-    return levels, multipliers, scale, (bytes_.sum(0) * scale.astype("float64")).astype("float32")
+    return multipliers, scale, (bytes_.sum(0) * scale.astype("float64")).astype("float32")
 
 
 def _pack_nibbles(
@@ -189,8 +189,13 @@ class _Tiles:
         """Tile i of the lanes k."""
         load_tile(number, self.w, panel, k, i, 0, 0)
 
+    def passing(self, panel: Any, k: Any, is_first: Any) -> None:
+        """To be called where the lanes k are multiplied, the first time in a job or again."""
+        with T.If(is_first), T.Then():
+            self.prefetch(panel + 1, k)
+
     def prefetch(self, panel: Any, k: Any) -> None:
-        """Ask for weights of the next panel: in a model all of them come from memory."""
+        """Ask for weights of a panel before its turn: in a model all of them come from memory."""
         for i in range(self.of.tiles):
             for n in range(int(self.w.shape[3])):
                 lanes.prefetch(self.w, panel, k, i, n, 0)
@@ -210,9 +215,7 @@ class _Nibbles(_Tiles):
         self.bytes = T.alloc_buffer((self.of.depth, self.of.tiles, OUTPUTS, LANES), "int32")
 
     def open(self, panel: Any) -> None:
-        # TVM cuts a buffer to what it sees written, and does not see what a function writes
-        nothing = tirx.Broadcast(tirx.const(0, "int32"), LANES)
-        lanes.store(self.bytes, nothing, self.of.depth - 1, self.of.tiles - 1, OUTPUTS - 1)
+        keep_whole(self.bytes)
         with T.serial(self.of.depth) as k:
             self.prefetch(panel + 1, k)
             for i in range(self.of.tiles):
@@ -220,6 +223,9 @@ class _Nibbles(_Tiles):
                     source = (self.w[panel, k, i, r, 0], self.m[panel, k, i, 2 * r, 0])
                     places = (*source, self.bytes[k, i, 2 * r, 0])
                     tile(f"nibbles{self.halves}", *map(T.address_of, places))
+
+    def passing(self, panel: Any, k: Any, is_first: Any) -> None:
+        """The next panel was asked for while this one was unpacked."""
 
     def load(self, number: int, panel: Any, k: Any, i: int) -> None:
         load_tile(number, self.bytes, k, i, 0, 0)
@@ -267,17 +273,15 @@ class _Job:
         whole = int(self.x.shape[1]) // LANES
         with T.serial(whole) as k:
             for t in range(blocks):
-                load_tile(6 + t, self.x, block + t, k * LANES, 0)
-            if not group_size(self.task):
-                with T.If(is_first), T.Then():
-                    self.w.prefetch(panel + 1, k)
+                load_tile(amx.INPUTS[t], self.x, block + t, k * LANES, 0)
+            self.w.passing(panel, k, is_first)
             self._multiply(panel, k, sums)
         if self.last is not None:
             for t in range(blocks):
                 with T.serial(self.rest) as k:
                     value = lanes.load(self.x, block + t, whole * LANES + k)
                     lanes.store(self.last, value, t, k)
-                load_tile(6 + t, self.last, t, 0, 0)
+                load_tile(amx.INPUTS[t], self.last, t, 0, 0)
             self._multiply(panel, whole, sums)
         for c, (i, t) in enumerate(sums):
             store_tile(c, self.sums, t, i, 0, 0)
@@ -285,9 +289,10 @@ class _Job:
 
     def _multiply(self, panel: Any, k: Any, sums: list[tuple[int, int]]) -> None:
         for c, (i, t) in enumerate(sums):
+            w, x = amx.WEIGHTS[i % 2], amx.INPUTS[t]
             if t == 0:
-                self.w.load(4 + i % 2, panel, k, i)
-            tile(f"tile_{self.dot}_{c}_{4 + i % 2}_{6 + t}")
+                self.w.load(w, panel, k, i)
+            tile(f"tile_{self.dot}_{c}_{w}_{x}")
 
     def _finish(self, panel: Any, block: Any, blocks: int) -> None:
         """Scale, bias, activation and residual, packed as the task writes them."""
