@@ -187,10 +187,11 @@ class _Query:
         way.
         """
         per_tile, every = self.knobs["keys"], range(self.queries)
-        for low in range(0, BLOCK_TOKENS, per_tile):
+        where = T.Bind(self.first + start + block)
+        with T.serial(BLOCK_TOKENS // per_tile) as part:
+            low = T.Bind(part * per_tile)
             registers = iter(lanes.registers(per_tile * self.queries))
             total = [[next(registers) for _ in range(per_tile)] for _ in every]
-            where = T.Bind(self.first + start + block)
             for i in every:
                 for j in range(per_tile):
                     lanes.write(total[i][j], lanes.splat(0.0))
@@ -213,7 +214,7 @@ class _Query:
         start: Any,
         block: Any,
         where: Any,
-        low: int,
+        low: Any,
     ) -> None:
         """Store some keys' scores of one block of queries, and see the largest."""
         for j, register in enumerate(total):
