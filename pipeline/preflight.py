@@ -15,12 +15,11 @@ from bertile.base.tables import size
 from bertile.config import Config
 from bertile.export import asked, cached
 from bertile.loader import MANIFEST
+from bertile.numerics.precision import PRECISIONS
 from bertile.onnx import exported
 from bertile.targets import rows
 from bertile.targets.rows import Target
 
-# What a bundle takes of its weights in float32, at least: embeddings are never smaller than halves.
-_SHARE = {"fp32": 1.0, "tf32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.25, "int4": 0.125}
 _COMPILE = ("tvm", "tvm_ffi", "onnx", "onnxruntime")
 
 
@@ -32,7 +31,7 @@ def compiling(model: Any, output: str | Path, config: Config) -> Target:
     """
     row = tuning(model, config)
     _writable(output, config, MANIFEST)
-    _check_space(model, output, config, _SHARE[config.precision])
+    _check_space(model, output, config, PRECISIONS[config.precision].share)
     return row
 
 

@@ -15,7 +15,7 @@ from bertile.graph import ops
 from bertile.graph.rewriting.dataflow import shape
 from bertile.lower.dense_weights import Arrays, dense_weights
 from bertile.lower.form import FP32, QKV, Form
-from bertile.numerics.precision import LayerPlan
+from bertile.numerics.precision import PRECISIONS, LayerPlan
 from bertile.schedules.task import Task
 
 Shape = dict[str, Any]
@@ -76,7 +76,7 @@ def _dense_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
         "activation": str(call.attrs["activation"]),
         "residual": len(call.args) == 4,
         **_precision(call, static=plan.static),
-        **({"group": plan.group} if ops.precision(call) == "int4" else {}),
+        **({"group": plan.group} if PRECISIONS[ops.precision(call)].groups else {}),
         **output.writes,
     }
     if output == QKV:
@@ -86,7 +86,7 @@ def _dense_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
 
 
 def _dense_reads(precision: str, owner: str, plan: LayerPlan) -> Form:
-    if precision not in ("int8", "int4"):
+    if not PRECISIONS[precision].quantized:
         return Form("bf16") if precision == "bf16" else FP32
     owned = plan.static or plan.smooth is not None
     return Form("int8_static" if plan.static else "int8", owner if owned else "")

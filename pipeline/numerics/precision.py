@@ -21,8 +21,8 @@ class Precision(NamedTuple):
     largest magnitude of the reference output (at least 1); `cosine` the least mean cosine to
     float32 that its rounding explains, where other weights give far less. What is `quantized` is
     multiplied in bytes; `ranges` of those may be fixed for all tokens. `groups` of inputs share a
-    scale of 4-bit weights. `peer` is what other libraries compute that has no more digits, ""
-    where that is the same format.
+    scale of 4-bit weights. `share` is what a weight takes of float32's bytes, at least. `peer` is
+    what other libraries compute that has no more digits, "" where that is the same format.
     """
 
     tolerance: float
@@ -30,6 +30,7 @@ class Precision(NamedTuple):
     quantized: bool = False
     ranges: bool = False
     groups: bool = False
+    share: float = 1.0
     peer: str = ""
 
 
@@ -38,11 +39,11 @@ PRECISIONS: Mapping[str, Precision] = {
     # float32 sums of a thousand products in another order differ by about 1e-6 a layer
     "fp32": Precision(1e-4, 0.9999),
     "tf32": Precision(0.02, 0.999),
-    "fp16": Precision(5e-3, 0.999, peer="fp32"),
-    "bf16": Precision(0.05, 0.99),
-    "int8": Precision(0.25, 0.7, quantized=True, ranges=True),
+    "fp16": Precision(5e-3, 0.999, share=0.5, peer="fp32"),
+    "bf16": Precision(0.05, 0.99, share=0.5),
+    "int8": Precision(0.25, 0.7, quantized=True, ranges=True, share=0.25),
     # 18 dB more noise than int8, of which a model of few and random weights shows most
-    "int4": Precision(1.25, 0.6, quantized=True, groups=True),
+    "int4": Precision(1.25, 0.6, quantized=True, groups=True, share=0.125),
 }
 # Whether zeros in weights are skipped: where that is faster, nowhere, or everywhere.
 SPARSE = ("auto", "off", "always")

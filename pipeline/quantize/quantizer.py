@@ -64,10 +64,10 @@ class Quantizer:
         return {**int8_layers, **self.graph.plan}
 
     def _in_groups(self) -> Plan:
-        """The plan in 4 bits."""
+        """The plan of a precision whose weights have scales by group."""
         size, smooth = self.config.group_size, self._smooth()
         plan = {
-            name: LayerPlan("int4", smooth=smooth.get(name), group=size)
+            name: LayerPlan(self.config.precision, smooth=smooth.get(name), group=size)
             for name, _ in layer_inputs(self.graph)
         }
         if self.config.rounding == "nearest":
