@@ -61,15 +61,22 @@ def as_table(reports: Sequence[Report], markdown: bool = False) -> str:
 
 def as_csv(reports: Sequence[Report]) -> str:
     """The rows with full precision, and in each the versions, threads and processor."""
+    return rows_as_csv(reports, COLUMNS, "repeat")
+
+
+def rows_as_csv(reports: Sequence[Report], columns: Sequence[str], how: str) -> str:
+    """These columns of all rows, and behind them version, threads, what `how` names of the report,
+    processor, how busy it was, and the time.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow((*COLUMNS, "version", "threads", "repeat", "cpu", "others_percent", "time"))
+    writer.writerow((*columns, "version", "threads", how, "cpu", "others_percent", "time"))
     for report in reports:
-        rest = (report["threads"], report["repeat"], report["cpu"])
+        rest = (report["threads"], report[how], report["cpu"])
         rest += (report["busy"]["others_percent"], report["time"])
         for row in report["rows"]:
             version = report["versions"][row["engine"]]
-            writer.writerow((*(row.get(name) for name in COLUMNS), version, *rest))
+            writer.writerow((*(row.get(name) for name in columns), version, *rest))
     return text.getvalue().rstrip("\n")
 
 

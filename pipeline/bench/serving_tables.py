@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from typing import Any
 
 from bertile.base.tables import table
-from bertile.bench.result_tables import circumstances
+from bertile.bench.result_tables import circumstances, rows_as_csv
 
 Report = dict[str, Any]
 
@@ -48,17 +46,7 @@ def as_table(reports: Sequence[Report], markdown: bool = False) -> str:
 
 def as_csv(reports: Sequence[Report]) -> str:
     """The rows of the first table with full precision, and in each the version and the machine."""
-    columns = (*WHAT, *HOW, "calls", *FIGURES, *RATIOS)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow((*columns, "version", "threads", "rate", "cpu", "others_percent", "time"))
-    for report in reports:
-        rest = (report["threads"], report["rate"], report["cpu"])
-        rest += (report["busy"]["others_percent"], report["time"])
-        for row in report["rows"]:
-            version = report["versions"][row["engine"]]
-            writer.writerow((*(row[name] for name in columns), version, *rest))
-    return text.getvalue().rstrip("\n")
+    return rows_as_csv(reports, (*WHAT, *HOW, "calls", *FIGURES, *RATIOS), "rate")
 
 
 def place_of(reports: Sequence[Report]) -> str:

@@ -11,6 +11,7 @@ from helpers import family_models
 from bertile.bench import peers
 from bertile.bench.engines import Engine, Source
 from bertile.bench.sameness import cosine
+from bertile.loader import cpu_features
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import run_onnx, sample
 
@@ -72,6 +73,8 @@ def test_openvino_computes_in_the_precision_that_is_asked_for(exported: Exported
     openvino = pytest.importorskip("openvino")
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("OpenVINO has no bf16 on this CPU")
+    if "amx_bf16" in cpu_features():
+        pytest.skip("by AMX, OpenVINO's bf16 is off by 0.04 and more on tiny models")
     inputs = sample(exported.inputs, 2, 16, padding_id=0)
     want = list(run_onnx(exported.onnx_path, inputs).values())
     source = Source(Path(), exported.onnx_path)
@@ -79,5 +82,4 @@ def test_openvino_computes_in_the_precision_that_is_asked_for(exported: Exported
         precision: 1 - cosine(want, outputs(Engine("o", "openvino", precision, source), inputs))
         for precision in ("fp32", "bf16")
     }
-    # by tiles it leaves more of a tiny model undone than elsewhere
-    assert abs(away["fp32"]) < 1e-6 and 1e-7 < away["bf16"] < 0.1
+    assert abs(away["fp32"]) < 1e-6 and 1e-7 < away["bf16"] < 1e-3

@@ -37,11 +37,7 @@ def tasks(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
     """
     return [
         {
-            "operation": group.task.operation,
-            "shape": _shape(group.task),
-            "target": group.target,
-            "processor": group.processor,
-            "threads": group.threads,
+            **_heading(group),
             "trials": len(group.records),
             "failed": sum(not record.microseconds for record in group.records),
             "estimated": sum(record.estimated for record in group.records),
@@ -61,11 +57,7 @@ def best(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
     """
     return [
         {
-            "operation": group.task.operation,
-            "shape": _shape(group.task),
-            "target": group.target,
-            "processor": group.processor,
-            "threads": group.threads,
+            **_heading(group),
             "best_us": chosen.median,
             "estimated": chosen.estimated,
             "knobs": dict(chosen.knobs),
@@ -73,6 +65,17 @@ def best(log: TuningLog, target: str | None = None) -> list[dict[str, Any]]:
         for group in _mine_first(groups(log, target))
         if (chosen := _chosen(group))
     ]
+
+
+def _heading(group: Group) -> dict[str, Any]:
+    """What every row begins with."""
+    return {
+        "operation": group.task.operation,
+        "shape": _shape(group.task),
+        "target": group.target,
+        "processor": group.processor,
+        "threads": group.threads,
+    }
 
 
 def _chosen(group: Group) -> Record | None:
