@@ -106,6 +106,11 @@ def answers(
     with backend.open(directory, threads, parts, verify=False) as model:
         head = model.manifest["model"]["head"]
         output = output_of(head, dataset)
+        if output not in model.outputs:
+            raise InputError(
+                f"'{dataset.path}' cannot evaluate a model that gives {', '.join(model.outputs)}",
+                f"it is evaluated by its {output}, which such a model lacks",
+            )
         limit = runner.max_tokens(model.manifest)
         encodings = runner.encode(Path(directory), dataset.texts, limit, truncate=True)
         return np.stack([arrays[output] for arrays in runner.infer(model, encodings)])

@@ -67,7 +67,8 @@ def tokenized(texts: Sequence[str], exported: ExportedModel) -> list[Row]:
         )
     limits = (exported.max_length, exported.length, LONGEST)
     limit = min(limit for limit in limits if limit)
-    encodings = runner.encode(exported.directory, texts, limit, truncate=True)
+    settings = exported.text
+    encodings = runner.encode(exported.directory, texts, limit, True, settings)
     named = [spec.name for spec in exported.inputs if spec.name in runner.FIELDS]
     return [
         {name: np.array(getattr(encoding, runner.FIELDS[name])) for name in named}
