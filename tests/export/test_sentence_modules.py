@@ -57,23 +57,26 @@ ALL = (
     lambda: dense(48, 48, nn.GELU(), use_residual=True, bias=False),
     base.Normalize,
 )
-CHAINS = {
-    **{mode: (lambda mode=mode: pooling(mode),) for mode in POOLINGS},
-    "joined": (lambda: pooling("max", "cls"), base.Normalize),
-    **{
-        f"dense-{kind.__name__}": (
-            lambda: pooling("mean"),
-            lambda kind=kind: dense(128, 40, kind()),
+POOLED = (lambda: pooling(*POOLINGS),)
+ACTIVATED = (
+    lambda: pooling("mean"),
+    *(
+        lambda kind=kind, width=width: dense(*width, kind())
+        for kind, width in (
+            (nn.Identity, (WIDTH, 40)),
+            (nn.ReLU, (40, 40)),
+            (nn.SiLU, (40, 40)),
+            (nn.Sigmoid, (40, 40)),
         )
-        for kind in (nn.Identity, nn.ReLU, nn.Sigmoid, nn.SiLU)
-    },
-    "residual": (lambda: pooling("mean"), lambda: dense(128, 40, nn.Tanh(), use_residual=True)),
-    "token-dense": (
-        lambda: dense(WIDTH, 24, nn.Tanh(), module_input_name="token_embeddings"),
-        lambda: modules.Pooling(24, pooling_mode="max"),
     ),
-    "all": ALL,
-}
+    lambda: dense(40, 32, nn.Tanh(), use_residual=True),
+)
+OF_TOKENS = (
+    lambda: dense(WIDTH, 24, nn.Tanh(), module_input_name="token_embeddings"),
+    lambda: modules.Pooling(24, pooling_mode="max"),
+)
+CHAINS = {"pooled": POOLED, "activated": ACTIVATED, "of tokens": OF_TOKENS, "all": ALL}
+SINGLE = {mode: (lambda mode=mode: pooling(mode),) for mode in POOLINGS if mode != "cls"}
 
 
 def sentence_model(encoder: Path, names, **options):
@@ -139,8 +142,7 @@ def test_chain_is_what_sentence_transformers_computes(encoder, tmp_path, name):
     assert_near(in_torch(directory, arrays), wanted(model, arrays))
 
 
-@pytest.mark.parametrize("strategy", ["max", "sum"])
-@pytest.mark.parametrize("function", ["relu", "log1p_relu"])
+@pytest.mark.parametrize(("strategy", "function"), [("max", "relu"), ("sum", "log1p_relu")])
 def test_splade_is_what_sentence_transformers_computes(filler, tmp_path, strategy, function):
     model = sparse_model(filler, pooling_strategy=strategy, activation_function=function)
     directory = tiny.saved(tmp_path / "saved", model)
@@ -222,6 +224,15 @@ def chained(encoder, tmp_path_factory):
     return model, tiny.saved(tmp_path_factory.mktemp("chained") / "saved", model)
 
 
+def test_compiled_poolings_are_what_sentence_transformers_computes(encoder, stages, tmp_path):
+    model = sentence_model(encoder, (lambda: pooling("max", "lasttoken"), base.Normalize))
+    directory = tiny.saved(tmp_path / "saved", model)
+    arrays = features(directory)
+    with compiled(directory, tmp_path / "bundle", stages) as bundle:
+        assert_near(answer(bundle, arrays), wanted(model, arrays))
+
+
+@pytest.mark.slow
 def test_compiled_chain_is_what_sentence_transformers_computes(chained, stages, tmp_path):
     model, directory = chained
     arrays = features(directory)
@@ -244,9 +255,9 @@ def test_chain_in_int8_is_near_what_sentence_transformers_computes(chained, stag
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("name", [name for name in CHAINS if name not in ("all", "mean", "cls")])
+@pytest.mark.parametrize("name", [*SINGLE, "activated", "of tokens"])
 def test_every_chain_compiles(encoder, stages, tmp_path, name, precision):
-    model = sentence_model(encoder, CHAINS[name])
+    model = sentence_model(encoder, {**SINGLE, **CHAINS}[name])
     directory = tiny.saved(tmp_path / "saved", model)
     arrays = features(directory)
     want = wanted(model, arrays)
@@ -258,6 +269,7 @@ def test_every_chain_compiles(encoder, stages, tmp_path, name, precision):
         assert cosines(got, want).min() > 0.98
 
 
+@pytest.mark.slow
 def test_compiled_splade_is_what_sentence_transformers_computes(filler, stages, tmp_path):
     model = sparse_model(filler)
     directory = tiny.saved(tmp_path / "saved", model)
@@ -268,6 +280,7 @@ def test_compiled_splade_is_what_sentence_transformers_computes(filler, stages, 
         assert bundle.manifest["text"]["similarity"] == model.similarity_fn_name
 
 
+@pytest.mark.slow
 def test_compiled_vectors_of_tokens_are_sentence_transformers(encoder, stages, tmp_path):
     model = token_model(encoder)
     directory = tiny.saved(tmp_path / "saved", model)

@@ -29,6 +29,22 @@ def own(classifier, tmp_path) -> Path:
     return Path(shutil.copytree(classifier, tmp_path / "own"))
 
 
+def of_modules(directory: Path, *others: str) -> Path:
+    """A modules.json, without which sentence-transformers reads none of its own files."""
+    named = {"Transformer": "", **{kind: f"1_{kind}" for kind in others}}
+    entries = [
+        {
+            "idx": number,
+            "name": str(number),
+            "path": path,
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, (kind, path) in enumerate(named.items())
+    ]
+    (directory / "modules.json").write_text(json.dumps(entries))
+    return directory
+
+
 def change(directory: Path, **values) -> Path:
     path = directory / "config.json"
     tiny.settle(path, **{**json.loads(path.read_text()), **values})
@@ -63,7 +79,9 @@ def test_activation_is_that_of_a_cross_encoder(own, labels, config, prompts):
     names = {str(number): f"LABEL_{number}" for number in range(labels)}
     change(own, id2label=names, label2id={n: int(i) for i, n in names.items()}, **config)
     if prompts:
-        tiny.settle(own / text_settings.PROMPTS, **prompts)
+        tiny.settle(own / text_settings.PROMPTS, model_type="CrossEncoder", **prompts)
+        tiny.settle(own / "sentence_bert_config.json", transformer_task="sequence-classification")
+        of_modules(own)
     settings = text_settings.read(own)
     model = _cross_encoder(own)
     theirs = type(model.activation_fn).__name__
@@ -100,6 +118,8 @@ def test_other_activation_is_named(own):
 def test_prompts_similarity_and_dimensions_are_sentence_transformers(own, general):
     tiny.settle(own / text_settings.PROMPTS, **general)
     tiny.settle(own / "sentence_bert_config.json", max_seq_length=40)
+    of_modules(own, "Pooling")
+    tiny.settle(own / "1_Pooling" / "config.json", word_embedding_dimension=128)
     with quiet():
         model = library.SentenceTransformer(str(own), device="cpu")
     settings = text_settings.read(own)
