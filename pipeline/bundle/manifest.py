@@ -14,6 +14,7 @@ import tvm
 
 from bertile.bundle import safetensors
 from bertile.config import Config
+from bertile.families import text_settings
 from bertile.graph import order
 from bertile.graph.graph import Graph
 from bertile.loading.interface import interface
@@ -40,6 +41,7 @@ def describe(
         "entry": "main",
         **called,
         "model": {**model, **called["model"], "labels": list(exported.labels)},
+        text_settings.SECTION: exported.text.to_json(),
         "target": {"name": row.name, "arch": row.arch, "features": list(row.features)},
         "config": {**chosen, "target": row.name, "log_dir": None, **_file_names(config)},
         "versions": {**_versions(), **built.versions},

@@ -14,7 +14,7 @@ from bertile.base.progress import Bar, open_bar
 from bertile.config import Config
 from bertile.export import asked, checkpoints, files
 from bertile.export.foreign import explained, ordinary
-from bertile.families import model_config, table
+from bertile.families import model_config, table, text_settings
 from bertile.onnx import reach
 from bertile.onnx.exported import ExportedModel, InputSpec, read
 from bertile.onnx.samples import largest_difference, run_onnx, sample, session
@@ -74,10 +74,11 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
         seen = reach.look(session(exported.onnx_path), exported.inputs, None, None)
         bar.advance()
     _copy_files(checkpoint, directory)
+    text = text_settings.read(directory, len(checkpoint.labels) or None)
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
     notes = (*exported.notes, *module.notes, *seen.notes(), note)
     known = {"notes": notes, "together": bool(seen.rows), "padded": bool(seen.padding)}
-    return dataclasses.replace(exported, **known).write()
+    return dataclasses.replace(exported, text=text, **known).write()
 
 
 def fingerprint(model: Any, config: Config) -> str:

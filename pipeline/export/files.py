@@ -110,7 +110,7 @@ def pooling_of(directory: Path) -> Pooling | None:
     mode, normalize = "", False
     for kind, path in _sentence_modules(directory):
         if kind == "Pooling":
-            mode = _pooling_mode(path / "config.json", text_settings.default_prompt(directory))
+            mode = _pooling_mode(path / "config.json", text_settings.read(directory).prompt)
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":

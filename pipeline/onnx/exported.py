@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bertile.base.directories import mark
-from bertile.base.errors import ModelError
+from bertile.base.errors import BertileError, ModelError
+from bertile.families import text_settings
+from bertile.families.text_settings import TextSettings
 from bertile.loader import NEUTRAL
 
 # The inputs that a model may have, in their order, and what fills each where a caller leaves it
@@ -41,7 +43,8 @@ class ExportedModel:
     `together` says that outputs depend on other rows of the batch, which is computed at once then.
     `padded` says that they depend on what stands at masked positions, which are computed then.
     `max_length` counts the tokens that a sequence may have, which for RoBERTa is less than the
-    rows of its position table. `notes` are for people: what was found, changed or measured.
+    rows of its position table. `notes` are for people: what was found, changed or measured. `text`
+    says how texts become ids and answers; `tokenizer.json` is set by it.
     """
 
     directory: Path
@@ -58,6 +61,7 @@ class ExportedModel:
     together: bool = False
     padded: bool = False
     notes: tuple[str, ...] = ()
+    text: TextSettings = field(default_factory=TextSettings)
 
     @property
     def onnx_path(self) -> Path:
@@ -80,6 +84,10 @@ class ExportedModel:
         values["inputs"] = tuple(InputSpec(**spec) for spec in values["inputs"])
         for name in ("outputs", "labels", "notes"):
             values[name] = tuple(values[name])
+        if "text" in values:
+            values["text"] = TextSettings.from_json(values["text"])
+        else:  # an older version's export, whose files say it
+            values["text"] = text_settings.read(Path(directory), len(values["labels"]) or None)
         return cls(directory=Path(directory), **values)
 
     def write(self) -> ExportedModel:
@@ -93,6 +101,8 @@ def read(directory: Path) -> ExportedModel:
     path = Path(directory) / MARKER
     try:
         return ExportedModel.from_json(path.parent, json.loads(path.read_text(encoding="utf-8")))
+    except BertileError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"'{path}' does not describe an exported model: {error}") from error
 

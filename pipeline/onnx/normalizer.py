@@ -13,7 +13,7 @@ import onnx
 from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
-from bertile.families import model_config, table
+from bertile.families import model_config, table, text_settings
 from bertile.families.family import AFTER_PADDING, Family
 from bertile.onnx import (
     attention,
@@ -110,6 +110,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     differs, seen = _check(theirs, normalized, lifted, rounded, inputs, *sizes)
     for file in text_files(home):
         shutil.copyfile(file, directory / file.name)
+    labels = model_config.labels(beside) if head.endswith("-classification") else ()
     return ExportedModel(
         directory=directory,
         source=str(path),
@@ -119,7 +120,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         max_length=max_length,
         inputs=inputs,
         outputs=tuple(graph.outputs),
-        labels=model_config.labels(beside) if head.endswith("-classification") else (),
+        labels=labels,
         batch=batch,
         length=length,
         together=bool(seen.rows),
@@ -128,6 +129,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
             *(*renamed, *floats.note(original, halves), *quantized, *notes, *seen.notes()),
             differs,
         ),
+        text=text_settings.read(directory, len(labels) or None),
     ).write()
 
 
