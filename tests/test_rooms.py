@@ -19,6 +19,7 @@ ROOMS = (
     "numerics",
     "config",
     "families",
+    "text",
     "onnx",
     "export",
     "graph",

@@ -57,6 +57,7 @@ class Model(Bundled):
         except BertileError as error:
             raise BundleError(f"cannot load {library}: {error.what}", error.remedy) from error
         self._held = (module, params)
+        self._library = library
 
     def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray]:
         """Run the model on arrays or nested lists of integers, each (batch, length).
@@ -93,6 +94,17 @@ class Model(Bundled):
             spec["name"]: cut(spec["axes"], [piece[index] for piece in pieces], length, ends)
             for index, spec in enumerate(self.manifest["outputs"])
         }
+
+    def beside(self, streams: int, threads: int = 1) -> Model:
+        """The same library and weights for other calls: `streams` at once, each on `threads` cores.
+
+        It is closed by itself.
+        """
+        if self.closed:
+            raise BertileError("the model is closed", "load the bundle again")
+        _, params = self._held
+        with outside:
+            return Model(self._runtime, self.manifest, self._library, params, threads, streams)
 
     def close(self) -> None:
         """Give back the library and the weights; a later call raises BertileError."""
