@@ -546,7 +546,15 @@ print({{".".join(name.split(".")[:2]) for name in sys.modules if name.startswith
 
 
 @pytest.mark.parametrize(
-    "order", [["tvm", "own", "bare"], ["own", "tvm", "bare"], ["bare", "tvm", "own"]], ids="-".join
+    "order",
+    [
+        pytest.param(order.split("-"), marks=marks, id=order)
+        for order, marks in (
+            ("tvm-own-bare", pytest.mark.slow),
+            ("own-tvm-bare", ()),
+            ("bare-tvm-own", pytest.mark.slow),
+        )
+    ],
 )
 def test_load_shares_the_libraries_of_tvm(directory, portable, order):
     """A bundle that brings its own (portable) and one that does not, whatever is loaded first."""
