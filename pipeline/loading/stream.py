@@ -31,7 +31,7 @@ class Stream:
         threads: int,
     ):
         self.host = host_of(runtime, threads)
-        self._runtime, self._dtypes = runtime, dtypes
+        self._runtime, self._dtypes, self._params = runtime, dtypes, params
         self._machine = self._start(module)
         self._entry = self.find(entry)
         if self._entry is None:
@@ -61,17 +61,18 @@ class Stream:
         """
 
         def call() -> list[np.ndarray]:
-            entry = self._entry
-            if entry is None:
+            held, entry = (self._arguments, self._params), self._entry
+            if entry is None:  # else a handler that closes it from now on leaves this call its own
                 raise BertileError("the model is closed", "load the bundle again")
             key = (room, blocks.shape)
-            buffers = self._take(key)
+            buffers = self._take(key, *held)
             try:
                 buffers.fill(values, blocks, shape)
                 result = self._runtime.call_packed(entry, buffers.arguments)
                 return self._runtime.arrays(result, outputs)
             finally:
-                self._buffers[key] = buffers
+                if self._entry is not None:
+                    self._buffers[key] = buffers
 
         return self.host.run(call)
 
@@ -84,7 +85,7 @@ class Stream:
         """Give back what it holds; the caller holds `pool.outside`. Later calls raise."""
         with self.host.lock:
             self._entry = self._machine = self._arguments = None
-            self._buffers.clear()
+            self._params, self._buffers = [], {}
             self.host.close()
 
     def _start(self, module: Object) -> Object:
@@ -98,7 +99,7 @@ class Stream:
         runtime.call(runtime.call(find, machine, b"vm_initialization", False), cpu, device, pooled)
         return machine
 
-    def _take(self, key: tuple) -> Buffers:
+    def _take(self, key: tuple, arguments: ctypes.Array, params: list[Object]) -> Buffers:
         """Buffers that nobody else writes into until they are put back.
 
         A signal's handler may call the model while its thread is in the midst of another call.
@@ -111,13 +112,14 @@ class Stream:
             # a server that sees every batch and length would keep all activations of each
             self._buffers.clear()
             self._runtime.call(self._runtime.function("vm.builtin.memory_manager.clear"))
-        return Buffers(self._runtime, self._arguments, *key, self._dtypes)
+        return Buffers(self._runtime, arguments, *key, self._dtypes, params)
 
 
 class Buffers:
     """Aligned memory for the inputs of requests of one shape, and a call's arguments with it.
 
-    `arguments` are those of the call, in which the inputs are still to be set.
+    `arguments` are those of the call, in which the inputs are still to be set; `params`, to which
+    the others point, live as long.
     """
 
     def __init__(
@@ -127,7 +129,9 @@ class Buffers:
         room: tuple[int, int],
         table: tuple[int, ...],
         dtypes: list[str],
+        params: list[Object],
     ):
+        self._params = params
         self._inputs, self._table = [empty(room, dtype) for dtype in dtypes], empty(table, "int32")
         self._tensors = [runtime.tensor(array) for array in (*self._inputs, self._table)]
         self.arguments = type(arguments).from_buffer_copy(arguments)

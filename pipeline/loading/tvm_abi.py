@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 
 import numpy as np
 
@@ -54,7 +53,6 @@ class DLTensor(ctypes.Structure):
     )
 
 
-_TENSOR_FIELDS = struct.Struct("PiiiBBHPPQ")  # the same, to be read at once
 _DTYPES_OF = {
     (code, size * 8): np.dtype(f"{kind}{size}")
     for code, kind, sizes in ((0, "i", (1, 2, 4, 8)), (1, "u", (1, 2, 4, 8)), (2, "f", (2, 4, 8)))
@@ -235,9 +233,7 @@ def _text(owner: Object, skip: int = 0) -> str:
 
 
 def _copy(tensor: Object) -> np.ndarray:
-    fields = ctypes.string_at(tensor.handle + _HEADER, _TENSOR_FIELDS.size)
-    data, _, _, rank, code, bits, _, sizes, _, offset = _TENSOR_FIELDS.unpack(fields)
-    shape = struct.unpack(f"{rank}q", ctypes.string_at(sizes, rank * 8))
-    out = np.empty(shape, _DTYPES_OF[code, bits])
-    ctypes.memmove(address_of(out), data + offset, out.nbytes)
+    source = DLTensor.from_address(tensor.handle + _HEADER)
+    out = np.empty(tuple(source.shape[: source.rank]), _DTYPES_OF[source.code, source.bits])
+    ctypes.memmove(address_of(out), source.data + source.offset, out.nbytes)
     return out

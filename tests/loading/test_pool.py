@@ -301,6 +301,22 @@ def test_a_call_in_the_midst_of_another_changes_nothing_of_it(directory, monkeyp
         tiny_bundle.assert_same(inner[1], tiny_bundle.expected([[3, 4]]))
 
 
+def test_a_close_in_the_midst_of_a_call_lets_it_end(directory, monkeypatch):
+    model = loader.load(directory, 1)
+    call = model._runtime.call_packed
+
+    def interrupted(*arguments):
+        model.close()
+        return call(*arguments)
+
+    model(input_ids=[[5, 6]])
+    monkeypatch.setattr(model._runtime, "call_packed", interrupted)
+    tiny_bundle.assert_same(model(input_ids=[[1, 2]]), tiny_bundle.expected([[1, 2]]))
+    assert model.closed and not model._streams[0]._buffers
+    with pytest.raises(BertileError, match="the model is closed"):
+        model(input_ids=[[1, 2]])
+
+
 def test_a_fork_in_the_midst_of_a_call_leaves_a_child_that_calls(directory):
     code = """
 def fork():
