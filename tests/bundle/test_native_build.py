@@ -224,7 +224,17 @@ def test_missing_positions_count_from_0(built, tmp_path):
 WRONG = {
     name: case
     for name, case in tiny_bundle.WRONG_INPUTS.items()
-    if name not in ("ragged", "text", "huge", "nothing", "floats", "float mask", "unknown name")
+    if name
+    not in (
+        "a row of none",
+        "uneven",
+        "text",
+        "huge",
+        "nothing",
+        "floats",
+        "float mask",
+        "unknown name",
+    )
 }
 
 
