@@ -13,6 +13,9 @@ from bertile.export.files import Pooling
 from bertile.families import embeddings, table
 from bertile.onnx.masks import MASKED
 
+# By their names in a config: classes are renamed between releases of transformers.
+_BY_TANH = tuple(type(activations.ACT2FN[name]) for name in ("gelu_new", "gelu_pytorch_tanh"))
+
 
 class Exportable(nn.Module):
     """The forward that is exported: (batch, length) integers in, float32 tensors out.
@@ -72,7 +75,7 @@ def _simplify(model: nn.Module, checkpoint: Checkpoint, has_types: bool) -> tupl
     """Replace, in place, modules whose export would hide what they compute; return notes."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, (activations.NewGELUActivation, activations.GELUTanh)):
+            if isinstance(child, _BY_TANH):
                 setattr(parent, name, nn.GELU(approximate="tanh"))
             elif isinstance(child, activations.GELUActivation):
                 setattr(parent, name, nn.GELU())
