@@ -22,7 +22,9 @@ class Exportable(nn.Module):
 
     transformers would build the attention mask with data-dependent code that the ONNX importer
     cannot follow, so the mask is built here, in the 4-D additive form that eager attention takes
-    as it is in every family. `notes` say what preparing the model has settled.
+    as it is in every family. Where `additive` is off, the model is left to build it of (batch,
+    length), which releases before 5 do in plain arithmetic, and some families of 5.0.
+    `notes` say what preparing the model has settled.
     """
 
     def __init__(self, checkpoint: Checkpoint, inputs: tuple[str, ...], outputs: tuple[str, ...]):
@@ -31,6 +33,7 @@ class Exportable(nn.Module):
         self.pooling = checkpoint.pooling
         self.inputs = inputs
         self.outputs = outputs
+        self.additive = True
         self.padding_id = table.named(checkpoint.family).padding_id(self.model)
         self.notes = _simplify(self.model, checkpoint, "token_type_ids" in inputs)
         self.eval()
@@ -42,7 +45,9 @@ class Exportable(nn.Module):
         token_type_ids: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         mask = attention_mask.to(torch.float32)
-        keywords: dict[str, Any] = {"attention_mask": (1.0 - mask[:, None, None, :]) * MASKED}
+        keywords: dict[str, Any] = {"attention_mask": attention_mask}
+        if self.additive:
+            keywords["attention_mask"] = (1.0 - mask[:, None, None, :]) * MASKED
         if token_type_ids is not None:
             keywords["token_type_ids"] = token_type_ids
         if self.padding_id is not None:
