@@ -28,6 +28,7 @@ from typing import NamedTuple
 from bertile.loading import (
     about,
     again,
+    batch,
     blocks,
     command,
     dispatch,
@@ -68,6 +69,7 @@ LOADER = (
         errors,
         memory,
         blocks,
+        batch,
         inputs,
         padding,
         interface,

@@ -12,7 +12,7 @@ from bertile import loader
 from bertile.base.errors import BundleError, InputError, require
 from bertile.base.progress import track
 from bertile.base.tables import table
-from bertile.families import model_config, text_settings
+from bertile.families import text_settings
 from bertile.families.text_settings import TextSettings
 
 BATCH = 32
@@ -38,7 +38,14 @@ def run(
                 f"{directory} has the head '{head}', which gives no answer to a text",
                 f"compile the model with a --head of {', '.join(HEADS)}, or use bertile.load",
             )
-        encodings = encode(Path(directory), texts, max_tokens(model.manifest), truncate)
+        settings = text_settings.of_bundle(Path(directory), model.manifest)
+        if head == "embedding" and settings.kind == "tokens":
+            raise InputError(
+                f"{directory} gives a vector for each token, which are many numbers and no answer",
+                "use bertile.load, and compare texts by their tokens' vectors (MaxSim)",
+            )
+        limit = max_tokens(model.manifest)
+        encodings = encode(Path(directory), texts, limit, truncate, settings)
         outputs = infer(model, encodings)
     result = {
         "head": head,
@@ -50,17 +57,21 @@ def run(
         return {**result, **_vectors(outputs)}
     if head == "token-classification":
         return {**result, "labels": _by_token(outputs, encodings, labels)}
-    problem = model_config.beside(Path(directory)).get("problem_type")
-    scores = scoring(problem, outputs[0]["logits"].size)
-    return {**result, "labels": [_label(output["logits"], labels, scores) for output in outputs]}
+    answers = [_label(output["logits"], labels, settings.scores) for output in outputs]
+    return {**result, "labels": answers}
 
 
 def encode(
-    directory: Path, texts: Sequence[str], limit: int | None = None, truncate: bool = False
+    directory: Path,
+    texts: Sequence[str],
+    limit: int | None = None,
+    truncate: bool = False,
+    settings: TextSettings | None = None,
 ) -> list[Any]:
     """Tokenize with the bundle's own tokenizer.json: no padding, at most `limit` tokens each.
 
-    Case, prompt, and what is left of a text that is cut are those of the model's own library.
+    Case, prompt, and what is left of a text that is cut are those of the model's own library;
+    `settings` are by default those of the bundle, or of the files in the directory of a model.
     Raises InputError for a text that is longer and not to be cut.
     """
     (tokenizers,) = require("run", "tokenizers")
@@ -75,7 +86,7 @@ def encode(
     tokenizer.no_padding()
     side = (tokenizer.truncation or {}).get("direction", "right")
     tokenizer.no_truncation()
-    settings = text_settings.read(directory)
+    settings = settings or _settings(directory)
     _normalize(tokenizers, tokenizer, settings)
     most = min((most for most in (limit, settings.longest) if most), default=None)
     cut_at = min((most for most in (most, settings.cut_at) if most), default=None)
@@ -104,11 +115,10 @@ def _normalize(tokenizers: Any, tokenizer: Any, settings: TextSettings) -> None:
         tokenizer.normalizer = normalizer
 
 
-def scoring(problem_type: str | None, logits: int) -> str:
-    """How transformers' pipeline makes scores of a classifier's logits: none, sigmoid, softmax."""
-    if problem_type == "regression":
-        return "none"
-    return "sigmoid" if problem_type == "multi_label_classification" or logits == 1 else "softmax"
+def _settings(directory: Path) -> TextSettings:
+    if (directory / loader.MANIFEST).is_file():
+        return text_settings.of_bundle(directory, loader.read_manifest(directory))
+    return text_settings.read(directory)
 
 
 def max_tokens(manifest: dict[str, Any]) -> int | None:

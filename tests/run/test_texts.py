@@ -12,6 +12,7 @@ import pytest
 
 from bertile import loader
 from bertile.base.errors import BundleError, InputError, ModelError
+from bertile.families import text_settings
 from bertile.run import texts
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b")
@@ -131,7 +132,7 @@ def test_scores_are_those_of_the_pipeline_of_transformers() -> None:
             want = transformers.TextClassificationPipeline.postprocess(
                 answers, {"logits": torch.from_numpy(logits[:, :count])}, top_k=1
             )
-            scores = texts.scoring(problem, count)
+            scores = text_settings.scoring(problem, count)
             got = texts._label(logits[0, :count], [f"LABEL_{i}" for i in range(count)], scores)
             assert got == {"label": want["label"], "score": pytest.approx(want["score"])}
 
