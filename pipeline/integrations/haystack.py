@@ -17,7 +17,8 @@ class _Bertile:
 
     open = staticmethod(bundles.embedder)
 
-    def __init__(self, bundle: bundles.Bundle, threads: int | None, **arguments: Any) -> None:
+    def _keep(self, bundle: bundles.Bundle, threads: int | None, **arguments: Any) -> None:
+        # not __init__: `component` makes each class anew, which super() does not survive
         self._bundle, self._threads, self._arguments = bundle, threads, arguments
         self._model: Any = None
 
@@ -50,7 +51,7 @@ class BertileTextEmbedder(_Bertile):
         threads: int | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(bundle, threads, options=options)
+        self._keep(bundle, threads, options=options)
 
     @component.output_types(embedding=list[float])
     def run(self, text: str) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class BertileDocumentEmbedder(_Bertile):
         meta_fields_to_embed: list[str] | None = None,
         embedding_separator: str = "\n",
     ) -> None:
-        super().__init__(
+        self._keep(
             bundle,
             threads,
             options=options,
@@ -107,7 +108,7 @@ class BertileRanker(_Bertile):
     def __init__(
         self, bundle: bundles.Bundle, threads: int | None = None, top_k: int | None = 10
     ) -> None:
-        super().__init__(bundle, threads, top_k=top_k)
+        self._keep(bundle, threads, top_k=top_k)
 
     @component.output_types(documents=list[Document])
     def run(self, query: str, documents: list[Document]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ def test_collection_gets_what_is_nearest_and_opens_its_bundle_again(client, mini
 
     function = BertileEmbeddingFunction(minilm)
     ids = [str(number) for number in range(len(texts.all))]
-    client.create_collection("a", embedding_function=function).add(ids=ids, documents=texts.all)
-    collection = client.get_collection("a")  # which has the function's name and its bundle
+    client.create_collection("texts", embedding_function=function).add(ids=ids, documents=texts.all)
+    collection = client.get_collection("texts")  # which has the function's name and its bundle
     kept = collection.get(ids=ids, include=["embeddings"])["embeddings"]
     np.testing.assert_allclose(kept, texts.of_documents, atol=1e-4)
     answer = collection.query(query_texts=[texts.query], n_results=3)

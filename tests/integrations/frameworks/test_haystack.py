@@ -49,7 +49,7 @@ def test_pipeline_is_saved_read_and_answers(minilm, texts):
     first.add_component(
         "embed", BertileTextEmbedder(minilm, options={"normalize_embeddings": True})
     )
-    embed = Pipeline.loads(first.dumps())
+    embed = Pipeline.loads(first.dumps(), allowed_modules=["bertile.integrations.haystack"])
     embed.add_component("retrieve", InMemoryEmbeddingRetriever(store, top_k=3))
     embed.connect("embed.embedding", "retrieve.query_embedding")
     nearest = embed.run({"embed": {"text": texts.query}})["retrieve"]["documents"]

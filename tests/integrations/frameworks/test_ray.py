@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +21,18 @@ WORKERS = 2
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster():
     """A local Ray with a place for each of two workers."""
-    ray.init(
-        num_cpus=WORKERS,
-        include_dashboard=False,
-        object_store_memory=100 * 2**20,
-        _temp_dir=str(tmp_path_factory.mktemp("ray")),
-    )
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    yield
-    ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="ray") as place:  # a short path, for its sockets
+        ray.init(
+            num_cpus=WORKERS,
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,
+            _temp_dir=place,
+        )
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +44,9 @@ def rows(minilm):
 
 
 def encoded(texts: list[str], encoder: type, *arguments: object):
-    dataset = ray.data.from_items([{"text": text, "place": i} for i, text in enumerate(texts)])
-    return dataset.repartition(12).map_batches(
+    items = [{"text": text, "place": i} for i, text in enumerate(texts)]
+    # blocks that are there: the workers hold all cores, what made blocks would wait for them
+    return ray.data.from_items(items, override_num_blocks=12).map_batches(
         encoder,
         fn_constructor_args=arguments,
         batch_size=20,
@@ -60,12 +64,19 @@ def check(table: list[dict], rows: tuple[list[str], np.ndarray]) -> None:
     np.testing.assert_allclose(got, vectors, atol=1e-5)
 
 
-def test_two_workers_give_the_vectors_of_the_model_in_order(cluster, minilm, rows):
+def test_two_workers_give_the_vectors_of_the_model_in_order(cluster, minilm, rows, tmp_path):
     class Telling(bertile.ray.Encoder):
         def __call__(self, batch):
+            self._wait_for_all()
             who = np.full(len(batch["text"]), os.getpid())
             cores = np.full(len(batch["text"]), self.model.model.threads)
             return {**super().__call__(batch), "worker": who, "cores": cores}
+
+        def _wait_for_all(self):
+            (tmp_path / str(os.getpid())).touch()
+            until = time.monotonic() + 120
+            while len(list(tmp_path.iterdir())) < WORKERS and time.monotonic() < until:
+                time.sleep(0.1)
 
     table = encoded(rows[0], Telling, str(minilm)).take_all()
     check(table, rows)
