@@ -104,7 +104,7 @@ docs: $(VENV)/.slow
 	@echo "out/docs/index.html"
 
 $(VENV)/.slow: $(VENV)/.installed
-	@echo "install what builds the pages and checks types"
+	@echo "install what builds the pages and checks types, and libraries that adapters are for"
 	@$(PIP) -e ".[slow]"
 	@touch $@
 

@@ -19,6 +19,7 @@ PAGES = {
         "pipeline/bundle/README",
         "pipeline/bundle/C",
         "pipeline/targets/README",
+        "pipeline/integrations/FRAMEWORKS",
         "pipeline/verify/README",
         "pipeline/report/README",
         "pipeline/cli/TROUBLESHOOTING",

@@ -15,6 +15,8 @@ from bertile.text.text_model import TextModel, checked, is_single
 
 Vector = Union[np.ndarray, SparseVector]
 PRECISIONS = ("float32", "binary", "ubinary")
+# The names of prompts that are for a task, in the order in which sentence-transformers looks.
+_TASKS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
 class Embedder(TextModel):
@@ -98,7 +100,7 @@ class Embedder(TextModel):
 
     def encode_document(self, sentences: str | Iterable[str], **options: Any) -> Any:
         """As `encode`, with the prompt "document" (or "passage", "corpus") where there is one."""
-        return self.encode(sentences, **self._task_prompt(options, "document", "passage", "corpus"))
+        return self.encode(sentences, **self._task_prompt(options, "document"))
 
     def encode_iter(
         self,
@@ -142,10 +144,13 @@ class Embedder(TextModel):
         names = self.tokenizer.id_to_token
         return [(names(int(vector.indices[i])), float(vector.values[i])) for i in order]
 
-    def _task_prompt(self, options: dict[str, Any], *names: str) -> dict[str, Any]:
+    def prompt_name_of(self, task: str) -> str | None:
+        """The prompt that the directory has for a task, "query" or "document"; None for none."""
+        return next((name for name in _TASKS[task] if name in self.settings.prompts), None)
+
+    def _task_prompt(self, options: dict[str, Any], task: str) -> dict[str, Any]:
         if options.get("prompt") is None and options.get("prompt_name") is None:
-            known = next((name for name in names if name in self.settings.prompts), None)
-            options = {**options, "prompt_name": known}
+            options = {**options, "prompt_name": self.prompt_name_of(task)}
         return options
 
     def _prompt(self, name: str | None, prompt: str | None) -> str:
