@@ -8,6 +8,7 @@ import traceback
 import numpy as np
 
 from bertile.loading.errors import InputError
+from bertile.loading.ragged import MASK, squared, warn_of_padding
 
 FILL = {"ones": 1, "zeros": 0}
 PLACES = "places"  # 0, 1, 2, …
@@ -26,8 +27,15 @@ def filled(default: str | None, shape: tuple[int, int]):
     return FILL.get(default)
 
 
-def check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dict:
-    """Return the given inputs as integer arrays of one shape (batch, length), checked."""
+def check_inputs(
+    inputs: dict, specs: list[dict], max_length: int | None, padding_id: int | None = None
+) -> dict:
+    """Return the given inputs as integer arrays of one shape (batch, length), checked.
+
+    Rows of unequal lengths are padded, and masked. Where a `padding_id` is known, a batch that has
+    it at an end of a row, and no mask, is warned of.
+    """
+    inputs = squared(inputs, specs)
     known, extra = {spec["name"]: spec for spec in specs}, {}
     if not inputs.keys() <= known.keys():
         others = {name: inputs[name] for name in inputs if name in NEUTRAL and name not in known}
@@ -47,6 +55,8 @@ def check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dic
     check_length(shape[1], max_length)
     for name, array in arrays.items():
         _check_range(name, array, known[name])
+    if padding_id is not None and MASK not in arrays:
+        warn_of_padding(arrays["input_ids"], padding_id)
     return arrays
 
 

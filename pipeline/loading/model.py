@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bertile.loading.about import Bundled
+from bertile.loading.about import Bundled, padding_id
 from bertile.loading.again import load_again
 from bertile.loading.batch import Planner
 from bertile.loading.errors import AGAIN, BertileError, BundleError
@@ -44,7 +44,7 @@ class Model(Bundled):
         self.max_length = manifest["model"]["max_length"]
         self.threads = threads
         self.pass_blocks = PASS_BLOCKS * threads  # of tokens; what is more takes several passes
-        self.loaded_by = None
+        self.loaded_by, self._padding_id = None, padding_id(manifest)
         self._planner = Planner(manifest["static"], "attention_mask" not in self.inputs)
         self._runtime, entry = runtime, manifest["entry"]
         dtypes = [spec["dtype"] for spec in manifest["inputs"]]
@@ -65,13 +65,15 @@ class Model(Bundled):
     def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray]:
         """Run the model on arrays or nested lists of integers, each (batch, length).
 
-        A missing attention_mask is all ones, missing token_type_ids are all zeros and missing
-        position_ids 0, 1, 2, …; a model without these inputs takes them so. Positions behind the
-        last token of a sequence are zero in the outputs. Raises InputError for a wrong name, rank,
-        type or shape, for ids that the model does not have and for too many tokens.
+        Rows may be of unequal lengths: they are padded, and the padding masked. A missing
+        attention_mask is all ones, missing token_type_ids are all zeros and missing position_ids
+        0, 1, 2, …; a model without these inputs takes them so. Positions behind the last token of a
+        sequence are zero in the outputs. Raises InputError for a wrong name, rank, type or shape,
+        for ids that the model does not have and for too many tokens; warns of padding without a
+        mask.
         """
         specs = self.manifest["inputs"]
-        checked = check_inputs(inputs, specs, self.max_length)
+        checked = check_inputs(inputs, specs, self.max_length, self._padding_id)
         shape = next(iter(checked.values())).shape
         batch = self._planner.plan(shape, checked.get("attention_mask"), self.pass_blocks)
         values = [

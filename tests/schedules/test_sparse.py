@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -155,7 +156,7 @@ def test_pack_keeps_every_lane_that_is_not_zero_once():
     values, index, starts, slots, lanes, bias = sparse.pack(task, knobs, [w, b], rows.TABLE[0])
     assert (index.dtype, slots.dtype) == ("uint8", "uint8")
     unpacked = np.zeros_like(w)
-    for panel, (start, end) in enumerate(zip(starts, starts[1:])):
+    for panel, (start, end) in enumerate(itertools.pairwise(starts)):
         group, part, inside = panel // 6 // 3, panel // 6 % 3, panel % 6
         for entry in range(start * 4, end * 4):
             channel = lanes[group, slots[group, part, inside * 4 + entry % 4]]
