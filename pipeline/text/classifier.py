@@ -7,7 +7,7 @@ are transformers' pipelines "text-classification" and "zero-shot-classification"
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from bertile.text import scores
 from bertile.text.engine import Answer
 from bertile.text.text_model import TextModel, checked, is_pair, is_single
 
-Activation = Union[str, Callable[[np.ndarray], np.ndarray], None]
+Activation = str | Callable[[np.ndarray], np.ndarray] | None
 
 
 class Classifier(TextModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from bertile.text.engine import Answer
 from bertile.text.sparse_vectors import SparseVector
 from bertile.text.text_model import TextModel, checked, is_single
 
-Vector = Union[np.ndarray, SparseVector]
+Vector = np.ndarray | SparseVector
 PRECISIONS = ("float32", "binary", "ubinary")
 # The names of prompts that are for a task, in the order in which sentence-transformers looks.
 _TASKS = {"query": ("query",), "document": ("document", "passage", "corpus")}
