@@ -22,8 +22,11 @@ Rows = list[tuple[Any, ...]]
 
 
 class Asked(NamedTuple):
-    """What a command line asks for, beside the texts; None and False are what the model does."""
+    """What a command line asks for; None and False are what the model does. `pairs`: of texts that
+    are pairs.
+    """
 
+    pairs: bool = False
     question: str | None = None
     top_k: int | None = None
     aggregation: str | None = None
@@ -51,16 +54,13 @@ class Answers(NamedTuple):
     names: tuple[str, str] = ("text", "text_pair")  # of a pair in JSON
 
 
-def ask(model: TextModel, items: Iterable[Item], first: Item, asked: Asked) -> Answers:
-    """The model's answers to all `items`, of which the first is known.
-
-    Raises UsageError for what this model cannot be asked.
-    """
+def ask(model: TextModel, items: Iterable[Item], asked: Asked) -> Answers:
+    """The model's answers to the items; UsageError for what this model cannot be asked."""
     kind = type(model)
     for flag, (value, kinds) in _flags(asked).items():
         if value not in (None, False) and kind not in kinds:
             raise UsageError(f"{flag} is not for a model with the head '{_head(model)}'")
-    return _KINDS[kind](model, iter(items), first, asked)
+    return _KINDS[kind](model, iter(items), asked)
 
 
 def _flags(asked: Asked) -> dict[str, tuple[Any, tuple[type, ...]]]:
@@ -111,7 +111,7 @@ def _numbers(vector: np.ndarray) -> str:
 # Vectors
 
 
-def _embedded(model: Embedder, items: Iterator[Item], first: Item, asked: Asked) -> Answers:
+def _embedded(model: Embedder, items: Iterator[Item], asked: Asked) -> Answers:
     vectors = model.encode_iter(
         _single(items, model),
         asked.prompt_name,
@@ -178,7 +178,7 @@ def _similar(model: Embedder, vectors: Iterator[Any]) -> Answers:
     )
 
 
-def _featured(model: Featurizer, items: Iterator[Item], first: Item, asked: Asked) -> Answers:
+def _featured(model: Featurizer, items: Iterator[Item], asked: Asked) -> Answers:
     texts = _single(items, model)
     return _by_token(model.features_iter(texts, truncate=asked.truncate), "features")
 
@@ -186,11 +186,11 @@ def _featured(model: Featurizer, items: Iterator[Item], first: Item, asked: Aske
 # Labels
 
 
-def _classified(model: Classifier, items: Iterator[Item], first: Item, asked: Asked) -> Answers:
+def _classified(model: Classifier, items: Iterator[Item], asked: Asked) -> Answers:
     count = model.model.manifest["outputs"][0]["axes"][-1]
     labels = [*model.labels, *(f"LABEL_{index}" for index in range(len(model.labels), count))]
     # a pair's only score is what a reranker gives: CrossEncoder's, not that of a pipeline
-    reranks = len(labels) == 1 and not isinstance(first, str)
+    reranks = len(labels) == 1 and asked.pairs
     ranked = model.classify_iter(
         items,
         None,
@@ -219,7 +219,7 @@ def _classified(model: Classifier, items: Iterator[Item], first: Item, asked: As
     )
 
 
-def _tagged(model: Tagger, items: Iterator[Item], first: Item, asked: Asked) -> Answers:
+def _tagged(model: Tagger, items: Iterator[Item], asked: Asked) -> Answers:
     strategy = asked.aggregation or "simple"
     if strategy not in AGGREGATIONS:
         raise UsageError(f"--aggregation '{strategy}' is unknown{nearest(strategy, AGGREGATIONS)}")
@@ -251,7 +251,7 @@ def _tagged(model: Tagger, items: Iterator[Item], first: Item, asked: Asked) -> 
 # Words
 
 
-def _filled(model: Filler, items: Iterator[Item], first: Item, asked: Asked) -> Answers:
+def _filled(model: Filler, items: Iterator[Item], asked: Asked) -> Answers:
     tokens = model.fill_iter(_single(items, model), asked.top_k or 5, truncate=asked.truncate)
 
     def cells(item: Item, answer: list[Any]) -> Rows:
@@ -263,7 +263,7 @@ def _filled(model: Filler, items: Iterator[Item], first: Item, asked: Asked) -> 
     return Answers(tokens, lambda answer: {"tokens": answer}, columns, cells, Form("none"))
 
 
-def _answered(model: Answerer, items: Iterator[Item], first: Item, asked: Asked) -> Answers:
+def _answered(model: Answerer, items: Iterator[Item], asked: Asked) -> Answers:
     top_k = asked.top_k or 1
 
     def answers() -> Iterator[list[dict[str, Any]]]:

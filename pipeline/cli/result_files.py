@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -89,7 +90,8 @@ class ResultFile:
                 self._writer.close()
                 self._file.flush()
             finally:
-                if not os.fstat(self._file.fileno()).st_size:
+                status = os.fstat(self._file.fileno())
+                if stat.S_ISREG(status.st_mode) and not status.st_size:
                     Path(self._path).unlink()
 
     @contextlib.contextmanager

@@ -99,6 +99,7 @@ def run(options: Namespace, progress: Progress) -> Outcome | Stream:
     from bertile.cli import answers
 
     asked = answers.Asked(
+        pairs=not isinstance(first, str),
         question=options.question,
         top_k=options.top_k,
         aggregation=options.aggregation,
@@ -112,9 +113,9 @@ def run(options: Namespace, progress: Progress) -> Outcome | Stream:
     model = text.open(options.bundle, options.threads)
     if options.output not in (None, "-"):
         with model:
-            return _written(model, items, first, asked, options.output, progress)
+            return _written(model, items, asked, options.output, progress)
     as_json = options.json or options.output == "-"
-    return Stream(_printed(model, items, first, asked, as_json, progress))
+    return Stream(_printed(model, items, asked, as_json, progress))
 
 
 def _items(options: Namespace) -> Iterator[Item]:
@@ -158,7 +159,6 @@ def _check_output(options: Namespace) -> None:
 def _printed(
     model: TextModel,
     items: Iterable[Item],
-    first: Item,
     asked: Asked,
     as_json: bool,
     progress: Progress,
@@ -170,7 +170,7 @@ def _printed(
 
     with model:
         items, texts = tee(items)
-        answers = ask(model, items, first, asked)
+        answers = ask(model, items, asked)
         with closing(_beside(answers, texts)) as pairs:
             if as_json:
                 for item, answer in pairs:
@@ -188,7 +188,6 @@ def _printed(
 def _written(
     model: TextModel,
     items: Iterable[Item],
-    first: Item,
     asked: Asked,
     output: str,
     progress: Progress,
@@ -199,7 +198,7 @@ def _written(
     from bertile.cli.result_files import ResultFile
 
     items, texts = tee(items)
-    answers = ask(model, items, first, asked)
+    answers = ask(model, items, asked)
     written = 0
     with ResultFile(output, answers.form) as file, progress.bar("texts") as bar:
         with closing(_beside(answers, texts)) as pairs:

@@ -32,6 +32,9 @@ class Layout(NamedTuple):
     columns: Sequence[str] = ()
 
 
+LINES = Layout()
+
+
 def of_arguments(words: Sequence[str], pair: bool = False) -> list[Item]:
     """The texts that a command was given, two by two where they are pairs.
 
@@ -45,7 +48,7 @@ def of_arguments(words: Sequence[str], pair: bool = False) -> list[Item]:
     return list(zip(texts[::2], texts[1::2]))
 
 
-def of_file(path: str, layout: Layout = Layout()) -> Iterator[Item]:  # noqa: B008
+def of_file(path: str, layout: Layout = LINES) -> Iterator[Item]:
     """The texts of a file in UTF-8, or of stdin ("-"), read as they are asked for.
 
     What the file is follows from the layout, else from its ending: JSON lines, CSV, or a text of

@@ -84,7 +84,7 @@ NO_TEXTS = {
 }
 
 
-def read(path: Path, layout: Layout = Layout()) -> list[text_files.Item]:  # noqa: B008
+def read(path: Path, layout: Layout = text_files.LINES) -> list[text_files.Item]:
     return list(text_files.of_file(str(path), layout))
 
 
