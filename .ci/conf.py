@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "Use": (
         "pipeline/cli/QUICKSTART",
+        "pipeline/text/README",
         "pipeline/cli/README",
         "pipeline/export/README",
         "pipeline/quantize/README",

@@ -15,7 +15,8 @@ from bertile.config import Config
 from bertile.export import asked, checkpoints, files
 from bertile.export.foreign import explained, ordinary
 from bertile.families import model_config, table, text_settings
-from bertile.onnx import reach
+from bertile.families.text_settings import TextSettings
+from bertile.onnx import reach, tokenizer_file
 from bertile.onnx.exported import ExportedModel, InputSpec, read
 from bertile.onnx.samples import largest_difference, run_onnx, sample, session
 from bertile.onnx.scores import room
@@ -62,7 +63,9 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
     checkpoint = checkpoints.load(model, config.head, config.allow_unused)
     bar.advance(note="run it in torch")
     with explained(f"'{checkpoint.source}' cannot be exported"), quiet.quiet(), ordinary():
-        exported = _describe(checkpoint, directory)
+        exported = dataclasses.replace(
+            _describe(checkpoint, directory), text=_prepare_texts(checkpoint, directory)
+        )
         want = _answers(checkpoint, exported)  # before anything of the model is changed
         module = _module(checkpoint, exported)
         _must_answer_alike(module, want, exported)
@@ -73,12 +76,10 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
         bar.advance(note="look which outputs depend on other rows")
         seen = reach.look(session(exported.onnx_path), exported.inputs, None, None)
         bar.advance()
-    _copy_files(checkpoint, directory)
-    text = text_settings.read(directory, len(checkpoint.labels) or None)
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
     notes = (*exported.notes, *module.notes, *seen.notes(), note)
     known = {"notes": notes, "together": bool(seen.rows), "padded": bool(seen.padding)}
-    return dataclasses.replace(exported, text=text, **known).write()
+    return dataclasses.replace(exported, **known).write()
 
 
 def fingerprint(model: Any, config: Config) -> str:
@@ -92,15 +93,16 @@ def _copied(source: Path, directory: Path, config: Config) -> ExportedModel:
     asked.must_agree(exported, source, config.head)
     for path in files.exported_files(source):
         shutil.copyfile(path, directory / path.name)
-    sha256 = files.fingerprint(source)
-    return dataclasses.replace(
-        exported, directory=directory, source=str(source), sha256=sha256
-    ).write()
+    own = {"directory": directory, "source": str(source), "sha256": files.fingerprint(source)}
+    text = tokenizer_file.prepare(directory, exported.text, str(source))  # older versions did not
+    return dataclasses.replace(exported, text=text, **own).write()
 
 
 def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedModel:
     model_config = checkpoint.model.config
     outputs = _OUTPUTS[checkpoint.head]
+    if checkpoint.chain is not None:
+        outputs = (checkpoint.chain.output,)
     if checkpoint.head == "encoder" and getattr(checkpoint.model, "pooler", None) is not None:
         outputs = (*outputs, "pooler_output")
     inputs = [
@@ -145,7 +147,7 @@ def _arguments(exported: ExportedModel) -> dict[str, Any]:
 
 def _answers(checkpoint: checkpoints.Checkpoint, exported: ExportedModel) -> Mapping[str, Any]:
     """What the model answers as its users call it, by name; {} where that is pooled first."""
-    if checkpoint.pooling is not None:
+    if checkpoint.chain is not None:
         return {}
     results = checkpoint.model(**_arguments(exported))
     absent = [name for name in exported.outputs if name not in results]
@@ -239,9 +241,16 @@ def _check(module: Any, exported: ExportedModel, padding_id: int) -> float:
     return worst
 
 
-def _copy_files(checkpoint: checkpoints.Checkpoint, directory: Path) -> None:
+def _prepare_texts(checkpoint: checkpoints.Checkpoint, directory: Path) -> TextSettings:
+    """Copy what makes ids of texts, and give the settings by which its tokenizer.json is set."""
     for path in checkpoint.files:
         shutil.copyfile(path, directory / path.name)
     if not (directory / "config.json").is_file():
         text = checkpoint.model.config.to_json_string()
         (directory / "config.json").write_text(text, encoding="utf-8")
+    chain = checkpoint.chain
+    labels = len(checkpoint.labels) or None
+    settings = text_settings.read(directory, labels, chain.kind if chain else "dense")
+    if chain:
+        settings = dataclasses.replace(settings, include_prompt=chain.include_prompt)
+    return tokenizer_file.prepare(directory, settings, checkpoint.source)

@@ -1,4 +1,4 @@
-"""What every model of texts has: its tokenizer, its settings, and how its texts are run."""
+"""Holds what every model of texts has: its tokenizer, its settings, how its texts are run."""
 
 from __future__ import annotations
 

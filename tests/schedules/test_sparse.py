@@ -44,7 +44,7 @@ def kernels(request, kernels_of):
     return kernels_of(request.param)
 
 
-@on_rows("precision shape", PRECISIONS, SHAPES, share=3)
+@on_rows("precision shape", PRECISIONS, SHAPES, share=5)
 def test_product_equals_numpy(kernels, precision, shape):
     assert kernels.mistake(product(*shape, precision=precision), blocks=3) is None
 
@@ -58,7 +58,7 @@ def test_product_takes_any_number_of_blocks(kernels, precision, blocks):
 RESULTS = [("to_bf16", "none"), ("to_bf16", "gelu"), ("to_int8", "gelu"), ("to_int8", "none")]
 
 
-@on_rows("precision result", PRECISIONS, RESULTS, share=4)
+@on_rows("precision result", PRECISIONS, RESULTS, share=6)
 def test_product_writes_what_the_next_layer_reads(kernels, precision, result):
     writes, activation = result
     task = product(52, 44, activation, precision=precision, writes=writes)
@@ -71,7 +71,7 @@ def test_values_are_written_in_pairs_of_tokens(kernels, precision, values_from):
     assert kernels.mistake(task, blocks=5) is None
 
 
-@on_rows("precision seed", PRECISIONS, range(4), share=5)
+@on_rows("precision seed", PRECISIONS, range(4), share=8)
 def test_any_point_of_the_space_is_right(kernels, precision, seed):
     task = product(520, 84, "gelu", True, precision=precision, writes="to_bf16")
     (knobs,) = kernels.points(task, 1, seed)
