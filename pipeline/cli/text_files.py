@@ -9,11 +9,11 @@ import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, Union
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
 
 from bertile.base.errors import UsageError, nearest
 
-Item = Union[str, tuple[str, str]]  # a text, or a pair of them
+Item = str | tuple[str, str]  # a text, or a pair of them
 
 REMEDY = "give texts as arguments, with --input FILE, or as lines on stdin"
 STDIN = "-"
