@@ -83,7 +83,7 @@ class TextTokenizer:
                 raise InputError(
                     f"text {number} has {len(encoding)} tokens, the model takes at most"
                     f" {self.longest}",
-                    "shorten it, or let it be cut: truncate=True, --truncate",
+                    "shorten it, or let it be cut (truncate=True, no --no-truncate)",
                 )
 
     def _read(self) -> tuple[Any, str]:
