@@ -46,5 +46,8 @@ def _cores_of_worker() -> int | None:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None
-    cores = ray.get_runtime_context().get_assigned_resources().get("CPU", 0)
+    try:
+        cores = ray.get_runtime_context().get_assigned_resources().get("CPU", 0)
+    except AssertionError:  # so Ray answers in the program that started it
+        return None
     return max(1, min(int(cores), available_cores())) if cores else None
