@@ -11,6 +11,7 @@ from bertile.base.errors import BertileError
 from bertile.evaluation.sentences import SEED, docstrings, library_files
 
 WORDS = range(3, 201)
+PER_FILE = 10  # of each module at most, so that many subjects are spoken of
 
 
 def paragraphs(count: int) -> list[str]:
@@ -18,15 +19,21 @@ def paragraphs(count: int) -> list[str]:
 
     Raises BertileError where the library has too few, as when it is installed without source.
     """
+    chance = random.Random(SEED)
     library, files = library_files()
-    of_each = (first_paragraphs(text) for path in files for text in docstrings(path))
-    texts = list(dict.fromkeys(filter(None, of_each)))
-    if len(texts) < count:
-        raise BertileError(
-            f"the standard library in {library} has {len(texts)} docstrings, {count} are wanted",
-            "ask for fewer texts",
-        )
-    return random.Random(SEED).sample(texts, count)
+    chance.shuffle(files)
+    chosen: dict[str, None] = {}
+    for path in files:
+        texts = dict.fromkeys(filter(None, map(first_paragraphs, docstrings(path))))
+        new = [text for text in texts if text not in chosen]
+        chosen.update(dict.fromkeys(chance.sample(new, min(PER_FILE, len(new)))))
+        if len(chosen) >= count:
+            return chance.sample(list(chosen), count)
+    raise BertileError(
+        f"the standard library in {library} has {len(chosen)} docstrings for this, {count} are"
+        " wanted",
+        "ask for fewer texts",
+    )
 
 
 def first_paragraphs(docstring: str) -> str | None:

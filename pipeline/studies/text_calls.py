@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from bertile.loading.tvm_abi import Runtime
 
 WARM_UP_TEXTS, WARM_UP_QUERIES = 64, 5
 NOUNS = ("river", "engine", "letter", "garden", "number", "window", "signal")
@@ -32,10 +35,8 @@ def whole_list(encode: Any, texts: list[str]) -> Pass:
         began = time.perf_counter()
         vectors = encode(texts)
         took = time.perf_counter() - began
-    vectors = np.asarray(vectors, np.float32)
-    engine = getattr(getattr(encode, "__self__", None), "_engine", None)
-    share = None if engine is None else 1 - sum(seconds) / (took * engine.places)
-    return Pass(vectors, took, share)
+    share = 1 - sum(seconds.values()) / (took * len(seconds)) if seconds else None
+    return Pass(np.asarray(vectors, np.float32), took, share)
 
 
 def single_queries(encode: Any, queries: list[str]) -> list[float]:
@@ -51,26 +52,22 @@ def single_queries(encode: Any, queries: list[str]) -> list[float]:
 
 
 @contextlib.contextmanager
-def _model_seconds() -> Iterator[list[float]]:
-    """The seconds of each call into a compiled library meanwhile."""
-    from bertile.loading.stream import Stream
+def _model_seconds() -> Iterator[dict[int, float]]:
+    """The seconds that each thread is within compiled libraries meanwhile: a stream has its own."""
+    call, seconds = Runtime.call_packed, defaultdict(float)
 
-    run, seconds, lock = Stream.run, [], threading.Lock()
-
-    def timed(self: Stream, *arguments: Any) -> Any:
+    def timed(self: Runtime, *arguments: Any) -> Any:
         began = time.perf_counter()
         try:
-            return run(self, *arguments)
+            return call(self, *arguments)
         finally:
-            took = time.perf_counter() - began
-            with lock:
-                seconds.append(took)
+            seconds[threading.get_ident()] += time.perf_counter() - began
 
-    Stream.run = timed  # type: ignore[method-assign]
+    Runtime.call_packed = timed  # type: ignore[method-assign]
     try:
         yield seconds
     finally:
-        Stream.run = run  # type: ignore[method-assign]
+        Runtime.call_packed = call  # type: ignore[method-assign]
 
 
 def short_texts(count: int) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any, Union
 
 import numpy as np
 
+from bertile.base import quiet
 from bertile.base.errors import MissingExtraError, ModelError, require
 from bertile.base.progress import Progress
 from bertile.bench import llamacpp, peer_models
@@ -60,7 +61,8 @@ def open_engine(packages: Path | None, engine: Engine, threads: int) -> tuple[En
         sys.path.insert(0, str(packages))
     _, _, opener = KINDS[engine.kind]
     try:
-        return opener(engine, threads)
+        with quiet.quiet():
+            return opener(engine, threads)
     except Exception as error:
         if engine.kind == "bertile" or isinstance(error, LeftOut):
             raise

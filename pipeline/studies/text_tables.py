@@ -122,7 +122,8 @@ def _ratio(row: Row, ours: dict[str, Row], key: str, inverse: bool = False) -> f
 def _lists_said(rows: Sequence[Row], ours: Row) -> str:
     precision, beside = ours["precision"], ours["beside"]
     best = best_peer(rows, precision, "seconds")
-    share = f"{100 * beside:.1f}% is not the model (asked: at most {100 * MOST_BESIDE:.0f}%)"
+    kept = "kept" if beside <= MOST_BESIDE else "not kept"
+    share = f"{100 * beside:.1f}% is not the model (asked: {100 * MOST_BESIDE:.0f}%, {kept})"
     if best is None:
         return f"{precision}: no peer; {share}."
     ratio = best["seconds"] / ours["seconds"]

@@ -65,7 +65,7 @@ class Engine:
         model = self._beside()
         waiting: deque[list[tuple[Future, int]]] = deque()
         with ThreadPoolExecutor(1, "bertile-tokenize") as tokenizing:
-            with ThreadPoolExecutor(self.places, "bertile-run") as running:
+            with ThreadPoolExecutor(self._places, "bertile-run") as running:
                 try:
                     while encodings:
                         window = list(islice(source, WINDOW))
@@ -87,28 +87,28 @@ class Engine:
         self._side_by_side = None
 
     @property
-    def places(self) -> int:
-        """How many calls of a list run side by side."""
+    def _places(self) -> int:
         return self._streams or getattr(self.model, "threads", 1)
 
     def _beside(self) -> Model:
         """What lists run on: the same library and weights, several calls at once."""
         with self._lock:
             if self._side_by_side is None:
-                several = self.places > 1 and hasattr(self.model, "beside")
-                self._side_by_side = self.model.beside(self.places) if several else self.model
+                several = self._places > 1 and hasattr(self.model, "beside")
+                self._side_by_side = self.model.beside(self._places) if several else self.model
             return self._side_by_side
 
     def _are_few(self, encodings: Sequence[Any]) -> bool:
         total = sum(batches.blocks(encoding) for encoding in encodings)
-        return self.places == 1 or total <= FEW_BLOCKS * self.places
+        return self._places == 1 or total <= FEW_BLOCKS * self._places
 
     def _submitted(
         self, encodings: Sequence[Any], model: Model, running: ThreadPoolExecutor
     ) -> list[tuple[Future, int]]:
         """Of each text the call that it is part of, and its row there."""
         places: dict[int, tuple[Future, int]] = {}
-        for group in batches.groups(encodings, batches.CALL_BLOCKS, self._masked):
+        most = batches.call_blocks(encodings, self._places)
+        for group in batches.groups(encodings, most, self._masked):
             call = running.submit(self._run, [encodings[index] for index in group], model)
             places.update({index: (call, row) for row, index in enumerate(group)})
         return [places[index] for index in range(len(encodings))]

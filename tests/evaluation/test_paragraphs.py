@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bertile.base.errors import BertileError
+from bertile.evaluation import paragraphs as texts_of
 from bertile.evaluation.paragraphs import first_paragraphs, paragraphs
 
 
@@ -16,9 +19,12 @@ def test_they_are_different_of_3_to_200_words_and_always_the_same() -> None:
     assert counts[150] < 40 and counts[-15] > 80  # most are short, some are long
 
 
-def test_too_many_are_refused() -> None:
-    with pytest.raises(BertileError, match="docstrings, 1000000 are wanted"):
-        paragraphs(1_000_000)
+def test_too_many_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.py").write_text('"""Two words."""\ndef f():\n    """Give back the sum."""\n')
+    monkeypatch.setattr(texts_of, "library_files", lambda: (tmp_path, [tmp_path / "a.py"]))
+    assert paragraphs(1) == ["Give back the sum."]
+    with pytest.raises(BertileError, match="has 1 docstrings for this, 2 are wanted"):
+        paragraphs(2)
 
 
 @pytest.mark.parametrize(

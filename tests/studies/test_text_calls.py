@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bertile.loading.stream import Stream
+from bertile.loading.tvm_abi import Runtime
 from bertile.studies import text_calls
 
 
@@ -36,24 +36,20 @@ def test_a_list_is_timed_behind_its_warm_up() -> None:
 def test_share_beside_the_model_counts_what_its_calls_leave(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def run(self, seconds):
+    def call(self, function, seconds):
         time.sleep(seconds)
 
-    monkeypatch.setattr(Stream, "run", run)
-    stream = Stream.__new__(Stream)
-    monkeypatch.setattr(stream, "host", SimpleNamespace(close=lambda: None), raising=False)
+    monkeypatch.setattr(Runtime, "call_packed", call)
+    runtime = Runtime.__new__(Runtime)
 
-    class Ours:
-        _engine = SimpleNamespace(places=1)
+    def encode(texts):
+        runtime.call_packed("main", 0.06)
+        time.sleep(0.02)
+        return np.ones((len(texts), 2))
 
-        def encode(self, texts):
-            stream.run(0.06)
-            time.sleep(0.02)
-            return np.ones((len(texts), 2))
-
-    outcome = text_calls.whole_list(Ours().encode, ["a"])
+    outcome = text_calls.whole_list(encode, ["a"])
     assert 0.1 < outcome.beside < 0.5
-    assert Stream.run is run
+    assert Runtime.call_packed is call
 
 
 def test_each_query_is_a_call_of_its_own() -> None:
