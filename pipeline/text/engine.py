@@ -107,7 +107,8 @@ class Engine:
     ) -> list[tuple[Future, int]]:
         """Of each text the call that it is part of, and its row there."""
         places: dict[int, tuple[Future, int]] = {}
-        for group in batches.groups(encodings, batches.CALL_BLOCKS, self._masked):
+        most = batches.call_blocks(encodings, self._places)
+        for group in batches.groups(encodings, most, self._masked):
             call = running.submit(self._run, [encodings[index] for index in group], model)
             places.update({index: (call, row) for row, index in enumerate(group)})
         return [places[index] for index in range(len(encodings))]
