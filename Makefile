@@ -3,7 +3,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The exact versions of every environment that is made here; pyproject.toml has the ranges.
+CONSTRAINTS := .ci/constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 BUNDLE ?= out/minilm
 # Of the tests: files side by side, since what the tests of one file share takes long to make.
 WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
@@ -102,7 +104,7 @@ docs: $(VENV)/.slow
 	@echo "out/docs/index.html"
 
 $(VENV)/.slow: $(VENV)/.installed
-	@echo "install what builds the pages and checks types"
+	@echo "install what builds the pages and checks types, and libraries that adapters are for"
 	@$(PIP) -e ".[slow]"
 	@touch $@
 
@@ -160,13 +162,13 @@ bench-tuning: $(VENV)/.bench
 	  --into "$(RESULTS)#bench-tuning"
 
 # torch first and by itself: the packages behind it take any torch that they find in place.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "python3.11 was not found: install Python 3.11" >&2; exit 3; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than 3.11: make PYTHON=/path/to/python3.11" >&2; exit 3; }
 	@test -x $(BIN)/python || { echo "make $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "install torch (1 of 2)"
-	@$(PIP) torch==2.13.0
+	@$(PIP) torch
 	@echo "install bertile and the rest (2 of 2)"
 	@$(PIP) -e ".[test]"
 	@touch $@

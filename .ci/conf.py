@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "Use": (
         "pipeline/cli/QUICKSTART",
+        "pipeline/text/README",
         "pipeline/cli/README",
         "pipeline/export/README",
         "pipeline/quantize/README",
@@ -18,6 +19,7 @@ PAGES = {
         "pipeline/bundle/README",
         "pipeline/bundle/C",
         "pipeline/targets/README",
+        "pipeline/integrations/FRAMEWORKS",
         "pipeline/verify/README",
         "pipeline/report/README",
         "pipeline/cli/TROUBLESHOOTING",

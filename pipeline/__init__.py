@@ -75,7 +75,7 @@ _HOMES = {
     "UsageError": "base.errors",
 }
 # Modules that are there without an import; the two folders among them can be called.
-_MODULES = ("bench", "errors", "loader", "text", "verify")
+_MODULES = ("bench", "errors", "loader", "ray", "text", "verify")
 
 
 if not TYPE_CHECKING:  # which is told above what there is, so that a wrong name is an error

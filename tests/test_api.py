@@ -149,6 +149,10 @@ def test_tokenizer_pads_and_cuts_for_the_model(directory):
                 attention_mask=[text.attention_mask for text in texts],
             )
             assert outputs["hidden"].shape == (2, 64, 8)
+            model._read_tokenizer = None
+            model.manifest["text"] = {"cut_at": 2, "side": "left", "padding_id": 1}
+            texts = model.tokenizer.encode_batch(["hello world hello", "world"])
+            assert [text.ids for text in texts] == [[3, 2], [3, 1]]
     finally:
         (directory / "tokenizer.json").unlink()
 

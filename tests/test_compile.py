@@ -100,7 +100,6 @@ def test_real_weights_have_cosine_1_with_torch(minilm):
     torch = pytest.importorskip("torch", reason="the reference is torch's own forward")
     transformers = pytest.importorskip("transformers", reason="the reference model")
     from bertile.export import checkpoints
-    from bertile.run import texts
 
     sentences = ["A man plays a guitar.", "Stocks fell.", "It rained " * 60, "?"]
     directory = checkpoints.find_directory("minilm")
@@ -111,8 +110,29 @@ def test_real_weights_have_cosine_1_with_torch(minilm):
         hidden = reference(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None]
     want = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1)).numpy()
-    got = np.array(texts.run(minilm, sentences)["embeddings"])
+    with bertile.open(minilm) as model:
+        got = model.encode(sentences)
     assert (got * want).sum(1).min() >= 0.99999
+
+
+def test_tokenizer_of_a_bundle_is_that_of_its_library_by_itself(minilm):
+    """Its file came padding and cutting at 128, its library cuts at 256."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers", reason="the reference tokenizer")
+    from bertile.export import checkpoints
+
+    sentences = ["A man plays a GUITAR.", "Étude", "日本", "", "It rained " * 200]
+    directory = checkpoints.find_directory("minilm")
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    assert tokenizer.padding is None and tokenizer.truncation is None
+    want = theirs(sentences, truncation=False)["input_ids"]
+    assert [tokenizer.encode(sentence).ids for sentence in sentences] == want
+    with bertile.load(minilm) as model:
+        cut = model.tokenizer.encode_batch(sentences)
+        assert len(cut[0].ids) == model.manifest["text"]["longest"] == 256
+    wanted = theirs(sentences, truncation=True, max_length=256, padding=True)
+    assert [encoding.ids for encoding in cut] == wanted["input_ids"]
 
 
 def test_second_compile_runs_no_stage_again_and_says_so(tmp_path, stages, capsys):

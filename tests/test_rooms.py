@@ -20,6 +20,7 @@ ROOMS = (
     "config",
     "families",
     "text",
+    "integrations",
     "onnx",
     "export",
     "graph",
@@ -49,6 +50,7 @@ FACADES = {
     "bertile.loader": "loading",
     "bertile.cuda_loader": "loading",
     "bertile.errors": "base",
+    "bertile.ray": "integrations",
 }
 ABOVE_ALL = {"bertile", "bertile.__main__", "bertile.tune", "bertile.tuning_logs"}
 # Backends of different machines know nothing of each other.

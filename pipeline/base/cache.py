@@ -34,6 +34,8 @@ DEPENDENCIES = (
     "numpy",
     "onnx",
     "onnxscript",
+    "sentencepiece",
+    "tokenizers",
     "torch",
     "transformers",
     "xgboost-cpu",

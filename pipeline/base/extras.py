@@ -21,6 +21,7 @@ EXTRA_OF = {
     "huggingface_hub": "export",
     "onnxscript": "export",
     "safetensors": "export",
+    "sentencepiece": "export",
     "torch": "export",
     "transformers": "export",
     "gguf": "bench",

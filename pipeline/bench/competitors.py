@@ -14,6 +14,7 @@ from bertile.bench import deepsparse, peer_models
 from bertile.bench.engines import Engine, LeftOut, Source
 from bertile.config import Config
 from bertile.export import files
+from bertile.families import text_settings
 from bertile.numerics.precision import PRECISIONS
 from bertile.onnx.exported import ExportedModel, InputSpec
 
@@ -162,6 +163,7 @@ def described(directory: Path, manifest: dict[str, Any]) -> ExportedModel:
         outputs=tuple(entry["name"] for entry in manifest["outputs"]),
         batch=manifest["static"]["batch"],
         length=manifest["static"]["length"],
+        text=text_settings.of_bundle(directory, manifest),
     )
 
 

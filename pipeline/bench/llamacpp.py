@@ -43,9 +43,7 @@ def write(precision: str, exported: ExportedModel, target: Path) -> None:
         raise ModelError(f"it gives vectors of tokens and texts, not {', '.join(exported.outputs)}")
     checkpoint = checkpoints.load(exported.source, exported.head, allow_unused=True)
     config = checkpoint.model.config
-    pooling = checkpoint.pooling
-    if pooling and pooling.mode not in POOLINGS:
-        raise ModelError(f"it has no pooling of the kind '{pooling.mode}'")
+    pooling, normalize = _pooling(checkpoint.chain)
     if config.hidden_act != "gelu":
         raise ModelError(f"it computes GELU, not {config.hidden_act}")
     writer = gguf.GGUFWriter(target, "bert")
@@ -56,9 +54,8 @@ def write(precision: str, exported: ExportedModel, target: Path) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_layer_norm_eps(config.layer_norm_eps)
     writer.add_causal_attention(False)
-    kind = POOLINGS[pooling.mode] if pooling else "NONE"
-    writer.add_pooling_type(gguf.PoolingType[kind])
-    writer.add_bool(NORMALIZE, bool(pooling and pooling.normalize))
+    writer.add_pooling_type(gguf.PoolingType[pooling])
+    writer.add_bool(NORMALIZE, normalize)
     _add_vocabulary(gguf, writer, config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, config.num_hidden_layers)
     rounded = gguf.GGMLQuantizationType[TYPES[precision]]
@@ -83,6 +80,23 @@ def write(precision: str, exported: ExportedModel, target: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _pooling(chain: Any) -> tuple[str, bool]:
+    """llama.cpp's name of what makes an embedding, and whether that is brought to unit length.
+
+    Raises ModelError for what llama.cpp does not compute.
+    """
+    from bertile.export.sentence_modules import Normalize, Pool
+
+    if chain is None:
+        return "NONE", False
+    pooled, *after = chain.steps or (None,)
+    modes = pooled.modes if isinstance(pooled, Pool) else ()
+    if len(modes) != 1 or modes[0] not in POOLINGS or after not in ([], [Normalize()]):
+        what = f"pooling of the kind '{' + '.join(modes)}'" if modes else "embedding of that kind"
+        raise ModelError(f"it has no {what}, or computes more of it than its length")
+    return POOLINGS[modes[0]], bool(after)
 
 
 def _add_vocabulary(gguf: Any, writer: Any, config: Any) -> None:

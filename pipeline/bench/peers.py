@@ -72,7 +72,7 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     torch, _ = require("export", "torch", "transformers")
     from bertile.base import quiet
     from bertile.export import checkpoints
-    from bertile.export.torch_module import pool
+    from bertile.export.torch_module import Embedding
     from bertile.families import table
 
     compiled = engine.kind == "torch-compile"
@@ -80,7 +80,7 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     torch.set_num_threads(threads_of(engine, threads))
     torch.set_num_interop_threads(1)
     checkpoint = checkpoints.load(source.model, source.head, allow_unused=True)
-    model = checkpoint.model
+    model, embedding = checkpoint.model, checkpoint.chain and Embedding(checkpoint.chain).eval()
     with quiet.quiet(), contextlib.suppress(ValueError, ImportError):
         model.set_attn_implementation("sdpa")  # a family without it keeps what it has
     optional = table.named(checkpoint.family).optional_pooler
@@ -96,11 +96,9 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
             outputs = model(**tensors)
-            if checkpoint.pooling is None:
+            if embedding is None:
                 return [outputs[name].float().numpy() for name in source.outputs]
-            mask = tensors["attention_mask"].float()
-            hidden = outputs.last_hidden_state.float()
-            return [pool(hidden, mask, checkpoint.pooling).numpy()]
+            return [embedding(outputs, tensors["attention_mask"].float()).numpy()]
 
     compiler = ", compiled" if compiled else ""
     return infer, f"PyTorch {torch.__version__.partition('+')[0]}{compiler}"

@@ -108,6 +108,11 @@ def answers(
     with backend.open(directory, threads, parts, verify=False) as model:
         head = model.manifest["model"]["head"]
         output = output_of(head, dataset)
+        if output not in model.outputs:
+            raise InputError(
+                f"'{dataset.path}' cannot evaluate a model that gives {', '.join(model.outputs)}",
+                f"it is evaluated by its {output}, which such a model lacks",
+            )
         settings = text_settings.of_bundle(directory, model.manifest)
         tokenizer = TextTokenizer(Path(directory), settings, max_tokens(model.manifest))
         encodings = tokenizer.encode(dataset.texts)

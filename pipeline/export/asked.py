@@ -9,7 +9,7 @@ from bertile.base import extras
 from bertile.base.errors import ModelError, UsageError
 from bertile.config import Config
 from bertile.export import checkpoints, files
-from bertile.onnx import exported
+from bertile.onnx import exported, tokenizer_file
 from bertile.onnx.exported import TOKENIZER_FILES
 
 # What each kind of MODEL is read with.
@@ -26,6 +26,7 @@ def check(model: Any, config: Config) -> None:
     plain = files.is_onnx(model) and not files.is_exported(model)
     if config.tokenizer is not None:
         _check_tokenizer(Path(config.tokenizer), plain)
+        tokenizer_file.check(Path(config.tokenizer))
     if not isinstance(model, (str, Path)):
         return  # who holds an object has what made it
     if files.is_exported(model):
@@ -36,8 +37,12 @@ def check(model: Any, config: Config) -> None:
             Path(model).open("rb").close()
         except OSError as error:
             raise ModelError(f"'{model}' cannot be read: {error.strerror}") from error
+        if config.tokenizer is None:
+            tokenizer_file.check(Path(model).parent)
     else:
-        checkpoints.check(str(model), config.head)
+        directory = checkpoints.check(str(model), config.head)
+        if directory is not None:
+            tokenizer_file.check(files.transformer_directory(directory))
     extras.must_be_there(*(_ONNX if files.is_onnx(model) else _CHECKPOINT))
 
 

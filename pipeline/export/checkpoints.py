@@ -11,14 +11,13 @@ from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.base.quiet import quiet
 from bertile.export import choices, objects, pretrained, pruning, synthetic
 from bertile.export.files import (
-    Pooling,
     find_directory,
     fingerprint,
     local_directory,
-    pooling_of,
     transformer_directory,
 )
 from bertile.export.foreign import explained, ordinary
+from bertile.export.sentence_modules import Chain, chain_of
 from bertile.families import model_config, table, text_settings
 from bertile.families.family import AFTER_PADDING
 from bertile.onnx.exported import TOKENIZER_FILES
@@ -51,7 +50,7 @@ class Checkpoint:
     sha256: str
     family: str
     head: str
-    pooling: Pooling | None = None
+    chain: Chain | None = None
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
@@ -90,17 +89,18 @@ def check(model: str, head: str | None) -> Path | None:
     directory = local_directory(model)
     if directory is not None:
         config = model_config.read(transformer_directory(directory))
-        table.must_have_head(config["model_type"], _asked_head(model, directory, config, head)[0])
+        asked, chain, _ = _asked_head(model, directory, config, head)
+        table.must_have_head(config["model_type"], _computed(asked, chain))
     return directory
 
 
 def _from_object(held: objects.ModelObject, head: str | None) -> Checkpoint:
     table.supporting(held.model.config.model_type, held.name)
-    pooling, files, notes = None, (), ()
+    chain, files, notes = None, (), ()
     if held.directory:
         files = _text_files(held.directory, transformer_directory(held.directory))
-        pooling = pooling_of(held.directory) if head in (None, "embedding") else None
-    if pooling:
+        chain = chain_of(held.directory) if head in (None, "embedding") else None
+    if chain:
         head = "embedding"
     if head is None:
         architecture = _architecture(held.model)
@@ -110,8 +110,8 @@ def _from_object(held: objects.ModelObject, head: str | None) -> Checkpoint:
         # A copy, because export sets the model's mode and swaps some of its modules.
         model = objects.copied(held.model)
         model.set_attn_implementation("eager")
-        model = _with_head(model, head, held.name)
-    checkpoint = _checkpoint(_plain(model), held.name, sha256, head, pooling, files, notes)
+        model = _with_head(model, _computed(head, chain), held.name)
+    checkpoint = _checkpoint(_plain(model), held.name, sha256, head, chain, files, notes)
     return replace(checkpoint, kept=held)
 
 
@@ -171,21 +171,27 @@ def _from_directory(
     transformer = transformer_directory(directory)
     sha256 = fingerprint(directory, head)  # which refuses links to files outside
     config = model_config.read(transformer)
-    head, pooling, left_out = _asked_head(source, directory, config, head)
-    auto_class = _auto_class(head, config["model_type"])
-    model, notes = pretrained.load(source, transformer, config, auto_class, head, allow_unused)
+    head, chain, left_out = _asked_head(source, directory, config, head)
+    computed = _computed(head, chain)
+    auto_class = _auto_class(computed, config["model_type"])
+    model, notes = pretrained.load(source, transformer, config, auto_class, computed, allow_unused)
     notes = (*left_out, *notes)
     files = _text_files(directory, transformer)
-    return _checkpoint(_plain(model), source, sha256, head, pooling, files, notes)
+    return _checkpoint(_plain(model), source, sha256, head, chain, files, notes)
+
+
+def _computed(head: str, chain: Chain | None) -> str:
+    """The head of the transformers model whose outputs are exported, or made an embedding of."""
+    return "masked-lm" if chain and chain.kind == "sparse" else head
 
 
 def _asked_head(
     source: str, directory: Path, config: Mapping[str, Any], head: str | None
-) -> tuple[str, Pooling | None, tuple[str, ...]]:
-    """The head, its pooling, and notes for people on what of the checkpoint is left out."""
-    pooling = pooling_of(directory) if head in (None, "embedding") else None
-    if head is not None or pooling is not None:
-        return head or "embedding", pooling, ()
+) -> tuple[str, Chain | None, tuple[str, ...]]:
+    """The head, what makes an embedding, and notes for people on what is left out."""
+    chain = chain_of(directory) if head in (None, "embedding") else None
+    if head is not None or chain is not None:
+        return head or "embedding", chain, ()
     architectures = config.get("architectures")
     left_out = _left_out(architectures[0]) if architectures else ()
     return _head_of_architectures(architectures, source), None, left_out
@@ -196,7 +202,7 @@ def _checkpoint(
     source: str,
     sha256: str,
     head: str,
-    pooling: Pooling | None = None,
+    chain: Chain | None = None,
     files: tuple[Path, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> Checkpoint:
@@ -207,8 +213,8 @@ def _checkpoint(
             "Bertile compiles encoders, whose tokens all see each other",
         )
     _must_have_places(model, source)
-    if head == "embedding" and pooling is None:
-        pooling = Pooling()
+    if head == "embedding" and chain is None:
+        chain = Chain()
     labels: tuple[str, ...] = ()
     if head == "multiple-choice":
         choices.score_rows(model)
@@ -216,7 +222,7 @@ def _checkpoint(
     if head.endswith("-classification"):
         names = model.config.id2label
         labels = tuple(str(names[index]) for index in sorted(names))
-    return Checkpoint(model, source, sha256, family, head, pooling, files, notes, labels)
+    return Checkpoint(model, source, sha256, family, head, chain, files, notes, labels)
 
 
 def _must_have_places(model: Any, source: str) -> None:

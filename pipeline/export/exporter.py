@@ -15,7 +15,8 @@ from bertile.config import Config
 from bertile.export import asked, checkpoints, files
 from bertile.export.foreign import explained, ordinary
 from bertile.families import model_config, table, text_settings
-from bertile.onnx import reach
+from bertile.families.text_settings import TextSettings
+from bertile.onnx import reach, tokenizer_file
 from bertile.onnx.exported import ExportedModel, InputSpec, read
 from bertile.onnx.samples import largest_difference, run_onnx, sample, session
 from bertile.onnx.scores import room
@@ -62,9 +63,12 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
     checkpoint = checkpoints.load(model, config.head, config.allow_unused)
     bar.advance(note="run it in torch")
     with explained(f"'{checkpoint.source}' cannot be exported"), quiet.quiet(), ordinary():
-        exported = _describe(checkpoint, directory)
+        exported = dataclasses.replace(
+            _describe(checkpoint, directory), text=_prepare_texts(checkpoint, directory)
+        )
         want = _answers(checkpoint, exported)  # before anything of the model is changed
         module = _module(checkpoint, exported)
+        module.additive = _takes_additive(module, exported)
         _must_answer_alike(module, want, exported)
         bar.advance(note="torch's exporter writes the graph")
         _write_onnx(module, exported)
@@ -73,12 +77,10 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
         bar.advance(note="look which outputs depend on other rows")
         seen = reach.look(session(exported.onnx_path), exported.inputs, None, None)
         bar.advance()
-    _copy_files(checkpoint, directory)
-    text = text_settings.read(directory, len(checkpoint.labels) or None)
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
     notes = (*exported.notes, *module.notes, *seen.notes(), note)
     known = {"notes": notes, "together": bool(seen.rows), "padded": bool(seen.padding)}
-    return dataclasses.replace(exported, text=text, **known).write()
+    return dataclasses.replace(exported, **known).write()
 
 
 def fingerprint(model: Any, config: Config) -> str:
@@ -92,15 +94,16 @@ def _copied(source: Path, directory: Path, config: Config) -> ExportedModel:
     asked.must_agree(exported, source, config.head)
     for path in files.exported_files(source):
         shutil.copyfile(path, directory / path.name)
-    sha256 = files.fingerprint(source)
-    return dataclasses.replace(
-        exported, directory=directory, source=str(source), sha256=sha256
-    ).write()
+    own = {"directory": directory, "source": str(source), "sha256": files.fingerprint(source)}
+    text = tokenizer_file.prepare(directory, exported.text, str(source))  # older versions did not
+    return dataclasses.replace(exported, text=text, **own).write()
 
 
 def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedModel:
     model_config = checkpoint.model.config
     outputs = _OUTPUTS[checkpoint.head]
+    if checkpoint.chain is not None:
+        outputs = (checkpoint.chain.output,)
     if checkpoint.head == "encoder" and getattr(checkpoint.model, "pooler", None) is not None:
         outputs = (*outputs, "pooler_output")
     inputs = [
@@ -145,7 +148,7 @@ def _arguments(exported: ExportedModel) -> dict[str, Any]:
 
 def _answers(checkpoint: checkpoints.Checkpoint, exported: ExportedModel) -> Mapping[str, Any]:
     """What the model answers as its users call it, by name; {} where that is pooled first."""
-    if checkpoint.pooling is not None:
+    if checkpoint.chain is not None:
         return {}
     results = checkpoint.model(**_arguments(exported))
     absent = [name for name in exported.outputs if name not in results]
@@ -156,6 +159,32 @@ def _answers(checkpoint: checkpoints.Checkpoint, exported: ExportedModel) -> Map
             "compile another --head of it",
         )
     return {name: results[name].numpy() for name in exported.outputs}
+
+
+def _takes_additive(module: Any, exported: ExportedModel) -> bool:
+    """Whether the model takes a mask to add, of (batch, 1, 1, length), as it is.
+
+    Tried, since what makes of (batch, length) what is wanted moved between transformers' releases,
+    family by family. Code that is not transformers' is held to it (`_must_answer_alike`).
+    """
+    if not type(module.model).__module__.startswith("transformers."):
+        return True
+    arguments = _arguments(exported)
+    mask = arguments["attention_mask"].numpy()
+    try:
+        got = module(*arguments.values())
+    except Exception:  # whatever a mask of two axes too many makes its code raise
+        return False
+    module.additive = False
+    try:
+        want = module(*arguments.values())
+    except Exception:  # its forward is ours, and takes no other
+        return True
+    return all(
+        mine.shape == theirs.shape
+        and largest_difference(mine.numpy(), theirs.numpy(), mask) <= TOLERANCE
+        for mine, theirs in zip(got, want, strict=True)
+    )
 
 
 def _must_answer_alike(module: Any, want: Mapping[str, Any], exported: ExportedModel) -> None:
@@ -188,15 +217,17 @@ def _write_onnx(module: Any, exported: ExportedModel) -> None:
         dynamic_shapes=tuple({0: batch, 1: length} for _ in arguments),
         verbose=False,
     )
-    _write_canonical(program.model_proto, exported.onnx_path)
+    _write_canonical(program.model_proto, exported, module.additive)
 
 
-def _write_canonical(proto: Any, path: Path) -> None:
+def _write_canonical(proto: Any, exported: ExportedModel, additive: bool) -> None:
     """Drop the exporter's records of source lines, and bring the rest to the one spelling."""
     from bertile.onnx import attention, rewrites
     from bertile.onnx.graph import OnnxGraph, save
 
     graph = OnnxGraph(proto)
+    if not additive:
+        _write_masks(graph, exported)
     sizes = {value.name: _sizes(value) for value in [*graph.inputs, *proto.graph.value_info]}
     for node in graph.nodes:
         del node.metadata_props[:]
@@ -209,7 +240,17 @@ def _write_canonical(proto: Any, path: Path) -> None:
     attention.scale_scores(graph)
     rewrites.name_weights(graph)
     graph.clean()
-    save(graph.to_model(OPSET), path)
+    save(graph.to_model(OPSET), exported.onnx_path)
+
+
+def _write_masks(graph: Any, exported: ExportedModel) -> None:
+    """Give masks that the model has built of (batch, length) the canonical form."""
+    from bertile.onnx import masks, probing, shapes
+
+    limit = exported.max_length
+    longest = max(length for _, length in probing.SHAPES)
+    probes = probing.probe(graph, exported.inputs, OPSET, None, limit if limit < longest else None)
+    masks.write_masks(graph, probes, shapes.Axes(graph, probes), limit, OPSET)
 
 
 def _sizes(value: Any) -> list[object]:
@@ -239,9 +280,16 @@ def _check(module: Any, exported: ExportedModel, padding_id: int) -> float:
     return worst
 
 
-def _copy_files(checkpoint: checkpoints.Checkpoint, directory: Path) -> None:
+def _prepare_texts(checkpoint: checkpoints.Checkpoint, directory: Path) -> TextSettings:
+    """Copy what makes ids of texts, and give the settings by which its tokenizer.json is set."""
     for path in checkpoint.files:
         shutil.copyfile(path, directory / path.name)
     if not (directory / "config.json").is_file():
         text = checkpoint.model.config.to_json_string()
         (directory / "config.json").write_text(text, encoding="utf-8")
+    chain = checkpoint.chain
+    labels = len(checkpoint.labels) or None
+    settings = text_settings.read(directory, labels, chain.kind if chain else "dense")
+    if chain:
+        settings = dataclasses.replace(settings, include_prompt=chain.include_prompt)
+    return tokenizer_file.prepare(directory, settings, checkpoint.source)

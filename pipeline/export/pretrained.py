@@ -103,6 +103,38 @@ def load(
     return model.eval(), notes
 
 
+def tensors(directory: Path) -> dict[str, Any]:
+    """The tensors of a module that has a directory of its own, in float32.
+
+    Raises ModelError where there are none, and for what `load` refuses in files too.
+    """
+    (torch,) = require("export", "torch")
+    held: dict[str, Any] = {}
+    files = _weight_files(directory)
+    for path in files:
+        _names(torch, path)
+        try:
+            if path.suffix == ".safetensors":
+                (safetensors,) = require("export", "safetensors.torch")
+                held |= safetensors.load_file(path)
+            else:
+                held |= torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file makes the libraries raise
+            raise _unloadable(path, error) from error
+    if not files:
+        raise ModelError(
+            f"'{directory}' has no weights", "copy its model.safetensors to there, or save it again"
+        )
+    return {name: tensor.float() for name, tensor in held.items()}
+
+
+def tensor(held: Mapping[str, Any], name: str, rank: int, directory: Path) -> Any:
+    """The tensor of that name and rank among those of a directory; ModelError without it."""
+    if name not in held or held[name].ndim != rank:
+        raise ModelError(f"the weights in '{directory}' have no '{name}' of {rank} axes")
+    return held[name]
+
+
 def _refuse_other_models(
     source: str, directory: Path, config: Mapping[str, Any], allow_unused: bool
 ) -> tuple[str, ...]:

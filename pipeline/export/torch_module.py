@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import activations
 
+from bertile.export import pretrained
 from bertile.export.checkpoints import Checkpoint
-from bertile.export.files import Pooling
+from bertile.export.sentence_modules import Chain, Dense, LayerNorm, Normalize, Pool, Splade
 from bertile.families import embeddings, table
 from bertile.onnx.masks import MASKED
+
+# By their names in a config: classes are renamed between releases of transformers.
+_BY_TANH = tuple(type(activations.ACT2FN[name]) for name in ("gelu_new", "gelu_pytorch_tanh"))
 
 
 class Exportable(nn.Module):
@@ -19,15 +25,18 @@ class Exportable(nn.Module):
 
     transformers would build the attention mask with data-dependent code that the ONNX importer
     cannot follow, so the mask is built here, in the 4-D additive form that eager attention takes
-    as it is in every family. `notes` say what preparing the model has settled.
+    as it is in every family. Where `additive` is off, the model is left to build it of (batch,
+    length), which releases before 5 do in plain arithmetic, and some families of 5.0.
+    `notes` say what preparing the model has settled.
     """
 
     def __init__(self, checkpoint: Checkpoint, inputs: tuple[str, ...], outputs: tuple[str, ...]):
         super().__init__()
         self.model = checkpoint.model
-        self.pooling = checkpoint.pooling
+        self.embedding = checkpoint.chain and Embedding(checkpoint.chain)
         self.inputs = inputs
         self.outputs = outputs
+        self.additive = True
         self.padding_id = table.named(checkpoint.family).padding_id(self.model)
         self.notes = _simplify(self.model, checkpoint, "token_type_ids" in inputs)
         self.eval()
@@ -39,14 +48,16 @@ class Exportable(nn.Module):
         token_type_ids: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         mask = attention_mask.to(torch.float32)
-        keywords: dict[str, Any] = {"attention_mask": (1.0 - mask[:, None, None, :]) * MASKED}
+        keywords: dict[str, Any] = {"attention_mask": attention_mask}
+        if self.additive:
+            keywords["attention_mask"] = (1.0 - mask[:, None, None, :]) * MASKED
         if token_type_ids is not None:
             keywords["token_type_ids"] = token_type_ids
         if self.padding_id is not None:
             keywords["position_ids"] = _positions_after(self.padding_id, input_ids)
         results = self.model(input_ids=input_ids, **keywords)
-        if self.pooling is not None:
-            return (pool(results.last_hidden_state, mask, self.pooling),)
+        if self.embedding is not None:
+            return (self.embedding(results, mask),)
         return tuple(results[name] for name in self.outputs)
 
 
@@ -56,23 +67,115 @@ def _positions_after(padding_id: int, ids: Tensor) -> Tensor:
     return torch.cumsum(real, dim=1) * real + padding_id
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+class Embedding(nn.Module):
+    """What sentence-transformers' modules make of a transformer's outputs, in float32.
+
+    Comes in: the outputs and the mask (batch, length), 1.0 at real tokens. Goes out: (batch,
+    width), or (batch, length, width) of a chain without a pooling.
+    """
+
+    def __init__(self, chain: Chain):
+        super().__init__()
+        self.reads = "logits" if chain.kind == "sparse" else "last_hidden_state"
+        self.steps = nn.ModuleList(map(_step, chain.steps))
+
+    def forward(self, results: Any, mask: Tensor) -> Tensor:
+        vectors = results[self.reads].float()
+        for step in self.steps:
+            vectors = step(vectors, mask) if isinstance(step, _Pooling) else step(vectors)
+        return vectors
+
+
+class _Pooling(nn.Module):
+    def __init__(self, step: Pool | Splade):
+        super().__init__()
+        self.step = step
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        if isinstance(self.step, Splade):
+            return weigh(hidden, mask, self.step)
+        return torch.cat([pool(hidden, mask, mode) for mode in self.step.modes], dim=-1)
+
+
+class _Normalize(nn.Module):
+    def forward(self, vectors: Tensor) -> Tensor:
+        return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+class _Dense(nn.Module):
+    def __init__(self, step: Dense):
+        super().__init__()
+        weights = pretrained.tensors(step.directory)
+        self.linear = _linear(weights, "linear", step.directory)
+        self.activation = getattr(nn, step.activation)()
+        self.residual = None
+        if step.residual:
+            square = self.linear.in_features == self.linear.out_features
+            self.residual = (
+                nn.Identity() if square else _linear(weights, "residual", step.directory)
+            )
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        result = self.activation(self.linear(vectors))
+        return result if self.residual is None else result + self.residual(vectors)
+
+
+def _step(step: Any) -> nn.Module:
+    if isinstance(step, Dense):
+        return _Dense(step)
+    if isinstance(step, LayerNorm):
+        weights = pretrained.tensors(step.directory)
+        weight = pretrained.tensor(weights, "norm.weight", 1, step.directory)
+        norm = nn.LayerNorm(len(weight))
+        bias = pretrained.tensor(weights, "norm.bias", 1, step.directory)
+        norm.load_state_dict({"weight": weight, "bias": bias})
+        return norm
+    return _Normalize() if isinstance(step, Normalize) else _Pooling(step)
+
+
+def _linear(weights: Mapping[str, Tensor], name: str, directory: Path) -> nn.Linear:
+    weight = pretrained.tensor(weights, f"{name}.weight", 2, directory)
+    held = {"weight": weight}
+    if f"{name}.bias" in weights:
+        held["bias"] = pretrained.tensor(weights, f"{name}.bias", 1, directory)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in held)
+    linear.load_state_dict(held)
+    return linear
+
+
+def pool(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
     """Pool as sentence-transformers does, with its limits against division by zero."""
-    if pooling.mode == "cls":
-        pooled = hidden[:, 0]
-    else:
-        weights = mask[:, :, None]
-        pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-    if not pooling.normalize:
-        return pooled
-    return pooled / pooled.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    if mode == "cls":
+        return hidden[:, 0]
+    if mode == "max":
+        return hidden.masked_fill(mask[:, :, None] == 0, float("-inf")).amax(1)
+    weights = mask
+    if mode == "weightedmean":  # by places, counted from the first real token
+        weights = mask * torch.cumsum((torch.cumsum(mask, 1) > 0).to(mask.dtype), 1)
+    elif mode == "lasttoken":
+        weights = mask * (torch.cumsum(mask, 1) == mask.sum(1, keepdim=True)).to(mask.dtype)
+    weighted = (hidden * weights[:, :, None]).sum(1)
+    if mode == "lasttoken":
+        return weighted
+    count = weights.sum(1, keepdim=True).clamp(min=1e-9)
+    return weighted / (count.sqrt() if mode == "mean_sqrt_len_tokens" else count)
+
+
+def weigh(logits: Tensor, mask: Tensor, step: Splade) -> Tensor:
+    """Weights of the vocabulary's ids, log(1 + relu(logits)) over real tokens, as SpladePooling."""
+    logits = logits * mask[:, :, None]
+    # The largest first, since the logarithm keeps their order: it is taken once an id then.
+    weights = torch.relu(logits.amax(1) if step.strategy == "max" else logits)
+    for _ in range(2 if step.twice else 1):
+        weights = torch.log1p(weights)
+    return weights if step.strategy == "max" else weights.sum(1)
 
 
 def _simplify(model: nn.Module, checkpoint: Checkpoint, has_types: bool) -> tuple[str, ...]:
     """Replace, in place, modules whose export would hide what they compute; return notes."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, (activations.NewGELUActivation, activations.GELUTanh)):
+            if isinstance(child, _BY_TANH):
                 setattr(parent, name, nn.GELU(approximate="tanh"))
             elif isinstance(child, activations.GELUActivation):
                 setattr(parent, name, nn.GELU())

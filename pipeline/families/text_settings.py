@@ -143,7 +143,7 @@ def read(directory: Path, labels: int | None = None, kind: str = "dense") -> Tex
         similarity=similarity if similarity in SIMILARITIES else _USUAL_SIMILARITY[kind],
         dimensions=_length(general.get("truncate_dim")),
         activation=_activation(directory, config, general, labels),
-        scores=_scores(config.get("problem_type"), labels),
+        scores=scoring(config.get("problem_type"), labels),
         kind=kind,
     )
 
@@ -186,8 +186,10 @@ def _normalizer(config: Mapping[str, Any]) -> Mapping[str, bool | None] | None:
     }
 
 
-def _scores(problem_type: str | None, labels: int) -> str:
-    """What transformers' pipeline makes scores of a classifier's logits by."""
+def scoring(problem_type: str | None, labels: int) -> str:
+    """What transformers' pipeline makes scores of a classifier's logits by: none, sigmoid,
+    softmax.
+    """
     if problem_type == "regression":
         return "none"
     return "sigmoid" if problem_type == "multi_label_classification" or labels == 1 else "softmax"

@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from bertile.loading.errors import BertileError, BundleError, PlatformError
+from bertile.loading.ragged import MASK
 
 TOKENIZER = "tokenizer.json"
+
+
+def padding_id(manifest: dict[str, Any]) -> int | None:
+    """What a tokenizer fills the rows of a batch with; None where there is no tokenizer, or no
+    mask to say so.
+    """
+    masked = any(spec["name"] == MASK for spec in manifest["inputs"])
+    text = manifest.get("text") or {}
+    return text.get("padding_id") if masked and TOKENIZER in manifest["files"] else None
 
 
 class Bundled:
@@ -45,13 +55,17 @@ class Bundled:
 
     @property
     def tokenizer(self) -> Any:
-        """The bundle's `tokenizers.Tokenizer`, which cuts texts to `max_length` and pads batches.
+        """The bundle's `tokenizers.Tokenizer`, which pads batches and cuts texts to the tokens that
+        the model's own library takes, at most `max_length`.
 
-        Prompts and settings of sentence-transformers are not in it; `bertile run` follows them.
+        It normalizes texts as that library does. Prompts are not in it; `bertile run` follows them.
         Raises BundleError where the bundle has none, PlatformError without the package tokenizers.
         """
         if self._read_tokenizer is None:
-            self._read_tokenizer = _tokenizer(self.directory, self.max_length)
+            text = self.manifest.get("text") or {}  # bundles of older versions have none
+            limits = (self.max_length, text.get("cut_at"))
+            limit = min((limit for limit in limits if limit), default=None)
+            self._read_tokenizer = _tokenizer(self.directory, limit, text)
         return self._read_tokenizer
 
     def _place(self) -> str:
@@ -68,7 +82,7 @@ class Bundled:
         )
 
 
-def _tokenizer(directory: Path, limit: int | None) -> Any:
+def _tokenizer(directory: Path, limit: int | None, text: dict[str, Any]) -> Any:
     path = directory / TOKENIZER
     if not path.is_file():
         raise BundleError(f"{directory} has no {TOKENIZER}", "call the model with token ids")
@@ -84,9 +98,13 @@ def _tokenizer(directory: Path, limit: int | None) -> Any:
         raise BundleError(f"{path} cannot be read: {error}") from error
     padding = tokenizer.padding or {}
     kept = {name: padding[name] for name in ("pad_id", "pad_token", "direction") if name in padding}
+    pad_id = text.get("padding_id")
+    token = None if pad_id is None else tokenizer.id_to_token(pad_id)
+    if token is not None:
+        kept = {"pad_id": pad_id, "pad_token": token}
     tokenizer.no_padding()
     tokenizer.enable_padding(**kept)  # to the longest of a batch, whatever the file says
     tokenizer.no_truncation()
     if limit:
-        tokenizer.enable_truncation(limit)
+        tokenizer.enable_truncation(limit, direction=text.get("side") or "right")
     return tokenizer

@@ -35,11 +35,12 @@ def squared(inputs: dict, specs: list[dict]) -> dict:
 
 def warn_of_padding(ids: np.ndarray, padding_id: int) -> None:
     """Warn of rows (batch, length) that begin or end with padding, since no mask was given."""
-    if (ids[:, -1] == padding_id).any() or (ids[:, 0] == padding_id).any():
+    ends = (ids.item(0, 0), ids.item(0, -1)) if len(ids) == 1 else ids[:, (0, -1)]
+    if padding_id in ends:
         warnings.warn(
             f"input_ids have padding (id {padding_id}) and there is no {MASK}: it is read as text;"
             f" give the {MASK}, or rows of unequal lengths without padding",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

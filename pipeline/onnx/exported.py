@@ -123,5 +123,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "spiece.model",
+    "sentencepiece.model",
     "sentencepiece.bpe.model",
 )

@@ -15,6 +15,7 @@ from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
 from bertile.families import model_config, table, text_settings
 from bertile.families.family import AFTER_PADDING, Family
+from bertile.families.text_settings import TextSettings
 from bertile.onnx import (
     attention,
     constants,
@@ -24,6 +25,7 @@ from bertile.onnx import (
     products,
     reach,
     rewrites,
+    tokenizer_file,
     tokens,
 )
 from bertile.onnx import quantized as onnx_quantized
@@ -108,9 +110,8 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     sizes = (shapes, batch, length)
     theirs, normalized = Fed.of(session(path), path, config.rename), directory / "model.onnx"
     differs, seen = _check(theirs, normalized, lifted, rounded, inputs, *sizes)
-    for file in text_files(home):
-        shutil.copyfile(file, directory / file.name)
     labels = model_config.labels(beside) if head.endswith("-classification") else ()
+    text = _prepare_texts(home, directory, labels)
     return ExportedModel(
         directory=directory,
         source=str(path),
@@ -129,8 +130,16 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
             *(*renamed, *floats.note(original, halves), *quantized, *notes, *seen.notes()),
             differs,
         ),
-        text=text_settings.read(directory, len(labels) or None),
+        text=text,
     ).write()
+
+
+def _prepare_texts(home: Path, directory: Path, labels: tuple[str, ...]) -> TextSettings:
+    """Copy what makes ids of texts, and give the settings by which its tokenizer.json is set."""
+    for file in text_files(home):
+        shutil.copyfile(file, directory / file.name)
+    settings = text_settings.read(directory, len(labels) or None)
+    return tokenizer_file.prepare(directory, settings, str(home))
 
 
 def _rewrite(

@@ -1,4 +1,4 @@
-"""Texts in, answers out: what a bundle says of texts, under the names that people already use.
+"""Answers texts with what a bundle says of them, under the names that people already use.
 
 May import: `loading`, `base`, `families` alone, so that a text is answered with numpy and
 tokenizers and nothing else. Public names: `bertile.open`, `bertile.text`.

@@ -7,7 +7,7 @@ are transformers' pipelines "text-classification" and "zero-shot-classification"
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from bertile.text.text_model import TextModel, also_named, checked, is_pair, is_
 from bertile.text.tokens import FIRST
 
 TEXTS = "a str or a pair of them"
-Activation = Union[str, Callable[[np.ndarray], np.ndarray], None]
+Activation = str | Callable[[np.ndarray], np.ndarray] | None
 
 
 class Classifier(TextModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +13,12 @@ from bertile.text.engine import Answer
 from bertile.text.sparse_vectors import SparseVector
 from bertile.text.text_model import TextModel, also_named, checked, is_single
 
-Vector = Union[np.ndarray, SparseVector]
+Vector = np.ndarray | SparseVector
 PRECISIONS = ("float32", "binary", "ubinary")
 VALUE = "sentence_embedding"
 DENSE, SPARSE = "dense", "sparse"  # of text_settings.KINDS
+# The names of prompts that are for a task, the first of which is taken.
+_TASKS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
 class Embedder(TextModel):
@@ -86,9 +88,8 @@ class Embedder(TextModel):
                 )
             )
         if self.settings.kind == DENSE:
-            none = np.empty((0, self._width()), np.float32)[
-                :, : truncate_dim or self.settings.dimensions
-            ]
+            kept = truncate_dim or self.settings.dimensions
+            none = np.empty((0, self._width()), np.float32)[:, :kept]
             rows = np.stack(vectors) if vectors else none
             results = _tensor(_packed(rows, precision), convert_to_tensor)
             results = results if convert_to_numpy or convert_to_tensor else list(results)
@@ -168,6 +169,10 @@ class Embedder(TextModel):
         order = np.argsort(-vector.values, kind="stable")[:top_k]
         names = self.tokenizer.id_to_token
         return [(names(int(vector.indices[i])), float(vector.values[i])) for i in order]
+
+    def prompt_name_of(self, task: str) -> str | None:
+        """The prompt that the directory has for a task, "query" or "document"; None for none."""
+        return next((name for name in _TASKS[task] if name in self.settings.prompts), None)
 
     def _width(self) -> int:
         return self.model.manifest["outputs"][0]["axes"][-1]

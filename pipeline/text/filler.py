@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,13 +35,23 @@ class Filler(TextModel):
         targets and for an empty one.
         """
         single = isinstance(texts, str)
-        items = [texts] if single else list(texts)
-        chosen = self._targets(targets)
-        answers = self._answers(checked(items, is_single, "a str"))
-        results = [
-            self._filled(number, answer, top_k, chosen) for number, answer in enumerate(answers, 1)
-        ]
+        results = list(self.fill_iter([texts] if single else list(texts), top_k, targets))
         return results[0] if single else results
+
+    def fill_iter(
+        self,
+        texts: Iterable[str],
+        top_k: int = 5,
+        targets: str | Sequence[str] | None = None,
+        *,
+        truncate: bool = True,
+    ) -> Iterator[list[Any]]:
+        """As `fill` of several texts, as they come."""
+        chosen = self._targets(targets)
+        answers = self._answers(checked(texts, is_single, "a str"), truncate=truncate)
+        return (
+            self._filled(number, answer, top_k, chosen) for number, answer in enumerate(answers, 1)
+        )
 
     def _filled(
         self, number: int, answer: Answer, top_k: int, chosen: np.ndarray | None

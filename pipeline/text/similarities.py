@@ -1,4 +1,4 @@
-"""How alike vectors are, as the directory of a model says that they are compared."""
+"""Says how alike vectors are, as the directory of a model has them compared."""
 
 from __future__ import annotations
 

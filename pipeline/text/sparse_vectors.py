@@ -1,4 +1,4 @@
-"""Vectors of a vocabulary's size with few weights that are not zero, as SPLADE's are."""
+"""Holds vectors of the size of a vocabulary with few weights that are not zero, as SPLADE has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every model of texts has: its tokenizer, its settings, and how its texts are run."""
+"""Holds what every model of texts has: its tokenizer, its settings, how its texts are run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TextModel:
     """
 
     def __init__(self, model: Model, directory: Path, streams: int | None = None) -> None:
-        self.model, self.truncated = model, 0
+        self.model, self.truncated, self._streams = model, 0, streams
         self.settings = text_settings.of_bundle(directory, model.manifest)
         self._tokens = TextTokenizer(directory, self.settings, max_tokens(model.manifest))
         self._engine = Engine(model, streams)
@@ -70,6 +70,10 @@ class TextModel:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle or a copy is the directory, which is opened again where it is read."""
+        return type(self), (self.model, Path(self.model.directory), self._streams)
 
     def __repr__(self) -> str:
         return f"<bertile.text.{type(self).__name__} of {self.model!r}>"

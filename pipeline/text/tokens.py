@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from bertile.base.errors import BundleError, InputError, require
 from bertile.families.text_settings import TextSettings
@@ -13,7 +13,7 @@ FILE = "tokenizer.json"
 # What a tokenizer's encoding calls the inputs of a model.
 FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
-Text = Union[str, tuple[str, str]]  # a text, or a pair of them
+Text = str | tuple[str, str]  # a text, or a pair of them
 # What of a pair is cut, in tokenizers' words.
 LONGER, FIRST, SECOND = "longest_first", "only_first", "only_second"
 
@@ -88,7 +88,7 @@ class TextTokenizer:
                 raise InputError(
                     f"text {number} has {len(encoding)} tokens, the model takes at most"
                     f" {self.longest}",
-                    "shorten it, or let it be cut: truncate=True, --truncate",
+                    "shorten it, or let it be cut (truncate=True, no --no-truncate)",
                 )
 
     def _read(self) -> tuple[Any, str]:

@@ -42,7 +42,7 @@ def test_directory_keeps_all_but_the_weights(tmp_path, capsys):
     for name in ("tokenizer.json", "vocab.txt", "modules.json", "1_Pooling/config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (origin / name).read_bytes()
     pruned, source = checkpoints.load(tmp_path / "out"), checkpoints.load("minilm")
-    assert (pruned.head, pruned.pooling) == (source.head, source.pooling)
+    assert (pruned.head, pruned.chain) == (source.head, source.chain)
     for name, w in layer_weights(pruned.model).items():
         assert analyse(w).pattern == "4x1", name
         assert analyse(w).zeros == pytest.approx(0.8, abs=1e-4)

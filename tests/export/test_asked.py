@@ -67,7 +67,7 @@ def bare(exported: ExportedModel, tmp_path: Path) -> tuple[Path, Path]:
     (tmp_path / "bare").mkdir()
     shutil.copyfile(exported.onnx_path, tmp_path / "bare" / "model.onnx")
     (tmp_path / "words").mkdir()
-    (tmp_path / "words" / "tokenizer.json").write_text("{}")
+    tiny_encoder.tokenizer(tmp_path / "words" / "tokenizer.json")
     (tmp_path / "words" / "config.json").write_text('{"model_type": "bert"}')
     return tmp_path / "bare" / "model.onnx", tmp_path / "words"
 
@@ -96,4 +96,4 @@ def test_compile_takes_what_export_wrote(tmp_path, stages, capsys):
     assert main.main(["export", tiny_encoder.MODEL, "-o", str(tmp_path / "exported"), *at]) == 0
     assert main.main(words) == 0
     assert main.main(["verify", str(tmp_path / "out")]) == 0
-    assert "equal" in capsys.readouterr().out
+    assert "within fp32's bound" in capsys.readouterr().out

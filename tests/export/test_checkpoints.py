@@ -9,7 +9,7 @@ import torch
 from bertile.base import quiet
 from bertile.base.errors import ModelError, UsageError
 from bertile.export import checkpoints, files, synthetic
-from bertile.export.files import Pooling
+from bertile.export.sentence_modules import Chain, Pool
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_load_takes_the_head_from_name_or_argument(model, head, wanted):
 def test_load_minilm_is_a_mean_pooled_embedding_with_its_tokenizer():
     checkpoint = checkpoints.load("minilm")
     assert (checkpoint.family, checkpoint.head) == ("bert", "embedding")
-    assert checkpoint.pooling == Pooling("mean", True)
+    assert checkpoint.chain == Chain()
     assert "tokenizer.json" in {path.name for path in checkpoint.files}
     assert checkpoint.model.config.num_hidden_layers == 6
 
@@ -114,18 +114,18 @@ def test_load_reads_cls_pooling_without_norm(saved, tmp_path):
     (directory / "1_Pooling").mkdir()
     (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
     checkpoint = checkpoints.load(directory)
-    assert (checkpoint.head, checkpoint.pooling) == ("embedding", Pooling("cls", False))
-    (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode": "max"}')
-    with pytest.raises(ModelError, match=r"pooling max of .* is unsupported; known: mean, cls"):
+    assert (checkpoint.head, checkpoint.chain) == ("embedding", Chain((Pool(("cls",)),)))
+    (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode": "median"}')
+    with pytest.raises(ModelError, match=r"pooling median of .* is unsupported; known: cls, max"):
         checkpoints.load(directory)
-    assert checkpoints.load(directory, "encoder").pooling is None
+    assert checkpoints.load(directory, "encoder").chain is None
 
 
 def test_load_refuses_an_unknown_sentence_module(saved, tmp_path):
     directory = copied(saved, tmp_path)
-    modules = [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]
+    modules = [{"type": "sentence_transformers.models.LSTM", "path": "2_LSTM"}]
     (directory / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ModelError, match="module Dense, which is unsupported"):
+    with pytest.raises(ModelError, match="module LSTM, which is unsupported"):
         checkpoints.load(directory)
 
 

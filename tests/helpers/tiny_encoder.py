@@ -19,7 +19,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "movie"]
 def compile(output: Path, stages: str, **choices: Any) -> Path:
     """A real bundle with a tokenizer of seven words."""
     bertile.compile(MODEL, output, Config(cache_dir=stages, **choices))
-    path = _tokenizer(output / "tokenizer.json")
+    path = tokenizer(output / "tokenizer.json")
     change_manifest(output, lambda m: m["files"].update(described(path)))
     return output
 
@@ -29,7 +29,7 @@ def save(directory: Path) -> Path:
     from bertile.export import checkpoints
 
     checkpoints.load(MODEL).model.save_pretrained(directory)
-    _tokenizer(directory / "tokenizer.json")
+    tokenizer(directory / "tokenizer.json")
     return directory
 
 
@@ -38,7 +38,8 @@ def described(path: Path) -> dict[str, Any]:
     return {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}}
 
 
-def _tokenizer(path: Path) -> Path:
+def tokenizer(path: Path) -> Path:
+    """Write a tokenizer.json of these words, and return its path."""
     tokenizers = pytest.importorskip("tokenizers", reason="texts need a tokenizer")
     words = {word: number for number, word in enumerate(WORDS)}
     word_level = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))

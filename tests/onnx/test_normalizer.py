@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import family_models
+from helpers import family_models, tiny_encoder
 from helpers.family_models import has_types
 from helpers.foreign_forms import (
     TOLERANCE,
@@ -153,10 +153,11 @@ def test_normalize_tells_the_head_and_reads_what_lies_beside_the_file(tmp_path):
     assert (exported.head, exported.family) == ("sequence-classification", "unknown")
     config = {"model_type": "bert", "id2label": {"1": "good", "0": "bad"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "tokenizer.json").write_text("{}")
+    tiny_encoder.tokenizer(tmp_path / "tokenizer.json")
     exported = normalizer.normalize(path, tmp_path / "out", Config())
     assert (exported.family, exported.labels) == ("bert", ("bad", "good"))
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert (exported.text.scores, exported.text.activation) == ("softmax", "none")
 
 
 def test_normalize_tells_a_masked_lm_from_its_outputs(tmp_path):
