@@ -52,7 +52,8 @@ def run(model: Any, encodings: Sequence[Any]) -> list[Outputs]:
 
     `model` is called with arrays (batch, length) by the names of `model.inputs`.
     """
-    shape = len(encodings), max(len(encoding) for encoding in encodings)
+    # a tokenizer that puts nothing around a text makes nothing of an empty one
+    shape = len(encodings), max(1, *(len(encoding) for encoding in encodings))
     arrays = {name: np.zeros(shape, np.int64) for name in model.inputs if name in FIELDS}
     for name, array in arrays.items():  # the loader fills what no text says
         for row, encoding in enumerate(encodings):
