@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from bertile.config import Config
 from bertile.export import cached, files
 from bertile.studies.peer_layers import layer
 
-Encode = Callable[[Union[str, list[str]]], np.ndarray]
+Encode = Callable[[str | list[str]], np.ndarray]
 Prepare = Callable[[Engine, Config, Path, Progress], Path]
 
 BATCH = 32  # texts a call: sentence-transformers' default, and the best of FastEmbed's here
