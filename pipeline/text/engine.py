@@ -77,6 +77,7 @@ class Engine:
                     while waiting:
                         yield from _in_order(waiting.popleft())
                 finally:  # whoever stops in the middle does not wait for what is queued
+                    waiting.clear()
                     running.shutdown(wait=False, cancel_futures=True)
                     tokenizing.shutdown(wait=False, cancel_futures=True)
         source.check()
@@ -155,13 +156,21 @@ class _Source:
 
     def check(self) -> None:
         """Raise what ended the texts, if that was an error."""
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:  # an error holds this frame, and with it all that its callers hold
+            del error
 
 
 def _in_order(places: list[tuple[Future, int]]) -> Iterator[Answer]:
     """The answers of a window, each as soon as those before it are there."""
     places.reverse()
-    while places:  # which lets go of what was answered
-        call, row = places.pop()
-        yield call.result()[row]
+    try:
+        while places:  # which lets go of what was answered
+            call, row = places.pop()
+            yield call.result()[row]
+    finally:  # a call's error holds this frame
+        places.clear()
+        call = None

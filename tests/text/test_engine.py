@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
@@ -118,6 +119,32 @@ def test_error_of_a_call_is_raised_and_nothing_more_is_run(small, words: Path) -
         Embedder(model, words).encode([counted(number) for number in range(500)])
     assert len(model.shapes) < 30  # three windows of at most eight calls
     assert not threads_of_streams()
+
+
+@pytest.mark.parametrize("of_a_call", [False, True])
+def test_error_holds_nothing_of_those_who_caught_it(small, words: Path, of_a_call) -> None:
+    """Errors refer to frames; one that its own frame refers to lives until the next collection."""
+    model = Counting(max_length=8)
+    if of_a_call:
+        model.failing = InputError("the ids are wrong")
+
+    class Local:
+        """Something in a frame of the caller."""
+
+    def ask() -> weakref.ref:
+        local = Local()
+        texts = ["a"] * 20 + ([] if of_a_call else ["a a a a a a a"])
+        with pytest.raises(InputError):
+            Embedder(model, words).encode(texts, truncate=False)
+        return weakref.ref(local)
+
+    gc.disable()
+    try:
+        reference = ask()
+        model.failing = None
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_closing_in_the_middle_runs_nothing_more(small, words: Path) -> None:
