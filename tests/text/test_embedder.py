@@ -154,7 +154,7 @@ def test_prompt_that_the_pooling_should_leave_out_is_refused(words: Path) -> Non
         (dict(inputs={"text": "a"}), "a dict is no list of texts"),
         (dict(inputs=3), "a int is no list of texts"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "call",
 )
 def test_what_makes_no_sense_is_named(words: Path, call, message) -> None:
     with pytest.raises(BertileError) as caught:
