@@ -3,7 +3,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The exact versions of every environment that is made here; pyproject.toml has the ranges.
+CONSTRAINTS := .ci/constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 BUNDLE ?= out/minilm
 # Of the tests: files side by side, since what the tests of one file share takes long to make.
 WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
@@ -46,7 +48,7 @@ export PATH := $(abspath $(ARM))/usr/bin:$(PATH)
 ARM_ENV = $(if $(wildcard $(ARM)/usr/aarch64-linux-gnu),QEMU_LD_PREFIX=$(abspath $(ARM))/usr/aarch64-linux-gnu)
 
 .PHONY: wheel help demo docs test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
-.PHONY: bench-load bench-streams bench-acceptance
+.PHONY: bench-load bench-streams bench-acceptance bench-texts
 .PHONY: logs-arm pack-cuda bench-cuda ingest-cuda clean
 .DEFAULT_GOAL := help
 
@@ -61,6 +63,7 @@ help:
 	@echo "make bench-sparse   pruned models beside peers, and time against sparsity, into $(RESULTS)"
 	@echo "make bench-load   a request beside busy cores; make bench-streams, several at once"
 	@echo "make bench-acceptance   every case that has a bound beside every peer, in one table"
+	@echo "make bench-texts   2,000 texts to vectors, and queries, beside who else does that (half an hour)"
 	@echo "make bench-tuning   tune a model from an empty log, compare with the shipped one (10 min)"
 	@echo "make pack-cuda    all that a machine with a GPU measures, to be carried there (20 min)"
 	@echo "make bench-cuda   measure it, on that machine; make ingest-cuda, its results at home"
@@ -102,7 +105,7 @@ docs: $(VENV)/.slow
 	@echo "out/docs/index.html"
 
 $(VENV)/.slow: $(VENV)/.installed
-	@echo "install what builds the pages and checks types"
+	@echo "install what builds the pages and checks types, and libraries that adapters are for"
 	@$(PIP) -e ".[slow]"
 	@touch $@
 
@@ -145,6 +148,10 @@ bench-streams: $(VENV)/.bench
 bench-acceptance: $(VENV)/.bench
 	@$(BIN)/python -m bertile.studies.acceptance --repeat $(REPEAT) --into $(RESULTS)
 
+# Texts to vectors; packages that cannot stand beside Bertile's own come into the cache at first use.
+bench-texts: $(VENV)/.bench
+	@$(BIN)/python -m bertile.studies.text_bench --memory --startup --into $(RESULTS)
+
 # "vs engine" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.
 bench-tuning: $(VENV)/.bench
 	@rm -rf $(TUNING)
@@ -160,13 +167,13 @@ bench-tuning: $(VENV)/.bench
 	  --into "$(RESULTS)#bench-tuning"
 
 # torch first and by itself: the packages behind it take any torch that they find in place.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "python3.11 was not found: install Python 3.11" >&2; exit 3; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than 3.11: make PYTHON=/path/to/python3.11" >&2; exit 3; }
 	@test -x $(BIN)/python || { echo "make $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "install torch (1 of 2)"
-	@$(PIP) torch==2.13.0
+	@$(PIP) torch
 	@echo "install bertile and the rest (2 of 2)"
 	@$(PIP) -e ".[test]"
 	@touch $@

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "Use": (
         "pipeline/cli/QUICKSTART",
+        "pipeline/text/README",
         "pipeline/cli/README",
         "pipeline/export/README",
         "pipeline/quantize/README",
@@ -17,7 +18,9 @@ PAGES = {
         "pipeline/tune/measure/README",
         "pipeline/bundle/README",
         "pipeline/bundle/C",
+        "pipeline/integrations/README",
         "pipeline/targets/README",
+        "pipeline/integrations/FRAMEWORKS",
         "pipeline/verify/README",
         "pipeline/report/README",
         "pipeline/cli/TROUBLESHOOTING",

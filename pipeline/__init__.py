@@ -5,10 +5,11 @@ In short::
     import bertile
 
     bertile.compile("minilm", "out/minilm", precision="int8")
-    with bertile.load("out/minilm") as model:
-        vectors = model(input_ids=[[101, 7592, 2088, 102]])["sentence_embedding"]
+    with bertile.open("out/minilm") as model:
+        vectors = model.encode(["A first sentence.", "A second one."])
 
-`compile`, `verify` and `bench` do what the commands of these names do; `load` needs numpy alone.
+`compile`, `verify` and `bench` do what the commands of these names do; `open` takes texts, `load`
+takes ids and needs numpy alone.
 Errors are subclasses of `BertileError`; what happens is logged under "bertile".
 """
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from bertile.config import Config
     from bertile.driver import compile
     from bertile.loader import Model, load
+    from bertile.text.opening import open
     from bertile.verify.verifier import verify
 
     __version__: str
@@ -52,6 +54,7 @@ __all__ = [
     "bench",
     "compile",
     "load",
+    "open",
     "verify",
 ]
 
@@ -59,6 +62,7 @@ _HOMES = {
     "compile": "driver",
     "Config": "config",
     "load": "loader",
+    "open": "text.opening",
     "Model": "loader",
     "Progress": "base.progress",
     "BertileError": "loading.errors",
@@ -71,7 +75,7 @@ _HOMES = {
     "UsageError": "base.errors",
 }
 # Modules that are there without an import; the two folders among them can be called.
-_MODULES = ("bench", "errors", "loader", "verify")
+_MODULES = ("bench", "errors", "loader", "ray", "text", "verify")
 
 
 if not TYPE_CHECKING:  # which is told above what there is, so that a wrong name is an error

@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
 from bertile.schedules.reference import softmax
 
 # How many keys before and behind its own place a query sees, None: all of them.
-Reach = tuple[Optional[int], Optional[int]]
+Reach = tuple[int | None, int | None]
 REACH: dict[str, Callable[[int], Reach]] = {
     "all": lambda window: (None, None),
     "causal": lambda window: (None, 0),

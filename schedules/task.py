@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Union
 
-ShapeValue = Union[int, float, str, bool]
+ShapeValue = int | float | str | bool
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from helpers import wheels
+from packaging.requirements import Requirement
 
 tomllib = pytest.importorskip("tomllib")  # part of Python from 3.11 on
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 MAP = PROJECT["tool"]["setuptools"]["package-dir"]
 
@@ -85,43 +87,50 @@ def test_ruff_finds_nothing() -> None:
         assert run.returncode == 0, run.stdout
 
 
-def test_extras_pin_every_version_and_the_base_needs_numpy_alone() -> None:
+def asked() -> list[Requirement]:
+    """All requirements, those of Bertile's own extras aside."""
     project = PROJECT["project"]
-    assert [re.split(r"[<>=!~]", requirement)[0] for requirement in project["dependencies"]] == [
-        "numpy"
-    ]
-    loose = [
-        requirement
-        for extra in project["optional-dependencies"].values()
-        for requirement in extra
-        if not requirement.startswith("bertile[") and "==" not in requirement
-    ]
-    assert loose == []
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    every = [Requirement(line) for requirements in lists for line in requirements]
+    return [requirement for requirement in every if requirement.name != "bertile"]
+
+
+def test_base_needs_numpy_alone() -> None:
+    assert [Requirement(line).name for line in PROJECT["project"]["dependencies"]] == ["numpy"]
+
+
+def test_tvm_alone_is_pinned_and_the_rest_has_two_ends() -> None:
+    ends = {r.name: sorted(bound.operator for bound in r.specifier) for r in asked()}
+    pinned = {name for name, operators in ends.items() if operators == ["=="]}
+    assert pinned == {"apache-tvm", "apache-tvm-ffi", "bertile-runtime"}
+    ranged = {name: operators for name, operators in ends.items() if name not in pinned}
+    assert {name for name, operators in ranged.items() if operators != ["<", ">="]} == set()
 
 
 def test_extras_agree_on_versions() -> None:
     versions: dict[str, set[str]] = {}
     for extra in PROJECT["project"]["optional-dependencies"].values():
-        for requirement in extra:
-            if "==" in requirement:
-                versions.setdefault(requirement.split("==")[0], set()).add(requirement)
-    assert {name: pins for name, pins in versions.items() if len(pins) > 1} == {}
+        for requirement in map(Requirement, extra):
+            versions.setdefault(requirement.name, set()).add(str(requirement.specifier))
+    assert {name: ranges for name, ranges in versions.items() if len(ranges) > 1} == {}
 
 
-def test_wheels_of_other_machines_are_of_the_pinned_versions() -> None:
-    runtime = set(PROJECT["project"]["optional-dependencies"]["device"])
-    for path in (ROOT / MAP["bertile"]).rglob("wheels-*.txt"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        assert {line.split()[0] for line in lines if "==" in line} == runtime
-
-
-def test_makefile_installs_the_torch_that_the_extra_pins() -> None:
-    torch = next(
-        requirement
-        for requirement in PROJECT["project"]["optional-dependencies"]["export"]
-        if "torch" in requirement
+def test_constraints_lie_within_the_ranges_and_leave_nothing_open() -> None:
+    pins = dict(
+        line.split("==")
+        for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
     )
-    assert f"$(PIP) {torch}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    wanted = [requirement for requirement in asked() if requirement.name != "bertile-runtime"]
+    assert {r.name for r in wanted} <= set(pins)
+    assert [str(r) for r in wanted if not r.specifier.contains(pins[r.name])] == []
+
+
+def test_makefile_installs_everything_under_the_constraints() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"CONSTRAINTS := {CONSTRAINTS.relative_to(ROOT)}\n" in text
+    assert re.search(r"^PIP := .*pip install.* -c \$\(CONSTRAINTS\)$", text, re.MULTILINE)
+    assert text.count("pip install") == 1
 
 
 def test_changelog_begins_with_the_version_of_the_package() -> None:

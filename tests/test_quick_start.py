@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
-from helpers import tiny_encoder, wheels
+from helpers import environments, tiny_encoder, wheels
+from helpers.environments import typed
 
 from bertile.bundle import runtime_wheel
 
@@ -30,27 +29,10 @@ def served(tmp_path_factory) -> Path:
     return place
 
 
-def environment(directory: Path) -> Path:
-    """The bin directory of a new environment with pip and nothing else."""
-    venv.create(directory, with_pip=True, symlinks=True)
-    return directory / "bin"
-
-
-def typed(*words: object, cwd: Path) -> str:
-    run = subprocess.run([*map(str, words)], cwd=cwd, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
-
-
-def pip(programs: Path, *words: object) -> subprocess.CompletedProcess:
-    line = [programs / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    return subprocess.run([*map(str, line), *map(str, words)], capture_output=True, text=True)
-
-
 def test_compile_run_and_load_from_the_wheel(served, tmp_path):
     """Its dependencies are those of the tests; Bertile itself is the wheel's alone."""
-    programs = environment(tmp_path / "venv")
-    done = pip(programs, "--no-index", "--no-deps", *served.glob("*.whl"))
+    programs = environments.make(tmp_path / "venv")
+    done = environments.pip(programs, "--no-index", "--no-deps", *served.glob("*.whl"))
     assert done.returncode == 0, done.stderr
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
@@ -69,10 +51,10 @@ def test_compile_run_and_load_from_the_wheel(served, tmp_path):
 
 def test_run_extra_is_small_and_answers_texts(served, tmp_path, stages):
     """As a user installs it, without TVM; a bundle without a runtime finds that of the wheel."""
-    programs = environment(tmp_path / "venv")
+    programs = environments.make(tmp_path / "venv")
     before = size_of(tmp_path / "venv")
     (wheel,) = served.glob("bertile-*.whl")
-    done = pip(programs, "--find-links", served, f"{wheel}[run]")
+    done = environments.pip(programs, "--find-links", served, f"{wheel}[run]")
     if "No matching distribution" in done.stderr:
         pytest.skip("no package index is reached")
     assert done.returncode == 0, done.stderr

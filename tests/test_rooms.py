@@ -19,6 +19,8 @@ ROOMS = (
     "numerics",
     "config",
     "families",
+    "text",
+    "integrations",
     "onnx",
     "export",
     "graph",
@@ -48,6 +50,7 @@ FACADES = {
     "bertile.loader": "loading",
     "bertile.cuda_loader": "loading",
     "bertile.errors": "base",
+    "bertile.ray": "integrations",
 }
 ABOVE_ALL = {"bertile", "bertile.__main__", "bertile.tune", "bertile.tuning_logs"}
 # Backends of different machines know nothing of each other.

@@ -1,4 +1,4 @@
-"""Lists the words that choices of a compile may be, for those who check them and for help texts.
+"""Lists the words that choices of a command may be, for those who check them and for help texts.
 
 Nothing is imported here: `bertile --help` names them all.
 """
@@ -21,3 +21,4 @@ HEADS = (
     "next-sentence",
     "multiple-choice",
 )
+AGGREGATIONS = ("none", "simple", "first", "average", "max")

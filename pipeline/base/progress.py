@@ -103,6 +103,8 @@ class Progress:
     @contextlib.contextmanager
     def bar(self, what: str, total: int | None = None) -> Iterator[Bar]:
         """A bar for as long as the block runs, which advances it."""
+        if self._status_time == float("-inf"):  # outside a stage, too, a short loop says nothing
+            self._status_time = time.monotonic()
         bar = self._begin(what, total)
         try:
             yield bar

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], markdown: bool = False) -> str:
@@ -25,6 +25,41 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], markdown: bool =
     rules = ["-" * (width - 1) + (":" if numeric else "-") for width, numeric in zip(widths, right)]
     rule = line(rules if markdown else ["-" * width for width in widths])
     return "\n".join([line(header), rule, *map(line, cells)])
+
+
+class Column(NamedTuple):
+    """A column of rows that come one after another: its heading and the width of its cells."""
+
+    heading: str
+    width: int
+    right: bool = False
+
+
+def running(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """The lines of a table, each as soon as its row is there, its heading with the first.
+
+    Cells are cut to 60 characters.
+    """
+    widths = [max(column.width, len(column.heading)) for column in columns]
+
+    def line(cells: Iterable[str]) -> str:
+        parts = [
+            cell.rjust(width) if column.right else cell.ljust(width)
+            for column, cell, width in zip(columns, cells, widths)
+        ]
+        return "  ".join(parts).rstrip()
+
+    for number, row in enumerate(rows):
+        if not number:
+            yield line(column.heading for column in columns)
+            yield line("-" * width for width in widths)
+        yield line(short(_text(value)) for value in row)
+
+
+def short(text: str, width: int = 60) -> str:
+    """A text as a single line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
 
 
 def size(count: int) -> str:

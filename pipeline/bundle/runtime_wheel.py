@@ -40,7 +40,7 @@ Version: {version}
 Summary: The two libraries of Apache TVM that run a bundle of Bertile.
 License-Expression: Apache-2.0 AND BSD-3-Clause AND Apache-2.0 WITH LLVM-exception
 {licences}
-Requires-Python: >=3.9
+Requires-Python: >=3.10
 Description-Content-Type: text/plain
 
 libtvm_runtime.so of apache-tvm {version} and libtvm_ffi.so of apache-tvm-ffi {ffi}, unchanged, for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bertile.base.tables import lines
@@ -18,6 +19,13 @@ class Outcome(NamedTuple):
 
     data: Any
     text: str
+    exit_code: int = 0
+
+
+class Stream(NamedTuple):
+    """What a command prints line by line, each as soon as it is there."""
+
+    lines: Iterator[str]
     exit_code: int = 0
 
 

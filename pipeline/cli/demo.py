@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from bertile.cli.command import Outcome, dry_run
 from bertile.cli.config_flags import FLAGS, MODEL, add_config, read_config
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from bertile.config import Config
 
 SENTENCES = (
@@ -49,14 +52,14 @@ def run(options: Namespace, progress: Progress) -> Outcome:
 
 def demo(output: Path, config: Config, progress: Progress) -> dict[str, Any]:
     """Compile minilm into `output`, find each sentence's nearest neighbour, time both engines."""
-    from bertile import driver
+    from bertile import driver, text
     from bertile.bench import benchmark
     from bertile.export import cached
-    from bertile.run import texts as runner
 
     summary = driver.compile("minilm", output, config, progress)
-    with progress.stage("run"):
-        result = runner.run(output, SENTENCES, threads=config.threads)
+    with progress.stage("run"), text.open(output, config.threads) as model:
+        vectors = model.encode(SENTENCES)
+        similar = model.similarity(vectors, vectors)
     onnx = cached.export_cached("minilm", config).onnx_path
     with progress.stage("bench"):
         report = benchmark.bench(
@@ -64,17 +67,17 @@ def demo(output: Path, config: Config, progress: Progress) -> dict[str, Any]:
         )
     return {
         "compile": summary,
-        "neighbours": neighbours(result["texts"], result["cosine"]),
+        "neighbours": neighbours(SENTENCES, similar),
         "bench": report,
         "bytes": _sizes(output, onnx),
     }
 
 
-def neighbours(texts: list[str], cosine: list[list[float]]) -> list[dict[str, Any]]:
+def neighbours(texts: Sequence[str], cosine: np.ndarray) -> list[dict[str, Any]]:
     """For each text the one most like it, itself left out."""
     import numpy as np
 
-    similar = np.array(cosine)
+    similar = np.array(cosine)  # to be changed
     np.fill_diagonal(similar, -np.inf)
     nearest = similar.argmax(axis=1)
     return [

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bertile.base import scratch
+from bertile.base import scratch, version_ranges
 from bertile.base.errors import BertileError, PlatformError
 from bertile.base.progress import Progress
 from bertile.base.tables import size, table
+from bertile.base.version_ranges import VersionRange
 from bertile.cli.command import Outcome
 from bertile.cli.config_flags import cache_directory
 
-# The stage that each extra serves, and what it imports. bertile's own metadata has the versions.
-EXTRAS = {
-    "compile": ("onnx", "onnxruntime", "xgboost"),
-    "export": ("torch", "transformers", "onnxscript", "safetensors"),
-    "run": ("tokenizers",),
-}
-# Later releases of the second crash TVM's tuner in the first, and pip prefers them.
-PINS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
+# The extras that are named after what a person does with them.
+EXTRAS = ("compile", "export", "run")
 CACHE_ROOM = 5 * 10**9
 THREAD_VARIABLES = ("TVM_NUM_THREADS", "TVM_BIND_THREADS", "OMP_NUM_THREADS")
 
@@ -72,6 +65,7 @@ def examine(cache_dir: str | None = None) -> list[Check]:
         ("linker", _linker),
         ("cuda", _cuda),
         *((extra, lambda extra=extra: _extra(extra)) for extra in EXTRAS),
+        *((name, lambda ranges=ranges: _package(ranges)) for name, ranges in _ranges().items()),
         ("cache", lambda: _cache(Path(cache_dir or "~/.cache/bertile").expanduser())),
     ):
         checks.append(_safely(name, look))
@@ -99,10 +93,11 @@ def _safely(name: str, look: Callable[[], Check]) -> Check:
 
 def _python() -> Check:
     system = f"{platform.python_version()} on {platform.machine()}, glibc {platform.libc_ver()[1]}"
-    if sys.version_info < (3, 11):
-        remedy = "loading bundles works; to compile, use Python 3.11 or later"
-        return Check("python", "note", system, remedy)
-    return Check("python", "ok", system)
+    versions = version_ranges.pythons()
+    text = f"{system}; tried: {versions[0]} to {versions[-1]}"
+    if f"{sys.version_info[0]}.{sys.version_info[1]}" in versions:
+        return Check("python", "ok", text)
+    return Check("python", "note", text, f"not tried with this version; use Python {versions[-1]}")
 
 
 def _cpu() -> Check:
@@ -140,18 +135,21 @@ def _thread_variables() -> Check:
 
 
 def _tvm() -> Check:
-    versions = {name: _version(name) for name in PINS}
-    text = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
-    if versions == PINS:
-        return Check("tvm", "ok", text)
-    if not any(versions.values()):  # who only loads bundles needs none of it
+    """Pinned: later releases of its ffi crash TVM's tuner, and pip prefers them."""
+    pins = version_ranges.packages("device")
+    versions = [pin.version() for pin in pins]
+    text = ", ".join(
+        f"{pin.package} {version or 'missing'}" for pin, version in zip(pins, versions)
+    )
+    if not any(versions):  # who only loads bundles needs none of it
         return Check("tvm", "note", text, "to compile: pip install 'bertile[compile]'")
-    wanted = " ".join(f"{name}=={version}" for name, version in PINS.items())
-    return Check("tvm", "fails", text, f"pip install {wanted}")
+    if all(version and pin.holds(version) for pin, version in zip(pins, versions)):
+        return Check("tvm", "ok", text)
+    return Check("tvm", "fails", text, f"pip install {' '.join(map(str, pins))}")
 
 
 def _llvm() -> Check:
-    if not any(_version(name) for name in PINS):
+    if not any(pin.version() for pin in version_ranges.packages("device")):
         return Check(
             "llvm", "note", "it comes with TVM", "to compile: pip install 'bertile[compile]'"
         )
@@ -207,11 +205,38 @@ def _link_something(command: list[str]) -> None:
 
 
 def _extra(extra: str) -> Check:
-    versions = {module: _version_of_module(module) for module in EXTRAS[extra]}
-    text = ", ".join(f"{module} {version or 'missing'}" for module, version in versions.items())
-    if all(versions.values()):
-        return Check(extra, "ok", text)
+    packages = version_ranges.packages(extra)
+    missing = [tried.package for tried in packages if not tried.version()]
+    if not missing:
+        return Check(extra, "ok", f"all its {len(packages)} packages are here")
+    text = ", ".join(f"{package} missing" for package in missing)
     return Check(extra, "note", text, f"to {extra}: pip install 'bertile[{extra}]'")
+
+
+def _ranges() -> dict[str, list[VersionRange]]:
+    """By package what loading a bundle and the extras ask of it, where it is installed."""
+    ranges: dict[str, list[VersionRange]] = {}
+    try:
+        asked = [tried for extra in ("", *EXTRAS) for tried in version_ranges.packages(extra)]
+    except PlatformError:  # the rows of the extras say so
+        return {}
+    for tried in asked:
+        if tried.version():
+            ranges.setdefault(tried.package, []).append(tried)
+    return ranges
+
+
+def _package(ranges: Sequence[VersionRange]) -> Check:
+    """The version of a package beside what is tried; outside of that it may well work."""
+    package, version = ranges[0].package, ranges[0].version()
+    asked = [f"to {tried.extra or 'load'}: {tried.bounds}" for tried in ranges]
+    text = f"{version}; tried {', '.join(asked)}"
+    outside = [tried for tried in ranges if not tried.holds(version)]
+    if not outside:
+        return Check(package, "ok", text)
+    return Check(
+        package, "note", text, f"{version} is not tried; what is: pip install '{outside[-1]}'"
+    )
 
 
 def _cache(directory: Path) -> Check:
@@ -224,16 +249,3 @@ def _cache(directory: Path) -> Check:
     if free < CACHE_ROOM:
         return Check("cache", "note", text, "make room, or choose another disk: --cache-dir")
     return Check("cache", "ok", text)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _version_of_module(module: str) -> str | None:
-    if importlib.util.find_spec(module) is None:
-        return None
-    return _version(module) or _version(f"{module}-cpu") or "(version unknown)"

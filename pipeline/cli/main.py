@@ -7,13 +7,16 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bertile.base.errors import UsageError, nearest
 from bertile.cli import parser
 from bertile.cli.parser import Parser
 from bertile.families import table
+
+if TYPE_CHECKING:
+    from bertile.base.progress import Progress
 
 # Nothing else of Bertile is imported up here: `bertile --help` must not pay for numpy or TVM.
 
@@ -26,7 +29,7 @@ COMMANDS = {
     "tune": "search for faster kernels, and log them for later compiles",
     "verify": "compare a bundle's outputs with ONNX Runtime's",
     "bench": "time a bundle or a model beside other engines",
-    "run": "run a bundle on texts: vectors and similarities, or labels and scores",
+    "run": "answer texts with a bundle: vectors, labels, entities, answers, words",
     "report": "write an HTML page about a bundle: kernels, tuning curves, gains",
     "inspect": "list a bundle's kernels: origin, time, share of the machine's peak",
     "device": "tune on other machines: serve one, list them, share them out",
@@ -63,19 +66,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from bertile.base import screen, tables
     from bertile.base.progress import Progress
+    from bertile.cli.command import Stream
 
-    progress = Progress(options.verbose - options.quiet)
+    progress, stdout = Progress(options.verbose - options.quiet), sys.stdout
     try:
         # What libraries print is no data: stdout is for the result alone.
         with contextlib.redirect_stdout(sys.stderr):
             outcome = _command(options.command).run(options, progress)
+            if isinstance(outcome, Stream):
+                _print_lines(outcome.lines, stdout, progress)
     finally:
         progress.close()
+    if isinstance(outcome, Stream):
+        return outcome.exit_code
     if options.json:
         print(tables.as_json(outcome.data), flush=True)
     else:
         screen.show(outcome.text, sys.stdout)
     return outcome.exit_code
+
+
+def _print_lines(lines: Iterator[str], stdout: TextIO, progress: Progress) -> None:
+    """Print lines as they come, with a bar where nobody sees them come."""
+    from bertile.base import screen
+
+    with contextlib.ExitStack() as stack:
+        # which ends what is still at work, where the reader goes away
+        stack.enter_context(contextlib.closing(lines))
+        bar = None if stdout.isatty() else stack.enter_context(progress.bar("lines"))
+        for line in lines:
+            screen.show(line, stdout)
+            if bar is not None:
+                bar.advance()
 
 
 def _command(name: str) -> Any:

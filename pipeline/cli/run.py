@@ -1,22 +1,30 @@
-"""Runs `bertile run`: texts in; vectors with their similarities, or labels with scores, out."""
+"""Runs `bertile run`: texts in, a model's answers out, line by line or into a file."""
 
 from __future__ import annotations
 
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from itertools import chain, count, tee
+from typing import TYPE_CHECKING, Any
 
+from bertile.base.allowed import AGGREGATIONS
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
-from bertile.cli.command import Outcome, add_bundle
+from bertile.cli import text_files
+from bertile.cli.command import Outcome, Stream, add_bundle
 from bertile.cli.option_lists import positive
+from bertile.cli.text_files import Item, Layout
 
-_REMEDY = "give texts as arguments, with --file FILE, or as lines on stdin"
+if TYPE_CHECKING:
+    from bertile.cli.answers import Answers, Asked
+    from bertile.text import TextModel
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """A bundle and the texts that it is given."""
+    """A bundle, its texts, what is asked of it, and where the answers go."""
     add_bundle(parser)
     add = parser.add_argument
     add(
@@ -25,67 +33,198 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="*",
         help="a text; behind -- it may begin with a dash; none: each line of stdin is a text",
     )
-    add("--file", metavar="FILE", help="a file in UTF-8, of which each line is a text; -: stdin")
     add(
-        "--truncate",
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="write the answers into an .npy, .npz or .jsonl; -: JSON lines on stdout",
+    )
+    add("--threads", metavar="N", type=positive, help="threads to use (default: all cores)")
+    _add_reading(parser.add_argument_group("the texts").add_argument)
+    _add_asking(parser.add_argument_group("what is asked").add_argument)
+
+
+def _add_reading(add: Any) -> None:
+    files = (
+        "a file in UTF-8: a text a line, or .jsonl, .csv, .tsv; -: stdin (--file is its old name)"
+    )
+    add("--input", "--file", metavar="FILE", help=files)
+    add(
+        "--pair",
         action="store_true",
-        help="cut texts that are too long, instead of refusing them",
+        help="texts are pairs: of two arguments each, or with a tab between them in a line",
     )
-    add("--threads", metavar="N", type=positive, help="threads to use")
-
-
-def run(options: Namespace, progress: Progress) -> Outcome:
-    """What the model says of the arguments, of the lines of a file, or of those of stdin."""
-    texts = _texts(options.texts, options.file)
-    from bertile.run import texts as runner
-
-    result = runner.run(
-        Path(options.bundle), texts, truncate=options.truncate, threads=options.threads
+    add(
+        "--field",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="the field of JSON lines (default: text; pairs: text, text_pair, or question, context;"
+        " given twice, a pair)",
     )
-    return Outcome(result, runner.as_text(result))
+    add(
+        "--column",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="the column of a CSV: a name in its first line (default: as --field), or a number from"
+        " 1, where the first line is a text too",
+    )
+    add("--no-truncate", action="store_true", help="refuse a text that is too long, cut none")
 
 
-def _texts(arguments: list[str], file: str | None) -> list[str]:
-    if arguments and file is not None:
-        raise UsageError("texts and --file exclude each other", "leave one of them out")
-    if file not in (None, "-"):
-        try:
-            content = Path(file).read_bytes()
-        except OSError as error:
-            raise UsageError(f"'{file}' cannot be read: {error.strerror}") from error
-        return _lines(content, f"'{file}'")
-    if not arguments:
-        if sys.stdin is None or (file is None and sys.stdin.isatty()):
-            raise UsageError("there is no text", _REMEDY)
-        return _lines(getattr(sys.stdin, "buffer", sys.stdin).read(), "stdin")
-    for number, text in enumerate(arguments, 1):
-        if not text.strip():
-            raise UsageError(f"text {number} is empty", "give a text")
-    return [_decoded(number, text) for number, text in enumerate(arguments, 1)]
+def _add_asking(add: Any) -> None:
+    add("--similarity", action="store_true", help="how alike each text is to every other")
+    add("--prompt-name", metavar="NAME", help="the model's prompt of this name before each text")
+    add("--prompt", metavar="TEXT", help="this before each text")
+    add("--normalize", action="store_true", help="vectors of length 1")
+    add("--truncate-dim", metavar="N", type=positive, help="the first numbers of vectors alone")
+    add(
+        "--question",
+        metavar="TEXT",
+        help="ask this of each text; of a reranker: how well each text answers it",
+    )
+    add("--top-k", metavar="N", type=positive, help="so many labels, answers or words of each")
+    add("--aggregation", metavar="|".join(AGGREGATIONS), help="how tokens are joined to entities")
 
 
-def _decoded(number: int, text: str) -> str:
-    """The text of an argument, of which Python keeps the bytes that its locale cannot read."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        pass
-    try:
-        return os.fsencode(text).decode()
-    except UnicodeError as error:
-        raise UsageError(f"text {number} is not in UTF-8", "convert it") from error
+def run(options: Namespace, progress: Progress) -> Outcome | Stream:
+    """The answers as lines, or where they were written."""
+    items = _asked_of(_items(options), options.question)
+    first = next(items)
+    items = chain([first], items)
+    if options.output not in (None, "-"):
+        _check_output(options)
+    from bertile import text
+    from bertile.cli import answers
+
+    asked = answers.Asked(
+        pairs=not isinstance(first, str),
+        question=options.question,
+        top_k=options.top_k,
+        aggregation=options.aggregation,
+        prompt_name=options.prompt_name,
+        prompt=options.prompt,
+        normalize=options.normalize,
+        truncate_dim=options.truncate_dim,
+        similarity=options.similarity,
+        truncate=not options.no_truncate,
+    )
+    model = text.open(options.bundle, options.threads)
+    if options.output not in (None, "-"):
+        with model:
+            return _written(model, items, asked, options.output, progress)
+    as_json = options.json or options.output == "-"
+    return Stream(_printed(model, items, asked, as_json, progress))
 
 
-def _lines(content: bytes | str, where: str) -> list[str]:
-    """The lines that are not blank; a line ends as in any text file, and nowhere else."""
-    try:
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"line {line} of {where} is not in UTF-8", "convert it") from error
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    texts = [line for line in lines if line.strip()]
-    if not texts:
-        raise UsageError(f"there is no text in {where}", _REMEDY)
-    return texts
+def _items(options: Namespace) -> Iterator[Item]:
+    layout = Layout(options.pair, options.field, options.column)
+    if options.texts and options.input is not None:
+        raise UsageError("texts and --input exclude each other", "leave one of them out")
+    if options.texts:
+        if layout.fields or layout.columns:
+            raise UsageError("--field and --column are for files", "leave them out")
+        return iter(text_files.of_arguments(options.texts, options.pair))
+    if options.input is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError("there is no text", text_files.REMEDY)
+    return text_files.of_file(text_files.STDIN if options.input is None else options.input, layout)
+
+
+def _asked_of(items: Iterator[Item], question: str | None) -> Iterator[Item]:
+    """The texts behind the question that is asked of each, where there is one."""
+    if question is None:
+        return items
+    return (_behind(question, number, item) for number, item in enumerate(items, 1))
+
+
+def _behind(question: str, number: int, item: Item) -> Item:
+    if not isinstance(item, str):
+        raise UsageError(
+            f"text {number} is a pair, and --question makes pairs of texts", "leave one out"
+        )
+    return question, item
+
+
+def _check_output(options: Namespace) -> None:
+    """Raise UsageError for an output that cannot be, before anything takes time."""
+    from bertile.cli.result_files import ending_of
+
+    ending_of(options.output)
+    if options.input and os.path.exists(options.output) and os.path.exists(options.input):
+        if os.path.samefile(options.output, options.input):
+            raise UsageError(f"'{options.output}' is the input too", "choose another output")
+
+
+def _printed(
+    model: TextModel,
+    items: Iterable[Item],
+    asked: Asked,
+    as_json: bool,
+    progress: Progress,
+) -> Iterator[str]:
+    """The answers as lines of JSON, or of a table."""
+    from bertile.base.tables import Column, running
+    from bertile.cli.answers import ask
+    from bertile.cli.result_files import as_json as line
+
+    with model:
+        items, texts = tee(items)
+        answers = ask(model, items, asked)
+        with closing(_beside(answers, texts)) as pairs:
+            if as_json:
+                for item, answer in pairs:
+                    yield line(_record(answers, item, answer))
+            else:
+                numbered = (
+                    (number, *row)
+                    for number, (item, answer) in zip(count(1), pairs)
+                    for row in answers.cells(item, answer)
+                )
+                yield from running([Column("#", 3, right=True), *answers.columns], numbered)
+        _say_cut(model, progress)
+
+
+def _written(
+    model: TextModel,
+    items: Iterable[Item],
+    asked: Asked,
+    output: str,
+    progress: Progress,
+) -> Outcome:
+    """Write the answers into a file; gives how many there are."""
+    from bertile.base.tables import lines
+    from bertile.cli.answers import ask
+    from bertile.cli.result_files import ResultFile
+
+    items, texts = tee(items)
+    answers = ask(model, items, asked)
+    written = 0
+    with ResultFile(output, answers.form) as file, progress.bar("texts") as bar:
+        with closing(_beside(answers, texts)) as pairs:
+            for item, answer in pairs:
+                file.write(_record(answers, item, answer), answers.array(answer))
+                written += 1
+                bar.advance()
+    _say_cut(model, progress)
+    result = {"output": output, "texts": written, "cut": model.truncated}
+    return Outcome(result, lines(result))
+
+
+def _beside(answers: Answers, texts: Iterator[Item]) -> Iterator[tuple[Item, Any]]:
+    """Each text with its answer; the texts have been read for the answers before."""
+    with closing(answers.stream):  # what still runs ends before the model is closed
+        for answer in answers.stream:
+            yield next(texts), answer
+
+
+def _record(answers: Answers, item: Item, answer: Any) -> dict[str, Any]:
+    """What JSON says of a text: itself, and the answer."""
+    said = {"text": item} if isinstance(item, str) else dict(zip(answers.names, item))
+    return {**said, **answers.record(answer)}
+
+
+def _say_cut(model: TextModel, progress: Progress) -> None:
+    if model.truncated:
+        texts = "text was" if model.truncated == 1 else "texts were"
+        progress.say(f"{model.truncated} {texts} cut to {model.max_seq_length} tokens")

@@ -12,8 +12,10 @@ import numpy as np
 from bertile import backends, loader
 from bertile.base.errors import InputError, UsageError
 from bertile.evaluation.metrics import accuracy, mean_cosine, similarity_spearman
+from bertile.families import text_settings
 from bertile.run import opener
-from bertile.run import texts as runner
+from bertile.text import batches
+from bertile.text.tokens import TextTokenizer, max_tokens
 
 # head: (the output that answers, whether it needs labels)
 ANSWERS = {"sequence-classification": ("logits", True), "embedding": ("sentence_embedding", False)}
@@ -111,9 +113,10 @@ def answers(
                 f"'{dataset.path}' cannot evaluate a model that gives {', '.join(model.outputs)}",
                 f"it is evaluated by its {output}, which such a model lacks",
             )
-        limit = runner.max_tokens(model.manifest)
-        encodings = runner.encode(Path(directory), dataset.texts, limit, truncate=True)
-        return np.stack([arrays[output] for arrays in runner.infer(model, encodings)])
+        settings = text_settings.of_bundle(directory, model.manifest)
+        tokenizer = TextTokenizer(Path(directory), settings, max_tokens(model.manifest))
+        encodings = tokenizer.encode(dataset.texts)
+        return np.stack([arrays[output] for arrays in batches.run_all(model, encodings)])
 
 
 def output_of(head: str, dataset: Dataset) -> str:

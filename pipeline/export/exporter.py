@@ -68,6 +68,7 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
         )
         want = _answers(checkpoint, exported)  # before anything of the model is changed
         module = _module(checkpoint, exported)
+        module.additive = _takes_additive(module, exported)
         _must_answer_alike(module, want, exported)
         bar.advance(note="torch's exporter writes the graph")
         _write_onnx(module, exported)
@@ -160,6 +161,32 @@ def _answers(checkpoint: checkpoints.Checkpoint, exported: ExportedModel) -> Map
     return {name: results[name].numpy() for name in exported.outputs}
 
 
+def _takes_additive(module: Any, exported: ExportedModel) -> bool:
+    """Whether the model takes a mask to add, of (batch, 1, 1, length), as it is.
+
+    Tried, since what makes of (batch, length) what is wanted moved between transformers' releases,
+    family by family. Code that is not transformers' is held to it (`_must_answer_alike`).
+    """
+    if not type(module.model).__module__.startswith("transformers."):
+        return True
+    arguments = _arguments(exported)
+    mask = arguments["attention_mask"].numpy()
+    try:
+        got = module(*arguments.values())
+    except Exception:  # whatever a mask of two axes too many makes its code raise
+        return False
+    module.additive = False
+    try:
+        want = module(*arguments.values())
+    except Exception:  # its forward is ours, and takes no other
+        return True
+    return all(
+        mine.shape == theirs.shape
+        and largest_difference(mine.numpy(), theirs.numpy(), mask) <= TOLERANCE
+        for mine, theirs in zip(got, want, strict=True)
+    )
+
+
 def _must_answer_alike(module: Any, want: Mapping[str, Any], exported: ExportedModel) -> None:
     """Refuse a model whose own code makes something else of the mask that the export gives it."""
     arguments = _arguments(exported)
@@ -190,15 +217,17 @@ def _write_onnx(module: Any, exported: ExportedModel) -> None:
         dynamic_shapes=tuple({0: batch, 1: length} for _ in arguments),
         verbose=False,
     )
-    _write_canonical(program.model_proto, exported.onnx_path)
+    _write_canonical(program.model_proto, exported, module.additive)
 
 
-def _write_canonical(proto: Any, path: Path) -> None:
+def _write_canonical(proto: Any, exported: ExportedModel, additive: bool) -> None:
     """Drop the exporter's records of source lines, and bring the rest to the one spelling."""
     from bertile.onnx import attention, rewrites
     from bertile.onnx.graph import OnnxGraph, save
 
     graph = OnnxGraph(proto)
+    if not additive:
+        _write_masks(graph, exported)
     sizes = {value.name: _sizes(value) for value in [*graph.inputs, *proto.graph.value_info]}
     for node in graph.nodes:
         del node.metadata_props[:]
@@ -211,7 +240,17 @@ def _write_canonical(proto: Any, path: Path) -> None:
     attention.scale_scores(graph)
     rewrites.name_weights(graph)
     graph.clean()
-    save(graph.to_model(OPSET), path)
+    save(graph.to_model(OPSET), exported.onnx_path)
+
+
+def _write_masks(graph: Any, exported: ExportedModel) -> None:
+    """Give masks that the model has built of (batch, length) the canonical form."""
+    from bertile.onnx import masks, probing, shapes
+
+    limit = exported.max_length
+    longest = max(length for _, length in probing.SHAPES)
+    probes = probing.probe(graph, exported.inputs, OPSET, None, limit if limit < longest else None)
+    masks.write_masks(graph, probes, shapes.Axes(graph, probes), limit, OPSET)
 
 
 def _sizes(value: Any) -> list[object]:

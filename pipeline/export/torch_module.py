@@ -16,13 +16,18 @@ from bertile.export.sentence_modules import Chain, Dense, LayerNorm, Normalize, 
 from bertile.families import embeddings, table
 from bertile.onnx.masks import MASKED
 
+# By their names in a config: classes are renamed between releases of transformers.
+_BY_TANH = tuple(type(activations.ACT2FN[name]) for name in ("gelu_new", "gelu_pytorch_tanh"))
+
 
 class Exportable(nn.Module):
     """The forward that is exported: (batch, length) integers in, float32 tensors out.
 
     transformers would build the attention mask with data-dependent code that the ONNX importer
     cannot follow, so the mask is built here, in the 4-D additive form that eager attention takes
-    as it is in every family. `notes` say what preparing the model has settled.
+    as it is in every family. Where `additive` is off, the model is left to build it of (batch,
+    length), which releases before 5 do in plain arithmetic, and some families of 5.0.
+    `notes` say what preparing the model has settled.
     """
 
     def __init__(self, checkpoint: Checkpoint, inputs: tuple[str, ...], outputs: tuple[str, ...]):
@@ -31,6 +36,7 @@ class Exportable(nn.Module):
         self.embedding = checkpoint.chain and Embedding(checkpoint.chain)
         self.inputs = inputs
         self.outputs = outputs
+        self.additive = True
         self.padding_id = table.named(checkpoint.family).padding_id(self.model)
         self.notes = _simplify(self.model, checkpoint, "token_type_ids" in inputs)
         self.eval()
@@ -42,7 +48,9 @@ class Exportable(nn.Module):
         token_type_ids: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         mask = attention_mask.to(torch.float32)
-        keywords: dict[str, Any] = {"attention_mask": (1.0 - mask[:, None, None, :]) * MASKED}
+        keywords: dict[str, Any] = {"attention_mask": attention_mask}
+        if self.additive:
+            keywords["attention_mask"] = (1.0 - mask[:, None, None, :]) * MASKED
         if token_type_ids is not None:
             keywords["token_type_ids"] = token_type_ids
         if self.padding_id is not None:
@@ -167,7 +175,7 @@ def _simplify(model: nn.Module, checkpoint: Checkpoint, has_types: bool) -> tupl
     """Replace, in place, modules whose export would hide what they compute; return notes."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, (activations.NewGELUActivation, activations.GELUTanh)):
+            if isinstance(child, _BY_TANH):
                 setattr(parent, name, nn.GELU(approximate="tanh"))
             elif isinstance(child, activations.GELUActivation):
                 setattr(parent, name, nn.GELU())

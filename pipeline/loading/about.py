@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from bertile.loading.errors import BertileError, BundleError, PlatformError
+from bertile.loading.ragged import MASK
 
 TOKENIZER = "tokenizer.json"
+
+
+def padding_id(manifest: dict[str, Any]) -> int | None:
+    """What a tokenizer fills the rows of a batch with; None where there is no tokenizer, or no
+    mask to say so.
+    """
+    masked = any(spec["name"] == MASK for spec in manifest["inputs"])
+    text = manifest.get("text") or {}
+    return text.get("padding_id") if masked and TOKENIZER in manifest["files"] else None
 
 
 class Bundled:

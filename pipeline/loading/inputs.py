@@ -8,6 +8,7 @@ import traceback
 import numpy as np
 
 from bertile.loading.errors import InputError
+from bertile.loading.ragged import MASK, squared, warn_of_padding
 
 FILL = {"ones": 1, "zeros": 0}
 PLACES = "places"  # 0, 1, 2, …
@@ -15,6 +16,7 @@ PLACES = "places"  # 0, 1, 2, …
 NEUTRAL = {"attention_mask": "ones", "token_type_ids": "zeros", "position_ids": PLACES}
 
 
+FEW = 64  # integers, of which Python knows the extremes before numpy has begun
 _WORDS = {"ones": "all ones", "zeros": "all zeros", PLACES: "0, 1, 2, …"}
 
 
@@ -25,16 +27,21 @@ def filled(default: str | None, shape: tuple[int, int]):
     return FILL.get(default)
 
 
-def check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dict:
-    """Return the given inputs as integer arrays of one shape (batch, length), checked."""
-    known = {spec["name"]: spec for spec in specs}
-    extra = {
-        name: _integers(name, value)
-        for name, value in inputs.items()
-        if name in NEUTRAL and name not in known and value is not None
-    }
-    named = {name: value for name, value in inputs.items() if name in known or name not in NEUTRAL}
-    arrays = {name: _integers(name, value) for name, value in check_names(named, specs).items()}
+def check_inputs(
+    inputs: dict, specs: list[dict], max_length: int | None, padding_id: int | None = None
+) -> dict:
+    """Return the given inputs as integer arrays of one shape (batch, length), checked.
+
+    Rows of unequal lengths are padded, and masked. Where a `padding_id` is known, a batch that has
+    it at an end of a row, and no mask, is warned of.
+    """
+    inputs = squared(inputs, specs)
+    known, extra = {spec["name"]: spec for spec in specs}, {}
+    if not inputs.keys() <= known.keys():
+        others = {name: inputs[name] for name in inputs if name in NEUTRAL and name not in known}
+        inputs = {name: value for name, value in inputs.items() if name not in others}
+        extra = {n: _integers(n, value) for n, value in others.items() if value is not None}
+    arrays = {name: _integers(name, value) for name, value in check_names(inputs, specs).items()}
     first, shape = next((name, array.shape) for name, array in arrays.items())
     if 0 in shape:
         raise InputError(f"{first} has shape {shape}", "give at least one row and one token")
@@ -48,6 +55,8 @@ def check_inputs(inputs: dict, specs: list[dict], max_length: int | None) -> dic
     check_length(shape[1], max_length)
     for name, array in arrays.items():
         _check_range(name, array, known[name])
+    if padding_id is not None and MASK not in arrays:
+        warn_of_padding(arrays["input_ids"], padding_id)
     return arrays
 
 
@@ -89,6 +98,8 @@ def _integers(name: str, value) -> np.ndarray:
                 f"{name} is not rectangular", "pad every row to one length, with attention_mask 0"
             ) from error
         raise InputError(f"{name} cannot be read as an array: {said[:300]}") from error
+    if array.ndim == 2 and array.dtype.kind in "iub":
+        return array
     if array.ndim != 2:
         raise InputError(
             f"{name} has {array.ndim} dimension{'s' * (array.ndim != 1)}",
@@ -106,11 +117,19 @@ def _integers(name: str, value) -> np.ndarray:
 def _check_range(name: str, array: np.ndarray, spec: dict) -> None:
     below = spec["below"]
     limit = np.iinfo(spec["dtype"]).max if below is None else below - 1
-    if array.dtype == bool:
-        array = array.view(np.uint8)
-    low, high = int(array.min()), int(array.max())
+    low, high = _extremes(array)
     if low >= 0 and high <= limit:
         return
     wrong = low if low < 0 else high
     row, column = np.argwhere(array == wrong)[0]
     raise InputError(f"{name}[{row}, {column}] is {wrong}, the model takes 0 to {limit}")
+
+
+def _extremes(array: np.ndarray) -> tuple[int, int]:
+    """The smallest and the largest of an array of integers or truth values."""
+    if array.size <= FEW:
+        numbers = array.ravel().tolist()
+        return int(min(numbers)), int(max(numbers))
+    if array.dtype == bool:
+        array = array.view(np.uint8)
+    return int(array.min()), int(array.max())

@@ -79,6 +79,8 @@ def _check_manifest(manifest: dict) -> None:
     for key, kind in kinds.items():
         if not isinstance(manifest[key], kind):
             raise TypeError(f"'{key}' is no {kind.__name__}")
+    if not isinstance(manifest.get("text", {}), dict):
+        raise TypeError("'text' is no dict")
     target = manifest["target"]
     words = target["features"]
     if not isinstance(words, list) or not _are_texts([target["arch"], *words]):

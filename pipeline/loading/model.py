@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from bertile.loading.about import Bundled
+from bertile.loading.about import Bundled, padding_id
 from bertile.loading.again import load_again
-from bertile.loading.blocks import BLOCK_TOKENS, blocks_of, passes, sequence_ends
-from bertile.loading.errors import AGAIN, BertileError, BundleError, InputError
+from bertile.loading.batch import Planner
+from bertile.loading.errors import AGAIN, BertileError, BundleError
 from bertile.loading.inputs import check_inputs, filled
 from bertile.loading.interface import INTERFACE
-from bertile.loading.padding import check_outputs, cut, fit
+from bertile.loading.padding import check_outputs, cut
 from bertile.loading.pool import outside
 from bertile.loading.stream import Stream
 from bertile.loading.tvm_abi import Object, Runtime
@@ -44,55 +44,64 @@ class Model(Bundled):
         self.max_length = manifest["model"]["max_length"]
         self.threads = threads
         self.pass_blocks = PASS_BLOCKS * threads  # of tokens; what is more takes several passes
-        self.loaded_by = None
-        self._runtime, entry, inputs = runtime, manifest["entry"], len(self.inputs) + 1
+        self.loaded_by, self._padding_id = None, padding_id(manifest)
+        self._planner = Planner(manifest["static"], "attention_mask" not in self.inputs)
+        self._runtime, entry = runtime, manifest["entry"]
+        dtypes = [spec["dtype"] for spec in manifest["inputs"]]
         try:
             module = _open_library(runtime, library)
             self._streams = [
-                Stream(runtime, module, entry, inputs, params, threads) for _ in range(streams)
+                Stream(runtime, module, entry, dtypes, params, threads) for _ in range(streams)
             ]
-            self._check_arity(entry, inputs + len(params))
+            blocks = 1  # which is an input too
+            self._check_arity(entry, len(dtypes) + blocks + len(params))
             # what the library says of itself; None: that of an older Bertile says nothing
             self.interface: str | None = self._ask(INTERFACE)
         except BertileError as error:
             raise BundleError(f"cannot load {library}: {error.what}", error.remedy) from error
         self._held = (module, params)
+        self._library = library
 
     def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray]:
         """Run the model on arrays or nested lists of integers, each (batch, length).
 
-        A missing attention_mask is all ones, missing token_type_ids are all zeros and missing
-        position_ids 0, 1, 2, …; a model without these inputs takes them so. Positions behind the
-        last token of a sequence are zero in the outputs. Raises InputError for a wrong name, rank,
-        type or shape, for ids that the model does not have and for too many tokens.
+        Rows may be of unequal lengths: they are padded, and the padding masked. A missing
+        attention_mask is all ones, missing token_type_ids are all zeros and missing position_ids
+        0, 1, 2, …; a model without these inputs takes them so. Positions behind the last token of a
+        sequence are zero in the outputs. Raises InputError for a wrong name, rank, type or shape,
+        for ids that the model does not have and for too many tokens; warns of padding without a
+        mask.
         """
-        specs, static = self.manifest["inputs"], self.manifest["static"]
-        checked = check_inputs(inputs, specs, self.max_length)
-        batch, length = next(iter(checked.values())).shape
-        step, width = static.get("batch"), static.get("length") or length
-        mask = None if static.get("padded") else checked.get("attention_mask")
-        exact = static.get("padded") or "attention_mask" not in self.inputs
-        if length > width or (length < width and exact):
-            exactly = "at most" if length > width else "exactly"
-            raise InputError(f"the input has {length} tokens, this bundle takes {exactly} {width}")
-        ends = np.full(batch, length) if mask is None else sequence_ends(mask)
-        values = [checked.get(s["name"], filled(s["default"], (batch, length))) for s in specs]
+        specs = self.manifest["inputs"]
+        checked = check_inputs(inputs, specs, self.max_length, self._padding_id)
+        shape = next(iter(checked.values())).shape
+        batch = self._planner.plan(shape, checked.get("attention_mask"), self.pass_blocks)
+        values = [
+            checked[s["name"]] if s["name"] in checked else filled(s["default"], shape)
+            for s in specs
+        ]
         pieces = []
-        together = static.get("together", False)
-        for first, count in passes(ends, BLOCK_TOKENS, self.pass_blocks, step, together):
-            room = (step or count, width)
-            arrays = [
-                fit(value, first, (count, length), room, spec["dtype"])
-                for value, spec in zip(values, specs)
-            ]
-            last = np.ones(room[0], np.int64)
-            last[:count] = ends[first : first + count]
-            pieces.append(self._run(arrays, blocks_of(last, BLOCK_TOKENS)))
+        for first, count, room, table in batch.passes:
+            rows = [v if isinstance(v, int) else v[first : first + count] for v in values]
+            pieces.append(self._run(rows, table, (count, shape[1]), room))
             check_outputs(pieces[-1], self.manifest["outputs"], room)
+        if batch.whole:
+            return dict(zip(self.outputs, pieces[0]))
         return {
-            spec["name"]: cut(spec["axes"], [piece[index] for piece in pieces], length, ends)
-            for index, spec in enumerate(self.manifest["outputs"])
+            spec["name"]: cut(spec["axes"], [piece[i] for piece in pieces], shape[1], batch.ends)
+            for i, spec in enumerate(self.manifest["outputs"])
         }
+
+    def beside(self, streams: int, threads: int = 1) -> Model:
+        """The same library and weights for other calls: `streams` at once, each on `threads` cores.
+
+        It is closed by itself.
+        """
+        if self.closed:
+            raise BertileError("the model is closed", "load the bundle again")
+        _, params = self._held
+        with outside:
+            return Model(self._runtime, self.manifest, self._library, params, threads, streams)
 
     def close(self) -> None:
         """Give back the library and the weights; a later call raises BertileError."""
@@ -129,13 +138,17 @@ class Model(Bundled):
         function = self._streams[0].find(name)
         return None if function is None else self._runtime.text(self._runtime.call(function))
 
-    def _run(self, arrays: list[np.ndarray], blocks: np.ndarray) -> list[np.ndarray]:
-        """Call the compiled function: aligned (batch, length) inputs and the table of blocks.
+    def _run(
+        self, values: list, blocks: np.ndarray, shape: tuple[int, int], room: tuple[int, int]
+    ) -> list[np.ndarray]:
+        """Call the compiled function on a pass, see `Stream.run`, in the stream with least to do.
 
         A caller that packs sequences of unequal lengths builds its own table (see token_blocks).
         """
-        stream = min(self._streams, key=Stream.backlog)
-        return stream.run(arrays, blocks, len(self.outputs))
+        stream = self._streams[0]
+        if len(self._streams) > 1:
+            stream = min(self._streams, key=Stream.backlog)
+        return stream.run(values, blocks, shape, room, len(self.outputs))
 
 
 def _open_library(runtime: Runtime, path: Path) -> Object:

@@ -1,24 +1,10 @@
-"""Pads the inputs of a pass to the shape that it has, and cuts the padding off its outputs."""
+"""Checks the outputs of a pass, and cuts off what its inputs were padded with."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from bertile.loading.errors import AGAIN, BundleError
-from bertile.loading.memory import aligned, empty
-
-
-def fit(value, first: int, shape: tuple, room: tuple, dtype: str) -> np.ndarray:
-    """Return `shape` of an array from its row `first` on, or a number, padded with 0 to `room`."""
-    if not isinstance(value, int):
-        value = value[first : first + shape[0]]
-        if shape == room:
-            return aligned(value, dtype)
-    out = empty(room, dtype)
-    if shape != room:
-        out.fill(0)
-    out[: shape[0], : shape[1]] = value
-    return out
 
 
 def check_outputs(arrays: list[np.ndarray], specs: list[dict], room: tuple[int, int]) -> None:
@@ -26,7 +12,7 @@ def check_outputs(arrays: list[np.ndarray], specs: list[dict], room: tuple[int, 
     sizes = {"batch": room[0], "length": room[1]}
     for array, spec in zip(arrays, specs):
         shape = tuple(sizes.get(axis, axis) for axis in spec["axes"])
-        if array.shape != shape or array.dtype != spec["dtype"]:
+        if array.shape != shape or array.dtype != np.dtype(spec["dtype"]):
             is_, should = (f"{array.dtype} {array.shape}", f"{spec['dtype']} {shape}")
             raise BundleError(f"the output {spec['name']} is {is_}, not {should}", AGAIN)
 

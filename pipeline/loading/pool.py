@@ -1,8 +1,10 @@
-"""Runs a model in a thread of its own, whose pool has the threads that the model may use.
+"""Runs a model in a thread of its own, whose pool has the threads that the model may use, or a
+model of one thread in the thread that calls it.
 
 TVM has one pool for each thread that calls it. A pool cannot grow, and a fork takes none of its
 threads along: a process whose caller had a pool when it forked would wait for them at its end. So
-the pool belongs to a thread that a fork leaves behind with it, and a child starts its own.
+the pool belongs to a thread that a fork leaves behind with it, and a child starts its own. One
+thread needs no pool, and the way to another thread and back costs as much as a tiny model.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import atexit
 import os
 import threading
 import weakref
+from collections import deque
 from queue import SimpleQueue
 
 from bertile.loading.errors import BertileError
@@ -19,10 +22,50 @@ from bertile.loading.tvm_abi import Runtime
 # Held by whoever calls TVM outside of a model's call: to load, to close, to size a pool.
 outside = threading.RLock()
 _forks = threading.Lock()  # one at a time, since each waits for all calls to end
-_hosts: weakref.WeakSet[Host] = weakref.WeakSet()
-_waiting: list[threading.Lock] = []  # what the fork under way holds
+_hosts: weakref.WeakSet[Host | Caller] = weakref.WeakSet()
+_waiting: list = []  # the locks that the fork under way holds
 _generation = 0  # of this process: how many forks lie between it and the one that began
 _ended = False  # no thread of a model runs any more
+
+
+def host_of(runtime: Runtime, threads: int) -> Host | Caller:
+    """Return what runs a model of so many threads."""
+    return Caller(runtime) if threads == 1 and runtime.runs_alone else Host(runtime, threads)
+
+
+class Caller:
+    """Runs a model of one thread in whichever thread calls, one call after the other."""
+
+    def __init__(self, runtime: Runtime):
+        # held during a call: a fork waits for it. A signal's handler that calls while its thread
+        # is in a call, or forks, has it already.
+        self.lock = threading.RLock()
+        self._runtime, self._closed = runtime, False
+        self._calls: deque[None] = deque()  # a number that threads may change without a lock
+        _hosts.add(self)
+
+    def run(self, function):
+        """Return what `function` returns."""
+        self._calls.append(None)
+        try:
+            with self.lock:
+                _check_open(self._closed)
+                return self._runtime.alone(function)
+        finally:
+            self._calls.pop()
+
+    def backlog(self) -> int:
+        """How many calls are under way, or wait."""
+        return len(self._calls)
+
+    def close(self) -> None:
+        """Let a later call raise BertileError."""
+        self._closed = True
+
+    def join(self) -> None:
+        """Wait for the call that is under way."""
+        with self.lock:
+            pass
 
 
 class Host:
@@ -42,13 +85,7 @@ class Host:
         What it raises is raised. A caller whom Ctrl-C calls away leaves its call to the thread.
         """
         with outside:
-            if self._closed:
-                raise BertileError("the model is closed", "load the bundle again")
-            # at the end of a process its own thread is alone with what atexit calls, in an order
-            # that nobody knows; other threads are waited for before
-            alone = not threading.main_thread().is_alive()
-            if _ended or (alone and threading.current_thread() is threading.main_thread()):
-                raise BertileError("the model is closed: this process is ending")
+            _check_open(self._closed)
             if self._asked is None or self._started_in != _generation:
                 self._start()
             call = _Call(function)
@@ -122,6 +159,16 @@ class _Call:
             raise error
         finally:
             del error  # it holds this frame, and would so hold itself and the model
+
+
+def _check_open(closed: bool) -> None:
+    if closed:
+        raise BertileError("the model is closed", "load the bundle again")
+    # at the end of a process its own thread is alone with what atexit calls, in an order
+    # that nobody knows; other threads are waited for before
+    alone = not threading.main_thread().is_alive()
+    if _ended or (alone and threading.current_thread() is threading.main_thread()):
+        raise BertileError("the model is closed: this process is ending")
 
 
 def _serve(asked: SimpleQueue[_Call | None], lock: threading.Lock) -> None:

@@ -13,6 +13,9 @@ from bertile.loading.threads import set_thread_defaults
 
 _NONE, _INT, _BOOL, _RAW_STR, _OBJECT = 0, 1, 2, 8, 64  # TVMFFITypeIndex; objects are from 64 on
 _STRING, _TENSOR = 65, 70
+# threading::MaxConcurrency and SetMaxConcurrency, of one thread, as compilers for Linux name them
+_THREADS = "_ZN3tvm7runtime9threading14MaxConcurrencyEv"
+_SET_THREADS = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
 _HEADER = 24  # bytes of TVMFFIObject, before the object's own fields
 
 
@@ -32,6 +35,9 @@ class _Any(ctypes.Structure):
     _fields_ = (("kind", ctypes.c_int32), ("zero", ctypes.c_uint32), ("value", _Value))
 
 
+_Pair = _Any * 2
+
+
 class DLTensor(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -45,6 +51,13 @@ class DLTensor(ctypes.Structure):
         ("strides", ctypes.POINTER(ctypes.c_int64)),
         ("offset", ctypes.c_uint64),
     )
+
+
+_DTYPES_OF = {
+    (code, size * 8): np.dtype(f"{kind}{size}")
+    for code, kind, sizes in ((0, "i", (1, 2, 4, 8)), (1, "u", (1, 2, 4, 8)), (2, "f", (2, 4, 8)))
+    for size in sizes
+}
 
 
 class DLManagedTensor(ctypes.Structure):
@@ -69,7 +82,7 @@ class Runtime:
     def __init__(self, *paths: str):
         set_thread_defaults()
         try:
-            ffi, _ = (ctypes.CDLL(path, ctypes.RTLD_GLOBAL) for path in paths)
+            ffi, runtime = (ctypes.CDLL(path, ctypes.RTLD_GLOBAL) for path in paths)
         except OSError as error:
             raise PlatformError(f"cannot load the TVM runtime: {error}") from error
         pointer, integer = ctypes.c_void_p, ctypes.c_int32
@@ -81,6 +94,29 @@ class Runtime:
         self._raised = _prototype(ffi.TVMFFIErrorMoveFromRaised, pointer)
         self._release = _prototype(ffi.TVMFFIObjectDecRef, pointer)
         self._functions: dict[str, Object] = {}
+        try:
+            self._threads = ctypes.PYFUNCTYPE(ctypes.c_int)((_THREADS, runtime))
+            self._set_threads = ctypes.PYFUNCTYPE(None, ctypes.c_int)((_SET_THREADS, runtime))
+        except AttributeError:  # they are TVM's own, and no part of its C ABI
+            self._threads = None
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether `alone` may be called."""
+        return self._threads is not None
+
+    def alone(self, function):
+        """Return what `function` returns, whose kernels run in this thread and in no other.
+
+        How many threads TVM uses is a number of each thread that calls it, and is so afterwards
+        as before.
+        """
+        before = self._threads()
+        self._set_threads(1)
+        try:
+            return function()
+        finally:
+            self._set_threads(before)
 
     def function(self, name: str) -> Object:
         """Return the global function `name`."""
@@ -105,10 +141,11 @@ class Runtime:
             set_argument(packed[index], argument)
         return packed
 
-    def call_packed(self, function: Object, packed: ctypes.Array):
-        """Call with what `pack` has made; the result is as that of `call`."""
+    def call_packed(self, function: Object, packed: ctypes.Array, count: int | None = None):
+        """Call with what `pack` has made, or the first `count`; the result is as that of `call`."""
         result = _Any()
-        self._check(self._call(function.handle, packed, len(packed), ctypes.byref(result)))
+        count = len(packed) if count is None else count
+        self._check(self._call(function.handle, packed, count, ctypes.byref(result)))
         if result.kind >= _OBJECT:
             return Object(result.kind, result.value.pointer, self._release)
         return None if result.kind == _NONE else result.value.integer
@@ -136,13 +173,19 @@ class Runtime:
 
     def arrays(self, result: Object, count: int) -> list[np.ndarray]:
         """Copy the tensors of a TVM array, which must be `count`, into new numpy arrays."""
-        size = self.call(self.function("ffi.ArraySize"), result)
+        arguments = _Pair()
+        set_argument(arguments[0], result)
+        size = self.call_packed(self.function("ffi.ArraySize"), arguments, 1)
         if size != count:
             raise BundleError(
                 f"the library gives {size} outputs, the manifest names {count}", AGAIN
             )
-        item = self.function("ffi.ArrayGetItem")
-        return [_copy(self.call(item, result, index)) for index in range(count)]
+        item, index, copies = self.function("ffi.ArrayGetItem"), arguments[1], []
+        index.kind = _INT
+        for number in range(count):
+            index.value.integer = number
+            copies.append(_copy(self.call_packed(item, arguments)))
+        return copies
 
     def resize_pool(self, threads: int) -> None:
         """Give the calling thread a pool of `threads` threads, or shrink the one it has."""
@@ -191,7 +234,6 @@ def _text(owner: Object, skip: int = 0) -> str:
 
 def _copy(tensor: Object) -> np.ndarray:
     source = DLTensor.from_address(tensor.handle + _HEADER)
-    kind = {0: "i", 1: "u", 2: "f"}[source.code]
-    out = np.empty(tuple(source.shape[: source.rank]), f"{kind}{source.bits // 8}")
+    out = np.empty(tuple(source.shape[: source.rank]), _DTYPES_OF[source.code, source.bits])
     ctypes.memmove(address_of(out), source.data + source.offset, out.nbytes)
     return out

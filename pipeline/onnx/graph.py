@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 # A tensor's axes by its name: an int, or anything that is equal only to itself; None if unknown.
-Sizes = Callable[[str], Optional[list]]
+Sizes = Callable[[str], list | None]
 EXTERNAL_DATA_BYTES = 1_500_000_000
 IR_VERSION = 10  # the newest that came with opset 20 or 21, so that older runtimes read it too
 

@@ -9,7 +9,7 @@ Split(MatMul(x, w) + b), also in heads     →  MatMul(x, part of w) + part of b
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -42,7 +42,7 @@ class _Letters(NamedTuple):
     result: str
 
 
-_Written = Optional[tuple[str, list[str]]]
+_Written = tuple[str, list[str]] | None
 
 
 def _letters(node: onnx.NodeProto) -> _Letters | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 import onnx
@@ -48,7 +47,7 @@ class _Range:
         return _Range(scale, round(-low / float(scale)))
 
 
-Ranges = dict[str, Optional[_Range]]
+Ranges = dict[str, _Range | None]
 
 
 def lift_quantization(graph: OnnxGraph) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,7 +31,7 @@ _ELEMENTWISE = {
 }
 _LAST = ("LayerNormalization", "Softmax", "LogSoftmax")
 Inputs = list[str]
-Rule = Callable[["_Unfolding", onnx.NodeProto], Optional[tuple[Inputs, dict[str, Any]]]]
+Rule = Callable[["_Unfolding", onnx.NodeProto], tuple[Inputs, dict[str, Any]] | None]
 
 
 def unfold_first_axes(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:

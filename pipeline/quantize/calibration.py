@@ -15,7 +15,7 @@ from bertile import loader
 from bertile.base.errors import InputError, ModelError, UsageError
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import sample
-from bertile.run import texts as runner
+from bertile.text.tokens import FIELDS, TextTokenizer
 
 Arrays = dict[str, np.ndarray]
 Row = dict[str, np.ndarray]  # one sequence: (length,) of each input
@@ -67,11 +67,10 @@ def tokenized(texts: Sequence[str], exported: ExportedModel) -> list[Row]:
         )
     limits = (exported.max_length, exported.length, LONGEST)
     limit = min(limit for limit in limits if limit)
-    settings = exported.text
-    encodings = runner.encode(exported.directory, texts, limit, True, settings)
-    named = [spec.name for spec in exported.inputs if spec.name in runner.FIELDS]
+    encodings = TextTokenizer(exported.directory, exported.text, limit).encode(texts)
+    named = [spec.name for spec in exported.inputs if spec.name in FIELDS]
     return [
-        {name: np.array(getattr(encoding, runner.FIELDS[name])) for name in named}
+        {name: np.array(getattr(encoding, FIELDS[name])) for name in named}
         for encoding in encodings
     ]
 

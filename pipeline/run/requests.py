@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bertile.base.errors import UsageError
-from bertile.run.texts import max_tokens
+from bertile.text.tokens import max_tokens
 
 USUAL_LENGTH = 128  # tokens of a request where nobody says how many
 

@@ -28,8 +28,9 @@ from bertile.export import cached
 from bertile.numerics.precision import PRECISIONS
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import session
-from bertile.run import texts
 from bertile.targets import rows as targets
+from bertile.text import batches
+from bertile.text.tokens import TextTokenizer
 
 PEERS = ("onnxruntime-int8",)
 
@@ -131,9 +132,9 @@ def _possible(config: Config) -> list[str]:
 
 def _answers(model: OnnxModel, files: ExportedModel, dataset: Dataset) -> np.ndarray:
     limit = min(bound for bound in (files.max_length, files.length, 512) if bound)
-    encodings = texts.encode(files.directory, dataset.texts, limit, truncate=True)
+    encodings = TextTokenizer(files.directory, files.text, limit).encode(dataset.texts)
     output = datasets.output_of(files.head, dataset)
-    return np.stack([outputs[output] for outputs in texts.infer(model, encodings)])
+    return np.stack([outputs[output] for outputs in batches.run_all(model, encodings)])
 
 
 def _row(

@@ -12,6 +12,7 @@ on the GPU. Copies of inputs and outputs are in none of them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -243,7 +244,7 @@ def _timed(device: str, call: Callable[[], Any], calls: int) -> list[float]:
         for _ in range(calls):
             call()
             stamps.append(time.perf_counter())
-        return [1e3 * (after - before) for before, after in zip(stamps, stamps[1:])]
+        return [1e3 * (after - before) for before, after in itertools.pairwise(stamps)]
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     for before, after in events:
         before.record()

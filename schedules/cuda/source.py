@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Union
 
-Extent = Union[int, str]  # integers, symbols, + - * // < >= and parentheses; < and >= bind least
+Extent = int | str  # integers, symbols, + - * // < >= and parentheses; < and >= bind least
 
 
 @dataclass(frozen=True)

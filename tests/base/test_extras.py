@@ -14,7 +14,13 @@ from bertile.base.extras import EXTRA_OF, extra_of, must_be_there
 
 ROOT = Path(__file__).parents[2]
 # How packages are called that are imported by another name.
-PACKAGES = {"tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi", "xgboost": "xgboost-cpu"}
+PACKAGES = {
+    "tvm": "apache-tvm",
+    "tvm_ffi": "apache-tvm-ffi",
+    "xgboost": "xgboost-cpu",
+    "llama_index": "llama-index-core",
+    "haystack": "haystack-ai",
+}
 # What others of an extra bring along.
 BROUGHT = {"huggingface_hub": "transformers"}
 DEVICES, DEVELOPERS = ("device", "tracker"), ("test", "dev")
@@ -30,11 +36,11 @@ def extras() -> dict[str, set[str]]:
     def brought(extra: str) -> set[str]:
         packages = set()
         for requirement in listed[extra]:
-            inner = re.fullmatch(r"bertile\[([\w,]+)\]", requirement)
+            inner = re.fullmatch(r"bertile\[([\w,-]+)\]", requirement)
             for name in inner[1].split(",") if inner else ():
                 packages |= brought(name)
             if not inner:
-                packages.add(re.split(r"[<>=!~]", requirement)[0])
+                packages.add(re.split(r"[<>=!~[]", requirement)[0])
         return packages
 
     return {extra: brought(extra) for extra in listed}

@@ -81,6 +81,16 @@ def test_loops_outside_of_a_stage_show_nothing(capsys) -> None:
     assert capsys.readouterr() == ("", "")
 
 
+def test_short_loops_of_no_stage_say_nothing_when_there_is_no_terminal(monkeypatch) -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream).bar("texts") as bar:
+        bar.advance()
+        assert stream.getvalue() == ""
+        monkeypatch.setattr(progress_module, "STATUS_SECONDS", 0)
+        bar.advance()
+    assert stream.getvalue().split() == ["texts", "2"]
+
+
 def test_time_that_is_left_is_said_in_minutes_where_it_is_long(monkeypatch) -> None:
     clock = iter([0.0, 100.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))

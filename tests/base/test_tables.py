@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bertile.base.tables import size, table
+from bertile.base.tables import Column, running, short, size, table
 
 
 def test_table_aligns_numbers_right_and_text_left() -> None:
@@ -36,3 +36,26 @@ def test_table_without_rows_is_its_header() -> None:
 )
 def test_size_is_readable(count: int, text: str) -> None:
     assert size(count) == text
+
+
+def test_running_table_gives_each_line_as_its_row_comes() -> None:
+    def rows():
+        for text in ("a\nb", "c" * 99):
+            read.append(text)
+            yield (1.5, text)
+
+    read: list[str] = []
+    lines = running([Column("ms", 6, right=True), Column("text", 0)], rows())
+    assert read == []  # an error of the first row comes before the heading
+    assert [next(lines), next(lines), next(lines)] == [
+        "    ms  text",
+        "------  ----",
+        "  1.50  a b",
+    ]
+    assert len(read) == 1
+    assert list(lines) == [f"  1.50  {'c' * 57}..."]
+    assert list(running([Column("x", 1)], [])) == []
+
+
+def test_short_text_is_a_single_line() -> None:
+    assert short(" a \n b\t") == "a b" and short("abcdef", 5) == "ab..."

@@ -195,18 +195,19 @@ def test_compile_refuses_a_bad_onnx_file(tmp_path, cache, exported, refused, cap
 # What a model is called with
 
 
-def test_run_refuses_a_text_that_is_too_long(compiled, refused):
+def test_run_refuses_a_text_that_is_too_long_when_asked(compiled, refused):
     refused(
         2,
-        "text 2 has 600 tokens, the model takes at most 512; shorten it, or cut it with --truncate",
-        *("run", str(compiled), "good", "movie " * 600),
+        "text 2 has 600 tokens, the model takes at most 512; shorten it, or let it be cut",
+        *("run", str(compiled), "--no-truncate", "good", "movie " * 600),
     )
 
 
-def test_run_cuts_a_text_that_is_too_long_when_asked(compiled, capfd):
-    command = ["run", str(compiled), "movie " * 600, "--truncate", "--json", "-q"]
-    assert main.main(command) == 0
-    assert json.loads(capfd.readouterr().out)["tokens"] == [512]
+def test_run_cuts_a_text_that_is_too_long_and_says_so(compiled, capfd):
+    assert main.main(["run", str(compiled), "movie " * 600, "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert len(json.loads(out)["embedding"]) == 128
+    assert err == "1 text was cut to 512 tokens\n"
 
 
 def test_run_names_the_id_that_the_model_does_not_have(damaged, refused):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -330,111 +329,6 @@ def test_verify_exits_with_4_past_the_tolerance(
     monkeypatch.setitem(sys.modules, "bertile.verify.verifier", verifier)
     monkeypatch.setattr("bertile.verify.verifier", verifier, raising=False)
     assert call(capsys, "verify", "bundle")[0] == code
-
-
-@pytest.fixture
-def read_texts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """What `bertile run` reads of arguments and of the bytes on stdin, or its code and sentence."""
-    runner = SimpleNamespace(run=lambda _, texts, **__: texts, as_text=lambda _: "")
-    monkeypatch.setitem(sys.modules, "bertile.run.texts", runner)
-    monkeypatch.setattr("bertile.run.texts", runner, raising=False)
-
-    def read(*arguments: str, stdin: bytes | None = b"", terminal: bool = False):
-        stream = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin))
-        if stream is not None:
-            stream.isatty = lambda: terminal
-        monkeypatch.setattr("sys.stdin", stream)
-        code, out, err = call(capsys, "run", "bundle", "--json", *arguments)
-        return json.loads(out) if code == 0 else (code, err.removeprefix("bertile: ").strip())
-
-    return read
-
-
-# As bytes, and the texts that its lines are.
-LINES = {
-    "blank lines": (b"one\n\n \t\ntwo\n", ["one", "two"]),
-    "no last end": (b"one\ntwo", ["one", "two"]),
-    "of Windows": (b"\xef\xbb\xbfone\r\ntwo\r\n", ["one", "two"]),
-    "ends of old": (b"one\rtwo\r", ["one", "two"]),
-    "other separators": (
-        "a\u2028b\x85c\x0bd\x0ce\x1cf\n".encode(),
-        ["a\u2028b\x85c\x0bd\x0ce\x1cf"],
-    ),
-    "blanks around": (b"  one \n", ["  one "]),
-    "letters": (
-        "gr\u00fcn \u4f60\u597d \U0001f600\n".encode(),
-        ["gr\u00fcn \u4f60\u597d \U0001f600"],
-    ),
-}
-NO_TEXTS = {
-    "empty": (b"", "there is no text in {}; give texts as arguments"),
-    "blank": (b"\n \r\n\t", "there is no text in {}; give texts"),
-    "a mark alone": (b"\xef\xbb\xbf", "there is no text in {}; give texts as arguments"),
-    "latin-1": (b"good\ngr\xfcn\n", "line 2 of {} is not in UTF-8; convert it"),
-    "UTF-16": ("good".encode("utf-16"), "line 1 of {} is not in UTF-8; convert it"),
-}
-
-
-@pytest.mark.parametrize("case", LINES)
-def test_run_reads_a_text_of_each_line_of_a_file_or_of_stdin(read_texts, tmp_path, case) -> None:
-    content, texts = LINES[case]
-    (tmp_path / "texts").write_bytes(content)
-    assert read_texts("--file", str(tmp_path / "texts"), stdin=b"other") == texts
-    assert read_texts("--file", "-", stdin=content) == texts
-    assert read_texts("--file", "-", stdin=content, terminal=True) == texts
-    assert read_texts(stdin=content) == texts
-
-
-@pytest.mark.parametrize("case", NO_TEXTS)
-def test_run_refuses_a_file_without_texts(read_texts, tmp_path, case) -> None:
-    content, sentence = NO_TEXTS[case]
-    file = tmp_path / "texts"
-    file.write_bytes(content)
-    for where, answer in (
-        (f"'{file}'", read_texts("--file", str(file))),
-        ("stdin", read_texts("--file", "-", stdin=content)),
-        ("stdin", read_texts(stdin=content)),
-    ):
-        assert answer[0] == 2 and answer[1].startswith(sentence.format(where))
-
-
-def test_run_takes_texts_as_arguments_and_leaves_stdin_alone(read_texts) -> None:
-    assert read_texts("one", "two words", stdin=b"\xff") == ["one", "two words"]
-    assert read_texts("--", "-x", "--file") == ["-x", "--file"]
-    assert read_texts("one", "--truncate", "two", "--threads", "1", "three") == [
-        "one",
-        "two",
-        "three",
-    ]
-    assert read_texts("--threads", "1", "-5", "-5 degrees", "--", "--", "-x") == [
-        "-5",
-        "-5 degrees",
-        "--",
-        "-x",
-    ]
-    # what a locale that is not UTF-8 makes of bytes that are
-    assert read_texts("gr\u00fcn", os.fsdecode("gr\u00fcn".encode())) == ["gr\u00fcn", "gr\u00fcn"]
-    assert read_texts("gr\udcc3\udcbcn") == ["gr\u00fcn"]
-
-
-def test_run_says_what_is_wrong_with_its_texts(read_texts, tmp_path) -> None:
-    remedy = "give texts as arguments, with --file FILE, or as lines on stdin"
-    assert read_texts(stdin=b"x", terminal=True) == (2, f"there is no text; {remedy}")
-    assert read_texts(stdin=None) == (2, f"there is no text; {remedy}")
-    assert read_texts("--file", "-", stdin=None) == (2, f"there is no text; {remedy}")
-    assert read_texts("x", "-x") == (2, "option '-x' is unknown; see: bertile run --help")
-    both = (2, "texts and --file exclude each other; leave one of them out")
-    assert read_texts("x", "--file", "-") == read_texts("x", "--file", str(tmp_path)) == both
-    assert read_texts("x", " \t") == (2, "text 2 is empty; give a text")
-    assert read_texts("x", "a\udcff") == (2, "text 2 is not in UTF-8; convert it")
-    missing = str(tmp_path / "none")
-    wrong = f"'{missing}' cannot be read: No such file or directory"
-    assert read_texts("--file", missing) == (2, wrong)
-    assert read_texts("--file", str(tmp_path)) == (
-        2,
-        f"'{tmp_path}' cannot be read: Is a directory",
-    )
-    assert read_texts("--file", "") == (2, "'' cannot be read: Is a directory")
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

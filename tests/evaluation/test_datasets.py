@@ -103,10 +103,7 @@ def test_answers_of_a_bundle_are_one_vector_a_text(tmp_path, stages):
     directory = tiny_encoder.compile(tmp_path / "tiny", stages)
     texts = ("good movie", "bad bad movie, which is longer than the first", "movie")
     vectors = datasets.answers(directory, Dataset(Path("x.txt"), texts))
-    with bertile.load(directory) as model:
-        from bertile.run.texts import encode
-
-        (encoding,) = encode(directory, texts[1:2])
-        want = model(input_ids=[encoding.ids])["sentence_embedding"][0]
+    with bertile.open(directory) as model:
+        want = model.encode(texts[1])
     assert vectors.shape == (3, 128)
     np.testing.assert_allclose(vectors[1], want, atol=1e-5)

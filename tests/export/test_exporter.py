@@ -11,11 +11,13 @@ import torch
 import transformers
 from helpers import family_models
 from helpers.family_models import HEAD_OF, NAMES, PAIRS
+from transformers.models.bert import modeling_bert
 
 from bertile.base.errors import ModelError, NumericMismatchError
 from bertile.config import HEADS, Config
 from bertile.export import checkpoints, exporter, synthetic, torch_module
 from bertile.onnx.exported import ExportedModel, read
+from bertile.onnx.masks import MASKED
 from bertile.onnx.samples import largest_difference, sample, session
 
 # Two layers in float32, summed in another order than torch does: some units of the last place.
@@ -71,6 +73,33 @@ def test_export_names_inputs_and_outputs_of_each_family(exports, family, head):
     arrays = sample(exported.inputs, 1, 3, family_models.padding_id(exported))
     assert exported.outputs == tuple(family_models.torch_outputs(model, head, arrays))
     assert (exported.family, exported.head) == (family, head)
+
+
+def _refuse_four_axes(mask):
+    if mask.dim() != 2:
+        raise ValueError(f"Wrong shape for attention_mask (shape {tuple(mask.shape)})")
+
+
+def _take_real_for_padding(mask):
+    """Without a word, what is added to a real key, 0, is taken for one that is padding."""
+
+
+@pytest.mark.parametrize("look", [_refuse_four_axes, _take_real_for_padding])
+def test_mask_that_the_model_builds_of_two_axes_is_written_as_ours(monkeypatch, tmp_path, look):
+    """As models of transformers before 5 do, which take no mask of (batch, 1, 1, length)."""
+
+    def build(config, inputs_embeds, attention_mask, **others):
+        look(attention_mask)
+        batch, length = attention_mask.shape[0], attention_mask.shape[-1]
+        padded = (attention_mask == 0).reshape(batch, 1, 1, length)
+        return padded.to(inputs_embeds.dtype) * torch.finfo(torch.float32).min
+
+    monkeypatch.setattr(modeling_bert, "create_bidirectional_mask", build)
+    exported = exporter.export("synthetic:bert-tiny", tmp_path, Config())
+    compare(exported, "bert-tiny", "encoder", [(1, 1), (3, 37)])
+    graph = onnx.load(exported.onnx_path).graph
+    scalars = [onnx.numpy_helper.to_array(t) for t in graph.initializer if not t.dims]
+    assert min(scalars) == np.float32(MASKED)
 
 
 @each_family

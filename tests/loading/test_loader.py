@@ -30,7 +30,7 @@ from bertile.base.errors import BertileError, BundleError, InputError, PlatformE
 from bertile.bundle import one_file, writer
 from bertile.loading import platform as this_platform
 from bertile.loading import runtime
-from bertile.loading.memory import aligned
+from bertile.loading.batch import Planner
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +98,24 @@ def test_call_gives_zeros_behind_the_last_token(model):
 
 
 def test_call_gives_arrays_that_later_calls_leave_alone(model):
-    first = model(input_ids=[[1, 2]])["hidden"]
-    kept = first.copy()
+    first = model(input_ids=[[1, 2]])
+    kept = {name: array.copy() for name, array in first.items()}
     model(input_ids=[[3, 4]])
-    np.testing.assert_array_equal(first, kept)
-    assert first.flags.owndata and first.flags.writeable
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, kept[name])
+        assert array.flags.owndata and array.flags.writeable
+        array.fill(7)
+    assert_same(model(input_ids=[[1, 2]]), kept)
+
+
+def test_call_leaves_the_callers_arrays_alone(model):
+    ids, mask = random_ids(2, 8), np.ones((2, 8), np.int64)
+    kept = ids.copy()
+    ids.flags.writeable = mask.flags.writeable = False
+    for _ in range(2):
+        model(input_ids=ids, attention_mask=mask)
+    np.testing.assert_array_equal(ids, kept)
+    assert mask.all()
 
 
 def test_model_describes_itself(model):
@@ -198,9 +211,9 @@ def test_call_refuses_wrong_input(model, case):
 
 
 def test_call_raises_what_tvm_reports(model):
-    tokens = [aligned(random_ids(1, 4), "int64")] * 3
+    tokens = [random_ids(1, 4)] * 3
     with pytest.raises(BertileError, match=r"TVM reports: .*3 vs\. 4"):
-        model._run(tokens, np.zeros((1, 3), np.int32))
+        model._run(tokens, np.zeros((1, 3), np.int32), (1, 4), (1, 4))
     assert_same(model(input_ids=[[1]]), expected([[1]]))
 
 
@@ -274,7 +287,7 @@ def test_passes_have_at_most_so_many_blocks_or_one_row(ends, limit, wanted):
 def test_a_long_batch_takes_several_passes(model, batch, length, monkeypatch):
     counts, run = [], model._run
     monkeypatch.setattr(model, "pass_blocks", model.threads)
-    monkeypatch.setattr(model, "_run", lambda a, b: counts.append(len(b)) or run(a, b))
+    monkeypatch.setattr(model, "_run", lambda a, b, *c: counts.append(len(b)) or run(a, b, *c))
     ids = random_ids(batch, length)
     mask = np.ones_like(ids)
     mask[1, length // 2 :] = 0
@@ -299,7 +312,7 @@ def static(damaged):
 @pytest.mark.parametrize("batch, length", [(1, 5), (2, 16), (3, 7), (5, 16)])
 def test_static_shapes_are_padded_to_and_cut_back(static, batch, length, monkeypatch):
     shapes, run = [], static._run
-    monkeypatch.setattr(static, "_run", lambda a, b: shapes.append(a[0].shape) or run(a, b))
+    monkeypatch.setattr(static, "_run", lambda *a: shapes.append(a[-1]) or run(*a))
     ids = random_ids(batch, length)
     outputs = static(input_ids=ids)
     wanted = expected(ids)
@@ -315,7 +328,8 @@ def test_static_length_refuses_more_tokens(static):
 
 
 def test_static_length_refuses_fewer_tokens_when_there_is_no_mask(static):
-    static.inputs = ("input_ids",)  # nothing can tell such a model what is padding
+    # nothing can tell a model without a mask what is padding
+    static._planner = Planner(static.manifest["static"], maskless=True)
     with pytest.raises(InputError, match="has 5 tokens, this bundle takes exactly 16"):
         static(input_ids=np.ones((1, 5), int))
 
@@ -513,13 +527,14 @@ allowed = [text.split("Cpus_allowed_list:")[1].split()[0] for text in status]
 def test_call_starts_as_many_threads_as_cores_and_pins_none(directory):
     own = Path("/proc/self/status").read_text().split("Cpus_allowed_list:")[1].split()[0]
     cores = python(POOL.format(directory=str(directory)) + "print(*allowed)").split()
-    assert len(cores) == loader.available_cores() and set(cores) == {own}
+    count = loader.available_cores()
+    assert len(cores) == (count if count > 1 else 0) and set(cores) <= {own}
 
 
 def test_call_keeps_to_the_cores_of_its_process(directory):
     core = sorted(os.sched_getaffinity(0))[-1]
     code = f"import os; os.sched_setaffinity(0, {{{core}}})" + POOL.format(directory=str(directory))
-    assert python(code + "print(model.threads, *allowed)").split() == ["1", str(core)]
+    assert python(code + "print(model.threads, *allowed)").split() == ["1"]  # none beside it
 
 
 def test_call_works_in_a_forked_process(directory):
@@ -546,7 +561,15 @@ print({{".".join(name.split(".")[:2]) for name in sys.modules if name.startswith
 
 
 @pytest.mark.parametrize(
-    "order", [["tvm", "own", "bare"], ["own", "tvm", "bare"], ["bare", "tvm", "own"]], ids="-".join
+    "order",
+    [
+        pytest.param(order.split("-"), marks=marks, id=order)
+        for order, marks in (
+            ("tvm-own-bare", pytest.mark.slow),
+            ("own-tvm-bare", ()),
+            ("bare-tvm-own", pytest.mark.slow),
+        )
+    ],
 )
 def test_load_shares_the_libraries_of_tvm(directory, portable, order):
     """A bundle that brings its own (portable) and one that does not, whatever is loaded first."""
@@ -590,12 +613,12 @@ def test_calls_leak_nothing(model):
 
 
 def test_errors_leak_nothing(model):
-    tokens = [aligned(random_ids(1, 4), "int64")] * 3
+    tokens = [random_ids(1, 4)] * 3
 
     def fail(times):
         for _ in range(times):
             with pytest.raises(BertileError):
-                model._run(tokens, np.zeros((1, 3), np.int32))
+                model._run(tokens, np.zeros((1, 3), np.int32), (1, 4), (1, 4))
 
     fail(100)
     before = resident()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ RANDOM = np.random.default_rng(3)
 def assert_counts(histogram: Histogram, values: np.ndarray) -> None:
     edges = histogram.width * (histogram.first + np.arange(len(histogram.counts) + 1))
     values = values.ravel().astype("float64")
-    want = [np.sum((values >= low) & (values < high)) for low, high in zip(edges, edges[1:])]
+    want = [np.sum((values >= low) & (values < high)) for low, high in itertools.pairwise(edges)]
     np.testing.assert_array_equal(histogram.counts, want)
     assert histogram.counts.sum() == values.size
     assert histogram.counts[0] and histogram.counts[-1], "no bin beyond the values"

@@ -40,7 +40,6 @@ TEXTS, TIMES = 8, 1.5
 QUICK = [
     (TINY, "arm-a72", "fp32"),
     (TINY, "arm-v1", "int8"),
-    (SPARSE, "arm-a76", "int8"),
 ]
 ROWS = ("arm-a72", "arm-a76", "arm-v1", "arm-v2", "aarch64")
 SLOW = [

@@ -35,18 +35,35 @@ def task_of(heads, size, bias=False, variant="all"):
     return Task("attention", VARIANTS[variant].spec(heads, size, bias).shape())
 
 
+SLOW = pytest.mark.slow
 ALL = pytest.mark.parametrize("variant", VARIANTS)
 OTHERS = pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "all"])
 BERT = [task_of(12, 64), task_of(16, 64), task_of(12, 32), task_of(12, 26), task_of(2, 64)]
 
 
-@pytest.mark.parametrize("task", [*BERT, task_of(12, 64, bias=True)], ids=lambda task: task.name)
+# BERT-large's and MiniLM's: the same code as that of the others.
+OTHERS_OF_BERT = BERT[1:3]
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(task, marks=[SLOW] if task in OTHERS_OF_BERT else [], id=task.name)
+        for task in (*BERT, task_of(12, 64, bias=True))
+    ],
+)
 def test_attention_equals_numpy_on_bert_shapes(kernels, task):
     assert kernels.difference(task, blocks=4) < TOLERANCE
 
 
-@pytest.mark.parametrize("size", [1, 7, 26, 33])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("size", "bias"),
+    [
+        pytest.param(size, bias, marks=[SLOW] if (number + bias) % 2 else [])
+        for number, size in enumerate((1, 7, 26, 33))
+        for bias in (False, True)
+    ],
+)
 def test_attention_equals_numpy_on_odd_head_sizes(kernels, size, bias):
     assert kernels.difference(task_of(3, size, bias), blocks=5) < TOLERANCE
 
@@ -127,7 +144,9 @@ def test_attention_keeps_sequences_of_unequal_lengths_apart(kernels, variant):
 
 
 # Around the blocks of 16 on which loops begin and end, and wider than the sequence.
-@pytest.mark.parametrize("window", [1, 16, 17, 200])
+@pytest.mark.parametrize(
+    "window", [1, pytest.param(16, marks=SLOW), 17, pytest.param(200, marks=SLOW)]
+)
 def test_attention_sees_windows_of_any_width(kernels, window):
     batch = Batch([150, 1, 40, 16, 17], keys="window", window=window)
     assert np.abs(batch.run(kernels) - batch.expected()).max() < TOLERANCE
@@ -271,7 +290,6 @@ def test_bf16_products_of_other_variants_are_near_float32(kernels_of, name, bloc
     assert kernels_of(name).mistake(Task("attention", shape), blocks) is None
 
 
-SLOW = pytest.mark.slow
 TILES = [{"key_tile": 4, "chunk": 4}, pytest.param({"key_tile": 32, "chunk": 16}, marks=SLOW)]
 
 

@@ -40,7 +40,8 @@ BERT = [
 ]
 
 
-LARGE = BERT[7:12]  # BERT-large's and a student's: the same code as BERT-base's and MiniLM's
+# BERT-large's, MiniLM's and a student's: the same code as BERT-base's
+LARGE = BERT[4:12]
 
 
 @pytest.mark.parametrize(

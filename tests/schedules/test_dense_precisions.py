@@ -36,7 +36,7 @@ def kernels(request, kernels_of):
     return kernels_of(request.param)
 
 
-@on_rows(SHAPES, share=3)
+@on_rows(SHAPES, share=4)
 def test_product_equals_numpy(kernels, precision, case):
     assert kernels.mistake(product(*case, precision=precision), blocks=3) is None
 
@@ -58,7 +58,7 @@ def test_product_takes_any_number_of_blocks(kernels, precision, case):
 RESULTS = [("to_bf16", "none"), ("to_bf16", "gelu"), ("to_int8", "gelu"), ("to_int8", "none")]
 
 
-@on_rows(RESULTS)
+@on_rows(RESULTS, share=3)
 def test_product_writes_what_the_next_layer_reads(kernels, precision, case):
     writes, activation = case
     task = product(52, 44, activation, precision=precision, writes=writes)
@@ -71,7 +71,7 @@ def test_values_are_written_in_pairs_of_tokens(kernels, precision, case):
     assert kernels.mistake(task, blocks=5) is None
 
 
-@on_rows(range(4), share=4)
+@on_rows(range(4), share=5)
 def test_any_point_of_the_space_is_right(kernels, precision, case):
     task = product(96, 84, "gelu", precision=precision, writes="to_bf16")
     (knobs,) = kernels.points(task, 1, seed=case)

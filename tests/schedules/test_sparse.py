@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -44,7 +45,7 @@ def kernels(request, kernels_of):
     return kernels_of(request.param)
 
 
-@on_rows("precision shape", PRECISIONS, SHAPES, share=3)
+@on_rows("precision shape", PRECISIONS, SHAPES, share=5)
 def test_product_equals_numpy(kernels, precision, shape):
     assert kernels.mistake(product(*shape, precision=precision), blocks=3) is None
 
@@ -58,7 +59,7 @@ def test_product_takes_any_number_of_blocks(kernels, precision, blocks):
 RESULTS = [("to_bf16", "none"), ("to_bf16", "gelu"), ("to_int8", "gelu"), ("to_int8", "none")]
 
 
-@on_rows("precision result", PRECISIONS, RESULTS, share=4)
+@on_rows("precision result", PRECISIONS, RESULTS, share=6)
 def test_product_writes_what_the_next_layer_reads(kernels, precision, result):
     writes, activation = result
     task = product(52, 44, activation, precision=precision, writes=writes)
@@ -71,7 +72,7 @@ def test_values_are_written_in_pairs_of_tokens(kernels, precision, values_from):
     assert kernels.mistake(task, blocks=5) is None
 
 
-@on_rows("precision seed", PRECISIONS, range(4), share=5)
+@on_rows("precision seed", PRECISIONS, range(4), share=8)
 def test_any_point_of_the_space_is_right(kernels, precision, seed):
     task = product(520, 84, "gelu", True, precision=precision, writes="to_bf16")
     (knobs,) = kernels.points(task, 1, seed)
@@ -155,7 +156,7 @@ def test_pack_keeps_every_lane_that_is_not_zero_once():
     values, index, starts, slots, lanes, bias = sparse.pack(task, knobs, [w, b], rows.TABLE[0])
     assert (index.dtype, slots.dtype) == ("uint8", "uint8")
     unpacked = np.zeros_like(w)
-    for panel, (start, end) in enumerate(zip(starts, starts[1:])):
+    for panel, (start, end) in enumerate(itertools.pairwise(starts)):
         group, part, inside = panel // 6 // 3, panel // 6 % 3, panel % 6
         for entry in range(start * 4, end * 4):
             channel = lanes[group, slots[group, part, inside * 4 + entry % 4]]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Union
 
 from bertile.loading.errors import AGAIN, BundleError
 
-Extent = Union[int, str]
+Extent = int | str
 _ALLOWED = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Name, ast.Load, ast.Constant,
     ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.USub, ast.Lt, ast.GtE,

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
 
 import numpy as np
 
@@ -30,7 +29,7 @@ __all__ = [
     "run_kernel",
 ]
 
-Argument = Union[np.ndarray, np.generic]
+Argument = np.ndarray | np.generic
 
 WAYS = (
     "shared read",

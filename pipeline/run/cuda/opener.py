@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from bertile.run.cuda import emulated_model, emulator
 from bertile.targets import detect
 
 LIMIT = 25_000_000  # weights of layers: with these, a request of 64 tokens takes the emulator 10 s
-Model = Union[cuda_loader.Model, emulated_model.Model]
+Model = cuda_loader.Model | emulated_model.Model
 
 
 def open_model(directory: Path) -> Model | str:

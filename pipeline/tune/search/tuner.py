@@ -222,7 +222,7 @@ class _Session:
             )
             try:
                 for index in fresh:
-                    records[index] = self._tried(*candidates[index], outcomes)
+                    records[index] = self._tried(*candidates[index], outcomes, again=attempt > 0)
             finally:
                 outcomes.close()
             self._take_pace()
@@ -249,8 +249,10 @@ class _Session:
         known = self.log.tuned(task, self.row, self.estimates)
         return next((r for r in reversed(known) if dict(r.knobs) == dict(knobs)), None)
 
-    def _tried(self, task: Task, knobs: Knobs, outcomes: Iterator[dict[str, Any]]) -> Record:
-        """The record of the candidate whose answer comes next."""
+    def _tried(
+        self, task: Task, knobs: Knobs, outcomes: Iterator[dict[str, Any]], again: bool
+    ) -> Record:
+        """The record of the candidate whose answer comes next; trying `again` is no progress."""
         if time.monotonic() > self.deadline:
             raise _Enough("out of time")
         if self.patience and self.idle >= self.patience * ROUND:
@@ -262,7 +264,7 @@ class _Session:
         better = bool(record.microseconds) and fair_time(record, self.row) < IMPROVEMENT * bar
         self.idle = 0 if better else self.idle + 1
         self.log.append(record)
-        self._show(task)
+        self._show(task, steps=0 if again else 1)
         return record
 
     def _record(self, task: Task, knobs: Knobs, outcome: dict[str, Any]) -> Record:
@@ -284,11 +286,11 @@ class _Session:
             reference=self.pace,
         )
 
-    def _show(self, task: Task) -> None:
+    def _show(self, task: Task, steps: int) -> None:
         best = self.log.best(task, self.row)
         so_far = f"best {best.median:.0f} us" if best else "no success so far"
         if self.bar is not None:
-            self.bar.advance(note=f"{task.name}, {so_far}")
+            self.bar.advance(steps, note=f"{task.name}, {so_far}")
 
 
 def _rounded(times: Sequence[float]) -> tuple[float, ...]:
@@ -326,6 +328,13 @@ def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
             if dict(r.knobs) == default and r.microseconds
         ]
         if best and records:
-            before += calls * min(record.median for record in records)
-            after += calls * best.median
+            before += calls * min(_steady(record, (*records, best)) for record in records)
+            after += calls * _steady(best, (*records, best))
     return f"kernels {before / 1e3:.2f} ms → {after / 1e3:.2f} ms a request" if after else ""
+
+
+def _steady(record: Record, beside: Sequence[Record]) -> float:
+    """The microseconds of a record, as if the machine had been as fast as at the best of these."""
+    paces = [other.reference for other in beside if other.reference]
+    slowed = record.reference / min(paces) if record.reference else 1.0
+    return record.median / slowed

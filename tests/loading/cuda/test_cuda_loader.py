@@ -6,6 +6,7 @@ import ast
 import copy
 import ctypes
 import gc
+import itertools
 import json
 import os
 import pickle
@@ -1129,7 +1130,7 @@ def test_requests_of_unequal_lengths_share_places_where_everything_fits():
     whole, part = plan.layout(4, 32, 8), plan.layout(4, 32, 4)
     assert part.bytes - whole.bytes > 30_000
     spans = sorted((part.buffers[buffer], part.sizes[buffer]) for buffer in (0, 1, 2))
-    assert all(begin + size <= after for (begin, size), (after, _) in zip(spans, spans[1:]))
+    assert all(begin + size <= after for (begin, size), (after, _) in itertools.pairwise(spans))
 
 
 def test_the_arena_of_a_chain_holds_two_buffers():

@@ -1,0 +1,212 @@
+"""Makes vectors of texts, as sentence-transformers does with the model's directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from bertile.base.errors import UsageError, nearest
+from bertile.text import similarities
+from bertile.text.engine import Answer
+from bertile.text.sparse_vectors import SparseVector
+from bertile.text.text_model import TextModel, also_named, checked, is_single
+
+Vector = np.ndarray | SparseVector
+PRECISIONS = ("float32", "binary", "ubinary")
+VALUE = "sentence_embedding"
+DENSE, SPARSE = "dense", "sparse"  # of text_settings.KINDS
+# The names of prompts that are for a task, the first of which is taken.
+_TASKS = {"query": ("query",), "document": ("document", "passage", "corpus")}
+
+
+class Embedder(TextModel):
+    """Vectors of texts: dense (d,), sparse, or one for each token (tokens, d), by `settings.kind`.
+
+    Names and arguments are those of sentence-transformers' SentenceTransformer.
+    """
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """What `similarity` computes: cosine, dot, euclidean or manhattan."""
+        return self.settings.similarity
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """How many numbers a vector has, after `truncate_dim` of the directory."""
+        return min(self._width(), self.settings.dimensions or self._width())
+
+    get_embedding_dimension = get_sentence_embedding_dimension
+
+    @also_named(sentences="inputs")
+    def encode(
+        self,
+        inputs: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: str = VALUE,
+        precision: str = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        *,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        truncate: bool = True,
+    ) -> Any:
+        """The vector (d,) float32 of a text, or those (n, d) of several, in their order.
+
+        `precision` "binary" and "ubinary" give a bit a number, packed; `convert_to_tensor` a torch
+        tensor; `convert_to_numpy` False a list. Sparse vectors and those of tokens come as a list.
+        `batch_size` is taken and not used: texts run together by their tokens. A text that is too
+        long is cut as the directory says and counted in `truncated`; `truncate` False refuses it
+        with InputError. Raises UsageError for an unknown prompt, precision or `output_value`, and
+        for what is no text.
+        """
+        if output_value != VALUE:
+            raise UsageError(
+                f"output_value '{output_value}' is unknown{nearest(str(output_value), [VALUE])}",
+                "compile the model with --head encoder for the vectors of tokens",
+            )
+        if precision not in PRECISIONS or (precision != "float32" and self.settings.kind == SPARSE):
+            raise UsageError(f"precision '{precision}' is unknown{nearest(precision, PRECISIONS)}")
+        single = isinstance(inputs, str)
+        if single:
+            answer = self._answer(self._prompt(prompt_name, prompt) + inputs, truncate=truncate)
+            vectors = [self._finisher(normalize_embeddings, truncate_dim)(answer)]
+        else:
+            vectors = list(
+                self.encode_iter(
+                    inputs,
+                    prompt_name,
+                    prompt,
+                    show_progress_bar,
+                    normalize_embeddings=normalize_embeddings,
+                    truncate_dim=truncate_dim,
+                    truncate=truncate,
+                )
+            )
+        if self.settings.kind == DENSE:
+            kept = truncate_dim or self.settings.dimensions
+            none = np.empty((0, self._width()), np.float32)[:, :kept]
+            rows = np.stack(vectors) if vectors else none
+            results = _tensor(_packed(rows, precision), convert_to_tensor)
+            results = results if convert_to_numpy or convert_to_tensor else list(results)
+        elif self.settings.kind == SPARSE:
+            results = vectors
+        else:
+            results = [_tensor(_packed(rows, precision), convert_to_tensor) for rows in vectors]
+        return results[0] if single else results
+
+    @also_named(sentences="inputs")
+    def encode_query(
+        self,
+        inputs: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *arguments: Any,
+        **options: Any,
+    ) -> Any:
+        """As `encode`, with the prompt "query", where no other is asked for; not the default."""
+        if prompt_name is None and prompt is None:
+            prompt_name = "query"
+        return self.encode(inputs, prompt_name, prompt, *arguments, **options)
+
+    @also_named(sentences="inputs")
+    def encode_document(
+        self,
+        inputs: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *arguments: Any,
+        **options: Any,
+    ) -> Any:
+        """As `encode`, with the prompt "document", where no other is asked for; not the default."""
+        if prompt_name is None and prompt is None:
+            prompt_name = "document"
+        return self.encode(inputs, prompt_name, prompt, *arguments, **options)
+
+    @also_named(sentences="inputs")
+    def encode_iter(
+        self,
+        inputs: Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        show_progress_bar: bool | None = None,
+        *,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        truncate: bool = True,
+    ) -> Iterator[Vector]:
+        """The vectors of any number of texts as they come, in the order of the texts.
+
+        What it holds does not grow with their number. Arguments as of `encode`.
+        """
+        finish = self._finisher(normalize_embeddings, truncate_dim)
+        texts = checked(inputs, is_single, "a str")
+        if before := self._prompt(prompt_name, prompt):
+            texts = (
+                [before + text for text in texts]
+                if isinstance(texts, (list, tuple))
+                else (before + text for text in texts)
+            )
+        answers = self._answers(
+            texts, truncate=truncate, show_progress_bar=show_progress_bar, what="encode"
+        )
+        return (finish(answer) for answer in answers)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        """How alike each of n vectors is to each of m: (n, m) float32."""
+        return similarities.between_all(self.similarity_fn_name, embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        """How alike vectors are, pair by pair: (n,) float32."""
+        return similarities.between_pairs(self.similarity_fn_name, embeddings1, embeddings2)
+
+    def decode(self, vector: SparseVector, top_k: int | None = None) -> list[tuple[str, float]]:
+        """The tokens of a sparse vector with their weights, the heaviest first."""
+        order = np.argsort(-vector.values, kind="stable")[:top_k]
+        names = self.tokenizer.id_to_token
+        return [(names(int(vector.indices[i])), float(vector.values[i])) for i in order]
+
+    def prompt_name_of(self, task: str) -> str | None:
+        """The prompt that the directory has for a task, "query" or "document"; None for none."""
+        return next((name for name in _TASKS[task] if name in self.settings.prompts), None)
+
+    def _width(self) -> int:
+        return self.model.manifest["outputs"][0]["axes"][-1]
+
+    def _finisher(self, normalize: bool, truncate_dim: int | None):
+        """What makes the vector of an answer."""
+        kind, most = self.settings.kind, truncate_dim or self.settings.dimensions
+        name = self.model.outputs[0]
+
+        def finish(answer: Answer) -> Vector:
+            vector = answer.outputs[name]
+            if kind == SPARSE:
+                return SparseVector.of(vector, most)
+            if most is not None:
+                vector = vector[..., :most]
+            if normalize:
+                norm = np.linalg.norm(vector, axis=-1, keepdims=True)
+                vector = vector / np.maximum(norm, 1e-12)
+            return vector
+
+        return finish
+
+
+def _packed(vectors: np.ndarray, precision: str) -> np.ndarray:
+    """Vectors (…, d) as they are, or a bit a number, whether it is above zero: (…, d / 8)."""
+    if precision == "float32":
+        return vectors
+    bits = np.packbits(vectors > 0, axis=-1)
+    return bits if precision == "ubinary" else (bits ^ 0x80).view(np.int8)  # less 128
+
+
+def _tensor(array: np.ndarray, asked: bool) -> Any:
+    if not asked:
+        return array
+    import torch  # which only who asks for tensors needs
+
+    return torch.from_numpy(array)

@@ -1,0 +1,190 @@
+"""Holds what every model of texts has: its tokenizer, its settings, how its texts are run."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from bertile.base.errors import UsageError, nearest
+from bertile.base.progress import Progress
+from bertile.families import text_settings
+from bertile.loader import Model
+from bertile.text.engine import Answer, Engine
+from bertile.text.tokens import LONGER, Text, TextTokenizer, max_tokens
+
+LOG = logging.getLogger("bertile")
+# Prompts that every model of sentence-transformers has, empty where its directory says nothing.
+USUAL_PROMPTS = {"query": "", "document": ""}
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class TextModel:
+    """A bundle that answers texts; `bertile.open` makes it. A context manager.
+
+    `model` is the loaded `bertile.Model`, `settings` what the directory says of texts, and
+    `truncated` how many texts of the last call were cut, since they were too long.
+    """
+
+    def __init__(self, model: Model, directory: Path, streams: int | None = None) -> None:
+        self.model, self.truncated, self._streams = model, 0, streams
+        self.settings = text_settings.of_bundle(directory, model.manifest)
+        self._tokens = TextTokenizer(directory, self.settings, max_tokens(model.manifest))
+        self._engine = Engine(model, streams)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The bundle's `tokenizers.Tokenizer`, which neither cuts nor pads."""
+        return self._tokens.whole
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """To how many tokens a text is cut; None for no limit."""
+        return self._tokens.cut_at
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """What can be put in front of a text, by name."""
+        return {**USUAL_PROMPTS, **self.settings.prompts}
+
+    @property
+    def default_prompt_name(self) -> str | None:
+        """The prompt that every text has where no other is asked for."""
+        return self.settings.default_prompt
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of a classifier's classes, in the order of its logits."""
+        return self.model.labels
+
+    def close(self) -> None:
+        """Give back the library and the weights; a later call raises BertileError."""
+        self._engine.close()
+        self.model.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle or a copy is the directory, which is opened again where it is read."""
+        return type(self), (self.model, Path(self.model.directory), self._streams)
+
+    def __repr__(self) -> str:
+        return f"<bertile.text.{type(self).__name__} of {self.model!r}>"
+
+    def _prompt(self, name: str | None, prompt: str | None) -> str:
+        """What goes in front of a text; UsageError for a name, or a prompt, that cannot be used."""
+        if prompt is None:
+            name = self.default_prompt_name if name is None else name
+            if name is not None and name not in self.prompts:
+                raise UsageError(f"prompt '{name}' is unknown{nearest(name, self.prompts)}")
+            prompt = self.prompts[name] if name is not None else ""
+        if prompt and not self.settings.include_prompt:
+            raise UsageError(
+                "this model leaves a prompt out of its pooling, which a bundle does not",
+                'encode without: prompt=""',
+            )
+        return prompt
+
+    def _answer(self, text: Text, *, truncate: bool = True, offsets: bool = False) -> Answer:
+        """The answer to a single text, by all threads."""
+        (encoding,) = self._tokens.encode([text], truncate=truncate, offsets=offsets)
+        self.truncated = int(bool(encoding.overflowing))
+        return self._engine.single(encoding)
+
+    def _answers(
+        self,
+        texts: Iterable[Text],
+        *,
+        truncate: bool = True,
+        offsets: bool = False,
+        cut: str = LONGER,
+        show_progress_bar: bool | None = None,
+        what: str = "texts",
+    ) -> Iterator[Answer]:
+        """The answers in the order of the texts, as they come; how many were cut is logged."""
+        self.truncated = seen = 0
+
+        def encode(window: list[Text]) -> list[Any]:
+            nonlocal seen
+            encodings = self._tokens.encode(
+                window, truncate=truncate, offsets=offsets, cut=cut, first=seen + 1
+            )
+            seen += len(window)
+            self.truncated += sum(bool(encoding.overflowing) for encoding in encodings)
+            return encodings
+
+        answers = self._engine.stream(texts, encode)
+        total = len(texts) if isinstance(texts, Sequence) else None
+        yield from _shown(answers, total, what, show_progress_bar)
+        if self.truncated:
+            LOG.info("%d texts were cut to %d tokens", self.truncated, self.max_seq_length)
+
+
+def also_named(**names: str) -> Callable[[F], F]:
+    """A method that takes arguments by their older names too: old=new."""
+
+    def decorate(method: F) -> F:
+        @functools.wraps(method)
+        def taking(self: Any, *arguments: Any, **options: Any) -> Any:
+            renamed = {names.get(name, name): value for name, value in options.items()}
+            return method(self, *arguments, **renamed)
+
+        return cast(F, taking)
+
+    return decorate
+
+
+def checked(texts: Iterable[Any], is_text: Callable[[Any], bool], kind: str) -> Iterable[Any]:
+    """The texts, of which each must be as `is_text` says; UsageError, with its number, if not.
+
+    A sequence is checked at once, another iterable as it is read.
+    """
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise UsageError(f"a {type(texts).__name__} is no list of texts", f"give {kind}, or a list")
+    if isinstance(texts, Sequence):
+        for number, text in enumerate(texts, 1):
+            _must_be(text, number, is_text, kind)
+        return texts
+    return _checking(texts, is_text, kind)
+
+
+def _checking(texts: Iterable[Any], is_text: Callable[[Any], bool], kind: str) -> Iterator[Any]:
+    for number, text in enumerate(texts, 1):
+        _must_be(text, number, is_text, kind)
+        yield text
+
+
+def _must_be(text: Any, number: int, is_text: Callable[[Any], bool], kind: str) -> None:
+    if not is_text(text):
+        raise UsageError(f"text {number} is a {type(text).__name__}, not {kind}", f"give {kind}")
+
+
+def is_single(text: Any) -> bool:
+    """Whether it is a text by itself."""
+    return isinstance(text, str)
+
+
+def is_pair(text: Any) -> bool:
+    """Whether it is a pair of texts: a tuple or list of two."""
+    pair = isinstance(text, (tuple, list)) and len(text) == 2
+    return pair and isinstance(text[0], str) and isinstance(text[1], str)
+
+
+def _shown(answers: Iterator[T], total: int | None, what: str, show: bool | None) -> Iterator[T]:
+    """The answers, with a bar on stderr where it is asked for, or where `bertile` logs as much."""
+    if show is None:
+        show = LOG.getEffectiveLevel() in (logging.DEBUG, logging.INFO)
+    if not show:
+        yield from answers
+        return
+    with Progress().bar(what, total) as bar:
+        for answer in answers:
+            bar.advance()
+            yield answer
