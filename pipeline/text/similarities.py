@@ -27,8 +27,9 @@ def between_all(name: str, first: Any, second: Any) -> np.ndarray:
     if name == "dot":
         return a @ b.T
     if name == "euclidean":
+        a, b = a.astype(np.float64), b.astype(np.float64)  # else 3e-4 is left between equal vectors
         squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * (a @ b.T)
-        return -np.sqrt(np.maximum(squares, 0))
+        return -np.sqrt(np.maximum(squares, 0)).astype(np.float32)
     # a row at a time: all differences at once would be (n, m, d)
     return np.stack([-np.abs(row - b).sum(1) for row in a]) if len(a) else np.empty((0, len(b)))
 

@@ -81,6 +81,9 @@ def test_encoder_of_ray_adds_vectors_to_a_batch_and_needs_no_ray(tiny):
     np.testing.assert_allclose(result["vector"], want, atol=1e-6)
     with pytest.raises(UsageError, match="column 'words' is unknown; did you mean 'word'"):
         encoder({"word": batch["words"]})
+    with pytest.raises(UsageError, match="text 2 is a NoneType"):
+        encoder({"words": np.array(["good", None], dtype=object)})
+    assert encoder({"words": np.array([], dtype=object)})["vector"].shape == (0, want.shape[1])
 
 
 @pytest.mark.parametrize("module", PACKAGES)
