@@ -18,6 +18,7 @@ PAGES = {
         "pipeline/tune/measure/README",
         "pipeline/bundle/README",
         "pipeline/bundle/C",
+        "pipeline/integrations/README",
         "pipeline/targets/README",
         "pipeline/integrations/FRAMEWORKS",
         "pipeline/verify/README",

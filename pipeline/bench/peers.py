@@ -15,6 +15,8 @@ from bertile.bench.engines import Arrays, Engine
 COMPILED_SIZES = 256  # of requests, that torch.compile makes code for
 
 Infer = Callable[[Arrays], list[np.ndarray]]
+# Opens an engine for so many threads: a function that runs it, and how a table calls it.
+Opener = Callable[[Engine, int], tuple[Any, str]]
 
 
 def threads_of(engine: Engine, threads: int) -> int:
@@ -138,7 +140,7 @@ def _llamacpp(engine: Engine, threads: int) -> tuple[Infer, str]:
     return llamacpp.open_model(engine, threads_of(engine, threads))
 
 
-OPENERS: dict[str, Callable[[Engine, int], tuple[Infer, str]]] = {
+OPENERS: dict[str, Opener] = {
     "bertile": _bertile,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,

@@ -12,7 +12,7 @@ import numpy as np
 
 from bertile.base.errors import BertileError
 from bertile.bench.engines import Arrays, Engine
-from bertile.bench.peers import OPENERS
+from bertile.bench.peers import OPENERS, Opener
 from bertile.bench.timing import timed
 from bertile.bench.traffic import Served, Traffic, drive
 
@@ -27,15 +27,19 @@ def start(engine: Engine, threads: int, cache_dir: str | None) -> Any:
 
 
 class Worker:
-    """An engine in a process of its own, which holds still while it is not asked."""
+    """An engine in a process of its own, which holds still while it is not asked.
 
-    def __init__(self, engine: Engine, threads: int):
+    `opener` is a function of a module that opens the engine there, by default its kind's.
+    """
+
+    def __init__(self, engine: Engine, threads: int, opener: Opener | None = None):
         # spawned, since a forked process would inherit the parent's half of a thread pool
         context = multiprocessing.get_context("spawn")
         self.engine = engine
         self.name = engine.name
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, engine, threads), daemon=True)
+        arguments = (theirs, engine, threads, opener or OPENERS[engine.kind])
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
 
@@ -50,6 +54,10 @@ class Worker:
     def outputs(self, inputs: Arrays) -> list[np.ndarray]:
         """What one call gives, which is not timed."""
         return self._ask("outputs", inputs)
+
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function of a module returns there for the opened engine and these arguments."""
+        return self._ask("apply", function, *arguments)
 
     def drive(self, requests: Sequence[Arrays], traffic: Traffic) -> Served:
         """Warm up, and send the requests as `traffic` says."""
@@ -89,9 +97,9 @@ class Worker:
             self._process.join()
 
 
-def _serve(pipe: Connection, engine: Engine, threads: int) -> None:
+def _serve(pipe: Connection, engine: Engine, threads: int, opener: Opener) -> None:
     try:
-        infer, version = OPENERS[engine.kind](engine, threads)
+        infer, version = opener(engine, threads)
         pipe.send(("ready", version))
         while True:
             question, *arguments = pipe.recv()
@@ -107,6 +115,7 @@ def _serve(pipe: Connection, engine: Engine, threads: int) -> None:
 ANSWERS: dict[str, Callable[..., Any]] = {
     "call": timed,
     "outputs": lambda infer, inputs: infer(inputs),
+    "apply": lambda infer, function, *arguments: function(infer, *arguments),
     "drive": drive,
     "cpu_seconds": lambda infer: time.process_time(),
 }

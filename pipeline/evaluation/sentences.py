@@ -29,8 +29,7 @@ def sentences(count: int = COUNT) -> list[str]:
     Raises BertileError where the library has too few, as when it is installed without source.
     """
     chance = random.Random(SEED)
-    library = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in sorted(library.rglob("*.py")) if _is_ours(path, library)]
+    library, files = library_files()
     chance.shuffle(files)
     chosen: dict[str, None] = {}
     for path in files:
@@ -45,22 +44,29 @@ def sentences(count: int = COUNT) -> list[str]:
     )
 
 
-def _is_ours(path: Path, library: Path) -> bool:
-    return not set(path.relative_to(library).parts) & set(LEFT_OUT)
+def library_files() -> tuple[Path, list[Path]]:
+    """Where the standard library lies, and its files that people write for people."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(library.rglob("*.py"))
+    ours = [path for path in files if not set(path.relative_to(library).parts) & set(LEFT_OUT)]
+    return library, ours
 
 
-def _sentences(path: Path) -> Iterator[str]:
-    """The first sentence of each docstring of a file."""
+def docstrings(path: Path) -> Iterator[str]:
+    """The docstrings of a file, without their indentation."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:  # the library has templates and samples that are no programs
         return
     for node in ast.walk(tree):
-        text = ast.get_docstring(node) if isinstance(node, kinds) else None
-        sentence = first_sentence(text or "")
-        if sentence:
-            yield sentence
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            yield text
+
+
+def _sentences(path: Path) -> Iterator[str]:
+    """The first sentence of each docstring of a file."""
+    return filter(None, map(first_sentence, docstrings(path)))
 
 
 def first_sentence(text: str) -> str | None:

@@ -1,5 +1,5 @@
-"""Gives bundles the form that other libraries ask for: a class for each, with their names.
+"""Puts bundles in the place of other libraries' models, a module for each library.
 
-May import: `loading`, `base`, `families`, `text`. Nothing here is imported by another room; a
-module needs the library that it is called after, which `pip install 'bertile[NAME]'` brings.
+May import: `loading`, `base`, `families`, `text`, and the library that a module is for. Nothing
+imports this room, so that each library is needed only by who uses it.
 """

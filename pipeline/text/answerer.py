@@ -8,16 +8,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bertile.base.errors import UsageError
+from bertile.text.batches import Outputs
+from bertile.text.engine import Answer
 from bertile.text.scores import softmax
 from bertile.text.text_model import TextModel
+from bertile.text.tokens import SECOND
+
+WINDOW_TOKENS, SHARED_TOKENS = 384, 128  # what transformers' pipeline takes, where nothing is said
 
 
 class _Span(NamedTuple):
-    """A possible answer: its score, and the characters of the context that it is."""
+    """A possible answer: its score, and its first and last token."""
 
     score: float
-    start: int
-    end: int
+    first: int
+    last: int
 
 
 class Answerer(TextModel):
@@ -25,59 +30,68 @@ class Answerer(TextModel):
 
     def answer(
         self,
-        question: str,
-        context: str,
+        question: str | Sequence[str],
+        context: str | Sequence[str],
         top_k: int = 1,
         *,
-        doc_stride: int = 128,
+        doc_stride: int | None = None,
         max_answer_len: int = 15,
-        max_seq_len: int = 384,
+        max_seq_len: int | None = None,
         max_question_len: int = 64,
         handle_impossible_answer: bool = False,
+        align_to_words: bool = True,
     ) -> Any:
         """The best answer {"score", "start", "end", "answer"}, or a list of the `top_k` best.
 
-        A context that is too long is read in windows of `max_seq_len` tokens which share
-        `doc_stride`. An answer has at most `max_answer_len` tokens; a question is cut to
-        `max_question_len`. With `handle_impossible_answer`, no answer ("") is one too. Raises
-        UsageError for an empty question or context, and for numbers that leave no room.
+        A context that is too long is read in windows of `max_seq_len` tokens (384, or what the
+        model takes) which share `doc_stride` (128, or half of them). An answer has at most
+        `max_answer_len` tokens, and whole words, unless `align_to_words` is False. As there, those
+        of a window that are the same text, or of several windows, are one answer with the sum of
+        their scores. With `handle_impossible_answer`, no answer ("") is one too. A question is cut
+        to `max_question_len` tokens.
+
+        Of a list of questions or contexts, or two of one length, a list. Raises UsageError for an
+        empty question or context, and for numbers that leave no room.
         """
-        for name, text in (("question", question), ("context", context)):
-            if not isinstance(text, str) or not text.strip():
-                raise UsageError(f"the {name} is empty", "give a text")
         if top_k < 1 or max_answer_len < 1:
             raise UsageError("top_k and max_answer_len are at least 1", "give a larger number")
-        question = self._cut_question(question, max_question_len)
-        windows = list(self._windows(question, context, max_seq_len, doc_stride))
-        spans: dict[tuple[int, int], _Span] = {}
-        impossible = 1.0
-        for encoding, outputs in windows:
-            starts, ends, nothing = _shares(encoding, outputs)
-            impossible = min(impossible, nothing)
-            for span in _best_spans(encoding, starts, ends, max_answer_len, top_k):
-                known = spans.get(span[1:])  # windows overlap
-                if known is None or known.score < span.score:
-                    spans[span[1:]] = span
-        best = list(spans.values())
-        if handle_impossible_answer:
-            best.append(_Span(impossible, 0, 0))
-        best = sorted(best, key=lambda span: -span.score)[:top_k]
-        answers = [{**span._asdict(), "answer": context[span.start : span.end]} for span in best]
-        if not answers:
-            raise UsageError("the context has no token that could be an answer", "give a text")
-        return answers[0] if top_k == 1 else answers
+        self.truncated = 0
+        results = []
+        for asked, text in _pairs(question, context):
+            answers: dict[str, dict[str, Any]] = {}
+            impossible = 1.0
+            for encoding, outputs in self._windows(
+                self._cut(asked, max_question_len), text, max_seq_len, doc_stride
+            ):
+                starts, ends, nothing = _shares(encoding, outputs)
+                impossible = min(impossible, nothing)
+                for span in _best_spans(starts, ends, max_answer_len, top_k):
+                    start, end = _characters(encoding, span, align_to_words)
+                    fresh = {"score": 0.0, "start": start, "end": end, "answer": text[start:end]}
+                    answers.setdefault(text[start:end].lower(), fresh)["score"] += span.score
+            best = list(answers.values())
+            if handle_impossible_answer:
+                best.append({"score": impossible, "start": 0, "end": 0, "answer": ""})
+            if not best:
+                raise UsageError("the context has no token that could be an answer", "give a text")
+            best = sorted(best, key=lambda answer: -answer["score"])[:top_k]
+            results.append(best[0] if top_k == 1 else best)
+        return results[0] if isinstance(question, str) and isinstance(context, str) else results
 
-    def _cut_question(self, question: str, most: int) -> str:
+    def _cut(self, question: str, most: int) -> str:
         encoding = self.tokenizer.encode(question, add_special_tokens=False)
         if len(encoding) <= most:
             return question
+        self.truncated += 1
         return question[: encoding.offsets[most - 1][1]]
 
     def _windows(
-        self, question: str, context: str, most: int, stride: int
-    ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
-        """The model's outputs for each window of the context."""
-        most = min(most, self.max_seq_length or most)
+        self, question: str, context: str, most: int | None, stride: int | None
+    ) -> Iterator[Answer]:
+        """The model's answers to each window of the context."""
+        limit = self.max_seq_length or WINDOW_TOKENS
+        most = min(limit, most or WINDOW_TOKENS)
+        stride = min(most // 2, SHARED_TOKENS) if stride is None else stride
         asked = len(self.tokenizer.encode(question, ""))
         if most - asked <= stride:
             raise UsageError(
@@ -85,21 +99,36 @@ class Answerer(TextModel):
                 f" doc_stride of {stride}",
                 "give a shorter question or a smaller doc_stride",
             )
-        encoding = self._tokens.cutting(most, "only_second", stride).encode(question, context)
-        windows = [encoding, *encoding.overflowing]
-        # all at once, since they run together
-        texts = [(question, str(number)) for number in range(len(windows))]
-        answers = self._engine.stream(texts, lambda chunk: [windows[int(n)] for _, n in chunk])
-        return ((answer.encoding, answer.outputs) for answer in answers)
+        encoding = self._tokens.cutting(most, SECOND, stride).encode(question, context)
+        return self._engine.stream([encoding, *encoding.overflowing], list)
 
 
-def _shares(encoding: Any, outputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
+def _pairs(question: str | Sequence[str], context: str | Sequence[str]) -> list[tuple[str, str]]:
+    """Each question with its context; a str goes with all of a list. UsageError for no texts."""
+    counts = [len(texts) for texts in (question, context) if not isinstance(texts, str)]
+    count = counts[0] if counts else 1
+    columns = []
+    for name, texts in (("question", question), ("context", context)):
+        rows = [texts] * count if isinstance(texts, str) else list(texts)
+        for text in rows:
+            if not isinstance(text, str) or not text.strip():
+                raise UsageError(f"the {name} is empty", "give a text")
+        columns.append(rows)
+    if len(columns[0]) != len(columns[1]):
+        raise UsageError(
+            f"there are {len(columns[0])} questions and {len(columns[1])} contexts",
+            "give a context to each question, or one to all",
+        )
+    return list(zip(*columns))
+
+
+def _shares(encoding: Any, outputs: Outputs) -> tuple[np.ndarray, np.ndarray, float]:
     """Of each token how likely an answer starts and ends there, and how likely there is none.
 
     Tokens of the question and special ones have no share, except the first, which means none.
     """
     allowed = np.asarray([part == 1 for part in encoding.sequence_ids])
-    allowed[0] = True
+    allowed[0] |= bool(encoding.special_tokens_mask[0])
     starts, ends = (
         softmax(np.where(allowed, outputs[name], -np.inf))
         for name in ("start_logits", "end_logits")
@@ -109,20 +138,22 @@ def _shares(encoding: Any, outputs: dict[str, np.ndarray]) -> tuple[np.ndarray, 
     return starts, ends, nothing
 
 
-def _best_spans(
-    encoding: Any, starts: np.ndarray, ends: np.ndarray, longest: int, count: int
-) -> Sequence[_Span]:
-    """The likeliest spans of at most so many tokens, by their characters."""
-    likely = np.triu(np.outer(starts, ends))
-    likely = np.tril(likely, longest - 1)
+def _best_spans(starts: np.ndarray, ends: np.ndarray, longest: int, count: int) -> Iterator[_Span]:
+    """The `count` likeliest spans of at most `longest` tokens, the best first."""
+    likely = np.tril(np.triu(np.outer(starts, ends)), longest - 1)
     flat = likely.ravel()
-    some = min(4 * count, flat.size)  # of which several may be the same characters
-    order = np.argpartition(-flat, some - 1)[:some]
-    spans = []
+    count = min(count, flat.size)
+    order = np.argpartition(-flat, count - 1)[:count]
     for index in order[np.argsort(-flat[order], kind="stable")]:
-        start, end = np.unravel_index(index, likely.shape)
-        if flat[index] <= 0:
-            break
-        offsets = encoding.offsets
-        spans.append(_Span(float(flat[index]), offsets[start][0], offsets[end][1]))
-    return spans
+        if flat[index] > 0:
+            first, last = np.unravel_index(index, likely.shape)
+            yield _Span(float(flat[index]), int(first), int(last))
+
+
+def _characters(encoding: Any, span: _Span, whole_words: bool) -> tuple[int, int]:
+    """Where a span, or the words that it touches, starts and ends in the context."""
+    words = encoding.token_to_word(span.first), encoding.token_to_word(span.last)
+    if whole_words and None not in words:
+        start, end = (encoding.word_to_chars(word, sequence_index=1) for word in words)
+        return start[0], end[1]
+    return encoding.offsets[span.first][0], encoding.offsets[span.last][1]

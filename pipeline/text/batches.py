@@ -11,13 +11,21 @@ from bertile.loading.blocks import BLOCK_TOKENS
 from bertile.text.tokens import FIELDS
 
 Outputs = dict[str, np.ndarray]
-# Of a call: so many that what it costs beside the model is little of it.
-CALL_BLOCKS = 64
+# Of a call at most: so many that what it costs beside the model is little of it. At least a pass.
+CALL_BLOCKS, PASS_BLOCKS = 32, 8
+# Of a window, for each place: the last call that runs keeps the other places waiting.
+CALLS_EACH = 8
 
 
 def blocks(encoding: Any) -> int:
     """How many blocks of tokens a text takes."""
     return -(-len(encoding) // BLOCK_TOKENS)
+
+
+def call_blocks(encodings: Sequence[Any], places: int) -> int:
+    """How many blocks a call should have of these texts, where `places` calls run at a time."""
+    share = sum(map(blocks, encodings)) // (CALLS_EACH * places)
+    return min(CALL_BLOCKS, max(PASS_BLOCKS, share))
 
 
 def groups(encodings: Sequence[Any], most: int, padded: bool = True) -> Iterator[list[int]]:
@@ -44,7 +52,8 @@ def run(model: Any, encodings: Sequence[Any]) -> list[Outputs]:
 
     `model` is called with arrays (batch, length) by the names of `model.inputs`.
     """
-    shape = len(encodings), max(len(encoding) for encoding in encodings)
+    # a tokenizer that puts nothing around a text makes nothing of an empty one
+    shape = len(encodings), max(1, *(len(encoding) for encoding in encodings))
     arrays = {name: np.zeros(shape, np.int64) for name in model.inputs if name in FIELDS}
     for name, array in arrays.items():  # the loader fills what no text says
         for row, encoding in enumerate(encodings):

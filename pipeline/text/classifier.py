@@ -13,49 +13,63 @@ import numpy as np
 
 from bertile.base.errors import UsageError, nearest
 from bertile.text import scores
-from bertile.text.engine import Answer
-from bertile.text.text_model import TextModel, checked, is_pair, is_single
+from bertile.text.text_model import TextModel, also_named, checked, is_pair, is_single
+from bertile.text.tokens import FIRST
 
+TEXTS = "a str or a pair of them"
 Activation = str | Callable[[np.ndarray], np.ndarray] | None
 
 
 class Classifier(TextModel):
     """Labels with scores for texts and for pairs of texts."""
 
+    @also_named(sentences="inputs")
     def predict(
         self,
-        sentences: Any,
-        activation_fn: Activation = None,
-        apply_softmax: bool = False,
+        inputs: Any,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
-        *,
+        activation_fn: Activation = None,
+        apply_softmax: bool | None = False,
         convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        *,
         truncate: bool = True,
     ) -> Any:
         """The scores of texts or pairs: (n,) float32 of a model with a single label, else (n, k).
 
-        A text or a pair by itself gives its score; two texts in a list are a pair, as there.
-        `activation_fn` is "sigmoid", "softmax", "none" or a function of (n, k); by default what the
-        directory says, else the sigmoid of a single label and the logits of several. `batch_size`
-        is taken and not used: texts run together by their tokens. Raises UsageError for an unknown
-        function, and for what is no text.
+        A text or a pair by itself gives its score; two texts in a list are a pair, as there. A
+        prompt is put in front of a text, and of the first of a pair. `activation_fn` is "sigmoid",
+        "softmax", "none" or a function of (n, k); by default what the directory says, else the
+        sigmoid of a single label and the logits of several. `convert_to_tensor` gives a torch
+        tensor, `convert_to_numpy` False a list. `batch_size` is taken and not used: texts run
+        together by their tokens. Raises UsageError for an unknown function or prompt, and for what
+        is no text.
         """
-        if is_single(sentences) or is_pair(sentences):
-            return self.predict([sentences], activation_fn, apply_softmax, truncate=truncate)[0]
-        texts = checked(sentences, _is_text, "a str or a pair of them")
-        texts = [tuple(text) if isinstance(text, list) else text for text in texts]
+        inputs = inputs.tolist() if isinstance(inputs, np.ndarray) else inputs
+        single = _is_text(inputs)
+        texts = checked([inputs] if single else inputs, _is_text, TEXTS)
+        before = self._prompt(prompt_name, prompt)
+        texts = [_prompted(before, text) for text in texts]
         answers = self._answers(
             texts, truncate=truncate, show_progress_bar=show_progress_bar, what="predict"
         )
         logits = [np.array(answer.outputs["logits"]) for answer in answers]
-        if not logits:
-            return np.empty(0, np.float32)
-        rows = self._activation(activation_fn)(np.stack(logits))
-        if apply_softmax and rows.shape[1] > 1:
-            rows = scores.softmax(rows)
-        rows = rows[:, 0] if rows.shape[1] == 1 else rows
-        return rows if convert_to_numpy else list(rows)
+        rows = np.empty(0, np.float32)
+        if logits:
+            rows = self._activation(activation_fn)(np.stack(logits))
+            if apply_softmax and rows.shape[1] > 1:
+                rows = scores.softmax(rows)
+            rows = rows[:, 0] if rows.shape[1] == 1 else rows
+        if convert_to_tensor:
+            import torch  # which only who asks for tensors needs
+
+            rows = torch.from_numpy(rows)
+        elif not convert_to_numpy:
+            rows = list(rows)
+        return rows[0] if single else rows
 
     def rank(
         self,
@@ -63,15 +77,18 @@ class Classifier(TextModel):
         documents: Sequence[str],
         top_k: int | None = None,
         return_documents: bool = False,
-        activation_fn: Activation = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
         show_progress_bar: bool | None = None,
+        activation_fn: Activation = None,
         *,
         truncate: bool = True,
     ) -> list[dict[str, Any]]:
         """The documents by how well they answer the query, the best first.
 
-        Each is {"corpus_id", "score"}, with "text" where documents are asked for. Raises UsageError
-        for a model of several labels.
+        Each is {"corpus_id", "score"}, with "text" where documents are asked for. Arguments as of
+        `predict`. Raises UsageError for a model of several labels.
         """
         if len(self._outputs()) != 1:
             raise UsageError(
@@ -82,19 +99,18 @@ class Classifier(TextModel):
         pairs = [(query, document) for document in documents]
         values = self.predict(
             pairs,
-            activation_fn,
+            prompt_name,
+            prompt,
             show_progress_bar=show_progress_bar,
+            activation_fn=activation_fn,
             truncate=truncate,
         )
-        order = np.argsort(-np.asarray(values), kind="stable")[:top_k]
-        return [
-            {
-                "corpus_id": int(index),
-                "score": values[index],
-                **({"text": documents[index]} if return_documents else {}),
-            }
-            for index in order
-        ]
+        results = []
+        for index in np.argsort(-values, kind="stable")[:top_k].tolist():
+            results.append({"corpus_id": index, "score": float(values[index])})
+            if return_documents:
+                results[-1]["text"] = documents[index]
+        return results
 
     def classify(
         self,
@@ -107,24 +123,24 @@ class Classifier(TextModel):
     ) -> list[Any]:
         """The best label and its score, {"label", "score"}, of each text.
 
-        A text is a str, a pair of them or {"text", "text_pair"}. Without `top_k`, one text gives a
-        list of one, several a list of as many. With it, each text gives a list of its best labels;
-        None gives all. `function_to_apply` is "softmax", "sigmoid" or "none"; by default what suits
-        the model's problem.
+        A text is a str, a pair of them or {"text", "text_pair"}. Without `top_k`, several texts
+        give a list of as many; so does a str, as there, but a pair by itself gives its label alone.
+        With it, each text gives a list of its best labels; None gives all. `function_to_apply` is
+        "softmax", "sigmoid" or "none"; by default what suits the model's problem. Raises UsageError
+        for an unknown function, and for what is no text.
         """
-        single = isinstance(texts, (str, dict)) or isinstance(texts, tuple)
-        items = [texts] if single else texts
-        answers = self._answers(
-            checked((_pair_of(item) for item in items), _is_text, "a str or a pair of them"),
-            truncate=truncate,
-            show_progress_bar=show_progress_bar,
-            what="classify",
+        single = isinstance(texts, (str, tuple, dict))
+        results = list(
+            self.classify_iter(
+                [texts] if single else texts,
+                top_k,
+                function_to_apply,
+                show_progress_bar=show_progress_bar,
+                truncate=truncate,
+            )
         )
-        results = [self._ranked(answer, function_to_apply) for answer in answers]
-        if top_k == 0:
-            return [ranked[0] for ranked in results]
-        kept = [ranked[:top_k] for ranked in results]
-        return kept[0] if single else kept
+        listed = not single or (top_k == 0 and isinstance(texts, str))
+        return results if listed else results[0]
 
     def classify_iter(
         self,
@@ -132,13 +148,22 @@ class Classifier(TextModel):
         top_k: int | None = 0,
         function_to_apply: str | None = None,
         *,
+        show_progress_bar: bool | None = None,
         truncate: bool = True,
     ) -> Iterator[Any]:
         """As `classify` of several texts, as they come."""
-        items = checked((_pair_of(text) for text in texts), _is_text, "a str or a pair of them")
-        for answer in self._answers(items, truncate=truncate):
-            ranked = self._ranked(answer, function_to_apply)
-            yield ranked[0] if top_k == 0 else ranked[:top_k]
+        function = self._function(function_to_apply or self.settings.scores)
+        texts = checked(texts, _is_item, f'{TEXTS} or {{"text", "text_pair"}}')
+        several = isinstance(texts, Sequence)
+        pairs = (_pair_of(text) for text in texts)
+        answers = self._answers(
+            list(pairs) if several else pairs,  # of which the number is known
+            truncate=truncate,
+            show_progress_bar=show_progress_bar,
+            what="classify",
+        )
+        every = (self._ranked(function(answer.outputs["logits"])) for answer in answers)
+        return (ranked[0] if top_k == 0 else ranked[:top_k] for ranked in every)
 
     def zero_shot(
         self,
@@ -165,7 +190,8 @@ class Classifier(TextModel):
         single = isinstance(sequences, str)
         texts = [sequences] if single else list(sequences)
         pairs = [(text, hypothesis_template.format(name)) for text in texts for name in names]
-        rows = [answer.outputs["logits"] for answer in self._answers(pairs)]
+        # a hypothesis says the label at its end: it stays whole
+        rows = [answer.outputs["logits"] for answer in self._answers(pairs, cut=FIRST)]
         logits = np.reshape(rows, (len(texts), len(names), -1)) if texts else []
         results = []
         for text, choices in zip(texts, logits):
@@ -190,14 +216,17 @@ class Classifier(TextModel):
     def _label(self, index: int) -> str:
         return self.labels[index] if index < len(self.labels) else f"LABEL_{index}"
 
-    def _ranked(self, answer: Answer, function: str | None) -> list[dict[str, Any]]:
-        """All labels with their scores, the best first."""
-        values = self._function(function or self.settings.scores)(answer.outputs["logits"])
+    def _ranked(self, values: np.ndarray) -> list[dict[str, Any]]:
+        """All labels with their scores (labels,), the best first."""
         order = np.argsort(-values, kind="stable")
         return [{"label": self._label(int(i)), "score": float(values[i])} for i in order]
 
     def _activation(self, asked: Activation) -> Callable[[np.ndarray], np.ndarray]:
         """What CrossEncoder applies."""
+        if type(asked).__module__.startswith("torch."):
+            import torch  # which is imported already, with its function
+
+            return lambda rows: asked(torch.from_numpy(rows)).numpy()
         if callable(asked):
             return asked
         return self._function(asked or self.settings.activation)
@@ -222,8 +251,16 @@ def _is_text(text: Any) -> bool:
     return is_single(text) or is_pair(text)
 
 
+def _is_item(item: Any) -> bool:
+    return _is_text(_pair_of(item))
+
+
 def _pair_of(item: Any) -> Any:
-    if isinstance(item, dict) and "text" in item:
+    if isinstance(item, dict) and set(item) <= {"text", "text_pair"} and "text" in item:
         pair = item.get("text_pair")
         return item["text"] if pair is None else (item["text"], pair)
     return tuple(item) if isinstance(item, list) else item
+
+
+def _prompted(before: str, text: Any) -> Any:
+    return before + text if isinstance(text, str) else (before + text[0], text[1])

@@ -11,11 +11,13 @@ from bertile.base.errors import UsageError, nearest
 from bertile.text import similarities
 from bertile.text.engine import Answer
 from bertile.text.sparse_vectors import SparseVector
-from bertile.text.text_model import TextModel, checked, is_single
+from bertile.text.text_model import TextModel, also_named, checked, is_single
 
 Vector = np.ndarray | SparseVector
 PRECISIONS = ("float32", "binary", "ubinary")
-# The names of prompts that are for a task, in the order in which sentence-transformers looks.
+VALUE = "sentence_embedding"
+DENSE, SPARSE = "dense", "sparse"  # of text_settings.KINDS
+# The names of prompts that are for a task, the first of which is taken.
 _TASKS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
@@ -26,38 +28,29 @@ class Embedder(TextModel):
     """
 
     @property
-    def prompts(self) -> dict[str, str]:
-        """What can be put in front of a text, by name."""
-        return dict(self.settings.prompts)
-
-    @property
-    def default_prompt_name(self) -> str | None:
-        """The prompt that every text has where no other is asked for."""
-        return self.settings.default_prompt
-
-    @property
     def similarity_fn_name(self) -> str:
         """What `similarity` computes: cosine, dot, euclidean or manhattan."""
         return self.settings.similarity
 
     def get_sentence_embedding_dimension(self) -> int:
         """How many numbers a vector has, after `truncate_dim` of the directory."""
-        size = self.model.manifest["outputs"][0]["axes"][-1]
-        return min(size, self.settings.dimensions or size)
+        return min(self._width(), self.settings.dimensions or self._width())
 
     get_embedding_dimension = get_sentence_embedding_dimension
 
+    @also_named(sentences="inputs")
     def encode(
         self,
-        sentences: str | Iterable[str],
+        inputs: str | Iterable[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
-        *,
+        output_value: str = VALUE,
         precision: str = "float32",
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
+        *,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
         truncate: bool = True,
@@ -68,43 +61,76 @@ class Embedder(TextModel):
         tensor; `convert_to_numpy` False a list. Sparse vectors and those of tokens come as a list.
         `batch_size` is taken and not used: texts run together by their tokens. A text that is too
         long is cut as the directory says and counted in `truncated`; `truncate` False refuses it
-        with InputError. Raises UsageError for an unknown prompt or precision, and for what is no
-        text.
+        with InputError. Raises UsageError for an unknown prompt, precision or `output_value`, and
+        for what is no text.
         """
-        if precision not in PRECISIONS:
-            raise UsageError(f"precision '{precision}' is unknown{nearest(precision, PRECISIONS)}")
-        finish = self._finisher(normalize_embeddings, truncate_dim)
-        if isinstance(sentences, str):
-            text = self._prompt(prompt_name, prompt) + sentences
-            vector = finish(self._answer(text, truncate=truncate))
-            return _converted([vector], precision, convert_to_numpy, convert_to_tensor, True)
-        vectors = list(
-            self.encode_iter(
-                sentences,
-                prompt_name,
-                prompt,
-                show_progress_bar,
-                normalize_embeddings=normalize_embeddings,
-                truncate_dim=truncate_dim,
-                truncate=truncate,
+        if output_value != VALUE:
+            raise UsageError(
+                f"output_value '{output_value}' is unknown{nearest(str(output_value), [VALUE])}",
+                "compile the model with --head encoder for the vectors of tokens",
             )
-        )
-        if not vectors and self.settings.kind == "dense":
-            width = truncate_dim or self.get_sentence_embedding_dimension()
-            vectors = np.empty((0, width), np.float32)
-        return _converted(vectors, precision, convert_to_numpy, convert_to_tensor, False)
+        if precision not in PRECISIONS or (precision != "float32" and self.settings.kind == SPARSE):
+            raise UsageError(f"precision '{precision}' is unknown{nearest(precision, PRECISIONS)}")
+        single = isinstance(inputs, str)
+        if single:
+            answer = self._answer(self._prompt(prompt_name, prompt) + inputs, truncate=truncate)
+            vectors = [self._finisher(normalize_embeddings, truncate_dim)(answer)]
+        else:
+            vectors = list(
+                self.encode_iter(
+                    inputs,
+                    prompt_name,
+                    prompt,
+                    show_progress_bar,
+                    normalize_embeddings=normalize_embeddings,
+                    truncate_dim=truncate_dim,
+                    truncate=truncate,
+                )
+            )
+        if self.settings.kind == DENSE:
+            kept = truncate_dim or self.settings.dimensions
+            none = np.empty((0, self._width()), np.float32)[:, :kept]
+            rows = np.stack(vectors) if vectors else none
+            results = _tensor(_packed(rows, precision), convert_to_tensor)
+            results = results if convert_to_numpy or convert_to_tensor else list(results)
+        elif self.settings.kind == SPARSE:
+            results = vectors
+        else:
+            results = [_tensor(_packed(rows, precision), convert_to_tensor) for rows in vectors]
+        return results[0] if single else results
 
-    def encode_query(self, sentences: str | Iterable[str], **options: Any) -> Any:
-        """As `encode`, with the prompt "query" where the directory has it."""
-        return self.encode(sentences, **self._task_prompt(options, "query"))
+    @also_named(sentences="inputs")
+    def encode_query(
+        self,
+        inputs: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *arguments: Any,
+        **options: Any,
+    ) -> Any:
+        """As `encode`, with the prompt "query", where no other is asked for; not the default."""
+        if prompt_name is None and prompt is None:
+            prompt_name = "query"
+        return self.encode(inputs, prompt_name, prompt, *arguments, **options)
 
-    def encode_document(self, sentences: str | Iterable[str], **options: Any) -> Any:
-        """As `encode`, with the prompt "document" (or "passage", "corpus") where there is one."""
-        return self.encode(sentences, **self._task_prompt(options, "document"))
+    @also_named(sentences="inputs")
+    def encode_document(
+        self,
+        inputs: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *arguments: Any,
+        **options: Any,
+    ) -> Any:
+        """As `encode`, with the prompt "document", where no other is asked for; not the default."""
+        if prompt_name is None and prompt is None:
+            prompt_name = "document"
+        return self.encode(inputs, prompt_name, prompt, *arguments, **options)
 
+    @also_named(sentences="inputs")
     def encode_iter(
         self,
-        sentences: Iterable[str],
+        inputs: Iterable[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
         show_progress_bar: bool | None = None,
@@ -118,7 +144,7 @@ class Embedder(TextModel):
         What it holds does not grow with their number. Arguments as of `encode`.
         """
         finish = self._finisher(normalize_embeddings, truncate_dim)
-        texts = checked(sentences, is_single, "a str")
+        texts = checked(inputs, is_single, "a str")
         if before := self._prompt(prompt_name, prompt):
             texts = (
                 [before + text for text in texts]
@@ -148,19 +174,8 @@ class Embedder(TextModel):
         """The prompt that the directory has for a task, "query" or "document"; None for none."""
         return next((name for name in _TASKS[task] if name in self.settings.prompts), None)
 
-    def _task_prompt(self, options: dict[str, Any], task: str) -> dict[str, Any]:
-        if options.get("prompt") is None and options.get("prompt_name") is None:
-            options = {**options, "prompt_name": self.prompt_name_of(task)}
-        return options
-
-    def _prompt(self, name: str | None, prompt: str | None) -> str:
-        if prompt is not None:
-            return prompt
-        if name is None:
-            return self.settings.prompt
-        if name not in self.settings.prompts:
-            raise UsageError(f"prompt '{name}' is unknown{nearest(name, self.settings.prompts)}")
-        return self.settings.prompts[name]
+    def _width(self) -> int:
+        return self.model.manifest["outputs"][0]["axes"][-1]
 
     def _finisher(self, normalize: bool, truncate_dim: int | None):
         """What makes the vector of an answer."""
@@ -169,7 +184,7 @@ class Embedder(TextModel):
 
         def finish(answer: Answer) -> Vector:
             vector = answer.outputs[name]
-            if kind == "sparse":
+            if kind == SPARSE:
                 return SparseVector.of(vector, most)
             if most is not None:
                 vector = vector[..., :most]
@@ -181,20 +196,17 @@ class Embedder(TextModel):
         return finish
 
 
-def _converted(vectors: Any, precision: str, to_numpy: bool, to_tensor: bool, single: bool) -> Any:
-    """Vectors in the form that a caller asks for; the only of them where it is a `single`."""
-    if precision != "float32":
-        vectors = [np.packbits(vector > 0, axis=-1) for vector in vectors]
-        if precision == "binary":
-            vectors = [(vector.astype(np.int16) - 128).astype(np.int8) for vector in vectors]
-    stacks = all(isinstance(vector, np.ndarray) and vector.ndim == 1 for vector in vectors)
-    if to_tensor:
-        import torch  # which only who asks for tensors needs
+def _packed(vectors: np.ndarray, precision: str) -> np.ndarray:
+    """Vectors (…, d) as they are, or a bit a number, whether it is above zero: (…, d / 8)."""
+    if precision == "float32":
+        return vectors
+    bits = np.packbits(vectors > 0, axis=-1)
+    return bits if precision == "ubinary" else (bits ^ 0x80).view(np.int8)  # less 128
 
-        vectors = [torch.from_numpy(np.array(vector)) for vector in vectors] if stacks else vectors
-        if single:
-            return vectors[0]
-        return torch.stack(vectors) if stacks and vectors else vectors
-    if single:
-        return np.array(vectors[0]) if stacks else vectors[0]
-    return np.stack(vectors) if to_numpy and stacks and len(vectors) else vectors
+
+def _tensor(array: np.ndarray, asked: bool) -> Any:
+    if not asked:
+        return array
+    import torch  # which only who asks for tensors needs
+
+    return torch.from_numpy(array)

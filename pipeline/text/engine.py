@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from bertile.loader import Model
 from bertile.text import batches
 from bertile.text.batches import Outputs
-from bertile.text.tokens import Text
 
 WINDOW = 512  # texts that are sorted together
 # Fewer blocks of tokens than these for each thread are run at once by all threads.
@@ -49,18 +48,19 @@ class Engine:
         return self._run([encoding], self.model)[0]
 
     def stream(
-        self, texts: Iterable[Text], encode: Callable[[list[Text]], list[Any]]
+        self, texts: Iterable[Any], encode: Callable[[list[Any]], list[Any]]
     ) -> Iterator[Answer]:
         """The answers in the order of `texts`, which may be endless; `encode` tokenizes a list.
 
-        Texts are taken in the caller's thread, a window ahead of the answers.
+        Texts are taken in the caller's thread, a window ahead of the answers. What taking or
+        tokenizing them raises is raised after the answers to the windows before.
         """
-        source = iter(texts)
-        window = list(islice(source, WINDOW))
-        encodings = encode(window)
-        if len(window) < WINDOW and self._are_few(encodings):
+        source = _Source(texts, encode)
+        encodings = source.encoded(source.window())
+        if source.ended and self._are_few(encodings):
             outputs = batches.run_all(self.model, encodings)
             yield from (self._cut(*pair) for pair in zip(encodings, outputs))
+            source.check()
             return
         model = self._beside()
         waiting: deque[list[tuple[Future, int]]] = deque()
@@ -68,17 +68,19 @@ class Engine:
             with ThreadPoolExecutor(self._places, "bertile-run") as running:
                 try:
                     while encodings:
-                        window = list(islice(source, WINDOW))
-                        ahead = tokenizing.submit(encode, window) if window else None
                         waiting.append(self._submitted(encodings, model, running))
+                        window = source.window()
+                        ahead = tokenizing.submit(source.encoded, window) if window else None
                         if len(waiting) > 1:
                             yield from _in_order(waiting.popleft())
                         encodings = ahead.result() if ahead else []
                     while waiting:
                         yield from _in_order(waiting.popleft())
                 finally:  # whoever stops in the middle does not wait for what is queued
+                    waiting.clear()
                     running.shutdown(wait=False, cancel_futures=True)
                     tokenizing.shutdown(wait=False, cancel_futures=True)
+        source.check()
 
     def close(self) -> None:
         """Give back the threads and buffers; the model is its owner's to close."""
@@ -107,7 +109,8 @@ class Engine:
     ) -> list[tuple[Future, int]]:
         """Of each text the call that it is part of, and its row there."""
         places: dict[int, tuple[Future, int]] = {}
-        for group in batches.groups(encodings, batches.CALL_BLOCKS, self._masked):
+        most = batches.call_blocks(encodings, self._places)
+        for group in batches.groups(encodings, most, self._masked):
             call = running.submit(self._run, [encodings[index] for index in group], model)
             places.update({index: (call, row) for row, index in enumerate(group)})
         return [places[index] for index in range(len(encodings))]
@@ -124,9 +127,50 @@ class Engine:
         return Answer(encoding, own)
 
 
+class _Source:
+    """Takes texts by windows and tokenizes them, and keeps the error that ends them for `check`."""
+
+    def __init__(self, texts: Iterable[Any], encode: Callable[[list[Any]], list[Any]]) -> None:
+        self._texts, self._encode = iter(texts), encode
+        self._error: Exception | None = None
+        self.ended = False
+
+    def window(self) -> list[Any]:
+        """The next texts; fewer than a window, or none, are the last."""
+        texts: list[Any] = []
+        if not self.ended:
+            try:
+                texts.extend(islice(self._texts, WINDOW))
+            except Exception as error:  # of whoever made the iterable: any
+                self._error = error
+        self.ended = len(texts) < WINDOW
+        return texts
+
+    def encoded(self, window: list[Any]) -> list[Any]:
+        """A window's encodings; none where that fails."""
+        try:
+            return self._encode(window)
+        except Exception as error:
+            self._error, self.ended = error, True
+            return []
+
+    def check(self) -> None:
+        """Raise what ended the texts, if that was an error."""
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:  # an error holds this frame, and with it all that its callers hold
+            del error
+
+
 def _in_order(places: list[tuple[Future, int]]) -> Iterator[Answer]:
     """The answers of a window, each as soon as those before it are there."""
     places.reverse()
-    while places:  # which lets go of what was answered
-        call, row = places.pop()
-        yield call.result()[row]
+    try:
+        while places:  # which lets go of what was answered
+            call, row = places.pop()
+            yield call.result()[row]
+    finally:  # a call's error holds this frame
+        places.clear()
+        call = None

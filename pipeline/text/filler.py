@@ -10,7 +10,7 @@ import numpy as np
 from bertile.base.errors import InputError, ModelError
 from bertile.text.engine import Answer
 from bertile.text.scores import softmax
-from bertile.text.text_model import TextModel, checked, is_single
+from bertile.text.text_model import LOG, TextModel, checked, is_single
 
 
 class Filler(TextModel):
@@ -30,8 +30,9 @@ class Filler(TextModel):
         """The `top_k` likeliest tokens for the mask of a text, or a list of those of each text.
 
         Each is {"score", "token", "token_str", "sequence"}. A text of several masks has a list for
-        each. `targets` are the only tokens to choose from. Raises InputError for a text without a
-        mask and for a target that is not in the vocabulary.
+        each. `targets` are the only tokens to choose from; of a word that is several tokens, the
+        first, as there, which is logged. Raises InputError for a text without a mask, for no
+        targets and for an empty one.
         """
         single = isinstance(texts, str)
         results = list(self.fill_iter([texts] if single else list(texts), top_k, targets))
@@ -58,7 +59,14 @@ class Filler(TextModel):
         ids = np.asarray(answer.encoding.ids)
         places = np.flatnonzero(ids == self._mask())
         if not len(places):
-            raise InputError(f"text {number} has no {self.mask_token}", "put it for a hidden word")
+            where = (
+                f" among the {len(ids)} tokens that are kept of it"
+                if answer.encoding.overflowing
+                else ""
+            )
+            raise InputError(
+                f"text {number} has no {self.mask_token}{where}", "put it for a hidden word"
+            )
         rows = []
         for place in places:
             shares = softmax(answer.outputs["logits"][place])
@@ -69,7 +77,7 @@ class Filler(TextModel):
                     {
                         "score": float(shares[token]),
                         "token": int(token),
-                        "token_str": self.tokenizer.decode([int(token)]),
+                        "token_str": self.tokenizer.decode([int(token)], skip_special_tokens=False),
                         "sequence": self._with(ids, place, token, alone=len(places) == 1),
                     }
                     for token in order
@@ -93,10 +101,18 @@ class Filler(TextModel):
         if targets is None:
             return None
         words = [targets] if isinstance(targets, str) else list(targets)
-        ids = [self.tokenizer.token_to_id(word) for word in words]
-        for word, number in zip(words, ids):
-            if number is None:
-                raise InputError(
-                    f"'{word}' is no token of the model", "give whole tokens of its vocabulary"
-                )
+        ids = [self._token(word) for word in words]
+        if not ids:
+            raise InputError("targets is empty", "name a word, or leave it out")
         return np.asarray(sorted(set(ids)))
+
+    def _token(self, word: str) -> int:
+        """The id of a word, or of its first token."""
+        number = self.tokenizer.token_to_id(word)
+        if number is not None:
+            return number
+        encoding = self.tokenizer.encode(word, add_special_tokens=False)
+        if not encoding.ids:
+            raise InputError(f"the target '{word}' has no token", "name a word")
+        LOG.warning("the target '%s' is no token: '%s' is taken", word, encoding.tokens[0])
+        return encoding.ids[0]

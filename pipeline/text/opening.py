@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from bertile import loader
-from bertile.base.errors import InputError
+from bertile.base.errors import BertileError, InputError
 from bertile.text.answerer import Answerer
 from bertile.text.classifier import Classifier
 from bertile.text.embedder import Embedder
@@ -38,7 +38,8 @@ def open(
     `threads` is how many cores it may use (default: all that this process may run on). Lists are
     run by `streams` at once, of one thread each (default: one a core); a single text has all cores.
     `verify` compares the hash of every file with the manifest. Raises what `bertile.load` raises,
-    and InputError for a head that gives no answer to a text.
+    InputError for a head that gives no answer to a text, BundleError for a tokenizer that is
+    missing or cannot be read.
     """
     model = loader.load(directory, threads, verify=verify)
     head = model.manifest["model"]["head"]
@@ -48,4 +49,8 @@ def open(
             f"{directory} has the head '{head}', which gives no answer to a text",
             f"compile the model with a --head of {', '.join(KINDS)}, or use bertile.load",
         )
-    return KINDS[head](model, Path(directory), streams)
+    try:
+        return KINDS[head](model, Path(directory), streams)
+    except BertileError:
+        model.close()
+        raise

@@ -9,36 +9,39 @@ import numpy as np
 
 from bertile.text.sparse_vectors import SparseVector
 
-NAMES = ("cosine", "dot", "euclidean", "manhattan")
+# Of the vectors of tokens: the sum of each token's best match.
+MAXSIM = "maxsim"
 
 
 def between_all(name: str, first: Any, second: Any) -> np.ndarray:
-    """(n, m) float32 of n and m vectors; of tokens' vectors, the sum of each token's best match.
+    """(n, m) float32 of n and m vectors, or of n and m texts' vectors of tokens ("maxsim").
 
     The larger the more alike: distances are negative, as sentence-transformers has them.
     """
-    if _is_of_tokens(first):
+    if name == MAXSIM:
         first, second = _several(first), _several(second)
-        rows = [[float((a @ b.T).max(axis=1).sum()) for b in second] for a in first]
-        return np.asarray(rows, np.float32)
+        rows = [[_best_matches(a, b) for b in second] for a in first]
+        return np.asarray(rows, np.float32).reshape(len(first), len(second))
     a, b = _rows(first), _rows(second)
     if name == "cosine":
         return _unit(a) @ _unit(b).T
     if name == "dot":
         return a @ b.T
     if name == "euclidean":
-        a, b = a.astype(np.float64), b.astype(np.float64)  # else 3e-4 is left between equal vectors
+        # in twice the precision: of vectors that are nearly the same, the terms cancel out
+        a, b = a.astype(np.float64), b.astype(np.float64)
         squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * (a @ b.T)
         return -np.sqrt(np.maximum(squares, 0)).astype(np.float32)
     # a row at a time: all differences at once would be (n, m, d)
-    return np.stack([-np.abs(row - b).sum(1) for row in a]) if len(a) else np.empty((0, len(b)))
+    distances = [np.abs(row - b).sum(1) for row in a]
+    return -np.asarray(distances, np.float32).reshape(len(a), len(b))
 
 
 def between_pairs(name: str, first: Any, second: Any) -> np.ndarray:
     """(n,) float32 of n vectors and n others; as `between_all`."""
-    if _is_of_tokens(first):
+    if name == MAXSIM:
         pairs = zip(_several(first), _several(second))
-        return np.asarray([float((a @ b.T).max(axis=1).sum()) for a, b in pairs], np.float32)
+        return np.asarray([_best_matches(a, b) for a, b in pairs], np.float32)
     a, b = _rows(first), _rows(second)
     if name == "cosine":
         return (_unit(a) * _unit(b)).sum(1)
@@ -49,15 +52,15 @@ def between_pairs(name: str, first: Any, second: Any) -> np.ndarray:
     return -np.abs(a - b).sum(1)
 
 
-def _is_of_tokens(vectors: Any) -> bool:
-    """Whether these are the vectors of tokens: a list of (tokens, d), or of a single text."""
-    if isinstance(vectors, Sequence) and not isinstance(vectors, SparseVector) and len(vectors):
-        return getattr(vectors[0], "ndim", 0) == 2
-    return False
+def _best_matches(query: np.ndarray, document: np.ndarray) -> float:
+    return float((query @ document.T).max(axis=1).sum())
 
 
 def _several(vectors: Any) -> list[np.ndarray]:
-    return [np.asarray(vector) for vector in vectors]
+    """The (tokens, d) of each text; an array of two axes is those of a single text."""
+    if getattr(vectors, "ndim", 0) == 2:
+        vectors = [vectors]
+    return [np.asarray(vector, np.float32) for vector in vectors]
 
 
 def _rows(vectors: Any) -> np.ndarray:

@@ -46,4 +46,7 @@ class SparseVector(NamedTuple):
             and np.array_equal(self.values, other.values)
         )
 
+    def __ne__(self, other: Any) -> bool:  # which a tuple has of its own
+        return not self == other
+
     __hash__ = None  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import tee
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,14 +47,10 @@ class Tagger(TextModel):
         {"entity", "score", "index", "word", "start", "end"}. Raises UsageError for an unknown
         strategy.
         """
-        if aggregation_strategy not in STRATEGIES:
-            raise UsageError(
-                f"aggregation_strategy '{aggregation_strategy}' is unknown"
-                f"{nearest(aggregation_strategy, STRATEGIES)}"
-            )
         if isinstance(texts, str):
+            strategy = _known_strategy(aggregation_strategy)
             answer = self._answer(texts, truncate=truncate, offsets=True)
-            return self._of(texts, answer, aggregation_strategy, ignore_labels)
+            return self._of(texts, answer, strategy, ignore_labels)
         return list(
             self.entities_iter(
                 texts,
@@ -74,22 +71,18 @@ class Tagger(TextModel):
         truncate: bool = True,
     ) -> Iterator[list[dict[str, Any]]]:
         """As `entities` of several texts, as they come."""
-        read: list[str] = []  # of which those are dropped that are answered
-
-        def reading() -> Iterator[str]:
-            for text in texts:
-                read.append(text)
-                yield text
-
+        strategy = _known_strategy(aggregation_strategy)
+        texts = checked(texts, is_single, "a str")
+        # of an iterator, what is not yet answered is kept
+        texts, again = (texts, iter(texts)) if isinstance(texts, Sequence) else tee(texts)
         answers = self._answers(
-            checked(reading(), is_single, "a str"),
+            texts,
             truncate=truncate,
             offsets=True,
             show_progress_bar=show_progress_bar,
             what="entities",
         )
-        for answer in answers:
-            yield self._of(read.pop(0), answer, aggregation_strategy, ignore_labels)
+        return (self._of(next(again), answer, strategy, ignore_labels) for answer in answers)
 
     def _of(
         self, text: str, answer: Answer, strategy: str, ignored: Sequence[str]
@@ -161,6 +154,13 @@ class Tagger(TextModel):
             "start": entities[0]["start"],
             "end": entities[-1]["end"],
         }
+
+
+def _known_strategy(name: str) -> str:
+    strategy = name.lower()
+    if strategy not in STRATEGIES:
+        raise UsageError(f"aggregation_strategy '{name}' is unknown{nearest(name, STRATEGIES)}")
+    return strategy
 
 
 def _words(tokens: Iterable[_Token]) -> list[list[_Token]]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from bertile.base.errors import UsageError
+from bertile.base.errors import UsageError, nearest
 from bertile.base.progress import Progress
 from bertile.families import text_settings
 from bertile.loader import Model
 from bertile.text.engine import Answer, Engine
-from bertile.text.tokens import Text, TextTokenizer, max_tokens
+from bertile.text.tokens import LONGER, Text, TextTokenizer, max_tokens
 
 LOG = logging.getLogger("bertile")
+# Prompts that every model of sentence-transformers has, empty where its directory says nothing.
+USUAL_PROMPTS = {"query": "", "document": ""}
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class TextModel:
@@ -42,6 +46,16 @@ class TextModel:
         return self._tokens.cut_at
 
     @property
+    def prompts(self) -> dict[str, str]:
+        """What can be put in front of a text, by name."""
+        return {**USUAL_PROMPTS, **self.settings.prompts}
+
+    @property
+    def default_prompt_name(self) -> str | None:
+        """The prompt that every text has where no other is asked for."""
+        return self.settings.default_prompt
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The names of a classifier's classes, in the order of its logits."""
         return self.model.labels
@@ -64,9 +78,23 @@ class TextModel:
     def __repr__(self) -> str:
         return f"<bertile.text.{type(self).__name__} of {self.model!r}>"
 
+    def _prompt(self, name: str | None, prompt: str | None) -> str:
+        """What goes in front of a text; UsageError for a name, or a prompt, that cannot be used."""
+        if prompt is None:
+            name = self.default_prompt_name if name is None else name
+            if name is not None and name not in self.prompts:
+                raise UsageError(f"prompt '{name}' is unknown{nearest(name, self.prompts)}")
+            prompt = self.prompts[name] if name is not None else ""
+        if prompt and not self.settings.include_prompt:
+            raise UsageError(
+                "this model leaves a prompt out of its pooling, which a bundle does not",
+                'encode without: prompt=""',
+            )
+        return prompt
+
     def _answer(self, text: Text, *, truncate: bool = True, offsets: bool = False) -> Answer:
         """The answer to a single text, by all threads."""
-        encoding = self._tokens.encode_single(text, truncate=truncate, offsets=offsets)
+        (encoding,) = self._tokens.encode([text], truncate=truncate, offsets=offsets)
         self.truncated = int(bool(encoding.overflowing))
         return self._engine.single(encoding)
 
@@ -76,14 +104,19 @@ class TextModel:
         *,
         truncate: bool = True,
         offsets: bool = False,
+        cut: str = LONGER,
         show_progress_bar: bool | None = None,
         what: str = "texts",
     ) -> Iterator[Answer]:
-        """The answers in the order of the texts, as they come; a warning where texts were cut."""
-        self.truncated = 0
+        """The answers in the order of the texts, as they come; how many were cut is logged."""
+        self.truncated = seen = 0
 
         def encode(window: list[Text]) -> list[Any]:
-            encodings = self._tokens.encode(window, truncate=truncate, offsets=offsets)
+            nonlocal seen
+            encodings = self._tokens.encode(
+                window, truncate=truncate, offsets=offsets, cut=cut, first=seen + 1
+            )
+            seen += len(window)
             self.truncated += sum(bool(encoding.overflowing) for encoding in encodings)
             return encodings
 
@@ -94,11 +127,27 @@ class TextModel:
             LOG.info("%d texts were cut to %d tokens", self.truncated, self.max_seq_length)
 
 
+def also_named(**names: str) -> Callable[[F], F]:
+    """A method that takes arguments by their older names too: old=new."""
+
+    def decorate(method: F) -> F:
+        @functools.wraps(method)
+        def taking(self: Any, *arguments: Any, **options: Any) -> Any:
+            renamed = {names.get(name, name): value for name, value in options.items()}
+            return method(self, *arguments, **renamed)
+
+        return cast(F, taking)
+
+    return decorate
+
+
 def checked(texts: Iterable[Any], is_text: Callable[[Any], bool], kind: str) -> Iterable[Any]:
     """The texts, of which each must be as `is_text` says; UsageError, with its number, if not.
 
     A sequence is checked at once, another iterable as it is read.
     """
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise UsageError(f"a {type(texts).__name__} is no list of texts", f"give {kind}, or a list")
     if isinstance(texts, Sequence):
         for number, text in enumerate(texts, 1):
             _must_be(text, number, is_text, kind)

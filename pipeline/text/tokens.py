@@ -14,6 +14,8 @@ FILE = "tokenizer.json"
 FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 Text = str | tuple[str, str]  # a text, or a pair of them
+# What of a pair is cut, in tokenizers' words.
+LONGER, FIRST, SECOND = "longest_first", "only_first", "only_second"
 
 
 class TextTokenizer:
@@ -31,24 +33,27 @@ class TextTokenizer:
         self._cutting: dict[tuple[Any, ...], Any] = {}
 
     def encode(
-        self, texts: Sequence[Text], *, truncate: bool = True, offsets: bool = False
+        self,
+        texts: Sequence[Text],
+        *,
+        truncate: bool = True,
+        offsets: bool = False,
+        cut: str = LONGER,
+        first: int = 1,
     ) -> list[Any]:
-        """The `tokenizers.Encoding` of each text or pair, which has offsets where they are asked.
+        """The `tokenizers.Encoding` of each text or pair: its ids, and, where `offsets` are asked
+        for, the characters and the names of its tokens.
 
-        What is too long is cut at the side that the directory says, of a pair the longer text;
-        InputError, unless `truncate`.
+        What is too long is cut at the side that the directory says, of a pair the longer text, or
+        the first alone where `cut` is FIRST; unless `truncate`, InputError, which counts texts from
+        `first`.
         """
-        cut_at = self.cut_at
-        tokenizer = self.cutting(cut_at, "longest_first") if truncate and cut_at else self.whole
+        tokenizer = self.cutting(self.cut_at, cut) if truncate and self.cut_at else self.whole
         encode = tokenizer.encode_batch if offsets else tokenizer.encode_batch_fast
         encodings = encode(list(texts))
         if not truncate and self.longest:
-            self._refuse_longer(encodings)
+            self._refuse_longer(encodings, first)
         return encodings
-
-    def encode_single(self, text: Text, *, truncate: bool = True, offsets: bool = False) -> Any:
-        """As `encode`, of a single text."""
-        return self.encode([text], truncate=truncate, offsets=offsets)[0]
 
     def cutting(self, length: int, strategy: str, stride: int = 0) -> Any:
         """A `tokenizers.Tokenizer` that cuts to `length` tokens; kept for the next call.
@@ -77,8 +82,8 @@ class TextTokenizer:
             return " ".join(tokens)
         return self.whole.decoder.decode(list(tokens))
 
-    def _refuse_longer(self, encodings: Sequence[Any]) -> None:
-        for number, encoding in enumerate(encodings, 1):
+    def _refuse_longer(self, encodings: Sequence[Any], first: int) -> None:
+        for number, encoding in enumerate(encodings, first):
             if len(encoding) > self.longest:
                 raise InputError(
                     f"text {number} has {len(encoding)} tokens, the model takes at most"

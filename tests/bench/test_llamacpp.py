@@ -16,6 +16,7 @@ from bertile.bench.sameness import compared
 from bertile.bench.traffic import Traffic, drive
 from bertile.config import Config
 from bertile.export import cached
+from bertile.export.sentence_modules import Chain, Dense, Normalize, Pool, Splade
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.samples import run_onnx, sample
 
@@ -97,3 +98,18 @@ def test_models_that_it_cannot_compute_are_refused(
     monkeypatch.setattr(llamacpp, "require", lambda *names: (None,))
     with pytest.raises(ModelError, match=message):
         llamacpp.write("fp32", dataclasses.replace(exported, **change), tmp_path / "x.gguf")
+
+
+def test_embedding_that_it_cannot_compute_is_refused() -> None:
+    assert llamacpp._pooling(None) == ("NONE", False)
+    assert llamacpp._pooling(Chain()) == ("MEAN", True)
+    assert llamacpp._pooling(Chain((Pool(("cls",)),))) == ("CLS", False)
+    for steps, message in (
+        ((Pool(("max",)),), "no pooling of the kind 'max'"),
+        ((Pool(("cls", "mean")),), r"no pooling of the kind 'cls \+ mean'"),
+        ((Pool(), Dense(Path())), "or computes more of it than its length"),
+        ((Splade(),), "no embedding of that kind"),
+        ((Normalize(),), "no embedding of that kind"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            llamacpp._pooling(Chain(steps))
