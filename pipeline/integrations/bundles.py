@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar, Union
+from typing import TypeVar, Union
 
 import bertile.text
 from bertile.base.errors import UsageError
@@ -36,11 +36,6 @@ def reranker(bundle: Bundle, threads: int | None = None) -> Classifier:
 def name_of(bundle: Bundle) -> str:
     """The directory of a bundle, which is how an adapter is written down."""
     return str(bundle.model.directory) if isinstance(bundle, TextModel) else os.fspath(bundle)
-
-
-def rows(vectors: Any) -> list[list[float]]:
-    """Vectors (n, d) as the lists of Python's numbers that most libraries keep."""
-    return vectors.tolist()
 
 
 def _opened(bundle: Bundle, threads: int | None, kind: type[T], head: str) -> T:

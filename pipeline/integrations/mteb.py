@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bertile.base.errors import require
 from bertile.integrations import bundles
 
@@ -64,6 +66,20 @@ class Encoder(_encoder.AbsEncoder):
         }.get(kind, self.model.encode)
         kept = {key: options[key] for key in _OPTIONS if key in options}
         return encode(texts, prompt=prompt, **kept)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """How alike n vectors are to m, as the model compares them: a tensor (n, m) float32."""
+        return _tensor(self.model.similarity(embeddings1, embeddings2))
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """How alike vectors are, pair by pair: a tensor (n,) float32."""
+        return _tensor(self.model.similarity_pairwise(embeddings1, embeddings2))
+
+
+def _tensor(array: np.ndarray) -> Any:
+    import torch  # which mteb brings
+
+    return torch.from_numpy(array)
 
 
 # Of what mteb hands on to `encode` of sentence-transformers.

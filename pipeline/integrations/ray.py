@@ -34,11 +34,14 @@ class Encoder:
         self.model = bundles.embedder(bundle, threads or _cores_of_worker())
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The batch with `output`, (n, d) float32; UsageError where there is no such column."""
+        """The batch with `output`, (n, d) float32.
+
+        UsageError where there is no such column, and for what is no text in it, as None.
+        """
         if self.column not in batch:
             raise UsageError(f"column '{self.column}' is unknown{nearest(self.column, batch)}")
-        texts = [str(text) for text in batch[self.column]]
-        return {**batch, self.output: self.model.encode(texts, **self.options)}
+        vectors = self.model.encode(list(batch[self.column]), **self.options)
+        return {**batch, self.output: vectors}
 
 
 def _cores_of_worker() -> int | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
+from helpers.tiny_bundle import change_manifest
 
 pytestmark = pytest.mark.slow  # compiles MiniLM; the package is in the extra "slow"
 pytest.importorskip("mteb", reason="the extra 'mteb' is not installed")
@@ -61,6 +64,26 @@ def test_scores_are_those_of_the_model_itself(minilm, texts):
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert ours["main_score"] > 0.8
     assert encoder.mteb_model_meta.embed_dim == 384
+
+
+@pytest.mark.parametrize("name", ["dot", "euclidean", "manhattan"])
+def test_similarity_is_the_model_s_own(minilm, texts, tmp_path, monkeypatch, name):
+    from bertile.integrations.mteb import Encoder
+
+    place = shutil.copytree(minilm, tmp_path / "other")
+    change_manifest(place, lambda manifest: manifest["text"].update(similarity=name))
+    monkeypatch.setattr(texts.model, "similarity_fn_name", name)
+    encoder, vectors = Encoder(place), texts.plain
+    got = encoder.similarity(vectors[:2], vectors)
+    np.testing.assert_allclose(got, texts.model.similarity(vectors[:2], vectors), atol=1e-4)
+    got = encoder.similarity_pairwise(vectors, vectors[::-1])
+    want = texts.model.similarity_pairwise(vectors, vectors[::-1].copy())
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    scores = evaluated(encoder)
+    if name == "dot":
+        assert scores == pytest.approx(evaluated(texts.model), abs=1e-4)
+    else:  # mteb has no such similarity for a model, but a figure of its own
+        assert scores["pearson"] == pytest.approx(scores[f"{name}_pearson"], abs=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("query", "of_query"), ("document", "of_documents")])
