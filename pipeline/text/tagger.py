@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bertile.base.allowed import AGGREGATIONS
 from bertile.base.errors import UsageError, nearest
 from bertile.text.engine import Answer
 from bertile.text.scores import softmax
 from bertile.text.text_model import TextModel, checked, is_single
-
-STRATEGIES = ("none", "simple", "first", "average", "max")
 
 
 class _Token(NamedTuple):
@@ -158,8 +157,8 @@ class Tagger(TextModel):
 
 def _known_strategy(name: str) -> str:
     strategy = name.lower()
-    if strategy not in STRATEGIES:
-        raise UsageError(f"aggregation_strategy '{name}' is unknown{nearest(name, STRATEGIES)}")
+    if strategy not in AGGREGATIONS:
+        raise UsageError(f"aggregation_strategy '{name}' is unknown{nearest(name, AGGREGATIONS)}")
     return strategy
 
 

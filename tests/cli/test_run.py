@@ -374,9 +374,6 @@ def test_a_reader_that_goes_away_ends_the_run(bundle, monkeypatch) -> None:
 
 
 def test_help_says_the_words_of_the_text_room() -> None:
-    from bertile.text import tagger
-
-    assert tagger.STRATEGIES == AGGREGATIONS
     _, parsers = main._parser("run")
     text = parsers["run"].format_help()
     assert "|".join(AGGREGATIONS) in text and "the texts:" in text and "what is asked:" in text

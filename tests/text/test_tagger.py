@@ -8,8 +8,9 @@ import pytest
 from helpers import text_models
 from helpers.text_models import LONG, TEXTS, assert_same, mixed
 
+from bertile.base.allowed import AGGREGATIONS
 from bertile.errors import BertileError
-from bertile.text.tagger import STRATEGIES, Tagger
+from bertile.text.tagger import Tagger
 
 ALL = [*TEXTS, LONG, "zqx 🙂 東京 ÄÖÜ", "  blank before", "New-York's-cat...", "1998-3,5"]
 
@@ -33,7 +34,7 @@ def original(saved, kind):
 
 
 @pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", AGGREGATIONS)
 def test_entities_are_those_of_token_classification(tagger, original, strategy) -> None:
     want = original(ALL, aggregation_strategy=strategy)
     assert sum(map(len, want)) > 20
