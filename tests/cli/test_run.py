@@ -252,7 +252,13 @@ def test_what_is_wrong_with_texts_is_said(typed, tmp_path) -> None:
     both = "texts and --input exclude each other; leave one of them out"
     assert refused("x", "--input", "-") == refused("x", "--file", str(tmp_path)) == both
     assert refused("x", "--column", "1") == "--field and --column are for files; leave them out"
-    assert refused(stdin=b"a\ngr\xfcn\n") == "line 2 of stdin is not in UTF-8; convert it"
+    assert refused(stdin=b"gr\xfcn\na\n") == "line 1 of stdin is not in UTF-8; convert it"
+
+
+def test_texts_before_a_wrong_line_are_answered(typed) -> None:
+    answer = typed(CountingModel("embedding"), "--json", stdin=b"a\nb\ngr\xfcn\na\n")
+    assert [record["text"] for record in records(answer)] == ["a", "b"]
+    assert (answer.code, answer.err) == (2, "line 3 of stdin is not in UTF-8; convert it")
 
 
 def test_texts_that_are_too_long_are_cut_and_counted_or_refused(typed, tmp_path) -> None:
