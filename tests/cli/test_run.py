@@ -257,7 +257,7 @@ def test_what_is_wrong_with_texts_is_said(typed, tmp_path) -> None:
 
 def test_texts_before_a_wrong_line_are_answered(typed) -> None:
     answer = typed(CountingModel("embedding"), "--json", stdin=b"a\nb\ngr\xfcn\na\n")
-    assert [record["text"] for record in records(answer)] == ["a", "b"]
+    assert [json.loads(line)["text"] for line in answer.lines] == ["a", "b"]
     assert (answer.code, answer.err) == (2, "line 3 of stdin is not in UTF-8; convert it")
 
 
