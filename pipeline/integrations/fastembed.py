@@ -71,13 +71,11 @@ class BertileTextEmbedding(_base.TextEmbeddingBase):
 
     def query_embed(self, query: str | Iterable[str], **options: Any) -> Iterator[np.ndarray]:
         """As `embed`, with the model's prompt for queries."""
-        name = self.model.prompt_name_of("query")
-        yield from self.embed(query, **{"prompt_name": name, **options})
+        yield from self.embed(query, **{"prompt_name": "query", **options})
 
     def passage_embed(self, texts: str | Iterable[str], **options: Any) -> Iterator[np.ndarray]:
         """As `embed`, with the model's prompt for documents."""
-        name = self.model.prompt_name_of("document")
-        yield from self.embed(texts, **{"prompt_name": name, **options})
+        yield from self.embed(texts, **{"prompt_name": "document", **options})
 
     def token_count(self, texts: str | Iterable[str], **_options: Any) -> int:
         """How many tokens of the texts the model sees."""

@@ -17,8 +17,6 @@ Vector = np.ndarray | SparseVector
 PRECISIONS = ("float32", "binary", "ubinary")
 VALUE = "sentence_embedding"
 DENSE, SPARSE = "dense", "sparse"  # of text_settings.KINDS
-# The names of prompts that are for a task, the first of which is taken.
-_TASKS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
 class Embedder(TextModel):
@@ -169,10 +167,6 @@ class Embedder(TextModel):
         order = np.argsort(-vector.values, kind="stable")[:top_k]
         names = self.tokenizer.id_to_token
         return [(names(int(vector.indices[i])), float(vector.values[i])) for i in order]
-
-    def prompt_name_of(self, task: str) -> str | None:
-        """The prompt that the directory has for a task, "query" or "document"; None for none."""
-        return next((name for name in _TASKS[task] if name in self.settings.prompts), None)
 
     def _width(self) -> int:
         return self.model.manifest["outputs"][0]["axes"][-1]

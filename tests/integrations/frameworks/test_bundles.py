@@ -60,17 +60,6 @@ def test_model_that_is_pickled_or_copied_is_opened_again(tiny):
         assert np.array_equal(model.encode(TEXTS), want)
 
 
-def test_prompt_of_a_task_is_the_first_that_the_directory_has(tiny, tmp_path):
-    other = shutil.copytree(tiny, tmp_path / "prompted")
-    prompts = {"corpus": "c: ", "passage": "good "}
-    change_manifest(other, lambda manifest: manifest["text"].update(prompts=prompts))
-    with bertile.open(other) as model:
-        assert model.prompt_name_of("document") == "passage"
-        assert model.prompt_name_of("query") is None
-        want = model.encode(["good movie"], prompt="")
-        assert np.array_equal(model.encode_document(["movie"]), want)
-
-
 def test_encoder_of_ray_adds_vectors_to_a_batch_and_needs_no_ray(tiny):
     encoder = bertile.ray.Encoder(tiny, column="words", output="vector", threads=1)
     batch = {"words": np.array(TEXTS, dtype=object), "place": np.arange(2)}
