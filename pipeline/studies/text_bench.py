@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from bertile.studies import text_calls, text_peers, text_tables
 from bertile.studies.text_calls import Pass, whole_list
 
 NAME = "bench-texts"
+THREADS = 2
 TEXTS, QUERIES, SHORT_TEXTS = 2000, 60, 200_000
 ROUNDS, QUERY_ROUNDS = 3, 6
 FRESH_PROCESSES = 5
@@ -123,24 +124,16 @@ def run(
     """A report: "rows" of engines as `text_tables.row_of` gives them, "versions", "notes", and the
     circumstances; of `parts` ("memory", "startup") a sentence each on the first precision's bundle.
     """
-    threads = config.threads or 2
+    threads = config.threads or THREADS
     wanted = [("bertile", precision) for precision in precisions]
     wanted += [(kind, precision) for kind in against for precision in precisions]
     with scratch.directory("texts-") as work, contextlib.ExitStack() as stack:
-        notes: list[str] = []
-        workers, versions = [], {}
-        for kind, precision in dict.fromkeys([*wanted, REFERENCE]):
-            source = Source(Path(work), model=model)
-            engine = Engine(f"{kind} {precision}", kind, precision, source)
-            try:
-                engine, opener = text_peers.prepared(engine, config, Path(work), progress)
-                worker = Worker(engine, threads, opener)
-                stack.callback(worker.close)
-                versions[worker.name] = worker.receive()
-            except LeftOut as reason:
-                notes.append(str(reason).rstrip("."))
-                continue
-            workers.append(worker)
+        source = Source(Path(work), model=model)
+        engines = [
+            Engine(f"{kind} {precision}", kind, precision, source)
+            for kind, precision in dict.fromkeys([*wanted, REFERENCE])
+        ]
+        workers, versions, notes = _started(engines, config, stack, progress)
         bundle = workers[0].engine.source.bundle
         corpus, counts = _corpus(bundle, texts)
         queries = [text for text, n in zip(corpus, counts) if n in text_tables.QUERY_TOKENS][
@@ -174,6 +167,34 @@ def run(
         "time": time.strftime("%Y-%m-%d", time.gmtime()),
         "parts": sentences,
     }
+
+
+def _started(
+    engines: Iterable[Engine], config: Config, stack: contextlib.ExitStack, progress: Progress
+) -> tuple[list[Worker], dict[str, str], list[str]]:
+    """The engines' workers, which `stack` ends, with their versions by name, and a sentence on each
+    that cannot be had. What an engine opens is made in the directory that its source names.
+    """
+    workers: list[Worker] = []
+    notes: list[str] = []
+    for engine in engines:
+        progress.status(f"texts     prepare {engine.name}")
+        try:
+            ready, opener = text_peers.prepared(engine, config, engine.source.bundle, progress)
+        except LeftOut as reason:
+            notes.append(str(reason).rstrip("."))
+            continue
+        workers.append(Worker(ready, config.threads or THREADS, opener))
+        stack.callback(workers[-1].close)
+    versions = {}
+    for worker in list(workers):  # which have begun to open meanwhile
+        progress.status(f"texts     open {worker.name}")
+        try:
+            versions[worker.name] = worker.receive()
+        except LeftOut as reason:
+            notes.append(str(reason).rstrip("."))
+            workers.remove(worker)
+    return workers, versions, notes
 
 
 def _memory_said(bundle: Path, threads: int) -> str:
@@ -254,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", metavar="N", type=int, default=ROUNDS, help=f"of each engine ({ROUNDS})")
     add("--memory", action="store_true", help="what 200,000 texts take")
     add("--startup", action="store_true", help="when a new process has its first vector")
-    add("--threads", metavar="N", type=int, default=2, help="cores to use")
+    add("--threads", metavar="N", type=int, default=THREADS, help="cores to use")
     add("--log-dir", metavar="DIR", help="your own tuning logs")
     add("--into", metavar="FILE[#NAME]", help=f"put it at <!-- {NAME} --> of a page")
     return parser
