@@ -252,7 +252,7 @@ def test_vectors_come_before_the_texts_are_exhausted(embedder) -> None:
 
 
 def test_threads_that_share_a_model_get_their_own_vectors(embedder) -> None:
-    columns = [mixed(600, seed) for seed in range(3)]
+    columns = [mixed(200, seed) for seed in range(3)]
     want = [embedder.encode(texts) for texts in columns]
     got: dict[int, np.ndarray] = {}
     threads = [
