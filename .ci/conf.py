@@ -17,6 +17,7 @@ PAGES = {
         "pipeline/tune/measure/README",
         "pipeline/bundle/README",
         "pipeline/bundle/C",
+        "pipeline/integrations/README",
         "pipeline/targets/README",
         "pipeline/verify/README",
         "pipeline/report/README",

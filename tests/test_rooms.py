@@ -20,6 +20,7 @@ ROOMS = (
     "config",
     "families",
     "text",
+    "integrations",
     "onnx",
     "export",
     "graph",
