@@ -176,6 +176,7 @@ def test_results_have_each_place_that_make_writes_to_once() -> None:
         "-acceptance",
         "-load",
         "-streams",
+        "-texts",
         "-tuning",
         "-cuda",
     )
@@ -183,7 +184,7 @@ def test_results_have_each_place_that_make_writes_to_once() -> None:
         assert text.count(f"<!-- bench{name} -->") == text.count(f"<!-- /bench{name} -->") == 1
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert f"RESULTS ?= {RESULTS.relative_to(ROOT).as_posix()}\n" in makefile
-    assert len(re.findall(r"--into \"?\$\(RESULTS\)", makefile)) == 8
+    assert len(re.findall(r"--into \"?\$\(RESULTS\)", makefile)) == 9
 
 
 def test_readme_quotes_the_results() -> None:
