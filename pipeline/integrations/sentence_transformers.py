@@ -215,7 +215,7 @@ class BertileTransformer(InputModule):
 
     def _prompt_length(self, prompt: str) -> int:
         """How many tokens a prompt has, with the special ones before it, not those behind it."""
-        encoding = self._tokens.encode_single(prompt)
+        (encoding,) = self._tokens.encode([prompt])
         return len(encoding) - encoding.special_tokens_mask[-1]
 
     def _settle_vectors(self, model: Any) -> None:

@@ -231,6 +231,7 @@ def test_prompts_that_a_pooling_leaves_out_are_refused(computed, tmp_path):
     close(ours.encode("a"), theirs.encode("a"))
 
 
+@pytest.mark.slow  # a compile of its own
 def test_compiled_bundle_encodes_as_torch(tmp_path, stages):
     bundle = tiny_encoder.compile(tmp_path / "bundle", stages)
     ours = SentenceTransformer(modules=[BertileTransformer(bundle)])
