@@ -58,7 +58,7 @@ def test_device_that_dies_costs_its_trial_alone(fleet, tmp_path, monkeypatch):
     config = Config(tune="quick", rpc_tracker=tracker, rpc_key="board")
     answered = []
 
-    def kill_one(self, task):
+    def kill_one(self, task, **_):
         answered.append(task)
         if len(answered) == 1:
             os.killpg(victim.pid, signal.SIGKILL)
