@@ -38,7 +38,9 @@ class Arithmetic:
     ``weight`` is the dtype in which a lane's weights are stored. ``signed`` bytes are multiplied
     less 128 (see ``inputs``), and sums want 128 times the sum of the weights. Weights ``by_lane``
     are loaded several at once (``spread_row``). ``matrix`` is the text of a function that
-    multiplies two tokens by two outputs, where the machine has one.
+    multiplies two tokens by two outputs, where the machine has one. ``pairs`` names the function
+    that multiplies two channels as they are, where ``function`` widens four for it: what the
+    machine can do at most.
     """
 
     group: int
@@ -50,6 +52,7 @@ class Arithmetic:
     signed: bool = False
     by_lane: bool = False
     matrix: str = ""
+    pairs: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", self.weight or self.lane)

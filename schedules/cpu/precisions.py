@@ -71,8 +71,10 @@ def _bf16(row: Row) -> Arithmetic:
 def _int8(row: Row) -> Arithmetic:
     bytes_ = Arithmetic(4, "int32", "int32", "bertile_dot4")
     if row.arch != "aarch64":
+        if row.dot_product == "vnni":
+            return replace(bytes_, llvm=x86.DOT4_VNNI)
         wide = x86.DOT4_AVX512 if row.vector_bits == 512 else x86.DOT4_AVX2
-        return replace(bytes_, llvm=x86.DOT4_VNNI if row.dot_product == "vnni" else wide)
+        return replace(bytes_, llvm=wide, pairs="bertile_pairs")
     if row.dot_product == "usmmla":
         matrix = arm.MATRIX_INT8 + arm.SHUFFLES
         return replace(bytes_, llvm=arm.DOT4_USDOT, matrix=matrix)

@@ -5,6 +5,7 @@ lane of four bytes is loaded, and broadcast, as one number.
 
     bertile_dot4(c, a, b)    c + Σ a[i] b[i], four unsigned bytes by four signed ones, exact
     bertile_dot2(c, a, b)    c + a[0] b[0] + a[1] b[1], two bfloat16 each, into float32
+    bertile_pairs(c, a, b)   c + a[0] b[0] + a[1] b[1], two 16-bit integers each
     bertile_four(a)          four lanes, four times over
     bertile_pick0(a) to 3    one of those four everywhere
     bertile_index(a)         a, in a general register
@@ -84,6 +85,14 @@ define linkonce_odr <16 x i32> @bertile_dot4(<16 x i32> %c, <16 x i32> %a, <16 x
   %r = add <16 x i32> %c, %s
   ret <16 x i32> %r
 }}
+define linkonce_odr <16 x i32> @bertile_pairs(<16 x i32> %c, <16 x i32> %a, <16 x i32> %b)
+    alwaysinline {{
+  %x = bitcast <16 x i32> %a to <32 x i16>
+  %y = bitcast <16 x i32> %b to <32 x i16>
+  %p = call <16 x i32> @llvm.x86.avx512.pmaddw.d.512(<32 x i16> %x, <32 x i16> %y)
+  %r = add <16 x i32> %c, %p
+  ret <16 x i32> %r
+}}
 """
 
 
@@ -115,6 +124,20 @@ def _avx2() -> str:
             *products,
             f"  %s = shufflevector <8 x i32> %sl, <8 x i32> %sh, <16 x i32> <{lanes}>",
             "  %r = add <16 x i32> %c, %s",
+            "  ret <16 x i32> %r",
+            "}",
+            "define linkonce_odr <16 x i32> @bertile_pairs("
+            "<16 x i32> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {",
+            "  %x = bitcast <16 x i32> %a to <32 x i16>",
+            "  %y = bitcast <16 x i32> %b to <32 x i16>",
+            *(_half(f"{name}{part}", name, part == "l") for part in "lh" for name in "xy"),
+            *(
+                f"  %p{part} = call <8 x i32> @llvm.x86.avx2.pmadd.wd("
+                f"<16 x i16> %x{part}, <16 x i16> %y{part})"
+                for part in "lh"
+            ),
+            f"  %p = shufflevector <8 x i32> %pl, <8 x i32> %ph, <16 x i32> <{lanes}>",
+            "  %r = add <16 x i32> %c, %p",
             "  ret <16 x i32> %r",
             "}",
         ]

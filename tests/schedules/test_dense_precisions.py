@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.spread import spread
 
-from bertile.schedules.cpu import arithmetic, lanes
+from bertile.schedules.cpu import arithmetic, lanes, peak, precisions
 from bertile.schedules.cpu.dense import dense
 from bertile.schedules.task import Task
 
@@ -110,6 +110,18 @@ def test_inner_loop_keeps_its_sums_in_registers(kernels_of, name, precision, ins
     busiest = max(loops, key=lambda block: block.count(instruction))
     # a spilled sum would be loaded and stored around each of its multiply-adds
     assert len(re.findall(r"%[yz]mm\d+, .*\(%r[sb]p\)", busiest)) < busiest.count(instruction) / 4
+
+
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [("x86-avx512-bf16", "vpdpbusd"), ("x86-avx512", "vpmaddwd"), ("x86-avx2", "vpmaddwd")],
+)
+def test_peak_multiplies_in_each_step(kernels_of, name, instruction):
+    """A product that does not change would be taken out of the loop, and the peak be of sums."""
+    kernels = kernels_of(name)
+    func = peak._multiply_adds(precisions.arithmetic("int8", kernels.row), 4, 1)
+    asm = kernels.compile(func).inspect_source("asm")
+    assert len(re.findall(rf"\s{instruction}\s", asm)) >= 4 * 16 * 32 // kernels.row.vector_bits
 
 
 @pytest.mark.parametrize(("precision", "word"), [("bf16", "tdpbf16ps"), ("int8", "tdpbsud")])
