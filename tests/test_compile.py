@@ -23,7 +23,7 @@ from bertile.tune.log.tuning_log import ORIGINS
 
 # With `test_encoder…`, `test_odd_sizes…` (masked-lm) and `test_real_weights…` (embedding) each path
 # through a head once, and every family in families/test_directories; the other pairs take minutes.
-QUICK = [("bert", "sequence-classification"), ("bert", "question-answering")]
+QUICK = [("bert", "question-answering")]  # which has two outputs, by token
 PAIRS = [
     pytest.param(family, head, marks=() if (family, head) in QUICK else pytest.mark.slow)
     for family, head in family_models.PAIRS
