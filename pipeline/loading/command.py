@@ -74,7 +74,7 @@ def _parse(text: str) -> list[list[int]]:
 def _example(model: Model) -> list[list[int]]:
     below = next((s["below"] for s in model.manifest["inputs"] if s["name"] == "input_ids"), None)
     length = model.manifest["static"].get("length") or min(8, model.max_length or 8)
-    return [[token % (below or 100) for token in range(row, row + length)] for row in (1, 2)]
+    return [[token % (below or 100) for token in range(row, row + length)] for row in (2, 3)]
 
 
 if __name__ == "__main__":

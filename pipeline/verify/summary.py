@@ -86,10 +86,10 @@ def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
 def _milliseconds(path: Path, length: int, threads: int) -> float:
     """The median time of one request of that many tokens."""
     with loader.load(path, threads, verify=False) as model:
-        ids = np.ones((1, length), np.int64)
+        inputs = requests.random_inputs(model.manifest, 1, length)
         times = []
         while len(times) < 5 or (sum(times) < 1.0 and len(times) < 30):
             began = time.perf_counter()
-            model(input_ids=ids)
+            model(**inputs)
             times.append(time.perf_counter() - began)
     return float(np.median(times)) * 1e3

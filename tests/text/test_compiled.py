@@ -66,7 +66,8 @@ def test_classifier_is_as_cross_encoder_and_the_pipeline(opened, saved, kind) ->
         if kind == "labels":
             original = pipeline("zero-shot-classification", saved(kind))
             labels = ["film", "cat", "city"]
-            assert_same(model.zero_shot(ALL[:3], labels), original(ALL[:3], labels), 1e-3)
+            texts = [text for text in ALL[:4] if text]  # the original refuses an empty one
+            assert_same(model.zero_shot(texts, labels), original(texts, labels), 1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
@@ -78,6 +79,7 @@ def test_tagger_is_as_the_pipeline(opened, saved, kind, strategy) -> None:
         assert_same(model.entities(ALL, strategy), want, 1e-3)
 
 
+@pytest.mark.filterwarnings("error:input_ids have padding")
 @pytest.mark.parametrize("kind", ["filler", "roberta-filler"])
 def test_filler_is_as_the_pipeline(opened, saved, kind) -> None:
     with opened(kind) as model:
