@@ -27,7 +27,7 @@ FILES = (*SENTENCES, PROMPTS)
 # transformers' classes that take a tokenizer.json as it is; others set its normalizer anew.
 _AS_IT_IS = {"TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerFast"}
 # Prompts that every model of sentence-transformers has, empty where its directory says nothing.
-_USUAL_PROMPTS = ("query", "document")
+USUAL_PROMPTS = ("query", "document")
 KINDS = ("dense", "sparse", "tokens")
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 # What sentence-transformers compares embeddings of a kind by, where nothing else is said.
@@ -158,14 +158,14 @@ def _prompts(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str
     held = held if isinstance(held, dict) else {}
     # No text is meant by null.
     prompts = {n: text or "" for n, text in held.items() if text is None or isinstance(text, str)}
-    for name in _USUAL_PROMPTS:  # PyLate's own, which come before a prompt
+    for name in USUAL_PROMPTS:  # PyLate's own, which come before a prompt
         prefix = config.get(f"{name}_prefix")
         if isinstance(prefix, str):
             prompts[name] = prefix + prompts.get(name, "").removeprefix(prefix)
     default = config.get("default_prompt_name")
     if default is None:
         return prompts, None
-    if not isinstance(default, str) or default not in (*prompts, *_USUAL_PROMPTS):
+    if not isinstance(default, str) or default not in (*prompts, *USUAL_PROMPTS):
         raise ModelError(f"'{path}' has no prompt of the name {default!r}, its default")
     return prompts, default
 

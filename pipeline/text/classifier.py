@@ -213,9 +213,6 @@ class Classifier(TextModel):
     def _outputs(self) -> range:
         return range(self.model.manifest["outputs"][0]["axes"][-1])
 
-    def _label(self, index: int) -> str:
-        return self.labels[index] if index < len(self.labels) else f"LABEL_{index}"
-
     def _ranked(self, values: np.ndarray) -> list[dict[str, Any]]:
         """All labels with their scores (labels,), the best first."""
         order = np.argsort(-values, kind="stable")

@@ -107,9 +107,7 @@ class Embedder(TextModel):
         **options: Any,
     ) -> Any:
         """As `encode`, with the prompt "query", where no other is asked for; not the default."""
-        if prompt_name is None and prompt is None:
-            prompt_name = "query"
-        return self.encode(inputs, prompt_name, prompt, *arguments, **options)
+        return self.encode(inputs, *_for("query", prompt_name, prompt), *arguments, **options)
 
     @also_named(sentences="inputs")
     def encode_document(
@@ -121,9 +119,7 @@ class Embedder(TextModel):
         **options: Any,
     ) -> Any:
         """As `encode`, with the prompt "document", where no other is asked for; not the default."""
-        if prompt_name is None and prompt is None:
-            prompt_name = "document"
-        return self.encode(inputs, prompt_name, prompt, *arguments, **options)
+        return self.encode(inputs, *_for("document", prompt_name, prompt), *arguments, **options)
 
     @also_named(sentences="inputs")
     def encode_iter(
@@ -188,6 +184,11 @@ class Embedder(TextModel):
             return vector
 
         return finish
+
+
+def _for(task: str, name: str | None, prompt: str | None) -> tuple[str | None, str | None]:
+    """The name and the text of a prompt that are asked for, or else the name of the task's."""
+    return (task, None) if name is None and prompt is None else (name, prompt)
 
 
 def _packed(vectors: np.ndarray, precision: str) -> np.ndarray:

@@ -114,9 +114,6 @@ class Tagger(TextModel):
             tokens.append(_Token(word, rows[index], start, end, index, continues))
         return tokens
 
-    def _label(self, index: int) -> str:
-        return self.labels[index] if index < len(self.labels) else f"LABEL_{index}"
-
     def _labelled(self, token: _Token) -> dict[str, Any]:
         best = int(token.scores.argmax())
         return {

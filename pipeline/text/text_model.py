@@ -11,13 +11,12 @@ from typing import Any, TypeVar, cast
 from bertile.base.errors import UsageError, nearest
 from bertile.base.progress import Progress
 from bertile.families import text_settings
+from bertile.families.text_settings import USUAL_PROMPTS
 from bertile.loader import Model
 from bertile.text.engine import Answer, Engine
 from bertile.text.tokens import LONGER, Text, TextTokenizer, max_tokens
 
 LOG = logging.getLogger("bertile")
-# Prompts that every model of sentence-transformers has, empty where its directory says nothing.
-USUAL_PROMPTS = {"query": "", "document": ""}
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,7 +47,7 @@ class TextModel:
     @property
     def prompts(self) -> dict[str, str]:
         """What can be put in front of a text, by name."""
-        return {**USUAL_PROMPTS, **self.settings.prompts}
+        return {**dict.fromkeys(USUAL_PROMPTS, ""), **self.settings.prompts}
 
     @property
     def default_prompt_name(self) -> str | None:
@@ -77,6 +76,10 @@ class TextModel:
 
     def __repr__(self) -> str:
         return f"<bertile.text.{type(self).__name__} of {self.model!r}>"
+
+    def _label(self, index: int) -> str:
+        """The name of a class, as transformers calls those without."""
+        return self.labels[index] if index < len(self.labels) else f"LABEL_{index}"
 
     def _prompt(self, name: str | None, prompt: str | None) -> str:
         """What goes in front of a text; UsageError for a name, or a prompt, that cannot be used."""
