@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 from bertile.base.errors import BertileError
-from bertile.evaluation.sentences import SEED, docstrings, library_files
+from bertile.evaluation.sentences import SEED, collected, docstrings
 
 WORDS = range(3, 201)
 PER_FILE = 10  # of each module at most, so that many subjects are spoken of
@@ -20,20 +22,19 @@ def paragraphs(count: int) -> list[str]:
     Raises BertileError where the library has too few, as when it is installed without source.
     """
     chance = random.Random(SEED)
-    library, files = library_files()
-    chance.shuffle(files)
-    chosen: dict[str, None] = {}
-    for path in files:
-        texts = dict.fromkeys(filter(None, map(first_paragraphs, docstrings(path))))
-        new = [text for text in texts if text not in chosen]
-        chosen.update(dict.fromkeys(chance.sample(new, min(PER_FILE, len(new)))))
-        if len(chosen) >= count:
-            return chance.sample(list(chosen), count)
+    library, chosen = collected(count, PER_FILE, _paragraphs, chance)
+    if len(chosen) >= count:
+        return chance.sample(chosen, count)
     raise BertileError(
         f"the standard library in {library} has {len(chosen)} docstrings for this, {count} are"
         " wanted",
         "ask for fewer texts",
     )
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    """What is taken of the docstrings of a file."""
+    return filter(None, map(first_paragraphs, docstrings(path)))
 
 
 def first_paragraphs(docstring: str) -> str | None:

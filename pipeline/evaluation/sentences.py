@@ -11,7 +11,7 @@ import ast
 import random
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from bertile.base.errors import BertileError
@@ -28,20 +28,34 @@ def sentences(count: int = COUNT) -> list[str]:
 
     Raises BertileError where the library has too few, as when it is installed without source.
     """
-    chance = random.Random(SEED)
-    library, files = library_files()
-    chance.shuffle(files)
-    chosen: dict[str, None] = {}
-    for path in files:
-        new = [sentence for sentence in dict.fromkeys(_sentences(path)) if sentence not in chosen]
-        chosen.update(dict.fromkeys(chance.sample(new, min(PER_FILE, len(new)))))
-        if len(chosen) >= count:
-            return list(chosen)[:count]
+    library, chosen = collected(count, PER_FILE, _sentences, random.Random(SEED))
+    if len(chosen) >= count:
+        return chosen[:count]
     raise BertileError(
         f"the standard library in {library} has {len(chosen)} sentences in docstrings, {count} are"
         " wanted",
         "give texts of your own",
     )
+
+
+def collected(
+    count: int,
+    each: int,
+    texts_of: Callable[[Path], Iterable[str]],
+    chance: random.Random,
+) -> tuple[Path, list[str]]:
+    """Where the standard library lies, and different texts of its files, at most `each` of a file:
+    `count` or some more, fewer where it has no more.
+    """
+    library, files = library_files()
+    chance.shuffle(files)
+    chosen: dict[str, None] = {}
+    for path in files:
+        new = [text for text in dict.fromkeys(texts_of(path)) if text not in chosen]
+        chosen.update(dict.fromkeys(chance.sample(new, min(each, len(new)))))
+        if len(chosen) >= count:
+            break
+    return library, list(chosen)
 
 
 def library_files() -> tuple[Path, list[Path]]:

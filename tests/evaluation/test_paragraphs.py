@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bertile.base.errors import BertileError
-from bertile.evaluation import paragraphs as texts_of
+from bertile.evaluation import sentences
 from bertile.evaluation.paragraphs import first_paragraphs, paragraphs
 
 
@@ -21,7 +21,7 @@ def test_they_are_different_of_3_to_200_words_and_always_the_same() -> None:
 
 def test_too_many_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.py").write_text('"""Two words."""\ndef f():\n    """Give back the sum."""\n')
-    monkeypatch.setattr(texts_of, "library_files", lambda: (tmp_path, [tmp_path / "a.py"]))
+    monkeypatch.setattr(sentences, "library_files", lambda: (tmp_path, [tmp_path / "a.py"]))
     assert paragraphs(1) == ["Give back the sum."]
     with pytest.raises(BertileError, match="has 1 docstrings for this, 2 are wanted"):
         paragraphs(2)
