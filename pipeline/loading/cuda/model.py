@@ -16,6 +16,7 @@ import numpy as np
 
 from bertile.loading.about import Bundled
 from bertile.loading.again import load_again
+from bertile.loading.batch import Pass
 from bertile.loading.blocks import BLOCK_TOKENS
 from bertile.loading.cuda.borrowed import borrow_all, on_device
 from bertile.loading.cuda.code import Code
@@ -125,8 +126,8 @@ class Model(Bundled):
             return self._call_on_device(inputs, stream_handle(stream))
         request = self._request(inputs)
         pieces = [
-            self._run(request, first, count, None if stream is None else stream_handle(stream))
-            for first, count in request.passes
+            self._run(request, chosen, None if stream is None else stream_handle(stream))
+            for chosen in request.passes
         ]
         return {
             spec["name"]: cut(
@@ -149,10 +150,11 @@ class Model(Bundled):
             raise InputError("the batch takes several passes", "time a smaller one")
         if type(repeats) is not int or repeats < 1 or type(warm) is not int or warm < 0:
             raise InputError("repeats or warm is no count", "give repeats from 1 and warm from 0")
-        room, table = request.room(0, len(request.ends))
-        with self._workspace(None, key := ("full" if copies else "bare", *room, len(table))) as at:
+        (chosen,) = request.passes
+        kind = "full" if copies else "bare"
+        with self._workspace(None, key := (kind, *chosen.room, len(chosen.table))) as at:
             graph = self._graph(at, key)
-            request.fill(graph.up, 0, len(request.ends), table)
+            request.fill(graph.up, chosen)
             if not copies:
                 at.bring_up(graph.layout)
             return at.time(graph, repeats, warm)
@@ -199,16 +201,15 @@ class Model(Bundled):
     def _request(self, inputs: dict) -> Request:
         return Request(inputs, self.manifest, self.max_length)
 
-    def _run(self, request: Request, first: int, count: int, stream: int | None) -> list:
-        room, table = request.room(first, count)
-        key = ("full", *room, len(table))
+    def _run(self, request: Request, chosen: Pass, stream: int | None) -> list:
+        key = ("full", *chosen.room, len(chosen.table))
         with self._workspace(stream, key) as at:
             graph = self._graph(at, key)
-            request.fill(graph.up, first, count, table)
+            request.fill(graph.up, chosen)
             at.launch(graph, at.stream if stream is None else stream)
             at.wait()
             outputs = [np.array(view) for view in graph.down]
-        check_outputs(outputs, self.manifest["outputs"], room)
+        check_outputs(outputs, self.manifest["outputs"], chosen.room)
         return outputs
 
     def _call_on_device(self, inputs: dict, stream: int) -> dict:
