@@ -32,6 +32,13 @@ EXTRA_OF = {
     "xllamacpp": "bench",
     "sentence_transformers": "demo",
     "shtab": "completion",
+    "httptools": "serve",
+    "orjson": "serve",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "uvloop": "serve",
 }
 
 
@@ -40,6 +47,7 @@ _INCLUDED = {
     "export": ("run", "compile"),
     "bench": ("compile",),
     "demo": ("run", "compile", "export"),
+    "serve": ("run",),
 }
 
 

@@ -1,0 +1,92 @@
+"""Joins routes, models and the page of routes to one ASGI application."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Mount
+from starlette.routing import Route as Path_
+
+from bertile.server import cohere, description, errors, exchange, openai, tei
+from bertile.server.endpoint import COHERE, OPENAI, TEI, Endpoint, Protocol, Route, refused
+from bertile.server.errors import Refusal
+from bertile.server.request_log import RequestLog
+from bertile.server.service import Service
+from bertile.server.settings import Settings
+
+# In the order in which they are tried.
+ROUTES: tuple[Route, ...] = (
+    *tei.ROUTES,
+    *openai.ROUTES,
+    *cohere.ROUTES,
+    *exchange.ROUTES,
+)
+PREFIXES = {"/v1/rerank": COHERE, "/v2/rerank": COHERE, "/v1": OPENAI}
+
+
+def application(
+    directories: Mapping[str, str | Path],
+    settings: Settings | None = None,
+    *,
+    routes: Iterable[Route] = ROUTES,
+    remember: Callable[[dict[str, str]], None] | None = None,
+) -> Starlette:
+    """The server of these bundles, by the names that they are served under.
+
+    They are opened when the application starts, and closed when it ends; `app.state.service` is its
+    `Service`. `remember` is told the directories whenever they have changed.
+    """
+    settings = settings or Settings()
+    service = Service(settings, remember)
+    log = None if settings.quiet else RequestLog()
+    routes = tuple(routes)
+    page = description.page(routes)
+    endpoints = [(route, Endpoint(route, service, log)) for route in routes]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        for name, directory in directories.items():
+            await service.models.put(name, directory)
+        try:
+            yield
+        finally:
+            await service.models.close()
+            if log is not None:
+                log.close()
+
+    paths = [_path(route, endpoint) for route, endpoint in endpoints]
+    paths += description.paths(page)
+    below = [_path(route, endpoint) for route, endpoint in endpoints if route.named]
+    app = Starlette(
+        routes=[*paths, Mount("/{model}", routes=below)],
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _no_route},
+    )
+    app.state.service = service
+    return app
+
+
+def _path(route: Route, endpoint: Endpoint) -> Path_:
+    return Path_(route.path, endpoint, methods=[route.method], name=route.path)
+
+
+def _no_route(request: Any, error: HTTPException) -> Response:
+    """The answer where there is no such path, or not by this method."""
+    kind = errors.WRONG_METHOD if error.status_code == 405 else errors.UNKNOWN_ROUTE
+    path, method = request.url.path, request.method
+    message = f"{method} is not allowed at {path}" if kind.status == 405 else f"no route {path}"
+    reply = refused(_protocol(path), Refusal(kind, message))
+    return Response(
+        reply.body, reply.status, headers=error.headers, media_type=reply.content_type.decode()
+    )
+
+
+def _protocol(path: str) -> Protocol:
+    matching = (protocol for prefix, protocol in PREFIXES.items() if path.startswith(prefix))
+    return next(matching, TEI)

@@ -1,0 +1,139 @@
+"""Reads a request: its body within the limits, its id, its deadline, and whether it may be made."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from bertile.server import errors
+from bertile.server.catalogue import Served
+from bertile.server.errors import Refusal
+from bertile.server.scheduler import Work
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+# How many seconds an answer is of use, by the headers that say so: our own, and that which Envoy
+# sets for the service behind it.
+DEADLINES = {b"x-request-timeout": 1.0, b"x-envoy-expected-rq-timeout-ms": 0.001}
+IDENTITY = re.compile(rb"[!-~]{1,128}")
+JSON_TYPES = (b"application/json", b"text/json")
+
+
+class Call:
+    """A request on its way through the server.
+
+    `model` is the name in its path, `method` "single" or "batch", as its texts are, `work` what it
+    has the model do, and `served` the name of the model that did. `deadline` is a
+    `time.monotonic()`.
+    """
+
+    __slots__ = (
+        "_receive",
+        "body",
+        "deadline",
+        "headers",
+        "identity",
+        "method",
+        "model",
+        "path_params",
+        "scope",
+        "served",
+        "started",
+        "watching",
+        "work",
+    )
+
+    def __init__(self, scope: dict[str, Any], receive: Receive) -> None:
+        self.started = time.monotonic()
+        self.scope, self._receive = scope, receive
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        identity = self.headers.get(b"x-request-id", b"")
+        if not IDENTITY.fullmatch(identity):
+            identity = b"%016x" % random.getrandbits(64)
+        self.identity = identity
+        self.path_params: dict[str, Any] = scope.get("path_params") or {}
+        self.model: str | None = self.path_params.get("model")
+        self.method = "single"
+        self.served: Served | None = None
+        self.body = b""
+        self.work: Work | None = None
+        self.watching: asyncio.Task[None] | None = None
+        self.deadline: float | None = None
+
+    def read_deadline(self) -> None:
+        """Read until when an answer is of use; Refusal for a header that is no number."""
+        for name, unit in DEADLINES.items():
+            value = self.headers.get(name)
+            if value is None:
+                continue
+            try:
+                seconds = float(value) * unit
+            except ValueError:
+                seconds = -1.0
+            if not 0 < seconds < float("inf"):
+                raise Refusal(errors.MALFORMED, f"the header {name.decode()} is no time")
+            self.deadline = self.started + seconds
+            return
+
+    def check_key(self, key: str | None) -> None:
+        """Raise Refusal unless the request shows the key, where there is one."""
+        if key is None:
+            return
+        shown = self.headers.get(b"authorization", b"")
+        if not hmac.compare_digest(shown, b"Bearer " + key.encode()):
+            raise Refusal(errors.UNAUTHORIZED, "the API key is missing or wrong")
+
+    def check_json(self) -> None:
+        """Raise Refusal for a body that is said to be something else than JSON."""
+        content_type = self.headers.get(b"content-type")
+        if content_type is None:
+            return
+        kind = content_type.partition(b";")[0].strip().lower()
+        if kind not in JSON_TYPES and not kind.endswith(b"+json"):
+            raise Refusal(
+                errors.WRONG_FORM, "Expected request with `Content-Type: application/json`"
+            )
+
+    async def read(self, most: int) -> bytes:
+        """The body; Refusal for more than `most` bytes, and where the client goes away."""
+        said = self.headers.get(b"content-length")
+        if said is not None and said.isdigit() and int(said) > most:
+            raise _too_large(most)
+        message = await self._receive()
+        body = message.get("body", b"")
+        if message.get("more_body"):
+            pieces, length = [body], len(body)
+            while message.get("more_body"):
+                message = await self._receive()
+                piece = message.get("body", b"")
+                pieces.append(piece)
+                length += len(piece)
+                if length > most:
+                    raise _too_large(most)
+            body = b"".join(pieces)
+        if message["type"] == "http.disconnect":
+            raise Refusal(errors.CLIENT_GONE, "the client went away")
+        if len(body) > most:
+            raise _too_large(most)
+        self.body = body
+        self.started = time.monotonic()  # what a slow client took is not the server's time
+        return body
+
+    async def gone(self) -> None:
+        """Wait until the client has gone away; the body is read before."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    def seconds_left(self) -> float | None:
+        """Until the deadline; None without one."""
+        if self.deadline is None:
+            return None
+        return max(0.0, self.deadline - time.monotonic())
+
+
+def _too_large(most: int) -> Refusal:
+    return Refusal(errors.TOO_LARGE, f"the body has more than {most} bytes")

@@ -1,0 +1,108 @@
+"""Takes requests into the house, or refuses them, and has their texts answered."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bertile.server import errors
+from bertile.server.call import Call
+from bertile.server.catalogue import Catalogue, Served
+from bertile.server.errors import Refusal
+from bertile.server.metrics import Metrics
+from bertile.server.scheduler import Work
+from bertile.server.settings import Settings
+from bertile.text.text_model import Steps
+
+# A client that waits longer is looked after: whether it is still there. Before, the work is done
+# sooner than that would pay.
+PATIENCE_SECONDS = 0.1
+
+
+class Service:
+    """What the routes of a server share: settings, models, metrics, and how many are in the house.
+
+    `stopping` is set when it takes no more requests. `remember` is told the directories by name
+    whenever they have changed.
+    """
+
+    def __init__(
+        self, settings: Settings, remember: Callable[[dict[str, str]], None] | None = None
+    ) -> None:
+        self.settings = settings
+        self._remember = remember
+        self.in_house = 0
+        self.stopping = False
+        self.metrics = Metrics(lambda: self.in_house)
+        self.models = Catalogue(settings, self.metrics)
+
+    def changed(self) -> None:
+        """Tell that models were loaded, exchanged or removed."""
+        if self._remember is not None:
+            self._remember(self.models.directories)
+
+    async def ask(
+        self, call: Call, texts: Sequence[Any], steps: Steps, counted: str = "embed"
+    ) -> list[Any]:
+        """What `steps` make of each answer of the model `call.served`; Refusal where there is none.
+
+        `counted` is what the texts are counted as: "embed" or "predict".
+        """
+        served = call.served
+        metrics = self.metrics.of(served.name)
+        counts = metrics.counts
+        counts["te_request_count", call.method] += 1
+        counts[f"te_{counted}_count", ""] += len(texts)
+        self._check_room(served)
+        loop = asyncio.get_running_loop()
+        work = Work(texts, steps, loop.create_future(), call.deadline)
+        call.work = work
+        self.in_house += 1
+        patience = PATIENCE_SECONDS if call.deadline is None else call.seconds_left()
+        timer = loop.call_later(min(PATIENCE_SECONDS, patience), self._look_after, call, work)
+        try:
+            served.scheduler.submit(work)
+            await work.done
+        finally:
+            timer.cancel()
+            if call.watching is not None:
+                call.watching.cancel()
+            self.in_house -= 1
+            work.dropped = True  # what is not done by now is for nobody
+        if work.refusal is not None:
+            raise work.refusal
+        counts["te_request_success", call.method] += 1
+        counts[f"te_{counted}_success", ""] += len(texts)
+        return work.results
+
+    async def beside(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function gives that takes a while and runs no model, in another thread."""
+        self._check_room(None)
+        self.in_house += 1
+        try:
+            return await asyncio.to_thread(function, *arguments)
+        finally:
+            self.in_house -= 1
+
+    def _check_room(self, served: Served | None) -> None:
+        if self.in_house >= self.settings.max_concurrent_requests:
+            wait = served.scheduler.wait_seconds() if served is not None else 0
+            raise Refusal(
+                errors.OVERLOADED, "Model is overloaded", retry_after=max(1, math.ceil(wait))
+            )
+
+    def _look_after(self, call: Call, work: Work) -> None:
+        call.watching = asyncio.get_running_loop().create_task(self._watch(call, work))
+
+    async def _watch(self, call: Call, work: Work) -> None:
+        """Drop a work when its client is gone or its deadline over."""
+        refusal = Refusal(errors.CLIENT_GONE, "the client went away")
+        try:
+            await asyncio.wait_for(call.gone(), call.seconds_left())
+        except asyncio.TimeoutError:  # another class than the built-in before Python 3.11
+            refusal = Refusal(errors.EXPIRED, "the deadline is over")
+        if not work.done.done():
+            work.refusal = refusal
+            work.done.set_result(None)
