@@ -13,8 +13,17 @@ from starlette.responses import Response
 from starlette.routing import Mount
 from starlette.routing import Route as Path_
 
-from bertile.server import cohere, description, errors, exchange, openai, tei
-from bertile.server.endpoint import COHERE, OPENAI, TEI, Endpoint, Protocol, Route, refused
+from bertile.server import (
+    cohere,
+    description,
+    errors,
+    exchange,
+    kserve_routes,
+    openai,
+    start_page,
+    tei,
+)
+from bertile.server.endpoint import COHERE, KSERVE, OPENAI, TEI, Endpoint, Protocol, Route, refused
 from bertile.server.errors import Refusal
 from bertile.server.request_log import RequestLog
 from bertile.server.service import Service
@@ -25,9 +34,10 @@ ROUTES: tuple[Route, ...] = (
     *tei.ROUTES,
     *openai.ROUTES,
     *cohere.ROUTES,
+    *kserve_routes.ROUTES,
     *exchange.ROUTES,
 )
-PREFIXES = {"/v1/rerank": COHERE, "/v2/rerank": COHERE, "/v1": OPENAI}
+PREFIXES = {"/v1/rerank": COHERE, "/v2/rerank": COHERE, "/v1": OPENAI, "/v2": KSERVE}
 
 
 def application(
@@ -61,7 +71,7 @@ def application(
                 log.close()
 
     paths = [_path(route, endpoint) for route, endpoint in endpoints]
-    paths += description.paths(page)
+    paths += [*description.paths(page), *start_page.paths()]
     below = [_path(route, endpoint) for route, endpoint in endpoints if route.named]
     app = Starlette(
         routes=[*paths, Mount("/{model}", routes=below)],

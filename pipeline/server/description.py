@@ -37,8 +37,8 @@ def page(routes: Sequence[Route]) -> dict[str, Any]:
             "title": "Bertile",
             "version": version("bertile"),
             "description": "Bundles that answer texts, for clients of Text Embeddings Inference,"
-            " OpenAI and Cohere. Below each model's name, as in /NAME/embed, are TEI's routes of"
-            " that model.",
+            " OpenAI, Cohere and KServe. Below each model's name, as in /NAME/embed, are TEI's"
+            " routes of that model.",
             "license": {"name": "Apache 2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
@@ -50,7 +50,7 @@ def page(routes: Sequence[Route]) -> dict[str, Any]:
 
 
 def _kinds(route: Route) -> list[Any]:
-    return [kind for kind in (route.takes, route.gives, route.protocol.schema) if kind is not None]
+    return [kind for kind in (route.body, route.gives, route.protocol.schema) if kind is not None]
 
 
 def _operation(route: Route, schema_of: dict[int, Any]) -> dict[str, Any]:
@@ -73,10 +73,10 @@ def _operation(route: Route, schema_of: dict[int, Any]) -> dict[str, Any]:
         ]
     if route.key:
         operation["security"] = [{"key": []}]
-    if route.takes is not None:
+    if route.body is not None:
         operation["requestBody"] = {
             "required": True,
-            "content": {"application/json": {"schema": schema_of[id(route.takes)]}},
+            "content": {"application/json": {"schema": schema_of[id(route.body)]}},
         }
     return operation
 

@@ -41,6 +41,7 @@ class Protocol(NamedTuple):
 TEI = Protocol("Text Embeddings Inference", errors.of_tei, schemas.TeiError)
 OPENAI = Protocol("OpenAI", errors.of_openai, schemas.OpenAIError, openai_statuses=True)
 COHERE = Protocol("Cohere", errors.of_cohere, schemas.CohereError)
+KSERVE = Protocol("KServe", errors.of_kserve, schemas.KServeError)
 SERVER = Protocol("this server", errors.of_tei, schemas.TeiError)
 
 
@@ -74,7 +75,7 @@ class Route:
     `takes` is the schema of a body, None where the route reads `call.body` itself or has none,
     `gives` that of an answer. `key` is whose it takes: "api", "admin" or "" for nobody's. A route
     that is `named` is there again below each model's name. `refusals` are the reasons of a refusal
-    that the page of routes names.
+    that the page of routes names, `shows` the schema there of a body that the route reads itself.
     """
 
     method: str
@@ -90,6 +91,12 @@ class Route:
     hidden: bool = False
     content_type: str = "application/json"
     path_params: Mapping[str, str] = field(default_factory=dict)
+    shows: type[BaseModel] | None = None
+
+    @property
+    def body(self) -> type[BaseModel] | None:
+        """The schema of its body on the page of routes."""
+        return self.takes or self.shows
 
 
 class Endpoint:

@@ -292,6 +292,104 @@ class CohereError(Body):
     message: str
 
 
+class KServeLive(Body):
+    """Whether the server is there."""
+
+    live: bool
+
+
+class KServeReady(Body):
+    """Whether the server, or the model of that name, answers."""
+
+    ready: bool
+    name: str | None = None
+
+
+class KServeServer(Body):
+    """What serves."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class KServeTensor(Body):
+    """The form of a tensor; -1 is any size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class KServeModel(Body):
+    """The tensors of a model: it takes texts, or ids with their mask."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[KServeTensor]
+    outputs: list[KServeTensor]
+
+
+class KServeParameters(Prompted):
+    """What a request may say of its texts; other parameters are not read."""
+
+    normalize: bool = Field(False, description="vectors of length 1, whatever the model makes")
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+
+
+class KServeData(Body):
+    """A tensor with its elements, in rows or one after the other."""
+
+    name: str
+    datatype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    parameters: dict[str, Any] | None = None
+    data: list[Any] | None = Field(None, description="without: binary, behind the JSON")
+
+
+class KServeOutput(Body):
+    """A tensor that is asked for."""
+
+    name: str
+    parameters: dict[str, Any] | None = None
+
+
+class KServeRequest(Body):
+    """Tensors by name: text, or input_ids with attention_mask."""
+
+    id: str | None = None
+    parameters: KServeParameters | None = None
+    inputs: list[KServeData] = Field(
+        examples=[
+            [
+                {
+                    "name": "text",
+                    "datatype": "BYTES",
+                    "shape": [1],
+                    "data": ["What is Deep Learning?"],
+                }
+            ]
+        ]
+    )
+    outputs: list[KServeOutput] | None = Field(None, description="by default all")
+
+
+class KServeAnswer(Body):
+    """The outputs of a model."""
+
+    model_config = ConfigDict(protected_namespaces=())
+    model_name: str
+    id: str | None = None
+    outputs: list[KServeData]
+
+
+class KServeError(Body):
+    """Why there is no answer, as KServe's clients read it."""
+
+    error: str
+
+
 class ExchangeRequest(Body):
     """A model to be served, in the place of that of the same name, if there is one."""
 
