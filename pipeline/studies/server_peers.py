@@ -46,10 +46,13 @@ def app(tokenizer: Any, vectors: Callable[[Sequence[Any]], np.ndarray], budget: 
         content = orjson.dumps([vector], option=orjson.OPT_SERIALIZE_NUMPY)
         return fastapi.Response(content, media_type="application/json")
 
+    async def health() -> dict[str, str]:
+        return {}
+
     embed.__annotations__["asked"] = Ask  # the words of this file's annotations are strings
     application = fastapi.FastAPI()
     application.post("/embed")(embed)
-    application.get("/health")(dict)
+    application.get("/health")(health)
     return application
 
 
