@@ -29,11 +29,16 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers on `port`; `pid` is the first of its processes."""
+    """A server that answers on `port`; `process` is the first of its processes."""
 
     name: str
     port: int
-    pid: int
+    process: Any
+
+    @property
+    def pid(self) -> int:
+        """Of the first of its processes."""
+        return int(self.process.pid)
 
     def pids(self) -> list[int]:
         """Its processes: that one, and all below it."""
@@ -68,18 +73,23 @@ class Server:
 
     def info(self) -> dict[str, Any]:
         """What its /info says."""
-        return json.loads(_get(self.port, "/info"))
+        return json.loads(self.get("/info"))
+
+    def get(self, path: str) -> bytes:
+        """The answer to a GET of that path; OSError for a status other than 2xx."""
+        return _get(self.port, path)
 
 
 @contextlib.contextmanager
-def start_bertile(bundle: Path | str, *flags: str, quiet: bool = True) -> Iterator[Server]:
-    """`bertile serve` on a free port; BertileError, with what it printed, where it does not start.
+def start_bertile(bundle: Path | str | None, *flags: str, quiet: bool = True) -> Iterator[Server]:
+    """`bertile serve` on a free port, of a bundle or of what `flags` say; BertileError, with what it
+    printed, where it does not start.
 
     It ends by SIGTERM.
     """
     port = free_port()
-    command = [sys.executable, "-m", "bertile", "serve", str(bundle), "--port", str(port), *flags]
-    command += ["--hostname", HOST, *(["--quiet"] if quiet else [])]
+    command = [sys.executable, "-m", "bertile", "serve", *([str(bundle)] if bundle else [])]
+    command += ["--port", str(port), "--hostname", HOST, *flags, *(["--quiet"] if quiet else [])]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
         try:
@@ -89,7 +99,7 @@ def start_bertile(bundle: Path | str, *flags: str, quiet: bool = True) -> Iterat
                 said.seek(0)
                 tail = said.read().decode(errors="replace")[-2000:]
                 raise BertileError(f"{error.what}: {tail}") from error
-            yield Server("bertile", port, process.pid)
+            yield Server("bertile", port, process)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -111,7 +121,7 @@ def start_peer(engine: Engine, threads: int, budget: int) -> Iterator[Server]:
     process.start()
     try:
         _wait(port, process.is_alive)
-        yield Server(engine.name, port, int(process.pid or 0))
+        yield Server(engine.name, port, process)
     finally:
         process.terminate()
         process.join()
