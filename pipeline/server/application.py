@@ -40,17 +40,39 @@ ROUTES: tuple[Route, ...] = (
 PREFIXES = {"/v1/rerank": COHERE, "/v2/rerank": COHERE, "/v1": OPENAI, "/v2": KSERVE}
 
 
+class Application(Starlette):
+    """The ASGI application of a server, with its `service`.
+
+    Routes without a parameter are found by their path at once, all others by Starlette.
+    """
+
+    service: Service
+    endpoints: Mapping[str, Mapping[str, Endpoint]]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request, or start and end with the server."""
+        if scope["type"] == "http":
+            endpoint = self.endpoints.get(scope["path"], _NONE).get(scope["method"])
+            if endpoint is not None:
+                await endpoint(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
+
+
+_NONE: Mapping[str, Endpoint] = {}
+
+
 def application(
     directories: Mapping[str, str | Path],
     settings: Settings | None = None,
     *,
     routes: Iterable[Route] = ROUTES,
     remember: Callable[[dict[str, str]], None] | None = None,
-) -> Starlette:
+) -> Application:
     """The server of these bundles, by the names that they are served under.
 
-    They are opened when the application starts, and closed when it ends; `app.state.service` is its
-    `Service`. `remember` is told the directories whenever they have changed.
+    They are opened when the application starts, and closed when it ends. `remember` is told the
+    directories whenever they have changed.
     """
     settings = settings or Settings()
     service = Service(settings, remember)
@@ -60,7 +82,7 @@ def application(
     endpoints = [(route, Endpoint(route, service, log)) for route in routes]
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: Any) -> AsyncIterator[None]:
         for name, directory in directories.items():
             await service.models.put(name, directory)
         try:
@@ -73,12 +95,15 @@ def application(
     paths = [_path(route, endpoint) for route, endpoint in endpoints]
     paths += [*description.paths(page), *start_page.paths()]
     below = [_path(route, endpoint) for route, endpoint in endpoints if route.named]
-    app = Starlette(
+    app = Application(
         routes=[*paths, Mount("/{model}", routes=below)],
         lifespan=lifespan,
         exception_handlers={HTTPException: _no_route},
     )
-    app.state.service = service
+    app.service, app.endpoints = service, {}
+    for route, endpoint in endpoints:
+        if "{" not in route.path:
+            app.endpoints.setdefault(route.path, {})[route.method] = endpoint
     return app
 
 

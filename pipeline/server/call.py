@@ -19,6 +19,11 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 # How many seconds an answer is of use, by the headers that say so: our own, and that which Envoy
 # sets for the service behind it.
 DEADLINES = {b"x-request-timeout": 1.0, b"x-envoy-expected-rq-timeout-ms": 0.001}
+# Where the server does not tell when a client goes away, who waits longer is asked whether it is
+# still there; before, the work is done sooner than that would pay.
+PATIENCE_SECONDS = 0.1
+# The extension of a scope by which a request is told that its client has gone: a list of functions.
+GONE = "bertile.gone"
 IDENTITY = re.compile(rb"[!-~]{1,128}")
 JSON_TYPES = (b"application/json", b"text/json")
 
@@ -32,7 +37,10 @@ class Call:
     """
 
     __slots__ = (
+        "_gone",
         "_receive",
+        "_timers",
+        "_watching",
         "body",
         "deadline",
         "headers",
@@ -43,7 +51,6 @@ class Call:
         "scope",
         "served",
         "started",
-        "watching",
         "work",
     )
 
@@ -61,7 +68,11 @@ class Call:
         self.served: Served | None = None
         self.body = b""
         self.work: Work | None = None
-        self.watching: asyncio.Task[None] | None = None
+        extensions = scope.get("extensions")
+        # of functions that are called when the client goes away; None where nobody calls them
+        self._gone: list[Callable[[], None]] | None = extensions and extensions.get(GONE)
+        self._timers: tuple[asyncio.TimerHandle, ...] = ()
+        self._watching: asyncio.Task[None] | None = None
         self.deadline: float | None = None
 
     def read_deadline(self) -> None:
@@ -123,16 +134,32 @@ class Call:
         self.started = time.monotonic()  # what a slow client took is not the server's time
         return body
 
-    async def gone(self) -> None:
-        """Wait until the client has gone away; the body is read before."""
+    def look_after(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
+        """Refuse a work when its deadline is over or its client gone, until `let_go`."""
+        if self._gone is not None:
+            self._gone.append(work.leave)
+        else:
+            self._timers = (loop.call_later(PATIENCE_SECONDS, self._ask_for_client, work, loop),)
+        if self.deadline is not None:
+            left = max(0.0, self.deadline - time.monotonic())
+            self._timers += (loop.call_later(left, work.expire),)
+
+    def let_go(self) -> None:
+        """Look after it no more."""
+        if self._gone is not None:
+            self._gone.remove(self.work.leave)
+        for timer in self._timers:
+            timer.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
+
+    def _ask_for_client(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
+        self._watching = loop.create_task(self._wait_for_end(work))
+
+    async def _wait_for_end(self, work: Work) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-
-    def seconds_left(self) -> float | None:
-        """Until the deadline; None without one."""
-        if self.deadline is None:
-            return None
-        return max(0.0, self.deadline - time.monotonic())
+        work.leave()
 
 
 def _too_large(most: int) -> Refusal:

@@ -13,7 +13,6 @@ from typing import Any
 
 from bertile import text
 from bertile.base.errors import BertileError
-from bertile.loading.manifest import CUDA
 from bertile.server import errors, token_budget
 from bertile.server.errors import Refusal
 from bertile.server.metrics import Metrics, ModelMetrics
@@ -50,7 +49,7 @@ class Served:
         self.scheduler = Scheduler(model.engine, most, watch)
         self.scheduler.blocks_a_second = rate
         watch.queue_size = lambda: self.scheduler.queue_size
-        self.prompt(None)  # which may be unknown
+        self._made(self.prompt(None), {}).prepare(["a"])  # which reads the tokenizer
 
     @property
     def source(self) -> str:
@@ -75,8 +74,7 @@ class Served:
     @property
     def compute_type(self) -> bytes:
         """On what kind of machine it runs, in TEI's words."""
-        arch = self.manifest["target"].get("arch")
-        return b"gpu+optimized" if arch == CUDA else b"cpu+optimized"
+        return b"cpu+optimized" if hasattr(self.model.model, "threads") else b"gpu+optimized"
 
     def described(self) -> dict[str, Any]:
         """How it was compiled: version, precision, target, head, and whether kernels are tuned."""
@@ -107,7 +105,7 @@ class Served:
 
         `options` are those of the model's `steps`. Refusal for an unknown prompt.
         """
-        key = (prompt_name, prompted, *sorted(options.items()))
+        key = (prompt_name, prompted, *options.items())
         steps = self._steps.get(key)
         if steps is None:
             try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from bertile.server.call import GONE
 
 # How long a connection that waits for a request is kept at the end: what a client has sent by then
 # is answered.
@@ -28,6 +31,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._slow: asyncio.TimerHandle | None = None
         self._leaving = False
+        self._extensions: dict[str, list[Callable[[], None]]] = {GONE: []}
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a request."""
@@ -38,6 +42,8 @@ class Connection(HttpToolsProtocol):
         """Let go of a client."""
         self._stop_waiting()
         super().connection_lost(error)
+        for tell in tuple(self._extensions[GONE]):
+            tell()
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; the request that begins with it is waited for."""
@@ -50,6 +56,7 @@ class Connection(HttpToolsProtocol):
         if self._slow is None:
             self._wait()
         super().on_message_begin()
+        self.scope["extensions"] = self._extensions
 
     def on_headers_complete(self) -> None:
         """Answer a request; at the end, the last of this client."""

@@ -18,7 +18,7 @@ from bertile.server.tei import NO_EMBEDDING, choose, dense_steps, listed
 async def embeddings(service: Service, call: Call, request: schemas.OpenAIRequest) -> Any:
     """A vector of length 1 of each text."""
     served = choose(service, call, request.model, (DENSE,), NO_EMBEDDING)
-    texts = listed(service, call, request.input)
+    texts = listed(service, call, request.input, "input")
     steps = dense_steps(service, served, request, request.dimensions, True)
     vectors = await service.ask(call, texts, steps)
     if request.encoding_format == "base64":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -98,7 +99,7 @@ async def serve(start: dict[str, Any]) -> int:
         settings,
         remember=None if memory is None else lambda names: _remember(memory, names),
     )
-    service = app.state.service
+    service = app.service
     listener = socket.socket(fileno=start["socket"])
     # a class of this server's own, so that two servers of one process differ
     connection = type("Connection", (Connection,), {"seconds": settings.header_timeout})
@@ -110,6 +111,7 @@ async def serve(start: dict[str, Any]) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=settings.keep_alive,
         backlog=2048,
     )
@@ -135,6 +137,8 @@ async def serve(start: dict[str, Any]) -> int:
         # which ends without a word when the parent does
         loop.add_reader(parent, lambda: (loop.remove_reader(parent), stop(signal.SIGTERM)))
     async with app.router.lifespan_context(app):
+        gc.collect()
+        gc.freeze()  # what is there now stays: no collection has to look at it again
         ready = loop.create_task(_say_ready(server, service, start))
         await server.serve(sockets=[listener])
         ready.cancel()

@@ -103,6 +103,19 @@ class Work:
         self.submitted = False
         self.tokenized_seconds = self.queue_seconds = self.inference_seconds = 0.0
 
+    def leave(self) -> None:
+        """End it for a client that has gone away; in the event loop."""
+        self._end(errors.CLIENT_GONE, "the client went away")
+
+    def expire(self) -> None:
+        """End it where its deadline is over; in the event loop."""
+        self._end(errors.EXPIRED, "the deadline is over")
+
+    def _end(self, kind: errors.Kind, message: str) -> None:
+        if not self.done.done():
+            self.refusal = Refusal(kind, message)
+            self.done.set_result(None)
+
     def over(self, now: float) -> bool:
         """Whether nobody waits for it any more."""
         if self.dropped or self.refusal is not None:
@@ -368,8 +381,9 @@ class Scheduler:
             work = self._finished.popleft()
             if not work.done.done():
                 if work.refusal is None and work.left:
-                    work.refusal = Refusal(errors.EXPIRED, "the deadline is over")
-                work.done.set_result(None)
+                    work.expire()
+                else:
+                    work.done.set_result(None)
             if work.submitted:  # else a second thread has finished it too
                 work.submitted = False
                 self._under_way -= 1

@@ -16,10 +16,6 @@ from bertile.server.scheduler import Work
 from bertile.server.settings import Settings
 from bertile.text.text_model import Steps
 
-# A client that waits longer is looked after: whether it is still there. Before, the work is done
-# sooner than that would pay.
-PATIENCE_SECONDS = 0.1
-
 
 class Service:
     """What the routes of a server share: settings, models, metrics, and how many are in the house.
@@ -57,19 +53,15 @@ class Service:
         counts[f"te_{counted}_count", ""] += len(texts)
         self._check_room(served)
         loop = asyncio.get_running_loop()
-        work = Work(texts, steps, loop.create_future(), call.deadline)
-        call.work = work
+        work = call.work = Work(texts, steps, loop.create_future(), call.deadline)
         self.in_house += 1
-        patience = PATIENCE_SECONDS if call.deadline is None else call.seconds_left()
-        timer = loop.call_later(min(PATIENCE_SECONDS, patience), self._look_after, call, work)
+        call.look_after(work, loop)
         try:
             served.scheduler.submit(work)
             await work.done
         finally:
-            timer.cancel()
-            if call.watching is not None:
-                call.watching.cancel()
             self.in_house -= 1
+            call.let_go()
             work.dropped = True  # what is not done by now is for nobody
         if work.refusal is not None:
             raise work.refusal
@@ -92,17 +84,3 @@ class Service:
             raise Refusal(
                 errors.OVERLOADED, "Model is overloaded", retry_after=max(1, math.ceil(wait))
             )
-
-    def _look_after(self, call: Call, work: Work) -> None:
-        call.watching = asyncio.get_running_loop().create_task(self._watch(call, work))
-
-    async def _watch(self, call: Call, work: Work) -> None:
-        """Drop a work when its client is gone or its deadline over."""
-        refusal = Refusal(errors.CLIENT_GONE, "the client went away")
-        try:
-            await asyncio.wait_for(call.gone(), call.seconds_left())
-        except asyncio.TimeoutError:  # another class than the built-in before Python 3.11
-            refusal = Refusal(errors.EXPIRED, "the deadline is over")
-        if not work.done.done():
-            work.refusal = refusal
-            work.done.set_result(None)

@@ -278,8 +278,8 @@ def choose(
     return served
 
 
-def listed(service: Service, call: Call, inputs: Any) -> list[Any]:
-    """The texts of a field that is a text, ids, or a list of such."""
+def listed(service: Service, call: Call, inputs: Any, name: str = "inputs") -> list[Any]:
+    """The texts of a field of this `name` that is a text, ids, or a list of such."""
     if isinstance(inputs, str):
         texts: list[Any] = [inputs]
     elif inputs and isinstance(inputs[0], int):
@@ -287,16 +287,16 @@ def listed(service: Service, call: Call, inputs: Any) -> list[Any]:
     else:
         call.method = "batch"
         texts = [text if isinstance(text, str) else Ids(text) for text in inputs]
-    return limited(service, call, texts)
+    return limited(service, call, texts, name)
 
 
-def limited(service: Service, call: Call, texts: list[Any]) -> list[Any]:
+def limited(service: Service, call: Call, texts: list[Any], name: str = "inputs") -> list[Any]:
     """The texts, if there are some, not too many, and none is empty; else Refusal."""
     if len(texts) != 1:
-        check_count(service, call, texts)
+        check_count(service, call, texts, name)
     for text in texts:
         if not (any(text) if isinstance(text, tuple) else text):
-            raise Refusal(errors.EMPTY, "`inputs` cannot be empty", param="inputs")
+            raise Refusal(errors.EMPTY, f"`{name}` cannot be empty", param=name)
     return texts
 
 

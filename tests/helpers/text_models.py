@@ -136,6 +136,7 @@ class TorchModel:
             "model": {"head": head, "max_length": LENGTH, "source": "tiny", **model},
             "static": {"batch": None, "length": None},
             "target": {"name": "torch"},
+            "inputs": [{"name": "input_ids", "below": module.config.vocab_size}],
             "outputs": [{"name": name, "axes": axes[name]} for name in axes],
         }
 
@@ -214,6 +215,28 @@ def stand_in_of_sentences(directory: Path, original: Any) -> TextModel:
     pooled = Pooled()
     axes = {"sentence_embedding": ["batch", SIZES["hidden_size"]]}
     return KINDS["embedding"](TorchModel("embedding", pooled, axes), directory)
+
+
+def stand_in_of_splade(directory: Path) -> TextModel:
+    """What `bertile.open` would give of the bundle of a masked language model as SPLADE has it."""
+    import torch
+    import transformers
+
+    masked = transformers.AutoModelForMaskedLM.from_pretrained(directory).eval()
+
+    class Weights:
+        config = masked.config
+
+        def __call__(self, **tensors: Any) -> Any:
+            logits = masked(**tensors).logits
+            weights = torch.log1p(torch.relu(logits)) * tensors["attention_mask"][:, :, None]
+            return {"sentence_embedding": weights.amax(1)}
+
+    axes = {"sentence_embedding": ["batch", masked.config.vocab_size]}
+    model = TorchModel("embedding", Weights(), axes)
+    settings = text_settings.TextSettings(kind="sparse", similarity="dot", cut_at=LENGTH)
+    model.manifest["text"] = settings.to_json()
+    return KINDS["embedding"](model, directory)
 
 
 class Counting:
