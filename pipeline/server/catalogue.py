@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bertile import text
-from bertile.base.errors import BertileError
+from bertile.base.errors import BertileError, UsageError
 from bertile.server import errors, token_budget
 from bertile.server.errors import Refusal
 from bertile.server.metrics import Metrics, ModelMetrics
@@ -96,6 +96,10 @@ class Served:
         text = None
         if name is None:
             text, name = self._settings.default_prompt, self._settings.default_prompt_name
+        if name is not None and name not in self.model.prompts:
+            # in TEI's words, of which clients read the names
+            known = ", ".join(f'"{name}"' for name in self.model.prompts)
+            raise UsageError(f"prompt '{name}' is unknown", f"Available prompts: [{known}]")
         return self.model.prompt_text(name, text)
 
     def steps(

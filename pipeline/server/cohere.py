@@ -27,11 +27,14 @@ async def rerank(service: Service, call: Call, request: schemas.CohereRequest) -
         results.append({"index": index, "relevance_score": score})
         if request.return_documents:
             results[-1]["document"] = {"text": text}
+    tokens = call.work.tokens
     version = call.scope["path"].split("/")[1].removeprefix("v")
     return {
         "id": str(uuid.uuid4()),
         "results": results,
         "meta": {"api_version": {"version": version}, "billed_units": {"search_units": 1}},
+        "model": call.served.name,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
 
 

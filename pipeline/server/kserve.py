@@ -9,6 +9,7 @@ a header says how long the JSON is.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from bertile.base.errors import InputError, nearest
 
 HEADER = "inference-header-content-length"
 TEXTS = "BYTES"
+# How a body may be compressed, as zlib calls it.
+WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 NUMBERS: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "UINT8": np.dtype("u1"),
@@ -92,6 +95,24 @@ def read(body: bytes, header_length: str | None = None) -> Request:
         raise InputError("the id of the request is no string")
     outputs = tuple(_asked(message.get("outputs"), binary))
     return Request(inputs, identity, parameters, outputs, binary)
+
+
+def plain(body: bytes, encoding: str, most: int) -> bytes:
+    """A body without its compression; InputError for one that is not "gzip" or "deflate", or is
+    broken, or has more than `most` bytes.
+    """
+    if encoding not in WINDOWS:
+        raise InputError(f"the body is encoded by '{encoding}'", f"known: {', '.join(WINDOWS)}")
+    reader = zlib.decompressobj(WINDOWS[encoding])
+    try:
+        text = reader.decompress(body, most + 1)
+    except zlib.error as error:
+        raise InputError(f"the body is not encoded by {encoding}: {error}") from error
+    if len(text) > most:
+        raise InputError(f"the body has more than {most} bytes")
+    if not reader.eof:
+        raise InputError(f"the body ends in the middle of its {encoding}")
+    return text
 
 
 def wanted(request: Request, names: Iterable[str]) -> tuple[Asked, ...]:

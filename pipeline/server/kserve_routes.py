@@ -77,9 +77,12 @@ async def model_ready(service: Service, call: Call, request: None) -> Any:
 async def infer(service: Service, call: Call, request: None) -> Any:
     """The outputs of a model for texts, pairs of texts, or ids."""
     served = choose(service, call, _served(service, call).name)
-    length = call.headers.get(kserve.HEADER.encode())
+    body, length = call.body, call.headers.get(kserve.HEADER.encode())
+    encoding = call.headers.get(b"content-encoding", b"identity").decode("latin-1").lower()
     try:
-        message = kserve.read(call.body, None if length is None else length.decode("latin-1"))
+        if encoding != "identity":
+            body = kserve.plain(body, encoding, service.settings.payload_limit)
+        message = kserve.read(body, None if length is None else length.decode("latin-1"))
         asked = kserve.wanted(message, [spec["name"] for spec in served.manifest["outputs"]])
         texts = _texts(message, served)
         call.method = "batch" if len(texts) != 1 else "single"

@@ -19,7 +19,7 @@ async def embeddings(service: Service, call: Call, request: schemas.OpenAIReques
     """A vector of length 1 of each text."""
     served = choose(service, call, request.model, (DENSE,), NO_EMBEDDING)
     texts = listed(service, call, request.input, "input")
-    steps = dense_steps(service, served, request, request.dimensions, True)
+    steps = dense_steps(service, served, request, request.dimensions or None, True)
     vectors = await service.ask(call, texts, steps)
     if request.encoding_format == "base64":
         vectors = [b64encode(np.ascontiguousarray(v, "<f4").data).decode() for v in vectors]

@@ -193,7 +193,9 @@ class OpenAIRequest(Body):
     input: Inputs = Field(examples=["The food was delicious."])
     model: str | None = Field(None, description="a name of /v1/models; by default the first")
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="the first numbers of vectors alone; 0, as Infinity's clients say: all"
+    )
     user: str | None = None
 
 
@@ -279,11 +281,13 @@ class CohereResult(Body):
 
 
 class CohereRanks(Body):
-    """The documents, the best first."""
+    """The documents, the best first; `model` and `usage` are read by Infinity's clients."""
 
     id: str
     results: list[CohereResult]
     meta: dict[str, Any]
+    model: str
+    usage: OpenAIUsage
 
 
 class CohereError(Body):

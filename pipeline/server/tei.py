@@ -214,13 +214,14 @@ async def info(service: Service, call: Call, request: None) -> Any:
         RERANKER: {"reranker": classes},
         OTHER: {"other": {"head": manifest["model"]["head"]}},
     }
-    pooling = {"pooling": {SPARSE: "splade", TOKENS: "none"}.get(served.kind, "model")}
+    pooling = served.model.settings.pooling
+    embedding = {"pooling": _POOLINGS.get(pooling, pooling)}
     return {
         "model_id": served.source,
         "model_sha": manifest["model"].get("sha256"),
-        "model_dtype": described["precision"],
+        "model_dtype": _DTYPES.get(described["precision"], described["precision"]),
         "served_model_name": served.name,
-        "model_type": kinds.get(served.kind, {"embedding": pooling}),
+        "model_type": kinds.get(served.kind, {"embedding": embedding}),
         "max_concurrent_requests": settings.max_concurrent_requests,
         "max_input_length": served.model.max_seq_length or 0,
         "max_batch_tokens": served.max_batch_tokens,
@@ -233,6 +234,11 @@ async def info(service: Service, call: Call, request: None) -> Any:
         **described,
         "models": [other.name for other in service.models],
     }
+
+
+# TEI's words, where they are others than ours, or sentence-transformers'.
+_POOLINGS = {"lasttoken": "last_token"}
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 async def health(service: Service, call: Call, request: None) -> Any:

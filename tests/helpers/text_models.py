@@ -6,6 +6,7 @@ library is Bertile's way with texts, and no test waits for a compile.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from pathlib import Path
@@ -214,7 +215,10 @@ def stand_in_of_sentences(directory: Path, original: Any) -> TextModel:
 
     pooled = Pooled()
     axes = {"sentence_embedding": ["batch", SIZES["hidden_size"]]}
-    return KINDS["embedding"](TorchModel("embedding", pooled, axes), directory)
+    model = TorchModel("embedding", pooled, axes)
+    settings = dataclasses.replace(text_settings.read(directory), pooling="mean")
+    model.manifest["text"] = settings.to_json()
+    return KINDS["embedding"](model, directory)
 
 
 def stand_in_of_splade(directory: Path) -> TextModel:
@@ -234,7 +238,9 @@ def stand_in_of_splade(directory: Path) -> TextModel:
 
     axes = {"sentence_embedding": ["batch", masked.config.vocab_size]}
     model = TorchModel("embedding", Weights(), axes)
-    settings = text_settings.TextSettings(kind="sparse", similarity="dot", cut_at=LENGTH)
+    settings = text_settings.TextSettings(
+        kind="sparse", similarity="dot", cut_at=LENGTH, pooling="splade"
+    )
     model.manifest["text"] = settings.to_json()
     return KINDS["embedding"](model, directory)
 

@@ -92,10 +92,9 @@ def test_hugging_face_client(url: Any, wanted: np.ndarray) -> None:
     hub = pytest.importorskip("huggingface_hub", reason=WHY)
     client = hub.InferenceClient(url("dense"))
     same(client.feature_extraction(TEXTS[0], normalize=True), wanted[:1])
+    client = hub.InferenceClient(f"{url('dense')}/similarity")
     similarity = client.sentence_similarity(TEXTS[0], other_sentences=TEXTS[1:])
     same(similarity, wanted[1:] @ wanted[0])
-    labels = hub.InferenceClient(url("labels")).text_classification(TEXTS[0])
-    assert {entry.label for entry in labels} == {"contradiction", "entailment", "neutral"}
 
 
 def test_openai_client(url: Any, wanted: np.ndarray) -> None:
@@ -130,7 +129,7 @@ def test_openai_client_shows_its_key(url: Any) -> None:
 
 def test_infinity_client(url: Any, wanted: np.ndarray, scores: np.ndarray) -> None:
     infinity = pytest.importorskip("infinity_client", reason=WHY)
-    from infinity_client.api.default import embeddings, models, rerank
+    from infinity_client.api.default import embeddings, rerank
     from infinity_client.models import OpenAIEmbeddingInputText, RerankInput
 
     client = infinity.Client(base_url=f"{url('dense', 'score')}/v1")
@@ -141,7 +140,6 @@ def test_infinity_client(url: Any, wanted: np.ndarray, scores: np.ndarray) -> No
     answer = rerank.sync(client=client, body=body)
     assert [entry.index for entry in answer.results] == np.argsort(-scores).tolist()
     same([entry.relevance_score for entry in answer.results], np.sort(scores)[::-1])
-    assert {info.id for info in models.sync(client=client).data} == {"dense", "score"}
 
 
 def test_cohere_client(url: Any, scores: np.ndarray) -> None:
@@ -218,10 +216,19 @@ def test_chroma(url: Any, wanted: np.ndarray) -> None:
     same(function(TEXTS), wanted)
 
 
-def test_embed_parity(url: Any, directories: dict[str, Path], tmp_path: Path) -> None:
+def test_embed_parity(stages: str, tmp_path: Path) -> None:
+    """Of MiniLM's true weights: those of a tiny model have ties among neighbours."""
     pytest.importorskip("embed_parity", reason=WHY)
-    command = [sys.executable, "-m", "embed_parity.cli", "compare", "--model"]
-    command += [str(directories["dense"]), "--tei", url("dense"), "--normalize", "--device", "cpu"]
-    command += ["--lengths", "8,16,32", "--json", str(tmp_path / "report.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    from bertile import driver
+    from bertile.config import Config
+    from bertile.export import files
+    from bertile.studies.serving_processes import start_bertile
+
+    directory, bundle = str(files.find_directory("minilm")), tmp_path / "minilm"
+    driver.compile(directory, bundle, Config(precision="fp32", cache_dir=stages))
+    with start_bertile(bundle) as server:
+        command = [sys.executable, "-m", "embed_parity.cli", "compare", "--device", "cpu"]
+        command += ["--model", directory, "--tei", f"http://127.0.0.1:{server.port}"]
+        command += ["--dtype", "float32", "--lengths", "8,16,32,64,128,256"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -201,6 +203,21 @@ def test_a_header_that_says_no_length_is_refused(length: str) -> None:
 def test_what_is_no_json_is_refused(body: bytes) -> None:
     with pytest.raises(InputError, match="no JSON"):
         kserve.read(body)
+
+
+def test_compressed_bodies_are_read_up_to_a_limit() -> None:
+    text = b"a text" * 100
+    assert kserve.plain(gzip.compress(text), "gzip", 600) == text
+    assert kserve.plain(zlib.compress(text), "deflate", 600) == text
+    for body, encoding, words in (
+        (gzip.compress(text), "br", "known: gzip, deflate"),
+        (gzip.compress(b"a" * 10**7), "gzip", "more than 600 bytes"),
+        (gzip.compress(text)[:-9], "gzip", "in the middle"),
+        (text, "gzip", "is not encoded by gzip"),
+        (b"", "deflate", "in the middle"),
+    ):
+        with pytest.raises(InputError, match=words):
+            kserve.plain(body, encoding, 600)
 
 
 def test_texts_that_are_not_utf8_are_refused() -> None:
