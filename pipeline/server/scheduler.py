@@ -11,12 +11,11 @@ together need not be equally long, since blocks of padding are not computed.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from bertile.loading.blocks import BLOCK_TOKENS
@@ -133,8 +132,9 @@ class Scheduler:
         self._engine, self._watch = engine, watch
         self.most_blocks = max(1, most_tokens // BLOCK_TOKENS)
         self.places = engine.places
-        self._inbox: SimpleQueue[Work | None] = SimpleQueue()
-        self._long: SimpleQueue[Work | None] = SimpleQueue()
+        self._come: list[Work] = []  # in this turn of the event loop
+        self._inbox: SimpleQueue[list[Work] | None] = SimpleQueue()
+        self._long: SimpleQueue[list[Work] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._some = threading.Condition(self._lock)
         self._ready: deque[Work] = deque()  # with texts that wait, in the order of their turns
@@ -168,7 +168,16 @@ class Scheduler:
         work.submitted = True
         self._under_way += 1
         self._none_left.clear()
-        (self._long if work.characters > LONG_CHARACTERS else self._inbox).put(work)
+        if work.characters > LONG_CHARACTERS:
+            self._long.put([work])
+            return
+        if not self._come:  # those of one turn of the loop wake the thread once
+            self._loop.call_soon(self._hand_over)
+        self._come.append(work)
+
+    def _hand_over(self) -> None:
+        come, self._come = self._come, []
+        self._inbox.put(come)
 
     @property
     def under_way(self) -> int:
@@ -204,18 +213,10 @@ class Scheduler:
 
     # In the threads that tokenize.
 
-    def _tokenize(self, inbox: SimpleQueue[Work | None]) -> None:
-        while (work := inbox.get()) is not None:
-            works = [work]
-            with contextlib.suppress(Empty):
-                while True:
-                    works.append(inbox.get_nowait())
-            ended = None in works
+    def _tokenize(self, inbox: SimpleQueue[list[Work] | None]) -> None:
+        while (works := inbox.get()) is not None:
             for work in works:
-                if work is not None:
-                    self._prepare(work)
-            if ended:
-                return
+                self._prepare(work)
 
     def _prepare(self, work: Work) -> None:
         first = 0
