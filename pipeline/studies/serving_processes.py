@@ -82,9 +82,9 @@ class Server:
 
 @contextlib.contextmanager
 def start_bertile(bundle: Path | str | None, *flags: str, quiet: bool = True) -> Iterator[Server]:
-    """`bertile serve` on a free port, of a bundle or of what `flags` say; BertileError, with what it
-    printed, where it does not start.
+    """`bertile serve` on a free port, of a bundle or of what `flags` say.
 
+    BertileError, with what it printed, where it does not start.
     It ends by SIGTERM.
     """
     port = free_port()
