@@ -113,13 +113,16 @@ def _path(route: Route, endpoint: Endpoint) -> Path_:
 
 def _no_route(request: Any, error: HTTPException) -> Response:
     """The answer where there is no such path, or not by this method."""
-    kind = errors.WRONG_METHOD if error.status_code == 405 else errors.UNKNOWN_ROUTE
     path, method = request.url.path, request.method
+    name = request.path_params.get("model")
+    served = name is None or name in request.app.service.models.directories
+    allowed = error.status_code != 405 or not served
+    kind = errors.UNKNOWN_ROUTE if allowed else errors.WRONG_METHOD
     message = f"{method} is not allowed at {path}" if kind.status == 405 else f"no route {path}"
     reply = refused(_protocol(path), Refusal(kind, message))
-    return Response(
-        reply.body, reply.status, headers=error.headers, media_type=reply.content_type.decode()
-    )
+    headers = error.headers if kind is errors.WRONG_METHOD else None
+    content_type = reply.content_type.decode()
+    return Response(reply.body, reply.status, headers=headers, media_type=content_type)
 
 
 def _protocol(path: str) -> Protocol:
