@@ -1,4 +1,4 @@
-"""Is the process that serves: it has the models, and a listening socket that its parent opened.
+"""Serves in a process of its own: with the models, and a socket that its parent has opened.
 
 It ends when it is told to, or when its parent is gone; the parent starts it anew when it dies.
 """
