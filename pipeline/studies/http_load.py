@@ -124,7 +124,7 @@ def open_rate(port: int, requests: Sequence[bytes], rate: float, seconds: float)
 def slow_clients(port: int, request: bytes, count: int) -> Iterator[Counter[str]]:
     """So many clients meanwhile, of which each sends a byte of the request a second.
 
-    Counts what becomes of them: "answered" or "refused" by the server, or "connected" still.
+    Counts what becomes of them: the status of an answer, "refused", or still "connected".
     """
     fate: Counter[str] = Counter()
     over = threading.Event()
@@ -159,7 +159,7 @@ def _dripped(connection: socket.socket, byte: bytes) -> str | None:
     """Send a byte; how the server has ended the connection, None where it has not."""
     try:
         answer = connection.recv(4096)
-        return "answered" if answer else "refused"
+        return answer[9:12].decode() if answer else "refused"
     except BlockingIOError:
         pass  # there is nothing to read, as it should be
     except OSError:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bertile.base.machine import busy_sentence
 from bertile.base.tables import table
-from bertile.bench import result_tables
 
 Row = dict[str, Any]
 
@@ -16,43 +16,46 @@ MOST_P99 = 2.0  # times that at capacity, under overload
 MOST_IDLE = 0.01  # of a core
 LEAST_ALONE = 0.999  # cosine of an answer to that of the same text alone
 LEAST_BESIDE_SLOW = 0.9  # of the texts a second without slow clients
-MEANINGS = {
-    "load": "of encode: of the texts a second of `encode` on the same texts; ratio: of Bertile's"
-    " texts a second to this server's; alone: the least cosine of an answer to the vector of the"
-    " same text from a call by itself; load: what sending a request and taking its answer cost, on"
-    " the same cores",
-    "overload": "accepted: answers with 200; MB: resident memory of all its processes",
-    "idle": "share: of one core",
-    "slow": "slow: what became of the clients of a byte a second",
-}
+MEANINGS = (
+    "Of encode: of the texts a second of `encode` on the same texts; ratio: of Bertile's texts a"
+    " second to this server's; alone: the least cosine of an answer to the vector of the same text"
+    " from a call by itself; load: what sending a request and taking its answer cost on the same"
+    " cores; accepted: answered with 200; MB: resident memory of all processes of the server."
+)
 
 
 def said(parts: Mapping[str, Sequence[Row]], markdown: bool = False) -> str:
-    """The tables of all parts that there are rows of, each with a sentence on what is asked."""
-    texts = []
+    """The tables of all parts that there are rows of, each with a sentence on what is asked, and
+    the circumstances.
+    """
+    texts, facts = [], []
     for part, written in WRITTEN.items():
         rows = [row for row in parts.get(part, ()) if not row.get("facts")]
-        facts = next((row for row in parts.get(part, ()) if row.get("facts")), None)
+        facts += [row for row in parts.get(part, ()) if row.get("facts")]
         if rows:
-            texts += written(rows, facts, markdown)
-            texts.append(_circumstances(part, facts))
-    return "\n\n".join(texts)
+            own = facts[-1] if facts and facts[-1]["part"] == part else None
+            texts += written(rows, own, markdown)
+            if own is None:
+                texts.append("This was stopped before its end.")
+    return "\n\n".join([*texts, *([_circumstances(facts)] if facts else [])])
 
 
-def _circumstances(part: str, facts: Row | None) -> str:
-    if facts is None:
-        return "The measurement was stopped before its end."
-    how = {
-        "load": f"{facts['clients']} clients, {facts['rounds']} rounds of {facts['seconds']:.0f} s,"
-        " medians",
-        "overload": f"{facts['seconds']:.0f} s each",
-        "idle": "after a warm-up",
-        "slow": f"{facts['clients']} clients, {facts['seconds']:.0f} s each",
-    }[part]
-    budget = facts.get("budget")
-    how += f", at most {budget} tokens run together" if budget else ""
-    report = {**facts, "notes": facts.get("notes", ())}
-    return result_tables.circumstances([report], how, f"{_capital(MEANINGS[part])}.")
+def _circumstances(facts: Sequence[Row]) -> str:
+    """Where, when and how it was measured, what columns mean, and how busy the machine was."""
+    first = facts[0]
+    busiest = max((row["busy"] for row in facts), key=lambda busy: busy["others_percent"] or 0)
+    budgets = {row["budget"] for row in facts if row.get("budget")}
+    together = f"; at most {min(budgets)} tokens run together" if budgets else ""
+    notes = dict.fromkeys(note for row in facts for note in row.get("notes", ()))
+    return "\n".join(
+        [
+            f"{first['cpu']}; {first['threads']} threads{together}; after a warm-up;"
+            f" {first['time']}.",
+            MEANINGS,
+            f"{_capital(busy_sentence(busiest))}.",
+            *(f"{_capital(note)}." for note in notes),
+        ]
+    )
 
 
 def _load(rows: Sequence[Row], facts: Row | None, markdown: bool) -> list[str]:
@@ -78,7 +81,13 @@ def _load(rows: Sequence[Row], facts: Row | None, markdown: bool) -> list[str]:
                 round(row["load_us"]),
             )
         )
-    return [table(header, lines, markdown), _load_said(medians, ours, encode)]
+    how = ""
+    if facts is not None:
+        how = (
+            f" {facts['clients']} clients, {facts['rounds']} rounds of {facts['seconds']:.0f} s in"
+        )
+        how += " turns, the median round of each."
+    return [table(header, lines, markdown), _load_said(medians, ours, encode) + how]
 
 
 def _load_said(medians: Mapping[str, Row], ours: Row | None, encode: float | None) -> str:
@@ -125,11 +134,12 @@ def _medians(rows: Sequence[Row]) -> dict[str, Row]:
 
 
 def _overload(rows: Sequence[Row], facts: Row | None, markdown: bool) -> list[str]:
-    header = ("requests/s", "accepted/s", "429", "other", "p99 ms", "429's p99 ms", "MB")
+    header = ("sent", "requests/s", "accepted/s", "429", "other", "p99 ms", "429's p99 ms", "MB")
     row = rows[-1]
     other = {k: n for k, n in row["statuses"].items() if k not in ("200", "429")}
     lines = [
         (
+            f"by {row['limit']} clients",
             round(row["capacity"]),
             round(row["capacity"]),
             0,
@@ -139,6 +149,7 @@ def _overload(rows: Sequence[Row], facts: Row | None, markdown: bool) -> list[st
             round(row["held_mb"]),
         ),
         (
+            "at four times that rate",
             round(row["asked"]),
             round(row["accepted"]),
             row["statuses"].get("429", 0),
@@ -149,9 +160,10 @@ def _overload(rows: Sequence[Row], facts: Row | None, markdown: bool) -> list[st
         ),
     ]
     ratio = row["p99"] / row["capacity_p99"]
+    seconds = f", {facts['seconds']:.0f} s each" if facts is not None else ""
     sentence = (
-        f"At most {row['limit']} requests at a time in the house. Of what was refused or lost other"
-        f" than by 429: {other or 'nothing'} (asked: nothing, {_kept(not other)});"
+        f"At most {row['limit']} requests at a time in the house{seconds}. Refused or lost"
+        f" other than by 429: {other or 'nothing'} (asked: nothing, {_kept(not other)});"
         f" {row['unsent']} requests were not sent, since all connections were in use; the p99 of"
         f" accepted ones is {ratio:.2f} times that at capacity (asked: {MOST_P99},"
         f" {_kept(ratio <= MOST_P99)})."
@@ -169,7 +181,7 @@ def _idle(rows: Sequence[Row], facts: Row | None, markdown: bool) -> list[str]:
 
 
 def _slow(rows: Sequence[Row], facts: Row | None, markdown: bool) -> list[str]:
-    header = ("slow clients", "texts/s", "p50 ms", "p99 ms", "not 200", "slow")
+    header = ("slow clients", "texts/s", "p50 ms", "p99 ms", "not 200", "their answers")
     lines = [
         (
             row["beside"],
@@ -177,7 +189,7 @@ def _slow(rows: Sequence[Row], facts: Row | None, markdown: bool) -> list[str]:
             row["p50"],
             row["p99"],
             sum(n for status, n in row["statuses"].items() if status != "200"),
-            ", ".join(f"{n} {what}" for what, n in row["fate"].items()) or None,
+            ", ".join(f"{n} × {what}" for what, n in row["fate"].items() if n) or None,
         )
         for row in rows
     ]

@@ -41,7 +41,7 @@ def test_servers_are_compared_by_their_median_rounds() -> None:
         "budget": 512,
         "notes": ["a is b"],
     }
-    text = server_tables.said({"load": [*rows, facts]})
+    text = server_tables.said({"load": [*rows, {**facts, "part": "load"}]})
     assert "0.90 of encode (asked: 0.85, kept)" in text
     assert "1.80 times the better peer, openvino int8 (asked: 2.0, not kept)" in text
     assert "OpenVINO 1 in FastAPI" in text and "0.97000" in text
@@ -68,22 +68,24 @@ def test_overload_asks_for_two_statuses_and_a_bounded_wait() -> None:
         "most_mb": 320.0,
         "limit": 64,
     }
-    text = server_tables.said({"overload": [row, FACTS]})
+    text = server_tables.said({"overload": [row, {**FACTS, "part": "overload"}]})
     assert "nothing (asked: nothing, kept)" in text
     assert "1.50 times that at capacity (asked: 2.0, kept)" in text
     worse = {**row, "statuses": {"200": 1, "500": 2}, "p99": 250.0}
-    text = server_tables.said({"overload": [worse, FACTS]})
+    text = server_tables.said({"overload": [worse, {**FACTS, "part": "overload"}]})
     assert "{'500': 2} (asked: nothing, not kept)" in text and "2.50 times" in text
 
 
 def test_idle_and_slow_clients_have_their_bounds() -> None:
     idle = {"share": 0.02, "resident_mb": 200.0}
     assert "Idle: 2.00% of a core (asked: under 1%, not kept)" in server_tables.said(
-        {"idle": [idle, FACTS]}
+        {"idle": [idle, {**FACTS, "part": "idle"}]}
     )
     alone, beside = (
         {"beside": n, "texts_per_s": rate, "p50": 1.0, "p99": 2.0, "statuses": {}, "fate": {}}
         for n, rate in ((0, 1000.0), (200, 950.0))
     )
-    text = server_tables.said({"slow": [alone, {**beside, "fate": {"refused": 200}}, FACTS]})
-    assert "0.95 of their texts a second (asked: 0.9, kept)" in text and "200 refused" in text
+    text = server_tables.said(
+        {"slow": [alone, {**beside, "fate": {"408": 200}}, {**FACTS, "part": "slow"}]}
+    )
+    assert "0.95 of their texts a second (asked: 0.9, kept)" in text and "200 × 408" in text
