@@ -32,6 +32,7 @@ EXTRA_OF = {
     "xllamacpp": "bench",
     "sentence_transformers": "demo",
     "shtab": "completion",
+    "opentelemetry": "trace",
     "httptools": "serve",
     "orjson": "serve",
     "prometheus_client": "serve",
@@ -48,6 +49,7 @@ _INCLUDED = {
     "bench": ("compile",),
     "demo": ("run", "compile", "export"),
     "serve": ("run",),
+    "trace": ("run", "serve"),
 }
 
 

@@ -31,6 +31,7 @@ PACKAGES = (
     "orjson",
     "prometheus_client",
 )
+TRACING_PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 # Of a compile, what may be said here.
 COMPILE_FLAGS = ("target", "precision", "tune", "cache-dir")
 
@@ -62,6 +63,11 @@ def _add_places(add: Any) -> None:
         help=f"listen on this port (default: {PORT}; 0: a free one)",
     )
     add("--api-key", metavar="KEY", help="what clients must show (or BERTILE_API_KEY)")
+    add(
+        "--otlp-endpoint",
+        metavar="URL",
+        help="tell this collector of OpenTelemetry of each request: http://localhost:4318",
+    )
     add("--admin-key", metavar="KEY", help="for whoever exchanges models (or BERTILE_ADMIN_KEY)")
 
 
@@ -102,7 +108,7 @@ def run(options: Namespace, progress: Progress) -> Outcome:
     """Serve until a signal ends it."""
     from bertile.base.extras import must_be_there
 
-    must_be_there(*PACKAGES)
+    must_be_there(*PACKAGES, *(TRACING_PACKAGES if options.otlp_endpoint else ()))
     from bertile.server import model_list, supervisor
     from bertile.server.settings import model_names
 

@@ -28,6 +28,7 @@ from bertile.server.errors import Refusal
 from bertile.server.request_log import RequestLog
 from bertile.server.service import Service
 from bertile.server.settings import Settings
+from bertile.server.tracing import tracing
 
 # In the order in which they are tried.
 ROUTES: tuple[Route, ...] = (
@@ -77,9 +78,10 @@ def application(
     settings = settings or Settings()
     service = Service(settings, remember)
     log = None if settings.quiet else RequestLog()
+    traces = tracing(settings.otlp_endpoint)
     routes = tuple(routes)
     page = description.page(routes)
-    endpoints = [(route, Endpoint(route, service, log)) for route in routes]
+    endpoints = [(route, Endpoint(route, service, log, traces)) for route in routes]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:

@@ -16,6 +16,7 @@ from bertile.server.call import Call, Receive
 from bertile.server.errors import Kind, Refusal
 from bertile.server.request_log import RequestLog
 from bertile.server.service import Service
+from bertile.server.tracing import Tracing
 
 LOG = logging.getLogger("bertile")
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -102,8 +103,14 @@ class Route:
 class Endpoint:
     """A route as an ASGI application."""
 
-    def __init__(self, route: Route, service: Service, log: RequestLog | None) -> None:
-        self.route, self._service, self._log = route, service, log
+    def __init__(
+        self,
+        route: Route,
+        service: Service,
+        log: RequestLog | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self.route, self._service, self._log, self._tracing = route, service, log, tracing
         self._adapter = TypeAdapter(route.takes) if route.takes is not None else None
         settings = service.settings
         self._key = {"api": settings.api_key, "admin": settings.admin_key, "": None}[route.key]
@@ -135,6 +142,8 @@ class Endpoint:
         self._measure(call, refusal, seconds)
         if self._log is not None:
             self._log.write(_record(call, answer.status, refusal, seconds))
+        if self._tracing is not None:
+            self._tracing.tell(call, self.route.path, answer.status, refusal, seconds)
 
     def _refused(self, refusal: Refusal) -> Reply:
         return refused(self.route.protocol, refusal)

@@ -33,6 +33,7 @@ class Settings:
     header_timeout           seconds in which a request must have arrived whole
     keep_alive               seconds after which an idle connection is closed
     quiet                    no line a request
+    otlp_endpoint            the collector that OpenTelemetry's spans go to; None: none is named
     """
 
     max_concurrent_requests: int = 512
@@ -50,6 +51,7 @@ class Settings:
     header_timeout: float = 20.0
     keep_alive: float = 65.0
     quiet: bool = False
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         for name in (
