@@ -14,7 +14,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -309,10 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         threads=options.threads, log_dir=options.log_dir, cache_dir=cache_directory(None)
     )
     against = tuple(words(options.against)) if options.against else server_peers.KINDS
-    for kind in against:
-        if kind not in server_peers.KINDS:
-            known = ", ".join(server_peers.KINDS)
-            raise UsageError(f"engine '{kind}' is unknown", f"known: {known}")
+    _must_be_known("engine", against, server_peers.KINDS)
+    _must_be_known("part", options.parts, PARTS)
     study = Study(
         options.model,
         options.precision,
@@ -337,10 +335,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(server_tables.said(parts))
 
 
+def _must_be_known(what: str, names: Sequence[str], known: Iterable[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{what} '{name}' is unknown", f"known: {', '.join(known)}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bertile.studies.server_load")
     add = parser.add_argument
-    add("parts", metavar="PART", nargs="*", choices=[*PARTS, []], help=f"of {', '.join(PARTS)}")
+    add("parts", metavar="PART", nargs="*", help=f"of {', '.join(PARTS)}")
     add("--model", default="minilm", help="a directory of sentence-transformers (minilm)")
     add("--precision", metavar="P", default="int8", help="int8, fp32")
     kinds = ", ".join(server_peers.KINDS)

@@ -51,6 +51,9 @@ def test_tables_come_of_the_rows_that_are_kept(
     assert "Idle: 0.10% of a core" in capsys.readouterr().out
 
 
-def test_an_unknown_peer_is_refused() -> None:
-    with pytest.raises(UsageError, match="engine 'tei' is unknown"):
-        server_load.main(["--against", "tei"])
+@pytest.mark.parametrize(
+    "words, what", [(["--against", "tei"], "engine 'tei'"), (["idel"], "part 'idel'")]
+)
+def test_what_is_unknown_is_refused(words: list[str], what: str) -> None:
+    with pytest.raises(UsageError, match=f"{what} is unknown"):
+        server_load.main(words)
