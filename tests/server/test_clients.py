@@ -92,6 +92,7 @@ def test_hugging_face_client(url: Any, wanted: np.ndarray) -> None:
     hub = pytest.importorskip("huggingface_hub", reason=WHY)
     client = hub.InferenceClient(url("dense"))
     same(client.feature_extraction(TEXTS[0], normalize=True), wanted[:1])
+    same(client.feature_extraction(TEXTS), wanted)  # as LangChain's HuggingFaceEndpointEmbeddings
     client = hub.InferenceClient(f"{url('dense')}/similarity")
     similarity = client.sentence_similarity(TEXTS[0], other_sentences=TEXTS[1:])
     same(similarity, wanted[1:] @ wanted[0])
