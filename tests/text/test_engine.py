@@ -217,3 +217,18 @@ def test_what_is_alive_does_not_grow_with_the_number_of_texts(small, words: Path
     assert (len(read), len(rows)) == (400, 200)
     assert 0 < most_texts <= 3 * 8
     assert 0 < most_rows <= 3 * 8
+
+
+def test_first_answers_of_an_endless_stream_come_early(words: Path) -> None:
+    read = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal read
+        while True:
+            read += 1
+            yield counted(read - 1)
+
+    vectors = Embedder(Counting(2), words).encode_iter(texts())
+    assert next(vectors).tolist() == wanted(1)[0]
+    assert read == (1 + 2 + 4) * engine.FIRST_WINDOW < engine.WINDOW  # three windows
+    vectors.close()
