@@ -50,8 +50,14 @@ class Engine:
         return self._run([encoding], self.model)[0]
 
     def run(self, encodings: Sequence[Any]) -> list[Answer]:
-        """The answers to texts that run together, by a stream; `places` such calls run at once."""
-        return self._run(encodings, self._beside())
+        """The answers to a few texts, by a stream; as many callers as there are `places` get theirs
+        at once. Texts run together, those of a model without a mask if they are equally long.
+        """
+        model = self._beside()
+        if self._masked:
+            return self._run(encodings, model)
+        outputs = batches.run_all(model, encodings)
+        return [self._cut(*pair) for pair in zip(encodings, outputs)]
 
     @property
     def places(self) -> int:
