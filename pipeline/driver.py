@@ -96,7 +96,7 @@ def tune(model: Any, log: Any, row: Target, config: Config, progress: Progress) 
 
 def tasks(
     model: Any, log: Any, row: Target, config: Config, progress: Progress
-) -> tuple[Any, list[Any]]:
+) -> tuple[Any, dict[Any, Any]]:
     """The kernels that a model calls, counted; those that layers could have in place of theirs."""
     return _Run(export_cached(model, config, progress), row, config, progress, log).tasks()
 
@@ -203,15 +203,16 @@ class _Run:
             bundle = self._bundle(graph, self._build(graph, Path(directory)), Path(directory))
             return datasets.answers(bundle, dataset, self.row.threads, self._parts)
 
-    def tasks(self) -> tuple[Any, list[Any]]:
-        from bertile.lower import lowering, sparse_choice
+    def tasks(self) -> tuple[Any, dict[Any, Any]]:
+        from bertile.lower import lowering
+        from bertile.lower.alternatives import alternatives
         from bertile.tune.log import chooser
 
         graph = self.optimized()
         task_counts = lowering.tasks(self.backend.forms(graph))
         for task in task_counts:
             chooser.must_fit(task, self.row)
-        return task_counts, sparse_choice.alternatives(graph)
+        return task_counts, alternatives(graph)
 
     def tune(self) -> dict[str, Any]:
         from bertile.tune.search import tuner

@@ -69,6 +69,7 @@ def closure(*modules: str) -> dict[str, Path]:
     return dict(sorted(reached.items()))
 
 
+@cache
 def _imports(name: str, file: Path) -> list[str]:
     names = [name.rpartition(".")[0]] if "." in name else []
     queue: list[ast.AST] = [ast.parse(file.read_bytes())]
@@ -86,6 +87,7 @@ def _imports(name: str, file: Path) -> list[str]:
     return [name for name in names if name.split(".")[0] == "bertile"]
 
 
+@cache
 def _source_file(module: str) -> Path | None:
     # by paths, since find_spec of a deeper module would import the packages above it
     parts = module.split(".")

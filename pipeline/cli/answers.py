@@ -13,6 +13,7 @@ from bertile.base.tables import Column, short
 from bertile.cli.result_files import Form
 from bertile.cli.text_files import Item
 from bertile.text import Answerer, Classifier, Embedder, Featurizer, Filler, Tagger
+from bertile.text.classifier import TEMPLATE
 from bertile.text.text_model import TextModel
 
 SHOWN = 4  # numbers of a vector that a table shows
@@ -30,6 +31,9 @@ class Asked(NamedTuple):
     question: str | None = None
     top_k: int | None = None
     aggregation: str | None = None
+    candidate_labels: str | None = None
+    hypothesis_template: str | None = None
+    multi_label: bool = False
     prompt_name: str | None = None
     prompt: str | None = None
     normalize: bool = False
@@ -69,6 +73,9 @@ def _flags(asked: Asked) -> dict[str, tuple[Any, tuple[type, ...]]]:
     return {
         "--question": (asked.question, (Answerer, Classifier)),
         "--top-k": (asked.top_k, (Answerer, Classifier, Filler)),
+        "--candidate-labels": (asked.candidate_labels, (Classifier,)),
+        "--hypothesis-template": (asked.hypothesis_template, (Classifier,)),
+        "--multi-label": (asked.multi_label, (Classifier,)),
         "--aggregation": (asked.aggregation, (Tagger,)),
         "--prompt-name": (asked.prompt_name, vectors),
         "--prompt": (asked.prompt, vectors),
@@ -187,6 +194,11 @@ def _featured(model: Featurizer, items: Iterator[Item], asked: Asked) -> Answers
 
 
 def _classified(model: Classifier, items: Iterator[Item], asked: Asked) -> Answers:
+    if asked.candidate_labels is not None:
+        return _zero_shot(model, items, asked)
+    for flag in ("--hypothesis-template", "--multi-label"):
+        if _flags(asked)[flag][0]:
+            raise UsageError(f"{flag} is for labels of yours", "give --candidate-labels")
     count = model.model.manifest["outputs"][0]["axes"][-1]
     labels = [*model.labels, *(f"LABEL_{index}" for index in range(len(model.labels), count))]
     # a pair's only score is what a reranker gives: CrossEncoder's, not that of a pipeline
@@ -216,6 +228,29 @@ def _classified(model: Classifier, items: Iterator[Item], asked: Asked) -> Answe
         ],
         Form("rows", "scores", {"labels": np.asarray(labels)}),
         array,
+    )
+
+
+def _zero_shot(model: Classifier, items: Iterator[Item], asked: Asked) -> Answers:
+    results = model.zero_shot_iter(
+        _single(items, model),
+        asked.candidate_labels,
+        asked.hypothesis_template or TEMPLATE,
+        asked.multi_label,
+        show_progress_bar=False,
+    )
+
+    def ranked(answer: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = zip(answer["labels"], answer["scores"])
+        return [{"label": label, "score": score} for label, score in rows][: asked.top_k]
+
+    labels = [label.strip() for label in asked.candidate_labels.split(",")]
+    return Answers(
+        results,
+        lambda answer: {"labels": ranked(answer)},
+        (_right("score"), Column("label", max(map(len, labels))), _TEXT),
+        lambda item, answer: [(row["score"], row["label"], _shown(item)) for row in ranked(answer)],
+        Form("none"),
     )
 
 

@@ -85,6 +85,17 @@ def _add_asking(add: Any) -> None:
         help="ask this of each text; of a reranker: how well each text answers it",
     )
     add("--top-k", metavar="N", type=positive, help="so many labels, answers or words of each")
+    add(
+        "--candidate-labels",
+        metavar="LABEL,…",
+        help="which of these fits each text, by a model trained on entailment (zero-shot)",
+    )
+    add(
+        "--hypothesis-template",
+        metavar="TEXT",
+        help='how a label becomes a sentence: "This example is {}."',
+    )
+    add("--multi-label", action="store_true", help="each of these labels is for itself")
     add("--aggregation", metavar="|".join(AGGREGATIONS), help="how tokens are joined to entities")
 
 
@@ -103,6 +114,9 @@ def run(options: Namespace, progress: Progress) -> Outcome | Stream:
         question=options.question,
         top_k=options.top_k,
         aggregation=options.aggregation,
+        candidate_labels=options.candidate_labels,
+        hypothesis_template=options.hypothesis_template,
+        multi_label=options.multi_label,
         prompt_name=options.prompt_name,
         prompt=options.prompt,
         normalize=options.normalize,

@@ -35,6 +35,7 @@ class Family:
                      notes for people
     auto_classes     by head, transformers' class that loads it, where that is not the usual one
     lacks            the heads that transformers has no class for
+    kernels_of       the family whose kernels its models have: quick tests compile that one
     """
 
     name: str
@@ -49,6 +50,7 @@ class Family:
     prepare: Callable[[Any], tuple[str, ...]] | None = None
     auto_classes: Mapping[str, str] = field(default_factory=dict)
     lacks: tuple[str, ...] = ("next-sentence",)
+    kernels_of: str | None = None
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -84,6 +84,7 @@ FAMILIES = (
         # attribute map except for the feed-forward size.
         tiny=_tiny(hidden_dim=512),
         sizes={"distilbert-base": _sizes(6, 768, 12, 30522, hidden_dim=3072)},
+        kernels_of="bert",
     ),
     Family(
         name="electra",
@@ -91,6 +92,7 @@ FAMILIES = (
         model_types=("electra",),
         layers=_BERT_LAYERS,
         tiny=_tiny(embedding_size=64),
+        kernels_of="albert",
     ),
     Family(
         name="albert",
@@ -131,6 +133,7 @@ FAMILIES = (
         layers=_BERT_LAYERS,
         prepare=ernie.fold_task_type,
         tiny=_tiny(use_task_id=True),
+        kernels_of="bert",
     ),
     Family(
         name="data2vec-text",
@@ -139,6 +142,7 @@ FAMILIES = (
         layers=_BERT_LAYERS,
         positions=AFTER_PADDING,
         tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
+        kernels_of="roberta",
     ),
     Family(
         name="megatron-bert",
@@ -155,6 +159,7 @@ FAMILIES = (
         layers=_BERT_LAYERS,
         positions=AFTER_PADDING,
         tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
+        kernels_of="megatron-bert",
     ),
     Family(
         name="rembert",
@@ -162,6 +167,7 @@ FAMILIES = (
         model_types=("rembert",),
         layers=_BERT_LAYERS,
         tiny=_tiny(input_embedding_size=48, output_embedding_size=192),
+        kernels_of="bert",
     ),
     Family(
         name="layoutlm",
@@ -173,6 +179,7 @@ FAMILIES = (
         prepare=layoutlm.leave_boxes_out,
         auto_classes={"question-answering": "AutoModelForDocumentQuestionAnswering"},
         tiny=_tiny(max_2d_position_embeddings=64),
+        kernels_of="bert",
     ),
 )
 

@@ -76,7 +76,7 @@ class SparseChoice:
         if self.sparse == "off":
             return graph
         forms, uses = Forms(graph), defaultdict(list)
-        for var, name in _layers(forms):
+        for var, name in layers(forms):
             uses[name].append(forms.task(var))
         plan = dict(graph.plan)
         for name, tasks in uses.items():
@@ -170,20 +170,6 @@ def sparse_task(task: Task, percent: int) -> Task:
     return Task("sparse", {**task.shape, "density": percent})
 
 
-def alternatives(graph: Graph) -> list[Task]:
-    """For each layer where there was a choice, the task of the kernel that it did not get."""
-    forms = Forms(graph)
-    others = []
-    for var, name in _layers(forms):
-        task, known = forms.task(var), graph.plan[name].sparse
-        if task.operation == "sparse":
-            shape = {key: value for key, value in task.shape.items() if key != "density"}
-            others.append(Task("dense", shape))
-        elif known is not None and known.why:
-            others.append(sparse_task(task, rounded(known.lanes)))
-    return list(dict.fromkeys(others))
-
-
 def report(plan: Plan) -> list[dict[str, Any]]:
     """A row per layer whose zeros were looked at, for the manifest: "layer", "precision",
     "pattern", "zeros %" of its elements, "lanes %" that are not zero, "kernel", "why".
@@ -216,7 +202,7 @@ def _brief(microseconds: float) -> str:
     return f"{microseconds:.1f}" if microseconds < 10 else f"{microseconds:.0f}"
 
 
-def _layers(forms: Forms) -> Iterator[tuple[relax.Var, str]]:
+def layers(forms: Forms) -> Iterator[tuple[relax.Var, str]]:
     """The variable and the weight's name of every linear layer whose weight is a parameter."""
     for binding in forms.flow.bindings:
         if name := _weight(forms.flow, binding.value):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from bertile.numerics.four_bit import FourBits
+    from bertile.schedules.task import Task
 
 
 class Precision(NamedTuple):
@@ -76,8 +77,9 @@ class LayerPlan:
     input's channels are multiplied by it before they are quantized, the weight's rows divided by
     it. int4: the same input, always per token; weights of 4 bits in groups of `group` inputs,
     `rounded` where calibration has done that (of the divided rows), else to nearest. `why` says why
-    the layer has this precision, where it is not what was asked for. `sparse` is None until the
-    choice between the dense and the sparse kernel is made.
+    the layer has this precision, where it is not what was asked for, and `slower` is its kernel in
+    that, where the log knew it to take longer. `sparse` is None until the choice between the dense
+    and the sparse kernel is made.
     """
 
     precision: str = "fp32"
@@ -85,6 +87,7 @@ class LayerPlan:
     high: float | None = None
     smooth: np.ndarray | None = None
     why: str = ""
+    slower: Task | None = None
     sparse: ZerosPlan | None = None
     group: int = 32
     rounded: FourBits | None = None

@@ -28,6 +28,23 @@ IDENTITY = re.compile(rb"[!-~]{1,128}")
 JSON_TYPES = (b"application/json", b"text/json")
 
 
+class Held:
+    """How many bytes of large bodies are in the house, of which there may be `most`.
+
+    A body that comes in one piece, as all small ones do, is not counted.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.bytes, self.most = 0, most
+
+    def take(self, count: int) -> int:
+        """Hold so many more, and give their number; Refusal where that is too much."""
+        if self.bytes + count > self.most:
+            raise Refusal(errors.OVERLOADED, "Model is overloaded", retry_after=1)
+        self.bytes += count
+        return count
+
+
 class Call:
     """A request on its way through the server.
 
@@ -38,6 +55,7 @@ class Call:
 
     __slots__ = (
         "_gone",
+        "_holds",
         "_receive",
         "_timers",
         "_watching",
@@ -66,7 +84,7 @@ class Call:
         self.model: str | None = self.path_params.get("model")
         self.method = "single"
         self.served: Served | None = None
-        self.body = b""
+        self.body, self._holds = b"", 0
         self.work: Work | None = None
         extensions = scope.get("extensions")
         # of functions that are called when the client goes away; None where nobody calls them
@@ -109,8 +127,10 @@ class Call:
                 errors.WRONG_FORM, "Expected request with `Content-Type: application/json`"
             )
 
-    async def read(self, most: int) -> bytes:
-        """The body; Refusal for more than `most` bytes, and where the client goes away."""
+    async def read(self, most: int, held: Held) -> bytes:
+        """The body; Refusal for more than `most` bytes, where `held` has no room for a large one,
+        and where the client goes away.
+        """
         said = self.headers.get(b"content-length")
         if said is not None and said.isdigit() and int(said) > most:
             raise _too_large(most)
@@ -125,6 +145,7 @@ class Call:
                 length += len(piece)
                 if length > most:
                     raise _too_large(most)
+                self._holds += held.take(len(piece))
             body = b"".join(pieces)
         if message["type"] == "http.disconnect":
             raise Refusal(errors.CLIENT_GONE, "the client went away")
@@ -133,6 +154,12 @@ class Call:
         self.body = body
         self.started = time.monotonic()  # what a slow client took is not the server's time
         return body
+
+    def give_back(self, held: Held) -> None:
+        """Hold no bytes any more."""
+        if self._holds:
+            held.bytes -= self._holds
+            self._holds = 0
 
     def look_after(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
         """Refuse a work when its deadline is over or its client gone, until `let_go`."""

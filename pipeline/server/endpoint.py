@@ -125,7 +125,7 @@ class Endpoint:
                 if self._adapter is not None:
                     call.check_json()
                 call.read_deadline()
-                await call.read(self._service.settings.payload_limit)
+                await call.read(self._service.settings.payload_limit, self._service.held)
             request = None if self._adapter is None else checked(self._adapter, call.body)
             answer = await self.route.answer(self._service, call, request)
             if not isinstance(answer, Reply):
@@ -136,6 +136,7 @@ class Endpoint:
             LOG.exception("request %s failed", call.identity.decode())
             refusal = Refusal(errors.FAILED, f"an unexpected error: {type(error).__name__}")
             answer = self._refused(refusal)
+        call.give_back(self._service.held)
         seconds = time.monotonic() - call.started
         if refusal is None or refusal.kind is not errors.CLIENT_GONE:
             await _send(send, call, answer, seconds)

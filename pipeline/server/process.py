@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -32,6 +33,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT)
 # that makes arrays, nor a model's thread for a burst of requests.
 SWITCH_SECONDS = 0.001
 TICK_SECONDS = 0.02
+MOST_FILES = 1 << 16
 
 
 class Server(uvicorn.Server):
@@ -193,6 +195,9 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="bertile: %(message)s", stream=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of ours do that
     sys.setswitchinterval(SWITCH_SECONDS)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # a connection is a file
+    soft = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
     start = json.loads(sys.stdin.readline())
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)

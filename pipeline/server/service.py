@@ -8,13 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bertile.server import errors
-from bertile.server.call import Call
+from bertile.server.call import Call, Held
 from bertile.server.catalogue import Catalogue, Served
 from bertile.server.errors import Refusal
 from bertile.server.metrics import Metrics
 from bertile.server.scheduler import Work
 from bertile.server.settings import Settings
 from bertile.text.text_model import Steps
+
+# Of large bodies at a time: what so many clients may send does not depend on how many there are.
+HELD_BYTES, HELD_BODIES = 64_000_000, 8
 
 
 class Service:
@@ -30,6 +33,7 @@ class Service:
         self.settings = settings
         self._remember = remember
         self.in_house = 0
+        self.held = Held(max(HELD_BYTES, HELD_BODIES * settings.payload_limit))
         self.stopping = False
         self.metrics = Metrics(lambda: self.in_house)
         self.models = Catalogue(settings, self.metrics)

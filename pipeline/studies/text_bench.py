@@ -79,29 +79,33 @@ def _python(source: str, *arguments: Any) -> str:
 
 
 def measure_lists(
-    workers: Sequence[Worker], texts: list[str], rounds: int, progress: Progress
-) -> dict[str, list[Pass]]:
-    """What came of each engine's rounds."""
-    passes: dict[str, list[Pass]] = {worker.name: [] for worker in workers}
+    workers: Sequence[Worker],
+    texts: list[str],
+    rounds: int,
+    progress: Progress,
+    passes: dict[str, list[Pass]],
+) -> None:
+    """Put what comes of each engine's rounds into `passes`, which whoever stops it keeps."""
     for turn in range(rounds):
         for number, worker in enumerate(_turned(workers, turn), 1):
             progress.status(f"texts     round {turn + 1}, engine {number} of {len(workers)}")
             time.sleep(PAUSE_SECONDS)
             passes[worker.name].append(worker.apply(whole_list, texts))
-    return passes
 
 
 def measure_queries(
-    workers: Sequence[Worker], queries: list[str], rounds: int, progress: Progress
-) -> dict[str, list[float]]:
-    """The milliseconds of each engine's calls, of a query each."""
-    times: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    workers: Sequence[Worker],
+    queries: list[str],
+    rounds: int,
+    progress: Progress,
+    times: dict[str, list[float]],
+) -> None:
+    """Put the milliseconds of each engine's calls, of a query each, into `times`."""
     for turn in range(rounds):
         progress.status(f"queries   round {turn + 1} of {rounds}")
         for worker in _turned(workers, turn):
             time.sleep(PAUSE_SECONDS)
             times[worker.name] += worker.apply(text_calls.single_queries, queries)
-    return times
 
 
 def _turned(workers: Sequence[Worker], turn: int) -> list[Worker]:
@@ -142,17 +146,26 @@ def run(
         torch = next((worker for worker in workers if worker.name == " ".join(REFERENCE)), None)
         if torch is None:
             raise BertileError("nothing gives the vectors to compare with", "; ".join(notes))
+        progress.status(f"texts     the vectors of {torch.name}")
+        true = torch.apply(whole_list, corpus).vectors
         measured = [worker for worker in workers if worker is not torch or REFERENCE in wanted]
         watch = machine.Watch([worker.pid for worker in measured])
-        passes = measure_lists(measured, corpus, rounds, progress)
-        times = measure_queries(measured, queries, QUERY_ROUNDS, progress)
+        passes: dict[str, list[Pass]] = {worker.name: [] for worker in measured}
+        times: dict[str, list[float]] = {worker.name: [] for worker in measured}
+        try:
+            measure_lists(measured, corpus, rounds, progress, passes)
+            measure_queries(measured, queries, QUERY_ROUNDS, progress, times)
+            sentences = [PARTS[part](bundle, threads) for part in parts]
+        except KeyboardInterrupt:  # what was measured is worth a table
+            sentences = ["Stopped by Ctrl-C: not every round was measured."]
         busy = watch.busy()
-        last = passes[torch.name][-1] if torch in measured else torch.apply(whole_list, corpus)
         rows = [
-            text_tables.row_of(worker.engine, passes[worker.name], times[worker.name], last.vectors)
+            text_tables.row_of(worker.engine, passes[worker.name], times[worker.name], true)
             for worker in measured
+            if passes[worker.name]
         ]
-        sentences = [PARTS[part](bundle, threads) for part in parts]
+        if not rows:
+            raise KeyboardInterrupt
     return {
         "rows": rows,
         "versions": versions,
@@ -160,7 +173,7 @@ def run(
         "texts": len(corpus),
         "lengths": counts,
         "queries": len(times[rows[0]["engine"]]),
-        "rounds": rounds,
+        "rounds": len(passes[rows[0]["engine"]]),
         "threads": threads,
         "busy": busy,
         "cpu": machine.cpu_name(),

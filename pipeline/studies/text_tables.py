@@ -36,21 +36,22 @@ MEANINGS = (
 
 def row_of(engine: Engine, passes: Sequence[Pass], times: Sequence[float], true: np.ndarray) -> Row:
     """An engine's row: the pass of median "seconds" with its "beside", percentiles of the queries'
-    milliseconds, and the least ("cosine") and the "mean" cosine of its vectors to the `true` ones.
+    milliseconds (None without any), and the least ("cosine") and the "mean" cosine of its vectors
+    to the `true` ones.
     """
     middle = sorted(passes, key=lambda outcome: outcome.seconds)[len(passes) // 2]
     own, true = middle.vectors.astype(np.float64), true.astype(np.float64)
     lengths = np.linalg.norm(own, axis=1) * np.linalg.norm(true, axis=1)
     cosines = (own * true).sum(axis=1) / np.maximum(lengths, 1e-30)
-    p50, p99 = np.percentile(times, (50, 99))
+    p50, p99 = np.percentile(times, (50, 99)).tolist() if times else (None, None)
     return {
         "engine": engine.name,
         "kind": engine.kind,
         "precision": engine.precision,
         "seconds": middle.seconds,
         "beside": middle.beside,
-        "p50": float(p50),
-        "p99": float(p99),
+        "p50": p50,
+        "p99": p99,
         "cosine": float(cosines.min()),
         "mean": float(cosines.mean()),
     }
@@ -91,6 +92,7 @@ def as_tables(report: dict[str, Any], markdown: bool = False) -> str:
         )
         for row in rows
     ]
+    asked = [row for row in rows if row["p50"] is not None]
     query_header = ("engine", "precision", "p50 ms", "p99 ms", "ratio")
     queries = [
         (
@@ -100,21 +102,23 @@ def as_tables(report: dict[str, Any], markdown: bool = False) -> str:
             row["p99"],
             _ratio(row, ours, "p50", inverse=True),
         )
-        for row in rows
+        for row in asked
     ]
-    return "\n\n".join(
-        [
-            table(header, lists, markdown),
-            " ".join(_lists_said(rows, row) for row in ours.values()),
+    parts = [
+        table(header, lists, markdown),
+        " ".join(_lists_said(rows, row) for row in ours.values()),
+    ]
+    if queries:
+        parts += [
             table(query_header, queries, markdown),
-            " ".join(_queries_said(rows, row) for row in ours.values()),
+            " ".join(_queries_said(asked, row) for row in ours.values() if row in asked),
         ]
-    )
+    return "\n\n".join(parts)
 
 
 def _ratio(row: Row, ours: dict[str, Row], key: str, inverse: bool = False) -> float | None:
     own = ours.get(row["precision"])
-    if own is None or own is row:
+    if own is None or own is row or own[key] is None:
         return None
     return own[key] / row[key] if inverse else row[key] / own[key]
 

@@ -6,7 +6,9 @@ are transformers' pipelines "text-classification" and "zero-shot-classification"
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from bertile.text.text_model import Steps, TextModel, also_named, checked, is_pa
 from bertile.text.tokens import FIRST
 
 TEXTS = "a str or a pair of them"
+TEMPLATE = "This example is {}."
 Activation = str | Callable[[np.ndarray], np.ndarray] | None
 
 
@@ -168,7 +171,7 @@ class Classifier(TextModel):
         self,
         sequences: str | Sequence[str],
         candidate_labels: str | Sequence[str],
-        hypothesis_template: str = "This example is {}.",
+        hypothesis_template: str = TEMPLATE,
         multi_label: bool = False,
     ) -> Any:
         """Which of the labels fits a text best, by a model trained on entailment.
@@ -177,38 +180,65 @@ class Classifier(TextModel):
         several. Scores sum to 1, unless `multi_label`, where each label is for itself. Raises
         UsageError for a model without a label that begins with "entail".
         """
+        single = isinstance(sequences, str)
+        texts = [sequences] if single else sequences
+        results = list(
+            self.zero_shot_iter(texts, candidate_labels, hypothesis_template, multi_label)
+        )
+        return results[0] if single else results
+
+    def zero_shot_iter(
+        self,
+        sequences: Iterable[str],
+        candidate_labels: str | Sequence[str],
+        hypothesis_template: str = TEMPLATE,
+        multi_label: bool = False,
+        *,
+        show_progress_bar: bool | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """As `zero_shot` of several texts, as they come."""
         entailment = self._entailment()
         if isinstance(candidate_labels, str):
-            candidate_labels = [label.strip() for label in candidate_labels.split(",")]
-        names = [label for label in candidate_labels if label]
+            candidate_labels = candidate_labels.split(",")
+        names = [label.strip() for label in candidate_labels if label.strip()]
         if not names or hypothesis_template.format(names[0]) == hypothesis_template:
             raise UsageError(
                 "zero_shot needs labels, and a template with {} where a label goes",
                 'give candidate_labels=["…"] and a hypothesis_template such as "It is about {}."',
             )
-        single = isinstance(sequences, str)
-        texts = [sequences] if single else list(sequences)
-        pairs = [(text, hypothesis_template.format(name)) for text in texts for name in names]
+        texts = checked(sequences, is_single, "a str")
+        asked: deque[str] = deque()  # texts whose pairs were taken
+
+        def pairs() -> Iterator[tuple[str, str]]:
+            for text in texts:
+                asked.append(text)
+                yield from ((text, hypothesis_template.format(name)) for name in names)
+
         # a hypothesis says the label at its end: it stays whole
-        answers = self._answers(pairs, self.preparer(prompted=False, cut=FIRST))
-        rows = [answer.outputs["logits"] for answer in answers]
-        logits = np.reshape(rows, (len(texts), len(names), -1)) if texts else []
-        results = []
-        for text, choices in zip(texts, logits):
-            if multi_label or len(names) == 1:
-                contradiction = -1 if entailment == 0 else 0
-                values = scores.softmax(choices[:, [contradiction, entailment]])[:, 1]
-            else:
-                values = scores.softmax(choices[:, entailment])
-            order = np.argsort(values)[::-1]
-            results.append(
-                {
-                    "sequence": text,
+        answers = self._answers(
+            pairs(),
+            self.preparer(prompted=False, cut=FIRST),
+            show_progress_bar=show_progress_bar,
+            what="zero-shot",
+        )
+        alone = multi_label or len(names) == 1
+
+        def results() -> Iterator[dict[str, Any]]:
+            while rows := [answer.outputs["logits"] for answer in islice(answers, len(names))]:
+                logits = np.stack(rows)
+                if alone:
+                    contradiction = -1 if entailment == 0 else 0
+                    values = scores.softmax(logits[:, [contradiction, entailment]])[:, 1]
+                else:
+                    values = scores.softmax(logits[:, entailment])
+                order = np.argsort(values)[::-1]
+                yield {
+                    "sequence": asked.popleft(),
                     "labels": [names[i] for i in order],
                     "scores": values[order].tolist(),
                 }
-            )
-        return results[0] if single else results
+
+        return results()
 
     def steps(
         self,

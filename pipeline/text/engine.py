@@ -3,6 +3,7 @@ the next ones are tokenized; answers come in the order of the texts.
 
 A window of texts is sorted, so that what runs together is about equally long, and is cut into
 groups by their blocks of tokens. Three windows are alive at a time, however many texts there are.
+Of what comes one by one the first windows are small, so that the first answers come early.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bertile.text import batches
 from bertile.text.batches import Outputs
 
 WINDOW = 512  # texts that are sorted together
+FIRST_WINDOW = 32  # of texts that are no list; each has twice as many as the one before
 # Fewer blocks of tokens than these for each thread are run at once by all threads.
 FEW_BLOCKS = 8
 
@@ -48,8 +50,14 @@ class Engine:
         return self._run([encoding], self.model)[0]
 
     def run(self, encodings: Sequence[Any]) -> list[Answer]:
-        """The answers to texts that run together, by a stream; `places` such calls run at once."""
-        return self._run(encodings, self._beside())
+        """The answers to a few texts, by a stream; as many callers as there are `places` get theirs
+        at once. Texts run together, those of a model without a mask if they are equally long.
+        """
+        model = self._beside()
+        if self._masked:
+            return self._run(encodings, model)
+        outputs = batches.run_all(model, encodings)
+        return [self._cut(*pair) for pair in zip(encodings, outputs)]
 
     @property
     def places(self) -> int:
@@ -137,6 +145,7 @@ class _Source:
 
     def __init__(self, texts: Iterable[Any], encode: Callable[[list[Any]], list[Any]]) -> None:
         self._texts, self._encode = iter(texts), encode
+        self._size = WINDOW if isinstance(texts, Sequence) else min(FIRST_WINDOW, WINDOW)
         self._error: Exception | None = None
         self.ended = False
 
@@ -145,10 +154,11 @@ class _Source:
         texts: list[Any] = []
         if not self.ended:
             try:
-                texts.extend(islice(self._texts, WINDOW))
+                texts.extend(islice(self._texts, self._size))
             except Exception as error:  # of whoever made the iterable: any
                 self._error = error
-        self.ended = len(texts) < WINDOW
+        self.ended = len(texts) < self._size
+        self._size = min(2 * self._size, WINDOW)
         return texts
 
     def encoded(self, window: list[Any]) -> list[Any]:

@@ -257,6 +257,7 @@ def test_export_is_the_same_in_whatever_way_a_config_computes_it(copy, form, tmp
     assert other.onnx_path.read_bytes() == plain.onnx_path.read_bytes()
 
 
+@pytest.mark.slow
 def test_object_that_answers_with_tuples_is_exported(cache):
     model = checkpoints.load("synthetic:bert-tiny").model
     model.config.return_dict = False

@@ -9,18 +9,16 @@ from helpers import family_models
 import bertile
 from bertile import loader
 from bertile.config import Config
-from bertile.families.table import named
+from bertile.families.table import FAMILIES, named
 from bertile.onnx.samples import largest_difference, sample
 
 SHAPES = ((1, 1), (1, 511), (7, 33), (3, 16))
-# Families whose kernels another family here has too, or BERT, which tests/test_compile.py compiles
-# with every head; DistilBERT is BERT without types, ELECTRA with a projection that ALBERT has too.
-# A new row is quick until it is named here.
-ALIKE = {
-    *("bert", "ernie", "layoutlm", "data2vec-text", "roberta-prelayernorm", "rembert"),
-    *("distilbert", "electra"),
-}
-QUICK = [(family, head) for family, head in family_models.HEAD_OF.items() if family not in ALIKE]
+# BERT is compiled with every head by tests/test_compile.py.
+QUICK = [
+    (family.name, family_models.HEAD_OF[family.name])
+    for family in FAMILIES[1:]
+    if family.kernels_of is None
+]
 REST = [case for case in family_models.PAIRS if case not in QUICK]
 TOLERANCE = 5e-5  # two layers in float32, relative to the largest value of the output
 

@@ -186,6 +186,7 @@ def test_rotary_positions_are_one_kernel_of_qkv_beside_a_window(tmp_path, dynamo
     assert not left & {"matmul", "concat", "negative", "sin", "cos", "nn.softmax"}
 
 
+@pytest.mark.slow
 def test_static_sizes_have_rotary_positions_too(tmp_path):
     path = write(tmp_path / "m.onnx", Model(window=20), dynamic=False)
     model = equals_original(path, tmp_path, ((2, 24),))

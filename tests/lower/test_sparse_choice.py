@@ -11,7 +11,7 @@ from bertile.backends.cpu import precision_plan
 from bertile.graph import importer, ops, order
 from bertile.lower import lowering, sparse_choice
 from bertile.lower.forms import Forms
-from bertile.lower.sparse_choice import SparseChoice, alternatives, rounded, sparse_task
+from bertile.lower.sparse_choice import SparseChoice, rounded, sparse_task
 from bertile.lower.sparse_costs import relative_time
 from bertile.numerics.precision import LayerPlan
 from bertile.schedules.task import Task
@@ -187,20 +187,6 @@ def test_the_cost_model_knows_of_dense_kernels_that_multiply_matrices():
         task = Task("sparse", {**shape, "precision": precision, "density": 10})
         for name, times in shares.items():
             assert relative_time(task, resolve(name)) == times * relative_time(task)
-
-
-def test_alternatives_are_the_kernels_that_were_not_chosen(graph):
-    some = layers(graph)[:1]
-    planned = precision_plan.plan_layers(
-        pruned(graph, names=some), "int8", ROW, Log(50.0), sparse="auto"
-    )
-    (task,) = alternatives(planned)
-    assert task.operation == "dense" and sparse_task(task, 10) in lowering.tasks(Forms(planned))
-    planned = precision_plan.plan_layers(
-        pruned(graph, names=some), "int8", ROW, Log(200.0), sparse="auto"
-    )
-    (task,) = alternatives(planned)
-    assert (task.operation, task.shape["density"]) == ("sparse", 10)
 
 
 def test_report_says_pattern_density_and_choice_of_every_layer(graph):

@@ -102,7 +102,10 @@ def layers_of(model) -> list[torch.nn.Linear]:
     return [module for module in modules if isinstance(module, torch.nn.Linear)]
 
 
-@pytest.mark.parametrize("head", ["question-answering", "sequence-classification"])
+@pytest.mark.parametrize(
+    "head",
+    ["question-answering", pytest.param("sequence-classification", marks=pytest.mark.slow)],
+)
 def test_prunebert_keeps_its_zeros(head, tmp_path):
     model = prunebert(tmp_path / "checkpoint", head)
     exported = exporter.export(tmp_path / "checkpoint", tmp_path / "out", Config())
@@ -246,6 +249,7 @@ def test_smoothing_keeps_zeros(precision):
     assert not integers[w == 0].any() and integers[w != 0].any()
 
 
+@pytest.mark.slow
 def test_planned_smoothing_of_a_pruned_model_keeps_zeros(stages, tmp_path):
     exported = export_cached("synthetic:bert-tiny@0.9:4x1", Config(cache_dir=stages))
     graph = optimize(import_onnx(exported))

@@ -70,7 +70,11 @@ def test_bf16_is_near_to_the_dense_kernels(graph, exported, tmp_path):
     assert_close(outputs(pair(graph, "bf16", BF16, tmp_path, exported)[1]), 0.02)
 
 
-@pytest.fixture(scope="module", params=[BF16, PLAIN], ids=lambda row: row.name)
+@pytest.fixture(
+    scope="module",
+    params=[BF16, pytest.param(PLAIN, marks=pytest.mark.slow)],
+    ids=lambda row: row.name,
+)
 def int8(request, graph, exported, tmp_path_factory):
     return pair(graph, "int8", request.param, tmp_path_factory.mktemp("int8"), exported)
 
@@ -93,6 +97,7 @@ def test_int8_work_is_the_multiply_adds_that_are_done(graph, int8):
     assert sum(lanes) <= total <= 1.15 * sum(lanes)  # lists are padded to their neighbours'
 
 
+@pytest.mark.slow
 def test_int8_with_smoothing_and_ranges_is_the_same_too(graph, exported, tmp_path):
     """Ranges per token in the first layer of BERT's, fixed ones in the second."""
     rng = np.random.default_rng(0)
@@ -144,13 +149,17 @@ def test_layers_that_share_weights_store_them_once(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory, stages):
-    """The same pruned model, compiled with --sparse off and always."""
-    directory = tmp_path_factory.mktemp("bundles")
+def bundle(tmp_path_factory, stages):
+    """A pruned model, compiled with --sparse always."""
     with observers.built_once():
-        for sparse in ("off", "always"):
-            compile_as(sparse, directory, stages)
-    return directory
+        return compile_as("always", tmp_path_factory.mktemp("bundles"), stages)
+
+
+@pytest.fixture(scope="module")
+def dense_bundle(bundle, stages):
+    """The same model, compiled with --sparse off."""
+    with observers.built_once():
+        return compile_as("off", bundle.parent, stages)
 
 
 def compile_as(sparse, directory, stages):
@@ -165,39 +174,45 @@ def answer(path):
         return model(input_ids=ids)["last_hidden_state"]
 
 
-def test_zeros_that_are_skipped_change_no_output(bundles):
-    np.testing.assert_array_equal(answer(bundles / "always"), answer(bundles / "off"))
+@pytest.mark.slow
+def test_zeros_that_are_skipped_change_no_output(bundle, dense_bundle):
+    np.testing.assert_array_equal(answer(bundle), answer(dense_bundle))
 
 
 @pytest.mark.slow
-def test_zeros_that_are_skipped_where_that_is_faster_change_no_output(bundles, tmp_path, stages):
+def test_zeros_that_are_skipped_where_that_is_faster_change_no_output(
+    dense_bundle, tmp_path, stages
+):
     chosen = compile_as("auto", tmp_path, stages)
-    np.testing.assert_array_equal(answer(chosen), answer(bundles / "off"))
+    np.testing.assert_array_equal(answer(chosen), answer(dense_bundle))
 
 
-def test_zeros_are_not_stored(bundles):
-    sizes = {path.name: (path / loader.WEIGHTS).stat().st_size for path in bundles.iterdir()}
-    assert sizes["always"] < sizes["off"]
+@pytest.mark.slow
+def test_zeros_are_not_stored(bundle, dense_bundle):
+    sizes = [(path / loader.WEIGHTS).stat().st_size for path in (bundle, dense_bundle)]
+    assert sizes[0] < sizes[1]
 
 
-def test_inspect_says_where_the_zeros_lie(bundles, capsys):
-    assert main.main(["inspect", str(bundles / "always"), "--sparse", "--json"]) == 0
+def test_inspect_says_where_the_zeros_lie(bundle, capsys):
+    assert main.main(["inspect", str(bundle), "--sparse", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     pruned_rows = [row for row in rows if row["pattern"] == "4x1"]
     assert len(pruned_rows) == 8 and len(rows) == 9  # the pooler is not pruned
     assert {row["kernel"] for row in rows} == {"sparse"}
     assert all(row["lanes %"] == pytest.approx(10, abs=1) for row in pruned_rows)
-    assert main.main(["inspect", str(bundles / "off"), "--sparse"]) == 0
+
+
+@pytest.mark.slow
+def test_inspect_says_that_no_zeros_are_skipped(dense_bundle, capsys):
+    assert main.main(["inspect", str(dense_bundle), "--sparse"]) == 0
     assert "compiled with --sparse off" in capsys.readouterr().out
 
 
-def test_inspect_measures_sparse_kernels_by_what_they_do(bundles):
-    report = inspection.inspect(bundles / "always", threads=1)
+def test_inspect_measures_sparse_kernels_by_what_they_do(bundle):
+    report = inspection.inspect(bundle, threads=1)
     rows = [row for row in report["kernels"] if row["kernel"].startswith("sparse")]
     assert rows and all(0 < row["peak %"] < 100 and 0 < row["bound %"] for row in rows)
-    names = {
-        kernel["name"]: kernel for kernel in loader.read_manifest(bundles / "always")["kernels"]
-    }
+    names = {kernel["name"]: kernel for kernel in loader.read_manifest(bundle)["kernels"]}
     first = names[rows[0]["kernel"]]
     seconds = rows[0]["ms"] / 1e3 / first["calls"]
     lane = 4 if "precision" in first["shape"] else 1

@@ -168,6 +168,7 @@ def test_silu_goes_the_generic_way(tmp_path, compiled):
     assert_equals_original(model, path, SHAPES)
 
 
+@pytest.mark.slow
 def test_attention_that_divides_after_its_mask_goes_the_generic_way(
     tmp_path, compiled, monkeypatch
 ):

@@ -127,7 +127,9 @@ def test_rows_that_outputs_mix_are_one_pass():
         passes(ends, 16, 8, 8, together=True)
 
 
-@pytest.mark.parametrize("name", ["centred", "mean", "similarity"])
+@pytest.mark.parametrize(
+    "name", ["mean", *(pytest.param(n, marks=pytest.mark.slow) for n in ("centred", "similarity"))]
+)
 def test_a_batch_of_many_passes_equals_onnxruntime(tmp_path, name):
     compare(tmp_path, *MIXED[name])
 
@@ -157,7 +159,13 @@ def test_an_output_that_masks_padding_is_left_alone(name):
     assert padded(session(model(*MASKED[name])), INPUTS, None, None) == ()
 
 
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mean of all",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("by the length", "largest")),
+    ],
+)
 def test_padding_that_outputs_see_is_computed(tmp_path, name):
     compare(tmp_path, *PADDED[name])
 

@@ -163,7 +163,7 @@ def test_key_is_asked_for(serve, path) -> None:
 def test_bodies_are_limited_and_read_as_what_they_are(serve) -> None:
     client = serve("dense", payload_limit=1000)
     assert embed(client, "a " * 600).status_code == 413
-    pieces = iter([b'{"inputs": "', b"a " * 600, b'"}'])
+    pieces = (piece for piece in (b'{"inputs": "', b"a " * 600, b'"}'))
     assert client.post("/embed", content=pieces).status_code == 413
     for content, content_type, status in (
         (b'{"inputs": "a"}', "application/json; charset=utf-8", 200),
@@ -179,6 +179,19 @@ def test_bodies_are_limited_and_read_as_what_they_are(serve) -> None:
         assert answer.status_code == status, content
         if status != 200:
             assert set(answer.json()) == {"error", "error_type"}
+
+
+def test_large_bodies_have_a_limit_together(serve) -> None:
+    client = serve("dense", payload_limit=1_000_000)
+    held = client.app.service.held
+    pieces = [b'{"inputs": "', b"a " * 50_000, b'"}']
+    assert client.post("/embed", content=(piece for piece in pieces)).status_code == 200
+    assert held.bytes == 0
+    held.most = 90_000
+    answer = client.post("/embed", content=(piece for piece in pieces))
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+    assert held.bytes == 0
+    assert embed(client).status_code == 200
 
 
 def test_paths_and_methods_that_are_none_are_refused_in_their_form(serve) -> None:

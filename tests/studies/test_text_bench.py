@@ -63,10 +63,27 @@ def test_engines_take_turns_and_end(pretended: list[str]) -> None:
     assert [row["engine"] for row in outcome["rows"]] == ["bertile fp32", "st-torch fp32"]
     assert outcome["notes"] == ["llamacpp is left out: it is not there"]
     first, second = "bertile fp32", "st-torch fp32"
-    assert pretended[:4] == [first, second, second, first]
+    assert pretended[:5] == [second, first, second, second, first]  # first what is true
     ended = [turn for turn in pretended if turn.endswith("closed")]
     assert len(ended) == 3
     assert outcome["queries"] == 2 * text_bench.QUERY_ROUNDS  # two texts are short enough
+
+
+@pytest.mark.parametrize("turn", [4, 6])  # in the second round, and among the queries
+def test_ctrl_c_keeps_what_was_measured(
+    pretended: list[str], monkeypatch: pytest.MonkeyPatch, capsys, turn: int
+) -> None:
+    apply = Worker.apply
+
+    def stopped(worker: Worker, *arguments: object) -> object:
+        if len(pretended) == turn:
+            raise KeyboardInterrupt
+        return apply(worker, *arguments)
+
+    monkeypatch.setattr(Worker, "apply", stopped)
+    text_bench.main(["--precision", "fp32", "--against", "openvino", "--rounds", "2"])
+    out = capsys.readouterr().out
+    assert "openvino fp32" in out and "Stopped by Ctrl-C" in out
 
 
 def test_torch_gives_the_true_vectors_where_it_is_no_peer(pretended: list[str]) -> None:

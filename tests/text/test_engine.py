@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,25 @@ def test_rows_of_a_model_without_a_mask_are_equally_long(small, words: Path) -> 
     vectors = Embedder(Unmasked(), words).encode([counted(number) for number in range(20)])
     assert vectors.tolist() == wanted(20)
     assert lengths and all(len(row) == 1 for row in lengths)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_some_texts_run_in_a_stream(words: Path, masked: bool) -> None:
+    lengths: list[set[int]] = []
+
+    class Noting(Counting):
+        inputs = ("input_ids", "attention_mask") if masked else ("input_ids",)
+
+        def __call__(self, input_ids: np.ndarray, **_: Any) -> dict[str, np.ndarray]:
+            lengths.append(set((input_ids > 0).sum(1).tolist()))
+            return super().__call__(input_ids, input_ids > 0)
+
+    embedder = Embedder(Noting(), words)
+    steps = embedder.steps()
+    texts = [counted(number) for number in range(20)]
+    answers = embedder.engine.run(steps.prepare(texts))
+    assert [steps.finish(answer).tolist() for answer in answers] == wanted(20)
+    assert len(lengths) == 1 if masked else all(len(same) == 1 for same in lengths)
 
 
 @pytest.mark.parametrize(("streams", "most"), [(None, 3), (1, 1), (2, 2)])
@@ -217,3 +237,18 @@ def test_what_is_alive_does_not_grow_with_the_number_of_texts(small, words: Path
     assert (len(read), len(rows)) == (400, 200)
     assert 0 < most_texts <= 3 * 8
     assert 0 < most_rows <= 3 * 8
+
+
+def test_first_answers_of_an_endless_stream_come_early(words: Path) -> None:
+    read = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal read
+        while True:
+            read += 1
+            yield counted(read - 1)
+
+    vectors = Embedder(Counting(2), words).encode_iter(texts())
+    assert next(vectors).tolist() == wanted(1)[0]
+    assert read == (1 + 2 + 4) * engine.FIRST_WINDOW < engine.WINDOW  # three windows
+    vectors.close()

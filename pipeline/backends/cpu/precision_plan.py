@@ -73,7 +73,7 @@ def _slower(graph: Graph, row: Target, choice: SparseChoice) -> dict[str, LayerP
             other = choice.time(name, _in_precision(task, precision))
             if mine and other and other.beats(mine):
                 why = f"in int8 it takes {mine.median:.0f} us, in {precision} {other.median:.0f}"
-                slower[name] = LayerPlan(precision, why=why)
+                slower[name] = LayerPlan(precision, why=why, slower=task)
                 break
     return slower
 

@@ -130,6 +130,7 @@ class TuningLog:
         self._warn = warn
         self._processor = processor
         self._records: dict[str, dict[str, list[Record]]] = {}  # target log → task key → records
+        self._rows_here: dict[Target, bool] = {}
 
     @classmethod
     def open(
@@ -166,7 +167,9 @@ class TuningLog:
         """Whether a record is "tuned" on this machine, "tuned elsewhere" or "estimated"."""
         if record.estimated:
             return ESTIMATED
-        here = self._processor if fits(row, cpu_features()) else None
+        if row not in self._rows_here:  # asked for each of thousands of records
+            self._rows_here[row] = fits(row, cpu_features())
+        here = self._processor if self._rows_here[row] else None
         known = here is None or same_processor(record.machine, here)
         return TUNED if known else ELSEWHERE
 
@@ -191,8 +194,9 @@ class TuningLog:
         ]
         if not candidates:
             return None
-        nearest = min(self._strangeness(r, row) for r in candidates)
-        candidates = [r for r in candidates if self._strangeness(r, row) == nearest]
+        strangeness = [self._strangeness(r, row) for r in candidates]
+        nearest = min(strangeness)
+        candidates = [r for r, order in zip(candidates, strangeness) if order == nearest]
         best = fastest(candidates, row)
         return surely(best, candidates, row) if best.estimated else best
 

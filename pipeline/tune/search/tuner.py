@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 from bertile import loader
@@ -53,6 +54,9 @@ SLOW = 1.15  # of the reference's best time: from here on, what was measured is 
 REPEATS = 3  # of one round, before its times are taken as they are
 PAUSE = 0.5  # seconds before a round is repeated
 IMPROVEMENT = 0.99
+# Times a layer's own kernel: a kernel that it could have instead is searched where its default
+# takes less. A search makes kernels of BERT's about so much faster.
+PROMISING = 1.5
 
 
 # A product of fp32 that every processor's schedules have, and whose speed is the machine's.
@@ -69,27 +73,27 @@ def tune(
     row: Target,
     config: Config,
     progress: Progress,
-    others: Sequence[Task] = (),
+    others: Mapping[Task, Task | None] = MappingProxyType({}),
     open_runner: Callable[[Target, Config], Runner] = runners.open_runner,
 ) -> dict[str, Any]:
     """Search the spaces of these tasks, each counted as often as the model calls it.
 
     With the effort "auto", only choose between what the log has of another machine and the default.
 
-    Of `others`, which a layer could have in place of its own, the default is measured, so that the
-    choice between them need not be estimated again. Trials that the log already has are not
-    repeated: with as many as the effort asks for, nothing runs. Ctrl-C ends the search in order;
-    what was measured is in the log.
+    Of `others`, kernels that a layer could have in place of its own, the default is measured, so
+    that the choice between them need not be estimated again; and they are searched too where it
+    comes near to the layer's own, which each is given with. Trials that the log already has are
+    not repeated: with as many as the effort asks for, nothing runs. Ctrl-C ends the search in
+    order; what was measured is in the log.
     `open_runner` says who measures; the default is for processors.
     """
     effort = EFFORTS[config.tune]
     wanted = 0 if config.tune == "auto" else config.trials or effort.trials
     estimates = config.runner == "mca"
     if config.tune == "auto":
-        open_tasks, others = unsettled(tasks, log, row), ()
+        open_tasks, others = unsettled(tasks, log, row), {}
     else:
         open_tasks = [task for task in tasks if _missing(task, log, row, wanted, estimates)]
-        others = [task for task in others if not log.tuned(task, row, estimates)]
     began = time.monotonic()
     with open_runner(row, config) as trials:
         deadline = began + (config.timeout or effort.seconds)
@@ -112,28 +116,30 @@ def _search(
     open_tasks: list[Task],
     tasks: Counter[Task],
     wanted: int,
-    others: Sequence[Task],
+    others: Mapping[Task, Task | None],
 ) -> str:
     """Defaults first, so that a short search never ends behind them; then MetaSchedule."""
-    if not open_tasks and not others:
+    log, row, estimates = session.log, session.row, session.estimates
+    unknown = [task for task in others if not log.tuned(task, row, estimates)]
+    may = [task for task in unknown if others[task]] + _rivals(session, others, wanted)
+    if not open_tasks and not unknown and not may:
         return ", everything is tuned already"
-    row = session.row
-    estimates = session.estimates
-    missing = sum(_missing(task, session.log, row, wanted, estimates) for task in open_tasks)
+    searched = [*open_tasks, *dict.fromkeys(may)]
+    missing = sum(_missing(task, log, row, wanted, estimates) for task in searched)
     first = [
         (task, knobs)
-        for task in (*open_tasks, *others)
-        for knobs in _first(task, session.log, row, estimates)
+        for task in (*open_tasks, *unknown)
+        for knobs in _first(task, log, row, estimates)
     ]
-    total = max(missing + len(others), len(first))
+    total = max(missing + len(unknown), len(first))
     if wanted:
         left = max(0.0, session.deadline - time.monotonic())
         session.progress.say(
-            f"plan: at most {total} trials, {wanted} of each of {len(open_tasks)} kernels,"
+            f"plan: at most {total} trials, {wanted} of each of {len(searched)} kernels,"
             f" and at most {left:.0f} s"
         )
     with session.progress.bar("trials", total) as session.bar:
-        return _measured(session, first, open_tasks, tasks, wanted, missing)
+        return _measured(session, first, open_tasks, tasks, wanted, others)
 
 
 def _measured(
@@ -142,7 +148,7 @@ def _measured(
     open_tasks: list[Task],
     tasks: Counter[Task],
     wanted: int,
-    missing: int,
+    others: Mapping[Task, Task | None],
 ) -> str:
     from bertile.tune.search.search import search
 
@@ -150,18 +156,33 @@ def _measured(
     try:
         for begin in range(0, len(first), ROUND):
             session.measure(first[begin : begin + ROUND])
-        if not open_tasks or not wanted:
+        calls = {task: tasks[task] for task in open_tasks}
+        calls |= {task: tasks[others[task]] for task in _rivals(session, others, wanted)}
+        if not calls or not wanted:
             return ""
         spaces = [
-            (task, schedules[task.operation].space(task, row), float(tasks[task]))
-            for task in open_tasks
+            (task, schedules[task.operation].space(task, row), float(count))
+            for task, count in calls.items()
         ]
+        missing = sum(_missing(task, session.log, row, wanted, session.estimates) for task in calls)
         search(spaces, session.measure, missing, wanted, ROUND, 0, tvm_target(row))
     except _Enough as reason:
         return f", {reason}"
     except KeyboardInterrupt:
         return ", stopped by Ctrl-C; the best so far is in the log"
     return ""
+
+
+def _rivals(session: _Session, others: Mapping[Task, Task | None], wanted: int) -> list[Task]:
+    """Of kernels that layers could have instead, those that are worth a search."""
+    log, row, rivals = session.log, session.row, []
+    for task, own in others.items():
+        mine, theirs = log.best(task, row), own and log.best(own, row)
+        if not mine or not theirs or not _missing(task, log, row, wanted, session.estimates):
+            continue
+        if _steady(mine, (mine, theirs)) < PROMISING * _steady(theirs, (mine, theirs)):
+            rivals.append(task)
+    return rivals
 
 
 def unsettled(tasks: Iterable[Task], log: TuningLog, row: Target) -> list[Task]:

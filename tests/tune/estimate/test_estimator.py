@@ -129,7 +129,7 @@ def test_tuning_by_estimate_is_said_so_and_a_measured_record_wins(tmp_path):
 
     def trials(runner: str) -> int:
         config = Config(tune="quick", runner=runner)
-        return tuner.tune(Counter(), log, row, config, QUIET, [DENSE])["trials"]
+        return tuner.tune(Counter(), log, row, config, QUIET, {DENSE: None})["trials"]
 
     assert trials("mca") == 1
     guess = log.best(DENSE, row)

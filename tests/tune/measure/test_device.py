@@ -39,7 +39,7 @@ def fleet():
 def tune(tracker: str, directory: Path, tasks: list[Task]) -> tuple[dict, TuningLog]:
     log = TuningLog([directory], lambda text: None)
     config = Config(tune="quick", rpc_tracker=tracker, rpc_key="board")
-    return tuner.tune(Counter(), log, ROW, config, QUIET, tasks), log
+    return tuner.tune(Counter(), log, ROW, config, QUIET, dict.fromkeys(tasks)), log
 
 
 def test_fleet_is_listed(fleet, capsys):

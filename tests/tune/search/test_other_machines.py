@@ -88,7 +88,7 @@ def measured(machine: Mapping[str, Any], microseconds: float, other: int | None 
 def tune(log: TuningLog, runner: Pretended, tasks=(TASK,), **choices: Any) -> dict[str, Any]:
     config = Config(**{"tune": "quick", **choices})
     counts = Counter(dict.fromkeys(tasks, 1))
-    return tuner.tune(counts, log, ROW, config, Progress(verbosity=-1), (), lambda *_: runner)
+    return tuner.tune(counts, log, ROW, config, Progress(verbosity=-1), {}, lambda *_: runner)
 
 
 @pytest.mark.parametrize(
@@ -270,5 +270,5 @@ def test_gpu_is_tuned_without_a_reference(tmp_path):
     log = TuningLog([tmp_path], pytest.fail, HERE)
     config = Config(tune="quick", target=row.name, trials=1)
     tasks = Counter({task: 1})
-    tuner.tune(tasks, log, row, config, Progress(verbosity=-1), (), lambda *_: runner)
+    tuner.tune(tasks, log, row, config, Progress(verbosity=-1), {}, lambda *_: runner)
     assert {entry.reference for entry in log.records(task, row)} == {None}

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,7 @@ from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import native
-from bertile.tune.log.tuning_log import TuningLog, fair_time
+from bertile.tune.log.tuning_log import Record, TuningLog, fair_time
 from bertile.tune.measure.trial_runner import TrialRunner
 from bertile.tune.search import tuner
 
@@ -52,8 +53,8 @@ def trials():
 def run_shared(trials):
     """As ``run``, by the shared runner."""
 
-    def tune(tasks: Counter, directory: Path, others: tuple[Task, ...] = (), **config) -> dict:
-        return run(tasks, directory, others, lambda *_: nullcontext(trials), **config)
+    def tune(tasks: Counter, directory: Path, others: dict | None = None, **config) -> dict:
+        return run(tasks, directory, others or {}, lambda *_: nullcontext(trials), **config)
 
     return tune
 
@@ -101,9 +102,52 @@ def test_what_a_layer_could_have_instead_is_measured_once(run_shared, tmp_path):
     """Its default, so that the choice between the two need not be estimated again."""
     sparse = Task("sparse", {**SMALL.shape, "density": 10})
     for trials in (1, 0):
-        assert run_shared(Counter(), tmp_path, [sparse])["trials"] == trials
+        assert run_shared(Counter(), tmp_path, {sparse: None})["trials"] == trials
     (record,) = open_log(tmp_path).records(sparse, ROW)
     assert record.knobs == SCHEDULES["sparse"].default(sparse, ROW) and record.microseconds
+
+
+@pytest.mark.parametrize(("slower", "searched"), [(1.4, True), (1.6, False)])
+def test_what_a_layer_could_have_instead_is_searched_where_it_comes_near(
+    tmp_path, monkeypatch, slower, searched
+):
+    """A kernel whose default alone was measured has not lost against one that was searched."""
+    log = open_log(tmp_path)
+    other = Task("dense", {**SMALL.shape, "precision": "int8"})
+    for task, us in ((SMALL, 100.0), (other, slower * 100)):
+        default = SCHEDULES["dense"].default(task, ROW)
+        log.append(
+            Record(
+                operation="dense",
+                shape=dict(task.shape),
+                target=ROW.log,
+                threads=ROW.threads,
+                tokens=128,
+                knobs=default,
+                microseconds=(us,),
+                machine=tuner.machine_facts(ROW),
+                versions={},
+                time="",
+            )
+        )
+    asked = []
+    monkeypatch.setattr(
+        "bertile.tune.search.search.search", lambda spaces, *_: asked.extend(spaces)
+    )
+    config = Config(tune="quick", trials=2)
+    tuner.tune(
+        Counter({SMALL: 3}),
+        log,
+        ROW,
+        config,
+        QUIET,
+        {other: SMALL},
+        lambda *_: nullcontext(SimpleNamespace(parallel=2)),
+    )
+    assert [(task, weight) for task, _, weight in asked] == [
+        (SMALL, 3.0),
+        *([(other, 3.0)] if searched else []),
+    ]
 
 
 def test_sparse_kernel_without_zeros_to_skip_is_not_tuned(run_shared, tmp_path):
