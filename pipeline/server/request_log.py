@@ -31,24 +31,12 @@ class RequestLog:
         self._lines.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
     def flush(self) -> None:
-        """Hand the lines to the thread."""
-        lines, self._lines = self._lines, []
-        if not lines:
-            return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._write, name="bertile-log", daemon=True)
-            self._thread.start()
-        if self._left_out:
-            lines.append(orjson.dumps({"log_lines_left_out": self._left_out}) + b"\n")
-        try:
-            self._pieces.put_nowait(b"".join(lines))
-            self._left_out = 0
-        except Full:
-            self._left_out += len(lines)
+        """Hand the lines to the thread, or leave them out where it has too many."""
+        self._hand_over(0.0)
 
     def close(self, seconds: float = 1.0) -> None:
         """Write what is left, if somebody reads it in time."""
-        self.flush()
+        self._hand_over(seconds)
         if self._thread is not None:
             try:
                 self._pieces.put(None, timeout=seconds)
@@ -56,6 +44,22 @@ class RequestLog:
                 return
             self._thread.join(seconds)
             self._thread = None
+
+    def _hand_over(self, seconds: float) -> None:
+        lines, self._lines = self._lines, []
+        if not lines and not self._left_out:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write, name="bertile-log", daemon=True)
+            self._thread.start()
+        notice = b""
+        if self._left_out:
+            notice = orjson.dumps({"log_lines_left_out": self._left_out}) + b"\n"
+        try:
+            self._pieces.put(b"".join((*lines, notice)), block=seconds > 0, timeout=seconds or None)
+            self._left_out = 0
+        except Full:
+            self._left_out += len(lines)
 
     def _write(self) -> None:
         while (piece := self._pieces.get()) is not None:

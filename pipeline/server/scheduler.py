@@ -29,6 +29,8 @@ from bertile.text.text_model import Steps
 LONG_CHARACTERS, PIECE_CHARACTERS = 16_384, 4_096
 # What a request may put into a group when it is its turn, in blocks of tokens.
 TURN_BLOCKS = 8
+# A text of fewer blocks gains nothing from all threads, which cost more than one.
+ALONE_BLOCKS = 3
 # Fewer blocks are not shared out among streams: what a call costs beside the model is too much.
 LEAST_BLOCKS = 8
 # How much of an old rate is kept behind a group: so that it is that of the last fifty or so.
@@ -322,7 +324,7 @@ class Scheduler:
         began = time.monotonic()
         works, indices, encodings, blocks = zip(*taken)
         try:
-            if alone and len(taken) == 1:
+            if alone and len(taken) == 1 and blocks[0] >= ALONE_BLOCKS:
                 answers = [self._engine.single(encodings[0])]
             else:
                 answers = self._engine.run(encodings)

@@ -74,6 +74,7 @@ def test_end_in_the_middle_loses_no_request_and_a_killed_process_is_replaced(bun
     assert any("started anew" in line for line in server.said)
 
 
+@pytest.mark.slow  # starts a process of its own
 def test_list_of_models_is_read_again_on_a_signal(bundle, tmp_path) -> None:
     listed = tmp_path / "models.txt"
     listed.write_text(f"first={bundle}  # a comment\n")
@@ -90,6 +91,7 @@ def test_list_of_models_is_read_again_on_a_signal(bundle, tmp_path) -> None:
         assert server.stop(signal.SIGINT) == 0
 
 
+@pytest.mark.slow  # starts a process of its own
 def test_slow_clients_are_told_and_stop_nobody(bundle) -> None:
     with running(bundle, "--header-timeout", "0.5", "--max-concurrent-requests", "2") as server:
         begun = b"POST /embed_all HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n"
@@ -104,6 +106,7 @@ def test_slow_clients_are_told_and_stop_nobody(bundle) -> None:
         assert server.stop() == 0
 
 
+@pytest.mark.slow  # starts a process of its own
 def test_second_signal_ends_it_at_once(bundle) -> None:
     with running(bundle, "--grace", "60") as server:
         waiting = server.plain()

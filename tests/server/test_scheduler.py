@@ -54,20 +54,20 @@ def test_answers_are_those_of_the_texts_in_their_order() -> None:
         run(Noting(places), test)
 
 
-def test_single_text_in_an_empty_house_has_all_threads() -> None:
+def test_longer_text_in_an_empty_house_has_all_threads() -> None:
     engine = Noting(places=2)
 
     async def test(scheduler: Scheduler) -> None:
         await settled(submit(scheduler, 20))
-        assert engine.alone == [20]
+        assert engine.alone == []
         engine.hold()
-        works = [submit(scheduler, 30)]
+        works = [submit(scheduler, 50)]
         await engine.begun(2)
-        works.append(submit(scheduler, 40))  # the other stream is busy
+        works.append(submit(scheduler, 60))  # the house is not empty
         await engine.begun(3)
         engine.release()
         await settled(*works)
-        assert engine.alone == [20, 30]
+        assert engine.alone == [50]
 
     run(engine, test)
 
