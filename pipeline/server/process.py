@@ -1,6 +1,7 @@
-"""Is the process that serves: it has the models, and a listening socket that its parent opened.
+"""Serves models on a socket that its parent opened, in a process that may die: the parent starts it
+anew.
 
-It ends when it is told to, or when its parent is gone; the parent starts it anew when it dies.
+It ends when it is told to, or when the parent is gone.
 """
 
 from __future__ import annotations
