@@ -1,6 +1,7 @@
-"""Serves in a process of its own: with the models, and a socket that its parent has opened.
+"""Serves models on a socket that its parent opened, in a process that may die: the parent starts it
+anew.
 
-It ends when it is told to, or when its parent is gone; the parent starts it anew when it dies.
+It ends when it is told to, or when the parent is gone.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_longer_text_in_an_empty_house_has_all_threads() -> None:
     engine = Noting(places=2)
 
     async def test(scheduler: Scheduler) -> None:
-        await settled(submit(scheduler, 20))
+        await settled(submit(scheduler, 16))
         assert engine.alone == []
         engine.hold()
         works = [submit(scheduler, 50)]
