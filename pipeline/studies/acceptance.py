@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bertile.base.errors import BertileError
@@ -127,18 +127,35 @@ class Outcome(NamedTuple):
         return ours["median_ms"] / best["median_ms"] if ours and best else None
 
 
+class Measured(NamedTuple):
+    """Each case with what came of it, the benchmark's reports, and a sentence on each case that
+    could not be measured.
+    """
+
+    outcomes: list[Outcome]
+    reports: list[dict[str, Any]]
+    notes: list[str]
+
+
 def run_cases(
     cases: Sequence[Case], config: Config, progress: Progress, **choices: Any
-) -> tuple[list[Outcome], list[dict[str, Any]], list[str]]:
-    """Each case with what came of it, the benchmark's reports, and a sentence on each case that
-    could not be measured. `choices` are ``benchmark.bench``'s.
+) -> Iterator[Measured]:
+    """What was measured so far, behind each run of the engines; the last is all of it.
+
+    `choices` are ``benchmark.bench``'s.
     """
     groups: dict[tuple, list[Case]] = {}  # what one run of the engines answers
     for case in cases:
         key = (case.model, case.precision, case.batch, case.peers)
         groups.setdefault(key, []).append(case)
     outcomes: dict[Case, Outcome] = {}
-    reports, notes = [], []
+    reports: list[dict[str, Any]] = []
+    notes: list[str] = []
+
+    def so_far() -> Measured:
+        every = [outcomes.get(case, Outcome(case, [], {})) for case in cases]
+        return Measured(every, list(reports), list(notes))
+
     for (model, precision, batch, peers), group in groups.items():
         report: dict[str, Any] = {"rows": [], "versions": {}}
         try:
@@ -161,7 +178,8 @@ def run_cases(
             length = case.length.text if isinstance(case.length, Mix) else case.length
             rows = [row for row in report["rows"] if row["length"] == length]
             outcomes[case] = Outcome(case, rows, report["versions"])
-    return [outcomes.get(case, Outcome(case, [], {})) for case in cases], reports, notes
+        yield so_far()
+    yield so_far()
 
 
 def as_table(outcomes: Sequence[Outcome], markdown: bool = False) -> str:
@@ -207,17 +225,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.against:
         peers = tuple(words(options.against))
         cases = [case._replace(peers=peers) for case in cases]
-    outcomes, reports, notes = run_cases(cases, config, Progress(), repeat=options.repeat)
-    block = [
-        as_table(outcomes, markdown=bool(options.into)),
-        summary(outcomes),
-        *([result_tables.facts(reports, MEANINGS)] if reports else []),
-        *notes,
-    ]
-    if options.into:
-        command = shlex.join(["python", "-m", __spec__.name, *(arguments or sys.argv[1:])])
-        result_tables.write_table(options.into, "bench-acceptance", "\n\n".join(block), command)
-    print("\n\n".join(block))
+    command = shlex.join(["python", "-m", __spec__.name, *(arguments or sys.argv[1:])])
+    text = ""
+    for measured in run_cases(cases, config, Progress(), repeat=options.repeat):
+        text = said(measured, markdown=bool(options.into))
+        if options.into:  # each time: who ends it in the middle keeps what was measured
+            result_tables.write_table(options.into, "bench-acceptance", text, command)
+    print(text)
+
+
+def said(measured: Measured, markdown: bool = False) -> str:
+    """The table, how many bounds are kept, and the circumstances."""
+    outcomes, reports, notes = measured
+    parts = [as_table(outcomes, markdown), summary(outcomes)]
+    parts += [result_tables.facts(reports, MEANINGS)] if reports else []
+    return "\n\n".join([*parts, *notes])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -59,7 +59,8 @@ def run(
         return [report([{**row, "length": length} for length in lengths for row in rows])]
 
     monkeypatch.setattr(acceptance.benchmark, "bench_models", bench_models)
-    return (*acceptance.run_cases(cases, Config(), Progress(-1), repeat=3), asked)
+    *_, measured = acceptance.run_cases(cases, Config(), Progress(-1), repeat=3)
+    return (*measured, asked)
 
 
 def test_best_peer_is_the_fastest_of_the_same_model_in_the_same_precision(
@@ -112,7 +113,8 @@ def test_case_that_fails_is_told_and_the_others_are_measured(
 def test_unknown_precision_is_a_note_until_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bertile.driver.compile", lambda *arguments: pytest.fail("compiled"))
     case = Case(BASE, "int3", 1, 16, 0.55)
-    (outcome,), reports, (note,) = acceptance.run_cases([case], Config(), Progress(-1))
+    *_, measured = acceptance.run_cases([case], Config(), Progress(-1))
+    (outcome,), reports, (note,) = measured
     assert "precision 'int3' is unknown" in note and reports == [] and outcome.ours is None
 
 
@@ -163,3 +165,24 @@ def test_what_was_measured_before_ctrl_c_is_in_the_table(monkeypatch):
     outcomes, _, notes, asked = run(monkeypatch, cases, *rows)
     assert [outcome.ratio for outcome in outcomes] == [0.5, None, None]
     assert notes == ["Stopped by Ctrl-C at stopped, fp32, 1 × 16."] and len(asked) == 2
+
+
+def test_page_has_what_was_measured_before_a_run_is_killed(monkeypatch, tmp_path):
+    """Behind each run of the engines, since a signal that nothing catches leaves no time."""
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench-acceptance -->\n<!-- /bench-acceptance -->\n")
+
+    def bench_models(targets: list[str], *_: Any, lengths: list, **__: Any) -> list:
+        if targets != ["minilm"]:
+            raise SystemExit  # as a handler of SIGTERM would
+        return [report([row("bertile", 1.0, "int8"), row("openvino", 2.0, "int8")])]
+
+    monkeypatch.setattr(acceptance.benchmark, "bench_models", bench_models)
+    monkeypatch.setattr(
+        acceptance,
+        "CASES",
+        [Case(model, "int8", 1, 16, 0.9, ("openvino",)) for model in ("minilm", "killed")],
+    )
+    with pytest.raises(SystemExit):
+        acceptance.main(["--into", str(page)])
+    assert "| minilm, int8, 1 × 16 |       1.00 |" in page.read_text()
