@@ -48,7 +48,7 @@ export PATH := $(abspath $(ARM))/usr/bin:$(PATH)
 ARM_ENV = $(if $(wildcard $(ARM)/usr/aarch64-linux-gnu),QEMU_LD_PREFIX=$(abspath $(ARM))/usr/aarch64-linux-gnu)
 
 .PHONY: wheel help demo docs test test-slow test-arm lint format bench bench-precisions bench-sparse bench-tuning logs
-.PHONY: bench-load bench-streams bench-acceptance bench-texts
+.PHONY: bench-load bench-streams bench-acceptance bench-texts bench-server
 .PHONY: logs-arm pack-cuda bench-cuda ingest-cuda clean
 .DEFAULT_GOAL := help
 
@@ -64,6 +64,7 @@ help:
 	@echo "make bench-load   a request beside busy cores; make bench-streams, several at once"
 	@echo "make bench-acceptance   every case that has a bound beside every peer, in one table"
 	@echo "make bench-texts   2,000 texts to vectors, and queries, beside who else does that (half an hour)"
+	@echo "make bench-server   \`bertile serve\` under load, beside servers of other engines (15 min)"
 	@echo "make bench-tuning   tune a model from an empty log, compare with the shipped one (10 min)"
 	@echo "make pack-cuda    all that a machine with a GPU measures, to be carried there (20 min)"
 	@echo "make bench-cuda   measure it, on that machine; make ingest-cuda, its results at home"
@@ -151,6 +152,10 @@ bench-acceptance: $(VENV)/.bench
 # Texts to vectors; packages that cannot stand beside Bertile's own come into the cache at first use.
 bench-texts: $(VENV)/.bench
 	@$(BIN)/python -m bertile.studies.text_bench --memory --startup --into $(RESULTS)
+
+# The server with 64 clients beside peers, under overload, idle, and beside slow clients.
+bench-server: $(VENV)/.bench
+	@$(BIN)/python -m bertile.studies.server_load load overload idle slow --into $(RESULTS)
 
 # "vs engine" in the row of out/tuning/shipped is what `--tune quick` reaches of the shipped log.
 bench-tuning: $(VENV)/.bench

@@ -10,6 +10,7 @@ PAGES = {
     "Use": (
         "pipeline/cli/QUICKSTART",
         "pipeline/text/README",
+        "pipeline/server/README",
         "pipeline/cli/README",
         "pipeline/export/README",
         "pipeline/quantize/README",

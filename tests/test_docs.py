@@ -177,6 +177,7 @@ def test_results_have_each_place_that_make_writes_to_once() -> None:
         "-load",
         "-streams",
         "-texts",
+        "-server",
         "-tuning",
         "-cuda",
     )
@@ -184,7 +185,7 @@ def test_results_have_each_place_that_make_writes_to_once() -> None:
         assert text.count(f"<!-- bench{name} -->") == text.count(f"<!-- /bench{name} -->") == 1
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert f"RESULTS ?= {RESULTS.relative_to(ROOT).as_posix()}\n" in makefile
-    assert len(re.findall(r"--into \"?\$\(RESULTS\)", makefile)) == 9
+    assert len(re.findall(r"--into \"?\$\(RESULTS\)", makefile)) == 10
 
 
 def test_readme_quotes_the_results() -> None:

@@ -21,6 +21,7 @@ ROOMS = (
     "families",
     "text",
     "integrations",
+    "server",
     "onnx",
     "export",
     "graph",

@@ -32,6 +32,14 @@ EXTRA_OF = {
     "xllamacpp": "bench",
     "sentence_transformers": "demo",
     "shtab": "completion",
+    "opentelemetry": "trace",
+    "httptools": "serve",
+    "orjson": "serve",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "uvloop": "serve",
 }
 
 
@@ -40,6 +48,8 @@ _INCLUDED = {
     "export": ("run", "compile"),
     "bench": ("compile",),
     "demo": ("run", "compile", "export"),
+    "serve": ("run",),
+    "trace": ("run", "serve"),
 }
 
 

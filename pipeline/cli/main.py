@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": "compare a bundle's outputs with ONNX Runtime's",
     "bench": "time a bundle or a model beside other engines",
     "run": "answer texts with a bundle: vectors, labels, entities, answers, words",
+    "serve": "answer texts over HTTP, for clients of Text Embeddings Inference and OpenAI",
     "report": "write an HTML page about a bundle: kernels, tuning curves, gains",
     "inspect": "list a bundle's kernels: origin, time, share of the machine's peak",
     "device": "tune on other machines: serve one, list them, share them out",

@@ -291,5 +291,7 @@ def _prepare_texts(checkpoint: checkpoints.Checkpoint, directory: Path) -> TextS
     labels = len(checkpoint.labels) or None
     settings = text_settings.read(directory, labels, chain.kind if chain else "dense")
     if chain:
-        settings = dataclasses.replace(settings, include_prompt=chain.include_prompt)
+        settings = dataclasses.replace(
+            settings, include_prompt=chain.include_prompt, pooling=chain.pooling
+        )
     return tokenizer_file.prepare(directory, settings, checkpoint.source)

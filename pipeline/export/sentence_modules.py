@@ -92,6 +92,14 @@ class Chain:
         return "dense" if any(isinstance(step, Pool) for step in self.steps) else "tokens"
 
     @property
+    def pooling(self) -> str | None:
+        """How it makes a text's vector of those of its tokens; None where it makes none."""
+        if self.kind == "sparse":
+            return "splade"
+        modes = next((step.modes for step in self.steps if isinstance(step, Pool)), ())
+        return "+".join(modes) or None
+
+    @property
     def output(self) -> str:
         """The name of what it makes."""
         return TOKENS if self.kind == "tokens" else SENTENCE

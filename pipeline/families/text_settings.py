@@ -57,6 +57,8 @@ class TextSettings:
     scores          the same for transformers' pipeline of text classification
     kind            of an embedding: "dense", a vector; "sparse", a vector with a weight for each id
                     of the vocabulary; "tokens", a vector for each token
+    pooling         how vectors of tokens become that of a text, in sentence-transformers' words, of
+                    several with "+" between them; "splade"; None without, or where it is not known
     """
 
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -73,6 +75,7 @@ class TextSettings:
     activation: str = "none"
     scores: str = "softmax"
     kind: str = "dense"
+    pooling: str | None = None
 
     @property
     def prompt(self) -> str:

@@ -51,6 +51,11 @@ def single_queries(encode: Any, queries: list[str]) -> list[float]:
     return times
 
 
+def each_alone(encode: Any, texts: list[str]) -> np.ndarray:
+    """The vectors (n, d) of texts, each from a call of its own."""
+    return np.stack([np.asarray(encode(text), np.float32) for text in texts])
+
+
 @contextlib.contextmanager
 def _model_seconds() -> Iterator[dict[int, float]]:
     """The seconds that each thread is within compiled libraries meanwhile: a stream has its own."""

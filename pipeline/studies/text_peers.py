@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,9 +200,7 @@ def _session(engine: Engine, threads: int) -> tuple[Encode, str]:
     """ONNX Runtime or OpenVINO behind the package tokenizers, with nothing between: texts by their
     lengths, in batches that are padded to the longest.
     """
-    infer, version = _infer_of(engine, threads)
-    tokenizer = _tokenizer(engine)
-    tokenizer.enable_padding()
+    tokenizer, vectors_of, version = session(engine, threads)
 
     def encode(texts: str | list[str]) -> np.ndarray:
         if isinstance(texts, str):
@@ -217,16 +215,27 @@ def _session(engine: Engine, threads: int) -> tuple[Encode, str]:
         return answer
 
     def vectors(texts: list[str]) -> np.ndarray:
-        encodings = tokenizer.encode_batch(texts)
-        fields = {"input_ids": "ids", "attention_mask": "attention_mask"}
-        fields["token_type_ids"] = "type_ids"
-        inputs = {
-            name: np.array([getattr(encoding, field) for encoding in encodings], np.int64)
-            for name, field in fields.items()
-        }
-        return infer(inputs)[0]
+        return vectors_of(tokenizer.encode_batch(texts))
 
     return encode, f"{version} behind tokenizers"
+
+
+def session(engine: Engine, threads: int) -> tuple[Any, Callable[[Sequence[Any]], np.ndarray], str]:
+    """A prepared engine's tokenizer, which cuts and does not pad, what makes vectors (n, d) of n of
+    its encodings, padded to the longest, and how a table calls the engine.
+    """
+    infer, version = _infer_of(engine, threads)
+    fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+
+    def vectors(encodings: Sequence[Any]) -> np.ndarray:
+        shape = len(encodings), max(map(len, encodings))
+        inputs = {name: np.zeros(shape, np.int64) for name in fields}
+        for name, array in inputs.items():  # the id of padding makes no difference behind a mask
+            for row, encoding in enumerate(encodings):
+                array[row, : len(encoding)] = getattr(encoding, fields[name])
+        return infer(inputs)[0]
+
+    return _tokenizer(engine), vectors, version
 
 
 def _infer_of(engine: Engine, threads: int) -> tuple[Any, str]:

@@ -100,7 +100,7 @@ class Answerer(TextModel):
                 "give a shorter question or a smaller doc_stride",
             )
         encoding = self._tokens.cutting(most, SECOND, stride).encode(question, context)
-        return self._engine.stream([encoding, *encoding.overflowing], list)
+        return self.engine.stream([encoding, *encoding.overflowing], list)
 
 
 def _pairs(question: str | Sequence[str], context: str | Sequence[str]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from bertile.base.errors import UsageError, nearest
 from bertile.text import scores
-from bertile.text.text_model import TextModel, also_named, checked, is_pair, is_single
+from bertile.text.text_model import Steps, TextModel, also_named, checked, is_pair, is_single
 from bertile.text.tokens import FIRST
 
 TEXTS = "a str or a pair of them"
@@ -54,12 +54,11 @@ class Classifier(TextModel):
         inputs = inputs.tolist() if isinstance(inputs, np.ndarray) else inputs
         single = _is_text(inputs)
         texts = checked([inputs] if single else inputs, _is_text, TEXTS)
-        before = self._prompt(prompt_name, prompt)
-        texts = [_prompted(before, text) for text in texts]
+        steps = self.steps(prompt_name, prompt, truncate=truncate)
         answers = self._answers(
-            texts, truncate=truncate, show_progress_bar=show_progress_bar, what="predict"
+            list(texts), steps.prepare, show_progress_bar=show_progress_bar, what="predict"
         )
-        logits = [np.array(answer.outputs["logits"]) for answer in answers]
+        logits = [steps.finish(answer) for answer in answers]
         rows = np.empty(0, np.float32)
         if logits:
             rows = self._activation(activation_fn)(np.stack(logits))
@@ -161,7 +160,7 @@ class Classifier(TextModel):
         pairs = (_pair_of(text) for text in texts)
         answers = self._answers(
             list(pairs) if several else pairs,  # of which the number is known
-            truncate=truncate,
+            self.preparer(prompted=False, truncate=truncate),
             show_progress_bar=show_progress_bar,
             what="classify",
         )
@@ -217,7 +216,10 @@ class Classifier(TextModel):
 
         # a hypothesis says the label at its end: it stays whole
         answers = self._answers(
-            pairs(), cut=FIRST, show_progress_bar=show_progress_bar, what="zero-shot"
+            pairs(),
+            self.preparer(prompted=False, cut=FIRST),
+            show_progress_bar=show_progress_bar,
+            what="zero-shot",
         )
         alone = multi_label or len(names) == 1
 
@@ -238,13 +240,31 @@ class Classifier(TextModel):
 
         return results()
 
+    def steps(
+        self,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
+        function: str = "none",
+        truncate: bool = True,
+        side: str | None = None,
+    ) -> Steps:
+        """What `predict` does before the model and behind it: texts or pairs, and scores (labels,).
+
+        `function` makes those of logits: "sigmoid", "softmax" or "none"; UsageError for another.
+        Other arguments as of `preparer`.
+        """
+        scored = self._function(function)
+        prepare = self.preparer(prompt_name, prompt, truncate=truncate, side=side)
+        return Steps(prepare, lambda answer: scored(np.array(answer.outputs["logits"])))
+
     def _outputs(self) -> range:
         return range(self.model.manifest["outputs"][0]["axes"][-1])
 
     def _ranked(self, values: np.ndarray) -> list[dict[str, Any]]:
         """All labels with their scores (labels,), the best first."""
         order = np.argsort(-values, kind="stable")
-        return [{"label": self._label(int(i)), "score": float(values[i])} for i in order]
+        return [{"label": self.label(int(i)), "score": float(values[i])} for i in order]
 
     def _activation(self, asked: Activation) -> Callable[[np.ndarray], np.ndarray]:
         """What CrossEncoder applies."""
@@ -285,7 +305,3 @@ def _pair_of(item: Any) -> Any:
         pair = item.get("text_pair")
         return item["text"] if pair is None else (item["text"], pair)
     return tuple(item) if isinstance(item, list) else item
-
-
-def _prompted(before: str, text: Any) -> Any:
-    return before + text if isinstance(text, str) else (before + text[0], text[1])

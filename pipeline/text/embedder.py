@@ -11,7 +11,7 @@ from bertile.base.errors import UsageError, nearest
 from bertile.text import similarities
 from bertile.text.engine import Answer
 from bertile.text.sparse_vectors import SparseVector
-from bertile.text.text_model import TextModel, also_named, checked, is_single
+from bertile.text.text_model import Steps, TextModel, also_named, checked, is_single
 
 Vector = np.ndarray | SparseVector
 PRECISIONS = ("float32", "binary", "ubinary")
@@ -71,8 +71,14 @@ class Embedder(TextModel):
             raise UsageError(f"precision '{precision}' is unknown{nearest(precision, PRECISIONS)}")
         single = isinstance(inputs, str)
         if single:
-            answer = self._answer(self._prompt(prompt_name, prompt) + inputs, truncate=truncate)
-            vectors = [self._finisher(normalize_embeddings, truncate_dim)(answer)]
+            steps = self.steps(
+                prompt_name,
+                prompt,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+                truncate=truncate,
+            )
+            vectors = [steps.finish(self._answer(inputs, steps.prepare))]
         else:
             vectors = list(
                 self.encode_iter(
@@ -137,18 +143,37 @@ class Embedder(TextModel):
 
         What it holds does not grow with their number. Arguments as of `encode`.
         """
-        finish = self._finisher(normalize_embeddings, truncate_dim)
-        texts = checked(inputs, is_single, "a str")
-        if before := self._prompt(prompt_name, prompt):
-            texts = (
-                [before + text for text in texts]
-                if isinstance(texts, (list, tuple))
-                else (before + text for text in texts)
-            )
-        answers = self._answers(
-            texts, truncate=truncate, show_progress_bar=show_progress_bar, what="encode"
+        steps = self.steps(
+            prompt_name,
+            prompt,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
+            truncate=truncate,
         )
-        return (finish(answer) for answer in answers)
+        texts = checked(inputs, is_single, "a str")
+        answers = self._answers(
+            texts, steps.prepare, show_progress_bar=show_progress_bar, what="encode"
+        )
+        return (steps.finish(answer) for answer in answers)
+
+    def steps(
+        self,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        truncate: bool = True,
+        side: str | None = None,
+    ) -> Steps:
+        """What `encode` does before the model and behind it: texts or lists of ids, and vectors.
+
+        Arguments as of `encode` and of `preparer`.
+        """
+        return Steps(
+            self.preparer(prompt_name, prompt, truncate=truncate, side=side),
+            self._finisher(normalize_embeddings, truncate_dim),
+        )
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
         """How alike each of n vectors is to each of m: (n, m) float32."""

@@ -49,6 +49,21 @@ class Engine:
         """The answer to one text, by all threads."""
         return self._run([encoding], self.model)[0]
 
+    def run(self, encodings: Sequence[Any]) -> list[Answer]:
+        """The answers to a few texts, by a stream; as many callers as there are `places` get theirs
+        at once. Texts run together, those of a model without a mask if they are equally long.
+        """
+        model = self._beside()
+        if self._masked:
+            return self._run(encodings, model)
+        outputs = batches.run_all(model, encodings)
+        return [self._cut(*pair) for pair in zip(encodings, outputs)]
+
+    @property
+    def places(self) -> int:
+        """How many calls run beside each other."""
+        return self._streams or getattr(self.model, "threads", 1)
+
     def stream(
         self, texts: Iterable[Any], encode: Callable[[list[Any]], list[Any]]
     ) -> Iterator[Answer]:
@@ -67,7 +82,7 @@ class Engine:
         model = self._beside()
         waiting: deque[list[tuple[Future, int]]] = deque()
         with ThreadPoolExecutor(1, "bertile-tokenize") as tokenizing:
-            with ThreadPoolExecutor(self._places, "bertile-run") as running:
+            with ThreadPoolExecutor(self.places, "bertile-run") as running:
                 try:
                     while encodings:
                         waiting.append(self._submitted(encodings, model, running))
@@ -90,28 +105,24 @@ class Engine:
             self._side_by_side.close()
         self._side_by_side = None
 
-    @property
-    def _places(self) -> int:
-        return self._streams or getattr(self.model, "threads", 1)
-
     def _beside(self) -> Model:
         """What lists run on: the same library and weights, several calls at once."""
         with self._lock:
             if self._side_by_side is None:
-                several = self._places > 1 and hasattr(self.model, "beside")
-                self._side_by_side = self.model.beside(self._places) if several else self.model
+                several = self.places > 1 and hasattr(self.model, "beside")
+                self._side_by_side = self.model.beside(self.places) if several else self.model
             return self._side_by_side
 
     def _are_few(self, encodings: Sequence[Any]) -> bool:
         total = sum(batches.blocks(encoding) for encoding in encodings)
-        return self._places == 1 or total <= FEW_BLOCKS * self._places
+        return self.places == 1 or total <= FEW_BLOCKS * self.places
 
     def _submitted(
         self, encodings: Sequence[Any], model: Model, running: ThreadPoolExecutor
     ) -> list[tuple[Future, int]]:
         """Of each text the call that it is part of, and its row there."""
         places: dict[int, tuple[Future, int]] = {}
-        most = batches.call_blocks(encodings, self._places)
+        most = batches.call_blocks(encodings, self.places)
         for group in batches.groups(encodings, most, self._masked):
             call = running.submit(self._run, [encodings[index] for index in group], model)
             places.update({index: (call, row) for row, index in enumerate(group)})

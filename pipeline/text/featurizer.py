@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
-from bertile.text.text_model import TextModel, checked, is_single
+from bertile.text.text_model import Steps, TextModel, checked, is_single
 
 
 class Featurizer(TextModel):
@@ -18,13 +17,25 @@ class Featurizer(TextModel):
     ) -> np.ndarray | list[np.ndarray]:
         """(tokens, hidden) float32 of a text, or a list of those."""
         if isinstance(texts, str):
-            return self._hidden(self._answer(texts, truncate=truncate))
+            steps = self.steps(truncate=truncate)
+            return steps.finish(self._answer(texts, steps.prepare))
         return list(self.features_iter(texts, truncate=truncate))
 
     def features_iter(self, texts: Iterable[str], *, truncate: bool = True) -> Iterator[np.ndarray]:
         """As `features`, as they come, in the order of the texts."""
-        answers = self._answers(checked(texts, is_single, "a str"), truncate=truncate)
-        return (self._hidden(answer) for answer in answers)
+        steps = self.steps(truncate=truncate)
+        answers = self._answers(checked(texts, is_single, "a str"), steps.prepare)
+        return (steps.finish(answer) for answer in answers)
 
-    def _hidden(self, answer: Any) -> np.ndarray:
-        return np.array(answer.outputs[self.model.outputs[0]])
+    def steps(
+        self,
+        prompt_name: str | None = None,
+        prompt: str | None = "",
+        *,
+        truncate: bool = True,
+        side: str | None = None,
+    ) -> Steps:
+        """What `features` does before the model and behind it; arguments as of `preparer`."""
+        prepare = self.preparer(prompt_name, prompt, truncate=truncate, side=side)
+        name = self.model.outputs[0]
+        return Steps(prepare, lambda answer: np.array(answer.outputs[name]))

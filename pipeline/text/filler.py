@@ -48,7 +48,8 @@ class Filler(TextModel):
     ) -> Iterator[list[Any]]:
         """As `fill` of several texts, as they come."""
         chosen = self._targets(targets)
-        answers = self._answers(checked(texts, is_single, "a str"), truncate=truncate)
+        prepare = self.preparer(prompted=False, truncate=truncate)
+        answers = self._answers(checked(texts, is_single, "a str"), prepare)
         return (
             self._filled(number, answer, top_k, chosen) for number, answer in enumerate(answers, 1)
         )

@@ -48,7 +48,8 @@ class Tagger(TextModel):
         """
         if isinstance(texts, str):
             strategy = _known_strategy(aggregation_strategy)
-            answer = self._answer(texts, truncate=truncate, offsets=True)
+            prepare = self.preparer(prompted=False, truncate=truncate, offsets=True)
+            answer = self._answer(texts, prepare)
             return self._of(texts, answer, strategy, ignore_labels)
         return list(
             self.entities_iter(
@@ -74,12 +75,9 @@ class Tagger(TextModel):
         texts = checked(texts, is_single, "a str")
         # of an iterator, what is not yet answered is kept
         texts, again = (texts, iter(texts)) if isinstance(texts, Sequence) else tee(texts)
+        prepare = self.preparer(prompted=False, truncate=truncate, offsets=True)
         answers = self._answers(
-            texts,
-            truncate=truncate,
-            offsets=True,
-            show_progress_bar=show_progress_bar,
-            what="entities",
+            texts, prepare, show_progress_bar=show_progress_bar, what="entities"
         )
         return (self._of(next(again), answer, strategy, ignore_labels) for answer in answers)
 
@@ -117,7 +115,7 @@ class Tagger(TextModel):
     def _labelled(self, token: _Token) -> dict[str, Any]:
         best = int(token.scores.argmax())
         return {
-            "entity": self._label(best),
+            "entity": self.label(best),
             "score": token.scores[best],
             "index": token.index,
             "word": token.word,
@@ -135,7 +133,7 @@ class Tagger(TextModel):
             scores = np.mean([token.scores for token in tokens], axis=0)
         best = int(scores.argmax())
         return {
-            "entity": self._label(best),
+            "entity": self.label(best),
             "score": scores[best],
             "word": self._tokens.words([token.word for token in tokens]),
             "start": tokens[0].start,

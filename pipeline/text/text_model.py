@@ -6,33 +6,45 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
-from bertile.base.errors import UsageError, nearest
+from bertile.base.errors import InputError, UsageError, nearest
 from bertile.base.progress import Progress
 from bertile.families import text_settings
 from bertile.families.text_settings import USUAL_PROMPTS
 from bertile.loader import Model
 from bertile.text.engine import Answer, Engine
-from bertile.text.tokens import LONGER, Text, TextTokenizer, max_tokens
+from bertile.text.tokens import LONGER, Ids, Text, TextTokenizer, max_tokens
 
 LOG = logging.getLogger("bertile")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class Steps(NamedTuple):
+    """What a call does before the model and behind it; between them runs `TextModel.engine`.
+
+    `prepare` makes an encoding of each text: `prepare(texts, first=1)`, where errors count texts
+    from `first`. `finish` makes of an `Answer` what the caller gets.
+    """
+
+    prepare: Callable[..., list[Any]]
+    finish: Callable[[Answer], Any]
+
+
 class TextModel:
     """A bundle that answers texts; `bertile.open` makes it. A context manager.
 
-    `model` is the loaded `bertile.Model`, `settings` what the directory says of texts, and
-    `truncated` how many texts of the last call were cut, since they were too long.
+    `model` is the loaded `bertile.Model`, `engine` runs its texts, `settings` is what the directory
+    says of texts, and `truncated` how many texts of the last call were cut, since they were too
+    long.
     """
 
     def __init__(self, model: Model, directory: Path, streams: int | None = None) -> None:
         self.model, self.truncated, self._streams = model, 0, streams
         self.settings = text_settings.of_bundle(directory, model.manifest)
         self._tokens = TextTokenizer(directory, self.settings, max_tokens(model.manifest))
-        self._engine = Engine(model, streams)
+        self.engine = Engine(model, streams)
 
     @property
     def tokenizer(self) -> Any:
@@ -61,7 +73,7 @@ class TextModel:
 
     def close(self) -> None:
         """Give back the library and the weights; a later call raises BertileError."""
-        self._engine.close()
+        self.engine.close()
         self.model.close()
 
     def __enter__(self) -> Any:
@@ -77,11 +89,11 @@ class TextModel:
     def __repr__(self) -> str:
         return f"<bertile.text.{type(self).__name__} of {self.model!r}>"
 
-    def _label(self, index: int) -> str:
+    def label(self, index: int) -> str:
         """The name of a class, as transformers calls those without."""
         return self.labels[index] if index < len(self.labels) else f"LABEL_{index}"
 
-    def _prompt(self, name: str | None, prompt: str | None) -> str:
+    def prompt_text(self, name: str | None, prompt: str | None) -> str:
         """What goes in front of a text; UsageError for a name, or a prompt, that cannot be used."""
         if prompt is None:
             name = self.default_prompt_name if name is None else name
@@ -95,19 +107,61 @@ class TextModel:
             )
         return prompt
 
-    def _answer(self, text: Text, *, truncate: bool = True, offsets: bool = False) -> Answer:
+    def preparer(
+        self,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
+        prompted: bool = True,
+        truncate: bool = True,
+        side: str | None = None,
+        offsets: bool = False,
+        cut: str = LONGER,
+    ) -> Callable[..., list[Any]]:
+        """The first of a call's `Steps`: texts, pairs of them or lists of ids to encodings.
+
+        A prompt is put in front of a text, and of the first of a pair, where the call is
+        `prompted`; ids are taken as they are. What is too long is cut at `side`, "left" or
+        "right", else as the directory says; InputError, unless `truncate`. UsageError, at once, for
+        a prompt that cannot be used.
+        """
+        before = self.prompt_text(prompt_name, prompt) if prompted else ""
+
+        def prepare(texts: Sequence[Any], first: int = 1) -> list[Any]:
+            self._check_ids(texts, first)
+            if before:
+                texts = [_prompted(before, text) for text in texts]
+            return self._tokens.encode(
+                texts, truncate=truncate, side=side, offsets=offsets, cut=cut, first=first
+            )
+
+        return prepare
+
+    def _check_ids(self, texts: Sequence[Any], first: int) -> None:
+        """Raise InputError for a list of ids of which the model does not have all."""
+        for number, text in enumerate(texts, first):
+            if isinstance(text, Ids) and (not text or max(text) >= self._below or min(text) < 0):
+                raise InputError(
+                    f"text {number} is no list of ids from 0 to {self._below - 1}", "give those"
+                )
+
+    @functools.cached_property
+    def _below(self) -> int:
+        """How many ids the model has."""
+        limits = {spec["name"]: spec["below"] for spec in self.model.manifest["inputs"]}
+        return limits.get("input_ids") or self.tokenizer.get_vocab_size()
+
+    def _answer(self, text: Text, prepare: Callable[..., list[Any]]) -> Answer:
         """The answer to a single text, by all threads."""
-        (encoding,) = self._tokens.encode([text], truncate=truncate, offsets=offsets)
+        (encoding,) = prepare([text])
         self.truncated = int(bool(encoding.overflowing))
-        return self._engine.single(encoding)
+        return self.engine.single(encoding)
 
     def _answers(
         self,
         texts: Iterable[Text],
+        prepare: Callable[..., list[Any]],
         *,
-        truncate: bool = True,
-        offsets: bool = False,
-        cut: str = LONGER,
         show_progress_bar: bool | None = None,
         what: str = "texts",
     ) -> Iterator[Answer]:
@@ -116,14 +170,12 @@ class TextModel:
 
         def encode(window: list[Text]) -> list[Any]:
             nonlocal seen
-            encodings = self._tokens.encode(
-                window, truncate=truncate, offsets=offsets, cut=cut, first=seen + 1
-            )
+            encodings = prepare(window, first=seen + 1)
             seen += len(window)
             self.truncated += sum(bool(encoding.overflowing) for encoding in encodings)
             return encodings
 
-        answers = self._engine.stream(texts, encode)
+        answers = self.engine.stream(texts, encode)
         total = len(texts) if isinstance(texts, Sequence) else None
         yield from _shown(answers, total, what, show_progress_bar)
         if self.truncated:
@@ -178,6 +230,12 @@ def is_pair(text: Any) -> bool:
     """Whether it is a pair of texts: a tuple or list of two."""
     pair = isinstance(text, (tuple, list)) and len(text) == 2
     return pair and isinstance(text[0], str) and isinstance(text[1], str)
+
+
+def _prompted(before: str, text: Any) -> Any:
+    if isinstance(text, str):
+        return before + text
+    return text if isinstance(text, Ids) else (before + text[0], text[1])
 
 
 def _shown(answers: Iterator[T], total: int | None, what: str, show: bool | None) -> Iterator[T]:

@@ -13,7 +13,29 @@ FILE = "tokenizer.json"
 # What a tokenizer's encoding calls the inputs of a model.
 FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
-Text = str | tuple[str, str]  # a text, or a pair of them
+
+class Ids(list[int]):
+    """A text as its ids, special ones among them: its own encoding."""
+
+    overflowing: Sequence[Any] = ()
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids themselves, as an encoding has them."""
+        return self
+
+    @property
+    def attention_mask(self) -> list[int]:
+        """That there is no padding."""
+        return [1] * len(self)
+
+    @property
+    def type_ids(self) -> list[int]:
+        """That all belong to the first text."""
+        return [0] * len(self)
+
+
+Text = str | tuple[str, str] | Ids  # a text, or a pair of them
 # What of a pair is cut, in tokenizers' words.
 LONGER, FIRST, SECOND = "longest_first", "only_first", "only_second"
 
@@ -37,6 +59,7 @@ class TextTokenizer:
         texts: Sequence[Text],
         *,
         truncate: bool = True,
+        side: str | None = None,
         offsets: bool = False,
         cut: str = LONGER,
         first: int = 1,
@@ -44,28 +67,35 @@ class TextTokenizer:
         """The `tokenizers.Encoding` of each text or pair: its ids, and, where `offsets` are asked
         for, the characters and the names of its tokens.
 
-        What is too long is cut at the side that the directory says, of a pair the longer text, or
-        the first alone where `cut` is FIRST; unless `truncate`, InputError, which counts texts from
-        `first`.
+        What is too long is cut at `side`, or at that which the directory says, of a pair the longer
+        text, or the first alone where `cut` is FIRST; unless `truncate`, InputError, which counts
+        texts from `first`.
         """
-        tokenizer = self.cutting(self.cut_at, cut) if truncate and self.cut_at else self.whole
+        limit = self.cut_at if truncate else None
+        tokenizer = self.cutting(limit, cut, side=side) if limit else self.whole
         encode = tokenizer.encode_batch if offsets else tokenizer.encode_batch_fast
-        encodings = encode(list(texts))
+        words = [text for text in texts if not isinstance(text, Ids)]
+        encodings = encode(words)
+        if len(words) < len(texts):
+            rest = iter(encodings)
+            encodings = [
+                self._cut(text, limit, side) if isinstance(text, Ids) else next(rest)
+                for text in texts
+            ]
         if not truncate and self.longest:
             self._refuse_longer(encodings, first)
         return encodings
 
-    def cutting(self, length: int, strategy: str, stride: int = 0) -> Any:
+    def cutting(self, length: int, strategy: str, stride: int = 0, side: str | None = None) -> Any:
         """A `tokenizers.Tokenizer` that cuts to `length` tokens; kept for the next call.
 
         What it leaves out is an encoding's `overflowing`, which goes back by `stride` tokens.
         """
-        key = (length, strategy, stride)
+        side = side or self.settings.side or self._side
+        key = (length, strategy, stride, side)
         if key not in self._cutting:
             tokenizer, _ = self._read()
-            tokenizer.enable_truncation(
-                length, stride=stride, strategy=strategy, direction=self.settings.side or self._side
-            )
+            tokenizer.enable_truncation(length, stride=stride, strategy=strategy, direction=side)
             self._cutting[key] = tokenizer
         return self._cutting[key]
 
@@ -81,6 +111,15 @@ class TextTokenizer:
         if self.whole.decoder is None:
             return " ".join(tokens)
         return self.whole.decoder.decode(list(tokens))
+
+    def _cut(self, ids: Ids, limit: int | None, side: str | None) -> Ids:
+        if limit is None or len(ids) <= limit:
+            return ids
+        left = (side or self.settings.side or self._side) == "left"
+        kept, rest = (ids[-limit:], ids[:-limit]) if left else (ids[:limit], ids[limit:])
+        cut = Ids(kept)
+        cut.overflowing = [Ids(rest)]
+        return cut
 
     def _refuse_longer(self, encodings: Sequence[Any], first: int) -> None:
         for number, encoding in enumerate(encodings, first):

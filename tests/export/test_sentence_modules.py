@@ -231,6 +231,7 @@ def test_compiled_poolings_are_what_sentence_transformers_computes(encoder, stag
     arrays = features(directory)
     with compiled(directory, tmp_path / "bundle", stages) as bundle:
         assert_near(answer(bundle, arrays), wanted(model, arrays))
+        assert bundle.manifest["text"]["pooling"] == "max+lasttoken"
 
 
 @pytest.mark.slow
@@ -277,7 +278,10 @@ def test_compiled_splade_is_what_sentence_transformers_computes(filler, stages, 
     arrays = features(directory)
     with compiled(directory, tmp_path / "bundle", stages) as bundle:
         assert_near(answer(bundle, arrays), wanted(model, arrays))
-        assert bundle.manifest["text"]["kind"] == "sparse"
+        assert (bundle.manifest["text"]["kind"], bundle.manifest["text"]["pooling"]) == (
+            "sparse",
+            "splade",
+        )
         assert bundle.manifest["text"]["similarity"] == model.similarity_fn_name
 
 

@@ -6,6 +6,7 @@ library is Bertile's way with texts, and no test waits for a compile.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from pathlib import Path
@@ -136,6 +137,7 @@ class TorchModel:
             "model": {"head": head, "max_length": LENGTH, "source": "tiny", **model},
             "static": {"batch": None, "length": None},
             "target": {"name": "torch"},
+            "inputs": [{"name": "input_ids", "below": module.config.vocab_size}],
             "outputs": [{"name": name, "axes": axes[name]} for name in axes],
         }
 
@@ -213,7 +215,34 @@ def stand_in_of_sentences(directory: Path, original: Any) -> TextModel:
 
     pooled = Pooled()
     axes = {"sentence_embedding": ["batch", SIZES["hidden_size"]]}
-    return KINDS["embedding"](TorchModel("embedding", pooled, axes), directory)
+    model = TorchModel("embedding", pooled, axes)
+    settings = dataclasses.replace(text_settings.read(directory), pooling="mean")
+    model.manifest["text"] = settings.to_json()
+    return KINDS["embedding"](model, directory)
+
+
+def stand_in_of_splade(directory: Path) -> TextModel:
+    """What `bertile.open` would give of the bundle of a masked language model as SPLADE has it."""
+    import torch
+    import transformers
+
+    masked = transformers.AutoModelForMaskedLM.from_pretrained(directory).eval()
+
+    class Weights:
+        config = masked.config
+
+        def __call__(self, **tensors: Any) -> Any:
+            logits = masked(**tensors).logits
+            weights = torch.log1p(torch.relu(logits)) * tensors["attention_mask"][:, :, None]
+            return {"sentence_embedding": weights.amax(1)}
+
+    axes = {"sentence_embedding": ["batch", masked.config.vocab_size]}
+    model = TorchModel("embedding", Weights(), axes)
+    settings = text_settings.TextSettings(
+        kind="sparse", similarity="dot", cut_at=LENGTH, pooling="splade"
+    )
+    model.manifest["text"] = settings.to_json()
+    return KINDS["embedding"](model, directory)
 
 
 class Counting:

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,25 @@ def test_rows_of_a_model_without_a_mask_are_equally_long(small, words: Path) -> 
     vectors = Embedder(Unmasked(), words).encode([counted(number) for number in range(20)])
     assert vectors.tolist() == wanted(20)
     assert lengths and all(len(row) == 1 for row in lengths)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_some_texts_run_in_a_stream(words: Path, masked: bool) -> None:
+    lengths: list[set[int]] = []
+
+    class Noting(Counting):
+        inputs = ("input_ids", "attention_mask") if masked else ("input_ids",)
+
+        def __call__(self, input_ids: np.ndarray, **_: Any) -> dict[str, np.ndarray]:
+            lengths.append(set((input_ids > 0).sum(1).tolist()))
+            return super().__call__(input_ids, input_ids > 0)
+
+    embedder = Embedder(Noting(), words)
+    steps = embedder.steps()
+    texts = [counted(number) for number in range(20)]
+    answers = embedder.engine.run(steps.prepare(texts))
+    assert [steps.finish(answer).tolist() for answer in answers] == wanted(20)
+    assert len(lengths) == 1 if masked else all(len(same) == 1 for same in lengths)
 
 
 @pytest.mark.parametrize(("streams", "most"), [(None, 3), (1, 1), (2, 2)])

@@ -11,7 +11,7 @@ from helpers.text_models import LONG, TEXTS, bytes_and_pairs, word_pieces
 from bertile.base.errors import BundleError, InputError, ModelError
 from bertile.families import text_settings
 from bertile.families.text_settings import TextSettings
-from bertile.text.tokens import FIRST, TextTokenizer, max_tokens
+from bertile.text.tokens import FIRST, Ids, TextTokenizer, max_tokens
 
 CASED = ["The Cat Sat", "a cat sat on the Mat and a mat sat on THE cat", "É a", "日本 🙂", ""]
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -187,3 +187,24 @@ def test_max_tokens_is_the_lower_of_both_limits() -> None:
     manifest = {"model": {"max_length": 512}, "static": {"length": 128}}
     assert max_tokens(manifest) == 128
     assert max_tokens({"model": {"max_length": None}, "static": {}}) is None
+
+
+def test_ids_are_their_own_encoding(cased: Path) -> None:
+    text = encode(cased, ["a cat sat on the mat"])[0].ids
+    settle(cased, "tokenizer_config.json", model_max_length=6)
+    first, ids, last = encode(cased, ["a cat", Ids(text), "the cat"])
+    assert (first.ids, last.ids) == tuple(e.ids for e in encode(cased, ["a cat", "the cat"]))
+    assert (ids.ids, len(ids)) == (text[:6], 6) and ids.overflowing
+    assert ids.attention_mask == [1] * 6 and ids.type_ids == [0] * 6
+    (left,) = encode(cased, [Ids(text)], side="left")
+    assert left.ids == text[-6:]
+    assert not encode(cased, [Ids(text[:6])])[0].overflowing
+
+
+def test_side_of_a_cut_may_be_said(cased: Path) -> None:
+    settle(cased, "tokenizer_config.json", model_max_length=6, truncation_side="right")
+    whole = encode(cased, [CASED[1]], truncate=False)[0].ids
+    assert len(whole) > 6
+    for side, kept in ((None, whole[1:5]), ("right", whole[1:5]), ("left", whole[-5:-1])):
+        (encoding,) = encode(cased, [CASED[1]], side=side)
+        assert encoding.ids == [whole[0], *kept, whole[-1]]
