@@ -26,7 +26,7 @@ stays in float32. ``writes`` "to_bf16" or "to_int8" is as for dense layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -242,12 +242,20 @@ class _Query:
 
     def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any, i: int) -> None:
         """Exponentials against the new maximum, and their sum."""
-        highest = T.Bind(lanes.load(state, 3 * i) * lanes.splat(vector_math.LOG2E))
+        exponent = self._exponents(state, i)
         with T.serial(blocks * BLOCK_TOKENS) as j:
-            score = lanes.load(scores, i, j) * lanes.splat(vector_math.LOG2E)
-            weight = T.Bind(vector_math.exp2(score - highest))
+            weight = T.Bind(vector_math.exp2(exponent(lanes.load(scores, i, j))))
             lanes.store(weights, weight, i, j)
             lanes.store(state, lanes.load(state, 3 * i + 1) + weight, 3 * i + 1)
+
+    def _exponents(self, state: Any, i: int) -> Callable[[Any], Any]:
+        """What two is raised to for a score, given the maximum.
+
+        The difference is taken first: where all keys up to here are masked, both are so far below
+        zero that what a multiply-add by log2(e) does not round would be a huge exponent.
+        """
+        highest = T.Bind(lanes.load(state, 3 * i))
+        return lambda score: (score - highest) * lanes.splat(vector_math.LOG2E)
 
     def _context(self, weights: Any, context: Any, start: Any, blocks: Any) -> None:
         """context[d] += weights · v, a few channels at a time in registers."""
@@ -291,12 +299,12 @@ class _HalfQuery(_Query):
         return T.alloc_buffer((self.queries, pairs, BLOCK_TOKENS), "int32")
 
     def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any, i: int) -> None:
-        highest = T.Bind(lanes.load(state, 3 * i) * lanes.splat(vector_math.LOG2E))
+        exponent = self._exponents(state, i)
         with T.serial(blocks * (BLOCK_TOKENS // 2)) as j:
             pair = []
             for odd in range(2):
-                score = lanes.load(scores, i, 2 * j + odd) * lanes.splat(vector_math.LOG2E)
-                pair.append(T.Bind(vector_math.exp2_coarse(score - highest)))
+                score = lanes.load(scores, i, 2 * j + odd)
+                pair.append(T.Bind(vector_math.exp2_coarse(exponent(score))))
             lanes.store(weights, arithmetics.pack_bf16(*pair), i, j)
             total = lanes.load(state, 3 * i + 1) + (pair[0] + pair[1])
             lanes.store(state, total, 3 * i + 1)
