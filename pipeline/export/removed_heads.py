@@ -30,6 +30,10 @@ def remove(model: Any, family: Family, removed: Mapping[str, Sequence[int]]) -> 
 
     ModelError for a layer or a head that there is not, or where no head would be left.
     """
+    if len(family.layers) < 6:
+        raise ModelError(
+            f"pruned_heads of {family.title} is unsupported: its Q, K and V are one layer"
+        )
     layers = family.encoder_layers(model)
     for layer, heads in removed.items():
         if int(layer) >= len(layers):
