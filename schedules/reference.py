@@ -42,9 +42,11 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def layer_norm(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, epsilon: float) -> np.ndarray:
-    """Over the last axis, Ba et al. 2016."""
-    mean = x.mean(-1, keepdims=True)
+def layer_norm(
+    x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, epsilon: float, rms: bool = False
+) -> np.ndarray:
+    """Over the last axis, Ba et al. 2016; ``rms``: RMSNorm, Zhang & Sennrich 2019."""
+    mean = 0.0 if rms else x.mean(-1, keepdims=True)
     variance = ((x - mean) ** 2).mean(-1, keepdims=True)
     return (x - mean) / np.sqrt(variance + epsilon) * gamma + beta
 

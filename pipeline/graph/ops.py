@@ -10,7 +10,8 @@ and act on row-major tensors; the layout that kernels use enters only when the b
     head_size, scale, [precision]} and what else an AttentionSpec says that is not its default
     bertile.rotary(x (B, S, C), cos (B|1, S, D), sin (B|1, S, D)) {heads}
         its first heads of D channels turned by the places of tokens, the rest as it is
-    bertile.layer_norm(x (…, C), gamma (C), beta (C)) {epsilon}
+    bertile.layer_norm(x (…, C), gamma (C), beta (C)) {epsilon, [rms]}
+        {rms}: RMSNorm, x by the root of its mean square
     bertile.embedding(ids (B|1, S)…, table (V, C)…, gamma (C), beta (C)) {tables, epsilon,
     [precision]}
     bertile.first_token(x (B, S, C))                                                   x[:, 0]
@@ -80,9 +81,15 @@ def rotary(x: Any, cos: Any, sin: Any, heads: int) -> relax.Call:
     return _call("rotary", [x, cos, sin], heads=heads)
 
 
-def layer_norm(x: Any, gamma: Any, beta: Any, epsilon: float) -> relax.Call:
-    """LayerNorm over the last axis."""
-    return _call("layer_norm", [x, gamma, beta], epsilon=epsilon)
+def layer_norm(x: Any, gamma: Any, beta: Any, epsilon: float, rms: bool = False) -> relax.Call:
+    """LayerNorm over the last axis, or RMSNorm, where the mean is not taken off."""
+    more = {"rms": True} if rms else {}
+    return _call("layer_norm", [x, gamma, beta], epsilon=epsilon, **more)
+
+
+def is_rms(norm: relax.Call) -> bool:
+    """Whether a norm is RMSNorm."""
+    return "rms" in norm.attrs
 
 
 def embedding(

@@ -122,7 +122,8 @@ def _rotary_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
 
 
 def _layer_norm_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
-    return {"channels": shape(call)[-1], "epsilon": _epsilon(call)}
+    more = {"rms": True} if ops.is_rms(call) else {}
+    return {"channels": shape(call)[-1], "epsilon": _epsilon(call), **more}
 
 
 def _embedding_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
