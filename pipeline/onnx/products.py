@@ -330,7 +330,8 @@ class _Parts:
         waiting, cut = [(self.product.output[0], [])], False
         while waiting:
             name, chain = waiting.pop()
-            readers = self.consumers.get(name, [])
+            # who asks for a shape alone reads no part; shapes are written anew later
+            readers = [n for n in self.consumers.get(name, []) if n.op_type != "Shape"]
             moved = [node for node in readers if self._moves(node, name)]
             if len(moved) < len(readers) or name in self.graph.outputs or not readers:
                 ends[name] = chain
