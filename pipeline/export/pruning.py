@@ -55,13 +55,14 @@ def prune(model: Any, family: str, sparsity: float, pattern: str) -> list[Pruned
     `sparsity` is the share of zeros in every linear layer of every encoder layer; of heads, or of
     neurons, where the pattern is that. Embeddings, pooler and head of the model stay as they are.
     """
-    layers = table.named(family).encoder_layers(model)
+    row = table.named(family)
+    layers = row.encoder_layers(model)
     for layer in layers:
-        *into, out, first, second = layer.values()
+        into, (out,), first, (second,) = row.grouped(layer)
         if pattern == "heads":
             _prune_units(into, out, model.config.num_attention_heads, sparsity)
         elif pattern == "neurons":
-            _prune_units([first], second, second.in_features, sparsity)
+            _prune_units(first, second, second.in_features, sparsity)
         else:
             _prune_blocks(layer, sparsity, pattern)
     return [_row(name, linear) for layer in layers for name, linear in layer.items()]

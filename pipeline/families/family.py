@@ -26,9 +26,10 @@ class Family:
     name             as manifests and logs spell it
     title            as README and the command line spell it
     model_types      what `model_type` of config.json says; the first is its synthetic models'
-    layers           the linear layers of an encoder layer, by their names within it: Q, K and V (or
-                     all three in one), the attention's output, the first (of a gated one both
-                     halves) and the second of the feed-forward network
+    layers           the linear layers of an encoder layer, by their names within it: Q, K and V,
+                     the attention's output, the first and the second of the feed-forward network
+    groups           how many layers these are each: Q, K and V may be one, and of a gated network
+                     the two that are multiplied may be the first together
     tiny             the configuration of synthetic:NAME-tiny, which tests take
     sizes            the configurations of its other synthetic models, by name
     positions        FROM_ZERO, AFTER_PADDING or BY_ANGLE
@@ -47,6 +48,7 @@ class Family:
     layers: tuple[str, ...]
     tiny: Mapping[str, Any]
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    groups: tuple[int, int, int, int] = (3, 1, 1, 1)
     positions: str = FROM_ZERO
     token_types: bool = True
     optional_pooler: bool = True
@@ -88,6 +90,13 @@ class Family:
             {name: modules[name] for name in (f"{start}.{layer}" for layer in self.layers)}
             for start in starts
         ]
+
+    def grouped(self, layer: Mapping[str, Any]) -> list[list[Any]]:
+        """The linear layers of one encoder layer, as `groups` says what they are."""
+        rest, parts = iter(layer.values()), []
+        for count in self.groups:
+            parts.append([next(rest) for _ in range(count)])
+        return parts
 
     def synthetic(self) -> dict[str, tuple[str, Mapping[str, Any]]]:
         """Its synthetic models: by name the model type and the configuration."""

@@ -192,6 +192,7 @@ FAMILIES = (
         title="ModernBERT",
         model_types=("modernbert",),
         layers=("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+        groups=(1, 1, 1, 1),
         positions=BY_ANGLE,
         token_types=False,
         # two kinds of layers, whose windows are shorter than what tests ask for
@@ -202,6 +203,21 @@ FAMILIES = (
             # four layers of ModernBERT-base
             "modernbert-long": _sizes(4, 768, 12, 50368, intermediate_size=1152),
         },
+    ),
+    Family(
+        name="nomic-bert",
+        title="Nomic BERT",
+        kernels_of="modernbert",
+        lacks=("next-sentence", "question-answering", "multiple-choice"),
+        model_types=("nomic_bert",),
+        layers=(
+            *(f"self_attn.{name}_proj" for name in "qkvo"),
+            *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+        ),
+        groups=(3, 1, 2, 1),
+        positions=BY_ANGLE,
+        tiny=_tiny(),
+        sizes={"nomic-bert-base": _sizes(12, 768, 12, 30528, max_position_embeddings=2048)},
     ),
 )
 

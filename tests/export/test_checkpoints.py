@@ -189,6 +189,13 @@ def test_load_refuses_unknown_names(model, head, message):
     assert message in str(caught.value) and caught.value.exit_code == 2
 
 
+def test_a_family_that_this_transformers_does_not_know_is_refused_by_name(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers, "CONFIG_MAPPING", {"bert": None})
+    with pytest.raises(ModelError, match=r"has no models of type 'modernbert'.*install a newer"):
+        checkpoints.load("synthetic:modernbert-tiny")
+
+
 def test_load_names_the_remedy_when_the_hub_cannot_be_reached(monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "snapshot_download", _unreachable)
