@@ -26,6 +26,7 @@ __all__ = ["ExportedModel", "InputSpec", "export", "fingerprint", "read"]
 
 OPSET = 20
 _SCOPES = "pkg.torch.onnx.name_scopes"  # what torch's exporter records of a node
+LONGEST = 2048  # tokens that it is compared with torch on
 TOLERANCE = 1e-3  # largest absolute difference between ONNX Runtime and torch, real tokens only
 
 _OUTPUTS = {
@@ -199,6 +200,12 @@ def _sees_windows(config: Any) -> bool:
     return any(kind != "full_attention" for kind in kinds)
 
 
+def _beyond_windows(config: Any) -> tuple[int, ...]:
+    """The length in which the windows of a model's layers show; () for one without."""
+    window = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None)
+    return (min(2 * window + 5, LONGEST),) if window else ()
+
+
 def _must_answer_alike(module: Any, want: Mapping[str, Any], exported: ExportedModel) -> None:
     """Refuse a model whose own code makes something else of the mask that the export gives it."""
     arguments = _arguments(exported)
@@ -297,10 +304,11 @@ def _sizes(value: Any) -> list[object]:
 
 
 def _check(module: Any, exported: ExportedModel, padding_id: int) -> float:
-    """Return the largest difference between torch and ONNX Runtime over two padded batches."""
+    """Return the largest difference between torch and ONNX Runtime over some padded batches."""
     (torch,) = require("export", "torch")
     worst = 0.0
-    shapes = [(2, min(16, exported.max_length)), (3, min(37, exported.max_length))]
+    lengths = (16, 37, *_beyond_windows(module.model.config))
+    shapes = [(2 + place, min(n, exported.max_length)) for place, n in enumerate(lengths)]
     feeds = []
     for seed, (batch, length) in enumerate(shapes):
         arrays = sample(exported.inputs, batch, length, padding_id, seed)
