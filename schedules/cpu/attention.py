@@ -65,18 +65,24 @@ def space(task: Task, row: Row) -> Space:
 
 def default(task: Task, row: Row) -> Knobs:
     """Register tiles of two blocks of queries, and as many keys as the first-level cache holds of K
-    and V; or the widest tiles of one, where registers are few or a query sees not all keys.
+    and V; or the widest tiles of one, where registers are few or a query sees not all keys: those
+    of a window at once, as far as their scores fit in that cache.
     """
     if attention_tiles.takes(task, row):
         return attention_tiles.default(task, row)
     choices = space(task, row)
     channels = [c for c in choices["channels"] if c <= 16]
-    size = AttentionSpec.from_shape(task.shape).head_size
+    spec = AttentionSpec.from_shape(task.shape)
+    size = spec.head_size
     even = [c for c in channels if size % c == 0 and c * 2 >= max(channels)]
     if row.vector_bits == 512 and 2 in choices["queries"]:
         return {"key_tile": 4, "keys": 8, "channels": 8, "queries": 2}
     widest = {"keys": max(choices["keys"]), "channels": max(even or channels)}
-    return {"key_tile": 8, **widest, "queries": 1}
+    key_tile = 8
+    if None not in spec.reach():
+        seen = 1 + sum(-(-most // BLOCK_TOKENS) for most in spec.reach())
+        key_tile = next(tile for tile in choices["key_tile"] if tile >= min(seen, 16))
+    return {"key_tile": key_tile, **widest, "queries": 1}
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
@@ -217,14 +223,26 @@ class _Query:
         low: Any,
     ) -> None:
         """Store some keys' scores of one block of queries, and see the largest."""
-        for j, register in enumerate(total):
-            value = lanes.read(register) * lanes.splat(self.scale)
-            value = value + lanes.splat(self.keys[where, low + j])
-            key = (start + block) * BLOCK_TOKENS + low + j
-            if self.operands.bias is not None:
-                value = value + self.operands.bias_of(self.query + i, self.head, key)
-            value = self.sights[i].score(value, key)
-            lanes.store(scores, value, i, block * BLOCK_TOKENS + low + j)
+
+        def store(score: Callable[[Any, Any], Any]) -> None:
+            for j, register in enumerate(total):
+                value = lanes.read(register) * lanes.splat(self.scale)
+                value = value + lanes.splat(self.keys[where, low + j])
+                key = (start + block) * BLOCK_TOKENS + low + j
+                if self.operands.bias is not None:
+                    value = value + self.operands.bias_of(self.query + i, self.head, key)
+                lanes.store(scores, score(value, key), i, block * BLOCK_TOKENS + low + j)
+
+        sight = self.sights[i]
+        whole = sight.sees_all_of(start + block)
+        if whole is True:
+            store(lambda value, key: value)
+        else:  # most blocks of a window are seen by all queries, key for key
+            with T.If(whole):
+                with T.Then():
+                    store(lambda value, key: sight.bounded(value))
+                with T.Else():
+                    store(sight.score)
         highest = lanes.load(state, 3 * i + 2)
         for j in range(len(total)):
             highest = tirx.max(highest, lanes.load(scores, i, block * BLOCK_TOKENS + low + j))
