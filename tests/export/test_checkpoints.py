@@ -26,13 +26,17 @@ def copied(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "copy")
 
 
+# Where it is not 12 of a model that is called base, and 2 of another.
+LAYERS = {
+    **{"minilm": 6, "distilbert-base": 6, "bert-large": 24},
+    **{"modernbert-tiny": 4, "modernbert-long": 4, "modernbert-base": 22, "modernbert-large": 28},
+}
+
+
 @pytest.mark.parametrize("name", synthetic.SYNTHETIC)
 def test_config_has_the_size_of_its_name(name):
     config = synthetic.config(name)
-    assert config.num_hidden_layers == (
-        {"minilm": 6, "distilbert-base": 6, "bert-large": 24}.get(name)
-        or (12 if name.endswith("base") else 2)
-    )
+    assert config.num_hidden_layers == LAYERS.get(name, 12 if name.endswith("base") else 2)
     assert config.hidden_size % config.num_attention_heads == 0
 
 

@@ -27,15 +27,15 @@ SIZES = {
 def written(size) -> onnx.ModelProto:
     """A model whose output has the shape (7, size) of a request's batch and length."""
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length"])
-    made = helper.make_tensor_value_info("made", TensorProto.FLOAT, None)
-    one = helper.make_tensor("one", TensorProto.FLOAT, [1, 1], [1.0])
-    graph = OnnxGraph(helper.make_model(helper.make_graph([], "sizes", [ids], [made], [one])))
+    result = helper.make_tensor_value_info("ones", TensorProto.FLOAT, None)
+    unit = helper.make_tensor("unit", TensorProto.FLOAT, [1, 1], [1.0])
+    graph = OnnxGraph(helper.make_model(helper.make_graph([], "sizes", [ids], [result], [unit])))
     feeds = tuple({"input_ids": np.zeros(shape, np.int64)} for shape in SHAPES)
     axes = Axes(graph, Probes(feeds, feeds))
     vector = axes.expression(tuple(size(*shape) for shape in SHAPES))
     shape = graph.add("Concat", [graph.integers(7), vector], axis=0)
-    expanded = graph.add("Expand", ["one", shape])
-    graph.nodes.append(helper.make_node("Identity", [expanded], ["made"]))
+    expanded = graph.add("Expand", ["unit", shape])
+    graph.nodes.append(helper.make_node("Identity", [expanded], ["ones"]))
     graph.clean()
     return graph.to_model(OPSET)
 
