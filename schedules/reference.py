@@ -23,7 +23,17 @@ def apply_activation(name: str, x: np.ndarray) -> np.ndarray:
         return np.maximum(x, 0)
     if name == "tanh":
         return np.tanh(x)
+    if name == "silu":
+        return x / (1 + np.exp(-x))
     raise KeyError(f"no activation {name!r}")
+
+
+def gated(name: str, x: np.ndarray) -> np.ndarray:
+    """The first half of the last axis, activated, times the second: a gated linear unit, Shazeer
+    2020 (GEGLU with gelu, SwiGLU with silu).
+    """
+    first, second = np.split(x, 2, axis=-1)
+    return apply_activation(name, first) * second
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -32,9 +42,11 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def layer_norm(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, epsilon: float) -> np.ndarray:
-    """Over the last axis, Ba et al. 2016."""
-    mean = x.mean(-1, keepdims=True)
+def layer_norm(
+    x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, epsilon: float, rms: bool = False
+) -> np.ndarray:
+    """Over the last axis, Ba et al. 2016; ``rms``: RMSNorm, Zhang & Sennrich 2019."""
+    mean = 0.0 if rms else x.mean(-1, keepdims=True)
     variance = ((x - mean) ** 2).mean(-1, keepdims=True)
     return (x - mean) / np.sqrt(variance + epsilon) * gamma + beta
 
@@ -45,6 +57,14 @@ def rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """
     first, second = np.split(x, 2, axis=-1)
     return x * cos + np.concatenate([-second, first], axis=-1) * sin
+
+
+def rotary_heads(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, heads: int) -> np.ndarray:
+    """x (…, C) whose first ``heads`` heads are turned, by cos and sin (…, D); the rest as it is."""
+    channels = heads * cos.shape[-1]
+    of_heads = x[..., :channels].reshape(*x.shape[:-1], heads, -1)
+    both = rotary(of_heads, cos[..., None, :], sin[..., None, :])
+    return np.concatenate([both.reshape(*x.shape[:-1], channels), x[..., channels:]], axis=-1)
 
 
 def byte_limits(low: float, high: float) -> np.ndarray:

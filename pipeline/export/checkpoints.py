@@ -157,6 +157,7 @@ def _with_head(model: Any, head: str, name: str) -> Any:
 
 def _from_synthetic(source: str, head: str | None) -> Checkpoint:
     name, chosen = synthetic.parse(source, head)
+    _must_be_known(synthetic.SYNTHETIC[name][0])
     config = synthetic.config(name)
     family = table.supporting(config.model_type, source)
     model = synthetic.build(_auto_class(chosen, config.model_type), config)
@@ -243,9 +244,20 @@ def _must_have_places(model: Any, source: str) -> None:
 def _auto_class(head: str, model_type: str) -> Any:
     """transformers' auto class for that head; UsageError where the family has no such head."""
     table.must_have_head(model_type, head)
+    _must_be_known(model_type)
     (transformers,) = require("export", "transformers")
     classes = table.of_type(model_type).auto_classes
     return getattr(transformers, classes.get(head, HEADS[head][0]))
+
+
+def _must_be_known(model_type: str) -> None:
+    """Refuse a family that the transformers which is installed is too old for."""
+    (transformers,) = require("export", "transformers")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise ModelError(
+            f"transformers {transformers.__version__} has no models of type '{model_type}'",
+            "install a newer one: pip install --upgrade transformers",
+        )
 
 
 def _left_out(architecture: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import shutil
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from bertile.onnx.scores import room
 __all__ = ["ExportedModel", "InputSpec", "export", "fingerprint", "read"]
 
 OPSET = 20
+_SCOPES = "pkg.torch.onnx.name_scopes"  # what torch's exporter records of a node
+LONGEST = 2048  # tokens that it is compared with torch on
 TOLERANCE = 1e-3  # largest absolute difference between ONNX Runtime and torch, real tokens only
 
 _OUTPUTS = {
@@ -71,14 +74,14 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
         module.additive = _takes_additive(module, exported)
         _must_answer_alike(module, want, exported)
         bar.advance(note="torch's exporter writes the graph")
-        _write_onnx(module, exported)
+        notes = _write_onnx(module, exported)
         bar.advance(note="compare with torch")
         difference = _check(module, exported, _padding_id(checkpoint))
         bar.advance(note="look which outputs depend on other rows")
         seen = reach.look(session(exported.onnx_path), exported.inputs, None, None)
         bar.advance()
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
-    notes = (*exported.notes, *module.notes, *seen.notes(), note)
+    notes = (*exported.notes, *module.notes, *notes, *seen.notes(), note)
     known = {"notes": notes, "together": bool(seen.rows), "padded": bool(seen.padding)}
     return dataclasses.replace(exported, **known).write()
 
@@ -169,6 +172,8 @@ def _takes_additive(module: Any, exported: ExportedModel) -> bool:
     """
     if not type(module.model).__module__.startswith("transformers."):
         return True
+    if _sees_windows(module.model.config):  # which such a mask would open
+        return False
     arguments = _arguments(exported)
     mask = arguments["attention_mask"].numpy()
     try:
@@ -187,6 +192,20 @@ def _takes_additive(module: Any, exported: ExportedModel) -> bool:
     )
 
 
+def _sees_windows(config: Any) -> bool:
+    """Whether some layers see a part of the sequence, so that the model builds a mask for each
+    kind.
+    """
+    kinds = getattr(config, "layer_types", None) or ()
+    return any(kind != "full_attention" for kind in kinds)
+
+
+def _beyond_windows(config: Any) -> tuple[int, ...]:
+    """The length in which the windows of a model's layers show; () for one without."""
+    window = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None)
+    return (min(2 * window + 5, LONGEST),) if window else ()
+
+
 def _must_answer_alike(module: Any, want: Mapping[str, Any], exported: ExportedModel) -> None:
     """Refuse a model whose own code makes something else of the mask that the export gives it."""
     arguments = _arguments(exported)
@@ -202,7 +221,8 @@ def _must_answer_alike(module: Any, want: Mapping[str, Any], exported: ExportedM
             )
 
 
-def _write_onnx(module: Any, exported: ExportedModel) -> None:
+def _write_onnx(module: Any, exported: ExportedModel) -> tuple[str, ...]:
+    """Write model.onnx in canonical form; give notes for people."""
     (torch,) = require("export", "torch")
     batch = torch.export.Dim("batch", min=1)
     length = torch.export.Dim("length", min=1, max=exported.max_length)
@@ -217,23 +237,25 @@ def _write_onnx(module: Any, exported: ExportedModel) -> None:
         dynamic_shapes=tuple({0: batch, 1: length} for _ in arguments),
         verbose=False,
     )
-    _write_canonical(program.model_proto, exported, module.additive)
+    return _write_canonical(program.model_proto, exported, module.additive)
 
 
-def _write_canonical(proto: Any, exported: ExportedModel, additive: bool) -> None:
+def _write_canonical(proto: Any, exported: ExportedModel, additive: bool) -> tuple[str, ...]:
     """Drop the exporter's records of source lines, and bring the rest to the one spelling."""
-    from bertile.onnx import attention, rewrites
+    from bertile.onnx import attention, places, rewrites
     from bertile.onnx.graph import OnnxGraph, save
 
-    graph = OnnxGraph(proto)
-    if not additive:
-        _write_masks(graph, exported)
+    graph, notes = OnnxGraph(proto), ()
     sizes = {value.name: _sizes(value) for value in [*graph.inputs, *proto.graph.value_info]}
+    _name_products(graph)
     for node in graph.nodes:
         del node.metadata_props[:]
         node.doc_string = ""
     for value in [*graph.inputs, *graph.results]:
         del value.metadata_props[:]
+    angles = any(node.op_type in places.ANGLES for node in graph.nodes)
+    if angles or not additive:
+        notes = _rewrite(graph, exported)
     rewrites.write_reshapes(graph, sizes.get)
     rewrites.transpose_weights(graph)
     rewrites.split_gemms(graph)
@@ -241,16 +263,40 @@ def _write_canonical(proto: Any, exported: ExportedModel, additive: bool) -> Non
     rewrites.name_weights(graph)
     graph.clean()
     save(graph.to_model(OPSET), exported.onnx_path)
+    return notes
 
 
-def _write_masks(graph: Any, exported: ExportedModel) -> None:
-    """Give masks that the model has built of (batch, length) the canonical form."""
-    from bertile.onnx import masks, probing, shapes
+def _rewrite(graph: Any, exported: ExportedModel) -> tuple[str, ...]:
+    """Bring what the model itself makes of shapes and (batch, length), masks and the angles of
+    places, to canonical form, as an ONNX file's.
+    """
+    from bertile.onnx import normalizer, probing
 
     limit = exported.max_length
     longest = max(length for _, length in probing.SHAPES)
-    probes = probing.probe(graph, exported.inputs, OPSET, None, limit if limit < longest else None)
-    masks.write_masks(graph, probes, shapes.Axes(graph, probes), limit, OPSET)
+    length = limit if limit is not None and limit < longest else None
+    probes = probing.probe(graph, exported.inputs, OPSET, None, length)
+    _, notes = normalizer.rewrite(graph, probes, OPSET, limit)
+    return notes
+
+
+def _name_products(graph: Any) -> None:
+    """Call the weight of a product without a bias, by which it would be named, as its layer.
+
+    torch's exporter numbers what it has transposed, and records whose layer a node is.
+    """
+    names: dict[str, str] = {}
+    consumers = graph.consumers()
+    for node in graph.nodes:
+        scopes = next((p.value for p in node.metadata_props if p.key == _SCOPES), None)
+        if node.op_type != "MatMul" or scopes is None or not graph.is_constant(node.input[1]):
+            continue
+        readers = consumers.get(node.output[0], [])
+        if not any(r.op_type == "Add" and any(map(graph.is_constant, r.input)) for r in readers):
+            names.setdefault(node.input[1], f"{ast.literal_eval(scopes)[-2]}.weight")
+    for old, new in names.items():
+        if not graph.is_constant(new) and list(names.values()).count(new) == 1:
+            graph.rename_constant(old, new)
 
 
 def _sizes(value: Any) -> list[object]:
@@ -258,10 +304,11 @@ def _sizes(value: Any) -> list[object]:
 
 
 def _check(module: Any, exported: ExportedModel, padding_id: int) -> float:
-    """Return the largest difference between torch and ONNX Runtime over two padded batches."""
+    """Return the largest difference between torch and ONNX Runtime over some padded batches."""
     (torch,) = require("export", "torch")
     worst = 0.0
-    shapes = [(2, min(16, exported.max_length)), (3, min(37, exported.max_length))]
+    lengths = (16, 37, *_beyond_windows(module.model.config))
+    shapes = [(2 + place, min(n, exported.max_length)) for place, n in enumerate(lengths)]
     feeds = []
     for seed, (batch, length) in enumerate(shapes):
         arrays = sample(exported.inputs, batch, length, padding_id, seed)

@@ -32,6 +32,7 @@ FORM = {
 OTHER_HEADS = (
     *("pooler", "classifier", "pre_classifier", "qa_outputs", "sequence_summary", "sop_classifier"),
     *("cls", "cls.seq_relationship", "cls.predictions", "lm_head", "predictions"),
+    *("head", "decoder"),
     *("vocab_transform", "vocab_layer_norm", "vocab_projector"),
     *("discriminator_predictions", "generator_predictions", "generator_lm_head"),
     *("loss", "loss_fct", "criterion"),

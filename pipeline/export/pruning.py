@@ -55,14 +55,14 @@ def prune(model: Any, family: str, sparsity: float, pattern: str) -> list[Pruned
     `sparsity` is the share of zeros in every linear layer of every encoder layer; of heads, or of
     neurons, where the pattern is that. Embeddings, pooler and head of the model stay as they are.
     """
-    layers = table.named(family).encoder_layers(model)
+    row = table.named(family)
+    layers = row.encoder_layers(model)
     for layer in layers:
+        into, (out,), first, (second,) = row.grouped(layer)
         if pattern == "heads":
-            *into, out = list(layer.values())[:4]
             _prune_units(into, out, model.config.num_attention_heads, sparsity)
         elif pattern == "neurons":
-            first, second = list(layer.values())[4:]
-            _prune_units([first], second, second.in_features, sparsity)
+            _prune_units(first, second, second.in_features, sparsity)
         else:
             _prune_blocks(layer, sparsity, pattern)
     return [_row(name, linear) for layer in layers for name, linear in layer.items()]
@@ -108,15 +108,23 @@ def _prune_blocks(layer: dict[str, Any], sparsity: float, pattern: str) -> None:
 
 
 def _prune_units(into: list[Any], out: Any, count: int, sparsity: float) -> None:
-    """Zero the weights of whole heads or neurons in the layers around them, and their biases."""
-    sums = [np.abs(_array(linear.weight)).sum(1, dtype="float64") for linear in into]
+    """Zero the weights of whole heads or neurons in the layers around them, and their biases.
+
+    A layer into them may have several outputs of each, one whole set behind the other.
+    """
+    width = out.in_features
+    sums = [
+        np.abs(_array(linear.weight)).sum(1, dtype="float64").reshape(-1, width).sum(0)
+        for linear in into
+    ]
     sums.append(np.abs(_array(out.weight)).sum(0, dtype="float64"))
     stays = largest(sum(sums).reshape(count, -1).sum(1), sparsity)
-    gone = ~stays.repeat(out.in_features // count)
+    gone = ~stays.repeat(width // count)
     _array(out.weight)[:, gone] = 0
     for linear in into:
-        _array(linear.weight)[gone] = 0
-        _array(linear.bias)[gone] = 0
+        for parameter in (linear.weight, linear.bias):
+            if parameter is not None:
+                _array(parameter)[np.tile(gone, linear.out_features // width)] = 0
 
 
 def _row(name: str, linear: Any) -> Pruned:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bertile.base.errors import ModelError
-from bertile.families.family import Family
+from bertile.families.family import BY_ANGLE, Family
 
 _COUNTS = ("num_attention_heads", "n_heads")  # what a family's attention calls its heads
 
@@ -30,6 +30,10 @@ def remove(model: Any, family: Family, removed: Mapping[str, Sequence[int]]) -> 
 
     ModelError for a layer or a head that there is not, or where no head would be left.
     """
+    if family.positions == BY_ANGLE:
+        raise ModelError(
+            f"pruned_heads of {family.title} is unsupported: no version of transformers saved such"
+        )
     layers = family.encoder_layers(model)
     for layer, heads in removed.items():
         if int(layer) >= len(layers):

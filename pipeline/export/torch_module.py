@@ -14,6 +14,7 @@ from bertile.export import pretrained
 from bertile.export.checkpoints import Checkpoint
 from bertile.export.sentence_modules import Chain, Dense, LayerNorm, Normalize, Pool, Splade
 from bertile.families import embeddings, table
+from bertile.families.family import BY_ANGLE
 from bertile.onnx.masks import MASKED
 
 # By their names in a config: classes are renamed between releases of transformers.
@@ -182,6 +183,7 @@ def _simplify(model: nn.Module, checkpoint: Checkpoint, has_types: bool) -> tupl
     family, base = table.named(checkpoint.family), model.base_model
     if checkpoint.head == "embedding" and hasattr(base, "pooler"):
         base.pooler = None
-    if family.token_types and not has_types:
+    # without a table of positions there is nothing to fold it into: it stays a lookup
+    if family.token_types and not has_types and family.positions != BY_ANGLE:
         embeddings.fold_token_type(base.embeddings)
     return family.prepare(model) if family.prepare else ()

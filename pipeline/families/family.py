@@ -15,6 +15,8 @@ FROM_ZERO = "from zero"
 # As fairseq does: the first real token has the position `padding_idx` + 1, and tokens that are the
 # padding id are not counted.
 AFTER_PADDING = "after padding"
+# By rotary positions, which count from zero: there is no table, and no row to run out of.
+BY_ANGLE = "by angle"
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class Family:
     name             as manifests and logs spell it
     title            as README and the command line spell it
     model_types      what `model_type` of config.json says; the first is its synthetic models'
-    layers           the linear layers of an encoder layer, by their names within it: Q, K, V, the
-                     attention's output, the first and the second of the feed-forward network
+    layers           the linear layers of an encoder layer, by their names within it: Q, K and V,
+                     the attention's output, the first and the second of the feed-forward network
+    groups           how many layers these are each: Q, K and V may be one, and of a gated network
+                     the two that are multiplied may be the first together
     tiny             the configuration of synthetic:NAME-tiny, which tests take
     sizes            the configurations of its other synthetic models, by name
-    positions        FROM_ZERO or AFTER_PADDING
+    positions        FROM_ZERO, AFTER_PADDING or BY_ANGLE
     token_types      whether its embeddings have a table of token types; one row is no input
     optional_pooler  whether transformers' code takes a pooler that is None
     prepare          changes a model in place so that its export shows what it computes; returns
@@ -41,9 +45,10 @@ class Family:
     name: str
     title: str
     model_types: tuple[str, ...]
-    layers: tuple[str, str, str, str, str, str]
+    layers: tuple[str, ...]
     tiny: Mapping[str, Any]
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    groups: tuple[int, int, int, int] = (3, 1, 1, 1)
     positions: str = FROM_ZERO
     token_types: bool = True
     optional_pooler: bool = True
@@ -59,7 +64,7 @@ class Family:
 
     def padding_id(self, model: Any) -> int | None:
         """The id behind which positions count; None where they count from zero."""
-        if self.positions == FROM_ZERO:
+        if self.positions != AFTER_PADDING:
             return None
         return int(model.base_model.embeddings.padding_idx)
 
@@ -85,6 +90,13 @@ class Family:
             {name: modules[name] for name in (f"{start}.{layer}" for layer in self.layers)}
             for start in starts
         ]
+
+    def grouped(self, layer: Mapping[str, Any]) -> list[list[Any]]:
+        """The linear layers of one encoder layer, as `groups` says what they are."""
+        rest, parts = iter(layer.values()), []
+        for count in self.groups:
+            parts.append([next(rest) for _ in range(count)])
+        return parts
 
     def synthetic(self) -> dict[str, tuple[str, Mapping[str, Any]]]:
         """Its synthetic models: by name the model type and the configuration."""

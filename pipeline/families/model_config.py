@@ -116,6 +116,20 @@ def _one_of(kinds: tuple[type, ...], expected: str) -> Check:
     return lambda value: "" if value is None or isinstance(value, kinds) else expected
 
 
+def _rope(value: Any) -> str:
+    """Parameters of rotary positions, or such by the kind of layer."""
+    kinds = [value, *value.values()] if isinstance(value, dict) else [value]
+    parts = [part for part in kinds if isinstance(part, dict)]
+    bases = [part["rope_theta"] for part in parts if part.get("rope_theta") is not None]
+    fits = (value is None or parts) and not any(map(_base, bases))
+    return "" if fits else "an object of parameters of rotary positions"
+
+
+def _base(value: Any) -> str:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return "" if plain and 1 < value < 1e12 else "a number above 1"
+
+
 def _names(value: Any) -> str:
     fits = value is None or (isinstance(value, list) and all(isinstance(n, str) for n in value))
     return "" if fits else "a list of names"
@@ -163,6 +177,8 @@ _SIZES: dict[str, Check] = {
     "vocab_size": _ROWS,
     "type_vocab_size": _count(0, 1 << 16),
     "task_type_vocab_size": _count(1, 1 << 16),
+    "local_attention": _count(2, 1 << 20),
+    "global_attn_every_n_layers": _count(1, 1000),
     "max_2d_position_embeddings": _count(1, 1 << 20),
     "relative_attention_num_buckets": _count(1, 1 << 16),
     **dict.fromkeys(("num_labels", "_num_labels"), _count(1, 1 << 24, optional=True)),
@@ -175,7 +191,13 @@ _CHECKS: dict[str, Check] = {
     "position_embedding_type": _TEXT,
     "hidden_act": _TEXT,
     "activation": _TEXT,
-    "layer_norm_eps": _number,
+    **dict.fromkeys(("layer_norm_eps", "norm_eps"), _number),
+    **dict.fromkeys(("hidden_activation", "classifier_activation", "classifier_pooling"), _TEXT),
+    **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias"), _FLAG),
+    **dict.fromkeys(("decoder_bias", "classifier_bias"), _FLAG),
+    "layer_types": _names,
+    "rope_parameters": _rope,
+    **dict.fromkeys(("global_rope_theta", "local_rope_theta"), _base),
     "is_decoder": _FLAG,
     "add_cross_attention": _FLAG,
     "pruned_heads": _heads_by_layer,

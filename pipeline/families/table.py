@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bertile.families import ernie, layoutlm, mpnet
-from bertile.families.family import AFTER_PADDING, Family
+from bertile.families.family import AFTER_PADDING, BY_ANGLE, Family
 
 
 def _sizes(layers: int, hidden: int, heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
@@ -26,6 +26,12 @@ def _tiny(**more: Any) -> dict[str, Any]:
     return {**sizes, **more}
 
 
+# of a small vocabulary, where a family's own lie beyond it
+_SPECIAL = {
+    "pad_token_id": 0,
+    **dict.fromkeys(("bos_token_id", "cls_token_id"), 1),
+    **dict.fromkeys(("eos_token_id", "sep_token_id"), 2),
+}
 # 512 tokens behind padding id 1
 _AFTER_PADDING = {"max_position_embeddings": 514}
 _BERT_LAYERS = (
@@ -180,6 +186,38 @@ FAMILIES = (
         auto_classes={"question-answering": "AutoModelForDocumentQuestionAnswering"},
         tiny=_tiny(max_2d_position_embeddings=64),
         kernels_of="bert",
+    ),
+    Family(
+        name="modernbert",
+        title="ModernBERT",
+        model_types=("modernbert",),
+        layers=("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+        groups=(1, 1, 1, 1),
+        positions=BY_ANGLE,
+        token_types=False,
+        # two kinds of layers, whose windows are shorter than what tests ask for
+        tiny=_tiny(num_hidden_layers=4, local_attention=16, **_SPECIAL),
+        sizes={
+            "modernbert-base": _sizes(22, 768, 12, 50368, intermediate_size=1152),
+            "modernbert-large": _sizes(28, 1024, 16, 50368, intermediate_size=2624),
+            # four layers of ModernBERT-base
+            "modernbert-long": _sizes(4, 768, 12, 50368, intermediate_size=1152),
+        },
+    ),
+    Family(
+        name="nomic-bert",
+        title="Nomic BERT",
+        kernels_of="modernbert",
+        lacks=("next-sentence", "question-answering", "multiple-choice"),
+        model_types=("nomic_bert",),
+        layers=(
+            *(f"self_attn.{name}_proj" for name in "qkvo"),
+            *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+        ),
+        groups=(3, 1, 2, 1),
+        positions=BY_ANGLE,
+        tiny=_tiny(),
+        sizes={"nomic-bert-base": _sizes(12, 768, 12, 30528, max_position_embeddings=2048)},
     ),
 )
 

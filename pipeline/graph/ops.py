@@ -3,11 +3,15 @@ and act on row-major tensors; the layout that kernels use enters only when the b
 
     bertile.dense(x (…, K), w (K, N), b (N), [residual (…, N)]) {activation, [precision], [density]}
         = activation(x w + b) + residual
+        {gated}: of w (K, 2 N), activation(the first N outputs) · the others, and no residual
+        (…, cos (B|1, S, D), sin (B|1, S, D)) {turned}: that many of the first heads of D channels
+        turned by the places of tokens, as by bertile.rotary
     bertile.attention(qkv (B, S, 3 H D), mask (B|1, 1, 1, S), [bias (B|1, H|1, S, S)]) {heads,
     head_size, scale, [precision]} and what else an AttentionSpec says that is not its default
     bertile.rotary(x (B, S, C), cos (B|1, S, D), sin (B|1, S, D)) {heads}
         its first heads of D channels turned by the places of tokens, the rest as it is
-    bertile.layer_norm(x (…, C), gamma (C), beta (C)) {epsilon}
+    bertile.layer_norm(x (…, C), gamma (C), beta (C)) {epsilon, [rms]}
+        {rms}: RMSNorm, x by the root of its mean square
     bertile.embedding(ids (B|1, S)…, table (V, C)…, gamma (C), beta (C)) {tables, epsilon,
     [precision]}
     bertile.first_token(x (B, S, C))                                                   x[:, 0]
@@ -34,6 +38,31 @@ def dense(x: Any, w: Any, b: Any, residual: Any = None, activation: str = "none"
     return _call("dense", operands, activation=activation)
 
 
+def gated_dense(x: Any, w: Any, b: Any, activation: str) -> relax.Call:
+    """The first half of the channels of x w + b, activated, times the second."""
+    return _call("dense", [x, w, b], activation=activation, gated=True)
+
+
+def turned_dense(x: Any, w: Any, b: Any, cos: Any, sin: Any, heads: int) -> relax.Call:
+    """x w + b, of which the first heads have the rotary positions of their tokens."""
+    return _call("dense", [x, w, b, cos, sin], activation="none", turned=heads)
+
+
+def is_gated(call: relax.Call) -> bool:
+    """Whether a dense layer multiplies the two halves of its channels."""
+    return "gated" in call.attrs
+
+
+def turned(call: relax.Call) -> int:
+    """How many of the first heads of a dense layer have rotary positions."""
+    return int(call.attrs["turned"]) if "turned" in call.attrs else 0
+
+
+def with_turned(call: relax.Call, heads: int) -> relax.Call:
+    """The same dense layer with so many heads that have rotary positions."""
+    return _with(call, turned=heads)
+
+
 def attention(spec: AttentionSpec, *operands: Any) -> relax.Call:
     """What ``spec`` describes, of its operands; heads side by side as they came."""
     if len(operands) != len(spec.operands()):
@@ -52,9 +81,15 @@ def rotary(x: Any, cos: Any, sin: Any, heads: int) -> relax.Call:
     return _call("rotary", [x, cos, sin], heads=heads)
 
 
-def layer_norm(x: Any, gamma: Any, beta: Any, epsilon: float) -> relax.Call:
-    """LayerNorm over the last axis."""
-    return _call("layer_norm", [x, gamma, beta], epsilon=epsilon)
+def layer_norm(x: Any, gamma: Any, beta: Any, epsilon: float, rms: bool = False) -> relax.Call:
+    """LayerNorm over the last axis, or RMSNorm, where the mean is not taken off."""
+    more = {"rms": True} if rms else {}
+    return _call("layer_norm", [x, gamma, beta], epsilon=epsilon, **more)
+
+
+def is_rms(norm: relax.Call) -> bool:
+    """Whether a norm is RMSNorm."""
+    return "rms" in norm.attrs
 
 
 def embedding(
@@ -155,6 +190,11 @@ def _embedding_type(call: relax.Call, _context: Any) -> relax.TensorType:
     return relax.TensorType([*extents, table.ty.shape[1]], table.ty.dtype)
 
 
+def _dense_type(call: relax.Call, _context: Any) -> relax.TensorType:
+    outputs = call.args[1].ty.shape[1]
+    return _like(call.args[0], outputs // 2 if is_gated(call) else outputs)
+
+
 def _is_one(extent: Any) -> bool:
     return isinstance(extent, tvm.tirx.IntImm) and int(extent) == 1
 
@@ -170,7 +210,7 @@ def _first_token_type(call: relax.Call, _context: Any) -> relax.TensorType:
 
 # A row each: what type a call has.
 TYPES: dict[str, Callable[[relax.Call, Any], relax.TensorType]] = {
-    "dense": lambda call, _: _like(call.args[0], call.args[1].ty.shape[1]),
+    "dense": _dense_type,
     "attention": _attention_type,
     "rotary": lambda call, _: _like(call.args[0]),
     "layer_norm": lambda call, _: _like(call.args[0]),

@@ -10,10 +10,12 @@ from pathlib import Path
 from bertile.graph.graph import Graph
 from bertile.graph.passes.collect_quantization import collect_quantization
 from bertile.graph.passes.fold_weights import fold_weights
+from bertile.graph.passes.fuse_angles import fuse_angles
 from bertile.graph.passes.fuse_attention import fuse_attention
 from bertile.graph.passes.fuse_dense import fuse_dense
 from bertile.graph.passes.fuse_embedding import fuse_embedding
 from bertile.graph.passes.fuse_first_token import fuse_first_token
+from bertile.graph.passes.fuse_gate import fuse_gate
 from bertile.graph.passes.fuse_gelu import fuse_gelu
 from bertile.graph.passes.fuse_layer_norm import fuse_layer_norm
 from bertile.graph.passes.fuse_qkv import fuse_qkv
@@ -37,6 +39,8 @@ PHASES: tuple[tuple[str, tuple[Pass, ...]], ...] = (
             fuse_qkv,  # joins what attention gathered, so after it
             fuse_embedding,  # starts from a LayerNorm that is one operator
             fuse_dense,  # after Q, K and V are one product: it takes every linear layer left
+            fuse_gate,  # joins two of those
+            fuse_angles,  # needs Q, K and V to be one of those
             fuse_first_token,  # needs to see that its input is one of our operators
         ),
     ),

@@ -75,6 +75,8 @@ def _dense_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
         "outputs": outputs,
         "activation": str(call.attrs["activation"]),
         "residual": len(call.args) == 4,
+        **({"gated": True} if ops.is_gated(call) else {}),
+        **_turned(call),
         **_precision(call, static=plan.static),
         **({"group": plan.group} if PRECISIONS[ops.precision(call)].groups else {}),
         **output.writes,
@@ -83,6 +85,12 @@ def _dense_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
         task["values_from"] = outputs // 3 * 2
     density = ops.density(call)
     return task if density is None else {**task, "density": density}
+
+
+def _turned(call: relax.Call) -> Shape:
+    """What a task says of heads that have rotary positions; nothing where there are none."""
+    heads = ops.turned(call)
+    return {"turned": heads, "head_size": shape(call.args[-1])[-1]} if heads else {}
 
 
 def _dense_reads(precision: str, owner: str, plan: LayerPlan) -> Form:
@@ -114,7 +122,8 @@ def _rotary_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
 
 
 def _layer_norm_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
-    return {"channels": shape(call)[-1], "epsilon": _epsilon(call)}
+    more = {"rms": True} if ops.is_rms(call) else {}
+    return {"channels": shape(call)[-1], "epsilon": _epsilon(call), **more}
 
 
 def _embedding_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:

@@ -90,7 +90,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         probes = probe(graph, inputs, opset, batch, length)
         places = (spec.below for spec in inputs if spec.default == "places")
         positions = length or next(places, None) or beside.get("max_position_embeddings")
-        max_length, notes = _rewrite(graph, probes, opset, positions)
+        max_length, notes = rewrite(graph, probes, opset, positions)
     check_operators(graph, rewritten=True)
     _name_axes(graph, probes)
     read_names = {value.name for value in graph.inputs}
@@ -142,7 +142,7 @@ def _prepare_texts(home: Path, directory: Path, labels: tuple[str, ...]) -> Text
     return tokenizer_file.prepare(directory, settings, str(home))
 
 
-def _rewrite(
+def rewrite(
     graph: OnnxGraph, probes: Probes, opset: int, positions: int | None
 ) -> tuple[int | None, tuple[str, ...]]:
     """Rewrite the graph in place; return how many positions it has tables of, and notes.

@@ -259,8 +259,9 @@ def cut_products(graph: OnnxGraph, probes: Probes) -> None:
             continue
         parts = _Parts(graph, probes, product)
         plans = parts.plans()
-        for part, plan in plans.items():
-            parts.write(part, plan)
+        in_order = sorted(plans.items(), key=lambda item: int(item[1].channels[0]))
+        for number, (part, plan) in enumerate(in_order, 1):
+            parts.write(part, plan, number)
     graph.clean()
 
 
@@ -298,12 +299,20 @@ class _Parts:
             plans[end] = plan
         return plans
 
-    def write(self, part: str, plan: _Plan) -> None:
+    def write(self, part: str, plan: _Plan, number: int) -> None:
+        """Compute a part by a product of its own, whose weight has the layer's name and a number,
+        where it has a name.
+        """
         graph, (x, weight) = self.graph, self.product.input
         whole = np.array_equal(plan.channels, np.arange(self.width))
         if not whole:
             columns = np.ascontiguousarray(graph.array(weight)[:, plan.channels])
-            weight = graph.constant(columns, f"{weight}.part")
+            layer, _, kind = weight.rpartition(".")
+            named = f"{layer}.{number}.weight" if kind == "weight" else ""
+            if named and not graph.is_constant(named):
+                weight = graph.set_constant(named, columns)
+            else:
+                weight = graph.constant(columns, f"{weight}.part")
         value = graph.add("MatMul", [x, weight])
         if plan.bias.any():
             value = graph.add("Add", [value, graph.constant(plan.bias, "bias")])
@@ -321,7 +330,8 @@ class _Parts:
         waiting, cut = [(self.product.output[0], [])], False
         while waiting:
             name, chain = waiting.pop()
-            readers = self.consumers.get(name, [])
+            # who asks for a shape alone reads no part; shapes are written anew later
+            readers = [n for n in self.consumers.get(name, []) if n.op_type != "Shape"]
             moved = [node for node in readers if self._moves(node, name)]
             if len(moved) < len(readers) or name in self.graph.outputs or not readers:
                 ends[name] = chain

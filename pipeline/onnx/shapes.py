@@ -54,16 +54,36 @@ class Axes:
         ):
             line = _line(base, np.asarray(size))
             if line is not None and all(self.static(name) is None for name in names):
-                tensors = [self.tensor(name) for name in names]
-                product = tensors[0] if len(tensors) == 1 else self.graph.add("Mul", tensors)
-                return self._scaled(product, *line)
+                return self._scaled(names, *line)
         return None
 
-    def _scaled(self, base: str, factor: int, rest: int) -> str:
-        for op, number, neutral in (("Mul", factor, 1), ("Add", rest, 0)):
-            if number != neutral:
-                base = self.graph.add(op, [base, self.graph.integers(number)])
-        return base
+    def _scaled(self, names: tuple[str, ...], factor: int, rest: int) -> str:
+        """The product of these axes, times a number plus another, as a vector of one element.
+
+        TVM's importer knows the size of a tensor, but no arithmetic on it. So what is not an axis
+        itself is the size of a tensor made for that, of which nothing is left in a bundle. One that
+        cannot be made so stays arithmetic.
+        """
+        if len(names) == 1 and (factor, rest) == (1, 0):
+            return self.tensor(names[0])
+        add, integers = self.graph.add, self.graph.integers
+        if factor < 1 or rest < 0:
+            tensors = [self.tensor(name) for name in names]
+            base = tensors[0] if len(tensors) == 1 else add("Mul", tensors)
+            for op, number, neutral in (("Mul", factor, 1), ("Add", rest, 0)):
+                base = add(op, [base, integers(number)]) if number != neutral else base
+            return base
+        whole, rank, axis = "input_ids", 2, int(names == ("length",))
+        if len(names) == 2:
+            whole, rank = add("Reshape", [whole, integers(-1)]), 1
+        if factor > 1:
+            whole = add(
+                "Tile", [whole, integers(*(factor if i == axis else 1 for i in range(rank)))]
+            )
+        if rest:
+            ends = integers(*(rest if i == rank + axis else 0 for i in range(2 * rank)))
+            whole = add("Pad", [whole, ends])
+        return add("Shape", [whole], start=axis, end=axis + 1)
 
 
 def fold_constants(graph: OnnxGraph, probes: Probes) -> None:

@@ -26,7 +26,7 @@ stays in float32. ``writes`` "to_bf16" or "to_int8" is as for dense layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,18 +65,24 @@ def space(task: Task, row: Row) -> Space:
 
 def default(task: Task, row: Row) -> Knobs:
     """Register tiles of two blocks of queries, and as many keys as the first-level cache holds of K
-    and V; or the widest tiles of one, where registers are few or a query sees not all keys.
+    and V; or the widest tiles of one, where registers are few or a query sees not all keys: those
+    of a window at once, as far as their scores fit in that cache.
     """
     if attention_tiles.takes(task, row):
         return attention_tiles.default(task, row)
     choices = space(task, row)
     channels = [c for c in choices["channels"] if c <= 16]
-    size = AttentionSpec.from_shape(task.shape).head_size
+    spec = AttentionSpec.from_shape(task.shape)
+    size = spec.head_size
     even = [c for c in channels if size % c == 0 and c * 2 >= max(channels)]
     if row.vector_bits == 512 and 2 in choices["queries"]:
         return {"key_tile": 4, "keys": 8, "channels": 8, "queries": 2}
     widest = {"keys": max(choices["keys"]), "channels": max(even or channels)}
-    return {"key_tile": 8, **widest, "queries": 1}
+    key_tile = 8
+    if None not in spec.reach():
+        seen = 1 + sum(-(-most // BLOCK_TOKENS) for most in spec.reach())
+        key_tile = next(tile for tile in choices["key_tile"] if tile >= min(seen, 16))
+    return {"key_tile": key_tile, **widest, "queries": 1}
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
@@ -217,14 +223,26 @@ class _Query:
         low: Any,
     ) -> None:
         """Store some keys' scores of one block of queries, and see the largest."""
-        for j, register in enumerate(total):
-            value = lanes.read(register) * lanes.splat(self.scale)
-            value = value + lanes.splat(self.keys[where, low + j])
-            key = (start + block) * BLOCK_TOKENS + low + j
-            if self.operands.bias is not None:
-                value = value + self.operands.bias_of(self.query + i, self.head, key)
-            value = self.sights[i].score(value, key)
-            lanes.store(scores, value, i, block * BLOCK_TOKENS + low + j)
+
+        def store(score: Callable[[Any, Any], Any]) -> None:
+            for j, register in enumerate(total):
+                value = lanes.read(register) * lanes.splat(self.scale)
+                value = value + lanes.splat(self.keys[where, low + j])
+                key = (start + block) * BLOCK_TOKENS + low + j
+                if self.operands.bias is not None:
+                    value = value + self.operands.bias_of(self.query + i, self.head, key)
+                lanes.store(scores, score(value, key), i, block * BLOCK_TOKENS + low + j)
+
+        sight = self.sights[i]
+        whole = sight.sees_all_of(start + block)
+        if whole is True:
+            store(lambda value, key: value)
+        else:  # most blocks of a window are seen by all queries, key for key
+            with T.If(whole):
+                with T.Then():
+                    store(lambda value, key: sight.bounded(value))
+                with T.Else():
+                    store(sight.score)
         highest = lanes.load(state, 3 * i + 2)
         for j in range(len(total)):
             highest = tirx.max(highest, lanes.load(scores, i, block * BLOCK_TOKENS + low + j))
@@ -242,12 +260,20 @@ class _Query:
 
     def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any, i: int) -> None:
         """Exponentials against the new maximum, and their sum."""
-        highest = T.Bind(lanes.load(state, 3 * i) * lanes.splat(vector_math.LOG2E))
+        exponent = self._exponents(state, i)
         with T.serial(blocks * BLOCK_TOKENS) as j:
-            score = lanes.load(scores, i, j) * lanes.splat(vector_math.LOG2E)
-            weight = T.Bind(vector_math.exp2(score - highest))
+            weight = T.Bind(vector_math.exp2(exponent(lanes.load(scores, i, j))))
             lanes.store(weights, weight, i, j)
             lanes.store(state, lanes.load(state, 3 * i + 1) + weight, 3 * i + 1)
+
+    def _exponents(self, state: Any, i: int) -> Callable[[Any], Any]:
+        """What two is raised to for a score, given the maximum.
+
+        The difference is taken first: where all keys up to here are masked, both are so far below
+        zero that what a multiply-add by log2(e) does not round would be a huge exponent.
+        """
+        highest = T.Bind(lanes.load(state, 3 * i))
+        return lambda score: (score - highest) * lanes.splat(vector_math.LOG2E)
 
     def _context(self, weights: Any, context: Any, start: Any, blocks: Any) -> None:
         """context[d] += weights · v, a few channels at a time in registers."""
@@ -291,12 +317,12 @@ class _HalfQuery(_Query):
         return T.alloc_buffer((self.queries, pairs, BLOCK_TOKENS), "int32")
 
     def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any, i: int) -> None:
-        highest = T.Bind(lanes.load(state, 3 * i) * lanes.splat(vector_math.LOG2E))
+        exponent = self._exponents(state, i)
         with T.serial(blocks * (BLOCK_TOKENS // 2)) as j:
             pair = []
             for odd in range(2):
-                score = lanes.load(scores, i, 2 * j + odd) * lanes.splat(vector_math.LOG2E)
-                pair.append(T.Bind(vector_math.exp2_coarse(score - highest)))
+                score = lanes.load(scores, i, 2 * j + odd)
+                pair.append(T.Bind(vector_math.exp2_coarse(exponent(score))))
             lanes.store(weights, arithmetics.pack_bf16(*pair), i, j)
             total = lanes.load(state, 3 * i + 1) + (pair[0] + pair[1])
             lanes.store(state, total, 3 * i + 1)

@@ -91,6 +91,19 @@ class Sight:
             stop = T.Bind(T.min(self.own + (-(-self.behind // BLOCK_TOKENS) + 1), self.count))
         return low, stop
 
+    def sees_all_of(self, block: Any) -> Any:
+        """Whether every query sees every key of a block; True where that is so of any block."""
+        distance, last = block - self.own, BLOCK_TOKENS - 1
+        sides = ((distance, self.behind), (-distance, self.before))
+        near = [far <= (most - last) // BLOCK_TOKENS for far, most in sides if most is not None]
+        return tirx.all(*near) if near else True
+
+    def bounded(self, value: Any) -> Any:
+        """Scores of keys that are seen, not below LOWEST: a query whose keys are all masked takes
+        the mean of those that it sees.
+        """
+        return tirx.max(value, lanes.splat(LOWEST))
+
     def score(self, value: Any, key: Any) -> Any:
         """The scores of the queries with one key, given by its place in the sequence."""
         if self.before is None and self.behind is None:
@@ -99,8 +112,7 @@ class Sight:
             tirx.Ramp(self.own * BLOCK_TOKENS, 1, BLOCK_TOKENS),
             tirx.Broadcast(key, BLOCK_TOKENS),
         )
-        # not below LOWEST: a query whose keys are all masked takes the mean of those that it sees
-        value = tirx.max(value, lanes.splat(LOWEST))
+        value = self.bounded(value)
         for distance, most in ((key - queries, self.behind), (queries - key, self.before)):
             if most is not None:
                 seen = distance <= tirx.Broadcast(most, BLOCK_TOKENS)

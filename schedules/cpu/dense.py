@@ -1,8 +1,8 @@
 """Multiplies matrices in lanes, with the epilogue: y = activation(x W + b) + residual, any number
 of tokens, in float32, bfloat16 or bytes (see ``arithmetic``).
 
-    x (m, K / G, 16), [range (m, 2, 16)], [residual (m, N, 16)], w (panels, K / G, width), b (N)
-        →  y (m, N, 16)
+    x (m, K / G, 16), [range (m, 2, 16)], [residual (m, N, 16)], [cos, sin (m, D, 16)],
+    w (panels, K / G, width), b (N)  →  y (m, N, 16)
 
     parallel over tasks = groups of panels × chunks of token blocks
       for each pass over a part of K, panel of the group, tile of token blocks
@@ -17,6 +17,11 @@ scales (panels, K / group, width) in float16 behind ``w``: y = range.scale Σ sc
 (range.low shift + b). ``writes`` "to_bf16" or "to_int8" stores y as the layer
 that reads it wants it, the latter by ``limits`` (2): low, and steps per unit. Channels from
 ``values_from`` on are written for attention in bfloat16, in pairs of tokens instead of channels.
+
+Of a ``gated`` task y has N / 2 channels: the first half of the outputs, activated, times the second
+(GeGLU, SwiGLU). As many heads of ``head_size`` channels as are ``turned`` get the rotary positions
+of their tokens. Weights are packed so that two outputs that meet are in one tile of registers; it
+goes through a buffer in the first-level cache, as one that is written in fewer bits does.
 
 Why not tokens in rows and outputs in lanes: as fast for dense products, but then sparse weights,
 softmax, LayerNorm and per-token scales all need shuffles.
@@ -37,6 +42,8 @@ from bertile.schedules.cpu.product import (
     group,
     group_size,
     multiplies,
+    ordered,
+    unit,
     weight_lanes,
     writes,
 )
@@ -54,7 +61,8 @@ def space(task: Task, row: Row) -> Space:
         return tiles.space(task, row)
     math = multiplies(task, row)
     steps = step_count(task, math)
-    in_floats = group(task) == 1 and writes(task) == "to_fp32"
+    # the sums of one part of K wait for the next in y, where outputs that meet have no room
+    in_floats = group(task) == 1 and writes(task) == "to_fp32" and unit(task) == 1
     fits = _accumulators(task, row)
     if size := group_size(task):
         return {
@@ -85,8 +93,10 @@ def default(task: Task, row: Row) -> Knobs:
         return tiles.default(task, row)
     choices = space(task, row)
     room = lanes.vector_capacity(row) - _accumulators(task, row)
+    most = min(_accumulators(task, row), 24)
     token_blocks = 4 if room >= 4 and 4 in choices["token_blocks"] else 1
-    widest = min(_accumulators(task, row), 24) // token_blocks
+    token_blocks = max(1, min(token_blocks, most // unit(task)))
+    widest = most // token_blocks
     # one output less where that pads nothing; else padding costs less than a narrower tile
     step = 2 if multiplies(task, row).matrix else 1
     even = [n for n in (widest, widest - step) if task.shape["outputs"] % n == 0]
@@ -108,15 +118,14 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
     """
     if tiles.takes(task, row):
         return tiles.pack(task, knobs, weights, row)
-    w, *vectors = weights
+    limits = [weights[-1]] if writes(task) == "to_int8" else []
+    w, *vectors = ordered(task, weights[: len(weights) - len(limits)])
     of = Layout.of(task, knobs, row)
     padding = of.panels * of.width - w.shape[1]
     if size := group_size(task):
         scales, *vectors = vectors
-        limits = [vectors.pop()] if writes(task) == "to_int8" else []
         nibbles = pack_nibbles(w, scales, of.panels, of.width, size)
         return [*nibbles, *(np.pad(v, (0, padding)) for v in vectors), *limits]
-    limits = [vectors.pop()] if writes(task) == "to_int8" else []
     offset = [np.pad(byte_offset(w), (0, padding))] if of.math.signed else []
     w = np.pad(weight_lanes(task, w), ((0, 0), (0, padding)))
     if of.math.matrix:  # two lanes of an output, and of its neighbour, are one register

@@ -18,7 +18,7 @@ from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.inputs import Inputs, unzipped, zipped
 from bertile.schedules.cpu.nibbles import Nibbles
-from bertile.schedules.cpu.product import Epilogue, arguments, group_size, multiplies, packed
+from bertile.schedules.cpu.product import Epilogue, arguments, group_size, multiplies, unit
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
 
@@ -33,9 +33,9 @@ def step_count(task: Task, math: Arithmetic) -> int:
 class Layout:
     """How weights are packed.
 
-    A panel has the outputs of the tile of most blocks, a whole number of the lanes that are stored,
-    and of the pairs of a matrix. There are as many panels as a tile of fewer blocks can take
-    several of at once.
+    A panel has the outputs of the tile of most blocks, a whole number of those that are finished
+    together, and of the pairs of a matrix. There are as many panels as a tile of fewer blocks can
+    take several of at once.
     """
 
     math: Arithmetic
@@ -47,7 +47,7 @@ class Layout:
     def of(task: Task, knobs: Knobs, row: Row) -> Layout:
         """What the knobs make of the task's shape."""
         math = multiplies(task, row)
-        lane = max(packed(task), 2 if math.matrix else 1)
+        lane = max(unit(task), 2 if math.matrix else 1)
         width = min(knobs["accumulators"] // knobs["token_blocks"], task.shape["outputs"])
         width = max(lane, width // lane * lane)
         panels = -(-task.shape["outputs"] // width)
@@ -56,8 +56,8 @@ class Layout:
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
-    """The PrimFunc (x, [range], [residual], w, [scale, [shift]], b, [limits], y); with groups
-    (x, range, [residual], w, scales, shift, b, [limits], y).
+    """The PrimFunc (x, [range], [residual], [cos, sin], w, [scale, [shift]], b, [limits], y); with
+    groups (x, range, [residual], [cos, sin], w, scales, shift, b, [limits], y).
     """
     of = Layout.of(task, knobs, row)
     math = of.math
@@ -77,7 +77,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         chunks = T.Bind((builder.blocks + (chunk - 1)) // chunk)
         with T.parallel(groups * chunks) as job:
             scratch = T.alloc_buffer((of.width * knobs["token_blocks"], BLOCK_TOKENS), "float32")
-            scratch = scratch if packed(task) > 1 else None
+            scratch = scratch if unit(task) > 1 else None
             if group_size(task):
                 w.allocate()
                 inputs = Inputs(x, math, 1, ready=False)
@@ -160,7 +160,7 @@ class _Tile:
             for i, (total, p, n, t) in enumerate(tile):
                 place = i % token_blocks * count + i // token_blocks
                 lanes.store(self.scratch, self._value(total, p * self.width + n, t), place)
-            self._narrow(low, count, block, token_blocks)
+            self._finish(low, count, block, token_blocks)
             return
         if self.of.panels * self.width == self.outputs:
             self._store(tile, last, padded=False)
@@ -278,17 +278,14 @@ class _Tile:
             value = self.epilogue.finished(lanes.load(y, block + t, low + n), block + t, low + n)
             lanes.store(y, value, block + t, low + n)
 
-    def _narrow(self, low: Any, count: int, block: Any, token_blocks: int) -> None:
-        """Activation, residual and packing of the tile in the scratch buffer."""
-        lane = packed(self.task)
-        last = T.min(count, self.outputs - low) // lane
+    def _finish(self, low: Any, count: int, block: Any, token_blocks: int) -> None:
+        """What becomes of the tile in the scratch buffer, by outputs that are finished together."""
+        each = unit(self.task)
+        last = (T.min(count, self.outputs - low) + (each - 1)) // each
         with T.serial(token_blocks) as t, T.serial(last) as n:
-            values = []
-            for i in range(lane):
-                value = lanes.load(self.scratch, t * count + n * lane + i)
-                channel = low + n * lane + i
-                values.append(T.Bind(self.epilogue.finished(value, block + t, channel)))
-            self.epilogue.store(values, block + t, T.Bind((low + n * lane) // lane))
+            first = T.Bind(t * count + n * each)
+            values = [T.Bind(lanes.load(self.scratch, first + i)) for i in range(each)]
+            self.epilogue.finish(values, block + t, T.Bind((low + n * each) // each))
 
 
 class _NibbleTile(_Tile):

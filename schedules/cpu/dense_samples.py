@@ -9,9 +9,10 @@ import numpy as np
 
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import arithmetic, lanes, precisions
-from bertile.schedules.cpu.product import group_size
+from bertile.schedules.cpu.product import channels, group_size, is_gated, turned
+from bertile.schedules.cpu.rotary import sample_angles
 from bertile.schedules.cpu.samples import result_sample
-from bertile.schedules.reference import LEVELS, apply_activation
+from bertile.schedules.reference import LEVELS, apply_activation, gated, rotary_heads
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 
@@ -32,16 +33,22 @@ def product_sample(
     task: Task, blocks: int, rng: np.random.Generator, w: np.ndarray, b: np.ndarray
 ) -> Sample:
     """Random activations for these weights, and the product by numpy in float64."""
-    inputs, outputs = w.shape
+    inputs = len(w)
     x = rng.standard_normal((blocks * BLOCK_TOKENS, inputs)).astype("float32")
     trial = TRIALS[precisions.name(task)]
     size = [group_size(task)] if group_size(task) else []
     activations, weights, product = trial.operands(x, w, b, *size)
-    expected = apply_activation(task.shape["activation"], product)
+    finish = gated if is_gated(task) else apply_activation
+    expected = finish(task.shape["activation"], product)
     if task.shape["residual"]:
-        r = rng.standard_normal((blocks * BLOCK_TOKENS, outputs)).astype("float32")
+        r = rng.standard_normal((blocks * BLOCK_TOKENS, channels(task))).astype("float32")
         activations.append(lanes.to_lanes(r))
         expected = expected + r
+    heads, size = turned(task)
+    if heads:
+        angles = sample_angles(blocks, size)
+        activations += map(lanes.to_lanes, angles)
+        expected = rotary_heads(expected, *angles, heads)
     of_gelu = trial.of_gelu if task.shape["activation"] == "gelu" else 0.0
     tolerance = max(trial.tolerance, of_gelu)
     return result_sample(task, activations, weights, expected.astype("float32"), tolerance)

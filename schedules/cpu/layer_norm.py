@@ -3,7 +3,8 @@ another; all sums are vertical.
 
 x (m, C, 16), gamma (C), beta (C)  →  y (m, C, 16)
 
-With a ``kind`` the result is also written in that narrow form (see ``narrow``).
+With a ``kind`` the result is also written in that narrow form (see ``narrow``). ``rms`` is
+RMSNorm: x by the root of its mean square, without the mean taken off.
 """
 
 from __future__ import annotations
@@ -47,8 +48,14 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             narrow.declare_results(builder)
         with T.parallel(builder.blocks) as block:
             operands = (x, block, y, block, gamma, beta)
-            normalize_and_narrow(*operands, channels, task.shape["epsilon"], knobs["sums"], narrow)
+            rest = (channels, task.shape["epsilon"], knobs["sums"], narrow, is_rms(task))
+            normalize_and_narrow(*operands, *rest)
     return builder.func
+
+
+def is_rms(task: Task) -> bool:
+    """Whether it is RMSNorm, and the mean is not taken off."""
+    return bool(task.shape.get("rms", False))
 
 
 def normalize_and_narrow(
@@ -62,6 +69,7 @@ def normalize_and_narrow(
     epsilon: float,
     sums: int,
     narrow: Narrow | None,
+    rms: bool = False,
 ) -> None:
     """Emit the LayerNorm of ``x[source]`` into ``y[block]``, and what ``narrow`` makes of it.
 
@@ -69,16 +77,22 @@ def normalize_and_narrow(
     E[x]² itself would lose as many digits as the mean is larger than the deviation (Chan, Golub &
     LeVeque 1983, shifted data).
     """
-    places = [channels * i // 4 for i in range(4)]
-    shift = T.Bind(sum(lanes.load(x, source, c) for c in places) * lanes.splat(1 / len(places)))
-    moments = _moments(lambda c: lanes.load(x, source, c) - shift, channels, sums)
-    first, second = (T.Bind(total * lanes.splat(1 / channels)) for total in moments)
-    variance = tirx.max(second - first * first, lanes.splat(0.0))
-    mean = T.Bind(first + shift)
+    mean = None
+    if not rms:
+        places = [channels * i // 4 for i in range(4)]
+        shift = T.Bind(sum(lanes.load(x, source, c) for c in places) * lanes.splat(1 / len(places)))
+        moments = _moments(lambda c: lanes.load(x, source, c) - shift, channels, sums)
+        first, second = (T.Bind(total * lanes.splat(1 / channels)) for total in moments)
+        variance = tirx.max(second - first * first, lanes.splat(0.0))
+        mean = T.Bind(first + shift)
+    else:
+        _, total = _moments(lambda c: lanes.load(x, source, c), channels, sums)
+        variance = total * lanes.splat(1 / channels)
     scale = T.Bind(lanes.splat(1.0) / tirx.sqrt(variance + lanes.splat(epsilon)))
     see = narrow.watch() if narrow else None
     with T.serial(channels) as c:
-        value = (lanes.load(x, source, c) - mean) * scale
+        value = lanes.load(x, source, c)
+        value = (value if mean is None else value - mean) * scale
         value = T.Bind(value * lanes.splat(gamma[c]) + lanes.splat(beta[c]))
         lanes.store(y, value, block, c)
         if see:
@@ -107,7 +121,8 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     gamma, beta = (rng.standard_normal(channels).astype("float32") for _ in range(2))
     weights = [gamma, beta, *sample_weights(task, rng)]
     x = (rng.standard_normal((blocks * BLOCK_TOKENS, channels)) * 3 + 5).astype("float32")
-    expected = reference.layer_norm(x.astype("float64"), gamma, beta, task.shape["epsilon"])
+    more = (task.shape["epsilon"], is_rms(task))
+    expected = reference.layer_norm(x.astype("float64"), gamma, beta, *more)
     return normalized_sample(task, [lanes.to_lanes(x)], weights, expected.astype("float32"))
 
 

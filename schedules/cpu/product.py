@@ -1,5 +1,12 @@
 """Holds what matrix products have in common: how a task multiplies and stores, a kernel's
-arguments, and what becomes of a sum: y = activation(value) + residual.
+arguments, and what becomes of its sums:
+
+    y = activation(value) + residual
+    y = activation(value) · other value, where a task is ``gated``: of the two halves of its outputs
+    y = two values turned by an angle, where it has ``turned`` heads: rotary positions
+
+Two sums that meet stand side by side in the order in which weights are packed (``order``), so that
+a tile of registers holds both.
 """
 
 from __future__ import annotations
@@ -46,6 +53,50 @@ def packed(task: Task) -> int:
     return {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes(task)]
 
 
+def is_gated(task: Task) -> bool:
+    """Whether a channel of y is made of two outputs."""
+    return bool(task.shape.get("gated", False))
+
+
+def turned(task: Task) -> tuple[int, int]:
+    """How many of the first heads have rotary positions, and how many channels each has."""
+    return int(task.shape.get("turned", 0)), int(task.shape.get("head_size", 0))
+
+
+def unit(task: Task) -> int:
+    """Outputs that are finished together: those of a lane of y, and those that meet."""
+    return max(packed(task) * (2 if is_gated(task) else 1), 2 if turned(task)[0] else 1)
+
+
+def channels(task: Task) -> int:
+    """Channels of y."""
+    return task.shape["outputs"] // 2 if is_gated(task) else task.shape["outputs"]
+
+
+def order(task: Task) -> np.ndarray:
+    """The outputs in the order in which weights are packed: who meets, side by side.
+
+    Of a gated task an output of the first half, then that of the second; of a turned head channel d
+    of the first half of the head, then d of the second.
+    """
+    places = np.arange(task.shape["outputs"])
+    if is_gated(task):
+        return places.reshape(2, -1).T.reshape(-1)
+    heads, size = turned(task)
+    if not heads:
+        return places
+    of_heads = places[: heads * size].reshape(heads, 2, -1).swapaxes(1, 2)
+    return np.concatenate([of_heads.reshape(-1), places[heads * size :]])
+
+
+def ordered(task: Task, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Arrays whose last axis is the outputs, in the order of ``order``."""
+    places = order(task)
+    if (places[1:] > places[:-1]).all():
+        return list(weights)
+    return [np.ascontiguousarray(array[..., places]) for array in weights]
+
+
 def weight_lanes(task: Task, w: np.ndarray) -> np.ndarray:
     """w (K, N), float32 or int8 → (K / G, N) in the kernel's form of a lane; zeros behind K."""
     each, w = group(task), precisions.of(task).stored(w)
@@ -65,12 +116,13 @@ def byte_offset(w: np.ndarray) -> np.ndarray:
 class Epilogue:
     """The arguments of a kernel that its sums meet; None is what the task has not.
 
-    A place is where a channel's scale, shift and bias lie.
+    A place is where an output's scale, shift and bias lie.
     """
 
     task: Task
     range: Any
     residual: Any
+    angles: Any  # cos and sin
     scale: Any
     shift: Any
     b: Any
@@ -109,7 +161,49 @@ class Epilogue:
             value = value + lanes.load(self.residual, block, channel)
         return value
 
-    def store(self, values: Sequence[Any], block: Any, lane: Any) -> None:
+    def finish(self, values: Sequence[Any], block: Any, number: Any) -> None:
+        """Finish the values of the unit of that number, and write the lanes of y that it fills."""
+        if is_gated(self.task):
+            pairs = zip(values[::2], values[1::2])
+            activation = self.activation()
+            self._store([T.Bind(activation(a) * b) for a, b in pairs], block, number)
+        elif self.angles is not None:
+            self._turn(values, block, number)
+        else:
+            first = number * len(values)
+            finished = [self.finished(v, block, first + i) for i, v in enumerate(values)]
+            self._store([T.Bind(value) for value in finished], block, number)
+
+    def _turn(self, values: Sequence[Any], block: Any, number: Any) -> None:
+        """Two channels of a head by the angles of their token, Su et al. 2021; the rest as it is.
+
+        float32 is written to where the channels belong. A lane of bfloat16 holds the two that are
+        turned: attention multiplies the channels of Q and K in whatever order both have.
+        """
+        heads, size = turned(self.task)
+        half, (first, second) = size // 2, values
+        cos, sin = self.angles
+        with T.If(number < heads * half):
+            with T.Then():
+                low = T.Bind(number % half)
+                c, d = (lanes.load(cos, block, low + i) for i in (0, half))
+                s, t = (lanes.load(sin, block, low + i) for i in (0, half))
+                pair = [T.Bind(first * c - second * s), T.Bind(second * d + first * t)]
+                if packed(self.task) == 2:
+                    lanes.store(self.y, arithmetics.pack_bf16(*pair), block, number)
+                else:
+                    place = T.Bind(number // half * size + low)
+                    for i, value in enumerate(pair):
+                        lanes.store(self.y, value, block, place + i * half)
+            with T.Else():
+                if packed(self.task) == 2:
+                    self._store(values, block, number)
+                else:
+                    for i, value in enumerate(values):
+                        with T.If(number * 2 + i < channels(self.task)), T.Then():
+                            lanes.store(self.y, value, block, number * 2 + i)
+
+    def _store(self, values: Sequence[Any], block: Any, lane: Any) -> None:
         """Write the finished values of one lane of y."""
         if self.limits is not None:
             low, inverse = (lanes.splat(self.limits[i]) for i in range(2))
@@ -144,18 +238,21 @@ def arguments(
     weights: Callable[[], Any],
     rescaled: bool = False,
 ) -> tuple[Any, Any, Epilogue]:
-    """Declare (x, [range], [residual], weights, [scale, [shift]], b, [limits], [offset], y).
+    """Declare (x, [range], [residual], [cos, sin], weights, [scale, [shift]], b, [limits],
+    [offset], y).
 
     ``weights`` declares its own and may give anything; scale, shift, b and the offset of signed
     bytes have ``places``. Groups have no scale here, but where they were ``rescaled`` to that of
     their output: it stands in the offset's place.
     Gives x, what ``weights`` gave, and the rest.
     """
-    outputs = task.shape["outputs"]
+    wide = channels(task)
     in_bytes, per_token = precisions.of(task).in_bytes, precisions.of(task).per_token
     x = builder.activation("x", math.lanes(task.shape["inputs"]), math.lane)
     range_ = builder.activation("range", 2) if per_token else None
-    residual = builder.activation("residual", outputs) if task.shape["residual"] else None
+    residual = builder.activation("residual", wide) if task.shape["residual"] else None
+    heads, size = turned(task)
+    angles = [builder.activation(name, size) for name in ("cos", "sin")] if heads else None
     w = weights()
     grouped = precisions.of(task).grouped  # scales are among the weights
     scale = builder.tensor("scale", places) if in_bytes and not grouped else None
@@ -166,7 +263,7 @@ def arguments(
     offset = None if folded else builder.tensor("offset", places, dtype="int32")
     scale = builder.tensor("scale", places) if rescaled else scale
     form = "float32" if writes(task) == "to_fp32" else "int32"
-    y = builder.activation("y", outputs // packed(task), form)
+    y = builder.activation("y", wide // packed(task), form)
     builder.link(math.llvm + llvm.PREFETCH)
-    rest = (residual, scale, shift, b, limits, offset, y)
+    rest = (residual, angles, scale, shift, b, limits, offset, y)
     return x, w, Epilogue(task, range_, *rest, signed=math.signed)

@@ -6,7 +6,8 @@
 for the first ``heads`` heads of D channels (Q and K, where x is qkv); the rest is copied. A token's
 place is that in its own sequence: ``tokens_in`` brings cos and sin into lanes by the same table as
 everything else, once for all layers. As an operator of its own this reads and writes qkv once more,
-which is a small part of the product before it; the epilogue of that product could do it too.
+which is a small part of the product before it; where nobody else reads that product, its epilogue
+turns them instead (``dense``).
 """
 
 from __future__ import annotations
@@ -55,17 +56,19 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Two sequences where the blocks allow it, the second of which starts at place 0 again."""
     channels, heads, size = (int(task.shape[name]) for name in ("channels", "heads", "head_size"))
     x = rng.standard_normal((blocks * BLOCK_TOKENS, channels)).astype("float32")
+    cos, sin = sample_angles(blocks, size)
+    expected = reference.rotary_heads(x.astype("float64"), cos, sin, heads)
+    operands = [lanes.to_lanes(array) for array in (x, cos, sin)]
+    return Sample(operands, [], lanes.to_lanes(expected.astype("float32")))
+
+
+def sample_angles(blocks: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin (tokens, size) of two sequences where the blocks allow it, else of one."""
     counts = [blocks] if blocks < 3 else [blocks - blocks // 3, blocks // 3]
     places = np.concatenate([np.arange(count * BLOCK_TOKENS) for count in counts])
     angles = places[:, None] * 10000.0 ** (-np.arange(size // 2) / (size // 2))
     angles = np.concatenate([angles, angles], axis=1)
-    cos, sin = np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
-    expected = x.astype("float64")
-    turned = expected[:, : heads * size].reshape(-1, heads, size)
-    turned = reference.rotary(turned, cos[:, None], sin[:, None])
-    expected[:, : heads * size] = turned.reshape(len(x), -1)
-    operands = [lanes.to_lanes(array) for array in (x, cos, sin)]
-    return Sample(operands, [], lanes.to_lanes(expected.astype("float32")))
+    return np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
 
 
 def flops(task: Task, tokens: int) -> float:

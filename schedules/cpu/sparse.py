@@ -6,7 +6,7 @@ serves every pattern of zeros; the pattern decides how many lanes are not zero, 
 Zeros in blocks of 4 inputs (4x1) with bytes, or anywhere with float32, leave no lane half empty.
 
     x (m, K / G, 16), [range (m, 2, 16)], [residual (m, N, 16)],
-    values (nonzeros), index (nonzeros), starts, slots, lanes (see ``sparse_pack``),
+    values (nonzeros), index (nonzeros), starts, slots, units (see ``sparse_pack``),
     [scale, [shift]], b  →  y (m, N, 16)
 
     parallel over equal shares of chunks of token blocks × groups of outputs
@@ -24,7 +24,7 @@ costs as much as half of them; and four sums of one token block hide the multipl
 from __future__ import annotations
 
 from bertile.schedules.cpu import lanes, sparse_samples
-from bertile.schedules.cpu.product import group, group_size, packed
+from bertile.schedules.cpu.product import group, group_size, unit
 from bertile.schedules.cpu.sparse_kernel import kernel
 from bertile.schedules.cpu.sparse_pack import PARTS, pack
 from bertile.schedules.schedule import Knobs, Row, Schedule, Space
@@ -38,13 +38,13 @@ def space(task: Task, row: Row) -> Space:
     token_blocks`` outputs.
     """
     depth = -(-task.shape["inputs"] // group(task))
-    lanes_out = -(-task.shape["outputs"] // packed(task))
+    units = -(-task.shape["outputs"] // unit(task))
     fits = _accumulators(task, row)
     return {
         "accumulators": tuple(n for n in (4, 8, 16) if n <= fits),
         "token_blocks": tuple(b for b in (1, 2, 4) if b <= fits),
         "parts": tuple(p for p in (1, 2, 3, 4, 6, 8, 12, 16) if p == 1 or depth // p >= 64),
-        "groups": tuple(g for g in (1, 2, 4, 8, 16, 32, 64) if g <= max(1, lanes_out // 4)),
+        "groups": tuple(g for g in (1, 2, 4, 8, 16, 32, 64) if g <= max(1, units // 4)),
     }
 
 

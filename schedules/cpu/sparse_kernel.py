@@ -23,8 +23,8 @@ from bertile.schedules.task import Task
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
-    """The PrimFunc (x, [range], [residual], values, index, starts, slots, lanes, [scale, [shift]],
-    b, [limits], y).
+    """The PrimFunc (x, [range], [residual], [cos, sin], values, index, starts, slots, units,
+    [scale, [shift]], b, [limits], y).
     """
     math = multiplies(task, row)
     # a broadcast from memory takes the place of a vector load, a shuffle takes none
@@ -41,7 +41,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
                 _Entries(math, shuffle, values, index),
                 builder.tensor("starts", of.groups * of.parts * of.panels + 1, dtype="int32"),
                 builder.tensor("slots", of.groups, of.parts, of.places, dtype=of.slot),
-                builder.tensor("lanes", of.groups, of.places // of.packed, dtype="int32"),
+                builder.tensor("units", of.groups, of.places // of.unit, dtype="int32"),
             ]
 
         x, lists, epilogue = arguments(builder, task, math, of.groups * of.places, weights)
@@ -161,7 +161,7 @@ class _Tile:
     ) -> None:
         self.of, self.math, self.epilogue, self.sums = of, math, epilogue, sums
         self.inputs = inputs
-        self.entries, self.starts, self.slots, self.lanes = lists
+        self.entries, self.starts, self.slots, self.units = lists
         # entries of a panel
         self.usual = ceil(task.shape["density"] / 100 * of.part * of.outputs)
 
@@ -199,20 +199,18 @@ class _Tile:
                 lanes.store(self.sums, lanes.read(total), slot + t)
 
     def _finish(self, group: Any, block: Any, token_blocks: int) -> None:
-        """The group's sums as values, with activation and residual, stored as y wants them."""
-        packed = self.of.packed
-        with T.serial(self.of.places // packed) as i:
-            lane = T.Bind(self.lanes[group, i])
-            with T.If(lane < self.of.lanes), T.Then():
+        """The group's sums as values, and what becomes of those that are finished together."""
+        each = self.of.unit
+        with T.serial(self.of.places // each) as i:
+            unit = T.Bind(self.units[group, i])
+            with T.If(unit < self.of.units), T.Then():
                 with T.serial(token_blocks) as t:
                     values = []
-                    for j in range(packed):
-                        total = lanes.load(self.sums, (i * packed + j) * token_blocks + t)
-                        place = group * self.of.places + i * packed + j
-                        value = self._value(total, place, block + t)
-                        value = self.epilogue.finished(value, block + t, lane * packed + j)
-                        values.append(T.Bind(value))
-                    self.epilogue.store(values, block + t, lane)
+                    for j in range(each):
+                        total = lanes.load(self.sums, (i * each + j) * token_blocks + t)
+                        place = group * self.of.places + i * each + j
+                        values.append(T.Bind(self._value(total, place, block + t)))
+                    self.epilogue.finish(values, block + t, unit)
 
     def _value(self, total: Any, place: Any, block: Any) -> Any:
         value = self.epilogue.value(total, place, block)

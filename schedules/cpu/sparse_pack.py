@@ -1,7 +1,8 @@
 """Packs sparse weights as the kernel in ``sparse`` reads them: lists of the lanes that are not
 zero.
 
-The lanes of y are dealt to ``groups`` of about equal work, ``places`` outputs each, padded. For
+Units, outputs that are finished together as the lanes of y are, are dealt to ``groups`` of about
+equal work, ``places`` outputs each, padded. For
 each group and part of K, the outputs are ordered by the lengths of their lists and taken as many
 at a time as a tile has: a panel, whose lists lie interleaved and are padded to the longest.
 
@@ -9,7 +10,7 @@ at a time as a tile has: a panel, whose lists lie interleaved and are padded to 
     index  (nonzeros)                 which lane of its part of x it meets
     starts (groups parts panels + 1)  where each panel's positions start, in positions
     slots  (groups, parts, places)    which of its group's outputs each list of the panels is
-    lanes  (groups, places / packed)  which lane of y each of a group's is; outside y: padding
+    units  (groups, places / unit)    which unit each of a group's is; outside y: padding
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from bertile.schedules.cpu.product import (
     byte_offset,
     group,
     multiplies,
-    packed,
+    ordered,
+    unit,
     weight_lanes,
     writes,
 )
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
 
-PARTS = ("values", "index", "starts", "slots", "lanes")
+PARTS = ("values", "index", "starts", "slots", "units")
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,23 @@ class Layout:
     groups: int
     panels: int  # of a group
     outputs: int  # of a panel
-    packed: int  # outputs of one lane of y
-    lanes: int  # of y
+    unit: int  # outputs that are finished together
+    units: int
 
     @staticmethod
     def of(task: Task, knobs: Knobs) -> Layout:
         """What the knobs make of the task's shape."""
         depth = -(-task.shape["inputs"] // group(task))
-        lanes = -(-task.shape["outputs"] // packed(task))
-        groups = min(knobs["groups"], lanes)
+        each = unit(task)
+        units = -(-task.shape["outputs"] // each)
+        groups = min(knobs["groups"], units)
         outputs = max(1, knobs["accumulators"] // knobs["token_blocks"])
-        share = -(-lanes // groups) * packed(task)
-        unit = max(outputs, packed(task))  # both are powers of two
-        panels = -(-share // unit) * unit // outputs
+        share = -(-units // groups) * each
+        whole = max(outputs, each)  # both are powers of two
+        panels = -(-share // whole) * whole // outputs
         part = -(-depth // knobs["parts"])
         parts = -(-depth // part)
-        return Layout(depth, parts, part, groups, panels, outputs, packed(task), lanes)
+        return Layout(depth, parts, part, groups, panels, outputs, each, units)
 
     @property
     def places(self) -> int:
@@ -82,35 +85,35 @@ def unsigned(count: int) -> str:
 
 
 def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> list[np.ndarray]:
-    """w (K, N), then the vectors in the kernel's order → values, index, starts, slots, lanes and
+    """w (K, N), then the vectors in the kernel's order → values, index, starts, slots, units and
     the vectors, in the order of the groups.
     """
-    w, *vectors = weights
-    limits = [vectors.pop()] if writes(task) == "to_int8" else []
+    limits = [weights[-1]] if writes(task) == "to_int8" else []
+    w, *vectors = ordered(task, weights[: len(weights) - len(limits)])
     offset = [byte_offset(w)] if multiplies(task, row).signed else []
     of = Layout.of(task, knobs)
     w = weight_lanes(task, w + np.zeros((), w.dtype))  # the sum of -0.0 and 0.0 is 0.0
-    w = np.pad(w, ((0, 0), (0, -w.shape[1] % of.packed)))
-    lanes = _dealt(of, (w != 0).sum(0).reshape(of.lanes, of.packed).sum(1))
-    channels = (lanes[..., None] * of.packed + np.arange(of.packed)).ravel()
-    real = channels < w.shape[1]
-    w = np.pad(w, ((0, 0), (0, 1)))[:, np.where(real, channels, w.shape[1])]
-    real = channels < task.shape["outputs"]
+    w = np.pad(w, ((0, 0), (0, -w.shape[1] % of.unit)))
+    units = _dealt(of, (w != 0).sum(0).reshape(of.units, of.unit).sum(1))
+    outputs = (units[..., None] * of.unit + np.arange(of.unit)).ravel()
+    real = outputs < w.shape[1]
+    w = np.pad(w, ((0, 0), (0, 1)))[:, np.where(real, outputs, w.shape[1])]
+    real = outputs < task.shape["outputs"]
     vectors, offset = (
-        [np.where(real, v[np.where(real, channels, 0)], v.dtype.type(0)) for v in some]
+        [np.where(real, v[np.where(real, outputs, 0)], v.dtype.type(0)) for v in some]
         for some in (vectors, offset)
     )
-    return [*_lists(of, w), lanes.astype("int32"), *vectors, *limits, *offset]
+    return [*_lists(of, w), units.astype("int32"), *vectors, *limits, *offset]
 
 
 def _dealt(of: Layout, lengths: np.ndarray) -> np.ndarray:
-    """Lanes of y (groups, lanes of a group), ascending: like cards, the longest first, to and fro.
+    """Units (groups, units of a group), ascending: like cards, the longest first, to and fro.
 
-    ``of.lanes`` and above stand for padding.
+    ``of.units`` and above stand for padding.
     """
-    each = of.places // of.packed
+    each = of.places // of.unit
     order = np.argsort(-lengths, kind="stable")
-    order = np.concatenate([order, np.full(of.groups * each - of.lanes, of.lanes)])
+    order = np.concatenate([order, np.full(of.groups * each - of.units, of.units)])
     dealt = order.reshape(each, of.groups)
     dealt[1::2] = dealt[1::2, ::-1]
     return np.sort(dealt.T, 1)

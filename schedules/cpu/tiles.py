@@ -32,7 +32,8 @@ from bertile.schedules.cpu.product import (
     arguments,
     group_size,
     multiplies,
-    packed,
+    ordered,
+    unit,
     weight_lanes,
     writes,
 )
@@ -90,10 +91,10 @@ class Layout:
 
 def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> list[np.ndarray]:
     """w (K, N) → (panels, K / 16 G, tiles, 16 outputs, 16 lanes); vectors (N) padded."""
-    w, *vectors = weights
+    limits = [weights[-1]] if writes(task) == "to_int8" else []
+    w, *vectors = ordered(task, weights[: len(weights) - len(limits)])
     of = Layout.of(task, knobs, row)
     padding = of.panels * of.outputs - w.shape[1]
-    limits = [vectors.pop()] if writes(task) == "to_int8" else []
     if size := group_size(task):
         scales, _, *vectors = vectors
         multipliers, scale, shift = _rescaled(w, scales, size)
@@ -143,7 +144,7 @@ def _pack_nibbles(
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
-    """The PrimFunc (x, [range], [residual], w, [scale, [shift]], b, [limits], y)."""
+    """The PrimFunc (x, [range], [residual], [cos, sin], w, [scale, [shift]], b, [limits], y)."""
     of, math = Layout.of(task, knobs, row), multiplies(task, row)
     group = min(knobs["panels"], of.panels)
     groups = -(-of.panels // group)
@@ -295,18 +296,18 @@ class _Job:
             tile(f"tile_{self.dot}_{c}_{w}_{x}")
 
     def _finish(self, panel: Any, block: Any, blocks: int) -> None:
-        """Scale, bias, activation and residual, packed as the task writes them."""
-        lane, outputs = packed(self.task), self.task.shape["outputs"]
+        """Scale and bias; then what becomes of outputs that are finished together."""
+        each, outputs = unit(self.task), self.task.shape["outputs"]
         low = panel * self.of.outputs
-        last = T.Bind(T.min(self.of.outputs, outputs - low) // lane)
+        last = T.Bind((T.min(self.of.outputs, outputs - low) + (each - 1)) // each)
         in_bytes = precisions.of(self.task).in_bytes
         with T.serial(blocks) as t, T.serial(last) as n:
             values = []
-            for i in range(lane):
-                place = n * lane + i
+            for i in range(each):
+                place = n * each + i
                 total = self.sums[t, place // OUTPUTS, place % OUTPUTS, lanes.RAMP]
                 value = self.epilogue.value(total, low + place, block + t)
                 if not in_bytes:
                     value = value + lanes.splat(self.epilogue.b[low + place])
-                values.append(T.Bind(self.epilogue.finished(value, block + t, low + place)))
-            self.epilogue.store(values, block + t, T.Bind((low + n * lane) // lane))
+                values.append(T.Bind(value))
+            self.epilogue.finish(values, block + t, T.Bind((low + n * each) // each))

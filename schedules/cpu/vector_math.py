@@ -201,12 +201,22 @@ def relu(x: Any) -> Any:
     return tirx.max(x, splat(0.0))
 
 
+def silu(x: Any) -> Any:
+    """x / (1 + e**-x), Elfwing et al. 2017; error below 3e-7 max(1, |x|).
+
+    Far below zero, where e**-x has no room, it is x e**x; the result is nothing there.
+    """
+    x = T.Bind(x)
+    return x / (splat(1.0) + exp(tirx.min(splat(0.0) - x, splat(87.0))))
+
+
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "none": lambda x: x,
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
     "relu": relu,
     "tanh": tanh,
+    "silu": silu,
 }
 # For layers whose inputs and results have fewer digits anyway.
 ACTIVATIONS_BF16 = {**ACTIVATIONS, "gelu": gelu_bf16}

@@ -65,4 +65,11 @@ def flops(task: Task, tokens: int) -> float:
     return 2.0 * tokens * task.shape["inputs"] * task.shape["outputs"]
 
 
-dense = Schedule("dense", space, default, kernel, sample, flops, pack)
+def refuses(task: Task) -> str | None:
+    """What of a task has no kernel here, None if nothing."""
+    if task.shape.get("turned"):
+        return "rotary positions"
+    return "gated networks (GeGLU, SwiGLU)" if task.shape.get("gated") else None
+
+
+dense = Schedule("dense", space, default, kernel, sample, flops, pack, refuses=refuses)

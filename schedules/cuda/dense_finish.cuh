@@ -5,11 +5,12 @@
 // the tile; AT_RESIDUAL, AT_RESULT: tiles, over the slots where C::LATE. A residual with a place of
 // its own is asked for in the first iteration, behind what the products wait for.
 
-enum { NONE, RELU, GELU, GELU_TANH, TANH };
+enum { NONE, RELU, GELU, GELU_TANH, TANH, SILU };
 
 WORD float activated(float x) {
   if (ACTIVATION == RELU) return x > 0 ? x : 0;
   if (ACTIVATION == TANH) return tanhf(x);
+  if (ACTIVATION == SILU) return fast_divide(x, 1 + fast_exp2(x * -1.442695041f));
   if (ACTIVATION == GELU_TANH) {  // x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x³))
     const float u = x * (-2.302208198f - 0.1029432397f * x * x);  // times log2(e)
     return fast_divide(x, 1 + fast_exp2(u));

@@ -8,7 +8,7 @@ from bertile.schedules.cuda.source import Extent, Kernel, Launch
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "tanh")  # the enum of dense_finish.cuh
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "tanh", "silu")  # the enum of dense_finish.cuh
 
 # Code that newer GPUs compile for themselves has no wgmma.
 _WITHOUT = "#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)"

@@ -84,6 +84,18 @@ def flops(task: Task, tokens: int) -> float:
     return 8.0 * tokens * task.shape["channels"]
 
 
+def refuses(task: Task) -> str | None:
+    """What of a task has no kernel here, None if nothing."""
+    return "RMSNorm" if task.shape.get("rms") else None
+
+
 layer_norm = Schedule(
-    "layer_norm", row_kernel.space, row_kernel.default, kernel, sample, flops, pack
+    "layer_norm",
+    row_kernel.space,
+    row_kernel.default,
+    kernel,
+    sample,
+    flops,
+    pack,
+    refuses=refuses,
 )

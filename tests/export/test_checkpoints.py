@@ -26,13 +26,17 @@ def copied(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "copy")
 
 
+# Where it is not 12 of a model that is called base, and 2 of another.
+LAYERS = {
+    **{"minilm": 6, "distilbert-base": 6, "bert-large": 24},
+    **{"modernbert-tiny": 4, "modernbert-long": 4, "modernbert-base": 22, "modernbert-large": 28},
+}
+
+
 @pytest.mark.parametrize("name", synthetic.SYNTHETIC)
 def test_config_has_the_size_of_its_name(name):
     config = synthetic.config(name)
-    assert config.num_hidden_layers == (
-        {"minilm": 6, "distilbert-base": 6, "bert-large": 24}.get(name)
-        or (12 if name.endswith("base") else 2)
-    )
+    assert config.num_hidden_layers == LAYERS.get(name, 12 if name.endswith("base") else 2)
     assert config.hidden_size % config.num_attention_heads == 0
 
 
@@ -187,6 +191,13 @@ def test_load_refuses_unknown_names(model, head, message):
     with pytest.raises(UsageError) as caught:
         checkpoints.load(model, head)
     assert message in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_a_family_that_this_transformers_does_not_know_is_refused_by_name(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers, "CONFIG_MAPPING", {"bert": None})
+    with pytest.raises(ModelError, match=r"has no models of type 'modernbert'.*install a newer"):
+        checkpoints.load("synthetic:modernbert-tiny")
 
 
 def test_load_names_the_remedy_when_the_hub_cannot_be_reached(monkeypatch):

@@ -12,6 +12,7 @@ from helpers.family_models import NAMES
 
 from bertile.base.errors import UsageError
 from bertile.export import checkpoints, pruning
+from bertile.families.table import named
 from bertile.numerics.zeros import BLOCKS, analyse
 
 
@@ -56,6 +57,13 @@ def pruned(family, sparsity, pattern):
     return before, dict(model.named_parameters()), rows
 
 
+def grouped(family, rows):
+    """Of each encoder layer what is said of the layers of each group."""
+    row = named(family)
+    for start in range(0, len(rows), len(row.layers)):
+        yield row.grouped({each.layer: each for each in rows[start : start + len(row.layers)]})
+
+
 @pytest.mark.parametrize("family", NAMES)
 def test_every_linear_layer_of_the_encoder_is_pruned_and_nothing_else(family):
     before, after, rows = pruned(family, 0.9, "4x1")
@@ -82,29 +90,36 @@ def test_every_linear_layer_of_the_encoder_is_pruned_and_nothing_else(family):
 @pytest.mark.parametrize("family", NAMES)
 def test_neurons_go_from_both_layers(family):
     before, after, rows = pruned(family, 0.75, "neurons")
-    for first, second in [rows[i + 4 : i + 6] for i in range(0, len(rows), 6)]:
-        gone = (after[f"{first.layer}.weight"] == 0).all(1)
+    for into, (out,), first, (second,) in grouped(family, rows):
+        gone = (after[f"{second.layer}.weight"] == 0).all(0)
         assert int(gone.sum()) == 384
-        assert torch.equal((after[f"{second.layer}.weight"] == 0).all(0), gone)
-        assert torch.equal(after[f"{first.layer}.bias"] == 0, gone)
-        for name, stays in ((first.layer, ~gone), (second.layer, slice(None))):
-            bias = f"{name}.bias"
-            assert torch.equal(after[bias][stays], before[bias][stays])
-    assert all(row.zeros == 0 for i, row in enumerate(rows) if i % 6 < 4)
+        for row in first:  # of a gated network both halves, in one layer or two
+            both = gone.repeat(row.outputs // 512)
+            assert torch.equal((after[f"{row.layer}.weight"] == 0).all(1), both)
+            if f"{row.layer}.bias" in after:
+                assert torch.equal(after[f"{row.layer}.bias"] == 0, both)
+        names = [*((row.layer, ~gone) for row in first), (second.layer, slice(None))]
+        for bias, stays in ((f"{name}.bias", stays) for name, stays in names):
+            assert bias not in after or torch.equal(after[bias][stays], before[bias][stays])
+        assert all(row.zeros == 0 for row in (*into, out))
 
 
 @pytest.mark.parametrize("family", NAMES)
 def test_heads_go_from_all_four_layers(family):
     before, after, rows = pruned(family, 0.5, "heads")
-    for layer in [rows[i : i + 4] for i in range(0, len(rows), 6)]:
-        *into, out = (after[f"{row.layer}.weight"] for row in layer)
-        whole = [before[f"{row.layer}.weight"].abs() for row in layer]
-        sums = sum(w.reshape(2, 64, -1).sum((1, 2)) for w in [*whole[:3], whole[3].T])
+    for into, (out,), first, second in grouped(family, rows):
+        inputs = [before[f"{row.layer}.weight"].abs() for row in into]
+        whole = [*(w.reshape(-1, 128, 128).sum(0) for w in inputs)]
+        whole.append(before[f"{out.layer}.weight"].abs().T)
+        sums = sum(w.reshape(2, 64, -1).sum((1, 2)) for w in whole)
         gone = (sums == sums.min()).repeat_interleave(64)
-        assert all(torch.equal((w == 0).all(1), gone) for w in into)
-        assert torch.equal((out == 0).all(0), gone)
-        assert torch.equal(after[f"{layer[2].layer}.bias"] == 0, gone)
-    assert all(row.zeros == 0 for i, row in enumerate(rows) if i % 6 >= 4)
+        assert torch.equal((after[f"{out.layer}.weight"] == 0).all(0), gone)
+        for row in into:
+            all_of_them = gone.repeat(row.outputs // 128)
+            assert torch.equal((after[f"{row.layer}.weight"] == 0).all(1), all_of_them)
+            if f"{row.layer}.bias" in after:
+                assert torch.equal(after[f"{row.layer}.bias"] == 0, all_of_them)
+        assert all(row.zeros == 0 for row in (*first, *second))
 
 
 @pytest.mark.parametrize("pattern", ["32x1", "1x16"])

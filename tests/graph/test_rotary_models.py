@@ -142,7 +142,7 @@ def equals_original(path: Path, directory: Path, shapes=SHAPES, **config):
 @pytest.mark.slow
 @pytest.mark.parametrize(("attention", "dynamo"), [("eager", False), ("sdpa", True)])
 def test_modernbert_of_transformers_equals_onnxruntime(tmp_path, attention, dynamo):
-    """Windows and two kinds of rotary positions; Q, K and V of one layer are not fused yet."""
+    """Windows and two kinds of rotary positions; Q, K and V of one layer, and gated networks."""
     config = transformers.ModernBertConfig(
         vocab_size=50,
         hidden_size=64,
@@ -167,7 +167,9 @@ def test_modernbert_of_transformers_equals_onnxruntime(tmp_path, attention, dyna
             outputs = self.model(input_ids=input_ids, attention_mask=attention_mask)
             return outputs.last_hidden_state
 
-    equals_original(write(tmp_path / "m.onnx", Positional(), dynamo), tmp_path)
+    bundle = equals_original(write(tmp_path / "m.onnx", Positional(), dynamo), tmp_path)
+    assert {bool(k.get("turned") or k.get("gated")) for k in kernels(bundle, "dense")[:2]} == {True}
+    assert not bundle.manifest["fallthrough"] or "matmul" not in str(bundle.manifest["fallthrough"])
 
 
 def kernels(model, operation: str) -> list[dict]:
@@ -175,13 +177,13 @@ def kernels(model, operation: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_rotary_positions_are_one_kernel_of_qkv_beside_a_window(tmp_path, dynamo):
+def test_rotary_positions_are_turned_by_the_product_of_qkv_beside_a_window(tmp_path, dynamo):
     model = equals_original(write(tmp_path / "m.onnx", Model(window=20), dynamo), tmp_path)
     assert [k.get("window") for k in kernels(model, "attention")] == [None, 20]
     width = HEADS * SIZE
-    expected = {"channels": 3 * width, "heads": 2 * HEADS, "head_size": SIZE}
-    assert kernels(model, "rotary") == [expected]
-    assert {"inputs": width, "outputs": 3 * width}.items() <= kernels(model, "dense")[0].items()
+    expected = {"inputs": width, "outputs": 3 * width, "turned": 2 * HEADS, "head_size": SIZE}
+    assert expected.items() <= kernels(model, "dense")[0].items()
+    assert not kernels(model, "rotary")
     left = {entry.partition(" ")[0] for entry in model.manifest["fallthrough"]}
     assert not left & {"matmul", "concat", "negative", "sin", "cos", "nn.softmax"}
 
@@ -190,14 +192,14 @@ def test_rotary_positions_are_one_kernel_of_qkv_beside_a_window(tmp_path, dynamo
 def test_static_sizes_have_rotary_positions_too(tmp_path):
     path = write(tmp_path / "m.onnx", Model(window=20), dynamic=False)
     model = equals_original(path, tmp_path, ((2, 24),))
-    assert len(kernels(model, "rotary")) == 1
+    assert kernels(model, "dense")[0]["turned"] == 2 * HEADS
 
 
 def test_angles_of_a_buffer_are_found(tmp_path):
     path = write(tmp_path / "m.onnx", Model(cached=True))
     exported = normalizer.normalize(path, tmp_path / "out", Config())
-    operations = [task.operation for task in lowering.tasks(Forms(optimize(import_onnx(exported))))]
-    assert "rotary" in operations and exported.max_length == LIMIT
+    tasks = lowering.tasks(Forms(optimize(import_onnx(exported))))
+    assert any("turned" in task.shape for task in tasks) and exported.max_length == LIMIT
 
 
 def test_a_model_without_a_limit_gets_that_of_the_table(tmp_path):
@@ -208,13 +210,17 @@ def test_a_model_without_a_limit_gets_that_of_the_table(tmp_path):
     assert not {"Range", "Sin", "Cos"} & set(operators)
 
 
-def test_attention_behind_rotary_positions_stays_in_float32_beside_bfloat16(tmp_path):
+def test_attention_behind_rotary_positions_is_in_bfloat16_too(tmp_path):
     exported = normalizer.normalize(write(tmp_path / "m.onnx", Model()), tmp_path / "out", Config())
     row = resolve("x86-avx512-bf16", threads=1)
     log = TuningLog([tmp_path], print)
     graph = precision_plan.plan_layers(optimize(import_onnx(exported)), "bf16", row, log, "off")
-    shapes = {task.operation: task.shape for task in lowering.tasks(backends.of(row).forms(graph))}
-    assert "precision" not in shapes["attention"] and shapes["dense"]["precision"] == "bf16"
+    tasks = lowering.tasks(backends.of(row).forms(graph))
+    (product,) = (task.shape for task in tasks if "turned" in task.shape)
+    expected = {"precision": "bf16", "writes": "to_bf16", "values_from": 2 * HEADS * SIZE}
+    assert expected.items() <= product.items()
+    precisions = {task.shape.get("precision") for task in tasks if task.operation == "attention"}
+    assert precisions == {"bf16"}
 
 
 def test_rotary_positions_on_a_gpu_are_refused_by_name(tmp_path):

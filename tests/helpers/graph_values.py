@@ -11,7 +11,7 @@ from tvm import relax
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.numerics.eight_bit import quantize_input
-from bertile.schedules.reference import apply_activation
+from bertile.schedules.reference import apply_activation, gated, rotary_heads
 
 BATCH, LENGTH = 2, 5
 
@@ -40,13 +40,19 @@ def evaluate(graph: Graph, seed: int = 0) -> np.ndarray:
     return values[graph.main.body.body]
 
 
-def _dense(graph, call, x, w, b, residual=0.0):
+def _dense(graph, call, x, w, b, *others):
     plan = graph.plan.get(getattr(call.args[1], "name", ""))
     if plan is not None and plan.static:
         smooth = 1.0 if plan.smooth is None else plan.smooth
         rows = (x * smooth).reshape(-1, x.shape[-1])
         x = quantize_input(rows, plan.low, plan.high).values().reshape(x.shape) / smooth
-    return apply_activation(str(call.attrs["activation"]), x @ w + b) + residual
+    product, activation = x @ w + b, str(call.attrs["activation"])
+    if ops.is_gated(call):
+        return gated(activation, product)
+    if heads := ops.turned(call):
+        return rotary_heads(product, *others, heads)
+    (residual,) = others or (0.0,)
+    return apply_activation(activation, product) + residual
 
 
 def _attention(graph, call, qkv, mask, bias=None):

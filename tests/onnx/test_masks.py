@@ -166,9 +166,21 @@ def test_static_lengths_are_recognised(tmp_path, variant):
     assert exported.length == 24 and seen_keys(exported)["keys"] == variant
 
 
+def chosen_of_bools(sees):
+    """As ``chosen``, of a tensor (batch, length) that says which keys are real."""
+
+    def masked(scores, mask):
+        real = mask.bool() & (mask < 2)
+        seen = sees(*pairs(mask))[None, None] & real[:, None, None, :]
+        return torch.where(seen, scores, torch.tensor(-1e9))
+
+    return masked
+
+
 @pytest.mark.parametrize("limit", [LIMIT, None])
-def test_a_window_that_shows_in_long_sequences_alone_is_recognised(tmp_path, limit):
-    path = write(tmp_path / "m.onnx", chosen(lambda i, j: abs(i - j) <= 40), limit=limit)
+@pytest.mark.parametrize("spelling", [chosen, chosen_of_bools])
+def test_a_window_that_shows_in_long_sequences_alone_is_recognised(tmp_path, limit, spelling):
+    path = write(tmp_path / "m.onnx", spelling(lambda i, j: abs(i - j) <= 40), limit=limit)
     assert seen_keys(normalized(path)) == {"keys": "window", "window": 40, "bias": "none"}
 
 

@@ -39,6 +39,8 @@ FP32 = [
     (product(13, 17, precision="fp16"), 2),
     (product(1, 5, "relu", residual=True), 2),
     (product(70, 38, "gelu", residual=True, density=20), 3),
+    (product(37, 26, "gelu", gated=True), 3),
+    (product(37, 33, turned=2, head_size=10), 3),
     (attention(2, 24), 4),
     (attention(1, 7), 1),
     (attention(1, 12, writes="to_int8"), 2),
@@ -67,6 +69,8 @@ INT8 = [
     (product(37, 20, density=50, precision="int8_static", writes="to_int8"), 2),
     (product(70, 38, "gelu", residual=True, precision="int4", group=32), 3),
     (product(200, 44, precision="int4", group=64, writes="to_int8"), 2),
+    (product(37, 24, "gelu", gated=True, precision="int8_static", writes="to_int8"), 3),
+    (product(37, 30, turned=2, head_size=10, precision="int8"), 3),
 ]
 BF16 = [
     (product(64, 12, precision="bf16"), 1),
@@ -75,6 +79,8 @@ BF16 = [
     (product(96, 44, "gelu", precision="bf16", writes="to_bf16"), 3),
     (product(52, 36, precision="bf16", writes="to_bf16", values_from=24), 5),
     (product(80, 38, "gelu", residual=True, density=30, precision="bf16"), 3),
+    (product(37, 24, "silu", gated=True, precision="bf16", writes="to_bf16"), 3),
+    (product(37, 36, turned=4, head_size=6, precision="bf16", writes="to_bf16", values_from=24), 3),
     (attention(2, 24, precision="bf16", writes="to_bf16"), 4),
     *((attention(2, 12, v, precision="bf16", writes="to_bf16"), 4) for v in VARIANTS if v != "all"),
     (normalized("layer_norm", 31, kind="bf16"), 2),

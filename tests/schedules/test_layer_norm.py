@@ -14,14 +14,27 @@ from bertile.targets import rows
 TOLERANCE = 1e-5  # mean and variance of about a thousand values of the size of 10
 
 
-def task_of(channels, epsilon=1e-12):
-    return Task("layer_norm", {"channels": channels, "epsilon": epsilon})
+def task_of(channels, epsilon=1e-12, **more):
+    return Task("layer_norm", {"channels": channels, "epsilon": epsilon, **more})
 
 
 @pytest.mark.parametrize("channels", [768, 1024, 384, 312, 128, 13, 2])
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_layer_norm_equals_numpy(kernels, channels, blocks):
     assert kernels.difference(task_of(channels), blocks) < TOLERANCE
+
+
+@pytest.mark.parametrize("channels", [768, 13])
+def test_rms_norm_equals_numpy(kernels, channels):
+    assert kernels.difference(task_of(channels, rms=True), 3) < TOLERANCE
+    narrowed = task_of(channels, rms=True, kind="int8")
+    assert kernels.mistake(narrowed, 2) is None
+
+
+def test_reference_of_rms_norm_takes_no_mean_off():
+    x = np.array([[3.0, 4.0]])
+    got = reference.layer_norm(x, np.array([1.0, 2.0]), np.zeros(2), 0.5, rms=True)
+    np.testing.assert_allclose(got, x / np.sqrt(12.5 + 0.5) * [1, 2])
 
 
 def test_layer_norm_equals_numpy_at_every_point_of_its_space(kernels):

@@ -106,13 +106,17 @@ def test_saturating_functions_are_odd_and_end_at_one(evaluate, name):
     assert np.abs(evaluate(name, [1e30, np.inf, -np.inf]) - [1, 1, -1]).max() < 3e-7
 
 
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize("limit", [1, 10, 1000])
-def test_gelu_holds_its_error(evaluate, name, limit):
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("limit", [1, 10, 600])
+def test_gelu_and_silu_hold_their_error(evaluate, name, limit):
     x = grid(-limit, limit)
     error = np.abs(evaluate(name, x) - apply_activation(name, x.astype("float64")))
     bound = stated(getattr(vector_math, name))
     assert np.max(error / np.maximum(1, np.abs(x))) < bound
+
+
+def test_silu_is_nothing_far_below_zero(evaluate):
+    assert np.abs(evaluate("silu", [-90.0, -1e4, -1e20])).max() < 1e-15
 
 
 def test_relu_is_exact(evaluate):

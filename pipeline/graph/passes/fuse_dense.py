@@ -1,7 +1,7 @@
 """Fuses linear layers with what follows them.
 
     x w + b                    →  bertile.dense(x, w, b)
-    gelu(bertile.dense(…))     →  bertile.dense(…) {activation = gelu}; gelu_tanh, relu, tanh alike
+    gelu(bertile.dense(…))     →  bertile.dense(…) {activation = gelu}; the others alike
     bertile.dense(…) + r       →  bertile.dense(…, r)
 
 An epilogue is taken only where nobody else reads the value before it.
@@ -18,7 +18,10 @@ from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, rewrite, same_shape
 from bertile.graph.rewriting.linear import linear
 
-ACTIVATIONS = {"nn.gelu": "gelu", "nn.gelu_tanh": "gelu_tanh", "nn.relu": "relu", "tanh": "tanh"}
+ACTIVATIONS = {
+    **{f"nn.{name}": name for name in ("gelu", "gelu_tanh", "relu", "silu")},
+    "tanh": "tanh",
+}
 
 
 def fuse_dense(graph: Graph) -> Graph:

@@ -27,6 +27,8 @@ def fuse_embedding(graph: Graph) -> Graph:
 def _embedding(flow: Dataflow, call: relax.Call) -> Any:
     if not flow.is_op(call, "bertile.layer_norm") or not flow.is_tokens(call):
         return None
+    if ops.is_rms(call):
+        return None
     x, gamma, beta = call.args
     lookups = [_lookup(flow, term) for term in _terms(flow, x)]
     if not all(lookups) or all(flow.is_weight(ids) for ids, _ in lookups):

@@ -1,7 +1,8 @@
-"""Makes one operator of GELU that is spelled out, in any order of its factors.
+"""Makes one operator of GELU or SiLU that is spelled out, in any order of its factors.
 
     x · ½ · (1 + erf(x / √2))                         →  relax.nn.gelu(x)
     x · ½ · (1 + tanh(√(2/π) (x + 0.044715 x³)))      →  relax.nn.gelu_tanh(x)
+    x · sigmoid(x)                                    →  relax.nn.silu(x)
 
 Factors and terms are flattened first: exporters differ only in how they pair them.
 """
@@ -18,8 +19,18 @@ from bertile.graph.rewriting.dataflow import Dataflow, rewrite
 
 
 def fuse_gelu(graph: Graph) -> Graph:
-    """Recognise both forms."""
-    return rewrite(graph, _gelu)
+    """Recognise all three."""
+    return rewrite(rewrite(graph, _gelu), _silu)
+
+
+def _silu(flow: Dataflow, call: relax.Call) -> Any:
+    if not flow.is_op(call, "multiply"):
+        return None
+    for x, gate in (call.args, list(call.args)[::-1]):
+        sigmoid = flow.call(gate, "sigmoid")
+        if sigmoid is not None and _same(flow, sigmoid.args[0], x):
+            return relax.op.nn.silu(x)
+    return None
 
 
 def _gelu(flow: Dataflow, call: relax.Call) -> Any:

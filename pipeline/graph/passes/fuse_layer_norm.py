@@ -1,13 +1,17 @@
-"""Makes bertile.layer_norm of LayerNorm, one operator or spelled out (exports before opset 17).
+"""Makes bertile.layer_norm of LayerNorm, one operator or spelled out (exports before opset 17), and
+of RMSNorm.
 
 nn.layer_norm(x, gamma, beta, axes=[-1])                       →  bertile.layer_norm(x, …)
 d = x - mean(x); d / sqrt(mean(d²) + epsilon) · gamma + beta   →  the same
+gamma · (x · (1 / sqrt(mean(x²) + epsilon)))                   →  the same {rms}
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from tvm import relax
 
 from bertile.graph import ops
@@ -16,8 +20,52 @@ from bertile.graph.rewriting.dataflow import Dataflow, rewrite, shape, static
 
 
 def fuse_layer_norm(graph: Graph) -> Graph:
-    """Recognise both forms, over the last axis."""
-    return rewrite(rewrite(graph, _operator), _spelled_out)
+    """Recognise all forms, over the last axis."""
+    for rule in (_operator, _spelled_out, _rms):
+        graph = rewrite(graph, rule)
+    return graph
+
+
+def _rms(flow: Dataflow, call: relax.Call) -> Any:
+    if not flow.is_op(call, "multiply"):
+        return None
+    for gamma, normed in (call.args, list(call.args)[::-1]):
+        if not flow.is_weight(gamma):
+            continue
+        for x, root in _by_roots(flow, normed):
+            epsilon = _mean_square(flow, root.args[0], x)
+            if epsilon is not None:
+                return _make(flow, x, gamma, _zeros(gamma), epsilon, rms=True)
+    return None
+
+
+def _by_roots(flow: Dataflow, expr: Any) -> Iterator[tuple[Any, relax.Call]]:
+    """x and the root that it is divided by, in any spelling of ``expr``."""
+    if (ratio := flow.call(expr, "divide")) is not None:
+        if (root := flow.call(ratio.args[1], "sqrt")) is not None:
+            yield ratio.args[0], root
+    elif (product := flow.call(expr, "multiply")) is not None:
+        for x, other in (product.args, list(product.args)[::-1]):
+            inverse = flow.call(other, "divide")
+            if (root := flow.call(other, "rsqrt")) is not None:
+                yield x, root
+            elif inverse is not None and flow.scalar(inverse.args[0]) == 1.0:
+                if (root := flow.call(inverse.args[1], "sqrt")) is not None:
+                    yield x, root
+
+
+def _mean_square(flow: Dataflow, expr: Any, x: Any) -> float | None:
+    """Epsilon of mean(x²) + epsilon."""
+    shifted = flow.call(expr, "add")
+    split = flow.split_scalar(shifted) if shifted is not None else None
+    mean = flow.call(split[0], "mean") if split is not None else None
+    if mean is None or not _last(mean) or not _is_square(flow, mean.args[0], x):
+        return None
+    return split[1]
+
+
+def _zeros(gamma: Any) -> Any:
+    return relax.const(np.zeros(shape(gamma), "float32"))
 
 
 def _operator(flow: Dataflow, call: relax.Call) -> Any:
@@ -86,10 +134,10 @@ def _same(flow: Dataflow, a: Any, b: Any) -> bool:
     return flow.definition(a).same_as(flow.definition(b))
 
 
-def _make(flow: Dataflow, x: Any, gamma: Any, beta: Any, epsilon: float) -> Any:
+def _make(flow: Dataflow, x: Any, gamma: Any, beta: Any, epsilon: float, rms: bool = False) -> Any:
     extents = shape(x)
     if not extents or not static(extents[-1]) or not flow.is_row_batch(x):
         return None
     if not all(flow.is_weight(w) and shape(w) == [extents[-1]] for w in (gamma, beta)):
         return None
-    return ops.layer_norm(x, gamma, beta, epsilon)
+    return ops.layer_norm(x, gamma, beta, epsilon, rms)

@@ -3,6 +3,8 @@
     permute(reshape(x)) · cos + concat(-second half, first half) · sin
         →  permute(reshape(bertile.rotary(x, cos, sin)))
 
+A number that x is multiplied by before (ESM scales Q so) is multiplied by behind it instead.
+
 x is (B, S, H D); cos and sin are (B|1, 1, S, D), or (B|1, S, 1, D) where the heads are not permuted
 yet. ``fuse_attention`` then sees Q and K as without positions, and joins both with V again.
 """
@@ -86,6 +88,12 @@ def _other(product: relax.Call, x: Any) -> Any:
 
 def _of_rows(flow: Dataflow, x: Any, cos: Any, sin: Any) -> Any:
     """The same on rows, with the heads split and permuted behind it."""
+    scaled = flow.call(x, "multiply")
+    split = flow.split_scalar(scaled) if scaled is not None else None
+    if split is not None:
+        turned = _of_rows(flow, split[0], cos, sin)
+        factor = relax.const(split[1], "float32")
+        return None if turned is None else relax.op.multiply(turned, factor)
     permuted = flow.call(x, "permute_dims")
     axes = permuted.attrs["axes"] if permuted is not None else None
     if permuted is not None and (axes is None or [int(a) for a in axes] != HEADS_FIRST):

@@ -6,6 +6,8 @@
     dense(attention(dense(x, w, b)), v, c) →  the same without a head, if its rows of v are zero, or
                                               its columns of V in w: then its result is always b
 
+A neuron of a gated layer has two columns, and what it always gives is their product.
+
 What is computed stays the same, in 8 bits too: a constant is folded as the next layer's range
 rounds it. Only a range that is found per token may get narrower.
 
@@ -32,7 +34,7 @@ from bertile.graph.rewriting.resizing import Resized
 from bertile.numerics.eight_bit import quantize_input
 from bertile.numerics.zeros import BLOCKS, analyse
 from bertile.schedules.attention_spec import AttentionSpec
-from bertile.schedules.reference import apply_activation
+from bertile.schedules.reference import apply_activation, gated
 
 # What is left is a multiple of this: of the four lanes, each of four channels in 8 bits, that a
 # product takes at once.
@@ -86,7 +88,8 @@ class _Cut:
         attention = self.pair.attention
         self.what = "neurons" if attention is None else "attention heads"
         self.size = 1 if attention is None else ops.attention_spec(attention).head_size
-        # w (inputs, channels, or 3 channels for Q, K and V), v (channels, outputs)
+        # w (inputs, channels; or 2 of a gated layer, 3 for Q, K and V, times as many), v (channels,
+        # outputs)
         self.w, self.b = (self._value(weight) for weight in self.pair.first.args[1:3])
         self.v, self.c = (self._value(weight) for weight in self.pair.second.args[1:3])
         self.channels = len(self.v)
@@ -106,7 +109,8 @@ class _Cut:
 
         Neighbours that a block of zeros holds go together, so that the others stay in blocks.
         """
-        unread, constant = ~self.v.any(1), ~self.w[:, -self.channels :].any(0)
+        read = self.w if ops.is_gated(self.pair.first) else self.w[:, -self.channels :]
+        unread, constant = ~self.v.any(1), ~read.any(0).reshape(-1, self.channels).any(0)
         unneeded = (unread | constant).reshape(-1, self.size).all(1)
         gone = np.zeros_like(unneeded)
         group = lcm(self._block(), self.size) // self.size if unneeded.any() else 1
@@ -143,7 +147,10 @@ class _Cut:
         for pair in self.pairs:
             inner = _with_weights(pair.first, pair.first.args[0], first)
             if pair.attention is not None:
-                inner = ops.with_spec(pair.attention, self._cut_spec(pair.attention), inner)
+                spec = self._cut_spec(pair.attention)
+                if ops.turned(inner):
+                    inner = ops.with_turned(inner, spec.heads + spec.kv_heads)
+                inner = ops.with_spec(pair.attention, spec, inner)
             values[pair.var] = _with_weights(pair.second, inner, second)
         return self._replanned(resized.write(values), kept)
 
@@ -153,8 +160,11 @@ class _Cut:
 
     def _folded(self, gone: np.ndarray) -> np.ndarray:
         """The second layer's bias with what the channels that go have always added to it."""
-        activation = str(self.pair.first.attrs["activation"])
-        values = apply_activation(activation, self.b[-self.channels :].astype("float64"))
+        activation, b = str(self.pair.first.attrs["activation"]), self.b.astype("float64")
+        if ops.is_gated(self.pair.first):
+            values = gated(activation, b)
+        else:
+            values = apply_activation(activation, b[-self.channels :])
         plan = self.graph.plan.get(self.pair.weights[1])
         if plan is not None and plan.static:
             smooth = np.float64(1) if plan.smooth is None else plan.smooth.astype("float64")
@@ -192,13 +202,19 @@ def _pair(flow: Dataflow, binding: relax.VarBinding) -> _Pair | None:
             return None
         attention, first = first, flow.definition(first.args[0])
     # a residual would be added to channels that are gone
-    if not _is_layer(flow, first) or len(first.args) > 3:
+    if not _is_layer(flow, first) or (len(first.args) > 3 and not _turns_both(first, attention)):
         return None
     return _Pair(binding.var, first, attention, second)
 
 
 def _is_layer(flow: Dataflow, value: Any) -> bool:
     return is_call(value, "bertile.dense") and value.args[1] in flow.weights
+
+
+def _turns_both(layer: relax.Call, attention: relax.Call | None) -> bool:
+    """Whether a layer turns all heads of Q and of K, so that any of them may go."""
+    spec = None if attention is None else ops.attention_spec(attention)
+    return spec is not None and ops.turned(layer) == spec.heads + spec.kv_heads
 
 
 def _tells_heads_apart(attention: relax.Call) -> bool:

@@ -129,7 +129,17 @@ def wrong_cube(factor=0.044715, power=3.0, scale=ROOT_TWO_OVER_PI):
     return build
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_silu_is_found_from_either_side(becomes, first):
+    def build(emit, ids, x):
+        gate = emit(op.sigmoid(x))
+        return op.multiply(gate, x) if first else op.multiply(x, gate)
+
+    becomes(fuse_gelu, build, lambda emit, ids, x: op.nn.silu(x))
+
+
 LOOK_ALIKES = {
+    "sigmoid of another tensor": lambda emit, ids, x: op.multiply(x, op.sigmoid(op.nn.relu(x))),
     "twice as much": lambda emit, ids, x: op.multiply(x, gate(x)),
     "erf of x": lambda emit, ids, x: op.multiply(op.multiply(x, c(0.5)), gate(x, x)),
     "x of another tensor": lambda emit, ids, x: op.multiply(

@@ -69,6 +69,49 @@ def operator(axes=(-1,), **attrs):
     return build
 
 
+def rms(x, by="reciprocal", square=None, of=None, axis=-1, epsilon=EPSILON):
+    of = x if of is None else of
+    squares = op.multiply(of, of) if square is None else op.power(of, c(square))
+    root = op.sqrt(op.add(op.mean(squares, axis, keepdims=True), c(epsilon)))
+    return op.divide(x, root) if by == "root" else op.multiply(x, op.divide(c(1.0), root))
+
+
+RMS = {
+    "powers": lambda x, gamma: op.multiply(gamma, rms(x, square=2.0)),
+    "products": lambda x, gamma: op.multiply(gamma, rms(x)),
+    "a divisor": lambda x, gamma: op.multiply(rms(x, "root"), gamma),
+    "one more than the weight": lambda x, gamma: op.multiply(rms(x), op.add(gamma, c(1.0))),
+}
+
+
+@pytest.mark.parametrize("spelling", RMS)
+def test_rms_norm_becomes_the_same_operator(becomes, spelling):
+    def after(emit, ids, x, gamma, beta):
+        gamma = op.add(gamma, c(1.0)) if "one" in spelling else gamma
+        zeros = relax.const(np.zeros(8, "float32"))
+        return ops.layer_norm(x, gamma, zeros, EPSILON, rms=True)
+
+    def before(emit, ids, x, gamma, beta):
+        return RMS[spelling](x, gamma)
+
+    becomes(fuse_layer_norm, before, after, weights=WEIGHTS)
+
+
+NO_RMS = {
+    "another power": lambda x, gamma: op.multiply(gamma, rms(x, square=3.0)),
+    "the root of another": lambda x, gamma: op.multiply(gamma, rms(x, of=op.nn.relu(x))),
+    "along the tokens": lambda x, gamma: op.multiply(gamma, rms(x, axis=1)),
+    "no weight": lambda x, gamma: op.multiply(x, rms(x)),
+}
+
+
+@pytest.mark.parametrize("build", NO_RMS.values(), ids=NO_RMS)
+def test_what_looks_like_rms_norm_is_left_alone(leaves_alone, build):
+    leaves_alone(
+        fuse_layer_norm, lambda emit, ids, x, gamma, beta: build(x, gamma), weights=WEIGHTS
+    )
+
+
 def spelled_out(square=None, swap=False, axis=-1, keepdims=True, outside=False):
     """(x - mean) / sqrt(mean((x - mean)²) + epsilon) · gamma + beta, as before opset 17."""
 
@@ -163,14 +206,19 @@ def test_look_alike_is_left_alone(leaves_alone, build):
     leaves_alone(fuse_layer_norm, build, weights=WEIGHTS)
 
 
-def test_mean_of_another_tensor_is_left_alone(leaves_alone):
+def test_mean_of_another_tensor_stays_before_an_rms_norm(becomes):
     def build(emit, ids, x, gamma, beta):
         d = emit(op.subtract(x, op.mean(op.nn.relu(x), -1, keepdims=True)))
         variance = op.mean(op.multiply(d, d), -1, keepdims=True)
         ratio = op.divide(d, op.sqrt(op.add(variance, c(EPSILON))))
         return op.add(op.multiply(ratio, gamma), beta)
 
-    leaves_alone(fuse_layer_norm, build, weights=WEIGHTS)
+    def after(emit, ids, x, gamma, beta):
+        d = op.subtract(x, op.mean(op.nn.relu(x), -1, keepdims=True))
+        zeros = relax.const(np.zeros(8, "float32"))
+        return op.add(ops.layer_norm(d, gamma, zeros, EPSILON, rms=True), beta)
+
+    becomes(fuse_layer_norm, build, after, weights=WEIGHTS)
 
 
 def test_scale_of_one_channel_is_left_alone(leaves_alone):

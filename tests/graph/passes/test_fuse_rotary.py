@@ -199,6 +199,20 @@ def test_angles_that_are_not_one_of_each_place_and_channel_are_left_alone(leaves
     leaves_alone(fuse_rotary, build, activations={**ROWS, **{name: shape for name in ANGLES}})
 
 
+def test_a_scale_before_it_is_one_behind_it(becomes):
+    scale = relax.const(0.25, "float32")
+
+    def before(emit, ids, x, cos, sin):
+        q = emit(op.multiply(op.permute_dims(split(emit, x), [0, 2, 1, 3]), scale))
+        cos, sin = (op.expand_dims(angles, 1) for angles in (cos, sin))
+        return op.add(op.multiply(q, cos), op.multiply(halves_of(q), sin))
+
+    def behind(emit, ids, x, cos, sin):
+        return op.multiply(after(emit, ids, x, cos, sin), scale)
+
+    becomes(fuse_rotary, before, behind, activations={**ROWS, **ANGLES})
+
+
 # Behind it, in attention.
 
 

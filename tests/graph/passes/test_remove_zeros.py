@@ -159,6 +159,29 @@ def test_neurons_that_never_change_become_part_of_the_bias(pruned, activation):
     assert not np.allclose(after.params["c"], start.params["c"], atol=0.1)
 
 
+GATED = {**NEURONS, "w": (C, 2 * N), "b": (2 * N,)}
+
+
+def gated_feed_forward(emit, ids, x, w, b, v, c):
+    return ops.dense(emit(ops.gated_dense(x, w, b, "gelu")), v, c, x)
+
+
+@pytest.mark.parametrize("which", ["unread", "constant"])
+def test_neurons_of_a_gated_layer_go_with_both_their_columns(pruned, which):
+    def change(params):
+        if which == "unread":
+            params["v"][:16] = 0
+        else:
+            params["w"].reshape(C, 2, N)[:, :, :16] = 0
+
+    smaller = {"w": (C, 2 * (N - 16)), "b": (2 * (N - 16),), "v": (N - 16, C)}
+    check(pruned(gated_feed_forward, GATED, change=change), **smaller)
+
+
+def test_neuron_of_a_gated_layer_that_one_half_moves_stays(pruned):
+    untouched(pruned(gated_feed_forward, GATED, change=zero("w", slice(None), slice(16))))
+
+
 def test_layers_without_biases_have_neurons_too(pruned):
     def build(emit, ids, x, w, v):
         zeros = [relax.const(np.zeros(size, "float32")) for size in (N, C)]
@@ -195,6 +218,20 @@ def test_heads_without_effect_are_removed(pruned, which):
     )
     assert int(call.attrs["heads"]) == HEADS - 1
     assert after.exported.notes[-1] == "zeros: 1 attention heads have no effect and were removed"
+
+
+def test_heads_with_rotary_positions_are_removed(pruned):
+    def build(emit, ids, x, mask, cos, sin, w, b, v, c):
+        qkv = emit(ops.turned_dense(x, w, b, cos, sin, 2 * HEADS))
+        return ops.dense(
+            emit(ops.attention(AttentionSpec(HEADS, HEADS, SIZE, 0.25), qkv, mask)), v, c
+        )
+
+    angles = {name: (1, "length", SIZE) for name in ("cos", "sin")}
+    change = zero("v", slice(SIZE, 2 * SIZE))
+    after = check(pruned(build, ATTENTION, {**MASKED, **angles}, change), **channels(WIDTH - SIZE))
+    (layer,) = (b.value for b in Dataflow(after.main).bindings if "turned" in b.value.attrs)
+    assert ops.turned(layer) == 2 * (HEADS - 1)
 
 
 def test_head_whose_queries_are_zero_stays(pruned):

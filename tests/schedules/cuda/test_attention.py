@@ -214,7 +214,18 @@ def test_variants_without_a_kernel_here_are_refused_by_name(variant):
         attention.kernel(task, attention.default(task, row), row)
 
 
-def test_rotary_positions_are_refused_by_name():
-    task = Task("rotary", {"channels": 24, "heads": 4, "head_size": 4, "precision": "fp16"})
-    with pytest.raises(ModelError, match="cuda-sm90 has no kernel for rotary"):
+PRODUCT = {"inputs": 64, "outputs": 48, "activation": "none", "residual": False}
+
+
+@pytest.mark.parametrize(
+    ("task", "lacks"),
+    [
+        (Task("rotary", {"channels": 24, "heads": 4, "head_size": 4}), "rotary"),
+        (Task("dense", {**PRODUCT, "turned": 4, "head_size": 4}), "rotary positions"),
+        (Task("dense", {**PRODUCT, "gated": True}), "gated networks"),
+    ],
+    ids=["rotary", "turned", "gated"],
+)
+def test_rotary_positions_and_gates_are_refused_by_name(task, lacks):
+    with pytest.raises(ModelError, match=f"cuda-sm90 has no kernel for {lacks}"):
         must_fit(task, cuda_kernels.row_of("cuda-sm90"))

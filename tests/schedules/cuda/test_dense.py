@@ -44,7 +44,7 @@ def test_dense_equals_numpy_in_odd_sizes(precision):
 @pytest.mark.parametrize(
     "activation, precision",
     [
-        *((activation, "fp16") for activation in ("relu", "gelu", "gelu_tanh", "tanh")),
+        *((activation, "fp16") for activation in ("relu", "gelu", "gelu_tanh", "tanh", "silu")),
         slow("gelu", "fp32"),
     ],
 )
