@@ -45,16 +45,21 @@ class NumericMismatchError(BertileError):
     exit_code = 4
 
 
+LISTED = 20  # names that a sentence can hold
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'? known: a, b, c", to be put behind "… 'y' is unknown".
 
-    The question is left out where nothing is near, the list where nothing is known.
+    The question is left out where nothing is near, the list where nothing is known; of a long list
+    the first are named.
     """
     names = [str(choice) for choice in known]
     folded = {choice.casefold(): choice for choice in reversed(names)}
     close = difflib.get_close_matches(str(name).casefold(), list(folded), n=1)
     question = f" did you mean '{folded[close[0]]}'?" if close else ""
-    listing = f" known: {', '.join(names)}" if names else ""
+    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    listing = f" known: {', '.join(names[:LISTED])}{more}" if names else ""
     return f";{question}{listing}" if question or listing else ""
 
 

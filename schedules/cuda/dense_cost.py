@@ -20,7 +20,7 @@ LATENCY = 800  # of a read that misses the second-level cache
 START = 1500  # from the launch to the first read, and from the last write to the end
 BARRIER = 40  # of an iteration: waiting, and the first reads of the next slot
 FINISH = 6  # instructions of a value in the epilogue, without its activation
-ACTIVATION = {"none": 0, "relu": 1, "gelu": 16, "gelu_tanh": 10, "tanh": 20}
+ACTIVATION = {"none": 0, "relu": 1, "gelu": 16, "gelu_tanh": 10, "tanh": 20, "silu": 10}
 
 
 def cycles(tile: Tile, rows: int, gpu: Gpu) -> float:

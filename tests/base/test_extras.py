@@ -20,6 +20,7 @@ PACKAGES = {
     "xgboost": "xgboost-cpu",
     "llama_index": "llama-index-core",
     "haystack": "haystack-ai",
+    "opentelemetry": "opentelemetry-sdk",
 }
 # What others of an extra bring along.
 BROUGHT = {"huggingface_hub": "transformers"}

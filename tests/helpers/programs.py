@@ -57,12 +57,12 @@ ATTENTION = """
 """
 
 UNMATCHED = {
-    "silu instead of GELU": (
+    "a sine instead of GELU": (
         """
-        h = MatMul(x, w1) a = Add(h, b1) s = Sigmoid(a) g = Mul(a, s)
+        h = MatMul(x, w1) a = Add(h, b1) s = Sin(a) g = Mul(a, s)
         z = MatMul(g, w2) y = Add(z, b2)
         """,
-        {"sigmoid", "multiply"},
+        {"sin", "multiply"},
     ),
     "heads permuted in reverse": (
         """

@@ -117,7 +117,7 @@ def test_weights_that_the_cache_would_hold_are_there_many_times(device):
 def test_search_tries_candidates_one_at_a_time_in_another_process(device, tmp_path):
     log = open_log(tmp_path)
     result = tuner.tune(
-        *(TASKS, log, ROW, Config(tune="quick", trials=3), QUIET, [NORM]), runner.open_runner
+        *(TASKS, log, ROW, Config(tune="quick", trials=3), QUIET, {NORM: None}), runner.open_runner
     )
     records = log.records(DENSE, ROW)
     assert result["trials"] == len(records) + 1 and len(log.records(NORM, ROW)) == 1
