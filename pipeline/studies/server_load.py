@@ -284,7 +284,7 @@ def _row(traffic: Traffic, alone: np.ndarray | None) -> dict[str, Any]:
 
 def cosines(traffic: Traffic, alone: np.ndarray) -> np.ndarray:
     """Of every answer to the vector of its text from a call of its own."""
-    (orjson,) = require("bench", "orjson")
+    (orjson,) = require("serve", "orjson")
     replies = [reply for reply in traffic.replies if reply.status == 200]
     vectors = np.array([orjson.loads(reply.body)[0] for reply in replies], np.float64)
     true = alone[[reply.number for reply in replies]].astype(np.float64)

@@ -22,7 +22,7 @@ def serve(engine: Engine, threads: int, port: int, budget: int) -> None:
 
     What waits runs together, at most `budget` tokens at a time, padding among them.
     """
-    (uvicorn,) = require("bench", "uvicorn")
+    (uvicorn,) = require("serve", "uvicorn")
     tokenizer, vectors, _ = text_peers.session(engine, threads)
     application = app(tokenizer, vectors, budget)
     uvicorn.run(

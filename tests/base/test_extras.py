@@ -21,6 +21,7 @@ PACKAGES = {
     "llama_index": "llama-index-core",
     "haystack": "haystack-ai",
     "opentelemetry": "opentelemetry-sdk",
+    "ray.serve": "ray[serve]",
 }
 # What others of an extra bring along.
 BROUGHT = {"huggingface_hub": "transformers"}
@@ -41,7 +42,8 @@ def extras() -> dict[str, set[str]]:
             for name in inner[1].split(",") if inner else ():
                 packages |= brought(name)
             if not inner:
-                packages.add(re.split(r"[<>=!~[]", requirement)[0])
+                whole = re.split(r"[<>=!~]", requirement)[0]  # what ray brings depends on its extra
+                packages |= {whole, whole.partition("[")[0]}
         return packages
 
     return {extra: brought(extra) for extra in listed}
@@ -56,7 +58,7 @@ def smallest(extras: dict[str, set[str]], modules: list[str]) -> str:
     """The extra with the fewest packages among those that have all of some modules; what a machine
     that only shares out or serves devices installs is for nobody else.
     """
-    wanted = {package_of(module.partition(".")[0]) for module in modules}
+    wanted = {PACKAGES.get(module) or package_of(module.partition(".")[0]) for module in modules}
     enough = [extra for extra in extras if wanted <= extras[extra] and extra not in DEVELOPERS]
     return min(enough, key=lambda extra: (extra in DEVICES, len(extras[extra])))
 
