@@ -6,9 +6,11 @@ library is Bertile's way with texts, and no test waits for a compile.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,19 @@ SIZES: dict[str, Any] = dict(
     intermediate_size=64,
     initializer_range=0.4,  # of which scores differ more than the precision of a float
 )
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """torch computes with one thread meanwhile."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def mixed(count: int, seed: int = 0) -> list[str]:

@@ -26,11 +26,9 @@ KINDS = {
 @pytest.fixture(scope="package")
 def single_thread() -> Iterator[None]:
     """Models as small as these take longer on several threads of torch."""
-    torch = pytest.importorskip("torch", reason="the original models are those of torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    pytest.importorskip("torch", reason="the original models are those of torch")
+    with text_models.single_thread():
+        yield
 
 
 @pytest.fixture(scope="package")
