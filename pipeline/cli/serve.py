@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -157,11 +156,12 @@ def _bundle(
 ) -> Path:
     """The directory of a bundle: that which is named, or what a model is compiled into.
 
-    That lies in the cache, by links that outlive the cache's own.
+    That lies in the cache's directory for as long as it is served. The compile's own stages are
+    cached, by all that decides how a bundle comes out.
     """
     if (Path(word) / "manifest.json").is_file():
         return Path(word).absolute()
-    from bertile.base import cache, fingerprint, scratch
+    from bertile.base import cache, scratch
 
     flags = []
     for flag in COMPILE_FLAGS:
@@ -169,16 +169,14 @@ def _bundle(
         if value is not None:
             flags += [f"--{flag}", str(value)]
 
-    def compile_into(directory: Path) -> None:
-        progress.say(f"{word} is no bundle: it is compiled first")
-        # in a process of its own: this one stays small for as long as it serves
-        command = [sys.executable, "-m", "bertile", "compile", word, "-o", str(directory / name)]
-        code = subprocess.run([*command, *flags], stdout=sys.stderr.fileno()).returncode
-        if code:
-            raise BertileError(f"{word} cannot be served: its compile ended with exit code {code}")
-
-    kept = cache.Cache(cache_directory(getattr(options, "cache_dir", None)))
-    model = fingerprint.hash_path(Path(word)) if Path(word).exists() else word
-    entry, _ = kept.get_or_make(cache.key("driver", model, name, flags), compile_into)
-    place = places.enter_context(scratch.held(kept.directory, ".served-"))
-    return shutil.copytree(entry / name, place / name, copy_function=os.link)
+    home = cache.Cache(cache_directory(getattr(options, "cache_dir", None)))
+    home.check()
+    home.directory.mkdir(parents=True, exist_ok=True)
+    bundle = places.enter_context(scratch.held(home.directory, ".served-")) / name
+    progress.say(f"{word} is no bundle: it is compiled first")
+    # in a process of its own: this one stays small for as long as it serves
+    command = [sys.executable, "-m", "bertile", "compile", word, "-o", str(bundle)]
+    code = subprocess.run([*command, *flags], stdout=sys.stderr.fileno()).returncode
+    if code:
+        raise BertileError(f"{word} cannot be served: its compile ended with exit code {code}")
+    return bundle

