@@ -67,6 +67,12 @@ def _add_places(add: Any) -> None:
         metavar="URL",
         help="tell this collector of OpenTelemetry of each request: http://localhost:4318",
     )
+    add(
+        "--cors-allow-origin",
+        metavar="ORIGIN",
+        action="append",
+        help="let a browser's pages of this origin ask, or of all: '*'; may be given again",
+    )
     add("--admin-key", metavar="KEY", help="for whoever exchanges models (or BERTILE_ADMIN_KEY)")
 
 
@@ -174,9 +180,10 @@ def _bundle(
     home.directory.mkdir(parents=True, exist_ok=True)
     bundle = places.enter_context(scratch.held(home.directory, ".served-")) / name
     progress.say(f"{word} is no bundle: it is compiled first")
-    # in a process of its own: this one stays small for as long as it serves
+    # in a process of its own: this one stays small for as long as it serves; its stages are shown,
+    # but not its last words, which are of a directory to keep
     command = [sys.executable, "-m", "bertile", "compile", word, "-o", str(bundle)]
-    code = subprocess.run([*command, *flags], stdout=sys.stderr.fileno()).returncode
+    code = subprocess.run([*command, *flags], stdout=subprocess.DEVNULL).returncode
     if code:
         raise BertileError(f"{word} cannot be served: its compile ended with exit code {code}")
     return bundle

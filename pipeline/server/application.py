@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Mount
 from starlette.routing import Route as Path_
@@ -44,7 +46,8 @@ PREFIXES = {"/v1/rerank": COHERE, "/v2/rerank": COHERE, "/v1": OPENAI, "/v2": KS
 class Application(Starlette):
     """The ASGI application of a server, with its `service`.
 
-    Routes without a parameter are found by their path at once, all others by Starlette.
+    Routes without a parameter are found by their path at once, all others by Starlette; all of
+    them by it where there is something in front of the routes.
     """
 
     service: Service
@@ -97,16 +100,26 @@ def application(
     paths = [_path(route, endpoint) for route, endpoint in endpoints]
     paths += [*description.paths(page), *start_page.paths()]
     below = [_path(route, endpoint) for route, endpoint in endpoints if route.named]
+    browsers = _browsers(settings.cors_allow_origin)
     app = Application(
         routes=[*paths, Mount("/{model}", routes=below)],
+        middleware=browsers,
         lifespan=lifespan,
         exception_handlers={HTTPException: _no_route},
     )
     app.service, app.endpoints = service, {}
     for route, endpoint in endpoints:
-        if "{" not in route.path:
+        if "{" not in route.path and not browsers:
             app.endpoints.setdefault(route.path, {})[route.method] = endpoint
     return app
+
+
+def _browsers(origins: Sequence[str]) -> list[Middleware]:
+    """What lets pages of other origins ask, where some may."""
+    if not origins:
+        return []
+    allowed = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
+    return [Middleware(CORSMiddleware, **allowed, expose_headers=["*"])]
 
 
 def _path(route: Route, endpoint: Endpoint) -> Path_:

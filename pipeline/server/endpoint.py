@@ -125,6 +125,8 @@ class Endpoint:
                 if self._adapter is not None:
                     call.check_json()
                 call.read_deadline()
+                if errors.OVERLOADED in self.route.refusals:
+                    self._service.check_room()  # before anybody takes the body
                 await call.read(self._service.settings.payload_limit, self._service.held)
             request = None if self._adapter is None else checked(self._adapter, call.body)
             answer = await self.route.answer(self._service, call, request)

@@ -55,7 +55,7 @@ class Service:
         counts = metrics.counts
         counts["te_request_count", call.method] += 1
         counts[f"te_{counted}_count", ""] += len(texts)
-        self._check_room(served)
+        self.check_room(served)
         loop = asyncio.get_running_loop()
         work = call.work = Work(texts, steps, loop.create_future(), call.deadline)
         self.in_house += 1
@@ -75,16 +75,21 @@ class Service:
 
     async def beside(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function gives that takes a while and runs no model, in another thread."""
-        self._check_room(None)
+        self.check_room()
         self.in_house += 1
         try:
             return await asyncio.to_thread(function, *arguments)
         finally:
             self.in_house -= 1
 
-    def _check_room(self, served: Served | None) -> None:
+    def check_room(self, served: Served | None = None) -> None:
+        """Raise Refusal where as many requests as may be are in the house.
+
+        It says when to come again: when `served`, or each model, has answered what waits for it.
+        """
         if self.in_house >= self.settings.max_concurrent_requests:
-            wait = served.scheduler.wait_seconds() if served is not None else 0
+            models = self.models if served is None else (served,)
+            wait = max((model.scheduler.wait_seconds() for model in models), default=0.0)
             raise Refusal(
                 errors.OVERLOADED, "Model is overloaded", retry_after=max(1, math.ceil(wait))
             )

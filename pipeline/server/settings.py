@@ -34,6 +34,7 @@ class Settings:
     keep_alive               seconds after which an idle connection is closed
     quiet                    no line a request
     otlp_endpoint            the collector that OpenTelemetry's spans go to; None: none is named
+    cors_allow_origin        origins whose pages a browser lets ask; "*": all
     """
 
     max_concurrent_requests: int = 512
@@ -52,6 +53,7 @@ class Settings:
     keep_alive: float = 65.0
     quiet: bool = False
     otlp_endpoint: str | None = None
+    cors_allow_origin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (

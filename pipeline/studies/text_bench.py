@@ -152,13 +152,18 @@ def run(
         watch = machine.Watch([worker.pid for worker in measured])
         passes: dict[str, list[Pass]] = {worker.name: [] for worker in measured}
         times: dict[str, list[float]] = {worker.name: [] for worker in measured}
+        busy = None
         try:
             measure_lists(measured, corpus, rounds, progress, passes)
             measure_queries(measured, queries, QUERY_ROUNDS, progress, times)
-            sentences = [PARTS[part](bundle, threads) for part in parts]
+            busy = watch.busy()  # parts have processes of their own
+            sentences = []
+            for part in parts:
+                progress.status(f"texts     {part}, which takes some minutes")
+                sentences.append(PARTS[part](bundle, threads))
         except KeyboardInterrupt:  # what was measured is worth a table
             sentences = ["Stopped by Ctrl-C: not every round was measured."]
-        busy = watch.busy()
+        busy = busy or watch.busy()
         rows = [
             text_tables.row_of(worker.engine, passes[worker.name], times[worker.name], true)
             for worker in measured

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bertile.base.errors import InputError
 from bertile.text.sparse_vectors import SparseVector
 
 # Of the vectors of tokens: the sum of each token's best match.
@@ -22,7 +23,7 @@ def between_all(name: str, first: Any, second: Any) -> np.ndarray:
         first, second = _several(first), _several(second)
         rows = [[_best_matches(a, b) for b in second] for a in first]
         return np.asarray(rows, np.float32).reshape(len(first), len(second))
-    a, b = _rows(first), _rows(second)
+    a, b = _rows(first, second)
     if name == "cosine":
         return _unit(a) @ _unit(b).T
     if name == "dot":
@@ -42,7 +43,7 @@ def between_pairs(name: str, first: Any, second: Any) -> np.ndarray:
     if name == MAXSIM:
         pairs = zip(_several(first), _several(second))
         return np.asarray([_best_matches(a, b) for a, b in pairs], np.float32)
-    a, b = _rows(first), _rows(second)
+    a, b = _rows(first, second)
     if name == "cosine":
         return (_unit(a) * _unit(b)).sum(1)
     if name == "dot":
@@ -63,11 +64,41 @@ def _several(vectors: Any) -> list[np.ndarray]:
     return [np.asarray(vector, np.float32) for vector in vectors]
 
 
-def _rows(vectors: Any) -> np.ndarray:
+def _rows(first: Any, second: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Both as (n, d) and (m, d) float32; of sparse vectors the places alone where any has a weight,
+    which are few of a vocabulary and all that counts.
+    """
+    several = [_sparse(vectors) for vectors in (first, second)]
+    if None in several:
+        return _dense(first), _dense(second)
+    sizes = {vector.size for vectors in several for vector in vectors}
+    if len(sizes) > 1:
+        raise InputError(
+            f"the vectors are of different sizes: {', '.join(map(str, sorted(sizes)))}"
+        )
+    places = np.unique(np.concatenate([v.indices for vectors in several for v in vectors]))
+    a, b = (_at(places, vectors) for vectors in several)
+    return a, b
+
+
+def _sparse(vectors: Any) -> list[SparseVector] | None:
+    """Sparse vectors as a list; None for vectors of another kind."""
     if isinstance(vectors, SparseVector):
-        return vectors.dense()[None]
-    if isinstance(vectors, Sequence) and len(vectors) and isinstance(vectors[0], SparseVector):
-        return np.stack([vector.dense() for vector in vectors])
+        return [vectors]
+    several = isinstance(vectors, Sequence) and len(vectors) > 0
+    return list(vectors) if several and isinstance(vectors[0], SparseVector) else None
+
+
+def _at(places: np.ndarray, vectors: list[SparseVector]) -> np.ndarray:
+    rows = np.zeros((len(vectors), len(places)), np.float32)
+    for row, vector in zip(rows, vectors):
+        row[np.searchsorted(places, vector.indices)] = vector.values
+    return rows
+
+
+def _dense(vectors: Any) -> np.ndarray:
+    if (sparse := _sparse(vectors)) is not None:
+        return np.stack([vector.dense() for vector in sparse])
     array = np.asarray(vectors, np.float32)
     return array[None] if array.ndim == 1 else array
 

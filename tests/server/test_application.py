@@ -72,6 +72,9 @@ def test_full_house_refuses_at_once_and_says_when_to_come_again(gated) -> None:
         refused = embed(client)
         assert time.monotonic() - began < WAIT / 2
         openai = client.post("/v1/embeddings", json={"input": "a"})
+        # a full house reads no body, so it does not say what is wrong with one
+        assert client.post("/embed", content=b"{").status_code == 429
+        assert client.post("/embed", content=b" " * 100_000).status_code == 429
         gate.open.set()
         assert {answer.result().status_code for answer in waiting} == {200}
     assert refused.status_code == openai.status_code == 429
@@ -79,7 +82,7 @@ def test_full_house_refuses_at_once_and_says_when_to_come_again(gated) -> None:
     assert int(refused.headers["retry-after"]) >= 1
     assert openai.json()["error"]["code"] == "rate_limit_exceeded"
     assert embed(client).status_code == 200
-    assert value(client, "te_request_failure") == 2
+    assert value(client, "te_request_failure") == 4
 
 
 def test_model_that_fails_answers_424_and_stays_up(gated) -> None:
@@ -305,6 +308,18 @@ def test_each_request_is_a_line_of_the_log(serve, capfd) -> None:
     assert lines[0]["id"] == "mine" and lines[0]["path"] == "/embed"
     assert (lines[0]["model"], lines[0]["texts"], lines[0]["tokens"]) == ("dense", 2, 7)
     assert lines[1]["error"] == "`inputs` cannot be empty" and len(lines[1]["id"]) == 16
+
+
+def test_browser_of_another_origin_may_ask_where_that_is_said(serve) -> None:
+    origin = {"Origin": "https://pages.example"}
+    asking = {**origin, "Access-Control-Request-Method": "POST"}
+    allowed = "access-control-allow-origin"
+    open_, closed = serve("dense", cors_allow_origin=["https://pages.example"]), serve("dense")
+    assert open_.options("/embed", headers=asking).headers[allowed] == origin["Origin"]
+    assert open_.post("/embed", json={"inputs": "a"}, headers=origin).headers[allowed]
+    other = open_.options("/embed", headers={**asking, "Origin": "https://other.example"})
+    assert other.status_code == 400 and allowed not in other.headers
+    assert allowed not in closed.post("/embed", json={"inputs": "a"}, headers=origin).headers
 
 
 def test_page_of_routes_describes_them(serve) -> None:

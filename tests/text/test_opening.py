@@ -93,7 +93,7 @@ class Headed(Counting):
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch):
     def use(model: Headed) -> Headed:
-        monkeypatch.setattr(loader, "load", lambda directory, threads, verify: model)
+        monkeypatch.setattr(loader, "load", lambda directory, threads, **_: model)
         return model
 
     return use

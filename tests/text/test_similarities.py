@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bertile.base.errors import InputError
 from bertile.text import similarities
 from bertile.text.sparse_vectors import SparseVector
 
@@ -72,3 +73,9 @@ def test_sparse_vectors_are_compared_as_dense_ones() -> None:
         np.testing.assert_allclose(similarities.between_all(name, *sparse), want, rtol=1e-6)
         single = similarities.between_all(name, sparse[0][0], sparse[1])
         np.testing.assert_allclose(single, want[:1], rtol=1e-6)
+
+
+def test_sparse_vectors_of_different_sizes_are_refused() -> None:
+    first, second = SparseVector.of(FIRST[0]), SparseVector.of(FIRST[0][:5])
+    with pytest.raises(InputError, match="different sizes: 5, 6"):
+        similarities.between_all("dot", first, second)

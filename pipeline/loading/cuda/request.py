@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from bertile.loading.about import padding_id
 from bertile.loading.batch import Pass, Planner
 from bertile.loading.inputs import check_inputs, filled
 
@@ -17,7 +18,7 @@ class Request:
 
     def __init__(self, inputs: dict, manifest: dict, max_length: int | None):
         specs = manifest["inputs"]
-        checked = check_inputs(inputs, specs, max_length)
+        checked = check_inputs(inputs, specs, max_length, padding_id(manifest))
         shape = next(iter(checked.values())).shape
         maskless = "attention_mask" not in (spec["name"] for spec in specs)
         planner = Planner(manifest["static"], maskless)

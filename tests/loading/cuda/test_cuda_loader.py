@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,18 @@ def test_call_takes_lists_and_other_integers(model):
     ids = np.arange(24, dtype=np.uint8).reshape(4, 6)[:, ::2]
     mask = ids % 2 == 0
     same(model(input_ids=ids, attention_mask=mask), expected(ids, mask))
+
+
+def test_call_warns_of_padding_that_no_mask_marks(model):
+    model.manifest["text"] = {"padding_id": 0}
+    model.manifest["files"]["tokenizer.json"] = {}
+    ids = [[5, 6, 0]]
+    with pytest.warns(UserWarning, match="have padding .id 0. and there is no attention_mask"):
+        model(input_ids=ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=ids, attention_mask=[[1, 1, 0]])
+        model(input_ids=[[5, 6, 7]])
 
 
 def test_call_gives_arrays_that_later_calls_leave_alone(model):
