@@ -95,7 +95,8 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     math = product.multiplies(task, row)
     with lanes.kernel(task.name) as builder:
         operands = Operands.declare(builder, task)
-        builder.link(math.llvm)
+        powers = vector_math.powers(row)
+        builder.link(math.llvm + powers.llvm)
         kind = _QUERIES[precisions.name(task)]
         # registers of four: LLVM makes one load and products by its lanes of four broadcasts
         unroll = 4 if row.vector_bits == 128 else 1
@@ -106,7 +107,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             first = T.Bind(job % groups * together)
 
             def emit(query: Any, queries: int) -> None:
-                kind(spec, knobs, math, unroll, operands, head, query, queries).emit()
+                kind(spec, knobs, math, powers, unroll, operands, head, query, queries).emit()
 
             if together == 1:
                 emit(first, 1)
@@ -130,6 +131,7 @@ class _Query:
         spec: AttentionSpec,
         knobs: Knobs,
         math: Arithmetic,
+        powers: vector_math.Powers,
         unroll: int,
         operands: Operands,
         head: Any,
@@ -139,7 +141,7 @@ class _Query:
         self.operands, self.head = operands, head
         self.query, self.queries = T.Bind(query), queries
         self.qkv, self.keys, self.table = operands.qkv, operands.keys, operands.table
-        self.math, self.unroll = math, unroll
+        self.math, self.powers, self.unroll = math, powers, unroll
         self.size, self.scale, self.width = spec.head_size, spec.scale, spec.channels()[0]
         self.knobs = knobs
         self.first = T.Bind(self.table[self.query, 2])
@@ -252,7 +254,7 @@ class _Query:
         """What was summed before is rescaled to the new maximum."""
         with T.If(step > 0), T.Then():
             lowered = lanes.load(state, 3 * i) - lanes.load(state, 3 * i + 2)
-            shrink = T.Bind(vector_math.exp2(lowered * lanes.splat(vector_math.LOG2E)))
+            shrink = T.Bind(self.powers.fine(lowered * lanes.splat(vector_math.LOG2E)))
             lanes.store(state, lanes.load(state, 3 * i + 1) * shrink, 3 * i + 1)
             with T.serial(self.size) as d:
                 lanes.store(context, lanes.load(context, i, d) * shrink, i, d)
@@ -262,7 +264,7 @@ class _Query:
         """Exponentials against the new maximum, and their sum."""
         exponent = self._exponents(state, i)
         with T.serial(blocks * BLOCK_TOKENS) as j:
-            weight = T.Bind(vector_math.exp2(exponent(lanes.load(scores, i, j))))
+            weight = T.Bind(self.powers.fine(exponent(lanes.load(scores, i, j))))
             lanes.store(weights, weight, i, j)
             lanes.store(state, lanes.load(state, 3 * i + 1) + weight, 3 * i + 1)
 
@@ -322,7 +324,7 @@ class _HalfQuery(_Query):
             pair = []
             for odd in range(2):
                 score = lanes.load(scores, i, 2 * j + odd)
-                pair.append(T.Bind(vector_math.exp2_coarse(exponent(score))))
+                pair.append(T.Bind(self.powers.coarse(exponent(score))))
             lanes.store(weights, arithmetics.pack_bf16(*pair), i, j)
             total = lanes.load(state, 3 * i + 1) + (pair[0] + pair[1])
             lanes.store(state, total, 3 * i + 1)

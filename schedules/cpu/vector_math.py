@@ -8,13 +8,15 @@ tests/schedules/test_vector_math.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu.lanes import splat
+from bertile.schedules.intrinsics import x86
+from bertile.schedules.schedule import Row
 
 
 def _horner(x: Any, coefficients: Sequence[float]) -> Any:
@@ -74,6 +76,42 @@ def exp2_coarse(x: Any) -> Any:
     bits, n = _rounded(x)
     r = T.Bind(x - n)
     return _scaled(_horner(r, (0.0551715516, 0.242611357, 0.693261019, 0.99992806)), bits)
+
+
+def exp2_scaled(x: Any) -> Any:
+    """As ``exp2``, relative error below 2e-7: a polynomial of degree 5 on what is left of x below
+    its whole number, by which the result is scaled; with ``bertile_fraction``, ``bertile_scale``.
+    """
+    return _power(
+        x, (0.00187757668, 0.00898934009, 0.0558263181, 0.240153617, 0.693153073, 0.999999925)
+    )
+
+
+def exp2_scaled_coarse(x: Any) -> Any:
+    """As ``exp2_coarse``, relative error below 8e-5; likewise."""
+    return _power(x, (0.0780245226, 0.226067155, 0.695833540, 0.999925219))
+
+
+def _power(x: Any, coefficients: Sequence[float]) -> Any:
+    vector = f"float32x{BLOCK_TOKENS}"
+    x = T.Bind(tirx.max(x, splat(-125.0)))
+    value = _horner(tirx.call_extern(vector, "bertile_fraction", x), coefficients)
+    return tirx.call_extern(vector, "bertile_scale", value, x)
+
+
+class Powers(NamedTuple):
+    """2**x on a machine, and for results that are rounded to bfloat16; ``llvm`` is to be linked."""
+
+    fine: Callable[[Any], Any]
+    coarse: Callable[[Any], Any]
+    llvm: str = ""
+
+
+def powers(row: Row) -> Powers:
+    """What raises two to a power on a machine, in the fewest instructions that it has."""
+    if row.arch == "x86_64" and row.vector_bits == 512:
+        return Powers(exp2_scaled, exp2_scaled_coarse, x86.SCALE)
+    return Powers(exp2, exp2_coarse)
 
 
 def _rounded(x: Any) -> tuple[Any, Any]:

@@ -9,6 +9,8 @@ lane of four bytes is loaded, and broadcast, as one number.
     bertile_four(a)          four lanes, four times over
     bertile_pick0(a) to 3    one of those four everywhere
     bertile_index(a)         a, in a general register
+    bertile_fraction(a)      a less the whole number below it, of floats
+    bertile_scale(a, b)      a times two to the whole number below b, of floats
 
 Without VNNI, vpmaddubsw would be the usual second choice; it saturates at 16 bits, so four bytes
 are widened to two pairs of 16 bits and multiplied by vpmaddwd: slower, and the same integers.
@@ -62,6 +64,23 @@ define linkonce_odr i64 @bertile_index(i64 %a) alwaysinline {
   %r = call i64 asm "", "=r,0"(i64 %a)
   ret i64 %r
 }
+"""
+
+_SCALING = "<16 x float> zeroinitializer, i16 -1, i32 4"
+SCALE = f"""
+declare <16 x float> @llvm.x86.avx512.mask.reduce.ps.512(
+  <16 x float>, i32, <16 x float>, i16, i32)
+declare <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(
+  <16 x float>, <16 x float>, <16 x float>, i16, i32)
+define linkonce_odr <16 x float> @bertile_fraction(<16 x float> %a) alwaysinline {{
+  %r = call <16 x float> @llvm.x86.avx512.mask.reduce.ps.512(<16 x float> %a, i32 1, {_SCALING})
+  ret <16 x float> %r
+}}
+define linkonce_odr <16 x float> @bertile_scale(<16 x float> %a, <16 x float> %b) alwaysinline {{
+  %r = call <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(
+    <16 x float> %a, <16 x float> %b, {_SCALING})
+  ret <16 x float> %r
+}}
 """
 
 # The even and the odd bytes of each lane, widened: unsigned ones of a, signed ones of b.

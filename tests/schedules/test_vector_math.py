@@ -22,10 +22,10 @@ def evaluate(kernels):
     """A function of ``vector_math`` on an array of float32."""
     built = {}
 
-    def run(name, x):
+    def run(name, x, llvm=""):
         if name not in built:
             function = vector_math.ACTIVATIONS.get(name) or getattr(vector_math, name)
-            built[name] = kernels.compile(elementwise(function))
+            built[name] = kernels.compile(elementwise(function, llvm))
         x = np.asarray(x, "float32")
         padded = np.zeros((-(-x.size // BLOCK_TOKENS), BLOCK_TOKENS), "float32")
         padded.reshape(-1)[: x.size] = x
@@ -34,10 +34,11 @@ def evaluate(kernels):
     return run
 
 
-def elementwise(function):
+def elementwise(function, llvm):
     with lanes.kernel("elementwise") as builder:
         x = builder.tensor("x", builder.blocks, BLOCK_TOKENS)
         y = builder.tensor("y", builder.blocks, BLOCK_TOKENS)
+        builder.link(llvm)
         with T.serial(builder.blocks) as block:
             lanes.store(y, function(lanes.load(x, block)), block)
     return builder.func
@@ -61,11 +62,17 @@ def test_exp_holds_its_relative_error(evaluate):
     assert np.max(np.abs(evaluate("exp", x) / expected - 1)) < stated(vector_math.exp)
 
 
-@pytest.mark.parametrize("name", ["exp2", "exp2_coarse"])
-def test_powers_of_2_hold_their_relative_error(evaluate, name):
+@pytest.mark.parametrize("name", ["exp2", "exp2_coarse", "exp2_scaled", "exp2_scaled_coarse"])
+def test_powers_of_2_hold_their_relative_error(evaluate, kernels, name):
+    powers = vector_math.powers(kernels.row)
+    if "scaled" in name and not powers.llvm:
+        pytest.skip("scaling is an instruction of AVX-512")
+    llvm = powers.llvm if "scaled" in name else ""
     x = grid(-125, 127)
-    error = np.abs(evaluate(name, x) / np.exp2(x.astype("float64")) - 1)
+    error = np.abs(evaluate(name, x, llvm) / np.exp2(x.astype("float64")) - 1)
     assert error.max() < stated(getattr(vector_math, name))
+    low = evaluate(name, [-125.5, -1e4, -1e30, np.finfo("float32").min, -np.inf], llvm)
+    np.testing.assert_allclose(low, 2.0**-125, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gelu_bf16", "gelu_int8"])
