@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bertile.backends.backend import TOLERANCES, NotHere
+from bertile.base import machine
 from bertile.base.errors import PlatformError
 from bertile.targets import rows
 from bertile.targets.rows import Target
@@ -140,11 +141,16 @@ class CpuBackend:
         return inspection.inspect(directory, batch, length, threads, progress)
 
     def summary(self, report: Mapping[str, Any]) -> str:
-        return (
+        between = max(0.0, report["between_kernels_ms"])
+        lines = [
             f"{report['batch']} x {report['length']} tokens, {report['threads']} threads:"
-            f" {report['total_ms']:.2f} ms, of it {report['between_kernels_ms']:.2f} ms between"
-            f" kernels; peak {report['peak_gflops']:.0f} GFLOP/s"
-        )
+            f" {report['total_ms']:.2f} ms, of it {between:.2f} ms between"
+            f" kernels; peak {report['peak_gflops']:.0f} GFLOP/s",
+            machine.busy_sentence(report["busy"]),
+        ]
+        if any((kernel.get("peak %") or 0) > 100 for kernel in report["kernels"]):
+            lines.append("more than 100% of a peak: the machine was slow when that was measured")
+        return "\n".join(lines)
 
 
 backend = CpuBackend()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bertile import loader
+from bertile.base import machine
 from bertile.base.errors import require
 from bertile.base.progress import Progress
 from bertile.bundle import safetensors as weights
@@ -36,7 +37,8 @@ def inspect(
     kernel's precision on registers alone reach in the same run). "bound" is what the kernel cannot
     be faster than, "arithmetic" or "bandwidth" (each byte once, activations as fast as the cache
     that holds them is read, weights as fast as memory), and "bound %" how near it comes.
-    "fallthrough" names the operators that no schedule covers.
+    "fallthrough" names the operators that no schedule covers. "busy" says how much of the processor
+    others took meanwhile, as `machine.Watch` does.
     """
     manifest = loader.read_manifest(directory)
     require("compile", "tvm")
@@ -45,6 +47,7 @@ def inspect(
     loader.set_thread_defaults()
     threads = loader.thread_count(threads)
     length = length or usual_length(manifest)
+    watch = machine.Watch()
     with progress.stage("measure"):
         inputs = random_inputs(manifest, batch, length)
         seen, total = _profile(Path(directory), manifest, inputs, threads)
@@ -64,6 +67,7 @@ def inspect(
         "peak_gflops": limits.peaks["fp32"],
         "peaks_gflops": limits.peaks,
         "memory_gbs": limits.memory,
+        "busy": watch.busy(),
         "total_ms": total * 1e3,
         "between_kernels_ms": (total - sum(kernel.seconds for kernel in seen.values())) * 1e3,
     }
