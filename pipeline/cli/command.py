@@ -51,11 +51,12 @@ def dry_run(options: Namespace, config: Config, row: Target | None = None) -> Ou
     """What --dry-run prints: the command's arguments, the row of its target, and what its flags
     may choose.
     """
-    plan = {
-        "command": options.command,
-        "model": options.model,
-        "output": getattr(options, "output", None),
-    }
+    from bertile.export import asked
+
+    plan = {"command": options.command, "model": options.model}
+    if asked.is_fetched(options.model):
+        plan["to fetch"] = "from the Hugging Face hub, which is not asked before the compile"
+    plan["output"] = getattr(options, "output", None)
     choices = config.to_dict()
     if row is None:  # an export is for no machine
         choices = {name.replace("-", "_"): choices[name.replace("-", "_")] for name in EXPORT_FLAGS}

@@ -71,6 +71,13 @@ def weight_bytes(model: Any) -> int:
     return sum(path.stat().st_size for path in paths)
 
 
+def is_fetched(model: str) -> bool:
+    """Whether a MODEL can only be an id of the hub, unchecked until it is fetched."""
+    if model.startswith("synthetic:") or files.is_onnx(model):
+        return False
+    return files.local_directory(model) is None
+
+
 def _check_tokenizer(directory: Path, onnx: bool) -> None:
     if not onnx:
         raise UsageError(

@@ -228,7 +228,9 @@ def test_dry_run_says_the_plan_and_does_nothing(
     arguments = ["compile", "minilm", "-o", "out", "--target", "x86-avx2", "--dry-run"]
     code, out, _ = call(capsys, *arguments)
     assert code == 0 and driver.config is None
-    assert "x86-avx2" in out and "minilm" in out
+    assert "x86-avx2" in out and "minilm" in out and "Hugging Face" not in out
+    code, out, _ = call(capsys, "compile", "a-hub/id", *arguments[2:])
+    assert code == 0 and "from the Hugging Face hub, which is not asked" in out
 
 
 def test_mcpu_names_the_processor_of_the_generic_target(
