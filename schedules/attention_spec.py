@@ -1,6 +1,7 @@
 """Says what one attention computes: which keys a query sees, and what is done to a score.
 
-    score(i, j) = cap(q_i · k_j scale) + mask_j + bias(i, j)      for keys j in key_range(i)
+    score(i, j) = cap(product(i, j) scale) + mask_j + bias(i, j)      for keys j in key_range(i)
+    product     = q_i · k_j [+ q_i · keys(i - j)] [+ queries(i - j) · k_j]
     y_i         = Σ_j softmax_j(score(i, j)) v_j
 
 Everything from the matcher to the kernels hands this on as it is. A variant of attention touches
@@ -28,6 +29,13 @@ REACH: dict[str, Callable[[int], Reach]] = {
     "window": lambda window: (window, window),
 }
 BIASES = ("none", "tensor", "by_distance")
+# Which vectors by distance there are.
+RELATIVE: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "keys": ("keys",),
+    "queries": ("queries",),
+    "both": ("keys", "queries"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,9 @@ class AttentionSpec:
     or itself and ``window`` on each side ("window": |i - j| ≤ window). ``bias`` is what is added to
     a score beside the mask of its key: a "tensor" (B|1, H|1, S, S), or one entry "by_distance"
     j - i. ``softcap``, where it is not 0, bounds a score: softcap tanh(score / softcap).
+    ``relative`` says for what there are vectors by distance too: "keys" that a query meets,
+    "queries" that a key meets, or "both"; tables of those for i - j from -``last`` to ``last``,
+    beyond which the outermost hold.
     """
 
     heads: int
@@ -48,6 +59,8 @@ class AttentionSpec:
     window: int = 0
     bias: str = "none"
     softcap: float = 0.0
+    relative: str = "none"
+    last: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field which is wrong."""
@@ -58,13 +71,18 @@ class AttentionSpec:
             raise ValueError(f"kv_heads is {self.kv_heads}, which does not divide {self.heads}")
         if not math.isfinite(self.scale):
             raise ValueError(f"scale is {self.scale}: a finite number is needed")
-        for name, known in (("keys", REACH), ("bias", BIASES)):
+        for name, known in (("keys", REACH), ("bias", BIASES), ("relative", RELATIVE)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
         if (self.window > 0) != (self.keys == "window"):
             raise ValueError(
                 f"window is {self.window} where keys is {self.keys!r}: a window has at least 1 key"
                 " on each side, and nothing else has a window"
+            )
+        if (self.last > 0) != (self.relative != "none"):
+            raise ValueError(
+                f"last is {self.last} where relative is {self.relative!r}: tables by distance reach"
+                " to 1 at least, and nothing else has a last distance"
             )
         if not 0 <= self.softcap < math.inf:
             raise ValueError(f"softcap is {self.softcap}: 0 or a positive number is needed")
@@ -86,6 +104,8 @@ class AttentionSpec:
             window=int(shape.get("window", 0)),
             bias=bias if isinstance(bias, str) else "tensor" if bias else "none",
             softcap=float(shape.get("softcap", 0.0)),
+            relative=str(shape.get("relative", "none")),
+            last=int(shape.get("last", 0)),
         )
 
     def shape(self) -> dict[str, Any]:
@@ -107,11 +127,21 @@ class AttentionSpec:
             shape["window"] = self.window
         if self.softcap:
             shape["softcap"] = self.softcap
+        if self.relative != "none":
+            shape["relative"] = self.relative
+            shape["last"] = self.last
         return shape
 
     def operands(self) -> tuple[str, ...]:
-        """What attention reads: qkv (B, S, (H + 2 KV) D), mask (B|1, 1, 1, S), and its bias."""
-        return ("qkv", "mask") if self.bias == "none" else ("qkv", "mask", "bias")
+        """What attention reads: qkv (B, S, (H + 2 KV) D), mask (B|1, 1, 1, S), its bias, and its
+        tables by distance (1, H, D, rows) with the row of each distance (2 last + 1).
+        """
+        bias = () if self.bias == "none" else ("bias",)
+        return ("qkv", "mask", *bias, *self.tables(), *(("rows",) if self.tables() else ()))
+
+    def tables(self) -> tuple[str, ...]:
+        """Its tables by distance, of keys before those of queries."""
+        return RELATIVE[self.relative]
 
     def channels(self) -> tuple[int, int, int]:
         """The channels of Q, of K and of V, as they lie side by side in qkv."""
@@ -128,14 +158,14 @@ class AttentionSpec:
         return range(low, length if behind is None else min(length, query + behind + 1))
 
     def flops(self, tokens: int) -> float:
-        """The two products of one sequence of that many tokens, of keys that are seen alone; the
-        softmax is not counted.
+        """The two products of one sequence of that many tokens, of keys that are seen alone, and
+        those by vectors of distances; the softmax is not counted.
         """
         if self.keys == "all":
             pairs = tokens * tokens
         else:
             pairs = sum(len(self.key_range(query, tokens)) for query in range(tokens))
-        return 4.0 * pairs * self.heads * self.head_size
+        return (4.0 + 2.0 * len(self.tables())) * pairs * self.heads * self.head_size
 
     def reference(
         self,
@@ -144,17 +174,26 @@ class AttentionSpec:
         v: np.ndarray,
         mask: np.ndarray | None = None,
         bias: np.ndarray | None = None,
+        **tables: np.ndarray,
     ) -> np.ndarray:
         """(…, H, S, D) in float64 from q (…, H, S, D), k and v (…, KV, S, D).
 
         ``mask`` (…, 1, 1, S) is added to the scores of a key; ``bias`` is a tensor (…, H|1, S, S),
         or by distance (…, H|1, S|1, 2 S - 1), of which entry S - 1 is that of a query's own key.
+        ``tables`` are those of its ``relative``, each (…, H, D, 2 last + 1).
         """
+        if set(tables) != set(self.tables()):
+            raise ValueError(f"tables are {self.relative!r}, and {sorted(tables)} came")
         if (bias is None) != (self.bias == "none"):
             raise ValueError(f"bias is {self.bias!r}, and {'no' if bias is None else 'one'} came")
         q, k, v = (x.astype("float64") for x in (q, k, v))
         k, v = (x.repeat(self.heads // self.kv_heads, axis=-3) for x in (k, v))
-        scores = q @ k.swapaxes(-1, -2) * self.scale
+        scores = q @ k.swapaxes(-1, -2)
+        if "keys" in tables:
+            scores = scores + self._picked(q, tables["keys"])
+        if "queries" in tables:
+            scores = scores + self._picked(k, tables["queries"][..., ::-1]).swapaxes(-1, -2)
+        scores = scores * self.scale
         if self.softcap:
             scores = self.softcap * np.tanh(scores / self.softcap)
         if mask is not None:
@@ -166,6 +205,14 @@ class AttentionSpec:
             scores = scores + bias
         return softmax(np.where(self._seen(length), scores, -np.inf)) @ v
 
+    def _picked(self, x: np.ndarray, table: np.ndarray) -> np.ndarray:
+        """Of x (…, H, S, D) the products (…, H, S, S) with the vectors of (own - other place)."""
+        places = np.arange(x.shape[-2])
+        distance = np.clip(places[:, None] - places, -self.last, self.last)
+        products = x @ table.astype("float64")
+        distance = np.broadcast_to(distance, (*products.shape[:-1], len(places)))
+        return np.take_along_axis(products, distance + self.last, -1)
+
     def _seen(self, length: int) -> np.ndarray:
         """Which keys each query sees, (S, S)."""
         seen = np.zeros((length, length), bool)
@@ -173,9 +220,11 @@ class AttentionSpec:
             seen[query, self.key_range(query, length)] = True
         return seen
 
-    def lacking(self, keys: Sequence[str], biases: Sequence[str]) -> str | None:
-        """What a kernel lacks that knows these ``keys`` and ``biases`` and nothing else special;
-        None if nothing.
+    def lacking(
+        self, keys: Sequence[str], biases: Sequence[str], relative: Sequence[str] = ("none",)
+    ) -> str | None:
+        """What a kernel lacks that knows these ``keys``, ``biases`` and vectors by distance and
+        nothing else special; None if nothing.
         """
         if self.kv_heads != self.heads:
             return f"fewer heads of keys than of queries (kv_heads {self.kv_heads})"
@@ -183,6 +232,8 @@ class AttentionSpec:
             return f"{self.keys} attention (keys {self.keys!r})"
         if self.bias not in biases:
             return f"a bias {self.bias.replace('_', ' ')} (bias {self.bias!r})"
+        if self.relative not in relative:
+            return f"keys and queries by distance (relative {self.relative!r})"
         return f"a bound on scores (softcap {self.softcap:g})" if self.softcap else None
 
 

@@ -256,6 +256,7 @@ def _write_canonical(proto: Any, exported: ExportedModel, additive: bool) -> tup
     angles = any(node.op_type in places.ANGLES for node in graph.nodes)
     if angles or not additive:
         notes = _rewrite(graph, exported)
+    rewrites.write_gathers(graph)
     rewrites.write_reshapes(graph, sizes.get)
     rewrites.transpose_weights(graph)
     rewrites.split_gemms(graph)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bertile.base.errors import ModelError
-from bertile.families.family import BY_ANGLE, Family
+from bertile.families.family import BY_ANGLE, BY_DISTANCE, Family
 
 _COUNTS = ("num_attention_heads", "n_heads")  # what a family's attention calls its heads
 
@@ -30,7 +30,7 @@ def remove(model: Any, family: Family, removed: Mapping[str, Sequence[int]]) -> 
 
     ModelError for a layer or a head that there is not, or where no head would be left.
     """
-    if family.positions == BY_ANGLE:
+    if family.positions in (BY_ANGLE, BY_DISTANCE):
         raise ModelError(
             f"pruned_heads of {family.title} is unsupported: no version of transformers saved such"
         )

@@ -14,7 +14,7 @@ from bertile.export import pretrained
 from bertile.export.checkpoints import Checkpoint
 from bertile.export.sentence_modules import Chain, Dense, LayerNorm, Normalize, Pool, Splade
 from bertile.families import embeddings, table
-from bertile.families.family import BY_ANGLE
+from bertile.families.family import has_places
 from bertile.onnx.masks import MASKED
 
 # By their names in a config: classes are renamed between releases of transformers.
@@ -184,6 +184,6 @@ def _simplify(model: nn.Module, checkpoint: Checkpoint, has_types: bool) -> tupl
     if checkpoint.head == "embedding" and hasattr(base, "pooler"):
         base.pooler = None
     # without a table of positions there is nothing to fold it into: it stays a lookup
-    if family.token_types and not has_types and family.positions != BY_ANGLE:
+    if family.type_count(model) and not has_types and has_places(model):
         embeddings.fold_token_type(base.embeddings)
     return family.prepare(model) if family.prepare else ()

@@ -17,6 +17,15 @@ FROM_ZERO = "from zero"
 AFTER_PADDING = "after padding"
 # By rotary positions, which count from zero: there is no table, and no row to run out of.
 BY_ANGLE = "by angle"
+# As FROM_ZERO where the config has a table of positions; beside it, or alone, attention looks at
+# the distance of two tokens.
+BY_DISTANCE = "by distance"
+WITHOUT_TABLE = 8192  # tokens of a model that has no table of positions and names no limit
+
+
+def has_places(model: Any) -> bool:
+    """Whether a model's embeddings look up the place of each token."""
+    return getattr(model.base_model.embeddings, "position_embeddings", None) is not None
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Family:
                      the two that are multiplied may be the first together
     tiny             the configuration of synthetic:NAME-tiny, which tests take
     sizes            the configurations of its other synthetic models, by name
-    positions        FROM_ZERO, AFTER_PADDING or BY_ANGLE
+    positions        FROM_ZERO, AFTER_PADDING, BY_ANGLE or BY_DISTANCE
     token_types      whether its embeddings have a table of token types; one row is no input
     optional_pooler  whether transformers' code takes a pooler that is None
     prepare          changes a model in place so that its export shows what it computes; returns
@@ -70,6 +79,8 @@ class Family:
 
     def max_length(self, model: Any) -> int:
         """How many tokens a sequence may have: rows up to the padding id are never used."""
+        if self.positions == BY_DISTANCE and not has_places(model):
+            return WITHOUT_TABLE
         rows = model.config.max_position_embeddings
         padding_id = self.padding_id(model)
         return rows if padding_id is None else rows - padding_id - 1

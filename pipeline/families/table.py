@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bertile.families import ernie, layoutlm, mpnet
-from bertile.families.family import AFTER_PADDING, BY_ANGLE, Family
+from bertile.families import deberta, ernie, layoutlm, mpnet
+from bertile.families.family import AFTER_PADDING, BY_ANGLE, BY_DISTANCE, Family
 
 
 def _sizes(layers: int, hidden: int, heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
@@ -42,6 +42,17 @@ _BERT_LAYERS = (
     "intermediate.dense",
     "output.dense",
 )
+# DeBERTa's attention, from tokens to distances and back
+_BOTH_WAYS = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+_OF_V3 = {
+    **_BOTH_WAYS,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "layer_norm_eps": 1e-7,
+}
 
 FAMILIES = (
     Family(
@@ -218,6 +229,35 @@ FAMILIES = (
         positions=BY_ANGLE,
         tiny=_tiny(),
         sizes={"nomic-bert-base": _sizes(12, 768, 12, 30528, max_position_embeddings=2048)},
+    ),
+    Family(
+        name="deberta-v2",
+        title="DeBERTa-v2 / DeBERTa-v3",
+        model_types=("deberta-v2",),
+        layers=(
+            *(f"attention.self.{name}_proj" for name in ("query", "key", "value")),
+            *_BERT_LAYERS[3:],
+        ),
+        positions=BY_DISTANCE,
+        prepare=deberta.spell_attention,
+        # buckets end far below 512 tokens
+        tiny=_tiny(**_BOTH_WAYS, position_buckets=16, max_relative_positions=100),
+        sizes={
+            "deberta-v3-small": _sizes(6, 768, 12, 128100, **_OF_V3),
+            "deberta-v3-base": _sizes(12, 768, 12, 128100, **_OF_V3),
+        },
+    ),
+    Family(
+        name="deberta",
+        title="DeBERTa",
+        lacks=("next-sentence", "multiple-choice"),
+        model_types=("deberta",),
+        layers=("attention.self.in_proj", *_BERT_LAYERS[3:]),
+        groups=(1, 1, 1, 1),
+        positions=BY_DISTANCE,
+        prepare=deberta.spell_attention,
+        tiny=_tiny(**_BOTH_WAYS, max_relative_positions=40),
+        kernels_of="deberta-v2",
     ),
 )
 

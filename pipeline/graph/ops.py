@@ -8,6 +8,8 @@ and act on row-major tensors; the layout that kernels use enters only when the b
         turned by the places of tokens, as by bertile.rotary
     bertile.attention(qkv (B, S, 3 H D), mask (B|1, 1, 1, S), [bias (B|1, H|1, S, S)]) {heads,
     head_size, scale, [precision]} and what else an AttentionSpec says that is not its default
+        (…, [keys by distance (1, H, D, R)], [queries by distance (1, H, D, R)], rows (2 last + 1)):
+        weights, and which of their R rows each distance query - key from -last to last has
     bertile.rotary(x (B, S, C), cos (B|1, S, D), sin (B|1, S, D)) {heads}
         its first heads of D channels turned by the places of tokens, the rest as it is
     bertile.layer_norm(x (…, C), gamma (C), beta (C)) {epsilon, [rms]}
@@ -21,6 +23,7 @@ and act on row-major tensors; the layout that kernels use enters only when the b
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,7 +76,15 @@ def attention(spec: AttentionSpec, *operands: Any) -> relax.Call:
 def attention_spec(call: relax.Call) -> AttentionSpec:
     """What an attention computes."""
     attrs = {name: call.attrs[name] for name in call.attrs.keys()}
-    return AttentionSpec.from_shape({"bias": len(call.args) > 2, **attrs})
+    spec = AttentionSpec.from_shape({"bias": False, **attrs})
+    biases = len(call.args) - len(spec.operands())
+    return dataclasses.replace(spec, bias="tensor") if biases else spec
+
+
+def attention_tables(call: relax.Call) -> tuple[list[Any], Any]:
+    """The tables by distance of an attention and their rows; nothing and None where it has none."""
+    count = len(attention_spec(call).tables())
+    return (list(call.args[-1 - count : -1]), call.args[-1]) if count else ([], None)
 
 
 def rotary(x: Any, cos: Any, sin: Any, heads: int) -> relax.Call:

@@ -109,8 +109,20 @@ def _attention_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
 
 
 def _attention_operands(call: relax.Call) -> list[tuple[str, Any]]:
-    qkv, mask, *bias = call.args
+    qkv, mask, *rest = call.args
+    bias = rest[:1] if ops.attention_spec(call).bias == "tensor" else []
     return [(READS, qkv), (KEYS, mask), (TABLE, None), *((BIASES, each) for each in bias)]
+
+
+def _attention_weights(call: relax.Call) -> list[Any]:
+    tables, rows = ops.attention_tables(call)
+    return [*tables, rows] if tables else []
+
+
+def _attention_arrays(task: Task, values: Arrays, plan: LayerPlan) -> Arrays:
+    """The tables (1, H, D, 2 last + 1) with a vector for each distance."""
+    *tables, rows = values or [None]
+    return [(name, table[..., rows[1]]) for name, table in tables]
 
 
 # The others.
@@ -174,6 +186,8 @@ OPERATORS: Mapping[str, Operator] = {
     "attention": Operator(
         shape=_attention_shape,
         operands=_attention_operands,
+        weights=_attention_weights,
+        arrays=_attention_arrays,
         reads=lambda precision, owner, plan: QKV if precision == "bf16" else FP32,
         narrows=lambda call: INSTEAD,
         unit=lambda call: ops.attention_spec(call).head_size,

@@ -130,6 +130,46 @@ def drop_expands(graph: OnnxGraph, sizes: Sizes) -> None:
     graph.clean()
 
 
+def write_gathers(graph: OnnxGraph) -> None:
+    """GatherND(x, i[..., None]) → Gather(x, i), and between two transposes Gather on their axis:
+    as torch's exporter writes x[:, :, i].
+    """
+    producers, consumers = graph.producers(), graph.consumers()
+    for node in [node for node in graph.nodes if node.op_type == "GatherND"]:
+        index = producers.get(node.input[1])
+        if attributes(node).get("batch_dims", 0) or index is None or not _adds_last(graph, index):
+            continue
+        source, result, axis = node.input[0], node.output[0], 0
+        before, after = producers.get(source), consumers.get(result, [])
+        if before is not None and len(after) == 1:
+            moved = [_permutation(step) for step in (before, after[0])]
+            if None not in moved and (place := _axis_between(*moved)) is not None:
+                source, result, axis = before.input[0], after[0].output[0], place
+        graph.rewrite(result, "Gather", [source, index.input[0]], axis=axis)
+    graph.clean()
+
+
+def _adds_last(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
+    """Whether a node gives a tensor one axis more, the last."""
+    axes = node.input[1] if node.op_type == "Unsqueeze" else ""
+    return bool(axes) and graph.is_constant(axes) and graph.array(axes).tolist() == [-1]
+
+
+def _permutation(node: onnx.NodeProto) -> list[int] | None:
+    return attributes(node).get("perm") if node.op_type == "Transpose" else None
+
+
+def _axis_between(first: list[int], last: list[int]) -> int | None:
+    """The axis that one transpose brings to the front, if the other puts what was gathered there
+    back in its place; None if anything else is moved.
+    """
+    axis, rest = first[0], len(first) - 1
+    gathered = list(range(len(last) - rest))
+    kept = list(range(len(gathered), len(last)))
+    front = first[1:] == [place for place in range(len(first)) if place != axis]
+    return axis if front and last == [*kept[:axis], *gathered, *kept[axis:]] else None
+
+
 def split_gemms(graph: OnnxGraph) -> None:
     """Gemm(x, w, b), transposed and scaled in any way → Add(MatMul(x, w as [in, out]), b)."""
     for node in [node for node in graph.nodes if node.op_type == "Gemm"]:

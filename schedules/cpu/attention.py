@@ -1,8 +1,8 @@
 """Fuses attention in lanes: scores, scale, mask, softmax and context in one pass, for sequences of
 any lengths.
 
-    qkv (m, 3 H D, 16), keys (m, 16) additive, table (m, 4), [bias (B, H, S/16, S, 16)]
-        →  y (m, H D, 16)
+    qkv (m, 3 H D, 16), keys (m, 16) additive, table (m, 4), [bias (B, H, S/16, S, 16)],
+    [keys and queries by distance (H, D, distances)]  →  y (m, H D, 16)
 
     parallel over heads × one or two blocks of 16 queries (queries in lanes)
       for each tile of those key blocks of their sequence that the queries see
@@ -19,6 +19,9 @@ What an ``AttentionSpec`` may vary are two hooks of ``attention_parts.Sight``: w
 a block of queries sees, so that no others are visited, and what is done to a score, where a query
 sees some keys of a block and not others.
 
+Where keys or queries by distance add to a score, a vector of 16 of them is read as it lies in its
+table (see ``distances``): neither their products with all tokens nor any index is ever written.
+
 With ``precision`` "bf16" both products are of bfloat16, and qkv (m, 3 H D / 2, 16) holds Q and K in
 pairs of channels, V in pairs of tokens (a dense layer writes it so: ``values_from``); the softmax
 stays in float32. ``writes`` "to_bf16" or "to_int8" is as for dense layers.
@@ -34,9 +37,16 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from bertile.schedules import BLOCK_TOKENS
-from bertile.schedules.attention_spec import REACH, AttentionSpec
+from bertile.schedules.attention_spec import REACH, RELATIVE, AttentionSpec
 from bertile.schedules.cpu import arithmetic as arithmetics
-from bertile.schedules.cpu import attention_tiles, lanes, precisions, product, vector_math
+from bertile.schedules.cpu import (
+    attention_tiles,
+    distances,
+    lanes,
+    precisions,
+    product,
+    vector_math,
+)
 from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.attention_parts import LOWEST, Operands, Sight
 from bertile.schedules.cpu.samples import result_sample
@@ -46,7 +56,8 @@ from bertile.schedules.task import Task
 
 def refuses(task: Task) -> str | None:
     """What of a task has no kernel here, None if nothing."""
-    return AttentionSpec.from_shape(task.shape).lacking(tuple(REACH), ("none", "tensor"))
+    spec = AttentionSpec.from_shape(task.shape)
+    return spec.lacking(tuple(REACH), ("none", "tensor"), tuple(RELATIVE))
 
 
 def space(task: Task, row: Row) -> Space:
@@ -86,7 +97,7 @@ def default(task: Task, row: Row) -> Knobs:
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
-    """The PrimFunc (qkv, keys, table, [bias], [limits], y)."""
+    """The PrimFunc (qkv, keys, table, [bias], [tables by distance], [limits], y)."""
     if lacks := refuses(task):
         raise ValueError(f"there is no kernel for {lacks}")
     spec = AttentionSpec.from_shape(task.shape)
@@ -203,13 +214,16 @@ class _Query:
             for i in every:
                 for j in range(per_tile):
                     lanes.write(total[i][j], lanes.splat(0.0))
+            near = self.operands.distances.near(
+                self.sights[0].own, (start + block) * BLOCK_TOKENS + low, self.head, self.math
+            )
             with lanes.loop(self.size // self.math.group, self.unroll) as d:
                 q = [lanes.load(self.qkv, self.query + i, self._channel(0, d)) for i in every]
                 for j in range(per_tile):
                     k = lanes.splat(self.qkv[where, self._channel(1, d), low + j])
                     for i in every:
                         value = self.math.multiply_add(lanes.read(total[i][j]), q[i], k)
-                        lanes.write(total[i][j], value)
+                        lanes.write(total[i][j], near.added(value, q[i], k, d, i, j))
             for i in every:
                 self._scaled(scores, state, total[i], i, start, block, where, low)
 
@@ -342,9 +356,10 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Two sequences where the blocks allow it, the last few keys of each masked."""
     spec = AttentionSpec.from_shape(task.shape)
     heads, size = spec.heads, spec.head_size
+    halves = product.group(task) == 2
+    tables = distances.sample(spec, rng, halves)
     counts = [blocks] if blocks < 3 else [blocks - blocks // 3, blocks // 3]
     qkv = rng.standard_normal((blocks * BLOCK_TOKENS, 3 * heads * size)).astype("float32")
-    halves = product.group(task) == 2
     if halves:
         qkv = arithmetics.bf16_values(arithmetics.bf16_pairs(qkv))
     keys = np.zeros((blocks, BLOCK_TOKENS), "float32")
@@ -366,7 +381,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
             added = mine.transpose(0, 1, 3, 2).reshape(
                 heads, count * BLOCK_TOKENS, count * BLOCK_TOKENS
             )
-        context = spec.reference(q, k, v, mask, added)
+        context = spec.reference(q, k, v, mask, added, **tables)
         expected.append(context.transpose(1, 0, 2).reshape(-1, heads * size))
         first += count
     in_lanes = arithmetics.bf16_qkv_lanes(qkv) if halves else lanes.to_lanes(qkv)
@@ -374,7 +389,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     return result_sample(
         task,
         activations,
-        [],
+        list(tables.values()),
         np.concatenate(expected).astype("float32"),
         # the softmax's weights are rounded too
         tolerance=2.0**-8 if halves else 1e-4,
@@ -387,5 +402,13 @@ def flops(task: Task, tokens: int) -> float:
 
 
 attention = Schedule(
-    "attention", space, default, kernel, sample, flops, refuses=refuses, later={"queries": 1}
+    "attention",
+    space,
+    default,
+    kernel,
+    sample,
+    flops,
+    distances.pack,
+    refuses=refuses,
+    later={"queries": 1},
 )

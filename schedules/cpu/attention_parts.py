@@ -13,6 +13,7 @@ from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes, precisions, product
+from bertile.schedules.cpu.distances import Distances
 from bertile.schedules.task import Task
 
 LOWEST = -1e30  # below any score, and small enough that differences of two stay finite
@@ -29,12 +30,13 @@ class Operands:
     keys: Any
     table: Any
     bias: Any
+    distances: Distances
     limits: Any
     y: Any
 
     @staticmethod
     def declare(builder: lanes.KernelBuilder, task: Task) -> Operands:
-        """qkv, keys, table, [bias], [limits], y."""
+        """qkv, keys, table, [bias], [tables by distance], [limits], y."""
         spec, packed = AttentionSpec.from_shape(task.shape), product.packed(task)
         group = precisions.of(task).group
         lane = "float32" if group == 1 else "int32"
@@ -45,10 +47,11 @@ class Operands:
         if spec.bias == "tensor":
             extents = [T.int32() for _ in range(4)]
             bias = builder.tensor("bias", *extents, BLOCK_TOKENS)
+        distances = Distances.declare(builder, spec, group, lane)
         limits = builder.tensor("limits", 2) if packed == 4 else None
         dtype = "float32" if packed == 1 else "int32"
         y = builder.activation("y", spec.channels()[0] // packed, dtype)
-        return Operands(spec, packed, qkv, keys, table, bias, limits, y)
+        return Operands(spec, packed, qkv, keys, table, bias, distances, limits, y)
 
     def bias_of(self, query: Any, head: Any, key: Any) -> Any:
         """The additive bias of one key; a bias of one row or one head serves all."""

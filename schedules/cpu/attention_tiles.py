@@ -35,8 +35,11 @@ PAIRS = BLOCK_TOKENS // 2  # of the keys of a block
 
 
 def takes(task: Task, row: Row) -> bool:
-    """Whether the machine has tiles for the task's precision."""
-    return row.tiles and precisions.name(task) == "bf16"
+    """Whether the machine has tiles for the task's precision. What lies in vectors by distance is
+    for registers.
+    """
+    relative = AttentionSpec.from_shape(task.shape).relative != "none"
+    return row.tiles and precisions.name(task) == "bf16" and not relative
 
 
 def space(task: Task, row: Row) -> Space:

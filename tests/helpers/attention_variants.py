@@ -47,4 +47,8 @@ VARIANTS = {
             op.greater(distance, relax.const(5, "int64")),
         ),
     ),
+    # tables end within a block of tokens, and within a sequence
+    "by_distance": Variant({"relative": "both", "last": 9}),
 }
+# Those in which a query does not see some keys.
+CLOSING = [name for name, variant in VARIANTS.items() if variant.closed]

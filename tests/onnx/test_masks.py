@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from helpers import foreign_forms as forms
-from helpers.attention_variants import VARIANTS
+from helpers.attention_variants import CLOSING, VARIANTS
 from onnx import helper
 from onnx.numpy_helper import from_array
 
@@ -29,7 +29,7 @@ from bertile.onnx.samples import largest_difference, sample, session
 LIMIT = 150  # positions of the models here; larger than every window
 SHAPES = ((1, 1), (3, 37), (2, 16), (1, LIMIT))
 TOLERANCE = 2e-5  # one attention in float32
-OTHERS = pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "all"])
+OTHERS = pytest.mark.parametrize("variant", CLOSING)
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -133,7 +133,7 @@ def test_a_mask_by_query_is_recognised_in_any_spelling(tmp_path, variant, spelli
 # Every variant and either spelling is quick once: recognised, all give the same kernels.
 COMPILED = [
     pytest.param(variant, spelling, marks=() if (i + j) % 2 == 0 else pytest.mark.slow)
-    for i, variant in enumerate(name for name in VARIANTS if name != "all")
+    for i, variant in enumerate(CLOSING)
     for j, spelling in enumerate(("chosen", "filled"))
 ]
 

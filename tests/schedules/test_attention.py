@@ -6,14 +6,14 @@ import re
 
 import numpy as np
 import pytest
-from helpers.attention_variants import VARIANTS
+from helpers.attention_variants import CLOSING, VARIANTS
 from helpers.spread import spread
 
 from bertile.base.errors import ModelError
 from bertile.loader import token_blocks
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.attention_spec import AttentionSpec
-from bertile.schedules.cpu import arithmetic, lanes
+from bertile.schedules.cpu import arithmetic, distances, lanes
 from bertile.schedules.cpu.attention import attention
 from bertile.schedules.cpu.attention_parts import LOWEST
 from bertile.schedules.task import Task
@@ -109,6 +109,7 @@ class Batch:
         self.table = token_blocks(mask, BLOCK_TOKENS)
         self.qkv = rng.standard_normal((len(self.table) * BLOCK_TOKENS, 3 * heads * size)) * scale
         self.qkv = self.qkv.astype("float32")
+        self.tables = distances.sample(self.spec, rng, halves=False)
         self.keys = np.full((len(self.table), BLOCK_TOKENS), LOWEST, "float32")
         for block, (row, start, _, _) in enumerate(self.table):
             self.keys[block, : max(0, lengths[row] - start)] = 0
@@ -116,6 +117,7 @@ class Batch:
     def run(self, kernels, knobs=None):
         """The result per sequence and head, (H, tokens, D)."""
         operands = [lanes.to_lanes(self.qkv), self.keys, self.table]
+        operands += distances.pack(self.task, {}, list(self.tables.values()), kernels.row)
         width, _, _ = self.spec.channels()
         library = kernels.build(self.task, knobs)
         return lanes.from_lanes(
@@ -133,7 +135,7 @@ class Batch:
                 for part in np.split(self.qkv[rows], 3, axis=1)
             )
             mask = np.maximum(self.keys[first : first + count].reshape(-1), LOWEST)
-            context = self.spec.reference(q, k, v, mask)
+            context = self.spec.reference(q, k, v, mask, **self.tables)
             parts.append(context.transpose(1, 0, 2).reshape(-1, heads * size))
         return np.concatenate(parts)
 
@@ -153,7 +155,7 @@ def test_attention_sees_windows_of_any_width(kernels, window):
     assert np.abs(batch.run(kernels) - batch.expected()).max() < TOLERANCE
 
 
-@OTHERS
+@pytest.mark.parametrize("variant", CLOSING)
 def test_attention_never_reads_what_no_query_of_a_block_sees(kernels, variant):
     batch, count = Batch([10 * BLOCK_TOKENS], **VARIANTS[variant].fields), 10
     i, j = np.indices((count * BLOCK_TOKENS, count * BLOCK_TOKENS))
@@ -178,7 +180,7 @@ def test_attention_ignores_masked_keys(kernels, masked, variant):
     with np.errstate(invalid="ignore"):
         context = batch.run(kernels)
     # of the others some see masked keys alone, where -10000 leaves few digits of a score
-    queries = slice(None) if variant == "all" else batch.keys.reshape(-1) == 0
+    queries = batch.keys.reshape(-1) == 0 if variant in CLOSING else slice(None)
     assert np.abs(context - batch.expected())[queries].max() < TOLERANCE
 
 
@@ -198,6 +200,16 @@ def test_attention_rescales_when_each_tile_has_a_higher_maximum(kernels):
     assert np.abs(batch.run(kernels, knobs) - batch.expected()).max() < TOLERANCE
 
 
+# Of one kind alone; tables that end beside a query's own key, in its block, and behind all keys.
+@pytest.mark.parametrize("relative", ["keys", "queries", "both"])
+@pytest.mark.parametrize(
+    "last", [1, pytest.param(16, marks=SLOW), 40, pytest.param(999, marks=SLOW)]
+)
+def test_attention_meets_vectors_by_distance(kernels, relative, last):
+    batch = Batch([150, 1, 40, 16, 17], relative=relative, last=last)
+    assert np.abs(batch.run(kernels) - batch.expected()).max() < TOLERANCE
+
+
 def test_attention_stays_exact_for_sharp_scores(kernels):
     batch = Batch([40, 31], scale=8.0)  # scores of some hundreds: all but one weight vanish
     # products of 64 float32 values of that size are exact to 1e-4, and so are their exponentials
@@ -212,7 +224,7 @@ def test_attention_gives_finite_numbers_when_all_keys_are_masked(kernels, masked
     context = batch.run(kernels)
     assert np.isfinite(context).all()
     assert np.abs(context).max() <= np.abs(batch.qkv).max() * 1.001  # a mean of values
-    if variant != "all":  # of those that a query sees
+    if variant in CLOSING:  # of those that a query sees
         expected = batch.expected()
         assert np.abs(context - expected).max() < (2e-3 if masked == -10000.0 else TOLERANCE)
 
@@ -316,7 +328,7 @@ def in_halves(batch, kernels, knobs=None):
 
 
 @pytest.mark.parametrize("knobs", TILES, ids=str)
-@ALL
+@pytest.mark.parametrize("variant", ["all", *CLOSING])
 def test_tiles_keep_sequences_of_unequal_lengths_apart(kernels_of, variant, knobs):
     """Chunks of queries begin and end within sequences, and hold several."""
     batch = Batch([50, 1, 16, 17, 200, 33, 2], size=32, **VARIANTS[variant].fields)

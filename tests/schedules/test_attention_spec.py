@@ -34,6 +34,9 @@ ALL = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
         ("window", {"keys": "window", "window": -1}),
         ("bias", {"bias": "yes"}),
         ("softcap", {"softcap": -1.0}),
+        ("relative", {"relative": "values", "last": 3}),
+        ("last", {"relative": "keys"}),
+        ("last", {"last": 3}),
     ],
     ids=str,
 )
@@ -100,9 +103,11 @@ def test_a_query_sees_the_keys_that_it_should_and_itself(variant, length):
 
 
 @ALL
-def test_flops_counts_the_two_products_of_keys_that_are_seen(variant):
+def test_flops_counts_the_products_of_keys_that_are_seen(variant):
     spec, (i, j) = variant.spec(12, 64), np.indices((40, 40))
-    assert spec.flops(40) == 2 * 2 * np.count_nonzero(variant.sees(i, j)) * 768
+    assert (
+        spec.flops(40) == 2 * (2 + len(spec.tables())) * np.count_nonzero(variant.sees(i, j)) * 768
+    )
 
 
 @ALL
@@ -112,13 +117,16 @@ def test_reference_is_what_loops_compute(variant, bias):
     spec, length = variant.spec(2, 3, bias), 11
     q, k, v = rng.standard_normal((3, 2, length, 3))
     mask, added = rng.standard_normal(length), rng.standard_normal((1, length, length))
-    context = spec.reference(q, k, v, mask, added if bias else None)
+    tables = {name: rng.standard_normal((2, 3, 2 * spec.last + 1)) for name in spec.tables()}
+    context = spec.reference(q, k, v, mask, added if bias else None, **tables)
     for head, i in np.ndindex(2, length):
-        scores = {
-            j: q[head, i] @ k[head, j] * spec.scale + mask[j] + (added[0, i, j] if bias else 0)
-            for j in range(length)
-            if variant.sees(i, j)
-        }
+        scores = {}
+        for j in filter(lambda j: variant.sees(i, j), range(length)):
+            near = {n: t[head, :, max(-9, min(i - j, 9)) + 9] for n, t in tables.items()}
+            score = q[head, i] @ k[head, j]
+            score += q[head, i] @ near.get("keys", np.zeros(3))
+            score += k[head, j] @ near.get("queries", np.zeros(3))
+            scores[j] = score * spec.scale + mask[j] + (added[0, i, j] if bias else 0)
         weights = {j: np.exp(score) for j, score in scores.items()}
         mean = sum(w * v[head, j] for j, w in weights.items()) / sum(weights.values())
         np.testing.assert_allclose(context[head, i], mean, rtol=1e-12)
@@ -147,8 +155,12 @@ def test_a_bias_by_distance_is_the_tensor_with_one_number_a_diagonal():
     np.testing.assert_allclose(context, by_pair.reference(q, k, v, bias=tensor), rtol=1e-12)
 
 
-def test_reference_refuses_a_bias_that_the_spec_does_not_name():
+def test_reference_refuses_a_bias_or_a_table_that_the_spec_does_not_name():
     q = np.zeros((4, 2, 8))
+    with pytest.raises(ValueError, match="tables are 'none'"):
+        PLAIN.reference(q, q, q, keys=np.zeros((4, 8, 3)))
+    with pytest.raises(ValueError, match="tables are 'both'"):
+        dataclasses.replace(PLAIN, relative="both", last=1).reference(q, q, q)
     with pytest.raises(ValueError, match="bias is 'none'"):
         PLAIN.reference(q, q, q, bias=np.zeros((1, 2, 2)))
     with pytest.raises(ValueError, match="bias is 'tensor'"):

@@ -2,7 +2,7 @@
 
     q, k, v (B, S, H D) → reshape, permute → matmul · scale + masks → softmax → matmul → permute,
     reshape
-        →  bertile.attention(concat(q, k, v), mask, [bias])
+        →  bertile.attention(concat(q, k, v), mask, [bias], [tables by distance])
 
 Rotary positions of q and of k by the same angles become those of the first heads of all three.
 
@@ -11,6 +11,9 @@ the scores is the mask where it is the same for all heads and queries, which key
 it is the canonical comparison of places (``onnx_masks.places_mask``), and a bias otherwise:
 
     (key - query < -before or key - query > behind) * -1e29  →  {keys, window} of that reach
+
+What is added to the product of q and k before its scale are products by distance (``rewriting.
+by_distance``), whose tables and rows become operands.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from tvm import relax
 
 from bertile.graph import ops
 from bertile.graph.graph import Graph
+from bertile.graph.rewriting.by_distance import ByDistance, by_distance
 from bertile.graph.rewriting.dataflow import Dataflow, rewrite, shape, static
 from bertile.onnx.masks import CLOSED
-from bertile.schedules.attention_spec import AttentionSpec, Reach, keys_of_reach
+from bertile.schedules.attention_spec import RELATIVE, AttentionSpec, Reach, keys_of_reach
 
 
 def fuse_attention(graph: Graph) -> Graph:
@@ -45,6 +49,7 @@ class _Scores(NamedTuple):
     k: _Heads
     scale: float
     added: list[Any]
+    tables: tuple[ByDistance, ...] = ()
 
 
 def _attention(flow: Dataflow, call: relax.Call) -> Any:
@@ -66,6 +71,12 @@ def _attention(flow: Dataflow, call: relax.Call) -> Any:
     if len(masks) + len(biases) < len(scores.added):
         return None
     keys, biases = _keys(flow, biases)
+    tables = sorted(scores.tables, key=lambda table: table.kind)  # keys before queries
+    relative = {}
+    if tables:
+        kinds = tuple(table.kind for table in tables)
+        name = next(name for name, known in RELATIVE.items() if known == kinds)
+        relative = {"relative": name, "last": len(tables[0].rows) // 2}
     spec = AttentionSpec(
         heads=v.heads,
         kv_heads=v.heads,
@@ -73,10 +84,13 @@ def _attention(flow: Dataflow, call: relax.Call) -> Any:
         scale=scores.scale * scores.q.scale * scores.k.scale,
         bias="tensor" if biases else "none",
         **keys,
+        **relative,
     )
     qkv = _joined(flow, scores.q.x, scores.k.x, v)
     mask = _sum(masks) if masks else _no_mask(call)
-    return ops.attention(spec, qkv, mask, *([_sum(biases)] if biases else []))
+    rows = [relax.const(tables[0].rows)] if tables else []
+    bias = [_sum(biases)] if biases else []
+    return ops.attention(spec, qkv, mask, *bias, *(table.table for table in tables), *rows)
 
 
 def _consistent(flow: Dataflow, scores: _Scores, v: _Heads) -> bool:
@@ -84,7 +98,24 @@ def _consistent(flow: Dataflow, scores: _Scores, v: _Heads) -> bool:
     same_heads = {(h.heads, h.size) for h in (q, k, v)} == {(v.heads, v.size)}
     axes = (q.axes, k.axes, v.axes) == ((0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3))
     tokens = all(flow.is_tokens(h.x) for h in (q, k, v))
-    return same_heads and axes and tokens and v.scale == 1.0
+    tables = all(_meets(flow, table, scores) for table in scores.tables)
+    kinds = {table.kind for table in scores.tables}
+    rows = {table.rows.tobytes() for table in scores.tables}
+    once = len(scores.tables) == len(kinds) and len(rows) <= 1
+    return same_heads and axes and tokens and tables and once and v.scale == 1.0
+
+
+def _meets(flow: Dataflow, table: ByDistance, scores: _Scores) -> bool:
+    """Whether a table is multiplied with the same q or k as both are with each other."""
+    mine = _heads(flow, table.x)
+    theirs = scores.q if table.kind == "keys" else scores.k
+    same = mine is not None and (mine.heads, mine.size) == (theirs.heads, theirs.size)
+    plain = (
+        same and mine.axes == (0, 2, 1, 3) and mine.scale == scores.q.scale == scores.k.scale == 1
+    )
+    if not plain or shape(table.table)[1:3] != [mine.heads, mine.size]:
+        return False
+    return flow.definition(mine.x).same_as(flow.definition(theirs.x))
 
 
 def _joined(flow: Dataflow, q: Any, k: Any, v: _Heads) -> Any:
@@ -176,6 +207,8 @@ def _scores(flow: Dataflow, expr: Any) -> _Scores | None:
     if (total := flow.call(expr, "add")) is not None:
         for value, other in (total.args, list(total.args)[::-1]):
             inner = _scores(flow, value)
+            if inner is not None and inner.scale == 1.0 and (near := by_distance(flow, other)):
+                return inner._replace(tables=(*inner.tables, near))
             if inner is not None:
                 return inner._replace(added=[*inner.added, other])
     return None

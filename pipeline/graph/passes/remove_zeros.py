@@ -218,9 +218,10 @@ def _turns_both(layer: relax.Call, attention: relax.Call | None) -> bool:
 
 
 def _tells_heads_apart(attention: relax.Call) -> bool:
-    """Whether heads cannot go one by one: they share keys, or a bias has one for each."""
-    spec, bias = ops.attention_spec(attention), attention.args[2:]
-    return spec.kv_heads != spec.heads or any(shape(each)[1] != 1 for each in bias)
+    """Whether heads cannot go one by one: they share keys, or what is added knows them."""
+    spec = ops.attention_spec(attention)
+    bias = spec.bias == "tensor" and shape(attention.args[2])[1] != 1
+    return spec.kv_heads != spec.heads or bias or spec.relative != "none"
 
 
 def _with_weights(layer: relax.Call, x: Any, weights: list[Any]) -> relax.Call:

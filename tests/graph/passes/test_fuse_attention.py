@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import pytest
-from helpers.attention_variants import VARIANTS
+from helpers.attention_variants import CLOSING, VARIANTS
 from tvm import relax
 from tvm.relax import op
 from tvm.script import ir as I
@@ -235,7 +235,7 @@ def fused_with_places(bias, **fields):
     return build
 
 
-@pytest.mark.parametrize("variant", [name for name, variant in VARIANTS.items() if variant.closed])
+@pytest.mark.parametrize("variant", CLOSING)
 def test_keys_that_are_seen_by_their_places_are_a_field(becomes, variant):
     before = with_places(VARIANTS[variant].closed)
     after = fused_with_places(None, **VARIANTS[variant].fields)

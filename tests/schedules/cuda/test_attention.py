@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from helpers import cuda_kernels
-from helpers.attention_variants import VARIANTS
+from helpers.attention_variants import CLOSING, VARIANTS
 from helpers.cuda_kernels import slow
 
 from bertile.base.errors import ModelError
@@ -204,13 +204,16 @@ def test_attention_at_the_largest_knobs_spills_nothing(precision, size):
     cuda_kernels.assert_fits(task, "cuda-sm90", largest)
 
 
+LACKS = {**{name: f"{name} attention" for name in CLOSING}, "by_distance": "keys and queries by"}
+
+
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "all"])
 def test_variants_without_a_kernel_here_are_refused_by_name(variant):
     task = Task("attention", {**VARIANTS[variant].spec(2, 64).shape(), "precision": "fp16"})
     row = cuda_kernels.row_of("cuda-sm90")
-    with pytest.raises(ModelError, match=f"cuda-sm90 has no kernel for {variant} attention"):
+    with pytest.raises(ModelError, match=f"cuda-sm90 has no kernel for {LACKS[variant]}"):
         must_fit(task, row)
-    with pytest.raises(ValueError, match=variant):
+    with pytest.raises(ValueError, match=LACKS[variant]):
         attention.kernel(task, attention.default(task, row), row)
 
 
