@@ -29,7 +29,10 @@ ANY_PRECISION = (
     *("onnxruntime:int4", "onnxruntime:int8", "openvino:int8", "openvino:bf16"),
     *("torch-compile:int8", "deepsparse:int8", "llamacpp:int4", "llamacpp:int8"),
 )
+# llama.cpp has no DeBERTa.
+DEBERTA_PEERS = tuple(peer for peer in PEERS if peer != "llamacpp")
 BASE, LONG, MINILM = "synthetic:bert-base", "synthetic:bert-long", "minilm"
+DEBERTA = "synthetic:deberta-v3-base"
 MIXED = parse_mix("8-128")
 MEANINGS = (
     "Ratio: Bertile's median divided by that of the fastest peer in the same precision (of int4, in"
@@ -91,6 +94,13 @@ CASES = (
         for length in (16, 32, 64, 128, 384)
     ),
     Case(BASE, "int4", 1, 16, 0.55, ANY_PRECISION),
+    *(
+        Case(DEBERTA, precision, 1, length, at_most, DEBERTA_PEERS)
+        for precision, length, at_most in (
+            *(("fp32", 128, 0.85), ("fp32", 16, 0.85)),
+            *(("int8", 128, 0.70), ("int8", 16, 0.85)),
+        )
+    ),
 )
 
 

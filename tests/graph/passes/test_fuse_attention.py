@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import numpy as np
 import pytest
 from helpers.attention_variants import CLOSING, VARIANTS
 from tvm import relax
@@ -335,3 +336,71 @@ def test_keys_permuted_without_axes_are_left_alone(leaves_alone):
     before = spelled_out(k_axes=(0, 2, 1, 3), k=lambda x: op.permute_dims(x), heads=4)
     square = {name: (4, 4, 16) for name in "qkv"} | {"mask": (4, 1, 1, 4)}
     leaves_alone(fuse_attention, before, activations=square)
+
+
+ROWS, LONGEST = 6, 20
+TABLES = {"near_keys": (1, HEADS, SIZE, ROWS), "near_queries": (1, HEADS, SIZE, ROWS)}
+# The row of each distance query - key: 4 on the side of keys before, from which on one is for all.
+ROW = np.clip(np.arange(1 - LONGEST, LONGEST) + 3, 0, ROWS - 1)
+
+
+def places(length, axis):
+    """0, 1, 2, … across (1, S), or down (S, 1)."""
+    numbers = relax.const(np.arange(LONGEST)[None])
+    cut = op.strided_slice(numbers, [1], [0], [length], [1])
+    return op.permute_dims(cut, [1, 0]) if axis == 0 else cut
+
+
+def looked_up(emit, x, table, start, row=ROW, across=1, count=ROWS, middle=LONGEST - 1):
+    """x (B, H, S, D) by a table, of which each pair of tokens takes the product of its distance."""
+    batch, heads, length, _ = x.ty.shape
+    products = emit(op.matmul(x, table))
+    flat = emit(op.reshape(products, relax.ShapeExpr([batch, heads, length * ROWS])))
+    distance = emit(op.subtract(places(length, 0), places(length, across)))
+    moved = emit(op.add(distance, relax.const(middle, "int64")))
+    rows = emit(op.take(relax.const(row), moved, axis=0, mode="clip"))
+    begin = emit(op.multiply(places(length, start), relax.const(count, "int64")))
+    return emit(op.take(flat, emit(op.add(rows, begin)), axis=2, mode="clip"))
+
+
+def with_tables(scaled=lambda scores: op.multiply(scores, c(0.5)), starts=(0, 1), **options):
+    """Attention with both kinds of products by distance."""
+
+    def build(emit, ids, q, k, v, mask, near_keys, near_queries):
+        queries, keys = emit(heads_of(q)), emit(heads_of(k))
+        scores = emit(op.matmul(queries, emit(op.permute_dims(keys, [0, 1, 3, 2]))))
+        first = looked_up(emit, queries, near_keys, starts[0], **options)
+        scores = emit(op.add(scores, first))
+        second = looked_up(emit, keys, near_queries, starts[1], **options)
+        scores = emit(scaled(emit(op.add(scores, second))))
+        weights = emit(op.nn.softmax(emit(op.add(scores, mask)), axis=-1))
+        return merged(emit, emit(op.matmul(weights, heads_of(v))))
+
+    return build
+
+
+def test_products_by_distance_are_operands(becomes):
+    def after(emit, ids, q, k, v, mask, near_keys, near_queries):
+        qkv = op.concat([q, k, v], axis=2)
+        spec = AttentionSpec(HEADS, HEADS, SIZE, 0.5, relative="both", last=3)
+        rows = relax.const(ROW[LONGEST - 4 : LONGEST + 3])
+        return ops.attention(spec, qkv, mask, near_keys, near_queries, rows)
+
+    shapes = {"activations": inputs(mask=MASK), "weights": TABLES}
+    becomes(fuse_attention, with_tables(), after, **shapes)
+
+
+NEITHER = {
+    "both by the place of queries": with_tables(starts=(0, 0)),
+    "queries by the place of keys": with_tables(starts=(1, 0)),
+    "key - query, and both down": with_tables(across=0),
+    "another count of rows": with_tables(count=ROWS + 1),
+    "another middle": with_tables(middle=LONGEST),
+    "a row that is not there": with_tables(row=ROW + 1),
+    "products that are not scaled": with_tables(scaled=lambda scores: op.nn.relu(scores)),
+}
+
+
+@pytest.mark.parametrize("before", NEITHER.values(), ids=NEITHER)
+def test_other_lookups_of_products_are_left_alone(leaves_alone, before):
+    leaves_alone(fuse_attention, before, activations=inputs(mask=MASK), weights=TABLES)
