@@ -28,7 +28,7 @@ def copied(saved, tmp_path):
 
 # Where it is not 12 of a model that is called base, and 2 of another.
 LAYERS = {
-    **{"minilm": 6, "distilbert-base": 6, "bert-large": 24},
+    **{"minilm": 6, "distilbert-base": 6, "bert-large": 24, "deberta-v3-small": 6},
     **{"modernbert-tiny": 4, "modernbert-long": 4, "modernbert-base": 22, "modernbert-large": 28},
 }
 

