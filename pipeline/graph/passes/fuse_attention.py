@@ -88,7 +88,7 @@ def _attention(flow: Dataflow, call: relax.Call) -> Any:
     )
     qkv = _joined(flow, scores.q.x, scores.k.x, v)
     mask = _sum(masks) if masks else _no_mask(call)
-    rows = [relax.const(tables[0].rows)] if tables else []
+    rows = [relax.const(tables[0].rows, "int64")] if tables else []
     bias = [_sum(biases)] if biases else []
     return ops.attention(spec, qkv, mask, *bias, *(table.table for table in tables), *rows)
 

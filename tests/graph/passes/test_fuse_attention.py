@@ -346,8 +346,8 @@ ROW = np.clip(np.arange(1 - LONGEST, LONGEST) + 3, 0, ROWS - 1)
 
 def places(length, axis):
     """0, 1, 2, … across (1, S), or down (S, 1)."""
-    numbers = relax.const(np.arange(LONGEST)[None])
-    cut = op.strided_slice(numbers, [1], [0], [length], [1])
+    numbers = relax.const(np.arange(LONGEST)[None], "int64")
+    cut = op.strided_slice(numbers, [1], [0], [length], [1], assume_inbound=True)
     return op.permute_dims(cut, [1, 0]) if axis == 0 else cut
 
 
@@ -358,7 +358,7 @@ def looked_up(emit, x, table, start, row=ROW, across=1, count=ROWS, middle=LONGE
     flat = emit(op.reshape(products, relax.ShapeExpr([batch, heads, length * ROWS])))
     distance = emit(op.subtract(places(length, 0), places(length, across)))
     moved = emit(op.add(distance, relax.const(middle, "int64")))
-    rows = emit(op.take(relax.const(row), moved, axis=0, mode="clip"))
+    rows = emit(op.take(relax.const(row, "int64"), moved, axis=0, mode="clip"))
     begin = emit(op.multiply(places(length, start), relax.const(count, "int64")))
     return emit(op.take(flat, emit(op.add(rows, begin)), axis=2, mode="clip"))
 
@@ -383,7 +383,7 @@ def test_products_by_distance_are_operands(becomes):
     def after(emit, ids, q, k, v, mask, near_keys, near_queries):
         qkv = op.concat([q, k, v], axis=2)
         spec = AttentionSpec(HEADS, HEADS, SIZE, 0.5, relative="both", last=3)
-        rows = relax.const(ROW[LONGEST - 4 : LONGEST + 3])
+        rows = relax.const(ROW[LONGEST - 4 : LONGEST + 3], "int64")
         return ops.attention(spec, qkv, mask, near_keys, near_queries, rows)
 
     shapes = {"activations": inputs(mask=MASK), "weights": TABLES}
