@@ -56,6 +56,11 @@ def prune(model: Any, family: str, sparsity: float, pattern: str) -> list[Pruned
     neurons, where the pattern is that. Embeddings, pooler and head of the model stay as they are.
     """
     row = table.named(family)
+    if pattern == "heads" and row.by_head:
+        raise UsageError(
+            f"{row.title} has no pattern heads: Q, K and V of each lie together in one layer",
+            "choose another pattern",
+        )
     layers = row.encoder_layers(model)
     for layer in layers:
         into, (out,), first, (second,) = row.grouped(layer)

@@ -57,7 +57,20 @@ def spell_attention(model: Any) -> tuple[str, ...]:
             encoder.register_buffer("all_positions", torch.arange(longest)[None])
         for layer in encoder.layer:
             _spell(layer.attention.self, vectors)
+        _write_norms(base)
     return ()
+
+
+def _write_norms(base: Any) -> None:
+    """Make torch's LayerNorm of DeBERTa's own, which spells the same in parts."""
+    from torch import nn
+
+    for parent in list(base.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "variance_epsilon"):
+                norm = nn.LayerNorm(len(child.weight), eps=child.variance_epsilon)
+                norm.load_state_dict(child.state_dict())
+                setattr(parent, name, norm)
 
 
 def _must_be_known(encoder: Any) -> None:

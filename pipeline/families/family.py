@@ -39,6 +39,7 @@ class Family:
                      the attention's output, the first and the second of the feed-forward network
     groups           how many layers these are each: Q, K and V may be one, and of a gated network
                      the two that are multiplied may be the first together
+    by_head          whether Q, K and V of a head lie side by side, not the Q of all heads
     tiny             the configuration of synthetic:NAME-tiny, which tests take
     sizes            the configurations of its other synthetic models, by name
     positions        FROM_ZERO, AFTER_PADDING, BY_ANGLE or BY_DISTANCE
@@ -58,6 +59,7 @@ class Family:
     tiny: Mapping[str, Any]
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     groups: tuple[int, int, int, int] = (3, 1, 1, 1)
+    by_head: bool = False
     positions: str = FROM_ZERO
     token_types: bool = True
     optional_pooler: bool = True

@@ -254,6 +254,7 @@ FAMILIES = (
         model_types=("deberta",),
         layers=("attention.self.in_proj", *_BERT_LAYERS[3:]),
         groups=(1, 1, 1, 1),
+        by_head=True,
         positions=BY_DISTANCE,
         prepare=deberta.spell_attention,
         tiny=_tiny(**_BOTH_WAYS, max_relative_positions=40),

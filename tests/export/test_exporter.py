@@ -115,7 +115,7 @@ def test_export_imports_into_tvm_with_symbolic_axes(exports, family, head):
 def test_export_writes_the_canonical_operators(exports, family, head):
     model = onnx.load(exports(f"{family}-tiny", head).onnx_path)
     operators = [node.op_type for node in model.graph.node]
-    norms = calls(family_models.untouched(f"{family}-tiny", head), torch.nn.LayerNorm)
+    norms = calls(family_models.untouched(f"{family}-tiny", head), "LayerNorm")
     assert operators.count("LayerNormalization") == norms >= 5
     layers = family_models.untouched(f"{family}-tiny").config.num_hidden_layers
     activations = operators.count("Gelu") + operators.count("Sigmoid")
@@ -130,14 +130,15 @@ def test_export_writes_the_canonical_operators(exports, family, head):
         # the scores of each question's choices are made a row of their own, of one
         if node.op_type == "Reshape" and (head, node.output[0]) != ("multiple-choice", "logits"):
             target = onnx.numpy_helper.to_array(constants[node.input[1]]).tolist()
-            assert target[:2] == [0, 0]
+            # heads stay apart in products by distance, (B, H, S, R) → (B, H, S R)
+            assert target[:2] == [0, 0] or target == [0, 2, -1]
 
 
 def calls(model, kind):
-    """How often modules of that kind are called in one forward."""
+    """How often modules of classes whose names end so are called in one forward."""
     called = []
     for module in model.modules():
-        if isinstance(module, kind):
+        if type(module).__name__.endswith(kind):
             module.register_forward_hook(lambda *_: called.append(1))
     model(input_ids=torch.ones(1, 2, dtype=torch.int64))
     return len(called)
