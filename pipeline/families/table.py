@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bertile.families import ernie, layoutlm, mpnet
+from bertile.families.decoders import DECODERS
 from bertile.families.family import AFTER_PADDING, BY_ANGLE, Family
 
 
@@ -219,6 +220,7 @@ FAMILIES = (
         tiny=_tiny(),
         sizes={"nomic-bert-base": _sizes(12, 768, 12, 30528, max_position_embeddings=2048)},
     ),
+    *DECODERS,
 )
 
 

@@ -30,6 +30,7 @@ ANY_PRECISION = (
     *("torch-compile:int8", "deepsparse:int8", "llamacpp:int4", "llamacpp:int8"),
 )
 BASE, LONG, MINILM = "synthetic:bert-base", "synthetic:bert-long", "minilm"
+DECODER = "synthetic:qwen3-short"  # four layers of Qwen3-0.6B
 MIXED = parse_mix("8-128")
 MEANINGS = (
     "Ratio: Bertile's median divided by that of the fastest peer in the same precision (of int4, in"
@@ -91,6 +92,11 @@ CASES = (
         for length in (16, 32, 64, 128, 384)
     ),
     Case(BASE, "int4", 1, 16, 0.55, ANY_PRECISION),
+    *(
+        Case(DECODER, precision, 1, length, at_most, PEERS[:4])
+        for precision, at_128 in (("fp32", 0.90), ("int8", 0.75))
+        for length, at_most in ((128, at_128), (16, 0.85))
+    ),
 )
 
 

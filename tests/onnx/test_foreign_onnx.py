@@ -9,7 +9,7 @@ import torch
 import transformers
 import tvm
 from helpers import foreign_forms as forms
-from helpers.family_models import has_types
+from helpers.family_models import OTHERS, has_types
 from transformers.models.bert import modeling_bert
 
 import bertile
@@ -18,7 +18,7 @@ from bertile.base.errors import ModelError
 from bertile.bundle import manifest
 from bertile.config import Config
 from bertile.export import synthetic
-from bertile.families.table import FAMILIES
+from bertile.families.table import named
 from bertile.onnx.exported import InputSpec
 from bertile.onnx.samples import largest_difference, sample, session
 
@@ -50,10 +50,7 @@ SLOW_FORMS = {
     "int32 inputs, no token_type_ids": dict(dtype=torch.int32, types=False, opset=17),
     "as optimum writes it": dict(head="sequence-classification", opset=14),
     "masked-lm": dict(head="masked-lm", opset=17),
-    **{
-        family.name: dict(name=f"{family.name}-tiny", types=has_types(family), opset=17)
-        for family in FAMILIES[1:]
-    },
+    **{name: dict(name=f"{name}-tiny", types=has_types(named(name)), opset=17) for name in OTHERS},
     "distilbert, eager at opset 13": dict(
         name="distilbert-tiny", types=False, attention="eager", opset=13
     ),

@@ -21,7 +21,7 @@ from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
 from bertile.export import exporter
 from bertile.families.family import AFTER_PADDING, BY_ANGLE
-from bertile.families.table import FAMILIES
+from bertile.families.table import FAMILIES, named
 from bertile.onnx import graph as onnx_graph
 from bertile.onnx import normalizer, places, probing, reader
 from bertile.onnx.samples import largest_difference, sample, session
@@ -113,7 +113,7 @@ def test_normalize_dynamo(tmp_path, attention, opset, dynamic, layers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES[1:], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", map(named, family_models.OTHERS), ids=family_models.OTHERS)
 def test_normalize_dynamo_of_each_family(tmp_path, family):
     types = has_types(family)
     path = write(tmp_path / "m.onnx", f"{family.name}-tiny", dynamo=True, opset=20, types=types)
@@ -121,7 +121,7 @@ def test_normalize_dynamo_of_each_family(tmp_path, family):
     assert_canonical(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES[1:], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", map(named, family_models.OTHERS), ids=family_models.OTHERS)
 def test_normalize_torchscript_of_each_family(tmp_path, family):
     types = has_types(family)
     path = write(tmp_path / "m.onnx", f"{family.name}-tiny", types=types, layers=1)

@@ -102,7 +102,7 @@ def test_a_query_sees_the_keys_that_it_should_and_itself(variant, length):
 @ALL
 def test_flops_counts_the_two_products_of_keys_that_are_seen(variant):
     spec, (i, j) = variant.spec(12, 64), np.indices((40, 40))
-    assert spec.flops(40) == 2 * 2 * np.count_nonzero(variant.sees(i, j)) * 768
+    assert spec.flops(40) == 4 * np.count_nonzero(variant.sees(i, j)) * spec.heads * 64
 
 
 @ALL
@@ -110,17 +110,18 @@ def test_flops_counts_the_two_products_of_keys_that_are_seen(variant):
 def test_reference_is_what_loops_compute(variant, bias):
     rng = np.random.default_rng(0)
     spec, length = variant.spec(2, 3, bias), 11
-    q, k, v = rng.standard_normal((3, 2, length, 3))
+    q, k, v = (rng.standard_normal((h, length, 3)) for h in (spec.heads, *[spec.kv_heads] * 2))
     mask, added = rng.standard_normal(length), rng.standard_normal((1, length, length))
     context = spec.reference(q, k, v, mask, added if bias else None)
-    for head, i in np.ndindex(2, length):
+    for head, i in np.ndindex(spec.heads, length):
+        shared = head // variant.group
         scores = {
-            j: q[head, i] @ k[head, j] * spec.scale + mask[j] + (added[0, i, j] if bias else 0)
+            j: q[head, i] @ k[shared, j] * spec.scale + mask[j] + (added[0, i, j] if bias else 0)
             for j in range(length)
             if variant.sees(i, j)
         }
         weights = {j: np.exp(score) for j, score in scores.items()}
-        mean = sum(w * v[head, j] for j, w in weights.items()) / sum(weights.values())
+        mean = sum(w * v[shared, j] for j, w in weights.items()) / sum(weights.values())
         np.testing.assert_allclose(context[head, i], mean, rtol=1e-12)
 
 
