@@ -42,8 +42,9 @@ def has_types(family: Family) -> bool:
 def untouched(name: str, head: str = "encoder"):
     """The synthetic model as transformers builds it, with fused attention where it has that."""
     model = checkpoints.load(f"synthetic:{name}", head).model
-    with quiet():
-        model.set_attn_implementation("sdpa")
+    if model._supports_sdpa:
+        with quiet():
+            model.set_attn_implementation("sdpa")
     return model
 
 

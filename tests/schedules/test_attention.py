@@ -343,8 +343,13 @@ def test_other_variants_write_narrow_forms(kernels, writes, variant):
 
 
 # Heads that share keys: groups that a job takes at once or in parts, and heads of one channel pair.
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 1), (6, 2), (5, 1)])
-@pytest.mark.parametrize("keys", ["all", "causal"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "keys"),
+    [
+        (4, 2, "causal"),
+        *(pytest.param(*c, marks=SLOW) for c in ((4, 1, "all"), (6, 2, "all"), (5, 1, "causal"))),
+    ],
+)
 def test_groups_of_any_size_share_keys_and_values(kernels, heads, kv_heads, keys):
     spec = AttentionSpec(heads, kv_heads, 18, 18**-0.5, keys=keys)
     task = Task("attention", spec.shape())
@@ -354,7 +359,7 @@ def test_groups_of_any_size_share_keys_and_values(kernels, heads, kv_heads, keys
 
 
 @pytest.mark.parametrize("row", ["x86-avx512", "x86-amx"])
-@pytest.mark.parametrize("softcap", [0.5, 30.0])
+@pytest.mark.parametrize("softcap", [0.5, pytest.param(30.0, marks=SLOW)])
 def test_scores_are_bounded(kernels_of, row, softcap):
     halves = {"precision": "bf16"} if row == "x86-amx" else {}
     shape = {**VARIANTS["grouped"].spec(2, 26).shape(), "softcap": softcap, **halves}
