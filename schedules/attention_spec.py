@@ -27,7 +27,9 @@ REACH: dict[str, Callable[[int], Reach]] = {
     "all": lambda window: (None, None),
     "causal": lambda window: (None, 0),
     "window": lambda window: (window, window),
+    "causal_window": lambda window: (window, 0),
 }
+WINDOWS = ("window", "causal_window")
 BIASES = ("none", "tensor", "by_distance")
 # Which vectors by distance there are.
 RELATIVE: dict[str, tuple[str, ...]] = {
@@ -43,9 +45,10 @@ class AttentionSpec:
     """``heads`` of queries, which ``kv_heads`` of keys and values serve, all of ``head_size``.
 
     ``keys`` are those that query i of a sequence sees: "all", those up to itself ("causal": j ≤ i),
-    or itself and ``window`` on each side ("window": |i - j| ≤ window). ``bias`` is what is added to
-    a score beside the mask of its key: a "tensor" (B|1, H|1, S, S), or one entry "by_distance"
-    j - i. ``softcap``, where it is not 0, bounds a score: softcap tanh(score / softcap).
+    itself and ``window`` on each side ("window": |i - j| ≤ window), or before it alone
+    ("causal_window": 0 ≤ i - j ≤ window). ``bias`` is what is added to a score beside the mask of
+    its key: a "tensor" (B|1, H|1, S, S), or one entry "by_distance" j - i. ``softcap``, where it is
+    not 0, bounds a score: softcap tanh(score / softcap).
     ``relative`` says for what there are vectors by distance too: "keys" that a query meets,
     "queries" that a key meets, or "both"; tables of those for i - j from -``last`` to ``last``,
     beyond which the outermost hold.
@@ -74,7 +77,7 @@ class AttentionSpec:
         for name, known in (("keys", REACH), ("bias", BIASES), ("relative", RELATIVE)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
-        if (self.window > 0) != (self.keys == "window"):
+        if (self.window > 0) != (self.keys in WINDOWS):
             raise ValueError(
                 f"window is {self.window} where keys is {self.keys!r}: a window has at least 1 key"
                 " on each side, and nothing else has a window"
@@ -147,6 +150,11 @@ class AttentionSpec:
         """The channels of Q, of K and of V, as they lie side by side in qkv."""
         return tuple(heads * self.head_size for heads in (self.heads, *[self.kv_heads] * 2))
 
+    @property
+    def group(self) -> int:
+        """How many heads of queries read the same keys and values."""
+        return self.heads // self.kv_heads
+
     def reach(self) -> Reach:
         """How many keys before and behind its own place a query sees, None: all of them."""
         return REACH[self.keys](self.window)
@@ -187,7 +195,7 @@ class AttentionSpec:
         if (bias is None) != (self.bias == "none"):
             raise ValueError(f"bias is {self.bias!r}, and {'no' if bias is None else 'one'} came")
         q, k, v = (x.astype("float64") for x in (q, k, v))
-        k, v = (x.repeat(self.heads // self.kv_heads, axis=-3) for x in (k, v))
+        k, v = (x.repeat(self.group, axis=-3) for x in (k, v))
         scores = q @ k.swapaxes(-1, -2)
         if "keys" in tables:
             scores = scores + self._picked(q, tables["keys"])
@@ -221,12 +229,16 @@ class AttentionSpec:
         return seen
 
     def lacking(
-        self, keys: Sequence[str], biases: Sequence[str], relative: Sequence[str] = ("none",)
+        self,
+        keys: Sequence[str],
+        biases: Sequence[str],
+        relative: Sequence[str] = ("none",),
+        grouped_and_capped: bool = False,
     ) -> str | None:
-        """What a kernel lacks that knows these ``keys``, ``biases`` and vectors by distance and
-        nothing else special; None if nothing.
+        """What a kernel lacks that knows these ``keys``, ``biases`` and vectors by distance, groups
+        of heads and bounds of scores where that is said, and nothing else special; None if nothing.
         """
-        if self.kv_heads != self.heads:
+        if self.kv_heads != self.heads and not grouped_and_capped:
             return f"fewer heads of keys than of queries (kv_heads {self.kv_heads})"
         if self.keys not in keys:
             return f"{self.keys} attention (keys {self.keys!r})"
@@ -234,14 +246,18 @@ class AttentionSpec:
             return f"a bias {self.bias.replace('_', ' ')} (bias {self.bias!r})"
         if self.relative not in relative:
             return f"keys and queries by distance (relative {self.relative!r})"
-        return f"a bound on scores (softcap {self.softcap:g})" if self.softcap else None
+        if self.relative != "none" and self.group > 1:
+            return "keys and queries by distance of heads that are grouped"
+        if self.softcap and not grouped_and_capped:
+            return f"a bound on scores (softcap {self.softcap:g})"
+        return None
 
 
 def keys_of_reach(reach: Reach) -> dict[str, Any] | None:
     """The fields (keys, window) of a spec whose queries see that far; None where none has it."""
     for keys, known in REACH.items():
-        window = (reach[0] or 0) if keys == "window" else 0
-        if known(window) == reach and (window > 0) == (keys == "window"):
+        window = (reach[0] or 0) if keys in WINDOWS else 0
+        if known(window) == reach and (window > 0) == (keys in WINDOWS):
             return {"keys": keys, "window": window}
     return None
 

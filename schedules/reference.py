@@ -67,6 +67,13 @@ def rotary_heads(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, heads: int) ->
     return np.concatenate([both.reshape(*x.shape[:-1], channels), x[..., channels:]], axis=-1)
 
 
+def rms_heads(x: np.ndarray, gamma: np.ndarray, epsilon: float) -> np.ndarray:
+    """x (…, C) whose first heads are RMSNorm's, each of its own channels, by gamma (heads, D)."""
+    of_heads = x[..., : gamma.size].reshape(*x.shape[:-1], *gamma.shape)
+    normed = layer_norm(of_heads, gamma, 0.0, epsilon, rms=True)
+    return np.concatenate([normed.reshape(*x.shape[:-1], -1), x[..., gamma.size :]], axis=-1)
+
+
 def byte_limits(low: float, high: float) -> np.ndarray:
     """What a kernel that writes bytes of a given range reads: low, and steps per unit."""
     return np.array([low, LEVELS / (high - low)], "float32")

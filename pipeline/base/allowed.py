@@ -20,5 +20,6 @@ HEADS = (
     "masked-lm",
     "next-sentence",
     "multiple-choice",
+    "causal-lm",
 )
 AGGREGATIONS = ("none", "simple", "first", "average", "max")

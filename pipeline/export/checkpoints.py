@@ -17,9 +17,9 @@ from bertile.export.files import (
     transformer_directory,
 )
 from bertile.export.foreign import explained, ordinary
-from bertile.export.sentence_modules import Chain, chain_of
+from bertile.export.sentence_modules import Chain, Normalize, Pool, chain_of
 from bertile.families import model_config, table, text_settings
-from bertile.families.family import AFTER_PADDING
+from bertile.families.family import AFTER_PADDING, CAUSAL, Family
 from bertile.onnx.exported import TOKENIZER_FILES
 
 # Architectures whose heads are for training alone: their encoder is compiled.
@@ -34,10 +34,11 @@ HEADS = {
     ),
     "token-classification": ("AutoModelForTokenClassification", ("ForTokenClassification",)),
     "question-answering": ("AutoModelForQuestionAnswering", ("ForQuestionAnswering",)),
-    # a decoder is refused, and what else has such a head sees all tokens
+    # of an encoder such a head sees all tokens
     "masked-lm": ("AutoModelForMaskedLM", ("ForMaskedLM", "LMHeadModel", "ForCausalLM")),
     "next-sentence": ("AutoModelForNextSentencePrediction", ("ForNextSentencePrediction",)),
     "multiple-choice": ("AutoModelForMultipleChoice", ("ForMultipleChoice",)),
+    CAUSAL: ("AutoModelForCausalLM", ("LMHeadModel", "ForCausalLM")),
 }
 
 
@@ -104,7 +105,9 @@ def _from_object(held: objects.ModelObject, head: str | None) -> Checkpoint:
         head = "embedding"
     if head is None:
         architecture = _architecture(held.model)
-        head, notes = _head_of_architectures([architecture], held.name), _left_out(architecture)
+        family = table.of_type(held.model.config.model_type)
+        head = _head_of_architectures([architecture], held.name, family)
+        notes = _left_out(architecture)
     sha256 = fingerprint(held, head)
     with explained(f"'{held.name}' cannot be exported"):
         # A copy, because export sets the model's mode and swaps some of its modules.
@@ -195,7 +198,8 @@ def _asked_head(
         return head or "embedding", chain, ()
     architectures = config.get("architectures")
     left_out = _left_out(architectures[0]) if architectures else ()
-    return _head_of_architectures(architectures, source), None, left_out
+    family = table.of_type(config["model_type"])
+    return _head_of_architectures(architectures, source, family), None, left_out
 
 
 def _checkpoint(
@@ -207,7 +211,9 @@ def _checkpoint(
     files: tuple[Path, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> Checkpoint:
-    family = table.supporting(model.config.model_type, source).name
+    family = table.supporting(model.config.model_type, source)
+    if family.causal:
+        model.config.use_cache = False  # of keys and values, for the next token
     if getattr(model.config, "is_decoder", False):
         raise ModelError(
             f"'{source}' is a decoder (is_decoder in its config), which is unsupported",
@@ -215,7 +221,8 @@ def _checkpoint(
         )
     _must_have_places(model, source)
     if head == "embedding" and chain is None:
-        chain = Chain()
+        sees_all = family.sees_all(model.config)
+        chain = Chain() if sees_all else Chain((Pool(("lasttoken",)), Normalize()))
     labels: tuple[str, ...] = ()
     if head == "multiple-choice":
         choices.score_rows(model)
@@ -223,7 +230,7 @@ def _checkpoint(
     if head.endswith("-classification"):
         names = model.config.id2label
         labels = tuple(str(names[index]) for index in sorted(names))
-    return Checkpoint(model, source, sha256, family, head, chain, files, notes, labels)
+    return Checkpoint(model, source, sha256, family.name, head, chain, files, notes, labels)
 
 
 def _must_have_places(model: Any, source: str) -> None:
@@ -283,12 +290,12 @@ def _plain(model: Any) -> Any:
     return model
 
 
-def _head_of_architectures(architectures: list[str] | None, source: str) -> str:
+def _head_of_architectures(architectures: list[str] | None, source: str, family: Family) -> str:
     for name in architectures or ["Model"]:
         endings = [(end, head) for head, (_, ends) in HEADS.items() for end in ends]
-        fits = [(len(end), head) for end, head in endings if name.endswith(end)]
+        fits = [(len(end), h in family.heads, h) for end, h in endings if name.endswith(end)]
         if fits:
-            return max(fits)[1]  # LMHeadModel before Model
+            return max(fits)[2]  # LMHeadModel before Model
     raise ModelError(
         f"'{source}' is a {', '.join(architectures or [])}, whose head is unsupported",
         f"compile its encoder with --head encoder, or choose another: {', '.join(HEADS)}",

@@ -38,6 +38,7 @@ _OUTPUTS = {
     "masked-lm": ("logits",),
     "next-sentence": ("logits",),
     "multiple-choice": ("logits",),
+    "causal-lm": ("logits",),
 }
 
 
@@ -253,13 +254,13 @@ def _write_canonical(proto: Any, exported: ExportedModel, additive: bool) -> tup
         node.doc_string = ""
     for value in [*graph.inputs, *graph.results]:
         del value.metadata_props[:]
+    rewrites.split_gemms(graph)
     angles = any(node.op_type in places.ANGLES for node in graph.nodes)
     if angles or not additive:
         notes = _rewrite(graph, exported)
     rewrites.write_gathers(graph)
     rewrites.write_reshapes(graph, sizes.get)
     rewrites.transpose_weights(graph)
-    rewrites.split_gemms(graph)
     attention.scale_scores(graph)
     rewrites.name_weights(graph)
     graph.clean()

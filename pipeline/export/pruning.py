@@ -67,7 +67,7 @@ def prune(model: Any, family: str, sparsity: float, pattern: str) -> list[Pruned
         if pattern == "heads":
             _prune_units(into, out, model.config.num_attention_heads, sparsity)
         elif pattern == "neurons":
-            _prune_units(first, second, second.in_features, sparsity)
+            _prune_units(first, second, _weight(second).shape[1], sparsity)
         else:
             _prune_blocks(layer, sparsity, pattern)
     return [_row(name, linear) for layer in layers for name, linear in layer.items()]
@@ -101,7 +101,7 @@ def largest(scores: np.ndarray, sparsity: float) -> np.ndarray:
 
 def _prune_blocks(layer: dict[str, Any], sparsity: float, pattern: str) -> None:
     for name, linear in layer.items():
-        w = _array(linear.weight).T  # Hugging Face has (outputs, inputs)
+        w = _weight(linear).T
         sizes = (4, 1) if pattern == "2:4" else BLOCKS.get(pattern, (1, 1))
         for extent, size, what in zip(w.shape, sizes, ("inputs", "outputs")):
             if extent % size:
@@ -115,27 +115,34 @@ def _prune_blocks(layer: dict[str, Any], sparsity: float, pattern: str) -> None:
 def _prune_units(into: list[Any], out: Any, count: int, sparsity: float) -> None:
     """Zero the weights of whole heads or neurons in the layers around them, and their biases.
 
-    A layer into them may have several outputs of each, one whole set behind the other.
+    A layer into them may have several outputs of each, one whole set behind the other. One with
+    fewer outputs than that is of heads that others share, and stays.
     """
-    width = out.in_features
+    width = _weight(out).shape[1]
+    into = [linear for linear in into if len(_weight(linear)) % width == 0]
     sums = [
-        np.abs(_array(linear.weight)).sum(1, dtype="float64").reshape(-1, width).sum(0)
-        for linear in into
+        np.abs(_weight(linear)).sum(1, dtype="float64").reshape(-1, width).sum(0) for linear in into
     ]
-    sums.append(np.abs(_array(out.weight)).sum(0, dtype="float64"))
+    sums.append(np.abs(_weight(out)).sum(0, dtype="float64"))
     stays = largest(sum(sums).reshape(count, -1).sum(1), sparsity)
     gone = ~stays.repeat(width // count)
-    _array(out.weight)[:, gone] = 0
+    _weight(out)[:, gone] = 0
     for linear in into:
-        for parameter in (linear.weight, linear.bias):
-            if parameter is not None:
-                _array(parameter)[np.tile(gone, linear.out_features // width)] = 0
+        parts = [_weight(linear), *([] if linear.bias is None else [_array(linear.bias)])]
+        for part in parts:
+            part[np.tile(gone, len(part) // width)] = 0
 
 
 def _row(name: str, linear: Any) -> Pruned:
-    w = _array(linear.weight).T
+    w = _weight(linear).T
     analysis = analyse(w)
     return Pruned(name, *w.shape, analysis.zeros, analysis.pattern)
+
+
+def _weight(linear: Any) -> np.ndarray:
+    """The weight of a linear layer, (outputs, inputs); GPT-2's layers hold it turned."""
+    values = _array(linear.weight)
+    return values.T if hasattr(linear, "nf") else values
 
 
 def _array(parameter: Any) -> np.ndarray:

@@ -30,9 +30,9 @@ def remove(model: Any, family: Family, removed: Mapping[str, Sequence[int]]) -> 
 
     ModelError for a layer or a head that there is not, or where no head would be left.
     """
-    if family.positions in (BY_ANGLE, BY_DISTANCE):
+    if family.positions in (BY_ANGLE, BY_DISTANCE) or family.causal:
         raise ModelError(
-            f"pruned_heads of {family.title} is unsupported: no version of transformers saved such"
+            f"pruned_heads of {family.title} is unsupported", "compile the whole model"
         )
     layers = family.encoder_layers(model)
     for layer, heads in removed.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 from bertile.base.allowed import HEADS
 
+CAUSAL = "causal-lm"  # the head of decoders alone
 FROM_ZERO = "from zero"
 # As fairseq does: the first real token has the position `padding_idx` + 1, and tokens that are the
 # padding id are not counted.
@@ -49,6 +50,8 @@ class Family:
                      notes for people
     auto_classes     by head, transformers' class that loads it, where that is not the usual one
     lacks            the heads that transformers has no class for
+    causal           whether it is a decoder: a token sees those before it alone, and the head
+                     "causal-lm" scores the next
     kernels_of       the family whose kernels its models have: quick tests compile that one
     """
 
@@ -66,12 +69,18 @@ class Family:
     prepare: Callable[[Any], tuple[str, ...]] | None = None
     auto_classes: Mapping[str, str] = field(default_factory=dict)
     lacks: tuple[str, ...] = ("next-sentence",)
+    causal: bool = False
     kernels_of: str | None = None
 
     @property
     def heads(self) -> tuple[str, ...]:
         """The heads that its models may have."""
-        return tuple(head for head in HEADS if head not in self.lacks)
+        lacks = self.lacks if self.causal else (*self.lacks, CAUSAL)
+        return tuple(head for head in HEADS if head not in lacks)
+
+    def sees_all(self, config: Any) -> bool:
+        """Whether the tokens of a model of this configuration all see each other."""
+        return not self.causal or bool(getattr(config, "use_bidirectional_attention", False))
 
     def padding_id(self, model: Any) -> int | None:
         """The id behind which positions count; None where they count from zero."""

@@ -130,6 +130,11 @@ def _base(value: Any) -> str:
     return "" if plain and 1 < value < 1e12 else "a number above 1"
 
 
+def _positive(value: Any) -> str:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return "" if value is None or (plain and 0 < value < 1e12) else "a number above 0"
+
+
 def _names(value: Any) -> str:
     fits = value is None or (isinstance(value, list) and all(isinstance(n, str) for n in value))
     return "" if fits else "a list of names"
@@ -168,16 +173,20 @@ _BESIDE: dict[str, Check] = {
     "problem_type": _TEXT,
 }
 _SIZES: dict[str, Check] = {
-    **dict.fromkeys(("num_hidden_layers", "n_layers", "num_hidden_groups"), _LAYERS),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "num_hidden_groups", "n_layer"), _LAYERS),
     "inner_group_num": _LAYERS,
-    **dict.fromkeys(("num_attention_heads", "n_heads"), _HEADS),
-    **dict.fromkeys(("hidden_size", "dim", "embedding_size"), _WIDTH),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "n_head"), _HEADS),
+    "num_key_value_heads": _count(1, 1 << 12, optional=True),
+    "head_dim": _count(1, 1 << 16, optional=True),
+    **dict.fromkeys(("hidden_size", "dim", "embedding_size", "n_embd"), _WIDTH),
     **dict.fromkeys(("input_embedding_size", "output_embedding_size"), _WIDTH),
     **dict.fromkeys(("intermediate_size", "hidden_dim"), _count(1, 1 << 18)),
-    "vocab_size": _ROWS,
+    "n_inner": _count(1, 1 << 18, optional=True),
+    **dict.fromkeys(("vocab_size", "n_positions"), _ROWS),
     "type_vocab_size": _count(0, 1 << 16),
     "task_type_vocab_size": _count(1, 1 << 16),
     "local_attention": _count(2, 1 << 20),
+    "sliding_window": _count(1, 1 << 24, optional=True),
     "global_attn_every_n_layers": _count(1, 1000),
     "max_2d_position_embeddings": _count(1, 1 << 20),
     "relative_attention_num_buckets": _count(1, 1 << 16),
@@ -192,6 +201,11 @@ _CHECKS: dict[str, Check] = {
     "hidden_act": _TEXT,
     "activation": _TEXT,
     **dict.fromkeys(("layer_norm_eps", "norm_eps"), _number),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon"), _number),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _positive),
+    "query_pre_attn_scalar": _positive,
+    **dict.fromkeys(("use_bidirectional_attention", "use_sliding_window"), _FLAG),
+    **dict.fromkeys(("scale_attn_weights", "scale_attn_by_inverse_layer_idx"), _FLAG),
     **dict.fromkeys(("hidden_activation", "classifier_activation", "classifier_pooling"), _TEXT),
     **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias"), _FLAG),
     **dict.fromkeys(("decoder_bias", "classifier_bias"), _FLAG),

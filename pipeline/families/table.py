@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bertile.families import deberta, ernie, layoutlm, mpnet
+from bertile.families.decoders import DECODERS
 from bertile.families.family import AFTER_PADDING, BY_ANGLE, BY_DISTANCE, Family
 
 
@@ -260,6 +261,7 @@ FAMILIES = (
         tiny=_tiny(**_BOTH_WAYS, max_relative_positions=40),
         kernels_of="deberta-v2",
     ),
+    *DECODERS,
 )
 
 

@@ -10,8 +10,10 @@ and act on row-major tensors; the layout that kernels use enters only when the b
     head_size, scale, [precision]} and what else an AttentionSpec says that is not its default
         (…, [keys by distance (1, H, D, R)], [queries by distance (1, H, D, R)], rows (2 last + 1)):
         weights, and which of their R rows each distance query - key from -last to last has
-    bertile.rotary(x (B, S, C), cos (B|1, S, D), sin (B|1, S, D)) {heads}
-        its first heads of D channels turned by the places of tokens, the rest as it is
+    bertile.rotary(x (B, S, C), cos (B|1, S, D), sin (B|1, S, D), [gamma (heads D)]) {heads,
+    [epsilon]}
+        its first heads of D channels turned by the places of tokens, the rest as it is; with gamma
+        each of those heads is RMSNorm's of itself before
     bertile.layer_norm(x (…, C), gamma (C), beta (C)) {epsilon, [rms]}
         {rms}: RMSNorm, x by the root of its mean square
     bertile.embedding(ids (B|1, S)…, table (V, C)…, gamma (C), beta (C)) {tables, epsilon,
@@ -87,9 +89,15 @@ def attention_tables(call: relax.Call) -> tuple[list[Any], Any]:
     return (list(call.args[-1 - count : -1]), call.args[-1]) if count else ([], None)
 
 
-def rotary(x: Any, cos: Any, sin: Any, heads: int) -> relax.Call:
-    """Channels d and d + D / 2 of each of the first heads turned by the angle of their token."""
-    return _call("rotary", [x, cos, sin], heads=heads)
+def rotary(
+    x: Any, cos: Any, sin: Any, heads: int, gamma: Any = None, epsilon: float = 0.0
+) -> relax.Call:
+    """Channels d and d + D / 2 of each of the first heads turned by the angle of their token; each
+    head by RMSNorm before, where there is a gamma for their channels.
+    """
+    if gamma is None:
+        return _call("rotary", [x, cos, sin], heads=heads)
+    return _call("rotary", [x, cos, sin, gamma], heads=heads, epsilon=epsilon)
 
 
 def layer_norm(x: Any, gamma: Any, beta: Any, epsilon: float, rms: bool = False) -> relax.Call:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
@@ -31,11 +31,12 @@ KINDS = {
 @dataclass(frozen=True)
 class Form:
     """A row of KINDS; `owner` names the weight whose plan has the range or the smoothing factors,
-    if there is one.
+    if there is one, and `values_from` of "qkv" is V's first channel.
     """
 
     kind: str = "fp32"
     owner: str = ""
+    values_from: int = 0
 
     @property
     def group(self) -> int:
@@ -53,11 +54,11 @@ class Form:
         return KINDS[self.kind].ranges
 
     @property
-    def writes(self) -> dict[str, str]:
+    def writes(self) -> dict[str, Any]:
         """What a task says that stores its result so."""
         word = KINDS[self.kind].writes
-        return {"writes": word} if word else {}
+        values = {"values_from": self.values_from} if self.values_from else {}
+        return {"writes": word, **values} if word else {}
 
 
 FP32 = Form()
-QKV = Form("qkv")

@@ -42,7 +42,7 @@ class Forms:
 
     def input(self, call: relax.Call) -> Form:
         """The form in which an operator reads its first operand."""
-        return operators.of(call).reads(ops.precision(call), self._owner(call), self.plan_of(call))
+        return operators.of(call).reads(call, self._owner(call), self.plan_of(call))
 
     def output(self, var: relax.Var) -> Form:
         """The narrow form that the operator behind ``var`` writes itself, FP32 if it does not."""

@@ -14,7 +14,7 @@ from tvm import relax
 from bertile.graph import ops
 from bertile.graph.rewriting.dataflow import shape
 from bertile.lower.dense_weights import Arrays, dense_weights
-from bertile.lower.form import FP32, QKV, Form
+from bertile.lower.form import FP32, Form
 from bertile.numerics.precision import PRECISIONS, LayerPlan
 from bertile.schedules.task import Task
 
@@ -52,7 +52,7 @@ class Operator:
     operands: Callable[[relax.Call], Sequence[tuple[str, Any]]]
     weights: Callable[[relax.Call], Sequence[Any]] = lambda call: ()
     arrays: Callable[[Task, Arrays, LayerPlan], Arrays] = lambda task, values, plan: values
-    reads: Callable[[str, str, LayerPlan], Form] = lambda precision, owner, plan: FP32
+    reads: Callable[[relax.Call, str, LayerPlan], Form] = lambda call, owner, plan: FP32
     narrows: Callable[[relax.Call], str] = lambda call: ""
     unit: Callable[[relax.Call], int] = _first_channels
     operation: Callable[[relax.Call], str | None] = lambda call: None
@@ -81,8 +81,6 @@ def _dense_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
         **({"group": plan.group} if PRECISIONS[ops.precision(call)].groups else {}),
         **output.writes,
     }
-    if output == QKV:
-        task["values_from"] = outputs // 3 * 2
     density = ops.density(call)
     return task if density is None else {**task, "density": density}
 
@@ -93,7 +91,8 @@ def _turned(call: relax.Call) -> Shape:
     return {"turned": heads, "head_size": shape(call.args[-1])[-1]} if heads else {}
 
 
-def _dense_reads(precision: str, owner: str, plan: LayerPlan) -> Form:
+def _dense_reads(call: relax.Call, owner: str, plan: LayerPlan) -> Form:
+    precision = ops.precision(call)
     if not PRECISIONS[precision].quantized:
         return Form("bf16") if precision == "bf16" else FP32
     owned = plan.static or plan.smooth is not None
@@ -106,6 +105,11 @@ def _dense_reads(precision: str, owner: str, plan: LayerPlan) -> Form:
 def _attention_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
     halves = {"precision": "bf16"} if ops.precision(call) == "bf16" else {}
     return {**ops.attention_spec(call).shape(), **halves, **output.writes}
+
+
+def _attention_reads(call: relax.Call, owner: str, plan: LayerPlan) -> Form:
+    q, k, _ = ops.attention_spec(call).channels()
+    return Form("qkv", values_from=q + k) if ops.precision(call) == "bf16" else FP32
 
 
 def _attention_operands(call: relax.Call) -> list[tuple[str, Any]]:
@@ -130,7 +134,9 @@ def _attention_arrays(task: Task, values: Arrays, plan: LayerPlan) -> Arrays:
 
 def _rotary_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
     heads, size = int(call.attrs["heads"]), shape(call.args[1])[-1]
-    return {"channels": shape(call)[-1], "heads": heads, "head_size": size}
+    norm = {"epsilon": _epsilon(call)} if len(call.args) > 3 else {}
+    channels = shape(call)[-1]
+    return {"channels": channels, "heads": heads, "head_size": size, **norm, **output.writes}
 
 
 def _layer_norm_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
@@ -188,14 +194,17 @@ OPERATORS: Mapping[str, Operator] = {
         operands=_attention_operands,
         weights=_attention_weights,
         arrays=_attention_arrays,
-        reads=lambda precision, owner, plan: QKV if precision == "bf16" else FP32,
+        reads=_attention_reads,
         narrows=lambda call: INSTEAD,
         unit=lambda call: ops.attention_spec(call).head_size,
         precision=PRODUCTS,
     ),
     "rotary": Operator(
         shape=_rotary_shape,
-        operands=lambda call: [(LANES, x) for x in call.args],  # cos and sin once for all layers
+        # cos and sin once for all layers
+        operands=lambda call: [(LANES, x) for x in call.args[:3]],
+        weights=lambda call: call.args[3:],
+        narrows=lambda call: INSTEAD,
     ),
     "layer_norm": Operator(
         shape=_layer_norm_shape,

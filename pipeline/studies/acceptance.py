@@ -33,6 +33,7 @@ ANY_PRECISION = (
 DEBERTA_PEERS = tuple(peer for peer in PEERS if peer != "llamacpp")
 BASE, LONG, MINILM = "synthetic:bert-base", "synthetic:bert-long", "minilm"
 DEBERTA = "synthetic:deberta-v3-base"
+DECODER = "synthetic:qwen3-short"  # four layers of Qwen3-0.6B
 MIXED = parse_mix("8-128")
 MEANINGS = (
     "Ratio: Bertile's median divided by that of the fastest peer in the same precision (of int4, in"
@@ -100,6 +101,11 @@ CASES = (
             *(("fp32", 128, 0.85), ("fp32", 16, 0.85)),
             *(("int8", 128, 0.70), ("int8", 16, 0.85)),
         )
+    ),
+    *(
+        Case(DECODER, precision, 1, length, at_most, PEERS[:4])
+        for precision, at_128 in (("fp32", 0.90), ("int8", 0.75))
+        for length, at_most in ((128, at_128), (16, 0.85))
     ),
 )
 

@@ -231,10 +231,11 @@ def dequantized_rows(bytes_: np.ndarray, range_: np.ndarray) -> np.ndarray:
     return per_token[:, 1:] + per_token[:, :1] * ungrouped(bytes_, "uint8").astype("float32")
 
 
-def bf16_qkv_lanes(rows: np.ndarray) -> np.ndarray:
-    """Q, K and V (tokens, 3 C) → (m, 3 C / 2, 16) int32: V in pairs of tokens."""
+def bf16_qkv_lanes(rows: np.ndarray, split: int) -> np.ndarray:
+    """Q, K and V (tokens, C) → (m, C / 2, 16) int32: V, from channel ``split`` on, in pairs of
+    tokens.
+    """
     tokens, channels = rows.shape
-    split = channels // 3 * 2
     blocks = -(-tokens // BLOCK_TOKENS)
     values = np.zeros((blocks * BLOCK_TOKENS, channels - split), "float32")
     values[:tokens] = rows[:, split:]

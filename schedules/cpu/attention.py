@@ -1,10 +1,11 @@
 """Fuses attention in lanes: scores, scale, mask, softmax and context in one pass, for sequences of
 any lengths.
 
-    qkv (m, 3 H D, 16), keys (m, 16) additive, table (m, 4), [bias (B, H, S/16, S, 16)],
+    qkv (m, (H + 2 KV) D, 16), keys (m, 16) additive, table (m, 4), [bias (B, H, S/16, S, 16)],
     [keys and queries by distance (H, D, distances)]  →  y (m, H D, 16)
 
-    parallel over heads × one or two blocks of 16 queries (queries in lanes)
+    parallel over heads × one or two blocks of 16 queries (queries in lanes), or, where heads are
+    grouped, over some heads of a group × blocks: what is side by side shares K and V in registers
       for each tile of those key blocks of their sequence that the queries see
         scores: some keys × the queries in registers, keys broadcast
         online softmax (Milakov & Gimelshein 2018): running maximum and sum, context rescaled per
@@ -22,9 +23,9 @@ sees some keys of a block and not others.
 Where keys or queries by distance add to a score, a vector of 16 of them is read as it lies in its
 table (see ``distances``): neither their products with all tokens nor any index is ever written.
 
-With ``precision`` "bf16" both products are of bfloat16, and qkv (m, 3 H D / 2, 16) holds Q and K in
-pairs of channels, V in pairs of tokens (a dense layer writes it so: ``values_from``); the softmax
-stays in float32. ``writes`` "to_bf16" or "to_int8" is as for dense layers.
+With ``precision`` "bf16" both products are of bfloat16, and qkv (half as many channels) holds Q and
+K in pairs of channels, V in pairs of tokens (a dense layer writes it so: ``values_from``); the
+softmax stays in float32. ``writes`` "to_bf16" or "to_int8" is as for dense layers.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from bertile.schedules.cpu import (
     vector_math,
 )
 from bertile.schedules.cpu.arithmetic import Arithmetic
-from bertile.schedules.cpu.attention_parts import LOWEST, Operands, Sight
+from bertile.schedules.cpu.attention_parts import LOWEST, Operands, Sight, capped
 from bertile.schedules.cpu.samples import result_sample
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
@@ -57,7 +58,7 @@ from bertile.schedules.task import Task
 def refuses(task: Task) -> str | None:
     """What of a task has no kernel here, None if nothing."""
     spec = AttentionSpec.from_shape(task.shape)
-    return spec.lacking(tuple(REACH), ("none", "tensor"), tuple(RELATIVE))
+    return spec.lacking(tuple(REACH), ("none", "tensor"), tuple(RELATIVE), grouped_and_capped=True)
 
 
 def space(task: Task, row: Row) -> Space:
@@ -69,9 +70,17 @@ def space(task: Task, row: Row) -> Space:
         "key_tile": (2, 4, 8, 16, 32),
         "keys": tuple(k for k in (2, 4, 8, 16) if k < fits),
         "channels": tuple(c for c in (2, 4, 6, 8, 12, 16, 20, 24) if c < fits),
-        # two share each number of K and V that is broadcast; who sees not all keys is alone
-        "queries": (1, 2) if AttentionSpec.from_shape(task.shape).keys == "all" else (1,),
+        "queries": _together(AttentionSpec.from_shape(task.shape)),
     }
+
+
+def _together(spec: AttentionSpec) -> tuple[int, ...]:
+    """How many blocks of queries may share each number of K and V that is broadcast: those of heads
+    of a group; else two neighbours, where both see all keys.
+    """
+    if spec.group > 1:
+        return tuple(count for count in (1, 2, 3, 4) if spec.group % count == 0)
+    return (1, 2) if spec.keys == "all" else (1,)
 
 
 def default(task: Task, row: Row) -> Knobs:
@@ -86,14 +95,16 @@ def default(task: Task, row: Row) -> Knobs:
     spec = AttentionSpec.from_shape(task.shape)
     size = spec.head_size
     even = [c for c in channels if size % c == 0 and c * 2 >= max(channels)]
-    if row.vector_bits == 512 and 2 in choices["queries"]:
-        return {"key_tile": 4, "keys": 8, "channels": 8, "queries": 2}
-    widest = {"keys": max(choices["keys"]), "channels": max(even or channels)}
-    key_tile = 8
-    if None not in spec.reach():
+    windowed = None not in spec.reach()
+    queries = max(choices["queries"]) if row.vector_bits == 512 else 1
+    key_tile, widest = 8, {"keys": max(choices["keys"]), "channels": max(even or channels)}
+    if queries > 1:
+        key_tile, wide = 4, 4 if queries == 4 else 8
+        widest = {"keys": wide, "channels": wide}
+    if windowed:
         seen = 1 + sum(-(-most // BLOCK_TOKENS) for most in spec.reach())
         key_tile = next(tile for tile in choices["key_tile"] if tile >= min(seen, 16))
-    return {"key_tile": key_tile, **widest, "queries": 1}
+    return {"key_tile": key_tile, **widest, "queries": queries}
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
@@ -112,30 +123,51 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         # registers of four: LLVM makes one load and products by its lanes of four broadcasts
         unroll = 4 if row.vector_bits == 128 else 1
         together = knobs["queries"]
-        groups = T.Bind((builder.blocks + (together - 1)) // together)
-        with T.parallel(spec.heads * groups) as job:
-            head = T.Bind(job // groups)
-            first = T.Bind(job % groups * together)
 
-            def emit(query: Any, queries: int) -> None:
-                kind(spec, knobs, math, powers, unroll, operands, head, query, queries).emit()
+        def emit(shared: Any, *members: tuple[Any, Any]) -> None:
+            kind(spec, knobs, math, powers, unroll, operands, shared, members).emit()
 
-            if together == 1:
-                emit(first, 1)
-            else:
-                last = T.Bind(T.min(first + together, builder.blocks) - 1)
-                whole = last - first == together - 1
-                same = operands.table[first, 2] == operands.table[last, 2]
-                with T.If(tirx.all(whole, same)):
-                    with T.Then():
-                        emit(first, together)
-                    with T.Else(), T.serial(last - first + 1) as i:
-                        emit(first + i, 1)
+        if spec.group > 1 or together == 1:
+            parts = spec.group // together
+            with T.parallel(spec.kv_heads * parts * builder.blocks) as job:
+                shared = T.Bind(job // (builder.blocks * parts))
+                part = job % (builder.blocks * parts) // builder.blocks if parts > 1 else 0
+                first = T.Bind(shared * spec.group + part * together)
+                query = T.Bind(job % builder.blocks)
+                emit(shared, *((query, first + i) for i in range(together)))
+        else:
+            groups = T.Bind((builder.blocks + (together - 1)) // together)
+            with T.parallel(spec.heads * groups) as job:
+                _neighbours(builder, operands, emit, job, groups, together)
     return builder.func
 
 
+def _neighbours(
+    builder: lanes.KernelBuilder,
+    operands: Operands,
+    emit: Callable[..., None],
+    job: Any,
+    groups: Any,
+    together: int,
+) -> None:
+    """Emit the blocks of queries of a job: together where they are of one sequence."""
+    head = T.Bind(job // groups)
+    first = T.Bind(job % groups * together)
+    last = T.Bind(T.min(first + together, builder.blocks) - 1)
+    whole = last - first == together - 1
+    same = operands.table[first, 2] == operands.table[last, 2]
+    with T.If(tirx.all(whole, same)):
+        with T.Then():
+            emit(head, *((first + i, head) for i in range(together)))
+        with T.Else(), T.serial(last - first + 1) as i:
+            emit(head, (first + i, head))
+
+
 class _Query:
-    """Emits the attention of one head for some neighbouring blocks of 16 queries of a sequence."""
+    """Emits the attention of some blocks of 16 queries of a sequence, each of a head, that read the
+    same keys and values, those of head ``shared``: ``members`` are neighbours of one head, or one
+    block in heads of a group.
+    """
 
     def __init__(
         self,
@@ -145,20 +177,22 @@ class _Query:
         powers: vector_math.Powers,
         unroll: int,
         operands: Operands,
-        head: Any,
-        query: Any,
-        queries: int,
+        shared: Any,
+        members: Sequence[tuple[Any, Any]],
     ) -> None:
-        self.operands, self.head = operands, head
-        self.query, self.queries = T.Bind(query), queries
+        self.operands, self.queries = operands, len(members)
+        self.members = [(T.Bind(query), T.Bind(head)) for query, head in members]
         self.qkv, self.keys, self.table = operands.qkv, operands.keys, operands.table
         self.math, self.powers, self.unroll = math, powers, unroll
-        self.size, self.scale, self.width = spec.head_size, spec.scale, spec.channels()[0]
-        self.knobs = knobs
-        self.first = T.Bind(self.table[self.query, 2])
-        self.count = T.Bind(self.table[self.query, 3])
-        own = self.table[self.query, 1] // BLOCK_TOKENS
-        self.sights = [Sight(spec, own + i, self.count) for i in range(queries)]
+        self.spec, self.size, self.knobs = spec, spec.head_size, knobs
+        query, _ = self.members[0]
+        self.starts = operands.starts(shared)
+        self.first = T.Bind(self.table[query, 2])
+        self.count = T.Bind(self.table[query, 3])
+        self.sights = [
+            Sight(spec, self.table[query, 1] // BLOCK_TOKENS, self.count)
+            for query, _ in self.members
+        ]
 
     def emit(self) -> None:
         tile, every = self.knobs["key_tile"], range(self.queries)
@@ -191,15 +225,16 @@ class _Query:
             def value(d: Any, i: int = i, inverse: Any = inverse) -> Any:
                 return lanes.load(context, i, d) * inverse
 
-            self.operands.store(value, self.query + i, self.head)
+            self.operands.store(value, *self.members[i])
 
     def _weights(self, scores: Any) -> Any:
         """Where the softmax leaves what V is multiplied by: over the scores."""
         return scores
 
-    def _channel(self, which: int, d: Any) -> Any:
-        """Channel d of this head in Q (0), K (1) or V (2); of lanes, where they hold several."""
-        return (which * self.width + self.head * self.size) // self.math.group + d
+    def _query(self, i: int, d: Any) -> Any:
+        """Channel d of Q of a member; of lanes, where they hold several."""
+        query, head = self.members[i]
+        return lanes.load(self.qkv, query, head * self.size // self.math.group + d)
 
     def _scores(self, scores: Any, state: Any, start: Any, block: Any) -> None:
         """scores[key] = q · k scale + mask, for the 16 keys of a block; the tile's maximum on the
@@ -215,12 +250,16 @@ class _Query:
                 for j in range(per_tile):
                     lanes.write(total[i][j], lanes.splat(0.0))
             near = self.operands.distances.near(
-                self.sights[0].own, (start + block) * BLOCK_TOKENS + low, self.head, self.math
+                self.sights[0].own,
+                (start + block) * BLOCK_TOKENS + low,
+                self.members[0][1],
+                self.math,
             )
             with lanes.loop(self.size // self.math.group, self.unroll) as d:
-                q = [lanes.load(self.qkv, self.query + i, self._channel(0, d)) for i in every]
+                q = [self._query(i, d) for i in every]
                 for j in range(per_tile):
-                    k = lanes.splat(self.qkv[where, self._channel(1, d), low + j])
+                    channel = self.starts[0] // self.math.group + d
+                    k = lanes.splat(self.qkv[where, channel, low + j])
                     for i in every:
                         value = self.math.multiply_add(lanes.read(total[i][j]), q[i], k)
                         lanes.write(total[i][j], near.added(value, q[i], k, d, i, j))
@@ -242,11 +281,11 @@ class _Query:
 
         def store(score: Callable[[Any, Any], Any]) -> None:
             for j, register in enumerate(total):
-                value = lanes.read(register) * lanes.splat(self.scale)
+                value = capped(lanes.read(register) * lanes.splat(self.spec.scale), self.spec)
                 value = value + lanes.splat(self.keys[where, low + j])
                 key = (start + block) * BLOCK_TOKENS + low + j
                 if self.operands.bias is not None:
-                    value = value + self.operands.bias_of(self.query + i, self.head, key)
+                    value = value + self.operands.bias_of(*self.members[i], key)
                 lanes.store(scores, score(value, key), i, block * BLOCK_TOKENS + low + j)
 
         sight = self.sights[i]
@@ -322,7 +361,7 @@ class _Query:
 
     def _value(self, block: Any, d: Any, j: Any) -> Any:
         """V of key j, channel d."""
-        return self.qkv[block, self._channel(2, d), j]
+        return self.qkv[block, self.starts[1] + d, j]
 
 
 class _HalfQuery(_Query):
@@ -345,7 +384,7 @@ class _HalfQuery(_Query):
 
     def _value(self, block: Any, d: Any, j: Any) -> Any:
         # two channels of 8 pairs of tokens share the place of one pair of channels
-        channel = 2 * self.width + self.head * self.size + d
+        channel = self.starts[1] + d
         return self.qkv[block, channel // 2, channel % 2 * (BLOCK_TOKENS // 2) + j]
 
 
@@ -355,11 +394,11 @@ _QUERIES = {"fp32": _Query, "bf16": _HalfQuery}
 def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     """Two sequences where the blocks allow it, the last few keys of each masked."""
     spec = AttentionSpec.from_shape(task.shape)
-    heads, size = spec.heads, spec.head_size
-    halves = product.group(task) == 2
+    heads, size, widths = spec.heads, spec.head_size, spec.channels()
+    halves, values = product.group(task) == 2, widths[0] + widths[1]
     tables = distances.sample(spec, rng, halves)
     counts = [blocks] if blocks < 3 else [blocks - blocks // 3, blocks // 3]
-    qkv = rng.standard_normal((blocks * BLOCK_TOKENS, 3 * heads * size)).astype("float32")
+    qkv = rng.standard_normal((blocks * BLOCK_TOKENS, sum(widths))).astype("float32")
     if halves:
         qkv = arithmetics.bf16_values(arithmetics.bf16_pairs(qkv))
     keys = np.zeros((blocks, BLOCK_TOKENS), "float32")
@@ -374,7 +413,8 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
         for i in range(count):
             table[first + i] = row, i * BLOCK_TOKENS, first, count
         part = slice(first * BLOCK_TOKENS, (first + count) * BLOCK_TOKENS)
-        q, k, v = (a.reshape(-1, heads, size).transpose(1, 0, 2) for a in np.split(qkv[part], 3, 1))
+        parts = np.split(qkv[part], [widths[0], values], 1)
+        q, k, v = (a.reshape(len(a), -1, size).transpose(1, 0, 2) for a in parts)
         mask, added = keys[first : first + count].reshape(-1), None
         if spec.bias == "tensor":  # (H, query block, key, query) → (H, query, key)
             mine = bias[0, :, :count, : count * BLOCK_TOKENS]
@@ -384,7 +424,7 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
         context = spec.reference(q, k, v, mask, added, **tables)
         expected.append(context.transpose(1, 0, 2).reshape(-1, heads * size))
         first += count
-    in_lanes = arithmetics.bf16_qkv_lanes(qkv) if halves else lanes.to_lanes(qkv)
+    in_lanes = arithmetics.bf16_qkv_lanes(qkv, values) if halves else lanes.to_lanes(qkv)
     activations = [in_lanes, keys, table] + ([bias] if spec.bias == "tensor" else [])
     return result_sample(
         task,

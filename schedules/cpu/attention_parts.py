@@ -12,7 +12,7 @@ from tvm.tirx.script import builder as T
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cpu import arithmetic as arithmetics
-from bertile.schedules.cpu import lanes, precisions, product
+from bertile.schedules.cpu import lanes, precisions, product, vector_math
 from bertile.schedules.cpu.distances import Distances
 from bertile.schedules.task import Task
 
@@ -53,6 +53,12 @@ class Operands:
         y = builder.activation("y", spec.channels()[0] // packed, dtype)
         return Operands(spec, packed, qkv, keys, table, bias, distances, limits, y)
 
+    def starts(self, kv_head: Any) -> tuple[Any, Any]:
+        """The first channels of K and of V of a head that queries share."""
+        q, k, _ = self.spec.channels()
+        own = kv_head * self.spec.head_size
+        return q + own, q + k + own
+
     def bias_of(self, query: Any, head: Any, key: Any) -> Any:
         """The additive bias of one key; a bias of one row or one head serves all."""
         row, start = self.table[query, 0], self.table[query, 1]
@@ -73,6 +79,14 @@ class Operands:
             else:
                 whole = values[0] if self.packed == 1 else arithmetics.pack_bf16(*values)
             lanes.store(self.y, whole, query, head * wide + d)
+
+
+def capped(score: Any, spec: AttentionSpec) -> Any:
+    """A score before its mask, in the bounds that a spec has."""
+    if not spec.softcap:
+        return score
+    inside = T.Bind(vector_math.tanh(score * lanes.splat(1 / spec.softcap)))
+    return inside * lanes.splat(spec.softcap)
 
 
 class Sight:

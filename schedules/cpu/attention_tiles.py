@@ -24,7 +24,7 @@ from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes, precisions, vector_math
-from bertile.schedules.cpu.attention_parts import LOWEST, Operands, Sight
+from bertile.schedules.cpu.attention_parts import LOWEST, Operands, Sight, capped
 from bertile.schedules.cpu.tile_words import keep_whole, load_tile, store_tile, tile
 from bertile.schedules.intrinsics import amx
 from bertile.schedules.schedule import Knobs, Row, Space
@@ -63,7 +63,10 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         with T.parallel(spec.heads * chunks) as job:
             first = T.Bind(job % chunks * chunk)
             count = T.Bind(T.min(chunk, builder.blocks - first))
-            _Chunk(spec, knobs, operands, T.Bind(job // chunks)).emit(first, count)
+            shared = T.Bind(job // (chunks * spec.group))
+            part = job % (chunks * spec.group) // chunks if spec.group > 1 else 0
+            head = T.Bind(shared * spec.group + part)
+            _Chunk(spec, knobs, operands, shared, head).emit(first, count)
     return builder.func
 
 
@@ -74,12 +77,14 @@ def _rows(spec: AttentionSpec) -> tuple[int, ...]:
 
 
 class _Chunk:
-    """Emits the attention of one head for some blocks of queries."""
+    """Emits the attention of a head, by the keys of head ``shared``, for some blocks of queries."""
 
-    def __init__(self, spec: AttentionSpec, knobs: Knobs, operands: Operands, head: Any) -> None:
+    def __init__(
+        self, spec: AttentionSpec, knobs: Knobs, operands: Operands, shared: Any, head: Any
+    ) -> None:
         self.spec, self.operands, self.head = spec, operands, head
         self.qkv, self.table = operands.qkv, operands.table
-        self.size, self.width = spec.head_size, spec.channels()[0]
+        self.size, self.starts = spec.head_size, operands.starts(shared)
         self.rows, self.tile, self.chunk = _rows(spec), knobs["key_tile"], knobs["chunk"]
         self.parts = -(-self.size // amx.ROWS)  # tiles of channels of the context
         self.parts = -(-self.parts // AT_ONCE) * AT_ONCE if self.parts > AT_ONCE else self.parts
@@ -155,7 +160,7 @@ class _Chunk:
             mask = lanes.load(self.operands.keys, first + b) * lanes.splat(vector_math.LOG2E)
             lanes.store(self.scores, tirx.max(mask, lanes.splat(LOWEST)), self.masks + b)
             for part, rows in enumerate(self.rows):
-                lane = (self.width + self.head * self.size) // 2 + part * amx.ROWS
+                lane = self.starts[0] // 2 + part * amx.ROWS
                 source = T.address_of(self.qkv[first + b, lane, 0])
                 tile(f"turn{rows}", source, T.address_of(self.k[b, part, 0, 0]))
             with T.serial(self.size) as c:
@@ -168,7 +173,7 @@ class _Chunk:
 
     def _values(self, block: Any, c: Any) -> Any:
         """V of a block's keys in one channel, in pairs."""
-        channel = 2 * self.width + self.head * self.size + c
+        channel = self.starts[1] + c
         return self.qkv[block, channel // 2, tirx.Ramp(channel % 2 * PAIRS, 1, PAIRS)]
 
     def _scores(self, query: Any, blocks: Any) -> None:
@@ -210,11 +215,15 @@ class _Chunk:
         for chain in highest:
             lanes.write(chain, before)
         scale = lanes.splat(self.spec.scale * vector_math.LOG2E)
+        if self.spec.softcap:
+            scale = lanes.splat(self.spec.scale)
         with T.serial(blocks) as b:
             for low in range(0, BLOCK_TOKENS, chains):
                 for j, chain in enumerate(highest):
                     at, key = b * BLOCK_TOKENS + low + j, (start + b) * BLOCK_TOKENS + low + j
                     value = lanes.load(self.scores, at) * scale
+                    if self.spec.softcap:
+                        value = capped(value, self.spec) * lanes.splat(vector_math.LOG2E)
                     value = value + lanes.splat(self.scores[self.masks + b, low + j])
                     if self.operands.bias is not None:
                         bias = self.operands.bias_of(query, self.head, key)

@@ -58,7 +58,7 @@ def test_torch_compile_computes_nearly_the_same(exported: ExportedModel, precisi
     assert least < 1 - cosine(want, got) < most
 
 
-@pytest.mark.parametrize("family", family_models.NAMES)
+@pytest.mark.parametrize("family", family_models.EVERY)
 @pytest.mark.usefixtures("one_thread_setting")
 def test_torch_embeds_with_every_family(family: str) -> None:
     source = Source(Path(), None, f"synthetic:{family}-tiny", "embedding", ("sentence_embedding",))

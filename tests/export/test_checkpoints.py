@@ -30,6 +30,8 @@ def copied(saved, tmp_path):
 LAYERS = {
     **{"minilm": 6, "distilbert-base": 6, "bert-large": 24, "deberta-v3-small": 6},
     **{"modernbert-tiny": 4, "modernbert-long": 4, "modernbert-base": 22, "modernbert-large": 28},
+    **{"llama-1b": 16, "qwen3-0.6b": 28, "qwen3-short": 4, "gemma3-300m": 24, "gemma3-short": 6},
+    **{"gpt2-small": 12, "eurobert-210m": 12},
 }
 
 
@@ -224,8 +226,8 @@ def test_load_names_what_is_wrong_with_a_directory(saved, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json' cannot be read"):
         checkpoints.load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ModelError, match="of type 'gpt2', which is unsupported; supported: bert"):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ModelError, match="of type 't5', which is unsupported; supported: bert"):
         checkpoints.load(tmp_path)
     shutil.copy(saved / "config.json", tmp_path)
     with pytest.raises(ModelError, match=r"the weights in .* cannot be loaded"):

@@ -16,18 +16,20 @@ from transformers.models.bert import modeling_bert
 from bertile.base.errors import ModelError, NumericMismatchError
 from bertile.config import HEADS, Config
 from bertile.export import checkpoints, exporter, synthetic, torch_module
+from bertile.families.family import CAUSAL
 from bertile.onnx.exported import ExportedModel, read
 from bertile.onnx.masks import MASKED
 from bertile.onnx.samples import largest_difference, sample, session
 
 # Two layers in float32, summed in another order than torch does: some units of the last place.
 TOLERANCE = 5e-5
-QUICK = [(f"{family}-tiny", head) for family, head in HEAD_OF.items()]
+OF_QUICK = [(family, HEAD_OF[family]) for family in NAMES]
+QUICK = [(f"{family}-tiny", head) for family, head in OF_QUICK]
 REST = [
     *(case for case in ((f"{family}-tiny", head) for family, head in PAIRS) if case not in QUICK),
     ("bert-odd", "embedding"),  # tests/test_compile.py exports its encoder
 ]
-each_family = pytest.mark.parametrize(("family", "head"), HEAD_OF.items(), ids=NAMES)
+each_family = pytest.mark.parametrize(("family", "head"), OF_QUICK, ids=NAMES)
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def compare(exported, name, head, shapes):
 
 def test_quick_cases_have_every_family_and_every_head():
     assert [name for name, _ in QUICK] == [f"{family}-tiny" for family in NAMES]
-    assert {head for _, head in QUICK} == set(HEADS)
+    assert {head for _, head in QUICK} == set(HEADS) - {CAUSAL}
 
 
 @pytest.mark.parametrize(

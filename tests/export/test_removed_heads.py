@@ -24,8 +24,10 @@ TOLERANCE = 5e-5
 NAMES = [
     family.name
     for family in FAMILIES
-    # which are too new for such files, or tell the heads of every layer apart
-    if family.name != "mpnet" and family.positions not in (BY_ANGLE, BY_DISTANCE)
+    # which are too new for such files, tell the heads of every layer apart, or are no encoder
+    if family.name != "mpnet"
+    and family.positions not in (BY_ANGLE, BY_DISTANCE)
+    and not family.causal
 ]
 HEADS, WIDTH = 4, 32  # of the tiny models' 128
 

@@ -69,7 +69,7 @@ def test_read_gives_what_an_encoder_says(tmp_path, more):
         ({"label2id": "x" * 999}, "xxx...; expected is an object"),
         ({"model_type": ["bert"]}, "model_type ['bert']; expected is a name"),
         ({"model_type": None}, "is a model of type 'None', which is unsupported"),
-        ({"model_type": "gpt2", "hidden_size": -1}, "of type 'gpt2', which is unsupported"),
+        ({"model_type": "t5", "hidden_size": -1}, "of type 't5', which is unsupported"),
     ],
 )
 def test_read_names_the_value_that_no_encoder_has(tmp_path, changes, message):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import family_models
+from transformers.pytorch_utils import Conv1D
 
 from bertile.cli import main
 from bertile.families.family import BY_ANGLE
@@ -40,7 +41,7 @@ def test_row_is_found_by_name_and_by_type(family):
     assert all(of_type(model_type) is family for model_type in family.model_types)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", None, ["bert"], 3])
+@pytest.mark.parametrize("model_type", ["t5", None, ["bert"], 3])
 def test_other_types_have_no_row(model_type):
     assert of_type(model_type) is None
 
@@ -57,12 +58,17 @@ def test_layers_are_linear_and_in_their_order(family):
     layers = family.encoder_layers(family_models.untouched(f"{family.name}-tiny"))
     assert layers
     for layer in layers:
-        assert all(isinstance(linear, torch.nn.Linear) for linear in layer.values())
+        kinds = (torch.nn.Linear, Conv1D)
+        assert all(isinstance(linear, kinds) for linear in layer.values())
         into, out, first, second = (
-            [(linear.in_features, linear.out_features) for linear in group]
+            [
+                tuple(linear.weight.shape[:: 1 if isinstance(linear, Conv1D) else -1])
+                for linear in group
+            ]
             for group in family.grouped(layer)
         )
-        assert into in ([(128, 128)] * 3, [(128, 3 * 128)])
+        # of heads that share keys fewer in K and V
+        assert into in ([(128, 128)] * 3, [(128, 3 * 128)], [(128, 128), *[(128, 64)] * 2])
         assert (out, second) == ([(128, 128)], [(512, 128)])
         # of a gated network two, or both in one
         assert first in ([(128, 512)], [(128, 512)] * 2, [(128, 2 * 512)])
@@ -88,9 +94,12 @@ def test_positions_depend_on_padding_as_the_row_says(family):
     model = family_models.untouched(f"{family.name}-tiny")
     looked_up = []
     if family.positions == BY_ANGLE:
-        assert not hasattr(model.base_model.embeddings, "position_embeddings")
+        tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+        assert all(table.num_embeddings != model.config.max_position_embeddings for table in tables)
         return
-    table = model.base_model.embeddings.position_embeddings
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    rows = model.config.max_position_embeddings
+    (table,) = (table for table in tables if table.num_embeddings == rows)
     table.register_forward_pre_hook(lambda _, ids: looked_up.extend(ids[0][0].tolist()))
     padding_id = family.padding_id(model)
     ids = [7, 1 if padding_id is None else padding_id, 7]

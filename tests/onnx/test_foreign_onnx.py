@@ -9,7 +9,7 @@ import torch
 import transformers
 import tvm
 from helpers import foreign_forms as forms
-from helpers.family_models import has_types
+from helpers.family_models import OTHERS, has_types
 from transformers.models.bert import modeling_bert
 
 import bertile
@@ -19,7 +19,7 @@ from bertile.bundle import manifest
 from bertile.config import Config
 from bertile.export import synthetic
 from bertile.families.family import BY_DISTANCE
-from bertile.families.table import FAMILIES
+from bertile.families.table import named
 from bertile.onnx.exported import InputSpec
 from bertile.onnx.samples import largest_difference, sample, session
 
@@ -52,9 +52,9 @@ SLOW_FORMS = {
     "as optimum writes it": dict(head="sequence-classification", opset=14),
     "masked-lm": dict(head="masked-lm", opset=17),
     **{
-        family.name: dict(name=f"{family.name}-tiny", types=has_types(family), opset=17)
-        for family in FAMILIES[1:]
-        if family.positions != BY_DISTANCE  # whose own code is not followed
+        name: dict(name=f"{name}-tiny", types=has_types(named(name)), opset=17)
+        for name in OTHERS
+        if named(name).positions != BY_DISTANCE  # whose own code is not followed
     },
     "distilbert, eager at opset 13": dict(
         name="distilbert-tiny", types=False, attention="eager", opset=13

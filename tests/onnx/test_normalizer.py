@@ -21,7 +21,7 @@ from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
 from bertile.export import exporter
 from bertile.families.family import AFTER_PADDING, BY_ANGLE, BY_DISTANCE
-from bertile.families.table import FAMILIES
+from bertile.families.table import FAMILIES, named
 from bertile.onnx import graph as onnx_graph
 from bertile.onnx import normalizer, places, probing, reader
 from bertile.onnx.samples import largest_difference, sample, session
@@ -113,7 +113,7 @@ def test_normalize_dynamo(tmp_path, attention, opset, dynamic, layers):
 
 
 # Files of DeBERTa's own code compute shapes and indices in ways that are not followed.
-OTHERS = [family for family in FAMILIES[1:] if family.positions != BY_DISTANCE]
+OTHERS = [row for row in map(named, family_models.OTHERS) if row.positions != BY_DISTANCE]
 
 
 @pytest.mark.slow

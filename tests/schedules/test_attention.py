@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -101,13 +102,15 @@ def test_attention_equals_numpy_at_many_random_points(kernels, task):
 class Batch:
     """Sequences of the given lengths, packed into blocks, with the additive mask of their keys."""
 
-    def __init__(self, lengths, heads=2, size=26, scale=1.0, **fields):
+    def __init__(self, lengths, heads=2, size=26, scale=1.0, variant="all", **fields):
         rng = np.random.default_rng(0)
-        self.spec = AttentionSpec(heads, heads, size, size**-0.5, **fields)
+        spec = VARIANTS[variant].spec(heads, size)
+        self.spec = dataclasses.replace(spec, **fields)
         self.task = Task("attention", self.spec.shape())
         mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
         self.table = token_blocks(mask, BLOCK_TOKENS)
-        self.qkv = rng.standard_normal((len(self.table) * BLOCK_TOKENS, 3 * heads * size)) * scale
+        tokens, channels = len(self.table) * BLOCK_TOKENS, sum(self.spec.channels())
+        self.qkv = rng.standard_normal((tokens, channels)) * scale
         self.qkv = self.qkv.astype("float32")
         self.tables = distances.sample(self.spec, rng, halves=False)
         self.keys = np.full((len(self.table), BLOCK_TOKENS), LOWEST, "float32")
@@ -126,23 +129,23 @@ class Batch:
 
     def expected(self):
         """The same by numpy in float64."""
-        heads, size = self.spec.heads, self.spec.head_size
+        size, splits = self.spec.head_size, np.cumsum(self.spec.channels())[:2]
         parts = []
         for first, count in dict.fromkeys((int(f), int(n)) for _, _, f, n in self.table):
             rows = slice(first * BLOCK_TOKENS, (first + count) * BLOCK_TOKENS)
             q, k, v = (
-                part.reshape(-1, heads, size).transpose(1, 0, 2)
-                for part in np.split(self.qkv[rows], 3, axis=1)
+                part.reshape(len(part), -1, size).transpose(1, 0, 2)
+                for part in np.split(self.qkv[rows], splits, axis=1)
             )
             mask = np.maximum(self.keys[first : first + count].reshape(-1), LOWEST)
             context = self.spec.reference(q, k, v, mask, **self.tables)
-            parts.append(context.transpose(1, 0, 2).reshape(-1, heads * size))
+            parts.append(context.transpose(1, 0, 2).reshape(context.shape[1], -1))
         return np.concatenate(parts)
 
 
 @ALL
 def test_attention_keeps_sequences_of_unequal_lengths_apart(kernels, variant):
-    batch = Batch([50, 1, 16, 17, 33, 49, 2], **VARIANTS[variant].fields)
+    batch = Batch([50, 1, 16, 17, 33, 49, 2], variant=variant)
     assert np.abs(batch.run(kernels) - batch.expected()).max() < TOLERANCE
 
 
@@ -157,7 +160,7 @@ def test_attention_sees_windows_of_any_width(kernels, window):
 
 @pytest.mark.parametrize("variant", CLOSING)
 def test_attention_never_reads_what_no_query_of_a_block_sees(kernels, variant):
-    batch, count = Batch([10 * BLOCK_TOKENS], **VARIANTS[variant].fields), 10
+    batch, count = Batch([10 * BLOCK_TOKENS], variant=variant), 10
     i, j = np.indices((count * BLOCK_TOKENS, count * BLOCK_TOKENS))
     seen = (
         VARIANTS[variant].sees(i, j).reshape(count, BLOCK_TOKENS, count, BLOCK_TOKENS).any((1, 3))
@@ -174,7 +177,7 @@ def test_attention_never_reads_what_no_query_of_a_block_sees(kernels, variant):
 @ALL
 @pytest.mark.parametrize("masked", [-10000.0, FINFO_MIN, -np.inf], ids=str)
 def test_attention_ignores_masked_keys(kernels, masked, variant):
-    batch = Batch([70, 20], **VARIANTS[variant].fields)
+    batch = Batch([70, 20], variant=variant)
     batch.keys[0, 3:9] = masked
     batch.keys[2] = masked  # a whole block in the middle
     with np.errstate(invalid="ignore"):
@@ -219,7 +222,7 @@ def test_attention_stays_exact_for_sharp_scores(kernels):
 @ALL
 @pytest.mark.parametrize("masked", [-10000.0, MASKED, FINFO_MIN, -np.inf], ids=str)
 def test_attention_gives_finite_numbers_when_all_keys_are_masked(kernels, masked, variant):
-    batch = Batch([16, 48, 5], **VARIANTS[variant].fields)
+    batch = Batch([16, 48, 5], variant=variant)
     batch.keys[...] = masked
     context = batch.run(kernels)
     assert np.isfinite(context).all()
@@ -267,9 +270,7 @@ def test_flops_counts_both_products():
 
 
 LACKED = {
-    "fewer heads of keys": {"kv_heads": 2},
     "by distance": {"bias": "by_distance"},
-    "softcap 30": {"softcap": 30.0},
 }
 
 
@@ -321,7 +322,8 @@ def in_halves(batch, kernels, knobs=None):
     """A batch in bfloat16: the result in rows, and what float64 makes of the same halves."""
     batch.qkv = arithmetic.bf16_values(arithmetic.bf16_pairs(batch.qkv))
     task = Task("attention", {**batch.task.shape, "precision": "bf16"})
-    operands = [arithmetic.bf16_qkv_lanes(batch.qkv), batch.keys, batch.table]
+    values = sum(batch.spec.channels()[:2])
+    operands = [arithmetic.bf16_qkv_lanes(batch.qkv, values), batch.keys, batch.table]
     shape = (len(batch.table), batch.spec.channels()[0], BLOCK_TOKENS)
     result = kernels.call(kernels.build(task, knobs), operands, shape)
     return lanes.from_lanes(result), batch.expected()
@@ -331,7 +333,7 @@ def in_halves(batch, kernels, knobs=None):
 @pytest.mark.parametrize("variant", ["all", *CLOSING])
 def test_tiles_keep_sequences_of_unequal_lengths_apart(kernels_of, variant, knobs):
     """Chunks of queries begin and end within sequences, and hold several."""
-    batch = Batch([50, 1, 16, 17, 200, 33, 2], size=32, **VARIANTS[variant].fields)
+    batch = Batch([50, 1, 16, 17, 200, 33, 2], size=32, variant=variant)
     got, want = in_halves(batch, kernels_of("x86-amx"), knobs)
     assert np.abs(got - want).max() < 2.0**-7
 
@@ -350,3 +352,35 @@ def test_tiles_give_the_mean_where_every_key_is_masked(kernels_of, lowest):
 def test_other_variants_write_narrow_forms(kernels, writes, variant):
     shape = {**task_of(2, 28, variant=variant).shape, "writes": writes}
     assert kernels.mistake(Task("attention", shape), 5) is None
+
+
+# Heads that share keys: groups that a job takes at once or in parts, and heads of one channel pair.
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "keys"),
+    [
+        (4, 2, "causal"),
+        *(pytest.param(*c, marks=SLOW) for c in ((4, 1, "all"), (6, 2, "all"), (5, 1, "causal"))),
+    ],
+)
+def test_groups_of_any_size_share_keys_and_values(kernels, heads, kv_heads, keys):
+    spec = AttentionSpec(heads, kv_heads, 18, 18**-0.5, keys=keys)
+    task = Task("attention", spec.shape())
+    for queries in attention.space(task, kernels.row)["queries"]:
+        knobs = {**attention.default(task, kernels.row), "queries": queries}
+        assert kernels.difference(task, 5, knobs) < TOLERANCE
+
+
+@pytest.mark.parametrize("row", ["x86-avx512", "x86-amx"])
+@pytest.mark.parametrize("softcap", [0.5, pytest.param(30.0, marks=SLOW)])
+def test_scores_are_bounded(kernels_of, row, softcap):
+    halves = {"precision": "bf16"} if row == "x86-amx" else {}
+    shape = {**VARIANTS["grouped"].spec(2, 26).shape(), "softcap": softcap, **halves}
+    assert kernels_of(row).mistake(Task("attention", shape), 5) is None
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("writes", ["to_bf16", "to_fp32"])
+def test_groups_in_bf16_are_near_float32(kernels_of, name, writes):
+    shape = AttentionSpec(6, 2, 28, 0.2, keys="window", window=20).shape()
+    task = Task("attention", {**shape, "precision": "bf16", "writes": writes})
+    assert kernels_of(name).mistake(task, 7) is None

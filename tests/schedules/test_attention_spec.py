@@ -105,9 +105,9 @@ def test_a_query_sees_the_keys_that_it_should_and_itself(variant, length):
 @ALL
 def test_flops_counts_the_products_of_keys_that_are_seen(variant):
     spec, (i, j) = variant.spec(12, 64), np.indices((40, 40))
-    assert (
-        spec.flops(40) == 2 * (2 + len(spec.tables())) * np.count_nonzero(variant.sees(i, j)) * 768
-    )
+    products = 2 + len(spec.tables())
+    seen = np.count_nonzero(variant.sees(i, j))
+    assert spec.flops(40) == 2 * products * seen * spec.heads * 64
 
 
 @ALL
@@ -115,20 +115,20 @@ def test_flops_counts_the_products_of_keys_that_are_seen(variant):
 def test_reference_is_what_loops_compute(variant, bias):
     rng = np.random.default_rng(0)
     spec, length = variant.spec(2, 3, bias), 11
-    q, k, v = rng.standard_normal((3, 2, length, 3))
+    q, k, v = (rng.standard_normal((h, length, 3)) for h in (spec.heads, *[spec.kv_heads] * 2))
     mask, added = rng.standard_normal(length), rng.standard_normal((1, length, length))
     tables = {name: rng.standard_normal((2, 3, 2 * spec.last + 1)) for name in spec.tables()}
     context = spec.reference(q, k, v, mask, added if bias else None, **tables)
-    for head, i in np.ndindex(2, length):
-        scores = {}
+    for head, i in np.ndindex(spec.heads, length):
+        shared, scores = head // variant.group, {}
         for j in filter(lambda j: variant.sees(i, j), range(length)):
             near = {n: t[head, :, max(-9, min(i - j, 9)) + 9] for n, t in tables.items()}
-            score = q[head, i] @ k[head, j]
+            score = q[head, i] @ k[shared, j]
             score += q[head, i] @ near.get("keys", np.zeros(3))
-            score += k[head, j] @ near.get("queries", np.zeros(3))
+            score += k[shared, j] @ near.get("queries", np.zeros(3))
             scores[j] = score * spec.scale + mask[j] + (added[0, i, j] if bias else 0)
         weights = {j: np.exp(score) for j, score in scores.items()}
-        mean = sum(w * v[head, j] for j, w in weights.items()) / sum(weights.values())
+        mean = sum(w * v[shared, j] for j, w in weights.items()) / sum(weights.values())
         np.testing.assert_allclose(context[head, i], mean, rtol=1e-12)
 
 

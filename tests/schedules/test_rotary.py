@@ -12,9 +12,10 @@ from bertile.schedules.task import Task
 TOLERANCE = 2e-6  # two products and a sum in float32
 
 
-def task_of(heads, size, rest=0):
+def task_of(heads, size, rest=0, **more):
     """So many heads that are turned, and channels behind them that are not."""
-    return Task("rotary", {"channels": heads * size + rest, "heads": heads, "head_size": size})
+    shape = {"channels": heads * size + rest, "heads": heads, "head_size": size}
+    return Task("rotary", {**shape, **more})
 
 
 @pytest.mark.parametrize("task", [task_of(24, 64, 768), task_of(24, 32, 384)], ids=str)
@@ -26,6 +27,37 @@ def test_rotary_equals_numpy_on_bert_shapes(kernels, task):
 @pytest.mark.parametrize("blocks", [1, 3, 8])
 def test_rotary_equals_numpy_at_odd_sizes(kernels, heads, size, rest, blocks):
     assert kernels.difference(task_of(heads, size, rest), blocks) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "task", [task_of(24, 128, 1024, epsilon=1e-6), task_of(3, 26, 39, epsilon=0.1)]
+)
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_heads_are_normed_before_they_are_turned(kernels, task, blocks):
+    assert kernels.difference(task, blocks) < 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("more", [{}, {"epsilon": 1e-6}], ids=str)
+def test_attention_in_bfloat16_gets_pairs(kernels, more):
+    task = task_of(3, 26, 40, writes="to_bf16", values_from=78, **more)
+    assert kernels.mistake(task, 3) is None
+
+
+def test_values_that_begin_elsewhere_are_refused():
+    task = task_of(3, 26, 40, writes="to_bf16", values_from=52)
+    with pytest.raises(ValueError, match="all of Q and K"):
+        rotary.kernel(task, {}, None)
+
+
+def test_reference_norms_each_head_by_itself():
+    rng = np.random.default_rng(0)
+    x, gamma = rng.standard_normal((5, 11)), rng.standard_normal((2, 4))
+    normed = reference.rms_heads(x, gamma, 0.01)
+    for head in range(2):
+        part = x[:, 4 * head : 4 * head + 4]
+        root = np.sqrt((part**2).mean(1, keepdims=True) + 0.01)
+        np.testing.assert_allclose(normed[:, 4 * head : 4 * head + 4], part / root * gamma[head])
+    assert np.array_equal(normed[:, 8:], x[:, 8:])
 
 
 def test_reference_turns_pairs_of_channels_as_complex_numbers():

@@ -54,10 +54,14 @@ def _assigned(graph: Graph, precision: str, row: Target) -> Graph:
 
 
 def _pairs(flow: Dataflow, call: relax.Call) -> bool:
-    """Whether Q, K and V come from one layer that can write them in pairs."""
-    qkv = call.args[0]
-    alone = flow.is_op(qkv, "bertile.dense") and flow.used_once(qkv)
-    return alone and ops.attention_spec(call).head_size % 2 == 0
+    """Whether Q, K and V come from one layer that can write them in pairs, or from what turns all
+    heads of Q and of K.
+    """
+    qkv, spec = call.args[0], ops.attention_spec(call)
+    rotary = flow.call(qkv, "bertile.rotary")
+    whole = rotary is not None and int(rotary.attrs["heads"]) == spec.heads + spec.kv_heads
+    alone = (whole or flow.is_op(qkv, "bertile.dense")) and flow.used_once(qkv)
+    return alone and spec.head_size % 2 == 0
 
 
 def _slower(graph: Graph, row: Target, choice: SparseChoice) -> dict[str, LayerPlan]:

@@ -5,8 +5,10 @@
 
 So Q and K are turned while they are in the first-level cache. Only where attention alone reads
 them: beside bfloat16 it takes the channels of a head in pairs that are turned, which nobody else
-could read. Why not on loading Q and K in attention: each is loaded once for every block of queries
-or keys that meets it, so that they would be turned again and again.
+could read. Heads that are normed before are left alone: a tile of outputs is less than a head.
+
+Why not on loading Q and K in attention: each is loaded once for every block of queries or keys that
+meets it, so that they would be turned again and again.
 """
 
 from __future__ import annotations
@@ -35,7 +37,12 @@ def _turned(flow: Dataflow, call: relax.Call) -> Any:
         return None
     heads, spec = int(rotary.attrs["heads"]), ops.attention_spec(call)
     whole_heads = heads <= spec.heads + spec.kv_heads
-    if ops.is_gated(layer) or not whole_heads or shape(rotary.args[1])[-1] != spec.head_size:
+    if (
+        len(rotary.args) > 3
+        or ops.is_gated(layer)
+        or not whole_heads
+        or shape(rotary.args[1])[-1] != spec.head_size
+    ):
         return None
     qkv = ops.turned_dense(*layer.args, *rotary.args[1:], heads)
     return ops.attention(spec, qkv, *call.args[1:])

@@ -4,11 +4,13 @@
     reshape
         →  bertile.attention(concat(q, k, v), mask, [bias], [tables by distance])
 
-Rotary positions of q and of k by the same angles become those of the first heads of all three.
+k and v may be fewer heads, each repeated for a group of q's; what repeats them is dropped. Rotary
+positions of q and of k by the same angles become those of the first heads of all three.
 
-The scale may stand on q, on k, on both or on the scores, as a factor or a divisor. What is added to
-the scores is the mask where it is the same for all heads and queries, which keys a query sees where
-it is the canonical comparison of places (``onnx_masks.places_mask``), and a bias otherwise:
+The scale may stand on q, on k, on both or on the scores, as a factor or a divisor. A bound on
+scores, c · tanh(scores / c), is a field. What is added to the scores is the mask where it is the
+same for all heads and queries, which keys a query sees where it is the canonical comparison of
+places (``onnx_masks.places_mask``), and a bias otherwise:
 
     (key - query < -before or key - query > behind) * -1e29  →  {keys, window} of that reach
 
@@ -42,6 +44,7 @@ class _Heads(NamedTuple):
     heads: int
     size: int
     scale: float
+    repeats: int = 1  # how often each head is there, one behind the other
 
 
 class _Scores(NamedTuple):
@@ -50,6 +53,7 @@ class _Scores(NamedTuple):
     scale: float
     added: list[Any]
     tables: tuple[ByDistance, ...] = ()
+    softcap: float = 0.0
 
 
 def _attention(flow: Dataflow, call: relax.Call) -> Any:
@@ -78,15 +82,16 @@ def _attention(flow: Dataflow, call: relax.Call) -> Any:
         name = next(name for name, known in RELATIVE.items() if known == kinds)
         relative = {"relative": name, "last": len(tables[0].rows) // 2}
     spec = AttentionSpec(
-        heads=v.heads,
+        heads=scores.q.heads,
         kv_heads=v.heads,
         head_size=v.size,
         scale=scores.scale * scores.q.scale * scores.k.scale,
         bias="tensor" if biases else "none",
+        softcap=scores.softcap,
         **keys,
         **relative,
     )
-    qkv = _joined(flow, scores.q.x, scores.k.x, v)
+    qkv = _joined(flow, scores.q, scores.k, v)
     mask = _sum(masks) if masks else _no_mask(call)
     rows = [relax.const(tables[0].rows, "int64")] if tables else []
     bias = [_sum(biases)] if biases else []
@@ -95,7 +100,8 @@ def _attention(flow: Dataflow, call: relax.Call) -> Any:
 
 def _consistent(flow: Dataflow, scores: _Scores, v: _Heads) -> bool:
     q, k = scores.q, scores.k
-    same_heads = {(h.heads, h.size) for h in (q, k, v)} == {(v.heads, v.size)}
+    same_heads = {(h.heads * h.repeats, h.size) for h in (q, k, v)} == {(q.heads, v.size)}
+    same_heads = same_heads and k.repeats == v.repeats
     axes = (q.axes, k.axes, v.axes) == ((0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3))
     tokens = all(flow.is_tokens(h.x) for h in (q, k, v))
     tables = all(_meets(flow, table, scores) for table in scores.tables)
@@ -118,19 +124,27 @@ def _meets(flow: Dataflow, table: ByDistance, scores: _Scores) -> bool:
     return flow.definition(mine.x).same_as(flow.definition(theirs.x))
 
 
-def _joined(flow: Dataflow, q: Any, k: Any, v: _Heads) -> Any:
+def _joined(flow: Dataflow, q: _Heads, k: _Heads, v: _Heads) -> Any:
     """Q, K and V side by side, and behind that the rotary positions that Q and K have in common."""
-    turned = [flow.call(rotary, "bertile.rotary") for rotary in (q, k)]
-    if any(rotary is None for rotary in turned) or not _same_angles(flow, *turned):
-        return relax.op.concat([q, k, v.x], axis=2)
-    (q, cos, sin), (k, _, _) = (rotary.args for rotary in turned)
-    return ops.rotary(relax.op.concat([q, k, v.x], axis=2), cos, sin, 2 * v.heads)
+    turned = [flow.call(rotary.x, "bertile.rotary") for rotary in (q, k)]
+    if any(rotary is None for rotary in turned) or not _turned_alike(flow, *turned):
+        return relax.op.concat([q.x, k.x, v.x], axis=2)
+    (of_q, cos, sin, *gammas), (of_k, _, _, *more) = (rotary.args for rotary in turned)
+    normed = ()
+    if gammas:
+        normed = (relax.op.concat([*gammas, *more], axis=0), float(turned[0].attrs["epsilon"]))
+    qkv = relax.op.concat([of_q, of_k, v.x], axis=2)
+    return ops.rotary(qkv, cos, sin, q.heads + k.heads, *normed)
 
 
-def _same_angles(flow: Dataflow, q: relax.Call, k: relax.Call) -> bool:
-    """Whether both are turned by the same variables, or by the same part of them."""
-    pairs = zip(q.args[1:], k.args[1:])
-    return all(tvm_ffi.structural_equal(*map(flow.definition, pair)) for pair in pairs)
+def _turned_alike(flow: Dataflow, q: relax.Call, k: relax.Call) -> bool:
+    """Whether both are turned by the same variables, or by the same part of them, and are normed
+    with the same epsilon, if at all.
+    """
+    epsilons = [float(r.attrs["epsilon"]) if "epsilon" in r.attrs else None for r in (q, k)]
+    pairs = zip(q.args[1:3], k.args[1:3])
+    same = all(tvm_ffi.structural_equal(*map(flow.definition, pair)) for pair in pairs)
+    return same and epsilons[0] == epsilons[1]
 
 
 def _keys(flow: Dataflow, biases: list[Any]) -> tuple[dict[str, Any], list[Any]]:
@@ -200,10 +214,16 @@ def _scores(flow: Dataflow, expr: Any) -> _Scores | None:
         return _Scores(q, k, 1.0, []) if q and k else None
     if (scaled := flow.call(expr, "multiply", "divide")) is not None:
         split = _scalar_factor(flow, scaled)
-        inner = _scores(flow, split[0]) if split else None
-        if inner is None or inner.added:  # a scale outside of a mask would scale the mask
+        if split is None:
             return None
-        return inner._replace(scale=inner.scale * split[1])
+        bounded = flow.call(split[0], "tanh")
+        inner = _scores(flow, split[0] if bounded is None else bounded.args[0])
+        # a scale outside of a mask would scale the mask
+        if inner is None or inner.added or inner.softcap:
+            return None
+        # c tanh(s · score) = c tanh((s c) score / c)
+        cap = 0.0 if bounded is None else split[1]
+        return inner._replace(scale=inner.scale * split[1], softcap=cap) if cap >= 0 else None
     if (total := flow.call(expr, "add")) is not None:
         for value, other in (total.args, list(total.args)[::-1]):
             inner = _scores(flow, value)
@@ -228,6 +248,12 @@ def _heads(flow: Dataflow, expr: Any) -> _Heads | None:
             if split is None:
                 return None
             expr, scale = split[0], scale * split[1]
+    if (repeated := _repeated(flow, expr)) is not None:
+        of_groups, repeats = _heads(flow, repeated[0]), repeated[1]
+        if of_groups is None or of_groups.axes != (0, 2, 1, 3) or of_groups.repeats != 1:
+            return None
+        axes, scale = tuple(of_groups.axes[a] for a in axes), scale * of_groups.scale
+        return of_groups._replace(axes=axes, scale=scale, repeats=repeats)
     split_heads = flow.call(expr, "reshape")
     extents = shape(split_heads) if split_heads is not None else None
     if extents is None or len(extents) != 4 or not all(map(static, extents[2:])):
@@ -237,6 +263,22 @@ def _heads(flow: Dataflow, expr: Any) -> _Heads | None:
     if scaled is not None and (split := _scalar_factor(flow, scaled)) is not None:
         x, scale = split[0], scale * split[1]
     return _Heads(x, axes, extents[2], extents[3], scale)
+
+
+def _repeated(flow: Dataflow, expr: Any) -> tuple[Any, int] | None:
+    """x (B, KV, S, D) and n of reshape(broadcast(x (B, KV, 1, S, D), (B, KV, n, S, D)))."""
+    merged = flow.call(expr, "reshape")
+    wide = flow.call(merged.args[0], "broadcast_to") if merged is not None else None
+    thin = flow.call(wide.args[0], "expand_dims", "reshape") if wide is not None else None
+    if thin is None or len(shape(thin.args[0]) or []) != 4 or len(shape(wide) or []) != 5:
+        return None
+    batch, heads, *rest = thin.args[0].ty.shape
+    repeats, merged_heads = shape(wide)[2], shape(merged)[1]
+    if shape(thin)[2] != 1 or not static(repeats) or merged_heads != int(heads) * repeats:
+        return None
+    thin_extents = zip(wide.ty.shape, (batch, heads, wide.ty.shape[2], *rest))
+    right = all(tvm_ffi.structural_equal(*pair) for pair in thin_extents)
+    return (thin.args[0], repeats) if right else None
 
 
 def _scalar_factor(flow: Dataflow, call: relax.Call) -> tuple[Any, float] | None:

@@ -8,7 +8,6 @@ gamma · (x · (1 / sqrt(mean(x²) + epsilon)))                   →  the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from tvm import relax
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, rewrite, shape, static
+from bertile.graph.rewriting.rms import is_square, over_channels, rms_norm
 
 
 def fuse_layer_norm(graph: Graph) -> Graph:
@@ -27,41 +27,10 @@ def fuse_layer_norm(graph: Graph) -> Graph:
 
 
 def _rms(flow: Dataflow, call: relax.Call) -> Any:
-    if not flow.is_op(call, "multiply"):
+    norm = rms_norm(flow, call)
+    if norm is None:
         return None
-    for gamma, normed in (call.args, list(call.args)[::-1]):
-        if not flow.is_weight(gamma):
-            continue
-        for x, root in _by_roots(flow, normed):
-            epsilon = _mean_square(flow, root.args[0], x)
-            if epsilon is not None:
-                return _make(flow, x, gamma, _zeros(gamma), epsilon, rms=True)
-    return None
-
-
-def _by_roots(flow: Dataflow, expr: Any) -> Iterator[tuple[Any, relax.Call]]:
-    """x and the root that it is divided by, in any spelling of ``expr``."""
-    if (ratio := flow.call(expr, "divide")) is not None:
-        if (root := flow.call(ratio.args[1], "sqrt")) is not None:
-            yield ratio.args[0], root
-    elif (product := flow.call(expr, "multiply")) is not None:
-        for x, other in (product.args, list(product.args)[::-1]):
-            inverse = flow.call(other, "divide")
-            if (root := flow.call(other, "rsqrt")) is not None:
-                yield x, root
-            elif inverse is not None and flow.scalar(inverse.args[0]) == 1.0:
-                if (root := flow.call(inverse.args[1], "sqrt")) is not None:
-                    yield x, root
-
-
-def _mean_square(flow: Dataflow, expr: Any, x: Any) -> float | None:
-    """Epsilon of mean(x²) + epsilon."""
-    shifted = flow.call(expr, "add")
-    split = flow.split_scalar(shifted) if shifted is not None else None
-    mean = flow.call(split[0], "mean") if split is not None else None
-    if mean is None or not _last(mean) or not _is_square(flow, mean.args[0], x):
-        return None
-    return split[1]
+    return _make(flow, norm.x, norm.gamma, _zeros(norm.gamma), norm.epsilon, rms=True)
 
 
 def _zeros(gamma: Any) -> Any:
@@ -104,30 +73,16 @@ def _standardized(flow: Dataflow, ratio: relax.Call) -> tuple[Any, float] | None
     x, mean = centered.args[0], flow.call(centered.args[1], "mean")
     shifted = flow.call(root.args[0], "add")
     split = flow.split_scalar(shifted) if shifted is not None else None
-    if mean is None or split is None or not _same(flow, mean.args[0], x) or not _last(mean):
+    if mean is None or split is None or not _same(flow, mean.args[0], x) or not over_channels(mean):
         return None
     variance = flow.call(split[0], "mean")
     if (
         variance is None
-        or not _last(variance)
-        or not _is_square(flow, variance.args[0], ratio.args[0])
+        or not over_channels(variance)
+        or not is_square(flow, variance.args[0], ratio.args[0])
     ):
         return None
     return x, split[1]
-
-
-def _is_square(flow: Dataflow, expr: Any, of: Any) -> bool:
-    if (power := flow.call(expr, "power")) is not None:
-        return flow.scalar(power.args[1]) == 2.0 and _same(flow, power.args[0], of)
-    product = flow.call(expr, "multiply")
-    return product is not None and all(_same(flow, a, of) for a in product.args)
-
-
-def _last(mean: relax.Call) -> bool:
-    """Whether a mean goes over the last axis and keeps it."""
-    rank = len(shape(mean.args[0]) or [])
-    axes = [int(a) % rank for a in mean.attrs["axis"]] if mean.attrs["axis"] and rank else []
-    return axes == [rank - 1] and bool(mean.attrs["keepdims"])
 
 
 def _same(flow: Dataflow, a: Any, b: Any) -> bool:

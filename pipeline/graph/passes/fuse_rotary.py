@@ -4,6 +4,7 @@
         →  permute(reshape(bertile.rotary(x, cos, sin)))
 
 A number that x is multiplied by before (ESM scales Q so) is multiplied by behind it instead.
+RMSNorm of each head before that (Qwen3, Gemma 3) becomes part of the operator.
 
 x is (B, S, H D); cos and sin are (B|1, 1, S, D), or (B|1, S, 1, D) where the heads are not permuted
 yet. ``fuse_attention`` then sees Q and K as without positions, and joins both with V again.
@@ -19,6 +20,7 @@ from tvm import relax
 from bertile.graph import ops
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, rewrite, shape, static
+from bertile.graph.rewriting.rms import RmsNorm, rms_norm
 
 HEADS_FIRST = [0, 2, 1, 3]  # (B, S, H, D) → (B, H, S, D)
 
@@ -94,23 +96,39 @@ def _of_rows(flow: Dataflow, x: Any, cos: Any, sin: Any) -> Any:
         turned = _of_rows(flow, split[0], cos, sin)
         factor = relax.const(split[1], "float32")
         return None if turned is None else relax.op.multiply(turned, factor)
-    permuted = flow.call(x, "permute_dims")
-    axes = permuted.attrs["axes"] if permuted is not None else None
-    if permuted is not None and (axes is None or [int(a) for a in axes] != HEADS_FIRST):
-        return None
-    split = flow.call(x if permuted is None else permuted.args[0], "reshape")
+    x, norm, permuted = _peeled(flow, x)
+    split = flow.call(x, "reshape")
     extents = shape(split) if split is not None else None
     if extents is None or len(extents) != 4 or not all(map(static, extents[2:])):
         return None
     rows, (heads, size) = split.args[0], extents[2:]
     if not flow.is_tokens(rows) or shape(rows)[2] != heads * size:
         return None
-    of_heads = 2 if permuted is None else 1
+    of_heads = 1 if permuted else 2
     angles = [_angles(flow, table, of_heads, size, rows) for table in (cos, sin)]
     if any(angle is None for angle in angles):
         return None
-    turned = relax.op.reshape(ops.rotary(rows, *angles, heads), split.ty.shape)
-    return turned if permuted is None else relax.op.permute_dims(turned, HEADS_FIRST)
+    normed = ()
+    if norm is not None:
+        normed = (relax.op.concat([norm.gamma] * heads, axis=0), norm.epsilon)
+    turned = relax.op.reshape(ops.rotary(rows, *angles, heads, *normed), split.ty.shape)
+    return relax.op.permute_dims(turned, HEADS_FIRST) if permuted else turned
+
+
+def _peeled(flow: Dataflow, x: Any) -> tuple[Any, RmsNorm | None, bool]:
+    """What lies behind a norm of each head and a permutation that brings the heads first, in
+    whatever order they are; the norm, and whether there is the permutation.
+    """
+    norm, permuted = None, False
+    while True:
+        step = flow.call(x, "permute_dims")
+        axes = step.attrs["axes"] if step is not None else None
+        if not permuted and axes is not None and [int(a) for a in axes] == HEADS_FIRST:
+            x, permuted = step.args[0], True
+        elif norm is None and (norm := rms_norm(flow, x)) is not None:
+            x = norm.x
+        else:
+            return x, norm, permuted
 
 
 def _angles(flow: Dataflow, expr: Any, of_heads: int, size: int, rows: Any) -> Any:

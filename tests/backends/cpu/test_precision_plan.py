@@ -13,7 +13,7 @@ from bertile.backends.cpu import precision_plan
 from bertile.base.errors import PlatformError
 from bertile.graph import importer, ops, order
 from bertile.lower import layer_precisions
-from bertile.lower.form import FP32, QKV, Form
+from bertile.lower.form import FP32, Form
 from bertile.lower.forms import Forms
 from bertile.lower.lowering import tasks
 from bertile.numerics.precision import LayerPlan
@@ -124,7 +124,8 @@ def test_the_input_of_an_operator_depends_on_its_precision(graph):
     calls = [b.value for b in planned.flow.bindings if ops.is_ours(b.value)]
     attention = next(c for c in calls if ops.is_call(c, "bertile.attention"))
     dense = next(c for c in calls if ops.is_call(c, "bertile.dense"))
-    assert planned.input(attention) == QKV
+    q, k, _ = ops.attention_spec(attention).channels()
+    assert planned.input(attention) == Form("qkv", values_from=q + k)
     assert planned.input(dense) == Form("int8")
     assert Forms(graph).input(layers(graph)[0][1]) == FP32
 

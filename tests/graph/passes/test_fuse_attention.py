@@ -379,6 +379,35 @@ def with_tables(scaled=lambda scores: op.multiply(scores, c(0.5)), starts=(0, 1)
     return build
 
 
+GROUP = 2
+SHARED = {
+    **{name: ("batch", "length", width) for name, width in (("q", 8), ("k", 4), ("v", 4))},
+    "mask": MASK,
+}
+
+
+def repeated(emit, x, times=GROUP, axis=2):
+    """(B, KV, S, D) → (B, n KV, S, D), each head n times, as transformers' repeat_kv."""
+    batch, heads, length, size = x.ty.shape
+    extents = [batch, heads, length, size]
+    wide = emit(op.expand_dims(x, axis))
+    wide = emit(op.broadcast_to(wide, relax.ShapeExpr([*extents[:axis], times, *extents[axis:]])))
+    return emit(op.reshape(wide, relax.ShapeExpr([batch, int(heads) * times, length, size])))
+
+
+def grouped(scores=lambda s, m: op.add(op.multiply(s, c(0.5)), m), repeat=repeated):
+    """Attention of two heads of queries with one of keys and values."""
+
+    def build(emit, ids, q, k, v, mask):
+        q = emit(heads_of(emit(q)))
+        k, v = (repeat(emit, emit(heads_of(emit(x), heads=1))) for x in (k, v))
+        product = emit(op.matmul(q, op.permute_dims(k, [0, 1, 3, 2])))
+        weights = emit(op.nn.softmax(scores(product, mask), axis=-1))
+        return merged(emit, emit(op.matmul(weights, v)))
+
+    return build
+
+
 def test_products_by_distance_are_operands(becomes):
     def after(emit, ids, q, k, v, mask, near_keys, near_queries):
         qkv = op.concat([q, k, v], axis=2)
@@ -404,3 +433,42 @@ NEITHER = {
 @pytest.mark.parametrize("before", NEITHER.values(), ids=NEITHER)
 def test_other_lookups_of_products_are_left_alone(leaves_alone, before):
     leaves_alone(fuse_attention, before, activations=inputs(mask=MASK), weights=TABLES)
+
+
+def shared(softcap=0.0):
+    def build(emit, ids, q, k, v, mask):
+        spec = AttentionSpec(HEADS, 1, SIZE, 0.5, softcap=softcap)
+        return ops.attention(spec, op.concat([q, k, v], axis=2), mask)
+
+    return build
+
+
+def test_heads_that_are_repeated_for_a_group_are_shared(becomes):
+    becomes(fuse_attention, grouped(), shared(), activations=SHARED)
+
+
+CAPS = {
+    "divided": lambda s, m: op.add(
+        op.multiply(op.tanh(op.divide(op.multiply(s, c(0.5)), c(4.0))), c(4.0)), m
+    ),
+    "multiplied": lambda s, m: op.add(op.multiply(c(4.0), op.tanh(op.multiply(s, c(0.125)))), m),
+}
+
+
+@pytest.mark.parametrize("scores", CAPS.values(), ids=CAPS)
+def test_a_bound_on_scores_is_a_field(becomes, scores):
+    becomes(fuse_attention, grouped(scores), shared(4.0), activations=SHARED)
+
+
+UNLIKE = {
+    "each token repeated": grouped(repeat=lambda emit, x: repeated(emit, x, axis=3)),
+    "a negative bound": grouped(lambda s, m: op.add(op.multiply(op.tanh(s), c(-4.0)), m)),
+    "a scale behind a bound": grouped(
+        lambda s, m: op.add(op.multiply(op.multiply(op.tanh(s), c(4.0)), c(2.0)), m)
+    ),
+}
+
+
+@pytest.mark.parametrize("before", UNLIKE.values(), ids=UNLIKE)
+def test_what_only_looks_like_a_group_or_a_bound_is_left_alone(leaves_alone, before):
+    leaves_alone(fuse_attention, before, activations=SHARED)

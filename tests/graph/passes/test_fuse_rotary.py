@@ -263,3 +263,42 @@ def test_places_of_q_alone_stay_with_it(becomes):
 
     before = attention(of_k=lambda x, cos, sin: x)
     becomes(fuse_attention, before, alone, activations={**QKV, **ANGLES})
+
+
+def normed(x, gamma, epsilon=0.25, root=op.rsqrt):
+    """RMSNorm over the last axis, as decoders write it."""
+    mean = op.mean(op.multiply(x, x), axis=[-1], keepdims=True)
+    return op.multiply(gamma, op.multiply(x, root(op.add(mean, relax.const(epsilon, "float32")))))
+
+
+GAMMA = {"gamma": (SIZE,)}
+
+
+def turned_and_normed(before_heads, norm=normed):
+    """The heads are normed before or behind the permutation that brings them first."""
+
+    def build(emit, ids, x, cos, sin, gamma):
+        q = split(emit, x)
+        q = emit(norm(q, gamma)) if before_heads else q
+        q = emit(op.permute_dims(q, [0, 2, 1, 3]))
+        q = q if before_heads else emit(norm(q, gamma))
+        cos, sin = (op.expand_dims(angles, 1) for angles in (cos, sin))
+        return op.add(op.multiply(q, cos), op.multiply(halves_of(q), sin))
+
+    return build
+
+
+@pytest.mark.parametrize("before_heads", [True, False])
+def test_a_norm_of_each_head_is_part_of_it(becomes, before_heads):
+    def expected(emit, ids, x, cos, sin, gamma):
+        of_heads = emit(op.concat([gamma, gamma], axis=0))
+        rows = emit(ops.rotary(x, cos, sin, HEADS, of_heads, 0.25))
+        return op.permute_dims(split(emit, rows), [0, 2, 1, 3])
+
+    before = turned_and_normed(before_heads)
+    becomes(fuse_rotary, before, expected, activations={**ROWS, **ANGLES}, weights=GAMMA)
+
+
+def test_what_is_no_norm_is_left_alone(leaves_alone):
+    before = turned_and_normed(True, lambda x, gamma: normed(x, gamma, root=op.sqrt))
+    leaves_alone(fuse_rotary, before, activations={**ROWS, **ANGLES}, weights=GAMMA)

@@ -204,7 +204,11 @@ def test_attention_at_the_largest_knobs_spills_nothing(precision, size):
     cuda_kernels.assert_fits(task, "cuda-sm90", largest)
 
 
-LACKS = {**{name: f"{name} attention" for name in CLOSING}, "by_distance": "keys and queries by"}
+LACKS = {
+    **{name: f"{name} attention" for name in CLOSING},
+    "by_distance": "keys and queries by",
+    "grouped": "fewer heads of keys",
+}
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "all"])
