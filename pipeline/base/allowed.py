@@ -20,5 +20,6 @@ HEADS = (
     "masked-lm",
     "next-sentence",
     "multiple-choice",
+    "pretraining",
 )
 AGGREGATIONS = ("none", "simple", "first", "average", "max")

@@ -23,7 +23,7 @@ PAIRS = tuple((family.name, head) for family in FAMILIES for head in family.head
 # The head that quick tests give each family's model: every head is there, and every export is made
 # once for all files. A head of its own class comes before the turn.
 HEAD_OF = {
-    family.name: next(iter(family.auto_classes), head)
+    family.name: next(iter(family.auto_classes), head if head in family.heads else HEADS[0])
     for family, head in zip(FAMILIES, cycle(HEADS))
 }
 
