@@ -401,7 +401,7 @@ def _rotary(node: Fused) -> list[str]:
     else:
         width = node.width(x) // heads if heads else part or 2 * node.width(cos)
         x = _heads(node, x, node.width(x) // width)
-    if node.width(places, 0) == 1 and node.rank(places) == 1:  # where the first token stands
+    if node.rank(places) == 1:  # where the first token stands
         places = node.add("Add", [_places(node), places])
     turned = bool(node.options.get("interleaved", 0))
     scale = node.options.get("scale", 1.0)
@@ -495,12 +495,23 @@ def _fused_product(node: Fused) -> list[str]:
     return [product if alpha == 1 else node.add("Mul", [product, node.number(alpha)])]
 
 
+def _fused_gemm(node: Fused) -> list[str]:
+    """A Gemm with what comes behind it."""
+    options = dict(node.options)
+    activation = options.pop("activation", b"").decode()
+    numbers = [name for name in options if name.startswith("activation_")]
+    if activation not in ("Relu", "Sigmoid", "Tanh") or numbers:
+        raise _refused(node.node, f"its activation is {activation}")
+    return [node.add(activation, [node.add("Gemm", node.node.input, **options)])]
+
+
 LOOKUPS: dict[str, Row] = {"EmbedLayerNormalization": _embed_layer_norm}
 ROWS: dict[str, Row] = {
     **LOOKUPS,
     "Attention": _attention,
     "BiasGelu": _bias_gelu,
     "FastGelu": _fast_gelu,
+    "FusedGemm": _fused_gemm,
     "FusedMatMul": _fused_product,
     "Gelu": _gelu,
     "GroupQueryAttention": _grouped,

@@ -26,6 +26,7 @@ from bertile.onnx import (
     products,
     reach,
     rewrites,
+    spectra,
     tokenizer_file,
     tokens,
 )
@@ -180,6 +181,7 @@ def rewrite(
     rewrites.drop_dropouts(graph)
     floats.drop_casts(graph, probes)
     axes = Axes(graph, probes)
+    spectra.write_spectra(graph, probes, axes)
     tokens.unfold_first_axes(graph, probes, axes)
     products.join_heads(graph, probes)
     products.cut_products(graph, probes)
@@ -198,6 +200,7 @@ def rewrite(
     rewrites.write_reshapes(graph, probes.sizes)
     fold_constants(graph, probes)
     counts.write_flips(graph, probes, axes)
+    counts.write_shifts(graph, probes, axes)
     counts.pick_tokens(graph, probes, axes)
     counts.write_counts(graph, probes, axes)
     write_shapes(graph, probes, axes)

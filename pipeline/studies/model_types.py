@@ -82,7 +82,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "canine": {"local_transformer_stride": 16, "num_hash_buckets": 64},
     "codegen": {"rotary_dim": 8},
     "ctrl": {"n_positions": 128},
-    "funnel": {"block_sizes": [1, 1]},
+    "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1]},
     "gptj": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "longformer": {"attention_window": [16, 16]},
@@ -114,6 +114,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "persimmon": {"num_key_value_heads": None},
     "xlnet": {"n_head": 4, "d_head": 16},
 }
+METHOD = "forkserver"  # which imports once for all
 PRELOADED = ("torch", "transformers.models.auto.modeling_auto", "onnxruntime", "onnxscript", "tvm")
 SHAPES = ((1, 1), (2, 7), (3, 37), (1, 64))  # (batch, length) that are compared
 SEED = 7
@@ -174,8 +175,8 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _apart(model_type: str, seconds: int, gigabytes: int) -> dict[str, Any]:
     """The row of a type, made by a process of its own."""
-    processes = multiprocessing.get_context("forkserver")  # which imports once for all
-    processes.set_forkserver_preload([__name__, *PRELOADED])
+    processes = multiprocessing.get_context(METHOD)
+    multiprocessing.set_forkserver_preload([__name__, *PRELOADED])
     ours, theirs = processes.Pipe(duplex=False)
     process = processes.Process(target=_send, args=(theirs, model_type, gigabytes << 30))
     process.start()

@@ -79,6 +79,7 @@ COUNT = ("ReduceSum", "mask one", "count", {"keepdims": 0, "domain": ""})
 ONE = np.asarray([1])
 SHARED = {"q": floats(HIDDEN, HIDDEN), "k": floats(HIDDEN, HIDDEN), "v": floats(HIDDEN, HIDDEN)}
 PARTS = tuple(("MatMul", f"x {name}", f"{name}x", {"domain": ""}) for name in "qkv")
+FLAT = {"w": floats(7, HIDDEN), "rows": np.asarray([-1, HIDDEN])}
 GAMMA = {"gamma": floats(HIDDEN), "beta": floats(HIDDEN), "bias": floats(HIDDEN)}
 
 
@@ -94,12 +95,14 @@ GAMMA = {"gamma": floats(HIDDEN), "beta": floats(HIDDEN), "bias": floats(HIDDEN)
         (("SimplifiedLayerNormalization", "x gamma", "y", {"domain": "", "epsilon": 1e-3}), GAMMA),
         (("FusedMatMul", "x w", "y", {"transB": 1, "alpha": 0.5}), {"w": floats(7, HIDDEN)}),
         (("FusedMatMul", "x x", "y", {"transA": 1}), {}),
+        (("FusedGemm", "flat w", "y", {"transB": 1, "alpha": 0.5, "activation": "Tanh"}), FLAT),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
 def test_operator_of_one_tensor(node, arrays):
-    read = {name: value for name, value in arrays.items() if name in node[1].split()}
-    assert_equal(model([node], **read))
+    read = {name: value for name, value in arrays.items() if name in (*node[1].split(), "rows")}
+    before = [("Reshape", "x rows", "flat", {"domain": ""})] if "rows" in read else []
+    assert_equal(model([*before, node], **read))
 
 
 @pytest.mark.parametrize("op", ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"])
@@ -180,7 +183,7 @@ def test_rotary_positions(interleaved, part):
     "turned", [{}, {"do_rotary": 1}, {"do_rotary": 1, "rotary_interleaved": 1}]
 )
 def test_grouped_queries(window, turned):
-    heads, groups, width = 4, 2, 8
+    heads, groups, width = 4, 2, 16
     options = {"num_heads": heads, "kv_num_heads": groups, "local_window_size": window, **turned}
     nodes = [
         *(("MatMul", f"x {name}", f"{name}x", {"domain": ""}) for name in "qkv"),
