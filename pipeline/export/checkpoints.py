@@ -194,8 +194,8 @@ def _from_directory(
         model = _encoder(model)
     notes = (*left_out, *told, *notes)
     files = _text_files(directory, transformer)
-    checkpoint = _checkpoint(_plain(model), source, sha256, head, chain, files, notes)
-    return replace(checkpoint, family=OWN_CODE) if own_code else checkpoint
+    family = table.named(OWN_CODE) if own_code else None
+    return _checkpoint(_plain(model), source, sha256, head, chain, files, notes, family)
 
 
 def _encoder(model: Any) -> Any:
@@ -228,8 +228,9 @@ def _checkpoint(
     chain: Chain | None = None,
     files: tuple[Path, ...] = (),
     notes: tuple[str, ...] = (),
+    family: Family | None = None,
 ) -> Checkpoint:
-    family = table.answering(model.config.model_type or type(model).__name__)
+    family = family or table.answering(model.config.model_type or type(model).__name__)
     if getattr(model.config, "is_decoder", False):
         raise ModelError(
             f"'{source}' is a decoder (is_decoder in its config), which is unsupported",

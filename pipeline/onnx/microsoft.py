@@ -379,8 +379,8 @@ def _places(node: Fused) -> str:
     """0, 1, 2, … of the tokens of each row, (batch, length) as those of the ids."""
     add = node.add
     ones = add("Cast", [add("Equal", ["input_ids", "input_ids"])], to=onnx.TensorProto.INT64)
-    one = node.graph.constant(np.asarray(1, np.int64))
-    return add("Sub", [add("CumSum", [ones, one]), one])
+    unit = node.graph.constant(np.asarray(1, np.int64))
+    return add("Sub", [add("CumSum", [ones, unit]), unit])
 
 
 def _closing(node: Fused, real: str) -> str:

@@ -149,9 +149,9 @@ def brought(
     longest = max(length for _, length in SHAPES)
     length = limit if limit is not None and limit < longest else None
     probes = probe(graph, inputs, opset, None, length)
-    found, notes = rewrite(graph, probes, opset, limit)
+    positions, notes = rewrite(graph, probes, opset, limit)
     check_operators(graph, rewritten=True)
-    return min((n for n in (found, limit) if n), default=None), notes
+    return min((n for n in (positions, limit) if n), default=None), notes
 
 
 def _spell(graph: OnnxGraph) -> None:

@@ -29,23 +29,19 @@ from bertile.config import Config
 from bertile.families import states
 from bertile.families import table as families
 
-# Encoders, encoders of translators, and decoders read as encoders.
-TYPES = (
-    *("albert", "bert", "bert-generation", "big_bird", "bros", "camembert", "canine", "convbert"),
-    *("data2vec-text", "deberta", "deberta-v2", "distilbert", "dpr", "electra", "ernie", "esm"),
-    *("esmc", "eurobert", "flaubert", "fnet", "funnel", "gte", "ibert", "jina_embeddings_v3"),
-    *("layoutlm", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "megatron-bert"),
-    *("mobilebert", "modernbert", "mpnet", "mra", "nomic_bert", "nystromformer"),
-    *("reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"),
-    *("splinter", "squeezebert", "tapas", "ultrabert", "xlm", "xlm-roberta", "xlm-roberta-xl"),
-    *("xlnet", "xmod", "yoso", "clip_text_model"),
-    *("bart", "blenderbot", "fsmt", "led", "longt5", "m2m_100", "marian", "mbart", "mt5"),
-    *("pegasus", "plbart", "prophetnet", "switch_transformers", "t5", "t5gemma", "umt5"),
-    *("biogpt", "bloom", "codegen", "cohere", "ctrl", "falcon", "gemma", "gemma2", "gemma3_text"),
-    *("glm", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "granite", "llama", "mamba"),
-    *("mistral", "modernbert-decoder", "mpt", "nemotron", "olmo", "olmo2", "openai-gpt", "opt"),
-    *("persimmon", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "rwkv", "smollm3", "stablelm"),
-    *("starcoder2", "xglm"),
+# Beside the types with a row: encoders, encoders of translators, and decoders read as encoders.
+OTHER_TYPES = """
+bert-generation big_bird bros canine convbert deberta deberta-v2 dpr esm esmc eurobert flaubert
+fnet funnel gte ibert jina_embeddings_v3 layoutlmv3 lilt longformer luke markuplm mobilebert mra
+nystromformer reformer roc_bert roformer splinter squeezebert tapas ultrabert xlm xlm-roberta-xl
+xlnet xmod yoso clip_text_model bart blenderbot fsmt led longt5 m2m_100 marian mbart mt5 pegasus
+plbart prophetnet switch_transformers t5 t5gemma umt5 biogpt bloom codegen cohere ctrl falcon
+gemma gemma2 gemma3_text glm gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite llama mamba mistral
+modernbert-decoder mpt nemotron olmo olmo2 openai-gpt opt persimmon phi phi3 qwen2 qwen3
+qwen3_moe rwkv smollm3 stablelm starcoder2 xglm
+""".split()
+TYPES = tuple(
+    sorted({name for family in families.FAMILIES for name in family.model_types} | {*OTHER_TYPES})
 )
 # Values of small models, by what configs call them.
 SMALL: dict[str, Any] = {
@@ -65,7 +61,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
     **dict.fromkeys(("max_encoder_position_embeddings", "context_length"), 128),
     **dict.fromkeys(
-        ("vocab_size", "src_vocab_size", "tgt_vocab_size", "pronunciation_vocab_size"), 300
+        ("vocab_size", "src_vocab_size", "tgt_vocab_size", "pronunciation_vocab_size"), 320
     ),
     **dict.fromkeys(("shape_vocab_size", "entity_vocab_size"), 300),
     **dict.fromkeys(("pronunciation_embed_dim", "shape_embed_dim", "entity_emb_size"), 16),
@@ -78,6 +74,10 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("initializer_range", "init_std"), 0.1),
 }
 # What the general values do not fit.
+_RELATIVE = {
+    **{"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False},
+    **{"max_relative_positions": -1, "type_vocab_size": 0},
+}
 OTHERS: dict[str, dict[str, Any]] = {
     "canine": {"local_transformer_stride": 16, "num_hash_buckets": 64},
     "codegen": {"rotary_dim": 8},
@@ -100,6 +100,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         **{"lsh_attn_chunk_length": 16, "attn_layers": ["local", "local"], "num_buckets": 4},
     },
     "xmod": {"default_language": "en_XX"},
+    **{f"deberta{version}": _RELATIVE for version in ("", "-v2")},
     "dpr": {"projection_dim": 0},
     "mamba": {"hidden_size": 64, "time_step_rank": 4},
     "mpt": {"attn_config": None},
@@ -110,7 +111,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 96},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
     "mra": {"max_position_embeddings": 128},
-    "nomic_bert": {"vocab_size": 320},
     "persimmon": {"num_key_value_heads": None},
     "xlnet": {"n_head": 4, "d_head": 16},
 }
@@ -153,10 +153,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def as_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+def as_table(types: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows in Markdown, by type."""
     header = ("model type", "state", "median error", "largest error", "operators of TVM's")
-    return table(header, [_cells(found[name]) for name in sorted(found)], markdown=True)
+    return table(header, [_cells(types[name]) for name in sorted(types)], markdown=True)
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -270,9 +270,9 @@ def compared(model: Any, bundle: Path) -> dict[str, Any]:
                 arrays = batch(rows, min(length, limit), names, left, seed, model)
                 with torch.no_grad():
                     want = model(**{k: torch.from_numpy(v) for k, v in arrays.items()})
-                given = compiled(**arrays)
-                name = "last_hidden_state" if "last_hidden_state" in given else "pooler_output"
-                got, want = given[name], want[name].float().numpy()
+                results = compiled(**arrays)
+                name = "last_hidden_state" if "last_hidden_state" in results else "pooler_output"
+                got, want = results[name], want[name].float().numpy()
                 real = arrays.get("attention_mask", np.ones_like(arrays["input_ids"])) != 0
                 real = real if want.ndim == 3 else real[:, 0] | True
                 if got.shape != want.shape:
@@ -281,13 +281,13 @@ def compared(model: Any, bundle: Path) -> dict[str, Any]:
                 apart = np.abs(got - want)[real].reshape(-1) / scale
                 differences.append(apart)
                 largest = max(largest, float(apart.max()))
-        fallen = [name.partition(" ")[0] for name in compiled.manifest["fallthrough"]]
+        fallen = {name.partition(" ")[0] for name in compiled.manifest["fallthrough"]}
     together = np.concatenate(differences)
     row = {"median": float(np.median(together)), "largest": largest}
     if not np.isfinite(together).all() or largest > 1e-3:
         reason = f"differs from transformers by {largest:.2g}"
         return {**row, "state": states.REFUSED, "reason": reason, "numbers": True}
-    return {**row, "operators": [name.removeprefix("relax.") for name in fallen]}
+    return {**row, "operators": sorted(name.removeprefix("relax.") for name in fallen)}
 
 
 def batch(

@@ -23,17 +23,17 @@ def floats(*shape):
 def model(nodes, outputs=("y",), opset=OPSET, **arrays):
     """A model of input_ids and attention_mask (batch, length), whose rows `x` are looked up."""
     arrays = {"words": floats(IDS, HIDDEN), **arrays}
-    made = [helper.make_node("Gather", ["words", "input_ids"], ["x"])]
+    plain = [helper.make_node("Gather", ["words", "input_ids"], ["x"])]
     for number, (op, read, written, *options) in enumerate(nodes):
         named = {"domain": "com.microsoft", **(options[0] if options else {})}
         read = [name if name != "-" else "" for name in read.split()]
-        made.append(helper.make_node(op, read, written.split(), f"n{number}", **named))
+        plain.append(helper.make_node(op, read, written.split(), f"n{number}", **named))
     ints = [
         helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"])
         for name in ("input_ids", "attention_mask")
     ]
     graph = helper.make_graph(
-        made,
+        plain,
         "small",
         ints,
         [helper.make_empty_tensor_value_info(name) for name in outputs],
@@ -75,7 +75,7 @@ def assert_equal(proto, tolerance=2e-5):
 
 W, B = floats(HIDDEN, 3 * HIDDEN), floats(3 * HIDDEN)
 MASK = ("Cast", "attention_mask", "mask", {"to": TensorProto.INT32, "domain": ""})
-COUNT = ("ReduceSum", "mask one", "count", {"keepdims": 0, "domain": ""})
+COUNT = ("ReduceSum", "mask unit_axis", "count", {"keepdims": 0, "domain": ""})
 ONE = np.asarray([1])
 SHARED = {"q": floats(HIDDEN, HIDDEN), "k": floats(HIDDEN, HIDDEN), "v": floats(HIDDEN, HIDDEN)}
 PARTS = tuple(("MatMul", f"x {name}", f"{name}x", {"domain": ""}) for name in "qkv")
@@ -149,7 +149,7 @@ def test_embeddings_and_how_many_tokens_are_real(types):
 def test_attention_by_one_weight(mask, options):
     node = ("Attention", f"x w b {mask}".strip(), "y", {"num_heads": HEADS, **options})
     used = [MASK, COUNT][: {"": 0, "mask": 1, "count": 2}[mask]]
-    assert_equal(model([*used, node], w=W, b=B, **({"one": ONE} if mask == "count" else {})))
+    assert_equal(model([*used, node], w=W, b=B, **({"unit_axis": ONE} if mask == "count" else {})))
 
 
 @pytest.mark.parametrize("mask", ["-", "mask", "count"])
@@ -159,7 +159,11 @@ def test_attention_of_three_tensors(mask, bias, causal):
     options = {"num_heads": HEADS, "unidirectional": causal}
     node = ("MultiHeadAttention", f"qx kx vx {'b' if bias else '-'} {mask}", "y", options)
     used = [MASK, COUNT][: {"-": 0, "mask": 1, "count": 2}[mask]]
-    arrays = {**SHARED, **({"b": B} if bias else {}), **({"one": ONE} if mask == "count" else {})}
+    arrays = {
+        **SHARED,
+        **({"b": B} if bias else {}),
+        **({"unit_axis": ONE} if mask == "count" else {}),
+    }
     assert_equal(model([*PARTS, *used, node], **arrays))
 
 
@@ -205,7 +209,7 @@ def test_grouped_queries(window, turned):
         **{name: floats(HIDDEN, groups * width) for name in "kv"},
         **(tables if turned else {}),
     }
-    assert_equal(model(nodes, one=ONE, unit=np.asarray(1, np.int32), **arrays))
+    assert_equal(model(nodes, unit_axis=ONE, unit=np.asarray(1, np.int32), **arrays))
 
 
 @pytest.mark.parametrize("zeros", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 from bertile.families import states
 from bertile.studies import model_types
@@ -37,7 +38,7 @@ def test_row_of_a_file_is_not_tried_again(tmp_path, monkeypatch):
 
 def test_process_that_crashes_or_hangs_is_a_row(monkeypatch):
     def send(end, model_type, memory):
-        os._exit(9) if model_type == "crash" else end.poll(60)
+        os._exit(9) if model_type == "crash" else time.sleep(60)
 
     monkeypatch.setattr(model_types, "_send", send)
     monkeypatch.setattr(model_types, "METHOD", "fork")
