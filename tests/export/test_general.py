@@ -12,7 +12,7 @@ import torch
 
 from bertile.base.errors import ModelError, UsageError
 from bertile.config import Config
-from bertile.export import cached, checkpoints
+from bertile.export import cached, checkpoints, pruning
 from bertile.onnx.samples import run_onnx
 from bertile.studies import model_types
 
@@ -60,6 +60,11 @@ def test_head_that_a_type_lacks_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UsageError, match="'gpt2' have no head 'masked-lm'; known: encoder, embed"):
         checkpoints.check(str(tmp_path), "masked-lm")
+
+
+def test_pruning_refuses_a_type_whose_layers_no_row_names():
+    with pytest.raises(ModelError, match="a model of type 'fnet' cannot be pruned"):
+        pruning.prune(None, "fnet", 0.5, "1x1")
 
 
 OWN_CODE = '''
