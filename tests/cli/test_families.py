@@ -1,4 +1,4 @@
-"""`bertile families`: every type with a row, every type that was tried, and what is said of each."""
+"""`bertile families`: each type with a row, each that was tried, and what is said of it."""
 
 from __future__ import annotations
 
