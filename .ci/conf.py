@@ -13,6 +13,7 @@ PAGES = {
         "pipeline/server/README",
         "pipeline/cli/README",
         "pipeline/export/README",
+        "pipeline/families/README",
         "pipeline/quantize/README",
         "pipeline/lower/README",
         "pipeline/tune/README",

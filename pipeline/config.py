@@ -42,6 +42,9 @@ class ConfigFields(TypedDict, total=False):
     libc: str
     head: str | None
     allow_unused: bool
+    trust_remote_code: bool
+    output_hidden_states: bool
+    output_attentions: bool
     rename: str | Sequence[str]
     tokenizer: FilePath | None
     log_dir: FilePath | None
@@ -64,10 +67,12 @@ class Config:
     `lengths` are those that a search weighs, in tokens; None: what most requests have. `trials`,
     `timeout` (seconds) and `threads` are positive, or None for what the effort and the machine
     give. `head` None keeps the checkpoint's own head; `allow_unused` takes a checkpoint that says
-    or holds more than its model reads, without that; `rename` gives inputs of an ONNX file our
-    names, each as OLD=NEW; `tokenizer` is the directory whose tokenizer and config.json belong to
-    an ONNX file, in place of those beside it; `shipped_log` False leaves out the tuning logs that
-    come with the package. Paths may be given as `Path`. `sparse` "always" skips zeros even where
+    or holds more than its model reads, without that; `trust_remote_code` runs the code that lies in
+    a checkpoint, which is what computes it then; `output_hidden_states` and `output_attentions` add
+    what transformers gives by these names, one output a layer; `rename` gives inputs of an ONNX
+    file our names, each as OLD=NEW; `tokenizer` is the directory whose tokenizer and config.json
+    belong to an ONNX file, in place of those beside it; `shipped_log` False leaves out the logs
+    that come with the package. Paths may be `Path`s. `sparse` "always" skips zeros even where
     the dense kernel is faster, which is for measuring. `calibrate`, `smooth` (0 to 1), `max_drop`
     (a fraction of the metric: 0.005, or "0.5%") and `eval` are for int8 and int4 alone, `ranges`
     for int8, `group_size` (inputs that share a scale) and `rounding` for int4.
@@ -90,6 +95,9 @@ class Config:
     libc: str = "glibc"
     head: str | None = None
     allow_unused: bool = False
+    trust_remote_code: bool = False
+    output_hidden_states: bool = False
+    output_attentions: bool = False
     rename: tuple[str, ...] = ()
     tokenizer: str | None = None
     log_dir: str | None = None
@@ -319,6 +327,9 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "libc": _one_of(LIBCS),
     "head": _one_of(HEADS, optional=True),
     "allow_unused": _flag,
+    "trust_remote_code": _flag,
+    "output_hidden_states": _flag,
+    "output_attentions": _flag,
     "rename": _renamed,
     "tokenizer": _path_of("a directory"),
     "log_dir": _path_of("a directory"),

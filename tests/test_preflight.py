@@ -28,7 +28,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "file").write_text("mine")
     for name, config in (
         ("roberta", ROBERTA),
-        ("gpt", {"model_type": "t5"}),
+        ("gpt", {"model_type": "gpt9"}),
         ("odd", {**ROBERTA, "architectures": ["RobertaForRanking"]}),
     ):
         (tmp_path / name).mkdir()
@@ -63,7 +63,7 @@ REFUSED = {
     "no name": (["synthetic:bert-tinny"], "did you mean 'bert-tiny'?"),
     "no pattern": ([f"{TINY}@0.9:5x5"], "5x5"),
     "no config": (["empty"], "has no config.json"),
-    "no family": (["gpt"], "of type 't5', which is unsupported"),
+    "no family": (["gpt"], "has no models of type 'gpt9'"),
     "no head": (["roberta", "--head", "next-sentence"], "have no head 'next-sentence'; known: enc"),
     "no head of its own": (["odd"], "is a RobertaForRanking, whose head is unsupported"),
     "precision": ([TINY, "--target", "x86-avx2", "--precision", "bf16"], "has no bfloat16"),

@@ -21,5 +21,6 @@ HEADS = (
     "next-sentence",
     "multiple-choice",
     "causal-lm",
+    "pretraining",
 )
 AGGREGATIONS = ("none", "simple", "first", "average", "max")

@@ -48,6 +48,8 @@ def as_text(summary: dict[str, Any], model: str) -> str:
         "accuracy": summary["check"],
         "kernels": summary["kernels_in_words"],
     }
+    if summary.get("road"):
+        rows["road"] = summary["road"]
     if summary["kernels"].get(ELSEWHERE):
         rows["faster yet"] = (
             f"bertile tune {model}, then compile again: the log's choices are another processor's"

@@ -138,6 +138,28 @@ CONFIG_FLAGS: tuple[Flag, ...] = (
         "accept weights and settings in a checkpoint that its model does not use",
     ),
     Flag(
+        "--trust-remote-code",
+        None,
+        bool,
+        MODEL,
+        "run the Python code that a checkpoint brings (auto_map): compile what that computes",
+    ),
+    Flag(
+        "--output-hidden-states",
+        None,
+        bool,
+        MODEL,
+        "add outputs hidden_states.0, .1, …: what goes into each layer of a checkpoint, and comes"
+        " out of the last",
+    ),
+    Flag(
+        "--output-attentions",
+        None,
+        bool,
+        MODEL,
+        "add outputs attentions.0, .1, …: the probabilities of each layer of a checkpoint",
+    ),
+    Flag(
         "--rename",
         "OLD=NEW",
         list,
@@ -212,7 +234,16 @@ CONFIG_FLAGS: tuple[Flag, ...] = (
 )
 FLAGS = {flag.name.removeprefix("--"): flag for flag in CONFIG_FLAGS}
 # What decides how a model is exported.
-EXPORT_FLAGS = ("head", "allow-unused", "rename", "tokenizer", "cache-dir")
+EXPORT_FLAGS = (
+    "head",
+    "allow-unused",
+    "trust-remote-code",
+    "output-hidden-states",
+    "output-attentions",
+    "rename",
+    "tokenizer",
+    "cache-dir",
+)
 
 
 def add_config(parser: ArgumentParser, *names: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ COMMANDS = {
     "report": "write an HTML page about a bundle: kernels, tuning curves, gains",
     "inspect": "list a bundle's kernels: origin, time, share of the machine's peak",
     "device": "tune on other machines: serve one, list them, share them out",
+    "families": "list the model types that can be compiled, and by which road",
     "targets": "list the processors and GPUs that can be compiled for",
     "cache": "show what is cached, or remove it",
     "doctor": "check this machine, and say how to solve each problem",

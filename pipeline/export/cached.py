@@ -32,5 +32,7 @@ def has(model: Any, config: Config) -> bool:
 
 
 def _key(model: Any, config: Config) -> str:
-    asked = (str(model), config.head, config.allow_unused, config.rename)
+    outputs = (config.output_hidden_states, config.output_attentions)
+    allowed = (config.allow_unused, config.trust_remote_code)
+    asked = (str(model), config.head, *allowed, *outputs, config.rename)
     return cache.key("export.exporter", exporter.fingerprint(model, config), *asked)

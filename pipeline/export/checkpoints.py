@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
@@ -24,6 +25,7 @@ from bertile.onnx.exported import TOKENIZER_FILES
 
 # Architectures whose heads are for training alone: their encoder is compiled.
 LEFT_OUT = ("ForPreTraining",)
+OWN_CODE = "code of its own"  # the family of a checkpoint that brings the code of its model
 # head: (transformers class that loads it, how the names of its architectures end)
 HEADS = {
     "encoder": ("AutoModel", ("Model", *LEFT_OUT)),
@@ -39,6 +41,8 @@ HEADS = {
     "next-sentence": ("AutoModelForNextSentencePrediction", ("ForNextSentencePrediction",)),
     "multiple-choice": ("AutoModelForMultipleChoice", ("ForMultipleChoice",)),
     CAUSAL: ("AutoModelForCausalLM", ("LMHeadModel", "ForCausalLM")),
+    # asked for by name alone: what such a checkpoint is loaded for is its encoder
+    "pretraining": ("AutoModelForPreTraining", ()),
 }
 
 
@@ -58,13 +62,15 @@ class Checkpoint:
     kept: Any = None  # what the files are removed with
 
 
-def load(model: Any, head: str | None = None, allow_unused: bool = False) -> Checkpoint:
+def load(
+    model: Any, head: str | None = None, allow_unused: bool = False, trust: bool = False
+) -> Checkpoint:
     """Load MODEL: `minilm`, `synthetic:NAME[:HEAD][@SPARSITY:PATTERN]`, a directory, a hub id or
     what `objects.opened` takes.
 
     `head` None takes what the checkpoint's config says. `allow_unused` takes a checkpoint that says
-    or holds more than its model reads. Raises UsageError for an unknown name or head, ModelError
-    for a checkpoint that cannot be read or is of an unsupported family.
+    or holds more than its model reads, `trust` runs the code that it brings. Raises UsageError for
+    an unknown name or head, ModelError for a checkpoint that cannot be read.
     """
     if head is not None and head not in HEADS:
         raise UsageError(f"head '{head}' is unknown{nearest(head, HEADS)}")
@@ -73,7 +79,8 @@ def load(model: Any, head: str | None = None, allow_unused: bool = False) -> Che
             return _from_object(objects.opened(model), head)
         if str(model).startswith("synthetic:"):
             return _from_synthetic(str(model), head)
-        return _from_directory(str(model), find_directory(str(model)), head, allow_unused)
+        directory = find_directory(str(model))
+        return _from_directory(str(model), directory, head, allow_unused, trust)
 
 
 def check(model: str, head: str | None) -> Path | None:
@@ -92,11 +99,12 @@ def check(model: str, head: str | None) -> Path | None:
         config = model_config.read(transformer_directory(directory))
         asked, chain, _ = _asked_head(model, directory, config, head)
         table.must_have_head(config["model_type"], _computed(asked, chain))
+        if table.of_type(config["model_type"]) is None and not pretrained.own_code(config):
+            _auto_class(_computed(asked, chain), config["model_type"], config)
     return directory
 
 
 def _from_object(held: objects.ModelObject, head: str | None) -> Checkpoint:
-    table.supporting(held.model.config.model_type, held.name)
     chain, files, notes = None, (), ()
     if held.directory:
         files = _text_files(held.directory, transformer_directory(held.directory))
@@ -137,7 +145,7 @@ def _with_head(model: Any, head: str, name: str) -> Any:
     """
     auto_class, endings = HEADS[head]
     if auto_class == "AutoModel":
-        return model.base_model
+        return _encoder(model.base_model)
     if _architecture(model).endswith(endings):
         return model
     settings = model.config
@@ -162,7 +170,7 @@ def _from_synthetic(source: str, head: str | None) -> Checkpoint:
     name, chosen = synthetic.parse(source, head)
     _must_be_known(synthetic.SYNTHETIC[name][0])
     config = synthetic.config(name)
-    family = table.supporting(config.model_type, source)
+    family = table.answering(config.model_type)
     model = synthetic.build(_auto_class(chosen, config.model_type), config)
     if asked := synthetic.pruned(source):
         pruning.prune(model, family.name, *asked)
@@ -170,18 +178,32 @@ def _from_synthetic(source: str, head: str | None) -> Checkpoint:
 
 
 def _from_directory(
-    source: str, directory: Path, head: str | None, allow_unused: bool
+    source: str, directory: Path, head: str | None, allow_unused: bool, trust: bool
 ) -> Checkpoint:
     transformer = transformer_directory(directory)
     sha256 = fingerprint(directory, head)  # which refuses links to files outside
     config = model_config.read(transformer)
     head, chain, left_out = _asked_head(source, directory, config, head)
     computed = _computed(head, chain)
-    auto_class = _auto_class(computed, config["model_type"])
-    model, notes = pretrained.load(source, transformer, config, auto_class, computed, allow_unused)
-    notes = (*left_out, *notes)
+    own_code = trust and bool(pretrained.own_code(config))
+    allowed = pretrained.Allowed(allow_unused, own_code)
+    told = pretrained.refuse_other_models(source, transformer, config, allowed)
+    if own_code:
+        kind = getattr(require("export", "transformers")[0], HEADS[computed][0])
+    else:
+        kind = _auto_class(computed, config["model_type"], config)
+    model, notes = pretrained.load(source, transformer, config, kind, computed, allowed)
+    if HEADS[computed][0] == "AutoModel":
+        model = _encoder(model)
+    notes = (*left_out, *told, *notes)
     files = _text_files(directory, transformer)
-    return _checkpoint(_plain(model), source, sha256, head, chain, files, notes)
+    family = table.named(OWN_CODE) if own_code else None
+    return _checkpoint(_plain(model), source, sha256, head, chain, files, notes, family)
+
+
+def _encoder(model: Any) -> Any:
+    """The encoder of a model that has a decoder too; any other as it is."""
+    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
 
 
 def _computed(head: str, chain: Chain | None) -> str:
@@ -210,8 +232,9 @@ def _checkpoint(
     chain: Chain | None = None,
     files: tuple[Path, ...] = (),
     notes: tuple[str, ...] = (),
+    family: Family | None = None,
 ) -> Checkpoint:
-    family = table.supporting(model.config.model_type, source)
+    family = family or table.answering(model.config.model_type or type(model).__name__)
     if family.causal:
         model.config.use_cache = False  # of keys and values, for the next token
     if getattr(model.config, "is_decoder", False):
@@ -219,7 +242,7 @@ def _checkpoint(
             f"'{source}' is a decoder (is_decoder in its config), which is unsupported",
             "Bertile compiles encoders, whose tokens all see each other",
         )
-    _must_have_places(model, source)
+    _must_have_places(model, family, source)
     if head == "embedding" and chain is None:
         sees_all = family.sees_all(model.config)
         chain = Chain() if sees_all else Chain((Pool(("lasttoken",)), Normalize()))
@@ -233,32 +256,51 @@ def _checkpoint(
     return Checkpoint(model, source, sha256, family.name, head, chain, files, notes, labels)
 
 
-def _must_have_places(model: Any, source: str) -> None:
+def _must_have_places(model: Any, family: Family, source: str) -> None:
     """Refuse a model whose positions count from a padding id that there is not, or have no room."""
-    family, padding = table.of_type(model.config.model_type), model.config.pad_token_id
+    padding = getattr(model.config, "pad_token_id", None)
     if family.positions == AFTER_PADDING and (padding is None or padding < 0):
         raise ModelError(
             f"'{source}' has pad_token_id {padding}, from which its positions would be counted",
             "give it the id that it was trained with",
         )
-    if family.max_length(model) < 1:
+    longest = family.max_length(model)
+    if longest is not None and longest < 1:
         raise ModelError(
             f"'{source}' has no position for a token: pad_token_id {padding} leaves none of"
             f" max_position_embeddings {model.config.max_position_embeddings}"
         )
 
 
-def _auto_class(head: str, model_type: str) -> Any:
-    """transformers' auto class for that head; UsageError where the family has no such head."""
+def _auto_class(
+    head: str, model_type: str, config: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """transformers' auto class for that head; UsageError where the type has no such head.
+
+    Of a type with a decoder, a directory may hold the encoder alone: its config says so.
+    """
     table.must_have_head(model_type, head)
     _must_be_known(model_type)
     (transformers,) = require("export", "transformers")
-    classes = table.of_type(model_type).auto_classes
-    return getattr(transformers, classes.get(head, HEADS[head][0]))
+    classes = table.answering(model_type).auto_classes
+    kind = getattr(transformers, classes.get(head, HEADS[head][0]))
+    if _has(transformers, kind, model_type):
+        alone = (config.get("architectures") or [""])[0].endswith("EncoderModel")
+        encoders = transformers.AutoModelForTextEncoding
+        return encoders if alone and HEADS[head][0] == "AutoModel" else kind
+    heads = {head: getattr(transformers, name) for head, (name, _) in HEADS.items()}
+    known = [head for head, kind in heads.items() if _has(transformers, kind, model_type)]
+    raise UsageError(
+        f"models of type '{model_type}' have no head '{head}'; known: {', '.join(known) or 'none'}"
+    )
+
+
+def _has(transformers: Any, kind: Any, model_type: str) -> bool:
+    return transformers.CONFIG_MAPPING[model_type] in kind._model_mapping
 
 
 def _must_be_known(model_type: str) -> None:
-    """Refuse a family that the transformers which is installed is too old for."""
+    """Refuse a type that the transformers which is installed does not know."""
     (transformers,) = require("export", "transformers")
     if model_type not in transformers.CONFIG_MAPPING:
         raise ModelError(

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bertile.base import quiet
-from bertile.base.errors import ModelError, NumericMismatchError, require
+from bertile.base.errors import ModelError, NumericMismatchError, UsageError, require
 from bertile.base.progress import Bar, open_bar
 from bertile.config import Config
 from bertile.export import asked, checkpoints, files
@@ -27,6 +29,7 @@ __all__ = ["ExportedModel", "InputSpec", "export", "fingerprint", "read"]
 OPSET = 20
 _SCOPES = "pkg.torch.onnx.name_scopes"  # what torch's exporter records of a node
 LONGEST = 2048  # tokens that it is compared with torch on
+LONG = 512  # tokens that a model is compared on too of which no row tells how it counts
 TOLERANCE = 1e-3  # largest absolute difference between ONNX Runtime and torch, real tokens only
 
 _OUTPUTS = {
@@ -39,7 +42,10 @@ _OUTPUTS = {
     "next-sentence": ("logits",),
     "multiple-choice": ("logits",),
     "causal-lm": ("logits",),
+    "pretraining": (),  # all that the model gives
 }
+# What transformers gives of each layer, one output each.
+LAYERS = ("hidden_states", "attentions")
 
 
 def export(model: Any, directory: Path, config: Config) -> ExportedModel:
@@ -64,23 +70,28 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
 
 def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedModel:
     bar.advance(0, "load the weights")
-    checkpoint = checkpoints.load(model, config.head, config.allow_unused)
+    allowed = (config.allow_unused, config.trust_remote_code)
+    checkpoint = checkpoints.load(model, config.head, *allowed)
     bar.advance(note="run it in torch")
     with explained(f"'{checkpoint.source}' cannot be exported"), quiet.quiet(), ordinary():
         exported = dataclasses.replace(
             _describe(checkpoint, directory), text=_prepare_texts(checkpoint, directory)
         )
-        want = _answers(checkpoint, exported)  # before anything of the model is changed
+        # before anything of the model is changed
+        exported, want = _answers(checkpoint, exported, _asked_layers(config))
         module = _module(checkpoint, exported)
-        module.additive = _takes_additive(module, exported)
+        own = table.named(checkpoint.family).own
+        module.additive = own and _takes_additive(module, exported)
         _must_answer_alike(module, want, exported)
         bar.advance(note="torch's exporter writes the graph")
-        notes = _write_onnx(module, exported)
+        exported, notes = _write_onnx(module, exported)
         bar.advance(note="compare with torch")
         difference = _check(module, exported, _padding_id(checkpoint))
         bar.advance(note="look which outputs depend on other rows")
         seen = reach.look(session(exported.onnx_path), exported.inputs, None, None)
         bar.advance()
+    if not own:
+        notes = (f"{checkpoint.family} has no row of its own: it went the general road", *notes)
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
     notes = (*exported.notes, *module.notes, *notes, *seen.notes(), note)
     known = {"notes": notes, "together": bool(seen.rows), "padded": bool(seen.padding)}
@@ -104,17 +115,15 @@ def _copied(source: Path, directory: Path, config: Config) -> ExportedModel:
 
 
 def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedModel:
-    model_config = checkpoint.model.config
     outputs = _OUTPUTS[checkpoint.head]
     if checkpoint.chain is not None:
         outputs = (checkpoint.chain.output,)
     if checkpoint.head == "encoder" and getattr(checkpoint.model, "pooler", None) is not None:
         outputs = (*outputs, "pooler_output")
-    inputs = [
-        InputSpec("input_ids", below=model_config.vocab_size),
-        InputSpec("attention_mask", below=2, default="ones"),
-    ]
     family = table.named(checkpoint.family)
+    inputs = [InputSpec("input_ids", below=_vocabulary(checkpoint.model))]
+    if "attention_mask" in family.takes(checkpoint.model):
+        inputs.append(InputSpec("attention_mask", below=2, default="ones"))
     types = family.type_count(checkpoint.model)
     if types > 1:  # a single one is a constant
         inputs.append(InputSpec("token_type_ids", below=types, default="zeros"))
@@ -132,6 +141,15 @@ def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedMo
     )
 
 
+def _vocabulary(model: Any) -> int | None:
+    """How many ids a model has; None where it looks none up."""
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # of characters, which are hashed
+        return None
+    return rows or getattr(model.config, "vocab_size", None)
+
+
 def _padding_id(checkpoint: checkpoints.Checkpoint) -> int:
     counted_from = table.named(checkpoint.family).padding_id(checkpoint.model)
     return counted_from or model_config.padding_id(checkpoint.model.config.to_dict())
@@ -146,23 +164,59 @@ def _module(checkpoint: checkpoints.Checkpoint, exported: ExportedModel) -> Any:
 def _arguments(exported: ExportedModel) -> dict[str, Any]:
     """Tensors to export with: of sizes 2 and 16, because torch makes a constant of an axis of 1."""
     (torch,) = require("export", "torch")
-    arrays = sample(exported.inputs, batch=2, length=min(16, exported.max_length), padding_id=0)
+    arrays = sample(exported.inputs, batch=2, length=_at_most(16, exported), padding_id=0)
     return {spec.name: torch.from_numpy(arrays[spec.name]) for spec in exported.inputs}
 
 
-def _answers(checkpoint: checkpoints.Checkpoint, exported: ExportedModel) -> Mapping[str, Any]:
-    """What the model answers as its users call it, by name; {} where that is pooled first."""
+def _at_most(length: int, exported: ExportedModel) -> int:
+    return min(length, exported.max_length or length)
+
+
+def _mask(arguments: Mapping[str, Any]) -> np.ndarray:
+    """Which tokens are real; all of a model that takes no mask."""
+    ids = arguments["input_ids"]
+    return arguments["attention_mask"].numpy() if "attention_mask" in arguments else ids.numpy() | 1
+
+
+def _asked_layers(config: Config) -> tuple[str, ...]:
+    return tuple(name for name in LAYERS if getattr(config, f"output_{name}"))
+
+
+def _answers(
+    checkpoint: checkpoints.Checkpoint, exported: ExportedModel, layers: tuple[str, ...]
+) -> tuple[ExportedModel, Mapping[str, Any]]:
+    """What the model answers as its users call it, by name, {} where that is pooled first; with the
+    outputs that it tells.
+    """
     if checkpoint.chain is not None:
-        return {}
-    results = checkpoint.model(**_arguments(exported))
-    absent = [name for name in exported.outputs if name not in results]
+        if layers:
+            raise UsageError(
+                f"an embedding has no {' and no '.join(layers)}",
+                "compile the model with --head encoder",
+            )
+        return exported, {}
+    from bertile.export.torch_module import flat
+
+    asked = {f"output_{name}": True for name in layers}
+    results = flat(checkpoint.model(**_arguments(exported), **asked))
+    outputs = exported.outputs or tuple(
+        name for name, value in results.items() if value.is_floating_point() and "." not in name
+    )
+    if checkpoint.head == "encoder" and not table.named(checkpoint.family).own:
+        known = ("last_hidden_state", "pooler_output")
+        outputs = tuple(name for name in known if name in results) or outputs
+    for name in layers:
+        of_layers = [output for output in results if output.startswith(f"{name}.")]
+        outputs = (*outputs, *(of_layers or (name,)))
+    absent = [name for name in outputs if name not in results]
     if absent:
         raise ModelError(
             f"a {type(checkpoint.model).__name__} answers with {', '.join(results)}, not with"
             f" {', '.join(absent)}",
             "compile another --head of it",
         )
-    return {name: results[name].numpy() for name in exported.outputs}
+    exported = dataclasses.replace(exported, outputs=outputs)
+    return exported, {name: results[name].numpy() for name in outputs}
 
 
 def _takes_additive(module: Any, exported: ExportedModel) -> bool:
@@ -178,12 +232,12 @@ def _takes_additive(module: Any, exported: ExportedModel) -> bool:
     arguments = _arguments(exported)
     mask = arguments["attention_mask"].numpy()
     try:
-        got = module(*arguments.values())
+        got = module(**arguments)
     except Exception:  # whatever a mask of two axes too many makes its code raise
         return False
     module.additive = False
     try:
-        want = module(*arguments.values())
+        want = module(**arguments)
     except Exception:  # its forward is ours, and takes no other
         return True
     return all(
@@ -210,8 +264,8 @@ def _beyond_windows(config: Any) -> tuple[int, ...]:
 def _must_answer_alike(module: Any, want: Mapping[str, Any], exported: ExportedModel) -> None:
     """Refuse a model whose own code makes something else of the mask that the export gives it."""
     arguments = _arguments(exported)
-    got = dict(zip(exported.outputs, module(*arguments.values())))
-    mask = arguments["attention_mask"].numpy()
+    got = dict(zip(exported.outputs, module(**arguments)))
+    mask = _mask(arguments)
     for name, array in want.items():
         worst = largest_difference(got[name].numpy(), array, mask)
         if not worst <= TOLERANCE:
@@ -222,28 +276,31 @@ def _must_answer_alike(module: Any, want: Mapping[str, Any], exported: ExportedM
             )
 
 
-def _write_onnx(module: Any, exported: ExportedModel) -> tuple[str, ...]:
-    """Write model.onnx in canonical form; give notes for people."""
+def _write_onnx(module: Any, exported: ExportedModel) -> tuple[ExportedModel, tuple[str, ...]]:
+    """Write model.onnx in canonical form; give what is known of it since, and notes for people."""
     (torch,) = require("export", "torch")
     batch = torch.export.Dim("batch", min=1)
     length = torch.export.Dim("length", min=1, max=exported.max_length)
-    arguments = tuple(_arguments(exported).values())
+    arguments = _arguments(exported)
     program = torch.onnx.export(
         module,
-        arguments,
+        (),
+        kwargs=arguments,
         dynamo=True,
         opset_version=OPSET,
-        input_names=[spec.name for spec in exported.inputs],
+        input_names=list(arguments),
         output_names=list(exported.outputs),
-        dynamic_shapes=tuple({0: batch, 1: length} for _ in arguments),
+        dynamic_shapes={name: {0: batch, 1: length} for name in arguments},
         verbose=False,
     )
     return _write_canonical(program.model_proto, exported, module.additive)
 
 
-def _write_canonical(proto: Any, exported: ExportedModel, additive: bool) -> tuple[str, ...]:
+def _write_canonical(
+    proto: Any, exported: ExportedModel, additive: bool
+) -> tuple[ExportedModel, tuple[str, ...]]:
     """Drop the exporter's records of source lines, and bring the rest to the one spelling."""
-    from bertile.onnx import attention, places, rewrites
+    from bertile.onnx import attention, normalizer, places, rewrites
     from bertile.onnx.graph import OnnxGraph, save
 
     graph, notes = OnnxGraph(proto), ()
@@ -256,7 +313,10 @@ def _write_canonical(proto: Any, exported: ExportedModel, additive: bool) -> tup
         del value.metadata_props[:]
     rewrites.split_gemms(graph)
     angles = any(node.op_type in places.ANGLES for node in graph.nodes)
-    if angles or not additive:
+    if not table.named(exported.family).own:
+        limit, notes = normalizer.brought(graph, exported.inputs, OPSET, exported.max_length)
+        exported = dataclasses.replace(exported, max_length=limit)
+    elif angles or not additive:
         notes = _rewrite(graph, exported)
     rewrites.write_gathers(graph)
     rewrites.write_reshapes(graph, sizes.get)
@@ -265,7 +325,7 @@ def _write_canonical(proto: Any, exported: ExportedModel, additive: bool) -> tup
     rewrites.name_weights(graph)
     graph.clean()
     save(graph.to_model(OPSET), exported.onnx_path)
-    return notes
+    return exported, notes
 
 
 def _rewrite(graph: Any, exported: ExportedModel) -> tuple[str, ...]:
@@ -310,14 +370,18 @@ def _check(module: Any, exported: ExportedModel, padding_id: int) -> float:
     (torch,) = require("export", "torch")
     worst = 0.0
     lengths = (16, 37, *_beyond_windows(module.model.config))
-    shapes = [(2 + place, min(n, exported.max_length)) for place, n in enumerate(lengths)]
+    if not table.named(exported.family).own:  # whose code may branch by the length
+        lengths = (*lengths, LONG)
+    shapes = [(2 + place, _at_most(n, exported)) for place, n in enumerate(lengths)]
     feeds = []
     for seed, (batch, length) in enumerate(shapes):
         arrays = sample(exported.inputs, batch, length, padding_id, seed)
         feeds.append(arrays)
-        want = module(*(torch.from_numpy(arrays[spec.name]) for spec in exported.inputs))
+        want = module(
+            **{spec.name: torch.from_numpy(arrays[spec.name]) for spec in exported.inputs}
+        )
         got = run_onnx(exported.onnx_path, arrays)
-        mask = arrays["attention_mask"]
+        mask = arrays.get("attention_mask", arrays["input_ids"] | 1)
         for name, tensor in zip(exported.outputs, want, strict=True):
             worst = max(worst, largest_difference(got[name], tensor.numpy(), mask))
     bound = room(TOLERANCE, worst, exported.onnx_path, feeds)

@@ -11,7 +11,7 @@ import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bertile.base.errors import ModelError, require
 from bertile.export import objects
@@ -34,6 +34,7 @@ OTHER_HEADS = (
     *("cls", "cls.seq_relationship", "cls.predictions", "lm_head", "predictions"),
     *("head", "decoder"),
     *("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+    *("score", "classification_head", "qa_output", "embed_out", "lm_loss", "summary"),
     *("discriminator_predictions", "generator_predictions", "generator_lm_head"),
     *("loss", "loss_fct", "criterion"),
 )
@@ -48,24 +49,35 @@ SLACK = 1 << 27
 _ALLOW = "--allow-unused compiles it without them, if that is right for this model"
 
 
+class Allowed(NamedTuple):
+    """What a user has allowed: to leave out what the model does not read; to run its own code."""
+
+    unused: bool = False
+    code: bool = False
+
+
 def load(
     source: str,
     directory: Path,
     config: Mapping[str, Any],
     auto_class: Any,
     head: str,
-    allow_unused: bool = False,
+    allowed: Allowed,
 ) -> tuple[Any, tuple[str, ...]]:
     """The model in `directory` in float32 with eager attention, and notes for people.
 
     `config` is its checked config.json, `auto_class` the transformers class that loads it. Raises
     ModelError, with names, for a checkpoint that cannot be read, for one that lacks weights of the
-    model, and, unless `allow_unused`, for one that says or holds more than the model reads.
+    model, and, unless that is `allowed`, for one that holds more than the model reads.
     """
     torch, transformers = require("export", "torch", "transformers")
-    notes = _refuse_other_models(source, directory, config, allow_unused)
-    settings = _settings(transformers, directory, config)
-    loader = _loader(auto_class, settings)
+    notes: tuple[str, ...] = ()
+    if allowed.code:
+        settings = _settings_of_code(transformers, directory)
+        loader: Any = _OwnCode(auto_class)
+    else:
+        settings = _settings(transformers, directory, config)
+        loader = _loader(auto_class, settings)
     held = _check_files(torch, loader, directory, settings)
     try:
         with torch.device("cpu"):  # whatever device the program around has chosen
@@ -90,7 +102,7 @@ def load(
             "choose the head that it was trained with",
         )
     unread = _unread(model, head, report["unexpected_keys"], held)
-    if unread and not allow_unused:
+    if unread and not allowed.unused:
         raise ModelError(
             f"'{source}' is not the model that its model_type '{config['model_type']}' names: its"
             f" tensors {_listed(unread)} are never read",
@@ -136,36 +148,79 @@ def tensor(held: Mapping[str, Any], name: str, rank: int, directory: Path) -> An
     return held[name]
 
 
-def _refuse_other_models(
-    source: str, directory: Path, config: Mapping[str, Any], allow_unused: bool
+def own_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes of a model that lie in its directory, by what they stand for."""
+    return {
+        key: value
+        for key, value in (config.get("auto_map") or {}).items()
+        if key.startswith(("AutoConfig", "AutoModel")) and value
+    }
+
+
+def refuse_other_models(
+    source: str, directory: Path, config: Mapping[str, Any], allowed: Allowed
 ) -> tuple[str, ...]:
-    """Refuse what says that it computes something else; notes where that is allowed."""
+    """ModelError for a config that says that it means another model than its type names; notes for
+    people where that is allowed.
+    """
     if method := (config.get("quantization_config") or {}).get("quant_method"):
         raise ModelError(
             f"'{source}' is quantized ({method!r}), which is unsupported",
             "give the model in floats, and quantize it with --precision int8",
         )
-    reasons = []
-    code = {
-        key: value
-        for key, value in (config.get("auto_map") or {}).items()
-        if key.startswith(("AutoConfig", "AutoModel")) and value
-    }
-    if code:
-        names = [f"{key}: {value}" for key, value in code.items()]
-        reasons.append(f"code of its own (auto_map, {_listed(names)})")
+    reasons, hint, notes = [], _ALLOW, ()
+    if code := own_code(config):
+        names = _listed([f"{key}: {value}" for key, value in code.items()])
+        if allowed.code:
+            notes = (f"computed by code of its own (auto_map, {names})",)
+        else:
+            reasons.append(f"code of its own (auto_map, {names})")
+            hint = f"--trust-remote-code runs that code; {_ALLOW}"
     positions = config.get("position_embedding_type")
-    if positions not in (None, "absolute"):
+    if positions not in (None, "absolute") and not allowed.code and _by_type_alone(config):
         reasons.append(f"position_embedding_type '{positions}'")
     if (directory / ADAPTER).exists():
         reasons.append(f"an adapter ({ADAPTER})")
-    if reasons and not allow_unused:
+    if reasons and not allowed.unused:
         raise ModelError(
             f"'{source}' is not the model that its model_type '{config['model_type']}' names: it"
             f" has {' and '.join(reasons)}",
-            _ALLOW,
+            hint,
         )
-    return tuple(f"left out: {reason}" for reason in reasons)
+    return (*notes, *(f"left out: {reason}" for reason in reasons))
+
+
+def _by_type_alone(config: Mapping[str, Any]) -> bool:
+    """Whether what positions a model has is told by its type, not by its config."""
+    (transformers,) = require("export", "transformers")
+    model_type = config["model_type"]
+    if table.of_type(model_type) is not None or model_type not in transformers.CONFIG_MAPPING:
+        return True
+    return not hasattr(transformers.CONFIG_MAPPING[model_type](), "position_embedding_type")
+
+
+class _OwnCode:
+    """An auto class that runs the code in a directory."""
+
+    def __init__(self, auto_class: Any) -> None:
+        self._auto_class = auto_class
+
+    def from_pretrained(self, *positional: Any, **keywords: Any) -> Any:
+        return self._auto_class.from_pretrained(*positional, **keywords, trust_remote_code=True)
+
+    def from_config(self, settings: Any) -> Any:
+        return self._auto_class.from_config(settings, trust_remote_code=True)
+
+
+def _settings_of_code(transformers: Any, directory: Path) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            directory, trust_remote_code=True, local_files_only=True
+        )
+    except Exception as error:  # anyone's code
+        raise ModelError(
+            f"'{directory}' has a config.json that its own code does not take: {_reason(error)}"
+        ) from error
 
 
 def _settings(transformers: Any, directory: Path, config: Mapping[str, Any]) -> Any:
@@ -187,9 +242,9 @@ def _settings(transformers: Any, directory: Path, config: Mapping[str, Any]) -> 
 def _loader(auto_class: Any, settings: Any) -> Any:
     """What has the method `from_pretrained`; a model's own class where it lacks heads."""
     removed = getattr(settings, "pruned_heads", None)
-    if not removed:
-        return auto_class
     family = table.of_type(settings.model_type)
+    if not removed or family is None:  # a type without a row has its own way with them
+        return auto_class
     return class_without(auto_class._model_mapping[type(settings)], family, removed)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bertile.base.errors import UsageError, nearest
+from bertile.base.errors import ModelError, UsageError, nearest
 from bertile.families import table
 from bertile.numerics.zeros import BLOCKS, analyse
 
@@ -56,6 +56,11 @@ def prune(model: Any, family: str, sparsity: float, pattern: str) -> list[Pruned
     neurons, where the pattern is that. Embeddings, pooler and head of the model stay as they are.
     """
     row = table.named(family)
+    if not row.own:
+        raise ModelError(
+            f"a model of type '{family}' cannot be pruned: it has no row that names its layers",
+            "prune it by another program: zeros in any model's weights are skipped",
+        )
     if pattern == "heads" and row.by_head:
         raise UsageError(
             f"{row.title} has no pattern heads: Q, K and V of each lie together in one layer",

@@ -37,6 +37,8 @@ class Exportable(nn.Module):
         self.embedding = checkpoint.chain and Embedding(checkpoint.chain)
         self.inputs = inputs
         self.outputs = outputs
+        names = {name.partition(".")[0] for name in outputs if "." in name}
+        self.layers = {f"output_{name}": True for name in sorted(names)}
         self.additive = True
         self.padding_id = table.named(checkpoint.family).padding_id(self.model)
         self.notes = _simplify(self.model, checkpoint, "token_type_ids" in inputs)
@@ -45,21 +47,37 @@ class Exportable(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        mask = attention_mask.to(torch.float32)
-        keywords: dict[str, Any] = {"attention_mask": attention_mask}
+        keywords: dict[str, Any] = {}
+        mask = torch.ones_like(input_ids, dtype=torch.float32)
+        if attention_mask is not None:
+            mask = attention_mask.to(torch.float32)
+            keywords["attention_mask"] = attention_mask
         if self.additive:
             keywords["attention_mask"] = (1.0 - mask[:, None, None, :]) * MASKED
         if token_type_ids is not None:
             keywords["token_type_ids"] = token_type_ids
         if self.padding_id is not None:
             keywords["position_ids"] = _positions_after(self.padding_id, input_ids)
-        results = self.model(input_ids=input_ids, **keywords)
+        results = self.model(input_ids=input_ids, **keywords, **self.layers)
         if self.embedding is not None:
             return (self.embedding(results, mask),)
+        results = flat(results)
         return tuple(results[name] for name in self.outputs)
+
+
+def flat(results: Any) -> dict[str, Tensor]:
+    """A model's answers by name, those of several layers as hidden_states.0, hidden_states.1, …"""
+    tensors: dict[str, Tensor] = {}
+    for name, value in results.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, (tuple, list)):
+            parts = {f"{name}.{place}": part for place, part in enumerate(value)}
+            tensors |= {key: part for key, part in parts.items() if isinstance(part, Tensor)}
+    return tensors
 
 
 def _positions_after(padding_id: int, ids: Tensor) -> Tensor:

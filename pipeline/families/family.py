@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from bertile.base.allowed import HEADS
 
@@ -72,6 +72,8 @@ class Family:
     causal: bool = False
     kernels_of: str | None = None
 
+    own: ClassVar[bool] = True  # a row of the table; False of what stands in the place of one
+
     @property
     def heads(self) -> tuple[str, ...]:
         """The heads that its models may have."""
@@ -99,6 +101,10 @@ class Family:
     def type_count(self, model: Any) -> int:
         """How many token types there are; 0 for a family without them."""
         return model.config.type_vocab_size if self.token_types else 0
+
+    def takes(self, model: Any) -> set[str]:
+        """The names of what can be passed to the model, as far as the export asks."""
+        return {"input_ids", "attention_mask", *(["token_type_ids"] if self.token_types else [])}
 
     def encoder_layers(self, model: Any) -> list[dict[str, Any]]:
         """The linear layers of each encoder layer, in the order of `layers`, by their whole names.

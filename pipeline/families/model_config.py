@@ -41,7 +41,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The checked config.json of a checkpoint of a supported type; ModelError for any other."""
+    """The checked config.json of a checkpoint; ModelError for what no model can be made of.
+
+    Of a type without a row the sizes alone are checked, where they are whole numbers.
+    """
     path = directory / NAME
     if not path.exists():
         raise ModelError(
@@ -49,8 +52,15 @@ def read(directory: Path) -> dict[str, Any]:
         )
     config = read_object(path)
     _check(config, path, {"model_type": _TEXT})
-    table.supporting(config.get("model_type"), str(directory))  # first: another's sizes mean else
-    _check(config, path, {**_BESIDE, **_SIZES, **_CHECKS})
+    if not config.get("model_type"):
+        raise ModelError(
+            f"'{path}' does not say of what model_type the model is",
+            "save the model with save_pretrained of transformers",
+        )
+    if table.of_type(config["model_type"]) is None:  # another's fields may mean something else
+        _check(config, path, {**_BESIDE, **_WHOLE, **_FORMS})
+        return config
+    _check(config, path, {**_BESIDE, **_SIZES, **_CHECKS, **_FORMS})
     padding, vocabulary = config.get("pad_token_id"), config.get("vocab_size")
     if padding is not None and vocabulary is not None and padding >= vocabulary:
         raise ModelError(
@@ -110,6 +120,10 @@ def _count(least: int, most: int, optional: bool = False) -> Check:
 def _number(value: Any) -> str:
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     return "" if plain and math.isfinite(value) and 0 <= value <= 1 else "a number from 0 to 1"
+
+
+def _if_whole(check: Check) -> Check:
+    return lambda value: check(value) if type(value) is int and value > 0 else ""
 
 
 def _one_of(kinds: tuple[type, ...], expected: str) -> Check:
@@ -192,12 +206,18 @@ _SIZES: dict[str, Check] = {
     "relative_attention_num_buckets": _count(1, 1 << 16),
     **dict.fromkeys(("num_labels", "_num_labels"), _count(1, 1 << 24, optional=True)),
 }
-_CHECKS: dict[str, Check] = {
+_WHOLE = {
+    name: _if_whole(check) for name, check in {"max_position_embeddings": _ROWS, **_SIZES}.items()
+}
+_FORMS: dict[str, Check] = {
     "architectures": _names,
     "auto_map": _OBJECT,
     "quantization_config": _OBJECT,
     "label2id": _OBJECT,
     "position_embedding_type": _TEXT,
+    "is_decoder": _FLAG,
+}
+_CHECKS: dict[str, Check] = {
     "hidden_act": _TEXT,
     "activation": _TEXT,
     **dict.fromkeys(("layer_norm_eps", "norm_eps"), _number),
@@ -212,7 +232,6 @@ _CHECKS: dict[str, Check] = {
     "layer_types": _names,
     "rope_parameters": _rope,
     **dict.fromkeys(("global_rope_theta", "local_rope_theta"), _base),
-    "is_decoder": _FLAG,
     "add_cross_attention": _FLAG,
     "pruned_heads": _heads_by_layer,
 }

@@ -1,10 +1,10 @@
-"""Lists the families, one row each, and finds a model's row."""
+"""Lists the families, one row each, and finds a model's row, or what answers in its place."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from bertile.families import deberta, ernie, layoutlm, mpnet
+from bertile.families import deberta, ernie, general, layoutlm, mpnet
 from bertile.families.decoders import DECODERS
 from bertile.families.family import AFTER_PADDING, BY_ANGLE, BY_DISTANCE, Family
 
@@ -182,6 +182,7 @@ FAMILIES = (
     Family(
         name="rembert",
         title="RemBERT",
+        lacks=("next-sentence", "pretraining"),
         model_types=("rembert",),
         layers=_BERT_LAYERS,
         tiny=_tiny(input_embedding_size=48, output_embedding_size=192),
@@ -202,6 +203,7 @@ FAMILIES = (
     Family(
         name="modernbert",
         title="ModernBERT",
+        lacks=("next-sentence", "pretraining"),
         model_types=("modernbert",),
         layers=("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
         groups=(1, 1, 1, 1),
@@ -220,7 +222,7 @@ FAMILIES = (
         name="nomic-bert",
         title="Nomic BERT",
         kernels_of="modernbert",
-        lacks=("next-sentence", "question-answering", "multiple-choice"),
+        lacks=("next-sentence", "question-answering", "multiple-choice", "pretraining"),
         model_types=("nomic_bert",),
         layers=(
             *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -266,8 +268,11 @@ FAMILIES = (
 
 
 def named(name: str) -> Family:
-    """The row of that name, which a loaded model's checkpoint carries."""
-    return next(family for family in FAMILIES if family.name == name)
+    """The row of that name, which a loaded model's checkpoint carries; a type without a row has its
+    own name.
+    """
+    rows = (family for family in FAMILIES if family.name == name)
+    return next(rows, None) or general.family(name)
 
 
 def of_type(model_type: Any) -> Family | None:
@@ -275,26 +280,16 @@ def of_type(model_type: Any) -> Family | None:
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
-def supporting(model_type: Any, source: str) -> Family:
-    """The same; ModelError, naming `source`, where there is none."""
-    family = of_type(model_type)
-    if family is None:
-        from bertile.base.errors import (
-            ModelError,  # brings numpy, which `bertile --help` does without
-        )
-
-        types = [supported for family in FAMILIES for supported in family.model_types]
-        raise ModelError(
-            f"'{source}' is a model of type '{model_type}', which is unsupported",
-            f"supported: {', '.join(types)}",
-        )
-    return family
+def answering(model_type: str) -> Family:
+    """The row of a type, or what stands in its place."""
+    return of_type(model_type) or general.family(model_type)
 
 
-def must_have_head(model_type: Any, head: str) -> None:
-    """UsageError where models of a supported type have no such head."""
-    family = of_type(model_type)
+def must_have_head(model_type: str, head: str) -> None:
+    """UsageError where models of a type with a row have no such head."""
+    family = answering(model_type)
     if head not in family.heads:
+        # it brings numpy, which `bertile --help` does without
         from bertile.base.errors import UsageError
 
         known = ", ".join(family.heads)

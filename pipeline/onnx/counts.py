@@ -71,7 +71,7 @@ def write_counts(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
 
     Of one that is no sum of counts, what it is computed of is written so.
     """
-    counts = _Counts(graph, axes)
+    counts = Counts(graph, axes)
     written = _Written(graph, probes, counts)
     for node, place, name in _read_as_values(graph):
         node.input[place] = written.value(name)
@@ -81,7 +81,7 @@ def write_counts(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
 class _Written:
     """Tensors of shapes as values, each made at most once."""
 
-    def __init__(self, graph: OnnxGraph, probes: Probes, counts: _Counts) -> None:
+    def __init__(self, graph: OnnxGraph, probes: Probes, counts: Counts) -> None:
         self.graph, self.probes, self.counts = graph, probes, counts
         self.producers, self.kinds = graph.producers(), dependence(graph)
         self._names: dict[str, str] = {}
@@ -116,7 +116,7 @@ def write_flips(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
     """Slice(x, …, step -1) → Gather(x, [last, …, 0]): TVM slices no axis backwards whose length
     varies.
     """
-    counts = _Counts(graph, axes)
+    counts = Counts(graph, axes)
     for node in [node for node in graph.nodes if node.op_type == "Slice"]:
         before, after = probes.of(node.input[0]), probes.of(node.output[0])
         if before is None or after is None or before[0].shape != after[0].shape:
@@ -137,9 +137,55 @@ def write_flips(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
     graph.clean()
 
 
+def write_shifts(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
+    """Pad(Slice(tokens)) of the same length → Gather(tokens, places + k) * (they are within it).
+
+    The importer loses the length of what is sliced up to the last token but one.
+    """
+    counts, producers = Counts(graph, axes), graph.producers()
+    for node in [node for node in graph.nodes if node.op_type == "Pad"]:
+        cut = producers.get(node.input[0])
+        if cut is None or cut.op_type != "Slice":
+            continue
+        before, after = probes.of(cut.input[0]), probes.of(node.output[0])
+        if before is None or after is None or before[0].ndim != 3:
+            continue
+        if before[0].dtype != np.float32 or probes.sizes(cut.input[0])[:2] != probes.sizes(
+            "input_ids"
+        ):
+            continue
+        shift = next((k for k in (1, -1, 2, -2) if _are_shifted(before, after, k)), None)
+        if shift is None:
+            continue
+        add = graph.add
+        zero = graph.constant(np.asarray(0, np.int64))
+        places = counts.write([np.arange(x.shape[1]) + shift for x in before])
+        last = counts.write([np.asarray(x.shape[1] - 1) for x in before])
+        within = add("Min", [add("Max", [places, zero]), last])
+        same = add("Cast", [add("Equal", [places, within])], to=onnx.TensorProto.FLOAT)
+        kept = add("Unsqueeze", [same, graph.integers(1)])
+        moved = add("Gather", [cut.input[0], within], axis=1)
+        graph.rewrite(node.output[0], "Mul", [moved, kept])
+    graph.clean()
+
+
+def _are_shifted(before: _Runs, after: _Runs, shift: int) -> bool:
+    """Whether token i of one is token i + shift of the other, and zero where there is none."""
+    for x, y in zip(before, after):
+        if x.shape != y.shape:
+            return False
+        wanted, length = np.zeros_like(x), x.shape[1]
+        begin, end = max(0, -shift), min(length, length - shift)
+        if begin < end:
+            wanted[:, begin:end] = x[:, begin + shift : end + shift]
+        if not np.array_equal(wanted, y):
+            return False
+    return True
+
+
 def pick_tokens(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
     """GatherElements(tokens, the same place for all channels) → MatMul(one-hot places, tokens)."""
-    counts = _Counts(graph, axes)
+    counts = Counts(graph, axes)
     for node in [node for node in graph.nodes if node.op_type == "GatherElements"]:
         tokens, index = (probes.of(name) for name in node.input)
         if tokens is None or index is None or attributes(node).get("axis", 0) not in (1, -2):
@@ -233,7 +279,7 @@ def _cut(graph: OnnxGraph, axes: Axes, table: np.ndarray) -> str:
     return graph.add("Slice", [whole, zero, axes.tensor("length"), unit, unit])
 
 
-class _Counts:
+class Counts:
     """Tensors that count rows and tokens of the request, each made at most once.
 
     A tensor is c + a·(its place along an axis) + b·length + …, whole numbers of the terms below.

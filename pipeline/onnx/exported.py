@@ -21,6 +21,7 @@ DEFAULTS = {"input_ids": None, **NEUTRAL}
 
 
 MARKER = "export.json"
+UNKNOWN = "unknown"  # the family of an ONNX file that nothing beside it tells, and its head
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,8 @@ class OnnxGraph:
         shown = [onnx.ValueInfoProto(name=name) for name in outputs if name not in self.outputs]
         # Filled in place: the functions that make graphs and models copy all weights each time.
         model = onnx.ModelProto(ir_version=IR_VERSION, producer_name="bertile")
+        for domain in sorted({node.domain for node in self.nodes} - {"", "ai.onnx"}):
+            model.opset_import.append(helper.make_opsetid(domain, 1))
         model.opset_import.append(helper.make_opsetid("", opset))
         model.graph.name = "bertile"
         model.graph.node.extend(self.nodes)

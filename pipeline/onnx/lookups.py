@@ -121,6 +121,8 @@ class _Lookups:
                 position.input[0] = self.graph.constant(table, "position_embeddings")
                 self.graph.replace(readers[0].output[0], other)
                 return True
+        if any(reader.op_type == "Concat" for reader in readers):  # which broadcasts nothing
+            return False
         constant = self.graph.constant(row[None, None], "token_type")
         self.graph.replace(node.output[0], constant)
         return True

@@ -22,21 +22,23 @@ from bertile.onnx import (
     counts,
     floats,
     fusions,
+    microsoft,
     products,
     reach,
     rewrites,
+    spectra,
     tokenizer_file,
     tokens,
 )
 from bertile.onnx import quantized as onnx_quantized
-from bertile.onnx.exported import ExportedModel, InputSpec
+from bertile.onnx.exported import UNKNOWN, ExportedModel, InputSpec
 from bertile.onnx.graph import OnnxGraph, save
 from bertile.onnx.inputs import Fed, input_specs, present, tried_limits
 from bertile.onnx.integer import is_quantized
 from bertile.onnx.lookups import write_lookups
 from bertile.onnx.masks import write_masks
 from bertile.onnx.places import write_place_tables
-from bertile.onnx.probing import Probes, opened, probe
+from bertile.onnx.probing import SHAPES, Probes, opened, probe
 from bertile.onnx.quantized import drop_marks
 from bertile.onnx.reader import check_operators, read
 from bertile.onnx.samples import largest_difference, sample, session, squared_norms
@@ -71,16 +73,16 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     batch, length, renamed = present(graph, path, config.rename)
     with quiet.quiet():
         halves = floats.to_float32(graph)
+        rounded, bits = any(map(microsoft.rounds, graph.nodes)), microsoft.note(graph)
+        opset = microsoft.expand(graph, opset, batch, length)
         constants.fold(graph, opset)
         # ONNX Runtime rounds activations too where weights alone are stored as integers.
-        integers = any(map(is_quantized, graph.nodes))
+        integers = rounded or any(map(is_quantized, graph.nodes))
         quantized = onnx_quantized.lift_quantization(graph)
         constants.fold(graph, opset)
     check_operators(graph)
     lifted = graph.to_model(opset) if integers or halves else None
-    products.expand_einsums(graph)
-    products.look_up_one_hots(graph)
-    rewrites.split_gemms(graph)
+    _spell(graph)
     home = Path(config.tokenizer) if config.tokenizer else path.parent
     beside = model_config.beside(home)
     family = table.of_type(beside.get("model_type"))
@@ -104,19 +106,19 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     head = _head(tuple(graph.outputs), probes, inputs, config.head)
     directory.mkdir(parents=True, exist_ok=True)
     save(graph.to_model(OPSET), directory / "model.onnx")
-    rounded = ("quantized", QUANTIZED_TOLERANCE, _CALIBRATE)
+    rounding = ("quantized", QUANTIZED_TOLERANCE, _CALIBRATE)
     if not integers:
-        rounded = (" and ".join(halves), HALF_TOLERANCE, _FAULT)
+        rounding = (" and ".join(halves), HALF_TOLERANCE, _FAULT)
     sizes = (shapes, batch, length)
     theirs, normalized = Fed.of(session(path), path, config.rename), directory / "model.onnx"
-    differs, seen = _check(theirs, normalized, lifted, rounded, inputs, *sizes)
+    differs, seen = _check(theirs, normalized, lifted, rounding, inputs, *sizes)
     labels = model_config.labels(beside) if head.endswith("-classification") else ()
     text = _prepare_texts(home, directory, labels)
     return ExportedModel(
         directory=directory,
         source=str(path),
         sha256=fingerprint(path, home),
-        family=family.name if family else "unknown",
+        family=family.name if family else UNKNOWN,
         head=head,
         max_length=max_length,
         inputs=inputs,
@@ -127,11 +129,35 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
         together=bool(seen.rows),
         padded=bool(seen.padding),
         notes=(
-            *(*renamed, *floats.note(original, halves), *quantized, *notes, *seen.notes()),
+            *(*renamed, *floats.note(original, halves), *bits, *quantized, *notes, *seen.notes()),
             differs,
         ),
         text=text,
     ).write()
+
+
+def brought(
+    graph: OnnxGraph, inputs: tuple[InputSpec, ...], opset: int, limit: int | None
+) -> tuple[int | None, tuple[str, ...]]:
+    """Bring a graph that torch's exporter wrote of a model's own code to canonical form, in place.
+
+    `limit` is how many positions its config names. Returns how many it has, and notes.
+    """
+    constants.fold(graph, opset)
+    check_operators(graph)
+    _spell(graph)
+    longest = max(length for _, length in SHAPES)
+    length = limit if limit is not None and limit < longest else None
+    probes = probe(graph, inputs, opset, None, length)
+    positions, notes = rewrite(graph, probes, opset, limit)
+    check_operators(graph, rewritten=True)
+    return min((n for n in (positions, limit) if n), default=None), notes
+
+
+def _spell(graph: OnnxGraph) -> None:
+    products.expand_einsums(graph)
+    products.look_up_one_hots(graph)
+    rewrites.split_gemms(graph)
 
 
 def _prepare_texts(home: Path, directory: Path, labels: tuple[str, ...]) -> TextSettings:
@@ -155,6 +181,7 @@ def rewrite(
     rewrites.drop_dropouts(graph)
     floats.drop_casts(graph, probes)
     axes = Axes(graph, probes)
+    spectra.write_spectra(graph, probes, axes)
     tokens.unfold_first_axes(graph, probes, axes)
     products.join_heads(graph, probes)
     products.cut_products(graph, probes)
@@ -173,6 +200,7 @@ def rewrite(
     rewrites.write_reshapes(graph, probes.sizes)
     fold_constants(graph, probes)
     counts.write_flips(graph, probes, axes)
+    counts.write_shifts(graph, probes, axes)
     counts.pick_tokens(graph, probes, axes)
     counts.write_counts(graph, probes, axes)
     write_shapes(graph, probes, axes)
@@ -313,7 +341,7 @@ def _head(
     outputs: tuple[str, ...], probes: Probes, inputs: tuple[InputSpec, ...], wanted: str | None
 ) -> str:
     """Tell the head from the outputs' names and ranks; `wanted` names one that they do not."""
-    head = "unknown"
+    head = UNKNOWN
     if "sentence_embedding" in outputs:
         head = "embedding"
     elif "last_hidden_state" in outputs:
@@ -324,7 +352,7 @@ def _head(
         sizes = probes.sizes("logits") or []
         of_tokens = "masked-lm" if sizes[-1] == inputs[0].below else "token-classification"
         head = "sequence-classification" if len(sizes) == 2 else of_tokens
-    if wanted and head not in ("unknown", wanted):
+    if wanted and head not in (UNKNOWN, wanted):
         raise UsageError(
             f"the ONNX file's outputs ({', '.join(outputs)}) are those of the head '{head}',"
             f" not '{wanted}'"

@@ -55,7 +55,8 @@ def _has_angles(graph: OnnxGraph, name: str) -> bool:
         if node.op_type in ANGLES:
             return True
         seen.add(node.output[0])
-        waiting.extend(node.input)
+        if node.op_type not in ("Shape", "Size"):  # which tell nothing of how a tensor is computed
+            waiting.extend(node.input)
     return False
 
 

@@ -10,6 +10,7 @@ import onnx
 from bertile.base.errors import ModelError, require
 from bertile.onnx.graph import OnnxGraph
 
+REWRITTEN = {"Attention", "DFT"}  # operators of which nothing is left in the canonical form
 _HALF_BYTES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1)
 
 
@@ -89,10 +90,11 @@ def _modern(model: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, int]:
 def check_operators(graph: OnnxGraph, rewritten: bool = False) -> None:
     """Raise ModelError for the first operator that cannot be imported, with its node's name.
 
-    `rewritten`: also for Attention, which some forms of the graph lose in the rewriting.
+    `rewritten`: also for what the graph loses in the rewriting.
     """
     (frontend,) = require("compile", "tvm.relax.frontend.onnx.onnx_frontend")
-    known = set(frontend._get_convert_map()) - ({"Attention"} if rewritten else set())
+    known = set(frontend._get_convert_map())
+    known = known - REWRITTEN if rewritten else known | REWRITTEN
     for node in graph.nodes:
         name = node.name or node.output[0]
         if node.domain not in ("", "ai.onnx"):

@@ -12,6 +12,8 @@ import numpy as np
 
 from bertile import backends, loader
 from bertile.base.progress import Progress
+from bertile.families import table
+from bertile.onnx.exported import UNKNOWN
 from bertile.run import requests
 from bertile.targets.rows import Target
 from bertile.tune.log.tuning_log import ELSEWHERE, ORIGINS
@@ -60,6 +62,20 @@ def _machines(kernels: list[dict[str, Any]], kind: str) -> str:
     return f"{join}{' and '.join(sorted(machines))}" if machines and kind in ORIGINS[:2] else ""
 
 
+def road(manifest: dict[str, Any]) -> str | None:
+    """What is said of a checkpoint whose family has no row, with the operators that fell through to
+    TVM's kernels; None for any other model.
+    """
+    family = manifest["model"]["family"]
+    if family == UNKNOWN or table.named(family).own:
+        return None
+    names = [name.partition(" ")[0].removeprefix("relax.") for name in manifest["fallthrough"]]
+    counted = [f"{name} {names.count(name)} times" for name in sorted(set(names))]
+    counted = [text.removesuffix(" 1 times") for text in counted]
+    rest = f"TVM's kernels compute {', '.join(counted)}" if counted else "nothing fell through"
+    return f"{family} has no row of its own: compiled through its ONNX form; {rest}"
+
+
 def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
     """What stands in the table; the time of a request is measured here, where that can be."""
     from bertile.verify import verifier
@@ -79,6 +95,7 @@ def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
         "check": verifier.as_text(manifest["check"]),
         "kernels": count(manifest["kernels"]),
         "kernels_in_words": in_words(manifest["kernels"]),
+        "road": road(manifest),
         "stages": progress.summary(),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,8 +99,10 @@ def _onnx(directory: Path, path: str | os.PathLike[str] | None, progress: Progre
     from bertile.export import cached
 
     manifest = loader.read_manifest(directory)
-    config = Config.from_dict(manifest["config"])
-    return cached.export_cached(manifest["model"]["source"], config, progress).onnx_path
+    config, source = Config.from_dict(manifest["config"]), manifest["model"]["source"]
+    if config.trust_remote_code and not cached.has(source, config):
+        config = dataclasses.replace(config, trust_remote_code=False)  # a bundle may be anyone's
+    return cached.export_cached(source, config, progress).onnx_path
 
 
 def _compare(

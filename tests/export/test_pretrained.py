@@ -77,7 +77,10 @@ def test_load_refuses_other_kinds_of_positions(copy, kind):
 def test_load_refuses_code_of_its_own_with_its_names(copy):
     code = {"AutoModel": "modeling_my.MyModel", "AutoTokenizer": [None, "tokens.MyTokenizer"]}
     directory = change_config(copy(), auto_map=code)
-    with pytest.raises(ModelError, match=r"auto_map, AutoModel: modeling_my\.MyModel\); --allow"):
+    said = (
+        r"auto_map, AutoModel: modeling_my\.MyModel\); --trust-remote-code runs that code; --allow"
+    )
+    with pytest.raises(ModelError, match=said):
         checkpoints.load(directory)
     assert checkpoints.load(directory, allow_unused=True).head == "encoder"
 

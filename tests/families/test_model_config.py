@@ -68,8 +68,9 @@ def test_read_gives_what_an_encoder_says(tmp_path, more):
         ({"pruned_heads": {"0": ["a"]}}, "expected is an object of lists of heads by their layer"),
         ({"label2id": "x" * 999}, "xxx...; expected is an object"),
         ({"model_type": ["bert"]}, "model_type ['bert']; expected is a name"),
-        ({"model_type": None}, "is a model of type 'None', which is unsupported"),
-        ({"model_type": "t5", "hidden_size": -1}, "of type 't5', which is unsupported"),
+        ({"model_type": None}, "does not say of what model_type the model is"),
+        ({"model_type": "gpt2", "hidden_size": 1 << 30}, "hidden_size 1073741824; expected"),
+        ({"model_type": "gpt2", "num_hidden_layers": 1 << 20}, "num_hidden_layers 1048576; exp"),
     ],
 )
 def test_read_names_the_value_that_no_encoder_has(tmp_path, changes, message):
@@ -77,6 +78,12 @@ def test_read_names_the_value_that_no_encoder_has(tmp_path, changes, message):
         model_config.read(write(tmp_path, {**SIZES, **changes}))
     assert message in str(caught.value) and str(tmp_path) in str(caught.value)
     assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": [8, 16]}, {"num_attention_heads": None}])
+def test_read_leaves_forms_of_a_type_without_a_row_to_transformers(tmp_path, changes):
+    config = {**SIZES, "model_type": "gpt2", **changes}
+    assert model_config.read(write(tmp_path, config)) == config
 
 
 @pytest.mark.parametrize(

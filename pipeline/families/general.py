@@ -1,0 +1,64 @@
+"""Answers for a model type without a row: its models say by config and signature what they take.
+
+They are exported as transformers runs them, with masks and positions of its own making, and go the
+way of an ONNX file: fused where a pattern matches, by TVM's kernels elsewhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from bertile.base.allowed import HEADS
+from bertile.families.family import Family
+
+# What configs call the number of positions, beside the name that most have.
+LENGTHS = (
+    *("max_position_embeddings", "max_encoder_position_embeddings", "n_positions", "n_ctx"),
+    *("max_sequence_length", "max_seq_len", "context_length"),
+)
+
+
+@dataclass(frozen=True)
+class GeneralFamily(Family):
+    """The answers of a row, for any model of transformers."""
+
+    own: ClassVar[bool] = False
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """All that there are: transformers says which of them a type has a class for."""
+        return HEADS
+
+    def padding_id(self, model: Any) -> None:
+        """None: the model counts by itself."""
+        return
+
+    def max_length(self, model: Any) -> int | None:
+        """How many positions its config names; None where it names none."""
+        lengths = (getattr(model.config, name, None) for name in LENGTHS)
+        return next((n for n in lengths if isinstance(n, int) and n > 0), None)
+
+    def type_count(self, model: Any) -> int:
+        """How many token types its config names, if the model takes such."""
+        count = getattr(model.config, "type_vocab_size", None)
+        return count if isinstance(count, int) and "token_type_ids" in self.takes(model) else 0
+
+    def takes(self, model: Any) -> set[str]:
+        """The names of what can be passed to the model."""
+        return set(inspect.signature(model.forward).parameters)
+
+
+def family(model_type: str) -> GeneralFamily:
+    """What stands in the place of a row for this type."""
+    return GeneralFamily(
+        name=model_type,
+        title=model_type,
+        model_types=(model_type,),
+        layers=(),
+        tiny={},
+        lacks=(),
+        token_types=False,  # no table of them is folded
+        optional_pooler=False,
+    )
