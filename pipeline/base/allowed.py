@@ -22,3 +22,4 @@ HEADS = (
     "multiple-choice",
 )
 AGGREGATIONS = ("none", "simple", "first", "average", "max")
+TRAINED_TASKS = ("text", "pair", "tokens", "answers", "embedding")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.base.quiet import quiet
-from bertile.export import choices, objects, pretrained, pruning, synthetic
+from bertile.export import choices, learned_ranges, objects, pretrained, pruning, synthetic
 from bertile.export.files import (
     find_directory,
     fingerprint,
@@ -43,7 +43,10 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A float32 torch model in evaluation mode, with eager attention, that is ours to change."""
+    """A float32 torch model in evaluation mode, with eager attention, that is ours to change.
+
+    `ranges` are those of layers' inputs that it was trained with, see `learned_ranges`.
+    """
 
     model: Any
     source: str
@@ -55,6 +58,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     kept: Any = None  # what the files are removed with
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def load(model: Any, head: str | None = None, allow_unused: bool = False) -> Checkpoint:
@@ -178,7 +182,8 @@ def _from_directory(
     model, notes = pretrained.load(source, transformer, config, auto_class, computed, allow_unused)
     notes = (*left_out, *notes)
     files = _text_files(directory, transformer)
-    return _checkpoint(_plain(model), source, sha256, head, chain, files, notes)
+    checkpoint = _checkpoint(_plain(model), source, sha256, head, chain, files, notes)
+    return replace(checkpoint, ranges=learned_ranges.read(directory))
 
 
 def _computed(head: str, chain: Chain | None) -> str:

@@ -13,7 +13,7 @@ from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.base.progress import Bar, open_bar
 from bertile.config import Config
-from bertile.export import asked, checkpoints, files
+from bertile.export import asked, checkpoints, files, learned_ranges
 from bertile.export.foreign import explained, ordinary
 from bertile.families import model_config, table, text_settings
 from bertile.families.text_settings import TextSettings
@@ -69,6 +69,7 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
         exported = dataclasses.replace(
             _describe(checkpoint, directory), text=_prepare_texts(checkpoint, directory)
         )
+        learned = learned_ranges.fix(checkpoint.model, checkpoint.ranges, checkpoint.source)
         want = _answers(checkpoint, exported)  # before anything of the model is changed
         module = _module(checkpoint, exported)
         module.additive = _takes_additive(module, exported)
@@ -81,7 +82,7 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
         seen = reach.look(session(exported.onnx_path), exported.inputs, None, None)
         bar.advance()
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
-    notes = (*exported.notes, *module.notes, *notes, *seen.notes(), note)
+    notes = (*exported.notes, *learned, *module.notes, *notes, *seen.notes(), note)
     known = {"notes": notes, "together": bool(seen.rows), "padded": bool(seen.padding)}
     return dataclasses.replace(exported, **known).write()
 
