@@ -26,7 +26,7 @@ LABEL = ("label", "labels", "label_text", "section", "class")
 WORDS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "labels", "pos_tags", "label")
 QUESTION, CONTEXT, ANSWERS = ("question",), ("context",), ("answers", "answer")
 DEBIAN, DOCSTRINGS = "debian", "docstrings"
-DOCSTRING_COUNT = 4000
+DOCSTRING_COUNT = 2000
 HELD_OUT = 10  # one text of so many is evaluated on, where no file says which
 
 
@@ -76,7 +76,7 @@ def read(
     more = [example for name in unlabelled for example in _source("unlabelled", name)]
     train = tuple(example for example in train if example.texts not in seen)
     known = seen | {example.texts for example in train}
-    rest = dict.fromkeys(e for e in more if e.texts not in known)
+    rest = dict.fromkeys(Example(e.texts) for e in more if e.texts not in known)
     if not train or not test:
         raise UsageError(
             f"'{data}' leaves {len(train)} examples to train on and {len(test)} to evaluate on",

@@ -2,9 +2,9 @@
 
 Weights: symmetric per output channel. Inputs of linear layers: asymmetric, 8 bits, per token from
 its own smallest and largest value, or between ends that are learned. Attention multiplies in
-bfloat16 where the target does; tables of embeddings are stored in float16. Gradients pass through
-roundings as if there were none (Bengio et al. 2013); ends of ranges learn from what they clip
-(Choi et al. 2018).
+bfloat16 where the target does; GELU is the polynomial of int8 kernels; tables of embeddings are
+stored in float16. Gradients pass through roundings as if there were none (Bengio et al. 2013); ends
+of ranges learn from what they clip (Choi et al. 2018).
 
 `bertile.numerics.eight_bit` and `schedules/cpu/attention.py` have the same arithmetic.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, activations
 from transformers.masking_utils import eager_mask
 
 from bertile.compress.recipe import Quantize
@@ -25,12 +25,23 @@ from bertile.numerics.eight_bit import LIMIT
 from bertile.schedules.reference import LEVELS
 
 BF16_ATTENTION = "bertile_bf16"
+GELU = (nn.GELU, activations.GELUActivation)
 Ends = tuple[float, float]
 
 
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 def straight(x: Tensor, rounded: Tensor) -> Tensor:
-    """The rounded values, with the gradient of those that were rounded."""
-    return x + (rounded - x).detach()
+    """The rounded values to the last bit, with the gradient of those that were rounded."""
+    return _Straight.apply(x, rounded)
 
 
 def weight(w: Tensor) -> Tensor:
@@ -155,6 +166,8 @@ class Quantization:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 parametrize.register_parametrization(module, "weight", Rounded(self.switch, table))
+            elif isinstance(module, GELU):
+                module.register_forward_hook(self._coarse_gelu)
 
     def at(self, step: int) -> None:
         """Round from the step on where it is time."""
@@ -165,6 +178,12 @@ class Quantization:
 
     def _round_input(self, linear: nn.Module, arguments: tuple[Any, ...]) -> Any:
         return _round_input(linear, arguments) if self.switch.on else None
+
+    def _coarse_gelu(self, gelu: nn.Module, arguments: tuple[Any, ...], exact: Tensor) -> Any:
+        """That of layers in 8 bits, of which none works on the first token alone."""
+        x = arguments[0]
+        coarse = self.switch.on and x.dim() == 3
+        return straight(exact, gelu_int8(x.detach())) if coarse else None
 
     def ends(self) -> dict[str, Ends]:
         """The ends of each layer's input that were learned, by the layer's name."""
@@ -179,6 +198,9 @@ class Quantization:
         for linear in self.linears.values():
             linear._forward_pre_hooks.clear()
             del linear.bertile_input
+        for module in self.model.modules():
+            if isinstance(module, GELU):
+                module._forward_hooks.clear()
         self.model.set_attn_implementation("eager")
 
 
@@ -226,6 +248,16 @@ def _round_input(linear: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ..
 def bf16(x: Tensor) -> Tensor:
     """The nearest bfloat16."""
     return straight(x, x.detach().bfloat16().float())
+
+
+def gelu_int8(x: Tensor) -> Tensor:
+    """`vector_math.gelu_int8`: what int8 layers have for GELU, before it is rounded to 8 bits."""
+    inside = x.clamp(-3.2, 3.2)
+    square = inside * inside
+    polynomial = torch.full_like(x, 1.50231353e-05)
+    for coefficient in (-0.000521167007, 0.0075681163, -0.0624809936, 0.396795034):
+        polynomial = polynomial * square + coefficient
+    return x * (inside * polynomial + 0.5)
 
 
 def _coarse_exp(x: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def kept(scores: Tensor, sparsity: float, pattern: str) -> Tensor:
 
 def _two_of_four(scores: Tensor, sparsity: float) -> Tensor:
     groups = scores.reshape(-1, GROUP)
-    order = groups.sort(1, stable=True)
+    order = groups.sort(dim=1, stable=True)
     mask = torch.ones_like(groups, dtype=torch.bool)
     mask.scatter_(1, order.indices[:, :PAIRS], False)
     count = round(min(1.0, sparsity * GROUP / PAIRS) * len(groups))

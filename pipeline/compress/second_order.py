@@ -55,7 +55,7 @@ def pruned_weight(w: Tensor, moments: Tensor, sparsity: float, pattern: str) -> 
         if pattern == "2:4":
             stays = masks.kept(cost, sparsity, pattern)
         else:  # rounded over all, so that the whole has the exact share
-            wanted = round(sparsity * w.shape[0] // outputs * (stop // size)) - count
+            wanted = round(sparsity * (w.shape[0] // outputs) * (stop // size)) - count
             stays = torch.ones(cost.numel(), dtype=torch.bool)
             stays[cost.reshape(-1).sort(stable=True).indices[:wanted]] = False
             stays, count = stays.reshape(cost.shape), count + wanted

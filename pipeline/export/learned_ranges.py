@@ -58,7 +58,8 @@ def fix(model: Any, ranges: Mapping[str, Ends], source: str) -> tuple[str, ...]:
 
         def rounded(_: Any, arguments: Any, scale: float = scale, zero: int = zero) -> Any:
             quantize = torch.fake_quantize_per_tensor_affine
-            return (quantize(arguments[0], scale, zero, 0, LEVELS), *arguments[1:])
+            # without gradients, for which it is another operator that is not exported
+            return (quantize(arguments[0].detach(), scale, zero, 0, LEVELS), *arguments[1:])
 
         layer.register_forward_pre_hook(rounded)
     return (f"ranges of the inputs of {len(ranges)} layers were learned in training",)

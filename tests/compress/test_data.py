@@ -104,13 +104,15 @@ def test_debian_has_its_own_split_and_unlabelled_texts(monkeypatch):
     assert (len(split.train), len(split.test)) == (4000, 2000)
     everything = 12 * 600 + sum(range(12))
     assert len(split.unlabelled) == everything - 6000
+    assert {example.label for example in split.unlabelled} == {None}
     assert len(data.labels_of(split.train)) == 10
 
 
-def test_docstrings_need_no_file():
+def test_docstrings_need_no_file(monkeypatch):
+    monkeypatch.setattr(data, "DOCSTRING_COUNT", 100)
     split = data.read("embedding", "docstrings")
     assert len(split.train) + len(split.test) == data.DOCSTRING_COUNT
-    assert len(split.test) == pytest.approx(data.DOCSTRING_COUNT / data.HELD_OUT, rel=0.2)
+    assert len(split.test) == pytest.approx(data.DOCSTRING_COUNT / data.HELD_OUT, rel=0.6)
     assert data.fingerprint(split) == data.fingerprint(data.read("embedding", "docstrings"))
 
 

@@ -75,14 +75,18 @@ def test_layers_behind_the_first_token_stay_in_floats(untrained):
 @pytest.mark.parametrize(
     ("recipes", "settings"),
     [
-        (("int8",), ()),
-        (("int8-static",), ()),
-        (("distill", "prune-80", "int8"), ("prune.pattern=4x1",)),
+        pytest.param(("int8",), (), id="dynamic"),
+        pytest.param(("int8-static",), (), id="static", marks=pytest.mark.slow),
+        pytest.param(
+            ("distill", "prune-80", "int8"),
+            ("train.steps=12",),
+            id="pruned",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["dynamic", "static", "pruned"],
 )
-def test_compiled_model_computes_what_was_trained(tmp_path, teacher, stages, recipes, settings):
-    report = tiny_training.compress(tmp_path, teacher, recipes, "train.steps=12", *settings)
+def test_compiled_model_computes_what_was_trained(tmp_path, untrained, stages, recipes, settings):
+    report = tiny_training.compress(tmp_path, untrained, recipes, "train.steps=6", *settings)
     texts = [text for text, _ in tiny_training.texts(40, seed=9)]
     texts += ["good", text_models.LONG]
     config = Config(precision="int8", cache_dir=stages, tune="none", shipped_log=False)
@@ -90,9 +94,10 @@ def test_compiled_model_computes_what_was_trained(tmp_path, teacher, stages, rec
     (tmp_path / "eval.tsv").write_text("".join(f"{text}\tgood\n" for text in texts))
     compiled = datasets.answers(tmp_path / "bundle", datasets.read(tmp_path / "eval.tsv"))
     trained = _rounded_answers(tmp_path / "out", report, texts)
-    assert np.abs(compiled - trained).max() <= SAME
-    floats = _plain_answers(tmp_path / "out", texts)
-    assert np.abs(compiled - floats).max() > 2 * SAME, "which the comparison can tell apart"
+    apart = np.abs(compiled - trained)
+    assert apart.max() <= SAME
+    floats = np.abs(compiled - _plain_answers(tmp_path / "out", texts))
+    assert apart.mean() < 0.3 * floats.mean(), "it can tell what is rounded from what is not"
 
 
 def _plain_answers(directory, texts):

@@ -33,7 +33,7 @@ def test_outputs_are_nearer_than_by_magnitude(pattern, inputs):
     assert float((pruned == 0).float().mean()) == sparsity
     assert analyse(pruned.numpy().T).pattern == pattern
     mine, theirs = (float((x @ (w - other).T).square().mean()) for other in (pruned, plain))
-    assert mine < 0.5 * theirs
+    assert mine < 0.65 * theirs
 
 
 def test_uncorrelated_inputs_leave_what_stays_as_it_was():

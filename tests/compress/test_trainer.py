@@ -16,6 +16,7 @@ from helpers import tiny_training
 from safetensors.torch import load_file
 
 from bertile.compress import resume
+from bertile.compress.record import Record
 from bertile.errors import UsageError
 
 TESTS = Path(__file__).parents[1]
@@ -46,8 +47,33 @@ def assert_equal(some: Path, others: Path, tolerance: float = 0.0) -> None:
         torch.testing.assert_close(theirs[name], value, atol=tolerance, rtol=0)
 
 
+def test_run_that_was_stopped_comes_to_the_same_weights(tmp_path, untrained, monkeypatch):
+    """Masks, momentum, dropout, learned ranges and rewound weights go on where they were."""
+    recipes = ("distill", "movement-90", "int8-static")
+    settings = ("prune.sparsity=0.5", "train.steps=20", "train.save_every=3", *STEPS[2:])
+    tiny_training.compress(tmp_path / "whole", untrained, recipes, *settings)
+    add, stops = Record.add, [4, 8, 14, 17]
+
+    def stopped(self: Record, step: int, **values: float) -> None:
+        add(self, step, **values)
+        if stops and step == stops[0]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Record, "add", stopped)
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            tiny_training.compress(tmp_path / "stopped", untrained, recipes, *settings)
+    tiny_training.compress(tmp_path / "stopped", untrained, recipes, *settings)
+    assert stops == []
+    assert_equal(tmp_path / "whole", tmp_path / "stopped")
+    rows = [(tmp_path / name / "out" / "steps.csv").read_text() for name in ("whole", "stopped")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
 def test_run_that_was_killed_comes_to_the_same_weights(tmp_path, teacher):
-    """kill -9 somewhere in the middle; masks, momentum, dropout and rewound weights go on."""
+    """kill -9 somewhere in the middle."""
     subprocess.run(command(tmp_path / "whole", teacher, *STEPS), check=True)
     process = subprocess.Popen(command(tmp_path / "killed", teacher, *STEPS))
     rows = tmp_path / "killed" / "out.work" / "steps.csv"
