@@ -15,7 +15,7 @@ class Rewind:
 
     def __init__(self, model: nn.Module, pruning: Pruning, early: int) -> None:
         self.model, self.early, self.late = model, early, pruning.end + 1
-        self.scores = {id(scores) for scores in pruning.scores()}
+        self._left_out = {id(scores) for scores in pruning.scores()}
         self.kept: dict[str, torch.Tensor] | None = None
 
     def at(self, step: int) -> None:
@@ -38,4 +38,4 @@ class Rewind:
 
     def _weights(self) -> Any:
         named = self.model.named_parameters()
-        return ((name, value) for name, value in named if id(value) not in self.scores)
+        return ((name, value) for name, value in named if id(value) not in self._left_out)
