@@ -15,6 +15,7 @@ PAGES = {
         "pipeline/export/README",
         "pipeline/quantize/README",
         "pipeline/lower/README",
+        "pipeline/compress/README",
         "pipeline/tune/README",
         "pipeline/tune/measure/README",
         "pipeline/bundle/README",

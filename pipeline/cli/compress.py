@@ -9,8 +9,8 @@ from bertile.base.allowed import TRAINED_TASKS
 from bertile.base.progress import Progress
 from bertile.base.tables import lines
 from bertile.cli.command import Outcome
-from bertile.cli.prune import MODEL
 
+MODEL = "a Hugging Face directory or hub name, or minilm"
 DATA = (
     "texts to train on: .csv, .tsv, .jsonl, .json (SQuAD) or .txt, a directory that datasets has"
     " saved, debian (package descriptions), or docstrings"
@@ -65,7 +65,7 @@ def run(options: Namespace, progress: Progress) -> Outcome:
             flag = "MODEL" if name == "model" else f"--{name}"
             raise UsageError(f"{flag} is missing", "see: bertile compress --help")
     chosen = recipe.read(options.recipe, options.set)
-    (torch,) = require("train", "torch")
+    (torch,) = require("export", "torch")
     if options.threads:
         torch.set_num_threads(options.threads)
     from bertile.compress import compressor

@@ -87,13 +87,13 @@ def read(
 
 def labels_of(examples: Iterable[Example]) -> tuple[str, ...]:
     """All labels of texts or of words, in the order of the alphabet."""
-    found: set[str] = set()
+    names: set[str] = set()
     for example in examples:
         if isinstance(example.label, str):
-            found.add(example.label)
+            names.add(example.label)
         elif example.label is not None:
-            found.update(example.label)
-    return tuple(sorted(found))
+            names.update(example.label)
+    return tuple(sorted(names))
 
 
 def fingerprint(split: Split) -> str:

@@ -205,14 +205,14 @@ def read(recipes: Sequence[str], settings: Iterable[str] = ()) -> Recipe:
 
 def from_dict(sections: Mapping[str, Mapping[str, Any]]) -> Recipe:
     """A Recipe of plain values; UsageError for an unknown key or a value that cannot be."""
-    made = {}
+    sections_by_name = {}
     for name, values in sections.items():
         if name not in SECTIONS:
             raise UsageError(f"section '{name}' of a recipe is unknown{nearest(name, SECTIONS)}")
         if not isinstance(values, Mapping):
             raise UsageError(f"section '{name}' of a recipe is no object of keys")
-        made[name] = _section(name, values)
-    recipe = Recipe(**made)
+        sections_by_name[name] = _section(name, values)
+    recipe = Recipe(**sections_by_name)
     _check(recipe)
     return recipe
 

@@ -22,8 +22,10 @@ class Record:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
-        (tensorboard,) = require("train", "torch.utils.tensorboard")
-        self.board = tensorboard.SummaryWriter(
+        require("train", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(
             str(directory / "tensorboard"), purge_step=step + 1 if step else None
         )
 

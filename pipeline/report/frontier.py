@@ -139,16 +139,17 @@ def command(point: Point) -> str:
     lines = []
     report = Path(point.model) / REPORT
     if report.is_file():
-        made = json.loads(report.read_text(encoding="utf-8"))
-        words = ["bertile", "compress", made["model"], "-o", point.model, "--task", made["task"]]
-        words += ["--data", made["data"]["train"]]
-        if made["data"]["eval"]:
-            words += ["--eval", made["data"]["eval"]]
-        for name in made["data"]["unlabelled"]:
+        content = json.loads(report.read_text(encoding="utf-8"))
+        words = ["bertile", "compress", content["model"], "-o", point.model]
+        words += ["--task", content["task"]]
+        words += ["--data", content["data"]["train"]]
+        if content["data"]["eval"]:
+            words += ["--eval", content["data"]["eval"]]
+        for name in content["data"]["unlabelled"]:
             words += ["--unlabelled", name]
-        if made["teacher"] and made["teacher"] != made["model"]:
-            words += ["--teacher", made["teacher"]]
-        for section, values in made["recipe"].items():
+        if content["teacher"] and content["teacher"] != content["model"]:
+            words += ["--teacher", content["teacher"]]
+        for section, values in content["recipe"].items():
             for key, value in values.items():
                 if value is not None:
                     words += ["--set", f"{section}.{key}={json.dumps(value)}"]
@@ -181,11 +182,11 @@ def _engines(
     for point in points:
         bundle = bundles[point.name]
         manifest = loader.read_manifest(bundle)
-        found, more = competitors.engines(
+        peers, more = competitors.engines(
             bundle, manifest, against, None, config.cache_dir, progress
         )
         notes += [f"{point.name}: {note}" for note in more]
-        for engine in found:
+        for engine in peers:
             named = dataclasses.replace(engine, name=f"{point.name} / {engine.kind}")
             engines.append((point, named))
     return engines, notes

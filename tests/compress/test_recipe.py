@@ -13,10 +13,10 @@ from bertile.errors import UsageError
 def test_later_recipes_and_settings_have_the_last_word(tmp_path):
     own = tmp_path / "own.json"
     own.write_text(json.dumps({"prune": {"sparsity": 0.7}, "train": {"steps": 9}}))
-    made = recipe.read(["prune-90", str(own), "int8"], ["train.steps=5", "prune.pattern=16x1"])
-    assert made.prune == recipe.Prune(sparsity=0.7, pattern="16x1")
-    assert (made.train.steps, made.quantize) == (5, recipe.Quantize())
-    assert recipe.from_dict(made.to_dict()) == made
+    combined = recipe.read(["prune-90", str(own), "int8"], ["train.steps=5", "prune.pattern=16x1"])
+    assert combined.prune == recipe.Prune(sparsity=0.7, pattern="16x1")
+    assert (combined.train.steps, combined.quantize) == (5, recipe.Quantize())
+    assert recipe.from_dict(combined.to_dict()) == combined
 
 
 def test_every_shipped_recipe_can_be_read_and_says_something():
