@@ -54,6 +54,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace, progress: Progress) -> Outcome:
     """Train and write; gives what compression.json says."""
     from bertile.base.errors import UsageError, require
+    from bertile.base.quiet import quiet
     from bertile.compress import recipe
 
     if options.recipes:
@@ -68,7 +69,9 @@ def run(options: Namespace, progress: Progress) -> Outcome:
     (torch,) = require("export", "torch")
     if options.threads:
         torch.set_num_threads(options.threads)
-    from bertile.compress import compressor
+    with quiet():  # what libraries say of parts of their own that they cannot load
+        require("train", "accelerate", "datasets", "tensorboard")
+        from bertile.compress import compressor
 
     report = compressor.compress(
         options.model,

@@ -47,6 +47,7 @@ from bertile.export.learned_ranges import REPORT
 from bertile.targets import rows
 
 OBSERVED = 8  # batches by which learned ranges begin
+WATCHED = 500  # texts that are evaluated in the middle of a training
 EMBEDDING = Distill()  # what an embedding learns by, where no recipe says
 
 
@@ -226,7 +227,15 @@ class _Run:
             self._whole_recipe(),
             teacher,
             parts,
+            lambda: self._watched(split.test[:WATCHED]),
         )
+
+    def _watched(self, examples: Sequence[Example]) -> dict[str, float]:
+        """The metric on some texts, and the share of zeros, in the middle of a training."""
+        linears = self._encoder_linears()
+        shares = [(linear.weight == 0).float().mean() for linear in linears.values()]
+        metric = self.score(examples)["score"]
+        return {"metric": metric, "zeros": float(torch.stack(shares).mean())}
 
     def report(
         self, split: Split, dataset: str, evaluate: str | None, unlabelled: Sequence[str]

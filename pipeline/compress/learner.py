@@ -222,13 +222,23 @@ def write(opened: Opened, directory: Path) -> None:
 def answers(
     learner: nn.Module, opened: Opened, task: Task, examples: Sequence[Example], longest: int
 ) -> list[tuple[dict[str, Tensor], Batch]]:
-    """What a model answers to some examples, in their order, in batches of like lengths."""
-    training = learner.training
+    """What a model answers to some examples, in their order, batch by batch, on the CPU."""
+    training, device = learner.training, next(learner.parameters()).device
     learner.eval()
     results = []
     with torch.no_grad():
         for start in range(0, len(examples), 32):
             batch = opened.encode(task, examples[start : start + 32], longest)
-            results.append((learner(inputs_of(batch)), batch))
+            inputs = {name: value.to(device) for name, value in inputs_of(batch).items()}
+            outputs = learner(inputs)
+            wanted = {name: outputs[name] for name in (*task.outputs, "exits") if name in outputs}
+            results.append((_on_cpu(wanted), batch))
     learner.train(training)
     return results
+
+
+def _on_cpu(value: Any) -> Any:
+    """Tensors in lists and dictionaries, on the CPU."""
+    if isinstance(value, dict):
+        return {name: _on_cpu(inner) for name, inner in value.items()}
+    return [_on_cpu(inner) for inner in value] if isinstance(value, list) else value.cpu()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +30,11 @@ class Part(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What is taught to whom: `examples` with and without labels, and who knows better."""
+    """What is taught to whom: `examples` with and without labels, and who knows better.
+
+    `watch` gives "metric" and "zeros" of the learner as it is, for the record of every state that
+    is saved, and of the last step.
+    """
 
     learner: Learner
     opened: Opened
@@ -39,6 +43,7 @@ class Lesson:
     recipe: Recipe
     teacher: Learner | None = None
     parts: Sequence[Part] = ()
+    watch: Callable[[], dict[str, float]] | None = None
 
     @property
     def steps(self) -> int:
@@ -101,13 +106,22 @@ class _Training:
             bar.advance(self.done)
             for step in range(self.done, total):
                 loss = self._step(step, total)
+                saves = (step + 1) % self.choices.save_every == 0
                 if self.record is not None:
-                    self.record.add(step + 1, loss=loss, rate=self.rates[0] * self._share(step))
+                    seen = self._seen() if saves or step + 1 == total else {}
+                    rate = self.rates[0] * self._share(step)
+                    self.record.add(step + 1, loss=loss, rate=rate, **seen)
                 bar.advance(note=f"loss {loss:.4f}")
-                if (step + 1) % self.choices.save_every == 0 and step + 1 < total:
+                if saves and step + 1 < total:
                     self._save(step + 1)
         for part in self.lesson.parts:
             part.at(total)
+        for learner in (self.accelerator.unwrap_model(self.model, False), self.lesson.teacher):
+            if learner is not None:
+                learner.to("cpu")
+
+    def _seen(self) -> dict[str, float]:
+        return self.lesson.watch() if self.lesson.watch is not None else {}
 
     def _share(self, step: int) -> float:
         total = self.lesson.steps

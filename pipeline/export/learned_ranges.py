@@ -41,7 +41,9 @@ def fix(model: Any, ranges: Mapping[str, Ends], source: str) -> tuple[str, ...]:
     """
     if not ranges:
         return ()
-    (torch,) = require("export", "torch")
+    # the second registers the operators that ONNX has, with shapes that are not fixed
+    torch, _ = require("export", "torch", "torch.ao.quantization.fx._decomposed")
+    decomposed = torch.ops.quantized_decomposed
     modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
     inner = dict(model.base_model.named_modules())
     for name, (low, high) in ranges.items():
@@ -57,9 +59,9 @@ def fix(model: Any, ranges: Mapping[str, Ends], source: str) -> tuple[str, ...]:
         zero = round(-low / scale)
 
         def rounded(_: Any, arguments: Any, scale: float = scale, zero: int = zero) -> Any:
-            quantize = torch.fake_quantize_per_tensor_affine
-            # without gradients, for which it is another operator that is not exported
-            return (quantize(arguments[0].detach(), scale, zero, 0, LEVELS), *arguments[1:])
+            form = (scale, zero, 0, LEVELS, torch.uint8)
+            integers = decomposed.quantize_per_tensor(arguments[0], *form)
+            return (decomposed.dequantize_per_tensor(integers, *form), *arguments[1:])
 
         layer.register_forward_pre_hook(rounded)
     return (f"ranges of the inputs of {len(ranges)} layers were learned in training",)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bertile.base.progress import Progress
-from bertile.compress import compressor, recipe
+from bertile.base.quiet import quiet
+from bertile.compress import recipe
 from bertile.export.learned_ranges import REPORT
 from bertile.report.frontier import Point, split_precision
 
@@ -31,6 +32,8 @@ def trained(
     chosen = recipe.read(joined.split("+"), settings)
     output = Path(directory) / joined
     if not (output / REPORT).is_file():
+        with quiet():  # what libraries say of parts of their own that they cannot load
+            from bertile.compress import compressor
         progress.say(f"train {joined}")
         compressor.compress(
             model, output, chosen, task, data, evaluate, unlabelled, progress=progress
