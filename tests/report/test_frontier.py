@@ -12,9 +12,10 @@ import pytest
 from helpers import text_models, tiny_training
 
 from bertile.base.progress import Progress
+from bertile.cli import main
 from bertile.config import Config
 from bertile.errors import UsageError
-from bertile.report import frontier, frontier_page
+from bertile.report import frontier, frontier_page, trained_points
 
 
 def row(model: str, ms: float, score: float, **more: object) -> dict[str, object]:
@@ -147,3 +148,43 @@ def test_run_measures_all_engines_of_all_points(tmp_path, model, stages):
         < 0.5 * (by_name["floats", "bertile"]["weight_bytes"])
     )
     ElementTree.fromstring((tmp_path / "out" / "pareto.html").read_text().partition("\n")[2])
+
+
+MISTAKES = {
+    "no point": (["--data", "TEXTS"], "no point is asked for"),
+    "no texts": (["a@int8", "--data", "none.tsv"], "there is no file"),
+    "twice": (["x=a", "x=b", "--data", "TEXTS"], "two points have the same name"),
+    "no task": (["--recipe", "int8", "--model", "m", "--data", "TEXTS"], "--task is missing"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys, arguments, message):
+    texts = tiny_training.write(tmp_path / "texts.tsv")
+    words = [str(texts) if word == "TEXTS" else word for word in arguments]
+    assert main.main(["pareto", *words, "-q", "-o", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_trained_once_and_named_by_what_they_are(tmp_path, model):
+    texts = tiny_training.write(tmp_path / "texts.tsv", 80)
+    other = tiny_training.write(tmp_path / "other.tsv", 40, seed=7)
+    arguments = (str(model), "text", str(texts), str(other), ())
+    settings = ("train.steps=2", *tiny_training.QUICK[1:])
+    with text_models.single_thread():
+        points = [
+            trained_points.trained(text, *arguments, settings, tmp_path / "models", Progress(-1))
+            for text in ("prune-80+int8", "prune-80+int8@fp32", "finetune@int8")
+        ]
+    assert [point.name for point in points] == [
+        "prune-80+int8 int8",
+        "prune-80+int8 fp32",
+        "finetune int8",
+    ]
+    assert points[0].model == points[1].model
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == [
+        "finetune",
+        "prune-80+int8",
+    ]
