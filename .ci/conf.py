@@ -16,6 +16,7 @@ PAGES = {
         "pipeline/families/README",
         "pipeline/quantize/README",
         "pipeline/lower/README",
+        "pipeline/compress/README",
         "pipeline/tune/README",
         "pipeline/tune/measure/README",
         "pipeline/bundle/README",

@@ -24,3 +24,4 @@ HEADS = (
     "pretraining",
 )
 AGGREGATIONS = ("none", "simple", "first", "average", "max")
+TRAINED_TASKS = ("text", "pair", "tokens", "answers", "embedding")

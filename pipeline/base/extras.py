@@ -24,6 +24,9 @@ EXTRA_OF = {
     "sentencepiece": "export",
     "torch": "export",
     "transformers": "export",
+    "accelerate": "train",
+    "datasets": "train",
+    "tensorboard": "train",
     "gguf": "bench",
     "nncf": "bench",
     "openvino": "bench",
@@ -46,6 +49,7 @@ EXTRA_OF = {
 # What an extra brings of others.
 _INCLUDED = {
     "export": ("run", "compile"),
+    "train": ("run", "compile", "export"),
     "bench": ("compile",),
     "demo": ("run", "compile", "export"),
     "serve": ("run",),

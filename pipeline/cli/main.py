@@ -26,6 +26,8 @@ COMMANDS = {
     "compile": "compile a model into a deployable bundle, verified against ONNX Runtime",
     "export": "export a model to ONNX, the first stage of a compile",
     "prune": "set most weights of a model to zero, to be retrained",
+    "compress": "train a model into a smaller or faster one: pruned, distilled, in int8",
+    "pareto": "draw what models are worth against what they cost, in one page",
     "tune": "search for faster kernels, and log them for later compiles",
     "verify": "compare a bundle's outputs with ONNX Runtime's",
     "bench": "time a bundle or a model beside other engines",

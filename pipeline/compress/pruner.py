@@ -11,7 +11,7 @@ from typing import Any
 from bertile.base import directories, quiet
 from bertile.base.errors import UsageError
 from bertile.base.progress import Progress
-from bertile.export import checkpoints, files, pruning
+from bertile.export import checkpoints, files, learned_ranges, pruning
 
 REPORT = "pruned.json"
 ACCURACY = (
@@ -65,7 +65,10 @@ def _write(source: str, model: Any, directory: Path) -> None:
     place = directory
     if not source.startswith("synthetic:"):
         origin = files.find_directory(source)
+        # what a training says of the weights is true of those before
         for path in files.companions(origin):
+            if path.name == learned_ranges.REPORT:
+                continue
             target = directory / path.relative_to(origin)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)

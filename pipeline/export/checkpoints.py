@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.base.quiet import quiet
-from bertile.export import choices, objects, pretrained, pruning, synthetic
+from bertile.export import choices, learned_ranges, objects, pretrained, pruning, synthetic
 from bertile.export.files import (
     find_directory,
     fingerprint,
@@ -48,7 +48,10 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A float32 torch model in evaluation mode, with eager attention, that is ours to change."""
+    """A float32 torch model in evaluation mode, with eager attention, that is ours to change.
+
+    `ranges` are those of layers' inputs that it was trained with, see `learned_ranges`.
+    """
 
     model: Any
     source: str
@@ -60,6 +63,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     kept: Any = None  # what the files are removed with
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def load(
@@ -198,7 +202,8 @@ def _from_directory(
     notes = (*left_out, *told, *notes)
     files = _text_files(directory, transformer)
     family = table.named(OWN_CODE) if own_code else None
-    return _checkpoint(_plain(model), source, sha256, head, chain, files, notes, family)
+    checkpoint = _checkpoint(_plain(model), source, sha256, head, chain, files, notes, family)
+    return replace(checkpoint, ranges=learned_ranges.read(directory))
 
 
 def _encoder(model: Any) -> Any:

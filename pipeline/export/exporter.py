@@ -15,7 +15,7 @@ from bertile.base import quiet
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError, require
 from bertile.base.progress import Bar, open_bar
 from bertile.config import Config
-from bertile.export import asked, checkpoints, files
+from bertile.export import asked, checkpoints, files, learned_ranges
 from bertile.export.foreign import explained, ordinary
 from bertile.families import model_config, table, text_settings
 from bertile.families.text_settings import TextSettings
@@ -78,6 +78,7 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
             _describe(checkpoint, directory), text=_prepare_texts(checkpoint, directory)
         )
         # before anything of the model is changed
+        learned = learned_ranges.fix(checkpoint.model, checkpoint.ranges, checkpoint.source)
         exported, want = _answers(checkpoint, exported, _asked_layers(config))
         module = _module(checkpoint, exported)
         own = table.named(checkpoint.family).own
@@ -93,7 +94,7 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
     if not own:
         notes = (f"{checkpoint.family} has no row of its own: it went the general road", *notes)
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
-    notes = (*exported.notes, *module.notes, *notes, *seen.notes(), note)
+    notes = (*exported.notes, *learned, *module.notes, *notes, *seen.notes(), note)
     known = {"notes": notes, "together": bool(seen.rows), "padded": bool(seen.padding)}
     return dataclasses.replace(exported, **known).write()
 

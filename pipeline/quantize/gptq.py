@@ -22,7 +22,7 @@ def quantize(w: np.ndarray, moments: np.ndarray, size: int) -> FourBits:
     """
     inputs, outputs = w.shape
     rest = w.astype(np.float32).copy()
-    upper = _upper(moments)
+    upper = factor(moments)
     levels = np.zeros((inputs, outputs), np.int8)
     scales = np.ones((-(-inputs // size), outputs), np.float16)
     for start in range(0, inputs, BLOCK):
@@ -40,7 +40,7 @@ def quantize(w: np.ndarray, moments: np.ndarray, size: int) -> FourBits:
     return FourBits(levels, scales, size)
 
 
-def _upper(moments: np.ndarray) -> np.ndarray:
+def factor(moments: np.ndarray) -> np.ndarray:
     """The upper Cholesky factor (K, K) of the inverse of the damped moments."""
     damped = moments.astype(np.float64)
     diagonal = np.diag(damped).copy()

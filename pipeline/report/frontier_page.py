@@ -1,0 +1,224 @@
+"""Writes accuracy against latency as one HTML page, with its own CSS and SVG.
+
+Nothing is fetched and nothing runs. The markup is well-formed XML too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from bertile.report.page import STYLE
+
+WIDTH, HEIGHT = 960, 470
+LEFT, RIGHT, TOP, BOTTOM = 64, 190, 18, 46
+SHAPES = {"bertile": "circle", "onnxruntime": "square", "openvino": "triangle"}
+NAMES = {"bertile": "Bertile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+MORE = """
+.frontier { fill: none; stroke: var(--main); stroke-width: 2; }
+.bertile { fill: var(--main); stroke: var(--main); } .onnxruntime { fill: var(--warm);
+  stroke: var(--warm); } .openvino { fill: var(--soft); stroke: var(--soft); }
+.interval { stroke-width: 1.2; opacity: .55; } pre { margin: 0; font-size: 12px;
+  white-space: pre-wrap; overflow-wrap: anywhere; } summary { cursor: pointer; }
+svg text.name { fill: var(--ink); } tr.best td.name { font-weight: 600; }
+"""
+
+
+def html(content: Mapping[str, Any]) -> str:
+    """The whole page: the picture, the table, and the command of each point."""
+    title = f"Accuracy and latency: {escape(str(content['data']))}"
+    body = [_facts(content), _picture(content), _table(content), _commands(content)]
+    return (
+        "<!DOCTYPE html>\n"
+        f'<html lang="en"><head><meta charset="utf-8"/><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        f"<style>{STYLE}{MORE}</style></head>\n<body>\n<h1>{title}</h1>\n"
+        f"{chr(10).join(body)}\n</body></html>\n"
+    )
+
+
+def best(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The places of the rows that no other beats in both latency and score, the fastest first."""
+    highest, places = -math.inf, []
+    order = sorted(range(len(rows)), key=lambda i: (rows[i]["median_ms"], -rows[i]["score"]))
+    for place in order:
+        if rows[place]["score"] > highest:
+            highest = rows[place]["score"]
+            places.append(place)
+    return places
+
+
+def _facts(content: Mapping[str, Any]) -> str:
+    versions = ", ".join(content["versions"].values())
+    facts = {
+        "texts": f"{content['texts']}; each point's bar is the 95% interval of a bootstrap",
+        "latency": f"median of a text of {content['length']} tokens, {content['threads']} threads",
+        "machine": content["cpu"],
+        "engines": versions,
+        "measured": content["time"],
+    }
+    pairs = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
+    notes = "".join(f"<p>{escape(str(note))}</p>" for note in content["notes"])
+    return f"<dl>{pairs}</dl>{notes}"
+
+
+def _picture(content: Mapping[str, Any]) -> str:
+    rows = content["rows"]
+    x_ticks = _powers(min(r["median_ms"] for r in rows), max(r["median_ms"] for r in rows))
+    low, high = _ends(min(r["low"] for r in rows), max(r["high"] for r in rows))
+    right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
+
+    def x(milliseconds: float) -> float:
+        first, last = math.log(x_ticks[0]), math.log(x_ticks[-1])
+        share = (math.log(milliseconds) - first) / (last - first)
+        return round(LEFT + share * (right - LEFT), 1)
+
+    def y(score: float) -> float:
+        return round(floor - (score - low) / (high - low) * (floor - TOP), 1)
+
+    parts = []
+    for step in range(6):
+        value = low + (high - low) * step / 5
+        parts.append(
+            f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{y(value)}" y2="{y(value)}"/>'
+        )
+        parts.append(_text(LEFT - 8, y(value) + 4, f"{value:.3f}", "end"))
+    for tick in x_ticks:
+        parts.append(f'<line class="axis" x1="{x(tick)}" x2="{x(tick)}" y1="{TOP}" y2="{floor}"/>')
+        parts.append(_text(x(tick), floor + 18, f"{tick:g}", "middle"))
+    parts.append(_text((LEFT + right) / 2, floor + 38, "milliseconds, logarithmic", "middle"))
+    parts.append(_text(LEFT, TOP - 5, str(content["metric"]), "end"))
+    line = [f"{x(rows[i]['median_ms'])} {y(rows[i]['score'])}" for i in best(rows)]
+    parts.append(f'<path class="frontier" d="M{"L".join(line)}"/>')
+    for row in rows:
+        parts.append(_point(row, x, y))
+    parts += _names(rows, x, y)
+    for place, (kind, shape) in enumerate(SHAPES.items()):
+        if any(row["engine"] == kind for row in rows):
+            top = TOP + 14 + 20 * place
+            parts.append(_mark(shape, kind, right + 20, top))
+            parts.append(_text(right + 32, top + 4, NAMES[kind], "start"))
+    label = escape(f"{content['metric']} against milliseconds of {len(rows)} points", quote=True)
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        f"{''.join(parts)}</svg><figcaption>The line joins what no other point beats in both."
+        "</figcaption></figure>"
+    )
+
+
+def _names(
+    rows: Sequence[Mapping[str, Any]], x: Callable[[float], float], y: Callable[[float], float]
+) -> list[str]:
+    """The name of each of Bertile's points beside it, moved down where two would overlap."""
+    texts: list[str] = []
+    taken: list[tuple[float, float]] = []
+    mine = sorted(
+        (row for row in rows if row["engine"] == "bertile"), key=lambda row: -row["score"]
+    )
+    for row in mine:
+        place, height = x(row["median_ms"]) + 9, y(row["score"]) - 6
+        while any(abs(height - other) < 13 and abs(place - near) < 150 for near, other in taken):
+            height += 13
+        taken.append((place, height))
+        texts.append(_text(place, height, str(row["model"]), "start", "name"))
+    return texts
+
+
+def _point(row: Mapping[str, Any], x: Callable[[float], float], y: Callable[[float], float]) -> str:
+    place, kind = x(row["median_ms"]), str(row["engine"])
+    bar = (
+        f'<line class="interval {kind}" x1="{place}" x2="{place}" y1="{y(row["low"])}"'
+        f' y2="{y(row["high"])}"/>'
+    )
+    return bar + _mark(SHAPES.get(kind, "circle"), kind, place, y(row["score"]), _said(row))
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    return f"{row['model']}, {row['engine']}: {row['score']:.4f}, {row['median_ms']:.2f} ms"
+
+
+def _mark(shape: str, kind: str, x: float, y: float, title: str = "") -> str:
+    inner = f"<title>{escape(title)}</title>" if title else ""
+    if shape == "square":
+        return f'<rect class="{kind}" x="{x - 4}" y="{y - 4}" width="8" height="8">{inner}</rect>'
+    if shape == "triangle":
+        points = f"{x} {y - 5} {x + 5} {y + 4} {x - 5} {y + 4}"
+        return f'<polygon class="{kind}" points="{points}">{inner}</polygon>'
+    return f'<circle class="{kind}" cx="{x}" cy="{y}" r="4.5">{inner}</circle>'
+
+
+def _table(content: Mapping[str, Any]) -> str:
+    rows, front = content["rows"], set(best(content["rows"]))
+    ours = [row for row in rows if row["engine"] == "bertile" and row["precision"] == "fp32"]
+    base = ours[0] if ours else rows[0]
+    names = ("model", "engine", "precision", str(content["metric"]), "95% interval", "against fp32")
+    names += ("ms", "of fp32's time", "joules", "MB of weights", "million multiply-adds")
+    head = "".join(
+        f'<th class="{"n" if place > 2 else ""}">{escape(name)}</th>'
+        for place, name in enumerate(names)
+    )
+    body = []
+    for place, row in enumerate(rows):
+        cells = [
+            f'<td class="name">{escape(str(row["model"]))}</td>',
+            f"<td>{escape(NAMES.get(row['engine'], row['engine']))}</td>",
+            f"<td>{escape(row['precision'])}</td>",
+            _cell(f"{row['score']:.4f}"),
+            _cell(f"{row['low']:.4f} … {row['high']:.4f}"),
+            _cell(f"{100 * (row['score'] - base['score']):+.2f}"),
+            _cell(f"{row['median_ms']:.2f}"),
+            _cell(f"{row['median_ms'] / base['median_ms']:.2f}"),
+            _cell(_known(row["joules"], 1, "{:.3f}")),
+            _cell(_known(row["weight_bytes"], 1e6, "{:.2f}")),
+            _cell(_known(row["multiply_adds"], 1e6, "{:.0f}")),
+        ]
+        body.append(f'<tr class="{"best" if place in front else ""}">{"".join(cells)}</tr>')
+    text = (
+        "<p>Bold: on the frontier. Against fp32: points of 100. Joules, weights and multiply-adds"
+        " are of one text.</p>"
+    )
+    return (
+        f'<h2>Every point</h2>{text}<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{chr(10).join(body)}</tbody></table></div>"
+    )
+
+
+def _commands(content: Mapping[str, Any]) -> str:
+    lines = {row["model"]: row["command"] for row in content["rows"] if row["command"]}
+    parts = [
+        f"<details><summary>{escape(str(model))}</summary><pre>{escape(text)}</pre></details>"
+        for model, text in lines.items()
+    ]
+    return f"<h2>How to make each point again</h2>{''.join(parts)}"
+
+
+def _cell(text: str) -> str:
+    return f'<td class="n">{escape(text)}</td>'
+
+
+def _known(value: float | None, unit: float, form: str) -> str:
+    return "–" if value is None else form.format(value / unit)  # noqa: RUF001
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
+    name = f' class="{kind}"' if kind else ""
+    return f'<text{name} x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _ends(low: float, high: float) -> tuple[float, float]:
+    margin = 0.05 * (high - low) or 0.01
+    return low - margin, high + margin
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Numbers 1, 2 or 5 times a power of ten, from `low` or less to `high` or more."""
+    numbers = [
+        factor * 10.0**power
+        for power in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+        for factor in (1, 2, 5)
+    ]
+    first = max(number for number in numbers if number <= low)
+    last = min(number for number in numbers if number >= high and number > first)
+    return [number for number in numbers if first <= number <= last]

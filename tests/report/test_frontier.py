@@ -1,0 +1,190 @@
+"""Accuracy against latency: intervals, the frontier, and the page of a whole small run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import text_models, tiny_training
+
+from bertile.base.progress import Progress
+from bertile.cli import main
+from bertile.config import Config
+from bertile.errors import UsageError
+from bertile.report import frontier, frontier_page, trained_points
+
+
+def row(model: str, ms: float, score: float, **more: object) -> dict[str, object]:
+    return {
+        "model": model,
+        "engine": "bertile",
+        "precision": "fp32",
+        "median_ms": ms,
+        "p90_ms": ms,
+        "score": score,
+        "low": score - 0.01,
+        "high": score + 0.01,
+        "joules": None,
+        "multiply_adds": 1e6,
+        "weight_bytes": 2_000_000,
+        "command": f"bertile compile {model}",
+        **more,
+    }
+
+
+ROWS = [
+    row("slow & best", 9.0, 0.9),
+    row("beaten", 9.5, 0.85),
+    row("fast", 1.0, 0.8),
+    row("as fast, worse", 1.0, 0.7, engine="onnxruntime"),
+    row("middle", 3.0, 0.88, joules=0.125, engine="openvino"),
+]
+CONTENT = {
+    "rows": ROWS,
+    "data": "a <b> file",
+    "texts": 200,
+    "metric": "accuracy",
+    "length": 128,
+    "threads": 2,
+    "cpu": "a processor",
+    "versions": {"bertile": "Bertile 1", "openvino": "OpenVINO 2"},
+    "notes": ["joules are not known"],
+    "time": "2026-01-01",
+}
+
+
+def test_frontier_is_what_nothing_beats_in_both():
+    assert [ROWS[place]["model"] for place in frontier_page.best(ROWS)] == [
+        "fast",
+        "middle",
+        "slow & best",
+    ]
+
+
+def test_interval_is_that_of_the_normal_approximation():
+    chance = np.random.default_rng(1)
+    right = (chance.random(800) < 0.8).astype(float)
+    low, high = frontier.bootstrap(right)
+    mean, deviation = right.mean(), right.std() / np.sqrt(len(right))
+    assert low == pytest.approx(mean - 1.96 * deviation, abs=0.003)
+    assert high == pytest.approx(mean + 1.96 * deviation, abs=0.003)
+    assert frontier.bootstrap(np.ones(50)) == (1.0, 1.0)
+
+
+def test_page_is_whole_and_shows_every_point():
+    page = frontier_page.html(CONTENT)
+    tree = ElementTree.fromstring(page.partition("\n")[2])
+    text = " ".join(tree.itertext())
+    assert all(str(entry["model"]) in text for entry in ROWS)
+    assert "0.8900 … 0.9100" in text and "joules are not known" in text and "0.125" in text
+    assert len(list(tree.iter("circle"))) == 3 + 1, "of Bertile, and the legend's"
+    assert len(list(tree.iter("polygon"))) == 2 and len(list(tree.iter("rect"))) == 2
+    assert "http" not in page.replace("http-equiv", ""), "nothing is fetched"
+    bold = [item for item in tree.iter("tr") if item.get("class") == "best"]
+    assert len(bold) == 3
+
+
+def test_points_are_named_by_model_and_precision():
+    assert frontier.parse("out/p90@int8") == frontier.Point("p90 int8", "out/p90", "int8")
+    assert frontier.parse("a b=out/p90") == frontier.Point("a b", "out/p90", "fp32")
+    pruned = frontier.parse("synthetic:bert-base@0.9:4x1")
+    assert (pruned.model, pruned.precision) == ("synthetic:bert-base@0.9:4x1", "fp32")
+    with pytest.raises(UsageError, match="names no model"):
+        frontier.parse("x=@int8")
+
+
+def test_command_makes_a_compressed_model_again(tmp_path):
+    report = {
+        "model": "dense",
+        "task": "text",
+        "teacher": "dense",
+        "data": {"train": "debian", "eval": None, "unlabelled": ["debian"]},
+        "recipe": {"prune": {"sparsity": 0.8, "rewind": None}},
+    }
+    (tmp_path / "compression.json").write_text(json.dumps(report))
+    lines = frontier.command(frontier.Point("p", str(tmp_path), "int8")).splitlines()
+    assert lines[0] == (
+        f"bertile compress dense -o {tmp_path} --task text --data debian --unlabelled debian"
+        " --set prune.sparsity=0.8"
+    )
+    assert lines[1] == f"bertile compile {tmp_path} -o BUNDLE --precision int8"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_models.save(
+        tmp_path_factory.mktemp("pareto") / "tiny",
+        "SequenceClassification",
+        labels=tiny_training.LABELS,
+    )
+
+
+@pytest.mark.slow
+def test_run_measures_all_engines_of_all_points(tmp_path, model, stages):
+    data = tiny_training.write(tmp_path / "texts.tsv", 60)
+    points = [frontier.Point("floats", str(model)), frontier.Point("bytes", str(model), "int8")]
+    config = Config(cache_dir=stages, tune="none", threads=1)
+    content = frontier.write(
+        points, data, tmp_path / "out", config, Progress(-1), ("onnxruntime",), 16, 5
+    )
+    rows = list(csv.DictReader((tmp_path / "out" / "pareto.csv").open()))
+    assert [(entry["model"], entry["engine"]) for entry in rows] == [
+        ("floats", "bertile"),
+        ("floats", "onnxruntime"),
+        ("bytes", "bertile"),
+        ("bytes", "onnxruntime"),
+    ]
+    by_name = {(entry["model"], entry["engine"]): entry for entry in content["rows"]}
+    same = by_name["floats", "bertile"]["score"], by_name["floats", "onnxruntime"]["score"]
+    assert same[0] == same[1]
+    for entry in content["rows"]:
+        assert entry["low"] <= entry["score"] <= entry["high"] and entry["median_ms"] > 0
+    assert (
+        by_name["bytes", "bertile"]["weight_bytes"]
+        < 0.5 * (by_name["floats", "bertile"]["weight_bytes"])
+    )
+    ElementTree.fromstring((tmp_path / "out" / "pareto.html").read_text().partition("\n")[2])
+
+
+MISTAKES = {
+    "no point": (["--data", "TEXTS"], "no point is asked for"),
+    "no texts": (["a@int8", "--data", "none.tsv"], "there is no file"),
+    "twice": (["x=a", "x=b", "--data", "TEXTS"], "two points have the same name"),
+    "no task": (["--recipe", "int8", "--model", "m", "--data", "TEXTS"], "--task is missing"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys, arguments, message):
+    texts = tiny_training.write(tmp_path / "texts.tsv")
+    words = [str(texts) if word == "TEXTS" else word for word in arguments]
+    assert main.main(["pareto", *words, "-q", "-o", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_trained_once_and_named_by_what_they_are(tmp_path, model):
+    texts = tiny_training.write(tmp_path / "texts.tsv", 80)
+    other = tiny_training.write(tmp_path / "other.tsv", 40, seed=7)
+    arguments = (str(model), "text", str(texts), str(other), ())
+    settings = ("train.steps=2", *tiny_training.QUICK[1:])
+    with text_models.single_thread():
+        points = [
+            trained_points.trained(text, *arguments, settings, tmp_path / "models", Progress(-1))
+            for text in ("prune-80+int8", "prune-80+int8@fp32", "finetune@int8")
+        ]
+    assert [point.name for point in points] == [
+        "prune-80+int8 int8",
+        "prune-80+int8 fp32",
+        "finetune int8",
+    ]
+    assert points[0].model == points[1].model
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == [
+        "finetune",
+        "prune-80+int8",
+    ]
