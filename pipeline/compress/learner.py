@@ -106,7 +106,13 @@ def open_model(
     directory = files.find_directory(model)
     place = files.transformer_directory(directory)
     config = model_config.read(place)
-    family = table.supporting(config["model_type"], model)
+    family = table.of_type(config["model_type"])
+    if family is None:
+        raise ModelError(
+            f"a model of type '{config['model_type']}' cannot be trained: it has no row that names"
+            " its layers",
+            "train it by another program; `bertile families` lists the types that have one",
+        )
     table.must_have_head(config["model_type"], task.head)
     named = labels is not None and task.head != "embedding" and task.head != "question-answering"
     embedding = None

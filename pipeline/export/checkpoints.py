@@ -117,7 +117,7 @@ def _from_object(held: objects.ModelObject, head: str | None) -> Checkpoint:
         head = "embedding"
     if head is None:
         architecture = _architecture(held.model)
-        family = table.of_type(held.model.config.model_type)
+        family = table.answering(held.model.config.model_type)
         head = _head_of_architectures([architecture], held.name, family)
         notes = _left_out(architecture)
     sha256 = fingerprint(held, head)
@@ -225,7 +225,7 @@ def _asked_head(
         return head or "embedding", chain, ()
     architectures = config.get("architectures")
     left_out = _left_out(architectures[0]) if architectures else ()
-    family = table.of_type(config["model_type"])
+    family = table.answering(config["model_type"])
     return _head_of_architectures(architectures, source, family), None, left_out
 
 

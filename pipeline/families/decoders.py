@@ -11,7 +11,7 @@ from typing import Any
 from bertile.families.family import BY_ANGLE, Family
 
 # no head of theirs in transformers
-_LACKS = ("masked-lm", "next-sentence", "multiple-choice")
+_LACKS = ("masked-lm", "next-sentence", "multiple-choice", "pretraining")
 _LAYERS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),

@@ -28,16 +28,17 @@ from bertile.base.tables import short, table
 from bertile.config import Config
 from bertile.families import states
 from bertile.families import table as families
+from bertile.families.family import BY_DISTANCE
 
 # Beside the types with a row: encoders, encoders of translators, and decoders read as encoders.
 OTHER_TYPES = """
-bert-generation big_bird bros canine convbert deberta deberta-v2 dpr esm esmc eurobert flaubert
+bert-generation big_bird bros canine convbert dpr esm esmc flaubert
 fnet funnel gte ibert jina_embeddings_v3 layoutlmv3 lilt longformer luke markuplm mobilebert mra
 nystromformer reformer roc_bert roformer splinter squeezebert tapas ultrabert xlm xlm-roberta-xl
 xlnet xmod yoso clip_text_model bart blenderbot fsmt led longt5 m2m_100 marian mbart mt5 pegasus
 plbart prophetnet switch_transformers t5 t5gemma umt5 biogpt bloom codegen cohere ctrl falcon
-gemma gemma2 gemma3_text glm gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite llama mamba mistral
-modernbert-decoder mpt nemotron olmo olmo2 openai-gpt opt persimmon phi phi3 qwen2 qwen3
+gemma glm gpt_bigcode gpt_neo gpt_neox gptj granite mamba mistral
+modernbert-decoder mpt nemotron olmo olmo2 openai-gpt opt persimmon phi phi3 qwen2
 qwen3_moe rwkv smollm3 stablelm starcoder2 xglm
 """.split()
 TYPES = tuple(
@@ -100,7 +101,12 @@ OTHERS: dict[str, dict[str, Any]] = {
         **{"lsh_attn_chunk_length": 16, "attn_layers": ["local", "local"], "num_buckets": 4},
     },
     "xmod": {"default_language": "en_XX"},
-    **{f"deberta{version}": _RELATIVE for version in ("", "-v2")},
+    **{
+        name: _RELATIVE
+        for family in families.FAMILIES
+        if family.positions == BY_DISTANCE
+        for name in family.model_types
+    },
     "dpr": {"projection_dim": 0},
     "mamba": {"hidden_size": 64, "time_step_rank": 4},
     "mpt": {"attn_config": None},

@@ -82,7 +82,7 @@ def test_read_names_the_value_that_no_encoder_has(tmp_path, changes, message):
 
 @pytest.mark.parametrize("changes", [{"hidden_size": [8, 16]}, {"num_attention_heads": None}])
 def test_read_leaves_forms_of_a_type_without_a_row_to_transformers(tmp_path, changes):
-    config = {**SIZES, "model_type": "gpt2", **changes}
+    config = {**SIZES, "model_type": "opt", **changes}
     assert model_config.read(write(tmp_path, config)) == config
 
 

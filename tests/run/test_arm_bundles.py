@@ -135,7 +135,8 @@ def test_bundle_run_as_arm_code_gives_this_machines_numbers(
 ):
     target = like(targets.resolve(row), precision)
     bundle = compiled(model, row, precision)
-    rounded = (model, precision) == (MINILM, "int8")
+    # of many layers, or with weights of attention that are rounded from other polynomials' results
+    rounded = precision == "int8" and (model == MINILM or targets.resolve(row).bf16)
     arrays = requests(bundle, TEXTS if rounded else 2)
     np.savez(tmp_path / "in.npz", **arrays)
     cpu = qemu.processor(targets.resolve(row))
