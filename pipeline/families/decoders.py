@@ -136,7 +136,7 @@ DECODERS = (
         },
         sizes={"gpt2-small": {"n_layer": 12, "n_embd": 768, "n_head": 12}},
         causal=True,
-        lacks=_LACKS,
+        lacks=("masked-lm", "next-sentence", "multiple-choice"),
         kernels_of="megatron-bert",
     ),
     Family(
@@ -145,7 +145,7 @@ DECODERS = (
         model_types=("eurobert",),
         tiny=_tiny((4, 2, 32)),
         sizes={"eurobert-210m": _sizes(12, 768, (12, 12, 64), 3072, 128256)},
-        lacks=("next-sentence", "question-answering", "multiple-choice"),
+        lacks=("next-sentence", "question-answering", "multiple-choice", "pretraining"),
         kernels_of="qwen3",
         **_LLAMA,
     ),

@@ -102,14 +102,10 @@ def compiled(tmp_path, **options):
     return bertile.load(tmp_path / "bundle")
 
 
-CASES = [
-    pytest.param(kind, name, marks=() if (kind, name) == (V2, "as v3") else pytest.mark.slow)
-    for kind in (V2, V1)
-    for name in KINDS
-    if kind == V2 or name not in OF_V2
-]
+CASES = [(kind, name) for kind in (V2, V1) for name in KINDS if kind == V2 or name not in OF_V2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_odd_sizes_equal_torch_by_every_kind_of_distance(tmp_path, kind, name):
     model = saved(tmp_path / "model", kind, **KINDS[name])

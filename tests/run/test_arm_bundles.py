@@ -124,9 +124,12 @@ def answer(bundle: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def distance(vectors: np.ndarray, wanted: np.ndarray) -> float:
-    """One less the cosine of vectors (N, C) to those that were wanted, the mean of all."""
+    """One less the cosine of vectors (…, C) to those that were wanted, the mean of all; without
+    those of padding, which are zeros.
+    """
     lengths = np.linalg.norm(vectors, axis=-1) * np.linalg.norm(wanted, axis=-1)
-    return float((1 - (vectors * wanted).sum(-1) / lengths).mean())
+    real = lengths > 0
+    return float((1 - (vectors * wanted).sum(-1)[real] / lengths[real]).mean())
 
 
 @pytest.mark.parametrize(("model", "row", "precision"), CASES)
