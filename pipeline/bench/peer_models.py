@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bertile.base import cache
-from bertile.base.errors import BertileError, require
+from bertile.base.errors import BertileError, ModelError, require
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress
 from bertile.bench import llamacpp
@@ -29,6 +29,7 @@ from bertile.quantize import calibration
 CALIBRATION_SAMPLES = 300  # NNCF's own default
 RANDOM_LENGTH = 64
 FLOAT = 1  # onnx.TensorProto.FLOAT
+LONGEST_REASON = 200  # characters of what an engine says
 INT8_ACTIVATIONS = 4  # what MatMulNBits calls an accuracy level
 TRY_LENGTH, TRY_CALLS = 128, 9  # by which the fastest of several forms is told
 
@@ -61,6 +62,11 @@ def prepared(
                 pool.submit(_make, kind, precision, onnx, exported, directory / name).result()
             except BrokenProcessPool as error:
                 raise BertileError(f"the process that makes {kind}'s model crashed") from error
+            except BertileError:
+                raise
+            except Exception as error:  # of the engine's own tools: any
+                reason = str(error).partition("\n")[0][:LONGEST_REASON]
+                raise ModelError(f"{kind} cannot make its {precision} form: {reason}") from error
 
     directory, _ = cache.Cache(cache_dir).get_or_make(key, make)
     return directory / name

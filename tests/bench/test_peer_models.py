@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
+from bertile.base.errors import ModelError
 from bertile.base.progress import Progress
 from bertile.bench import peer_models
 from bertile.bench.engines import Engine, Source
@@ -32,6 +33,16 @@ def test_file_is_used_as_it_is_where_the_engine_takes_it(exported: ExportedModel
     path = exported.onnx_path
     assert peer_models.prepared("openvino", "bf16", path, exported, None, QUIET) == path
     assert peer_models.prepared("onnxruntime", "int8", None, exported, None, QUIET) is None
+
+
+def test_model_that_the_engines_own_tools_fail_on_is_named(
+    exported: ExportedModel, tmp_path: Path
+) -> None:
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes(b"no graph")
+    arguments = ("onnxruntime", "int8", broken, exported, str(tmp_path / "cache"), QUIET)
+    with pytest.raises(ModelError, match="onnxruntime cannot make its int8 form: "):
+        peer_models.prepared(*arguments)
 
 
 @pytest.mark.parametrize(
