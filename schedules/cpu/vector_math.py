@@ -107,11 +107,14 @@ class Powers(NamedTuple):
     llvm: str = ""
 
 
+PLAIN = Powers(exp2, exp2_coarse)
+
+
 def powers(row: Row) -> Powers:
     """What raises two to a power on a machine, in the fewest instructions that it has."""
     if row.arch == "x86_64" and row.vector_bits == 512:
         return Powers(exp2_scaled, exp2_scaled_coarse, x86.SCALE)
-    return Powers(exp2, exp2_coarse)
+    return PLAIN
 
 
 def _rounded(x: Any) -> tuple[Any, Any]:
