@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, activations
 from transformers.masking_utils import eager_mask
 
 from bertile.compress.recipe import Quantize
+from bertile.compress.watching import watch_inputs
 from bertile.numerics.eight_bit import LIMIT
 from bertile.schedules.reference import LEVELS
 
@@ -219,25 +220,11 @@ def observe(
     """The smallest and the largest value that comes into each layer at a real token."""
     ends: dict[str, Ends] = {}
 
-    def hook(name: str, mask: Tensor) -> Any:
-        def see(linear: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x = arguments[0].detach()[mask.bool()]
-            low, high = ends.get(name, (0.0, 0.0))
-            ends[name] = min(low, float(x.min())), max(high, float(x.max()))
+    def see(name: str, x: Tensor) -> None:
+        low, high = ends.get(name, (0.0, 0.0))
+        ends[name] = min(low, float(x.min())), max(high, float(x.max()))
 
-        return see
-
-    for batch in batches:
-        hooks = [
-            linear.register_forward_pre_hook(hook(name, batch["attention_mask"]))
-            for name, linear in linears.items()
-        ]
-        try:
-            with torch.no_grad():
-                model(**batch)
-        finally:
-            for handle in hooks:
-                handle.remove()
+    watch_inputs(model, linears, batches, see)
     return ends
 
 

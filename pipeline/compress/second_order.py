@@ -9,7 +9,6 @@ oBERT, for blocks). An encoder layer sees what the pruned layers before it give.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from bertile.base.progress import track
 from bertile.compress import masks
 from bertile.compress.recipe import Prune
+from bertile.compress.watching import watch_inputs
 from bertile.families.family import Family
 from bertile.quantize import gptq
 
@@ -78,25 +78,11 @@ def _moments(
     """The sum of x xᵀ over the real tokens that come into each linear layer."""
     totals = {name: torch.zeros(m.in_features, m.in_features) for name, m in layer.items()}
 
-    def hook(name: str, mask: Tensor) -> Any:
-        def see(linear: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x = arguments[0].detach()[mask.bool()]
-            totals[name] += x.T @ x
-
-        return see
+    def see(name: str, x: Tensor) -> None:
+        totals[name] += x.T @ x
 
     training = model.training
     model.eval()
-    for batch in batches:
-        hooks = [
-            linear.register_forward_pre_hook(hook(name, batch["attention_mask"]))
-            for name, linear in layer.items()
-        ]
-        try:
-            with torch.no_grad():
-                model(**batch)
-        finally:
-            for handle in hooks:
-                handle.remove()
+    watch_inputs(model, layer, batches, see)
     model.train(training)
     return totals
