@@ -15,7 +15,7 @@ folded into the weights of the layer that reads them where all tokens share them
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class Arithmetic:
     are loaded several at once (``spread_row``). ``matrix`` is the text of a function that
     multiplies two tokens by two outputs, where the machine has one. ``pairs`` names the function
     that multiplies two channels as they are, where ``function`` widens four for it: what the
-    machine can do at most.
+    machine can do at most, and does where bytes are widened once for many products (``wide``).
     """
 
     group: int
@@ -88,6 +88,15 @@ class Arithmetic:
             return total + x * w
         return tirx.call_extern(f"{self.total}x{BLOCK_TOKENS}", self.function, total, x, w)
 
+    @property
+    def parts(self) -> int:
+        """Vectors that a lane of four bytes makes where it is widened."""
+        return 2 if self.pairs else 1
+
+    def wide(self) -> Arithmetic:
+        """The arithmetic of lanes that were widened; of others, this one."""
+        return replace(self, function=self.pairs or self.function)
+
     def multiply_matrix(self, total: Any, x: Any, w: Any) -> Any:
         """total + x w of two lanes, by registers: x of two tokens, w of two outputs."""
         name = f"bertile_matrix{self.group}"
@@ -108,6 +117,21 @@ BF16 = Arithmetic(2, "int32", "float32", "bertile_dot2", x86.DOT2_BF16)
 
 
 # On vectors of a kernel.
+
+
+def wide_inputs(value: Any) -> list[Any]:
+    """The two 16-bit vectors of lanes of four unsigned bytes: of two channels each."""
+    return _both("bertile_pair", value)
+
+
+def wide_weights(value: Any) -> list[Any]:
+    """Lanes of four signed bytes as 16-bit integers in their order: two vectors."""
+    return _both("bertile_wide", value)
+
+
+def _both(name: str, value: Any) -> list[Any]:
+    lane = f"int32x{BLOCK_TOKENS}"
+    return [T.Bind(tirx.call_extern(lane, f"{name}{half}", value)) for half in range(2)]
 
 
 def pack_bf16(low: Any, high: Any) -> Any:

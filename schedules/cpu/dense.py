@@ -37,6 +37,7 @@ import numpy as np
 from bertile.schedules.cpu import dense_kernel, dense_samples, lanes, tiles
 from bertile.schedules.cpu.dense_kernel import Layout, step_count
 from bertile.schedules.cpu.nibbles import pack_nibbles
+from bertile.schedules.cpu.panels import pack_panels
 from bertile.schedules.cpu.product import (
     byte_offset,
     group,
@@ -74,7 +75,8 @@ def space(task: Task, row: Row) -> Space:
             "chunk": (4, 8, 16, 32),
         }
     unrolls = (1, 2, 4, 8) if row.dot_product == "sdot" and math.signed else (1, 2, 4)
-    ready = math.signed or bool(math.matrix)  # for one block, and better for more outputs
+    # for one block, or unpacked for all of them, and better for more outputs
+    ready = bool(math.signed or math.pairs or math.matrix)
     return {
         "accumulators": tuple(range(min(4, fits), fits + 1, 2 if math.matrix else 1)),
         "token_blocks": (1,) if ready else tuple(b for b in (1, 2, 3, 4) if b <= fits // 2),
@@ -98,13 +100,14 @@ def default(task: Task, row: Row) -> Knobs:
     token_blocks = max(1, min(token_blocks, most // unit(task)))
     widest = most // token_blocks
     # one output less where that pads nothing; else padding costs less than a narrower tile
-    step = 2 if multiplies(task, row).matrix else 1
+    math = multiplies(task, row)
+    step = 2 if math.matrix else 1
     even = [n for n in (widest, widest - step) if task.shape["outputs"] % n == 0]
     width = max(even, default=widest)
     return {
         "accumulators": max(width * token_blocks, min(choices["accumulators"])),
         "token_blocks": token_blocks,
-        "unroll": max(choices["unroll"]),
+        "unroll": 1 if math.pairs else max(choices["unroll"]),
         "passes": 1,
         "panels": 8 if 16 in choices["panels"] else 4,
         "chunk": 16,
@@ -128,6 +131,9 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
         return [*nibbles, *(np.pad(v, (0, padding)) for v in vectors), *limits]
     offset = [np.pad(byte_offset(w), (0, padding))] if of.math.signed else []
     w = np.pad(weight_lanes(task, w), ((0, 0), (0, padding)))
+    if of.math.pairs:
+        w = pack_panels(w, of.panels)
+        return [w, *(np.pad(v, (0, padding)) for v in vectors), *limits]
     if of.math.matrix:  # two lanes of an output, and of its neighbour, are one register
         w = np.pad(w, ((0, len(w) % 2), (0, 0))).reshape(of.steps, 2, -1, 2).transpose(0, 2, 3, 1)
     w = np.ascontiguousarray(w.reshape(of.steps, of.panels, -1).transpose(1, 0, 2))
@@ -147,11 +153,11 @@ def flops(task: Task, tokens: int) -> float:
 
 def _accumulators(task: Task, row: Row) -> int:
     """Vectors that may accumulate: what the activations and a broadcast weight leave of the
-    registers. Bytes that are widened first take twice as many.
+    registers. Bytes that are widened at each product take twice as many.
     """
     capacity = lanes.vector_capacity(row)
-    widened = group(task) == 4 and row.dot_product is None
-    return capacity - max(4 if widened else 2, capacity // 8)
+    widens = group(task) == 4 and row.dot_product is None and not multiplies(task, row).pairs
+    return capacity - max(4 if widens else 2, capacity // 8)
 
 
 dense = Schedule("dense", space, default, kernel, dense_samples.sample, flops, pack)

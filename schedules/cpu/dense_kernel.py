@@ -18,6 +18,7 @@ from bertile.schedules.cpu import lanes
 from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.inputs import Inputs, unzipped, zipped
 from bertile.schedules.cpu.nibbles import Nibbles
+from bertile.schedules.cpu.panels import Panels
 from bertile.schedules.cpu.product import Epilogue, arguments, group_size, multiplies, unit
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
@@ -67,8 +68,11 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     with lanes.kernel(task.name) as builder:
 
         def weights() -> Any:
+            sizes = (builder, math, of.panels, of.steps, of.width)
             if size := group_size(task):
-                return Nibbles.declare(builder, of.panels, of.steps, of.width, size)
+                return Nibbles.of_groups(*sizes, size)
+            if math.pairs:
+                return Panels.declare(*sizes)
             return builder.tensor("w", of.panels, of.steps, numbers, dtype=math.weight)
 
         linked = replace(math, llvm=math.matrix or math.llvm)
@@ -78,10 +82,12 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         with T.parallel(groups * chunks) as job:
             scratch = T.alloc_buffer((of.width * knobs["token_blocks"], BLOCK_TOKENS), "float32")
             scratch = scratch if unit(task) > 1 else None
-            if group_size(task):
+            if isinstance(w, Panels):
                 w.allocate()
-                inputs = Inputs(x, math, 1, ready=False)
-                tile: _Tile = _NibbleTile(task, knobs, of, inputs, w, epilogue, scratch)
+                wide = bool(math.pairs)
+                inputs = Inputs(x, math, chunk, widened=wide, ready=wide)
+                of_panels = _NibbleTile if isinstance(w, Nibbles) else _PanelTile
+                tile: _Tile = of_panels(task, knobs, of, inputs, w, epilogue, scratch)
             else:
                 inputs = Inputs(x, math, knobs["token_blocks"], bool(math.matrix))
                 tile = _Tile(task, knobs, of, inputs, w, epilogue, scratch)
@@ -288,10 +294,42 @@ class _Tile:
             self.epilogue.finish(values, block + t, T.Bind((low + n * each) // each))
 
 
-class _NibbleTile(_Tile):
-    """The same of weights in 4 bits: a panel is unpacked to bytes, then multiplied as bytes are, by
-    all blocks of the job; the sum of each group is added, times the group's scale, to one in
-    float32.
+class _PanelTile(_Tile):
+    """The same of weights that are unpacked panel by panel, and multiplied by all blocks of a job."""
+
+    w: Panels
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.math = self.math.wide()
+
+    def walk(self, base: Any, group: int, first: Any, count: Any, part: int) -> None:
+        self.inputs.fill(first, count)
+        with self.panels(base, group, 1) as panel:
+            self.w.unpack(panel)
+            with T.serial(count) as t:
+                self.emit(panel, 1, first + t, 1, part)
+
+    def _sum(self, tile: list, panel: Any, panels: int, part: int) -> None:
+        unroll = self.knobs["unroll"]
+        with T.serial(self.of.steps // unroll) as outer:
+            self.w.prefetch(panel + 1, outer * unroll, unroll)
+            with T.unroll(unroll) as inner:
+                self._multiply_unpacked([total for total, *_ in tile], tile, outer * unroll + inner)
+
+    def _multiply_unpacked(self, sums: list, tile: list, k: Any) -> None:
+        """Add the products of lane k to the sum of each place of the tile."""
+        parts = self.math.parts
+        for part in range(parts):
+            for total, (_, _, n, t) in zip(sums, tile):
+                x = self.inputs.load(t, 0, parts * k + part)
+                w = self.math.spread(self.w.lane(k, n, part))
+                lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
+
+
+class _NibbleTile(_PanelTile):
+    """Of weights in 4 bits: the sum of each group of inputs is added, times the group's scale, to
+    one in float32.
     """
 
     w: Nibbles
@@ -300,16 +338,10 @@ class _NibbleTile(_Tile):
         super().__init__(*arguments)
         self.total = "float32"
 
-    def walk(self, base: Any, group: int, first: Any, count: Any, part: int) -> None:
-        with self.panels(base, group, 1) as panel:
-            self.w.unpack(panel)
-            with T.serial(count) as t:
-                self.emit(panel, 1, first + t, 1, part)
-
     def _sum(self, tile: list, panel: Any, panels: int, part: int) -> None:
         depth, size = self.of.steps, self.w.steps
         with T.serial(depth // size) as number:
-            self.w.prefetch(panel + 1, number)
+            self.w.prefetch(panel + 1, number * size, size)
             self._group(tile, number, size)
         if depth % size:
             self._group(tile, depth // size, depth % size)
@@ -320,10 +352,7 @@ class _NibbleTile(_Tile):
         for total in sums:
             lanes.write(total, self.math.zero())
         with lanes.loop(steps, self.knobs["unroll"]) as step:
-            k = number * self.w.steps + step
-            for total, (_, _, n, t) in zip(sums, tile):
-                x, w = self.inputs.load(t, 0, k), self.math.spread(self.w.lane(k, n))
-                lanes.write(total, self.math.multiply_add(lanes.read(total), x, w))
+            self._multiply_unpacked(sums, tile, number * self.w.steps + step)
         for total, (whole, _, n, _) in zip(sums, tile):
             value = lanes.read(total).astype(f"float32x{BLOCK_TOKENS}")
             lanes.write(whole, lanes.read(whole) + value * lanes.splat(self.w.scale(number, n)))

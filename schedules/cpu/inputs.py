@@ -2,6 +2,7 @@
 tokens ready once for all its outputs.
 
     signed   each byte less 128, which some instructions multiply instead (``Arithmetic.signed``)
+    widened  each byte as 16 bits: lane k of four is lanes 2 k and 2 k + 1 of two
     matrix   lanes 2 k and 2 k + 1 zipped: a register holds two tokens of two lanes, as an
              instruction wants them that multiplies two tokens by two outputs
 """
@@ -15,7 +16,7 @@ from tvm.tirx.script import builder as T
 
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.arithmetic import Arithmetic
+from bertile.schedules.cpu.arithmetic import Arithmetic, wide_inputs
 
 
 class Inputs:
@@ -32,25 +33,30 @@ class Inputs:
         math: Arithmetic,
         token_blocks: int,
         matrix: bool = False,
+        widened: bool = False,
         ready: bool = True,
     ) -> None:
-        self.x, self.math, self.matrix = x, math, matrix
+        self.x, self.math, self.matrix, self.widened = x, math, matrix, widened
         self.depth = int(x.shape[1])
-        self.buffer = None
-        if ready and (matrix or math.signed):
-            depth = self.depth + self.depth % 2 if matrix else self.depth
+        self.buffer, self.first = None, tirx.const(0, "int32")
+        if ready and (matrix or widened or math.signed):
+            depth = self.depth + self.depth % 2 if matrix else self.depth * (2 if widened else 1)
             self.buffer = T.alloc_buffer((token_blocks, depth, BLOCK_TOKENS), math.lane)
 
-    def fill(self, block: Any, token_blocks: int) -> None:
+    def fill(self, block: Any, token_blocks: Any) -> None:
         """Make ready what ``load`` gives of ``token_blocks`` blocks from ``block``."""
         if self.buffer is None:
             return
+        self.first = block
         with T.serial(token_blocks) as t:
             if self.matrix:
                 self._zip(block, t)
                 return
             with T.serial(self.depth) as k:
-                lanes.store(self.buffer, _signed(lanes.load(self.x, block + t, k)), t, k)
+                value = lanes.load(self.x, block + t, k)
+                parts = wide_inputs(value) if self.widened else [_signed(value)]
+                for i, part in enumerate(parts):
+                    lanes.store(self.buffer, part, t, len(parts) * k + i)
 
     def _zip(self, block: Any, t: Any) -> None:
         def pair(k: Any, low: Any, high: Any) -> None:
@@ -66,9 +72,9 @@ class Inputs:
             pair(self.depth // 2, last, nothing)
 
     def load(self, block: Any, t: int, k: Any) -> Any:
-        """Lane k of the block ``block`` + t, the one from which ``fill`` was told to begin."""
+        """Lane k of the block ``block`` + t, one of those that ``fill`` was told of."""
         if self.buffer is not None:
-            return lanes.load(self.buffer, t, k)
+            return lanes.load(self.buffer, block - self.first + t, k)
         value = lanes.load(self.x, block + t, k)
         return _signed(value) if self.math.signed else value
 

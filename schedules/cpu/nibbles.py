@@ -1,12 +1,11 @@
-"""Stores weights of a matrix product in 4 bits, and unpacks a panel of them to bytes.
+"""Stores weights of a matrix product in 4 bits, and unpacks a panel of them (see ``panels``).
 
     w       (panels, vectors × 16) int32: of two registers of bytes the lower and the upper halves
     scales  (panels, vectors × 16) int16: float16, of each group of inputs and output of the panel
 
 A level is -8 to 7. Unpacked it is 16 times that, a byte whose lower half is nothing: one shift and
 two masks make two registers. The 16 goes into the scales, which become float32 at the same time.
-Once in a job for all blocks of tokens, and from the first-level cache on the kernel is that of
-bytes; from memory comes half.
+From the first-level cache on the kernel is that of bytes; from memory comes half.
 """
 
 from __future__ import annotations
@@ -19,34 +18,40 @@ from tvm.tirx.script import builder as T
 
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
+from bertile.schedules.cpu.arithmetic import Arithmetic
+from bertile.schedules.cpu.panels import Panels, ramp, vectors
 
 TIMES = 16  # what a byte is of its level
 UPPER = 0xF0F0F0F0 - (1 << 32)  # of each byte, as a signed number
 
 
-class Nibbles:
-    """The weights of a kernel, and the panel that was unpacked last. ``steps`` lanes of four inputs
-    share a scale.
-    """
+class Nibbles(Panels):
+    """The weights of a kernel in 4 bits. ``steps`` lanes of four inputs share a scale."""
 
-    def __init__(self, w: Any, scales: Any, width: int, steps: int) -> None:
-        self.w, self.scales, self.width, self.steps = w, scales, width, steps
-        self.bytes: Any = None
+    lanes = 2
+
+    def __init__(self, w: Any, scales: Any, math: Arithmetic, width: int, steps: int) -> None:
+        super().__init__(w, math, width)
+        self.scales, self.steps = scales, steps
         self.floats: Any = None
 
     @staticmethod
-    def declare(
-        builder: lanes.KernelBuilder, panels: int, depth: int, width: int, size: int
+    def of_groups(
+        builder: lanes.KernelBuilder,
+        math: Arithmetic,
+        panels: int,
+        depth: int,
+        width: int,
+        size: int,
     ) -> Nibbles:
         """The arguments w and scales, of ``depth`` lanes of four inputs in groups of ``size``."""
         groups = -(-4 * depth // size)
-        w = builder.tensor("w", panels, _vectors(depth * width, 2) * 16, dtype="int32")
-        scales = builder.tensor("scales", panels, _vectors(groups * width) * 16, dtype="int16")
-        return Nibbles(w, scales, width, size // 4)
+        w = builder.tensor("w", panels, vectors(depth * width, 2) * 16, dtype="int32")
+        scales = builder.tensor("scales", panels, vectors(groups * width) * 16, dtype="int16")
+        return Nibbles(w, scales, math, width, size // 4)
 
     def allocate(self) -> None:
-        """Where a panel is unpacked to; to be called where a job's buffers are."""
-        self.bytes = T.alloc_buffer((2 * int(self.w.shape[1]),), "int32")
+        super().allocate()
         self.floats = T.alloc_buffer((int(self.scales.shape[1]),), "float32")
 
     def unpack(self, panel: Any) -> None:
@@ -54,36 +59,17 @@ class Nibbles:
         four = tirx.Broadcast(tirx.const(4, "int32"), BLOCK_TOKENS)
         upper = tirx.Broadcast(tirx.const(UPPER, "int32"), BLOCK_TOKENS)
         with T.serial(int(self.w.shape[1]) // BLOCK_TOKENS) as i:
-            both = T.Bind(self.w[panel, _ramp(i)])
-            T.buffer_store(self.bytes, (both << four) & upper, [_ramp(2 * i)])
-            T.buffer_store(self.bytes, both & upper, [_ramp(2 * i + 1)])
+            both = T.Bind(self.w[panel, ramp(i)])
+            self._put(2 * i, T.Bind((both << four) & upper))
+            self._put(2 * i + 1, T.Bind(both & upper))
         with T.serial(int(self.scales.shape[1]) // BLOCK_TOKENS) as i:
             wide = f"float32x{BLOCK_TOKENS}"
-            scale = tirx.call_extern(wide, "bertile_half", self.scales[panel, _ramp(i)])
-            T.buffer_store(self.floats, scale * lanes.splat(1.0 / TIMES), [_ramp(i)])
-
-    def lane(self, k: Any, n: int) -> Any:
-        """The bytes of four inputs of output n of the panel, as one number."""
-        return self.bytes[k * self.width + n]
+            scale = tirx.call_extern(wide, "bertile_half", self.scales[panel, ramp(i)])
+            T.buffer_store(self.floats, scale * lanes.splat(1.0 / TIMES), [ramp(i)])
 
     def scale(self, group: Any, n: int) -> Any:
         """What the sum of a group of inputs is multiplied by."""
         return self.floats[group * self.width + n]
-
-    def prefetch(self, panel: Any, group: Any) -> None:
-        """Ask for that part of a panel which is as long as a group's weights."""
-        numbers = self.steps * self.width // 2
-        for place in range(0, numbers, lanes.CACHE_LINE // 4):
-            lanes.prefetch(self.w, panel, group * numbers + place)
-
-
-def _ramp(vector: Any) -> Any:
-    return tirx.Ramp(vector * BLOCK_TOKENS, 1, BLOCK_TOKENS)
-
-
-def _vectors(numbers: int, of: int = 1) -> int:
-    """Registers, or ``of`` times as many, that hold so many numbers of 32 bits."""
-    return -(-numbers // (BLOCK_TOKENS * of))
 
 
 def pack_nibbles(
@@ -97,12 +83,12 @@ def pack_nibbles(
     padding = panels * width - outputs
     levels = np.pad(levels, ((0, 4 * depth - inputs), (0, padding)))
     lanes_ = levels.reshape(depth, 4, panels, width).transpose(2, 0, 3, 1).reshape(panels, -1)
-    vectors = _vectors(depth * width, 2)
-    lanes_ = np.pad(lanes_, ((0, 0), (0, vectors * 128 - lanes_.shape[1]))).view("uint8")
-    lower, upper = lanes_.reshape(panels, vectors, 2, 64).transpose(2, 0, 1, 3)
+    registers = vectors(depth * width, 2)
+    lanes_ = np.pad(lanes_, ((0, 0), (0, registers * 128 - lanes_.shape[1]))).view("uint8")
+    lower, upper = lanes_.reshape(panels, registers, 2, 64).transpose(2, 0, 1, 3)
     w = np.ascontiguousarray((lower & 15) | (upper << 4)).reshape(panels, -1).view("int32")
     groups = len(scales)
     parts = np.pad(scales.astype("float16"), ((0, 0), (0, padding)))
     parts = parts.reshape(groups, panels, width).transpose(1, 0, 2).reshape(panels, -1)
-    short = _vectors(groups * width) * BLOCK_TOKENS - groups * width
+    short = vectors(groups * width) * BLOCK_TOKENS - groups * width
     return [w, np.ascontiguousarray(np.pad(parts, ((0, 0), (0, short)))).view("int16")]

@@ -74,7 +74,7 @@ def _int8(row: Row) -> Arithmetic:
         if row.dot_product == "vnni":
             return replace(bytes_, llvm=x86.DOT4_VNNI)
         wide = x86.DOT4_AVX512 if row.vector_bits == 512 else x86.DOT4_AVX2
-        return replace(bytes_, llvm=wide, pairs="bertile_pairs")
+        return replace(bytes_, llvm=wide + x86.WIDEN, pairs="bertile_pairs")
     if row.dot_product == "usmmla":
         matrix = arm.MATRIX_INT8 + arm.SHUFFLES
         return replace(bytes_, llvm=arm.DOT4_USDOT, matrix=matrix)

@@ -6,6 +6,8 @@ lane of four bytes is loaded, and broadcast, as one number.
     bertile_dot4(c, a, b)    c + Σ a[i] b[i], four unsigned bytes by four signed ones, exact
     bertile_dot2(c, a, b)    c + a[0] b[0] + a[1] b[1], two bfloat16 each, into float32
     bertile_pairs(c, a, b)   c + a[0] b[0] + a[1] b[1], two 16-bit integers each
+    bertile_wide0(a), 1      the signed bytes of 8 lanes as 16-bit integers, two a lane
+    bertile_pair0(a), 1      the lower, the upper two unsigned bytes of each lane, likewise
     bertile_four(a)          four lanes, four times over
     bertile_pick0(a) to 3    one of those four everywhere
     bertile_index(a)         a, in a general register
@@ -13,10 +15,13 @@ lane of four bytes is loaded, and broadcast, as one number.
     bertile_scale(a, b)      a times two to the whole number below b, of floats
 
 Without VNNI, vpmaddubsw would be the usual second choice; it saturates at 16 bits, so four bytes
-are widened to two pairs of 16 bits and multiplied by vpmaddwd: slower, and the same integers.
+are widened to two pairs of 16 bits and multiplied by vpmaddwd: slower, and the same integers. Who
+multiplies a byte often widens it once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def _dot(name: str, total: str, operand: str, intrinsic: str) -> str:
@@ -82,6 +87,26 @@ define linkonce_odr <16 x float> @bertile_scale(<16 x float> %a, <16 x float> %b
   ret <16 x float> %r
 }}
 """
+
+
+def _widen(name: str, picked: Sequence[int], extend: str) -> str:
+    places = ", ".join(f"i32 {place}" for place in picked)
+    return f"""
+define linkonce_odr <16 x i32> @{name}(<16 x i32> %a) alwaysinline {{
+  %b = bitcast <16 x i32> %a to <64 x i8>
+  %p = shufflevector <64 x i8> %b, <64 x i8> poison, <32 x i32> <{places}>
+  %w = {extend} <32 x i8> %p to <32 x i16>
+  %r = bitcast <32 x i16> %w to <16 x i32>
+  ret <16 x i32> %r
+}}
+"""
+
+
+WIDEN = "".join(
+    _widen(f"bertile_wide{half}", range(32 * half, 32 * half + 32), "sext")
+    + _widen(f"bertile_pair{half}", [4 * (i // 2) + i % 2 + 2 * half for i in range(32)], "zext")
+    for half in range(2)
+)
 
 # The even and the odd bytes of each lane, widened: unsigned ones of a, signed ones of b.
 _WIDENED = """
