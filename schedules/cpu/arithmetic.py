@@ -39,8 +39,9 @@ class Arithmetic:
     less 128 (see ``inputs``), and sums want 128 times the sum of the weights. Weights ``by_lane``
     are loaded several at once (``spread_row``). ``matrix`` is the text of a function that
     multiplies two tokens by two outputs, where the machine has one. ``pairs`` names the function
-    that multiplies two channels as they are, where ``function`` widens four for it: what the
-    machine can do at most, and does where bytes are widened once for many products (``wide``).
+    that multiplies two channels of 16 bits, where the machine has none for four bytes: what is
+    multiplied often is widened once (``wide``); ``function`` there takes bytes as they are, of
+    weights that ``halves`` has made.
     """
 
     group: int
@@ -188,6 +189,19 @@ def store_range(made_range: Any, block: Any, low: Any, high: Any) -> tuple[Any, 
 
 
 # On arrays.
+
+
+def halves(w: np.ndarray) -> np.ndarray:
+    """Lanes (K / 4, N) int32 of signed bytes → (K / 4, 2, N), whose sum they are.
+
+    No two neighbouring bytes of a lane add up to more than 128 or less than -128, so that products
+    with unsigned bytes stay within 16 bits. The second is zero where a lane is so already.
+    """
+    pairs = np.ascontiguousarray(w).view("int8").reshape(*w.shape, 4).astype("int16")
+    far = np.abs(pairs.reshape(*w.shape, 2, 2).sum(-1)) > 128
+    half = np.where(far.any(-1, keepdims=True), pairs >> 1, 0)
+    both = np.stack([pairs - half, half], 1).astype("int8")
+    return np.ascontiguousarray(both).view("int32")[..., 0]
 
 
 def bf16_pairs(x: np.ndarray) -> np.ndarray:

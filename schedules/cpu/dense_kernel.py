@@ -295,7 +295,7 @@ class _Tile:
 
 
 class _PanelTile(_Tile):
-    """The same of weights that are unpacked panel by panel, and multiplied by all blocks of a job."""
+    """The same of weights that are unpacked panel by panel, for all blocks of a job."""
 
     w: Panels
 

@@ -1,5 +1,5 @@
-"""Unpacks weights of a matrix product panel by panel: once in a job for all its blocks of tokens, to
-the numbers of 32 bits that are multiplied, from the first-level cache.
+"""Unpacks weights of a matrix product panel by panel, once in a job for all its blocks of tokens:
+to the numbers of 32 bits that are multiplied, in the first-level cache.
 
     w   (panels, vectors × 16) int32: of a panel lane by lane, in each its outputs
 

@@ -45,8 +45,7 @@ def peak_gflops(
     out = tvm.runtime.tensor(np.zeros((threads, chains, BLOCK_TOKENS), math.total))
     seconds = _best(run, [factors, out])
     outputs = 2 if math.matrix else 1  # of one multiply-add
-    group = 2 if math.pairs else math.group
-    return 2.0 * BLOCK_TOKENS * group * outputs * chains * STEPS * threads / seconds / 1e9
+    return 2.0 * BLOCK_TOKENS * math.group * outputs * chains * STEPS * threads / seconds / 1e9
 
 
 def _tiles_gflops(target: tvm.target.Target, threads: int, group: int) -> float:
@@ -132,7 +131,7 @@ def _step(math: Arithmetic, total: Any, factors: Any) -> Any:
     # where a product is an instruction of its own, what it multiplies changes at each step, so that
     # LLVM finds nothing to take out of the loop
     if math.pairs:
-        return tirx.call_extern(f"{math.total}x{BLOCK_TOKENS}", math.pairs, total, total, b)
+        return math.multiply_add(total, total, b)
     return total * a + b if math.group == 1 else math.multiply_add(total, a, b)
 
 

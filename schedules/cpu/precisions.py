@@ -73,8 +73,8 @@ def _int8(row: Row) -> Arithmetic:
     if row.arch != "aarch64":
         if row.dot_product == "vnni":
             return replace(bytes_, llvm=x86.DOT4_VNNI)
-        wide = x86.DOT4_AVX512 if row.vector_bits == 512 else x86.DOT4_AVX2
-        return replace(bytes_, llvm=wide + x86.WIDEN, pairs="bertile_pairs")
+        text = x86.PAIRS_AVX512 if row.vector_bits == 512 else x86.PAIRS_AVX2
+        return replace(bytes_, llvm=text, pairs="bertile_pairs")
     if row.dot_product == "usmmla":
         matrix = arm.MATRIX_INT8 + arm.SHUFFLES
         return replace(bytes_, llvm=arm.DOT4_USDOT, matrix=matrix)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bertile.schedules.cpu.arithmetic import halves
 from bertile.schedules.cpu.product import (
     byte_offset,
     group,
@@ -90,14 +91,16 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
     """
     limits = [weights[-1]] if writes(task) == "to_int8" else []
     w, *vectors = ordered(task, weights[: len(weights) - len(limits)])
-    offset = [byte_offset(w)] if multiplies(task, row).signed else []
+    math = multiplies(task, row)
+    offset = [byte_offset(w)] if math.signed else []
     of = Layout.of(task, knobs)
     w = weight_lanes(task, w + np.zeros((), w.dtype))  # the sum of -0.0 and 0.0 is 0.0
     w = np.pad(w, ((0, 0), (0, -w.shape[1] % of.unit)))
-    units = _dealt(of, (w != 0).sum(0).reshape(of.units, of.unit).sum(1))
+    w = halves(w) if math.pairs else w[:, None]  # of a lane each entry that it may have
+    units = _dealt(of, (w != 0).sum((0, 1)).reshape(of.units, of.unit).sum(1))
     outputs = (units[..., None] * of.unit + np.arange(of.unit)).ravel()
-    real = outputs < w.shape[1]
-    w = np.pad(w, ((0, 0), (0, 1)))[:, np.where(real, outputs, w.shape[1])]
+    real = outputs < w.shape[-1]
+    w = np.pad(w, ((0, 0), (0, 0), (0, 1)))[..., np.where(real, outputs, w.shape[-1])]
     real = outputs < task.shape["outputs"]
     vectors, offset = (
         [np.where(real, v[np.where(real, outputs, 0)], v.dtype.type(0)) for v in some]
@@ -120,21 +123,22 @@ def _dealt(of: Layout, lengths: np.ndarray) -> np.ndarray:
 
 
 def _lists(of: Layout, w: np.ndarray) -> list[np.ndarray]:
-    """w (K / G, groups places) → values, index, starts, slots."""
-    w = np.pad(w, ((0, of.parts * of.part - of.depth), (0, 0)))
-    w = w.reshape(of.parts, of.part, of.groups, of.places).transpose(2, 0, 3, 1)
+    """w (K / G, entries of a lane, groups places) → values, index, starts, slots."""
+    entries = w.shape[1]
+    w = np.pad(w, ((0, of.parts * of.part - of.depth), (0, 0), (0, 0)))
+    w = w.reshape(of.parts, of.part * entries, of.groups, of.places).transpose(2, 0, 3, 1)
     lengths = (w != 0).sum(3)
     slots = np.argsort(-lengths, 2, kind="stable")
     w = np.take_along_axis(w, slots[..., None], 2)
-    w = w.reshape(-1, of.outputs, of.part)  # panel, output, lane
+    w = w.reshape(-1, of.outputs, of.part * entries)  # panel, output, entry
     lists = np.take_along_axis(lengths, slots, 2).ravel()
     longest = lists.reshape(-1, of.outputs).max(1)
     starts = np.concatenate([[0], np.cumsum(longest)])
-    panel, output, lane = np.nonzero(w)
+    panel, output, entry = np.nonzero(w)
     first = np.cumsum(lists) - lists  # of each list among all that is not zero
-    position = np.arange(len(lane)) - first[panel * of.outputs + output]
+    position = np.arange(len(entry)) - first[panel * of.outputs + output]
     at = (starts[panel] + position) * of.outputs + output
     count = max(1, int(starts[-1])) * of.outputs  # no tensor is empty
     values, index = np.zeros(count, w.dtype), np.zeros(count, of.index)
-    values[at], index[at] = w[panel, output, lane], lane
+    values[at], index[at] = w[panel, output, entry], entry // entries
     return [values, index, starts.astype("int32"), slots.astype(of.slot)]

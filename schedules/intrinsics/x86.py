@@ -14,9 +14,9 @@ lane of four bytes is loaded, and broadcast, as one number.
     bertile_fraction(a)      a less the whole number below it, of floats
     bertile_scale(a, b)      a times two to the whole number below b, of floats
 
-Without VNNI, vpmaddubsw would be the usual second choice; it saturates at 16 bits, so four bytes
-are widened to two pairs of 16 bits and multiplied by vpmaddwd: slower, and the same integers. Who
-multiplies a byte often widens it once.
+Without VNNI, bytes are multiplied by vpmaddubsw, whose sums of two products are cut at 16 bits: by
+weights that cannot come so far (``arithmetic.halves``), or, where all are wanted side by side, as
+16-bit integers by vpmaddwd. Both make the same integers as VNNI does.
 """
 
 from __future__ import annotations
@@ -108,27 +108,11 @@ WIDEN = "".join(
     for half in range(2)
 )
 
-# The even and the odd bytes of each lane, widened: unsigned ones of a, signed ones of b.
-_WIDENED = """
-  %x = bitcast <16 x i32> %a to <32 x i16>
-  %y = bitcast <16 x i32> %b to <32 x i16>
-  %x0 = and <32 x i16> %x, splat (i16 255)
-  %x1 = lshr <32 x i16> %x, splat (i16 8)
-  %yl = shl <32 x i16> %y, splat (i16 8)
-  %y0 = ashr <32 x i16> %yl, splat (i16 8)
-  %y1 = ashr <32 x i16> %y, splat (i16 8)
-"""
-
-DOT4_AVX512 = f"""
+# Of weights that are bounded: see ``arithmetic.halves``. One register of 512 bits, or two of 256.
+_ONES = "splat (i16 1)"
+PAIRS_AVX512 = f"""
 declare <16 x i32> @llvm.x86.avx512.pmaddw.d.512(<32 x i16>, <32 x i16>)
-define linkonce_odr <16 x i32> @bertile_dot4(<16 x i32> %c, <16 x i32> %a, <16 x i32> %b)
-    alwaysinline {{{_WIDENED}
-  %p0 = call <16 x i32> @llvm.x86.avx512.pmaddw.d.512(<32 x i16> %x0, <32 x i16> %y0)
-  %p1 = call <16 x i32> @llvm.x86.avx512.pmaddw.d.512(<32 x i16> %x1, <32 x i16> %y1)
-  %s = add <16 x i32> %p0, %p1
-  %r = add <16 x i32> %c, %s
-  ret <16 x i32> %r
-}}
+declare <32 x i16> @llvm.x86.avx512.pmaddubs.w.512(<64 x i8>, <64 x i8>)
 define linkonce_odr <16 x i32> @bertile_pairs(<16 x i32> %c, <16 x i32> %a, <16 x i32> %b)
     alwaysinline {{
   %x = bitcast <16 x i32> %a to <32 x i16>
@@ -137,55 +121,53 @@ define linkonce_odr <16 x i32> @bertile_pairs(<16 x i32> %c, <16 x i32> %a, <16 
   %r = add <16 x i32> %c, %p
   ret <16 x i32> %r
 }}
+define linkonce_odr <16 x i32> @bertile_dot4(<16 x i32> %c, <16 x i32> %a, <16 x i32> %b)
+    alwaysinline {{
+  %x = bitcast <16 x i32> %a to <64 x i8>
+  %y = bitcast <16 x i32> %b to <64 x i8>
+  %s = call <32 x i16> @llvm.x86.avx512.pmaddubs.w.512(<64 x i8> %x, <64 x i8> %y)
+  %p = call <16 x i32> @llvm.x86.avx512.pmaddw.d.512(<32 x i16> %s, <32 x i16> {_ONES})
+  %r = add <16 x i32> %c, %p
+  ret <16 x i32> %r
+}}
+{WIDEN}"""
+
+
+def _halves(name: str, form: str, count: int) -> str:
+    def places(part: int) -> str:
+        return ", ".join(f"i32 {i}" for i in range(count * part, count * part + count))
+
+    return "".join(
+        f"  %{name}{part} = shufflevector {form} %{name}, {form} poison, "
+        f"<{count} x i32> <{places(part)}>\n"
+        for part in range(2)
+    )
+
+
+_ADDED = f"""  %p = shufflevector <8 x i32> %p0, <8 x i32> %p1,
+    <16 x i32> <{", ".join(f"i32 {i}" for i in range(16))}>
+  %r = add <16 x i32> %c, %p
+  ret <16 x i32> %r
 """
-
-
-def _half(name: str, source: str, low: bool) -> str:
-    picked = ", ".join(f"i32 {i}" for i in (range(16) if low else range(16, 32)))
-    return (
-        f"  %{name} = shufflevector <32 x i16> %{source}, <32 x i16> poison, <16 x i32> <{picked}>"
-    )
-
-
-def _avx2() -> str:
-    halves, products = [], []
-    for part in "lh":
-        for i in "01":
-            halves.append(_half(f"x{i}{part}", f"x{i}", part == "l"))
-            halves.append(_half(f"y{i}{part}", f"y{i}", part == "l"))
-            products.append(
-                f"  %p{i}{part} = call <8 x i32> @llvm.x86.avx2.pmadd.wd("
-                f"<16 x i16> %x{i}{part}, <16 x i16> %y{i}{part})"
-            )
-        products.append(f"  %s{part} = add <8 x i32> %p0{part}, %p1{part}")
-    lanes = ", ".join(f"i32 {i}" for i in range(16))
-    return "\n".join(
-        [
-            "declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)",
-            "define linkonce_odr <16 x i32> @bertile_dot4("
-            "<16 x i32> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {" + _WIDENED,
-            *halves,
-            *products,
-            f"  %s = shufflevector <8 x i32> %sl, <8 x i32> %sh, <16 x i32> <{lanes}>",
-            "  %r = add <16 x i32> %c, %s",
-            "  ret <16 x i32> %r",
-            "}",
-            "define linkonce_odr <16 x i32> @bertile_pairs("
-            "<16 x i32> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {",
-            "  %x = bitcast <16 x i32> %a to <32 x i16>",
-            "  %y = bitcast <16 x i32> %b to <32 x i16>",
-            *(_half(f"{name}{part}", name, part == "l") for part in "lh" for name in "xy"),
-            *(
-                f"  %p{part} = call <8 x i32> @llvm.x86.avx2.pmadd.wd("
-                f"<16 x i16> %x{part}, <16 x i16> %y{part})"
-                for part in "lh"
-            ),
-            f"  %p = shufflevector <8 x i32> %pl, <8 x i32> %ph, <16 x i32> <{lanes}>",
-            "  %r = add <16 x i32> %c, %p",
-            "  ret <16 x i32> %r",
-            "}",
-        ]
-    )
-
-
-DOT4_AVX2 = _avx2()
+PAIRS_AVX2 = f"""
+declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
+declare <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8>, <32 x i8>)
+define linkonce_odr <16 x i32> @bertile_pairs(<16 x i32> %c, <16 x i32> %a, <16 x i32> %b)
+    alwaysinline {{
+  %x = bitcast <16 x i32> %a to <32 x i16>
+  %y = bitcast <16 x i32> %b to <32 x i16>
+{_halves("x", "<32 x i16>", 16)}{_halves("y", "<32 x i16>", 16)}\
+  %p0 = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %x0, <16 x i16> %y0)
+  %p1 = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %x1, <16 x i16> %y1)
+{_ADDED}}}
+define linkonce_odr <16 x i32> @bertile_dot4(<16 x i32> %c, <16 x i32> %a, <16 x i32> %b)
+    alwaysinline {{
+  %x = bitcast <16 x i32> %a to <64 x i8>
+  %y = bitcast <16 x i32> %b to <64 x i8>
+{_halves("x", "<64 x i8>", 32)}{_halves("y", "<64 x i8>", 32)}\
+  %s0 = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %x0, <32 x i8> %y0)
+  %s1 = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %x1, <32 x i8> %y1)
+  %p0 = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %s0, <16 x i16> {_ONES})
+  %p1 = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %s1, <16 x i16> {_ONES})
+{_ADDED}}}
+{WIDEN}"""

@@ -114,7 +114,7 @@ def test_inner_loop_keeps_its_sums_in_registers(kernels_of, name, precision, ins
 
 @pytest.mark.parametrize(
     ("name", "instruction"),
-    [("x86-avx512-bf16", "vpdpbusd"), ("x86-avx512", "vpmaddwd"), ("x86-avx2", "vpmaddwd")],
+    [("x86-avx512-bf16", "vpdpbusd"), ("x86-avx512", "vpmaddubsw"), ("x86-avx2", "vpmaddubsw")],
 )
 def test_peak_multiplies_in_each_step(kernels_of, name, instruction):
     """A product that does not change would be taken out of the loop, and the peak be of sums."""

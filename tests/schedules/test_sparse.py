@@ -12,6 +12,7 @@ import tvm_ffi
 from helpers.spread import spread
 from tvm import tirx
 
+from bertile.schedules.cpu import arithmetic
 from bertile.schedules.cpu.dense import dense
 from bertile.schedules.cpu.sparse import sparse
 from bertile.schedules.cpu.vector_math import ACTIVATIONS
@@ -181,6 +182,37 @@ def test_lists_are_small():
                 array.nbytes for array in arrays
             )
     assert sizes["sparse"] <= 0.16 * sizes["dense"]
+
+
+@pytest.mark.parametrize("kernels", ("x86-avx512-bf16", "x86-avx2"), indirect=True)
+def test_bytes_at_their_limits_do_not_overflow(kernels):
+    """Both ends of bytes, side by side in every way: what saturates counts twice, as two halves."""
+    rng = np.random.default_rng(0)
+    x = rng.choice([0, 1, 254, 255], (16, 52)).astype("uint8")
+    w = rng.choice([-127, -126, -64, -1, 0, 64, 65, 126, 127], (52, 12)).astype("int8")
+    x[0], w[:, 0], w[:, 1] = 255, 127, -127
+    task = product(52, 12, precision="int8_static")
+    knobs = sparse.default(task, kernels.row)
+    ones, zeros = np.ones(12, "float32"), np.zeros(12, "float32")
+    weights = sparse.pack(task, knobs, [w, ones, zeros], kernels.row)
+    operands = [arithmetic.grouped(x, 4), *weights]
+    sums = kernels.call(kernels.build(task, knobs), operands, (1, 12, 16))
+    assert np.array_equal(sums[0].T, x.astype("float32") @ w.astype("float32"))
+
+
+def test_halves_of_a_lane_are_its_weights_and_never_saturate():
+    rng = np.random.default_rng(0)
+    w = rng.integers(-128, 128, (64, 40)).astype("int8")
+    w[:4], w[4:8] = rng.integers(-64, 65, (4, 40)), -128
+    both = arithmetic.halves(
+        np.ascontiguousarray(w.reshape(16, 4, 40).swapaxes(1, 2)).view("int32")[..., 0]
+    )
+    parts = both.view("int8").reshape(16, 2, 40, 4).astype(int)
+    assert np.array_equal(parts.sum(1).swapaxes(1, 2).reshape(64, 40), w)
+    for pairs in (parts[..., :2], parts[..., 2:]):
+        positive, negative = (pairs.clip(0).sum(-1), pairs.clip(None, 0).sum(-1))
+        assert 255 * positive.max() < 2**15 and 255 * negative.min() >= -(2**15)
+    assert not parts[0, 1].any()  # what is within the bound stays one entry
 
 
 def test_groups_get_equal_work():
