@@ -18,7 +18,7 @@ import numpy as np
 from bertile.base import quiet
 from bertile.base.errors import MissingExtraError, ModelError, require
 from bertile.base.progress import Progress
-from bertile.bench import llamacpp, peer_models
+from bertile.bench import llamacpp, peer_models, peers
 from bertile.bench.engines import Engine, LeftOut
 from bertile.bench.peers import Opener
 from bertile.config import Config
@@ -156,7 +156,7 @@ def _sentence_transformers(engine: Engine, threads: int) -> tuple[Encode, str]:
     torch.set_num_threads(threads)
     backend = engine.kind.removeprefix("st-")
     model = library.SentenceTransformer(
-        str(engine.source.bundle), device="cpu", backend=backend, **_backend(backend, threads)
+        str(engine.source.bundle), device="cpu", backend=backend, **_backend(engine, threads)
     )
     if backend == "torch" and engine.precision == "int8":
         (quantization,) = require("bench", "torchao.quantization")
@@ -171,8 +171,9 @@ def _sentence_transformers(engine: Engine, threads: int) -> tuple[Encode, str]:
     return encode, f"sentence-transformers {library.__version__} ({_behind(backend, engine)})"
 
 
-def _backend(backend: str, threads: int) -> dict[str, Any]:
-    """What makes a backend use so many threads; torch has been told already."""
+def _backend(engine: Engine, threads: int) -> dict[str, Any]:
+    """What makes a backend use so many threads, in the engine's precision; torch has been told."""
+    backend = engine.kind.removeprefix("st-")
     if backend == "onnx":
         (ort,) = require("compile", "onnxruntime")
         options = ort.SessionOptions()
@@ -181,8 +182,7 @@ def _backend(backend: str, threads: int) -> dict[str, Any]:
             "model_kwargs": {"provider": "CPUExecutionProvider", "session_options": options},
         }
     if backend == "openvino":
-        hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        return {"model_kwargs": {"ov_config": hints}}
+        return {"model_kwargs": {"ov_config": peers.openvino_settings(engine, threads)}}
     return {}
 
 
