@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from bertile.bench.engines import Engine, LeftOut
 from bertile.bench.peers import Opener
 from bertile.config import Config
 from bertile.export import cached, files
-from bertile.studies.peer_layers import layer
+from bertile.studies import peer_layers
 
 Encode = Callable[[str | list[str]], np.ndarray]
 Prepare = Callable[[Engine, Config, Path, Progress], Path]
@@ -45,7 +44,7 @@ def prepared(
         raise LeftOut(f"{engine.name} is left out: it computes in {', '.join(precisions)} here")
     try:
         path = prepare(engine, config, work, progress)
-        packages = layer(engine.kind, config.cache_dir, progress)
+        packages = peer_layers.layer(engine.kind, config.cache_dir, progress)
     except (ModelError, MissingExtraError) as error:
         raise LeftOut(f"{engine.name} is left out: {error}") from error
     ready = dataclasses.replace(engine, source=dataclasses.replace(engine.source, bundle=path))
@@ -58,7 +57,7 @@ def open_engine(packages: Path | None, engine: Engine, threads: int) -> tuple[En
     Raises LeftOut for a peer that does not open, whatever its packages say.
     """
     if packages is not None:
-        sys.path.insert(0, str(packages))
+        peer_layers.enter(packages)
     _, _, opener = KINDS[engine.kind]
     try:
         with quiet.quiet():
