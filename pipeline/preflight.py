@@ -45,7 +45,8 @@ def exporting(model: Any, output: str | Path, config: Config) -> None:
 def tuning(model: Any, config: Config) -> Target:
     """The same for a search, which writes no bundle."""
     row = rows.with_libc(rows.resolve(config.target, config.threads), config.libc)
-    extras.must_be_there(*_COMPILE, *(["xgboost"] if config.tune in ("quick", "full") else []))
+    searching = ["xgboost"] if config.tune in ("quick", "full") else []
+    extras.must_be_there(*_COMPILE, *searching, *asked.packages(model))
     backends.of(row).check(config, row)
     _check_files(config)
     asked.check(model, config)

@@ -14,6 +14,10 @@ from bertile.loader import cpu_features
 from bertile.targets.rows import TABLE
 from bertile.tune.log import tuning_log
 
+# pytest's workers share the cores: a thread of torch's that waits leaves its core to others. Read
+# when torch is loaded; processes that tests start have it too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

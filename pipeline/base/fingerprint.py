@@ -14,6 +14,7 @@ from bertile.base.progress import open_bar
 
 BLOCK = 1 << 20
 LARGE = 1 << 28  # bytes, which take a slow disk some seconds
+_HOLDS = (ast.stmt, ast.ExceptHandler, ast.match_case)  # what statements lie in
 
 
 def hash_path(path: Path) -> str:
@@ -82,8 +83,8 @@ def _imports(name: str, file: Path) -> list[str]:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             queue.extend(node.orelse)
-        else:
-            queue.extend(ast.iter_child_nodes(node))
+        else:  # no expression holds an import
+            queue.extend(child for child in ast.iter_child_nodes(node) if isinstance(child, _HOLDS))
     return [name for name in names if name.split(".")[0] == "bertile"]
 
 

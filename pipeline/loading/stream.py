@@ -133,6 +133,7 @@ class Buffers:
     ):
         self._params = params
         self._inputs, self._table = [empty(room, dtype) for dtype in dtypes], empty(table, "int32")
+        self._blocks: np.ndarray | None = None  # what the table holds
         self._tensors = [runtime.tensor(array) for array in (*self._inputs, self._table)]
         self.arguments = type(arguments).from_buffer_copy(arguments)
         for slot, tensor in zip(self.arguments, self._tensors):
@@ -145,4 +146,5 @@ class Buffers:
                 view.fill(0)
                 view = view[: shape[0], : shape[1]]
             view[...] = value
-        self._table[...] = blocks
+        if blocks is not self._blocks:  # nobody writes into a plan, which many calls may share
+            self._table[...] = self._blocks = blocks

@@ -12,7 +12,7 @@ from bertile.loading.memory import ALIGNMENT, address_of
 from bertile.loading.threads import set_thread_defaults
 
 _NONE, _INT, _BOOL, _RAW_STR, _OBJECT = 0, 1, 2, 8, 64  # TVMFFITypeIndex; objects are from 64 on
-_STRING, _TENSOR = 65, 70
+_STRING, _TENSOR, _ARRAY = 65, 70, 71
 # threading::MaxConcurrency and SetMaxConcurrency, of one thread, as compilers for Linux name them
 _THREADS = "_ZN3tvm7runtime9threading14MaxConcurrencyEv"
 _SET_THREADS = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
@@ -35,7 +35,8 @@ class _Any(ctypes.Structure):
     _fields_ = (("kind", ctypes.c_int32), ("zero", ctypes.c_uint32), ("value", _Value))
 
 
-_Pair = _Any * 2
+class _Sequence(ctypes.Structure):  # TVMFFISeqCell, with which an array's own fields begin
+    _fields_ = (("items", ctypes.POINTER(_Any)), ("size", ctypes.c_int64))
 
 
 class DLTensor(ctypes.Structure):
@@ -141,11 +142,10 @@ class Runtime:
             set_argument(packed[index], argument)
         return packed
 
-    def call_packed(self, function: Object, packed: ctypes.Array, count: int | None = None):
-        """Call with what `pack` has made, or the first `count`; the result is as that of `call`."""
+    def call_packed(self, function: Object, packed: ctypes.Array):
+        """Call with what `pack` has made; the result is as that of `call`."""
         result = _Any()
-        count = len(packed) if count is None else count
-        self._check(self._call(function.handle, packed, count, ctypes.byref(result)))
+        self._check(self._call(function.handle, packed, len(packed), ctypes.byref(result)))
         if result.kind >= _OBJECT:
             return Object(result.kind, result.value.pointer, self._release)
         return None if result.kind == _NONE else result.value.integer
@@ -173,19 +173,14 @@ class Runtime:
 
     def arrays(self, result: Object, count: int) -> list[np.ndarray]:
         """Copy the tensors of a TVM array, which must be `count`, into new numpy arrays."""
-        arguments = _Pair()
-        set_argument(arguments[0], result)
-        size = self.call_packed(self.function("ffi.ArraySize"), arguments, 1)
-        if size != count:
+        if not isinstance(result, Object) or result.kind != _ARRAY:
+            raise BundleError("the library gives no list of outputs", AGAIN)
+        listed = _Sequence.from_address(result.handle + _HEADER)
+        if listed.size != count:
             raise BundleError(
-                f"the library gives {size} outputs, the manifest names {count}", AGAIN
+                f"the library gives {listed.size} outputs, the manifest names {count}", AGAIN
             )
-        item, index, copies = self.function("ffi.ArrayGetItem"), arguments[1], []
-        index.kind = _INT
-        for number in range(count):
-            index.value.integer = number
-            copies.append(_copy(self.call_packed(item, arguments)))
-        return copies
+        return [_copy(listed.items[number]) for number in range(count)]
 
     def resize_pool(self, threads: int) -> None:
         """Give the calling thread a pool of `threads` threads, or shrink the one it has."""
@@ -232,8 +227,10 @@ def _text(owner: Object, skip: int = 0) -> str:
     return ctypes.string_at(text.data, text.size).decode(errors="replace")
 
 
-def _copy(tensor: Object) -> np.ndarray:
-    source = DLTensor.from_address(tensor.handle + _HEADER)
+def _copy(item: _Any) -> np.ndarray:
+    if item.kind != _TENSOR:
+        raise BundleError("the library gives an output that is no tensor", AGAIN)
+    source = DLTensor.from_address(item.value.pointer + _HEADER)
     out = np.empty(tuple(source.shape[: source.rank]), _DTYPES_OF[source.code, source.bits])
     ctypes.memmove(address_of(out), source.data + source.offset, out.nbytes)
     return out

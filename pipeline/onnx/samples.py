@@ -51,6 +51,8 @@ def session(path: Path | bytes, optimize: bool = True) -> Any:
     (runtime,) = require("compile", "onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 4
+    # a thread that waits for the next operator leaves its core to others meanwhile
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimize:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = path if isinstance(path, bytes) else str(path)

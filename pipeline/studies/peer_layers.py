@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
+from typing import Any
 
 from bertile.base import cache
 from bertile.base.progress import Progress
@@ -45,6 +48,29 @@ PACKAGES: dict[str, Sequence[str]] = {
         *_HTTP,
     ),
 }
+
+
+# What some extras of Bertile bring, and libraries import where it is there: it wants a newer
+# huggingface_hub than a layer has.
+HIDDEN = ("datasets",)
+
+
+class _Without(PathFinder):
+    """Finds what lies in directories as Python does, but for what is hidden."""
+
+    @classmethod
+    def find_spec(cls, fullname: str, *where: Any) -> ModuleSpec | None:
+        return None if fullname in HIDDEN else super().find_spec(fullname, *where)
+
+    @classmethod
+    def find_distributions(cls, context: DistributionFinder.Context) -> Iterable[Distribution]:
+        return () if context.name in HIDDEN else super().find_distributions(context)
+
+
+def enter(packages: Path) -> None:
+    """Let this process see a layer's packages before all others, for its whole life."""
+    sys.path.insert(0, str(packages))
+    sys.meta_path[sys.meta_path.index(PathFinder)] = _Without
 
 
 def layer(kind: str, cache_dir: str | None, progress: Progress) -> Path | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,12 @@ import numpy as np
 from bertile.base import quiet
 from bertile.base.errors import MissingExtraError, ModelError, require
 from bertile.base.progress import Progress
-from bertile.bench import llamacpp, peer_models
+from bertile.bench import llamacpp, peer_models, peers
 from bertile.bench.engines import Engine, LeftOut
 from bertile.bench.peers import Opener
 from bertile.config import Config
 from bertile.export import cached, files
-from bertile.studies.peer_layers import layer
+from bertile.studies import peer_layers
 
 Encode = Callable[[str | list[str]], np.ndarray]
 Prepare = Callable[[Engine, Config, Path, Progress], Path]
@@ -45,7 +44,7 @@ def prepared(
         raise LeftOut(f"{engine.name} is left out: it computes in {', '.join(precisions)} here")
     try:
         path = prepare(engine, config, work, progress)
-        packages = layer(engine.kind, config.cache_dir, progress)
+        packages = peer_layers.layer(engine.kind, config.cache_dir, progress)
     except (ModelError, MissingExtraError) as error:
         raise LeftOut(f"{engine.name} is left out: {error}") from error
     ready = dataclasses.replace(engine, source=dataclasses.replace(engine.source, bundle=path))
@@ -58,7 +57,7 @@ def open_engine(packages: Path | None, engine: Engine, threads: int) -> tuple[En
     Raises LeftOut for a peer that does not open, whatever its packages say.
     """
     if packages is not None:
-        sys.path.insert(0, str(packages))
+        peer_layers.enter(packages)
     _, _, opener = KINDS[engine.kind]
     try:
         with quiet.quiet():
@@ -156,7 +155,7 @@ def _sentence_transformers(engine: Engine, threads: int) -> tuple[Encode, str]:
     torch.set_num_threads(threads)
     backend = engine.kind.removeprefix("st-")
     model = library.SentenceTransformer(
-        str(engine.source.bundle), device="cpu", backend=backend, **_backend(backend, threads)
+        str(engine.source.bundle), device="cpu", backend=backend, **_backend(engine, threads)
     )
     if backend == "torch" and engine.precision == "int8":
         (quantization,) = require("bench", "torchao.quantization")
@@ -171,8 +170,9 @@ def _sentence_transformers(engine: Engine, threads: int) -> tuple[Encode, str]:
     return encode, f"sentence-transformers {library.__version__} ({_behind(backend, engine)})"
 
 
-def _backend(backend: str, threads: int) -> dict[str, Any]:
-    """What makes a backend use so many threads; torch has been told already."""
+def _backend(engine: Engine, threads: int) -> dict[str, Any]:
+    """What makes a backend use so many threads, in the engine's precision; torch has been told."""
+    backend = engine.kind.removeprefix("st-")
     if backend == "onnx":
         (ort,) = require("compile", "onnxruntime")
         options = ort.SessionOptions()
@@ -181,8 +181,7 @@ def _backend(backend: str, threads: int) -> dict[str, Any]:
             "model_kwargs": {"provider": "CPUExecutionProvider", "session_options": options},
         }
     if backend == "openvino":
-        hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        return {"model_kwargs": {"ov_config": hints}}
+        return {"model_kwargs": {"ov_config": peers.openvino_settings(engine, threads)}}
     return {}
 
 

@@ -11,7 +11,7 @@ from bertile.base.errors import UsageError
 from bertile.text.batches import Outputs
 from bertile.text.engine import Answer
 from bertile.text.scores import softmax
-from bertile.text.text_model import TextModel
+from bertile.text.text_model import Call, TextModel
 from bertile.text.tokens import SECOND
 
 WINDOW_TOKENS, SHARED_TOKENS = 384, 128  # what transformers' pipeline takes, where nothing is said
@@ -55,13 +55,13 @@ class Answerer(TextModel):
         """
         if top_k < 1 or max_answer_len < 1:
             raise UsageError("top_k and max_answer_len are at least 1", "give a larger number")
-        self.truncated = 0
+        call = self._begun()
         results = []
         for asked, text in _pairs(question, context):
             answers: dict[str, dict[str, Any]] = {}
             impossible = 1.0
             for encoding, outputs in self._windows(
-                self._cut(asked, max_question_len), text, max_seq_len, doc_stride
+                self._cut(asked, max_question_len, call), text, max_seq_len, doc_stride
             ):
                 starts, ends, nothing = _shares(encoding, outputs)
                 impossible = min(impossible, nothing)
@@ -78,11 +78,11 @@ class Answerer(TextModel):
             results.append(best[0] if top_k == 1 else best)
         return results[0] if isinstance(question, str) and isinstance(context, str) else results
 
-    def _cut(self, question: str, most: int) -> str:
+    def _cut(self, question: str, most: int, call: Call) -> str:
         encoding = self.tokenizer.encode(question, add_special_tokens=False)
         if len(encoding) <= most:
             return question
-        self.truncated += 1
+        call.cut += 1
         return question[: encoding.offsets[most - 1][1]]
 
     def _windows(

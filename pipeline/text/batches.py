@@ -53,13 +53,18 @@ def run(model: Any, encodings: Sequence[Any]) -> list[Outputs]:
     `model` is called with arrays (batch, length) by the names of `model.inputs`.
     """
     # a tokenizer that puts nothing around a text makes nothing of an empty one
-    shape = len(encodings), max(1, *(len(encoding) for encoding in encodings))
-    arrays = {name: np.zeros(shape, np.int64) for name in model.inputs if name in FIELDS}
-    for name, array in arrays.items():  # the loader fills what no text says
-        for row, encoding in enumerate(encodings):
-            array[row, : len(encoding)] = getattr(encoding, FIELDS[name])
-    results = model(**arrays)
-    return [{name: array[row] for name, array in results.items()} for row in range(shape[0])]
+    length = max(1, *map(len, encodings))
+    names = [name for name in model.inputs if name in FIELDS]  # the loader fills what no text says
+    rows = [
+        [_padded(getattr(encoding, FIELDS[name]), length) for encoding in encodings]
+        for name in names
+    ]
+    results = model(**dict(zip(names, np.array(rows, np.int64))))  # one array: few calls of numpy
+    return [{name: array[row] for name, array in results.items()} for row in range(len(encodings))]
+
+
+def _padded(numbers: list[int], length: int) -> list[int]:
+    return numbers + [0] * (length - len(numbers))
 
 
 def run_all(model: Any, encodings: Sequence[Any], most: int = CALL_BLOCKS) -> list[Outputs]:

@@ -69,8 +69,7 @@ class Embedder(TextModel):
             )
         if precision not in PRECISIONS or (precision != "float32" and self.settings.kind == SPARSE):
             raise UsageError(f"precision '{precision}' is unknown{nearest(precision, PRECISIONS)}")
-        single = isinstance(inputs, str)
-        if single:
+        if isinstance(inputs, str):
             steps = self.steps(
                 prompt_name,
                 prompt,
@@ -78,30 +77,26 @@ class Embedder(TextModel):
                 truncate_dim=truncate_dim,
                 truncate=truncate,
             )
-            vectors = [steps.finish(self._answer(inputs, steps.prepare))]
-        else:
-            vectors = list(
-                self.encode_iter(
-                    inputs,
-                    prompt_name,
-                    prompt,
-                    show_progress_bar,
-                    normalize_embeddings=normalize_embeddings,
-                    truncate_dim=truncate_dim,
-                    truncate=truncate,
-                )
+            vector = steps.finish(self._answer(inputs, steps.prepare))
+            return self._formed(vector, precision, convert_to_tensor)
+        vectors = list(
+            self.encode_iter(
+                inputs,
+                prompt_name,
+                prompt,
+                show_progress_bar,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+                truncate=truncate,
             )
-        if self.settings.kind == DENSE:
-            kept = truncate_dim or self.settings.dimensions
-            none = np.empty((0, self._width()), np.float32)[:, :kept]
-            rows = np.stack(vectors) if vectors else none
-            results = _tensor(_packed(rows, precision), convert_to_tensor)
-            results = results if convert_to_numpy or convert_to_tensor else list(results)
-        elif self.settings.kind == SPARSE:
-            results = vectors
-        else:
-            results = [_tensor(_packed(rows, precision), convert_to_tensor) for rows in vectors]
-        return results[0] if single else results
+        )
+        if self.settings.kind != DENSE:
+            return [self._formed(vector, precision, convert_to_tensor) for vector in vectors]
+        kept = truncate_dim or self.settings.dimensions
+        none = np.empty((0, self._width()), np.float32)[:, :kept]
+        rows = np.stack(vectors) if vectors else none
+        results = self._formed(rows, precision, convert_to_tensor)
+        return results if convert_to_numpy or convert_to_tensor else list(results)
 
     @also_named(sentences="inputs")
     def encode_query(
@@ -191,6 +186,12 @@ class Embedder(TextModel):
 
     def _width(self) -> int:
         return self.model.manifest["outputs"][0]["axes"][-1]
+
+    def _formed(self, vectors: Vector, precision: str, as_tensor: bool) -> Any:
+        """Vectors as they were asked for; sparse ones stay as they are."""
+        if self.settings.kind == SPARSE:
+            return vectors
+        return _tensor(_packed(vectors, precision), as_tensor)
 
     def _finisher(self, normalize: bool, truncate_dim: int | None):
         """What makes the vector of an answer."""

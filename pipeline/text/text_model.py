@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -32,16 +33,23 @@ class Steps(NamedTuple):
     finish: Callable[[Answer], Any]
 
 
+class Call:
+    """How many texts of a call are `cut`; a thread that tokenizes counts for the one that asked."""
+
+    def __init__(self) -> None:
+        self.cut = 0
+
+
 class TextModel:
     """A bundle that answers texts; `bertile.open` makes it. A context manager.
 
-    `model` is the loaded `bertile.Model`, `engine` runs its texts, `settings` is what the directory
-    says of texts, and `truncated` how many texts of the last call were cut, since they were too
-    long.
+    `model` is the loaded `bertile.Model`, `engine` runs its texts, and `settings` is what the
+    directory says of texts.
     """
 
     def __init__(self, model: Model, directory: Path, streams: int | None = None) -> None:
-        self.model, self.truncated, self._streams = model, 0, streams
+        self.model, self._streams = model, streams
+        self._last = threading.local()  # of each thread: its `call`
         self.settings = text_settings.of_bundle(directory, model.manifest)
         self._tokens = TextTokenizer(directory, self.settings, max_tokens(model.manifest))
         self.engine = Engine(model, streams)
@@ -55,6 +63,12 @@ class TextModel:
     def max_seq_length(self) -> int | None:
         """To how many tokens a text is cut; None for no limit."""
         return self._tokens.cut_at
+
+    @property
+    def truncated(self) -> int:
+        """How many texts of this thread's last call were cut, since they were too long."""
+        call: Call | None = getattr(self._last, "call", None)
+        return call.cut if call else 0
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -153,8 +167,9 @@ class TextModel:
 
     def _answer(self, text: Text, prepare: Callable[..., list[Any]]) -> Answer:
         """The answer to a single text, by all threads."""
+        call = self._begun()
         (encoding,) = prepare([text])
-        self.truncated = int(bool(encoding.overflowing))
+        call.cut = int(bool(encoding.overflowing))
         return self.engine.single(encoding)
 
     def _answers(
@@ -166,20 +181,25 @@ class TextModel:
         what: str = "texts",
     ) -> Iterator[Answer]:
         """The answers in the order of the texts, as they come; how many were cut is logged."""
-        self.truncated = seen = 0
+        call, seen = self._begun(), 0
 
         def encode(window: list[Text]) -> list[Any]:
             nonlocal seen
             encodings = prepare(window, first=seen + 1)
             seen += len(window)
-            self.truncated += sum(bool(encoding.overflowing) for encoding in encodings)
+            call.cut += sum(bool(encoding.overflowing) for encoding in encodings)
             return encodings
 
         answers = self.engine.stream(texts, encode)
         total = len(texts) if isinstance(texts, Sequence) else None
         yield from _shown(answers, total, what, show_progress_bar)
-        if self.truncated:
-            LOG.info("%d texts were cut to %d tokens", self.truncated, self.max_seq_length)
+        if call.cut:
+            LOG.info("%d texts were cut to %d tokens", call.cut, self.max_seq_length)
+
+    def _begun(self) -> Call:
+        """A call of this thread, which `truncated` tells of from now on."""
+        self._last.call = call = Call()
+        return call
 
 
 def also_named(**names: str) -> Callable[[F], F]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,3 +51,34 @@ def test_what_cannot_be_installed_is_left_out(
 def test_every_package_has_its_version() -> None:
     packages = [package for layer in peer_layers.PACKAGES.values() for package in layer]
     assert all(package.count("==") == 1 for package in packages)
+
+
+HIDES = """
+import importlib.util, sys
+from importlib import metadata
+from pathlib import Path
+from bertile.studies import peer_layers
+
+sys.path.insert(0, "elsewhere")
+assert importlib.util.find_spec("datasets") and metadata.version("datasets") == "5.0"
+peer_layers.enter(Path("layer"))
+import of_the_layer, bertile
+assert importlib.util.find_spec("datasets") is None
+try:
+    print(metadata.version("datasets"))
+except metadata.PackageNotFoundError:
+    print("hidden", metadata.version("numpy") != "")
+"""
+
+
+def test_a_layer_is_first_and_hides_what_wants_newer_packages(tmp_path: Path) -> None:
+    for file, text in (
+        ("layer/of_the_layer.py", ""),
+        ("elsewhere/datasets/__init__.py", "raise ImportError('wants another hub')"),
+        ("elsewhere/datasets-5.0.dist-info/METADATA", "Name: datasets\nVersion: 5.0\n"),
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    line = [sys.executable, "-c", HIDES]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("hidden True\n", "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +110,27 @@ def test_without_true_vectors_nothing_is_compared(
 def test_a_precision_that_a_peer_does_not_compute_in_is_left_out(tmp_path: Path) -> None:
     with pytest.raises(LeftOut, match="fastembed bf16 is left out: it computes in fp32, int8"):
         text_peers.prepared(engine("fastembed", "bf16"), Config(), tmp_path, Progress(-1))
+
+
+@pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("int8", None)])
+def test_openvino_behind_sentence_transformers_computes_as_the_row_says(
+    monkeypatch: pytest.MonkeyPatch, precision: str, hint: str | None
+) -> None:
+    """By itself it would take bfloat16 for float32, where the processor has that."""
+    asked: dict[str, Any] = {}
+    library = SimpleNamespace(
+        __version__="6", SentenceTransformer=lambda *_, **how: asked.update(how)
+    )
+    packages = {"sentence_transformers": library, "torch": SimpleNamespace(set_num_threads=id)}
+    openvino = SimpleNamespace(__version__="2026.4.1-1")
+    monkeypatch.setattr(
+        text_peers, "require", lambda _, *names: [packages.get(name, openvino) for name in names]
+    )
+    _, name = text_peers.KINDS["st-openvino"][2](engine("st-openvino", precision), 2)
+    settings = asked["model_kwargs"]["ov_config"]
+    assert name == "sentence-transformers 6 (OpenVINO 2026.4.1)"
+    assert settings.get("INFERENCE_PRECISION_HINT") == hint
+    assert settings["INFERENCE_NUM_THREADS"] == 2
 
 
 def test_an_unknown_peer_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,17 @@ def test_texts_that_are_cut_are_counted(embedder, original) -> None:
     embedder.encode(LONG)
     assert embedder.truncated == 1
     assert list(embedder.encode_iter(TEXTS[:3])) and embedder.truncated == 0
+
+
+def test_each_thread_counts_what_was_cut_of_its_own(embedder) -> None:
+    ours = embedder.encode_iter(iter([LONG] * 40))
+    next(ours)  # of which a thread tokenizes the rest
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: embedder.truncated).result() == 0
+        other.submit(embedder.encode, [LONG, *TEXTS[:2]]).result()
+        list(ours)
+        assert embedder.truncated == 40
+        assert other.submit(lambda: embedder.truncated).result() == 1
 
 
 def test_text_that_is_too_long_is_refused_by_its_number_in_all_windows(words: Path) -> None:
