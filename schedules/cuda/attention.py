@@ -43,7 +43,7 @@ from bertile.schedules.task import Task
 
 FEW = (0, 16, 32, 64)  # blocks from which they are many
 ALL = -1  # of keys that a query sees on one side: no bound
-PRODUCTS = 4 * 16 * 41  # bytes of shared memory of a warp, for products with vectors by distance
+LINE = 41  # floats from one row of a warp's 16 by 32 products with vectors by distance to the next
 PIECES = {16: "Sixteen", 8: "Eight", 4: "unsigned", 2: "unsigned short", 1: "u8"}
 TYPES = """
 struct alignas(16) Sixteen {
@@ -149,7 +149,7 @@ def _shared(task: Task, warps: int, split: int, keys: int, stages: int) -> int:
     tiles = stages * keys * (2 * row + 4)
     if spec.tables():
         around = keys + 16 * units // _together(spec, units)
-        tiles += stages * len(spec.tables()) * around * row + warps * PRODUCTS
+        tiles += stages * len(spec.tables()) * around * row + warps * 16 * LINE * 4
     sums = (warps - units) * 32 * 4 * (4 + _padded(task) // 2)
     return 16 * units * row + max(tiles, sums)
 
@@ -247,6 +247,7 @@ def _constants(task: Task, warps: int, split: int, keys: int, stages: int) -> st
         BY_KEYS="keys" in spec.tables(),
         BY_QUERIES="queries" in spec.tables(),
         LAST=spec.last,
+        LINE=LINE,
     )
 
 

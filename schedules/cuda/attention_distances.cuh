@@ -4,11 +4,11 @@
 // queries of this thread block need into shared memory, in the order of keys: AROUND of them.
 //
 // For 16 queries and 16 keys these are 31 neighbours. A warp multiplies its queries (the keys) by 32
-// vectors, and reads the products askew, through shared memory of its own: no score is written.
+// vectors, and reads the products askew, through shared memory of its own, in rows of LINE floats: no
+// score is written.
 
 constexpr int COUNT = BY_KEYS + BY_QUERIES, AROUND = TILE + 16 * BLOCKS;
 constexpr int PLACES = AROUND * STRIDE;  // elements of one table's vectors
-constexpr int LINE = 41;                 // floats from one row of products to the next
 
 struct Tables {
   const X *keys, *queries;  // (H, 2 LAST + 1, DP), null: none
