@@ -35,10 +35,10 @@ FAMILIES = (
     *(f"qwen3-tiny:{head}" for head in of_type("qwen3").heads[1:]),  # read at their last token
     "bert-odd",
 )
-# These two have all that a kernel for GPUs may be asked for, but for vectors by distance.
-QUICK = [("gemma3-tiny", "fp16"), ("modernbert-tiny", "fp16")]
-SLOW = [case for case in itertools.product(FAMILIES, ("fp32", "fp16", "int8")) if case not in QUICK]
-SLOW += itertools.product(("gemma3-tiny", "modernbert-tiny", "deberta-v2-tiny"), ("bf16", "tf32"))
+CASES = [
+    *itertools.product(FAMILIES, ("fp32", "fp16", "int8")),
+    *itertools.product(("gemma3-tiny", "modernbert-tiny", "deberta-v2-tiny"), ("bf16", "tf32")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +143,8 @@ def test_every_row_builds_the_two_layer_model(
         check_bundle(tmp_path / "bundle", *arguments)
 
 
-@pytest.mark.parametrize(
-    ("name", "precision"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "precision"), CASES)
 def test_every_family_answers_as_onnx_runtime(
     name, precision, cache, fake_driver, tmp_path, monkeypatch
 ):
