@@ -196,9 +196,8 @@ def _entry(task: Task, row: Row, name: str, cut: tuple[int, int, int, int], when
     operands = [operand if operand in has else "nullptr" for operand in optional]
     tables = f"{{{operands[1]}, {operands[2]}}}"
     rest = "length, bias_0, bias_1" if bias else "0, 0, 0"
-    units = warps // split
-    beside = _together(spec, units)
-    across = units // beside
+    beside = _together(spec, warps // split)
+    across = warps // split // beside  # blocks of queries of a thread block
     return program(
         name,
         32 * warps,
