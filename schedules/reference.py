@@ -51,6 +51,14 @@ def layer_norm(
     return (x - mean) / np.sqrt(variance + epsilon) * gamma + beta
 
 
+def angles(places: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin (tokens, size) of places, for heads of ``size`` channels, Su et al. 2021."""
+    half = size // 2
+    turns = places[:, None] * 10000.0 ** (-np.arange(half) / half)
+    turns = np.concatenate([turns, turns], axis=1)
+    return np.cos(turns).astype("float32"), np.sin(turns).astype("float32")
+
+
 def rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """Channel pairs (d, d + D / 2) of x (…, D) turned by the angle of their place, Su et al. 2021;
     cos and sin (…, D).

@@ -68,6 +68,13 @@ def with_turned(call: relax.Call, heads: int) -> relax.Call:
     return _with(call, turned=heads)
 
 
+def angles(call: relax.Call) -> list[Any]:
+    """cos and sin that one of our operators turns heads by; none where it turns none."""
+    if name(call) == "rotary":
+        return list(call.args[1:3])
+    return list(call.args[3:5]) if name(call) == "dense" and turned(call) else []
+
+
 def attention(spec: AttentionSpec, *operands: Any) -> relax.Call:
     """What ``spec`` describes, of its operands; heads side by side as they came."""
     if len(operands) != len(spec.operands()):

@@ -43,11 +43,11 @@ from bertile.schedules.cpu.product import (
     group,
     group_size,
     multiplies,
-    ordered,
     unit,
     weight_lanes,
     writes,
 )
+from bertile.schedules.outputs_that_meet import ordered
 from bertile.schedules.schedule import Knobs, Row, Schedule, Space
 from bertile.schedules.task import Task
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import arithmetic, lanes, precisions
-from bertile.schedules.cpu.product import channels, group_size, is_gated, turned
+from bertile.schedules.cpu.product import group_size
 from bertile.schedules.cpu.rotary import sample_angles
 from bertile.schedules.cpu.samples import result_sample
+from bertile.schedules.outputs_that_meet import channels, is_gated, turned
 from bertile.schedules.reference import LEVELS, apply_activation, gated, rotary_heads
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task

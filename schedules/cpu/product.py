@@ -5,8 +5,8 @@ arguments, and what becomes of its sums:
     y = activation(value) · other value, where a task is ``gated``: of the two halves of its outputs
     y = two values turned by an angle, where it has ``turned`` heads: rotary positions
 
-Two sums that meet stand side by side in the order in which weights are packed (``order``), so that
-a tile of registers holds both.
+Two sums that meet stand side by side in the order in which weights are packed
+(``outputs_that_meet``), so that a tile of registers holds both.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes, precisions
 from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.intrinsics import llvm
+from bertile.schedules.outputs_that_meet import channels, is_gated, turned
 from bertile.schedules.schedule import Row
 from bertile.schedules.task import Task
 
@@ -53,48 +54,9 @@ def packed(task: Task) -> int:
     return {"to_fp32": 1, "to_bf16": 2, "to_int8": 4}[writes(task)]
 
 
-def is_gated(task: Task) -> bool:
-    """Whether a channel of y is made of two outputs."""
-    return bool(task.shape.get("gated", False))
-
-
-def turned(task: Task) -> tuple[int, int]:
-    """How many of the first heads have rotary positions, and how many channels each has."""
-    return int(task.shape.get("turned", 0)), int(task.shape.get("head_size", 0))
-
-
 def unit(task: Task) -> int:
     """Outputs that are finished together: those of a lane of y, and those that meet."""
     return max(packed(task) * (2 if is_gated(task) else 1), 2 if turned(task)[0] else 1)
-
-
-def channels(task: Task) -> int:
-    """Channels of y."""
-    return task.shape["outputs"] // 2 if is_gated(task) else task.shape["outputs"]
-
-
-def order(task: Task) -> np.ndarray:
-    """The outputs in the order in which weights are packed: who meets, side by side.
-
-    Of a gated task an output of the first half, then that of the second; of a turned head channel d
-    of the first half of the head, then d of the second.
-    """
-    places = np.arange(task.shape["outputs"])
-    if is_gated(task):
-        return places.reshape(2, -1).T.reshape(-1)
-    heads, size = turned(task)
-    if not heads:
-        return places
-    of_heads = places[: heads * size].reshape(heads, 2, -1).swapaxes(1, 2)
-    return np.concatenate([of_heads.reshape(-1), places[heads * size :]])
-
-
-def ordered(task: Task, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Arrays whose last axis is the outputs, in the order of ``order``."""
-    places = order(task)
-    if (places[1:] > places[:-1]).all():
-        return list(weights)
-    return [np.ascontiguousarray(array[..., places]) for array in weights]
 
 
 def weight_lanes(task: Task, w: np.ndarray) -> np.ndarray:

@@ -144,9 +144,7 @@ def sample_angles(blocks: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin (tokens, size) of two sequences where the blocks allow it, else of one."""
     counts = [blocks] if blocks < 3 else [blocks - blocks // 3, blocks // 3]
     places = np.concatenate([np.arange(count * BLOCK_TOKENS) for count in counts])
-    angles = places[:, None] * 10000.0 ** (-np.arange(size // 2) / (size // 2))
-    angles = np.concatenate([angles, angles], axis=1)
-    return np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
+    return reference.angles(places, size)
 
 
 def flops(task: Task, tokens: int) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bertile.schedules import BLOCK_TOKENS
-from bertile.schedules.cpu import arithmetic, lanes, product
+from bertile.schedules import BLOCK_TOKENS, outputs_that_meet
+from bertile.schedules.cpu import arithmetic, lanes
 from bertile.schedules.reference import LEVELS, byte_limits
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
@@ -36,8 +36,8 @@ def result_sample(
             values = arithmetic.bf16_values(buffers[0][:, split // 2 :])  # (m, N / 2, 32)
             values = values.reshape(blocks, outputs - split, BLOCK_TOKENS)
             stored = np.concatenate([rows, lanes.from_lanes(values)], 1)
-            if product.turned(task)[0]:  # lanes hold the two channels that were turned
-                stored[:, product.order(task)] = stored.copy()
+            if outputs_that_meet.turned(task)[0]:  # lanes hold the two channels that were turned
+                stored[:, outputs_that_meet.order(task)] = stored.copy()
             return stored
 
         results, rounding = np.zeros((blocks, outputs // 2, BLOCK_TOKENS), "int32"), 2.0**-8

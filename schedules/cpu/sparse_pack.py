@@ -25,11 +25,11 @@ from bertile.schedules.cpu.product import (
     byte_offset,
     group,
     multiplies,
-    ordered,
     unit,
     weight_lanes,
     writes,
 )
+from bertile.schedules.outputs_that_meet import ordered
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
 

@@ -32,13 +32,13 @@ from bertile.schedules.cpu.product import (
     arguments,
     group_size,
     multiplies,
-    ordered,
     unit,
     weight_lanes,
     writes,
 )
 from bertile.schedules.cpu.tile_words import keep_whole, load_tile, store_tile, tile
 from bertile.schedules.intrinsics import amx
+from bertile.schedules.outputs_that_meet import ordered
 from bertile.schedules.schedule import Knobs, Row, Space
 from bertile.schedules.task import Task
 

@@ -6,6 +6,7 @@ from bertile.schedules.cuda.dense import dense
 from bertile.schedules.cuda.embedding import embedding
 from bertile.schedules.cuda.layer_norm import layer_norm
 from bertile.schedules.cuda.narrow import narrow
+from bertile.schedules.cuda.rotary import rotary
 from bertile.schedules.cuda.running_sum import cumsum
 from bertile.schedules.schedule import Schedule
 
@@ -15,6 +16,7 @@ SCHEDULES: dict[str, Schedule] = {
         attention,
         dense,
         layer_norm,
+        rotary,
         embedding,
         narrow,
         layout.tokens_in,

@@ -1,17 +1,21 @@
-// Attention of WARPS blocks of 16 queries for one head, a block a warp. The keys of all sequences
-// that these blocks belong to go through shared memory in tiles of KEYS; a warp takes those of its
-// own sequence. Scores, weights and context stay in registers, as accumulators of 16 × 8 tiles:
-// with g = lane / 4 and t = lane % 4, columns 2 t and 2 t + 1 of row g, then of row g + 8.
-// Before it: H, D, DP (D rounded up to 16), STRIDE (of rows in shared memory), PITCH, PITCH_Y, WARPS,
-// SPLIT, TILE, KEYS, STAGES, BIAS, ALIGNED (a head's rows start on a multiple of 16 bytes), FACTOR (of scores, in
-// powers of two), X, Y (of qkv and y), Piece (1 to 16 bytes, of which a head's rows of y are made),
-// Scores, Context, and an arithmetic: Query, scores, context.
+// Attention of some blocks of 16 queries for one head, or for TOGETHER heads that read the same keys
+// and values; a block of a head to SPLIT warps. The keys that any of these queries may see go through
+// shared memory in tiles of TILE; a warp takes those that its own see, all of them of its sequence.
+// Scores, weights and context stay in registers, as accumulators of 16 × 8 tiles: with g = lane / 4
+// and t = lane % 4, columns 2 t and 2 t + 1 of row g, then of row g + 8.
+// Before it: H, KV (heads of keys and values), GROUP (H / KV), TOGETHER, D, DP (D rounded up to 16),
+// STRIDE (of rows in shared memory), ROW (of 16 of them), PITCH, PITCH_Y, WARPS, SPLIT, UNITS (blocks
+// of a head) and BLOCKS (of queries) of a thread block, TILE, KEYS (of a tile, for a warp),
+// STAGES, BIAS, BEFORE and BEHIND (keys that a query sees there, ALL: no bound), ALIGNED (a head's rows
+// start on a multiple of 16 bytes), FACTOR (of scores, in powers of two), CAP (their bound, 0: none),
+// BY_KEYS, BY_QUERIES and LAST (see attention_distances.cuh), X, Y (of qkv and y), Piece (1 to 16
+// bytes, of which a head's rows of y are made), Scores, Context, and an arithmetic: Query, products,
+// context.
 
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOWEST = -1e30f;  // the least that is added to a score
 constexpr float NEVER = -1e38f;   // its weight is zero beside any score
-constexpr int ROW = 16 * STRIDE;  // elements of 16 rows in shared memory
-constexpr int BLOCKS = WARPS / SPLIT;
+constexpr int BEFORE_BLOCKS = (BEFORE + 15) / 16, BEHIND_BLOCKS = (BEHIND + 15) / 16;
 
 // ROWS rows of a head into shared memory; zeros behind the first ``there``.
 template <int ROWS, int THREADS>
@@ -37,27 +41,30 @@ __device__ inline void ask_for(X* to, const X* from, int there, int thread) {
 }
 
 // Shared memory: the queries of each block (and their context at the end), then the tiles of keys
-// (and what warps of a block have found, at the end).
+// (and what warps of a block have found, at the end), and what is near them.
 struct Shared {
   X* queries;
   X* keys;  // STAGES tiles
   X* values;
   float* masks;
+  X* near;
 
   __device__ explicit Shared(unsigned char* memory) {
     queries = reinterpret_cast<X*>(memory);
-    keys = queries + BLOCKS * ROW;
+    keys = queries + UNITS * ROW;
     values = keys + STAGES * TILE * STRIDE;
     masks = reinterpret_cast<float*>(values + STAGES * TILE * STRIDE);
+    near = reinterpret_cast<X*>(masks + STAGES * TILE);
   }
 
   // The tile that starts at row ``start`` of the keys, of which ``there`` are wanted.
   __device__ void ask_tile(int stage, const X* qkv, const float* added, int start, int there) const {
     constexpr int THREADS = 32 * WARPS;
-    const int head = blockIdx.y * D, tile = stage * TILE * STRIDE, thread = threadIdx.x;
-    const X* from = qkv + static_cast<long long>(start) * PITCH + head;
-    ask_for<TILE, THREADS>(keys + tile, from + H * D, there, thread);
-    ask_for<TILE, THREADS>(values + tile, from + 2 * H * D, there, thread);
+    const int head = blockIdx.y * TOGETHER / GROUP, tile = stage * TILE * STRIDE;
+    const int thread = threadIdx.x;
+    const X* from = qkv + static_cast<long long>(start) * PITCH + (H + head) * D;
+    ask_for<TILE, THREADS>(keys + tile, from, there, thread);
+    ask_for<TILE, THREADS>(values + tile, from + KV * D, there, thread);
     if (thread < TILE / 4)
       copy_async_16(masks + stage * TILE + 4 * thread, added + start + 4 * thread,
                     4 * thread < there);
@@ -76,29 +83,42 @@ struct Bias {
   }
 };
 
+// A score in powers of two, before its mask. With a bound CAP that is CAP tanh(s / bound), of which
+// FACTOR has what the exponential is of.
+__device__ inline float scaled(float s) {
+  if (CAP == 0.0f) return s * FACTOR;
+  return CAP - fast_divide(2.0f * CAP, 1.0f + fast_exp2(s * FACTOR));
+}
+
+// Whether a query sees a key so many places behind its own.
+__device__ inline bool sees(int behind) {
+  return (BEHIND == ALL || behind <= BEHIND) && (BEFORE == ALL || -behind <= BEFORE);
+}
+
 // What a warp's softmax has seen; ``sum`` is of the lane's own columns.
 struct Softmax {
   float most[2] = {NEVER, NEVER}, sum[2] = {0.0f, 0.0f};
 
   // The scores of a tile become weights; what was added up before is brought to their maximum.
-  // The first key is at ``position`` of its sequence. Of the tile's blocks, low to high - 1 count.
+  // The first key is at ``position`` of its sequence, ``behind`` places behind the first query. Of
+  // the tile's blocks, low to high - 1 count; a WHOLE one is seen by all queries.
   template <bool WHOLE>
   __device__ void take(Scores& s, Context& o, const float* mask, const Bias& bias, int position,
-                       int low, int high) {
-    const int column = threadIdx.x % 4 * 2;
+                       int behind, int low, int high) {
+    const int column = threadIdx.x % 4 * 2, own = threadIdx.x % 32 / 4;
     float seen[2] = {most[0], most[1]};
 #pragma unroll
     for (int j = 0; j < KEYS / 8; ++j) {
-      const bool own = WHOLE || (j / 2 >= low && j / 2 < high);
+      const bool there = WHOLE || (j / 2 >= low && j / 2 < high);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int key = j * 8 + column + i;
         const float added = mask[key] * LOG2E;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float score = s[j][2 * r + i] * FACTOR + added;
-          if (BIAS && own) score += bias.of(r, position + key);
-          score = own ? score : NEVER;
+          float score = scaled(s[j][2 * r + i]) + added;
+          if (BIAS && there) score += bias.of(r, position + key);
+          score = there && (WHOLE || sees(behind + key - own - 8 * r)) ? score : NEVER;
           seen[r] = fmaxf(seen[r], score);
           s[j][2 * r + i] = score;
         }
@@ -172,7 +192,7 @@ __device__ inline u8 stored<u8>(float value, const float* limits) {
 }
 
 // A warp's context, through its own shared memory, to 16 rows of y.
-__device__ inline void put(const Context& o, const Softmax& softmax, Y* shared, Y* y,
+__device__ inline void put(const Context& o, const Softmax& softmax, Y* shared, Y* y, int head,
                            const float* limits) {
   constexpr int EACH = sizeof(Piece) / sizeof(Y), PER_ROW = D / EACH;
   const int lane = threadIdx.x % 32;
@@ -188,10 +208,10 @@ __device__ inline void put(const Context& o, const Softmax& softmax, Y* shared, 
   warp_sync();
   for (int i = lane; i < 16 * PER_ROW; i += 32) {
     const int row = i / PER_ROW, c = i % PER_ROW * EACH;
-    *reinterpret_cast<Piece*>(y + static_cast<long long>(row) * PITCH_Y + blockIdx.y * D + c) =
+    *reinterpret_cast<Piece*>(y + static_cast<long long>(row) * PITCH_Y + head * D + c) =
         *reinterpret_cast<const Piece*>(shared + row * STRIDE + c);
   }
-  if (blockIdx.y == H - 1)
+  if (head == H - 1)
     for (int i = lane; i < 16 * 16; i += 32)
       if (const int c = H * D + i % 16; c < PITCH_Y)
         y[static_cast<long long>(i / 16) * PITCH_Y + c] = Y{};
@@ -201,40 +221,54 @@ __device__ inline void put(const Context& o, const Softmax& softmax, Y* shared, 
 template <bool WHOLE>
 __device__ inline void step(Context& o, Softmax& softmax, const Query& query, const X* q,
                             const X* k, const X* v, const float* mask, const Bias& bias,
-                            int position, int low, int high) {
+                            const Near& near, int position, int behind, int low, int high) {
   Scores s;
-  scores<WHOLE>(s, query, q, k, low, high);
-  softmax.take<WHOLE>(s, o, mask, bias, position, low, high);
+  products<KEYS, WHOLE>(s, query, q, k, low, high);
+  if (BY_KEYS || BY_QUERIES) near.add<WHOLE>(s, query, q, k, low, high);
+  softmax.take<WHOLE>(s, o, mask, bias, position, behind, low, high);
   context<WHOLE>(o, s, v, low, high);
 }
 
 __device__ inline void attend(const X* qkv, const float* added, const int* table, const float* bias,
-                              const float* limits, Y* y, int blocks, int length, int bias_batch,
-                              int bias_heads) {
+                              const Tables& tables, const float* limits, Y* y, int blocks,
+                              int length, int bias_batch, int bias_heads) {
   SHARED_MEMORY(memory);
   const Shared shared(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp % SPLIT;
+  const int unit = warp / SPLIT, head = blockIdx.y * TOGETHER + unit % TOGETHER;
   const int first = blockIdx.x * BLOCKS;
   const int last = first + BLOCKS < blocks ? first + BLOCKS - 1 : blocks - 1;
-  const bool inside = first + warp / SPLIT <= last;  // warps behind the last block repeat it
-  const int mine = inside ? first + warp / SPLIT : last;
-  const int start = table[4 * first + 2], end = table[4 * last + 2] + table[4 * last + 3];
-  const int own = table[4 * mine + 2], own_end = own + table[4 * mine + 3];
+  const bool inside = first + unit / TOGETHER <= last;  // warps behind the last block repeat it
+  const int mine = inside ? first + unit / TOGETHER : last;
+  const int sequence = table[4 * mine + 2];
+  int start = table[4 * first + 2], end = table[4 * last + 2] + table[4 * last + 3];
+  int own = sequence, own_end = own + table[4 * mine + 3];
+  if (BEFORE != ALL) {
+    start = max(start, first - BEFORE_BLOCKS);
+    own = max(own, mine - BEFORE_BLOCKS);
+  }
+  if (BEHIND != ALL) {
+    end = min(end, last + 1 + BEHIND_BLOCKS);
+    own_end = min(own_end, mine + 1 + BEHIND_BLOCKS);
+  }
   const int tiles = ((end - start) * 16 + TILE - 1) / TILE;
   Bias of{bias, length, 0};
   if (BIAS) {
     const int row = table[4 * mine], batch = row < bias_batch ? row : bias_batch - 1;
-    const int head = static_cast<int>(blockIdx.y) < bias_heads ? blockIdx.y : bias_heads - 1;
-    of.plane += (static_cast<long long>(batch) * bias_heads + head) * length * length;
+    const int plane = head < bias_heads ? head : bias_heads - 1;
+    of.plane += (static_cast<long long>(batch) * bias_heads + plane) * length * length;
     of.query = table[4 * mine + 1] + lane / 4;
   }
-  X* const q = shared.queries + warp / SPLIT * ROW;
-  ask_for<16, 32 * SPLIT>(q, qkv + static_cast<long long>(mine) * 16 * PITCH + blockIdx.y * D, 16,
+  X* const q = shared.queries + unit * ROW;
+  ask_for<16, 32 * SPLIT>(q, qkv + static_cast<long long>(mine) * 16 * PITCH + head * D, 16,
                           threadIdx.x % (32 * SPLIT));
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {
     const int at = start * 16 + stage * TILE;
-    if (stage < tiles) shared.ask_tile(stage, qkv, added, at, end * 16 - at);
+    if (stage < tiles) {
+      shared.ask_tile(stage, qkv, added, at, end * 16 - at);
+      tables.ask(shared.near, stage, head, first * 16 - at);
+    }
     copy_commit();
   }
   Query query;
@@ -248,31 +282,37 @@ __device__ inline void attend(const X* qkv, const float* added, const int* table
     copy_wait<STAGES - 2>();
     block_sync();  // the tile is there for all, and the one before it is done with
     const int next = i + STAGES - 1, at = start * 16 + next * TILE;
-    if (next < tiles) shared.ask_tile(next % STAGES, qkv, added, at, end * 16 - at);
+    if (next < tiles) {
+      shared.ask_tile(next % STAGES, qkv, added, at, end * 16 - at);
+      tables.ask(shared.near, next % STAGES, head, first * 16 - at);
+    }
     copy_commit();
     if (i == 0) query.read(q);
     const int here = start + (i * TILE + part * KEYS) / 16, low = own - here, high = own_end - here;
-    const int position = -low * 16, key = i % STAGES * TILE + part * KEYS;
+    const int position = (here - sequence) * 16, behind = (here - mine) * 16;
+    const int key = i % STAGES * TILE + part * KEYS;
     const X *k = shared.keys + key * STRIDE, *v = shared.values + key * STRIDE;
     const float* mask = shared.masks + key;
-    if (low <= 0 && high >= KEYS / 16)
-      step<true>(o, softmax, query, q, k, v, mask, of, position, low, high);
+    const Near near(shared.near, i % STAGES, part * KEYS + 16 * (BLOCKS - 1 - (mine - first)), warp);
+    const bool whole = low <= 0 && high >= KEYS / 16 && sees(behind + KEYS - 1) && sees(behind - 15);
+    if (whole)
+      step<true>(o, softmax, query, q, k, v, mask, of, near, position, behind, low, high);
     else if (low < KEYS / 16 && high > 0)
-      step<false>(o, softmax, query, q, k, v, mask, of, position, low, high);
+      step<false>(o, softmax, query, q, k, v, mask, of, near, position, behind, low, high);
   }
   if (SPLIT > 1) {
     float* const found = reinterpret_cast<float*>(shared.keys) + lane;
     constexpr int EACH = 32 * (4 + DP / 2);
     block_sync();  // all are done with the tiles
-    if (part) softmax.leave(o, found + (warp - warp / SPLIT - 1) * EACH);
+    if (part) softmax.leave(o, found + (warp - unit - 1) * EACH);
     block_sync();
     if (part) return;
 #pragma unroll
     for (int other = 0; other < SPLIT - 1; ++other)
-      softmax.join(o, found + (warp / SPLIT * (SPLIT - 1) + other) * EACH);
+      softmax.join(o, found + (unit * (SPLIT - 1) + other) * EACH);
   }
   warp_sync();  // the queries are read
   if (inside)
-    put(o, softmax, reinterpret_cast<Y*>(q), y + static_cast<long long>(mine) * 16 * PITCH_Y,
+    put(o, softmax, reinterpret_cast<Y*>(q), y + static_cast<long long>(mine) * 16 * PITCH_Y, head,
         limits);
 }

@@ -11,11 +11,12 @@ struct Query {
   __device__ void read(const X*) {}  // from shared memory, tile by tile
 };
 
-template <bool WHOLE>
-__device__ inline void scores(Scores& s, const Query&, const X* q, const X* k, int low, int high) {
+template <int N, bool WHOLE>
+__device__ inline void products(float (&s)[N / 8][4], const Query&, const X* q, const X* k,
+                                int low, int high) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int j = 0; j < KEYS / 8; ++j)
+  for (int j = 0; j < N / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[j][i] = 0.0f;
 #pragma unroll 1  // more of them at once do not fit into the registers
@@ -25,7 +26,7 @@ __device__ inline void scores(Scores& s, const Query&, const X* q, const X* k, i
     for (int r = 0; r < 2; ++r)
       rows[r] = *reinterpret_cast<const Four*>(q + (g + 8 * r) * STRIDE + d);
 #pragma unroll
-    for (int j = 0; j < KEYS / 8; ++j) {
+    for (int j = 0; j < N / 8; ++j) {
       if (!WHOLE && (j / 2 < low || j / 2 >= high)) continue;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {

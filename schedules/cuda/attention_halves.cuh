@@ -19,11 +19,11 @@ struct Query {
   }
 };
 
-template <bool WHOLE>
-__device__ inline void scores(Scores& s, const Query& query, const X* q, const X* k, int low,
-                              int high) {
+template <int N, bool WHOLE>
+__device__ inline void products(float (&s)[N / 8][4], const Query& query, const X* q,
+                                const X* k, int low, int high) {
 #pragma unroll
-  for (int j = 0; j < KEYS / 8; ++j)
+  for (int j = 0; j < N / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[j][i] = 0.0f;
   const X* corner_q = q + corner(false);
@@ -38,7 +38,7 @@ __device__ inline void scores(Scores& s, const Query& query, const X* q, const X
       load_matrix_x4(a, corner_q + 16 * d);
     }
 #pragma unroll
-    for (int j = 0; j < KEYS / 16; ++j) {
+    for (int j = 0; j < N / 16; ++j) {
       if (!WHOLE && (j < low || j >= high)) continue;
       unsigned b[4];
       load_matrix_x4(b, corner_k + j * 16 * STRIDE + 16 * d);

@@ -11,8 +11,10 @@ from bertile.schedules.cuda.forms import (
     ROUNDING,
     element,
     empty_rows,
+    from_device,
     from_rows,
     symbols,
+    to_device,
     to_rows,
     token_table,
 )
@@ -45,11 +47,15 @@ def sequences_sample(
     each sequence, and each head, has a bias of its own.
     """
     spec, kind = AttentionSpec.from_shape(task.shape), element(task)
-    heads, size = spec.heads, spec.head_size
+    heads, size, ends = spec.heads, spec.head_size, np.cumsum(spec.channels())
+    shape = (heads, size, 2 * spec.last + 1)
+    tables = {
+        name: from_device(to_device(rng.standard_normal(shape), kind)) for name in spec.tables()
+    }
     table, length = token_table(lengths), max(lengths)
     rows = len(table) * BLOCK_TOKENS
-    qkv = to_rows(rng.standard_normal((rows, 3 * heads * size)), kind)
-    values = from_rows(qkv, 3 * heads * size).astype("float64")
+    qkv = to_rows(rng.standard_normal((rows, ends[-1])), kind)
+    values = from_rows(qkv, ends[-1]).astype("float64")
     keys = np.where(rng.random(rows) < 0.1, -10000.0, 0.0).astype("float32")
     batch, of = (extent if own else 1 for own, extent in zip(planes, (len(lengths), heads)))
     bias = rng.standard_normal((batch, of, length, length)).astype("float32")
@@ -64,25 +70,28 @@ def sequences_sample(
             added = np.zeros((heads, len(keys[part]), len(keys[part])))
             added[:, :own, :own] += bias[min(row, batch - 1), :, :own, :own]
         q, k, v = (
-            a.reshape(-1, heads, size).transpose(1, 0, 2) for a in np.split(values[part], 3, 1)
+            a.reshape(len(a), -1, size).transpose(1, 0, 2)
+            for a in np.split(values[part], ends[:-1], 1)
         )
-        context = spec.reference(q, k, v, keys[part], added)
+        context = spec.reference(q, k, v, keys[part], added, **tables)
         expected[part] = context.transpose(1, 0, 2).reshape(-1, heads * size)
         expected[part][own:] = 0.0  # of padding nothing is asked but a finite number
     inside = np.concatenate([np.arange(-(-n // BLOCK_TOKENS) * BLOCK_TOKENS) < n for n in lengths])
     extents = symbols(rows, len(lengths), length, bias_0=batch, bias_1=of)
     activations = [qkv, keys, table] + ([bias] if spec.bias == "tensor" else [])
-    return _result(task, activations, expected.astype("float32"), inside, extents)
+    weights = list(tables.values())
+    return _result(task, activations, weights, expected.astype("float32"), inside, extents)
 
 
 def _result(
     task: Task,
     activations: list[np.ndarray],
+    weights: list[np.ndarray],
     expected: np.ndarray,
     inside: np.ndarray,
     extents: dict[str, int],
 ) -> Sample:
-    channels, weights, kind = expected.shape[1], [], element(task)
+    channels, kind = expected.shape[1], element(task)
     # the softmax's weights and the result are rounded; tf32 has the fraction of float16
     rounding = {"tf32": 4 * ROUNDING["f16"], "fp32": 2e-5}.get(
         str(task.shape["precision"]), 4 * ROUNDING[kind]

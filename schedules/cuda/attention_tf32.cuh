@@ -18,12 +18,12 @@ struct Query {
   }
 };
 
-template <bool WHOLE>
-__device__ inline void scores(Scores& s, const Query& query, const X* q, const X* k, int low,
-                              int high) {
+template <int N, bool WHOLE>
+__device__ inline void products(float (&s)[N / 8][4], const Query& query, const X* q,
+                                const X* k, int low, int high) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int j = 0; j < KEYS / 8; ++j)
+  for (int j = 0; j < N / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[j][i] = 0.0f;
 #pragma unroll
@@ -36,7 +36,7 @@ __device__ inline void scores(Scores& s, const Query& query, const X* q, const X
       Query::part(a, q, d);
     }
 #pragma unroll
-    for (int j = 0; j < KEYS / 8; ++j) {
+    for (int j = 0; j < N / 8; ++j) {
       if (!WHOLE && (j / 2 < low || j / 2 >= high)) continue;
       const X* from = k + (8 * j + g) * STRIDE + 8 * d + t;
       mma_1688_tf32(s[j], a, {to_tf32(from[0]), to_tf32(from[4])});

@@ -1,4 +1,4 @@
-// y = activation(x W + b) + residual. A block makes a tile of C::ROWS × C::COLUMNS, in three steps:
+// y = activation(x W + b) + residual, or what else `finish` makes of x W + b. A block makes a tile of C::ROWS × C::COLUMNS, in three steps:
 // panels of x and W go through STAGES slots of shared memory, warps multiply them, `finish` ends.
 //
 // A panel is 128 bytes of K, whatever the element: of ROWS rows of x, then of COLUMNS columns of W.
@@ -19,7 +19,7 @@ template <int COUNT, int EACH> WORD Place locate(int at, int index) {
 
 // The block's tile. Tiles are taken in bands of BAND rows of tiles, each column by column.
 template <class C> WORD void place(int rows, int& row, int& column) {
-  const int columns = (OUTPUTS_PITCH + C::COLUMNS - 1) / C::COLUMNS;
+  const int columns = (W_COLUMNS + C::COLUMNS - 1) / C::COLUMNS;
   const int tiles = (rows + C::ROWS - 1) / C::ROWS;
   const int band = blockIdx.x / (C::BAND * columns), first = band * C::BAND;
   const int inside = blockIdx.x - band * C::BAND * columns;
@@ -48,7 +48,7 @@ WORD void fill(const Operands& of, u8* slot, int iteration, int row, int column)
                   from + (to.inside * INPUT_BYTES + to.panel * PANEL), valid);
   }
   constexpr int EACH = C::COLUMNS * 8, CHUNKS = EACH * C::SLICES;
-  constexpr long long STRIDE = OUTPUTS_PITCH * PANEL;
+  constexpr long long STRIDE = W_COLUMNS * PANEL;
   const u8* const w = of.w + column * PANEL + first * STRIDE;
 #pragma unroll
   for (int at = 0; at < CHUNKS; at += C::THREADS) {
@@ -56,8 +56,7 @@ WORD void fill(const Operands& of, u8* slot, int iteration, int row, int column)
     const auto to = locate<C::THREADS, EACH>(at, thread);
     const u8* const from = w + (to.own_inside * 16 + to.own_panel * STRIDE);
     const bool valid =
-        (OUTPUTS_PITCH % C::COLUMNS == 0 ||
-         column + (to.inside + to.own_inside) / 8 < OUTPUTS_PITCH) &&
+        (W_COLUMNS % C::COLUMNS == 0 || column + (to.inside + to.own_inside) / 8 < W_COLUMNS) &&
         (WHOLE || first + to.panel + to.own_panel < PANELS);
     copy_async_16(slot + LINES * PANEL + thread * 16 + at * 16,
                   from + (to.inside * 16 + to.panel * STRIDE), valid);

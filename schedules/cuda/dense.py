@@ -1,8 +1,8 @@
 """Multiplies matrices on the GPU, with the epilogue: y = activation(x W + b) + residual, any number
 of rows, in float16, bfloat16, tf32, float32 or bytes (of these, ``schedules/cpu/dense.py`` has the
-formulas).
+formulas); or what ``outputs_that_meet`` make: gated networks, rotary positions.
 
-    x (rows, pitch(K)), [range (rows, 2)], [residual (rows, pitch(N))],
+    x (rows, pitch(K)), [range (rows, 2)], [residual (rows, pitch(N))], [cos, sin (rows, pitch(D))],
     w (panels of 128 bytes of K, pitch(N), 128 bytes), [scale (N), [shift (N)]], b (N), [limits (2)]
         →  y (rows, pitch(N))
 
@@ -34,20 +34,21 @@ from bertile.schedules.cuda.dense_kernel import kernel
 from bertile.schedules.cuda.dense_samples import sample
 from bertile.schedules.cuda.dense_space import default, space
 from bertile.schedules.cuda.dense_tile import PANEL, Operands, rounded_tf32
-from bertile.schedules.cuda.forms import pitch, to_device
+from bertile.schedules.cuda.forms import to_device
+from bertile.schedules.outputs_that_meet import ordered
 from bertile.schedules.schedule import Knobs, Row, Schedule
 from bertile.schedules.task import Task
 
 
 def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> list[np.ndarray]:
-    """w (K, N) → (panels, pitch(N), elements of 128 bytes of K), each 16 bytes where the swizzle
-    has them; vectors (N) padded to the pitch. Padding is zero.
+    """w (K, N) → (panels, pitch(N), elements of 128 bytes of K), outputs that meet side by side,
+    each 16 bytes where the swizzle has them; vectors (N) padded to the pitch. Padding is zero.
     """
     of = Operands.of(task)
-    w, *vectors = weights
-    limits = [vectors.pop()] if of.result == "u8" else []
+    limits = list(weights[-1:]) if of.result == "u8" else []
+    w, *vectors = ordered(task, weights[: len(weights) - len(limits)])
     each = PANEL // of.size
-    columns = pitch(of.outputs)
+    columns = of.columns
     w = np.pad(w.T, ((0, columns - of.outputs), (0, of.panels * each - of.inputs)))
     if of.precision.rounds:
         w = rounded_tf32(w)
@@ -65,11 +66,4 @@ def flops(task: Task, tokens: int) -> float:
     return 2.0 * tokens * task.shape["inputs"] * task.shape["outputs"]
 
 
-def refuses(task: Task) -> str | None:
-    """What of a task has no kernel here, None if nothing."""
-    if task.shape.get("turned"):
-        return "rotary positions"
-    return "gated networks (GeGLU, SwiGLU)" if task.shape.get("gated") else None
-
-
-dense = Schedule("dense", space, default, kernel, sample, flops, pack, refuses=refuses)
+dense = Schedule("dense", space, default, kernel, sample, flops, pack)

@@ -6,7 +6,6 @@ measured.
 from __future__ import annotations
 
 from bertile.schedules.cuda.dense_tile import PANEL, Tile
-from bertile.schedules.cuda.forms import pitch
 from bertile.schedules.schedule import Gpu
 
 # Multiply-adds of a multiprocessor in a cycle: 16-bit by mma.sync, float32 without tensor cores.
@@ -26,7 +25,7 @@ ACTIVATION = {"none": 0, "relu": 1, "gelu": 16, "gelu_tanh": 10, "tanh": 20, "si
 def cycles(tile: Tile, rows: int, gpu: Gpu) -> float:
     """About how long one launch for so many rows takes."""
     of = tile.operands
-    across, down = -(-pitch(of.outputs) // tile.columns), -(-rows // tile.rows)
+    across, down = -(-of.columns // tile.columns), -(-rows // tile.rows)
     blocks = across * down
     resident = tile.resident(gpu)
     waves = -(-blocks // gpu.multiprocessors)  # blocks of the busiest multiprocessor

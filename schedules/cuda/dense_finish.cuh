@@ -1,6 +1,11 @@
 // What becomes of a tile's sums: groups of warps that took parts of K add theirs up, each for some
 // of the pieces; then scale, shift, bias, activation and residual; and rows leave by 16 bytes.
 //
+// A lane has columns 2 i and 2 i + 1 of W, which is packed so that outputs that meet lie there: those
+// of the two halves of a gated layer, of which one channel of y is made; and channels d and d + HALF
+// of a head that is turned. These stay side by side: attention multiplies the channels of Q and K in
+// whatever order both have.
+//
 // Shared memory: slots, later the sums that are exchanged; AT_VECTORS: b, scale, shift, ranges of
 // the tile; AT_RESIDUAL, AT_RESULT: tiles, over the slots where C::LATE. A residual with a place of
 // its own is asked for in the first iteration, behind what the products wait for.
@@ -40,9 +45,9 @@ WORD void fill_residual(const Operands& of, u8* tile, int row, int column) {
   constexpr int CHUNKS = C::COLUMNS * (int)sizeof(Wide) / 16;
   for (int at = threadIdx.x; at < C::ROWS * CHUNKS; at += C::THREADS) {
     const int i = at / CHUNKS, j = at % CHUNKS * (16 / (int)sizeof(Wide));
-    const bool valid = row + i < of.rows && column + j < OUTPUTS_PITCH;
+    const bool valid = row + i < of.rows && column + j < Y_PITCH;
     copy_async_16(tile + i * C::RESIDUAL_PITCH + j * (int)sizeof(Wide),
-                  of.residual + (long long)(row + i) * OUTPUTS_PITCH + column + j, valid);
+                  of.residual + (long long)(row + i) * Y_PITCH + column + j, valid);
   }
 }
 
@@ -53,7 +58,7 @@ template <class C> WORD void begin(const Operands& of, u8* shared, int row, int 
   for (int at = threadIdx.x; at < VECTORS * CHUNKS; at += C::THREADS) {
     const int vector = at / CHUNKS, j = at % CHUNKS * 4;
     const float* const from = vector == 0 ? of.b : vector == 1 ? of.scale : of.shift;
-    copy_async_16(vectors + vector * C::COLUMNS + j, from + column + j, column + j < OUTPUTS_PITCH);
+    copy_async_16(vectors + vector * C::COLUMNS + j, from + column + j, column + j < W_COLUMNS);
   }
   if (RANGES)
     for (int i = threadIdx.x; i < C::ROWS; i += C::THREADS) {
@@ -78,6 +83,8 @@ WORD void write_pair(u8* at, float lo, float hi, u8) {
 template <class T> WORD void write_pair(u8* at, float lo, float hi, T) {
   *(unsigned*)at = pack2<T>(lo, hi);
 }
+WORD void write_one(u8* at, float x, u8) { *at = to_u8(x); }
+template <class T> WORD void write_one(u8* at, float x, T) { *(T*)at = from_float<T>(x); }
 
 // Sums of all slices, of the pieces slice * C::PORTION …: piece f is i = f / WIDE, j = f % WIDE.
 template <class C>
@@ -109,10 +116,18 @@ WORD void exchange(u8* shared, Sum (&sums)[C::TALL * C::WIDE][4], Sum (&own)[C::
   if (C::LATE) block_sync();
 }
 
+// Two channels of a head, the first at `place` of the turned ones, by the angles of their token.
+WORD void turn(const Operands& of, int row, int place, float (&v)[2]) {
+  const long long low = (long long)row * ANGLES_PITCH + place / 2 % HALF, high = low + HALF;
+  const float first = v[0] * of.cos[low] - v[1] * of.sin[low];
+  v[1] = v[1] * of.cos[high] + v[0] * of.sin[high];
+  v[0] = first;
+}
+
 // Two neighbouring values of a row, from their sums.
 template <class C>
 WORD void end_pair(const Operands& of, u8* shared, Sum low_sum, Sum high_sum, int i, int j,
-                   int column, float low, float inverse) {
+                   int row, int column, float low, float inverse) {
   const float* const vectors = (const float*)(shared + C::AT_VECTORS) + j;
   float v[2] = {(float)low_sum, (float)high_sum};
   const float2 b = *(const float2*)vectors;
@@ -127,8 +142,18 @@ WORD void end_pair(const Operands& of, u8* shared, Sum low_sum, Sum high_sum, in
     v[0] = range.x * v[0] + range.y * shift.x;
     v[1] = range.x * v[1] + range.y * shift.y;
   }
-  v[0] = activated(v[0] + b.x);
-  v[1] = activated(v[1] + b.y);
+  v[0] += b.x;
+  v[1] += b.y;
+  u8* const line = shared + C::AT_RESULT + i * C::RESULT_PITCH;
+  if (GATED) {
+    float y = activated(v[0]) * v[1];
+    if (NARROW) y = (column + j) / 2 < CHANNELS ? (y - low) * inverse : 0;
+    write_one(line + j / 2 * (int)sizeof(Result), y, Result());
+    return;
+  }
+  if (TURNED && column + j < TURNED && row + i < of.rows) turn(of, row + i, column + j, v);
+  v[0] = activated(v[0]);
+  v[1] = activated(v[1]);
   if (RESIDUAL) {
     float r[2];
     read_pair(shared + C::AT_RESIDUAL + i * C::RESIDUAL_PITCH + j * (int)sizeof(Wide), r[0], r[1],
@@ -137,12 +162,15 @@ WORD void end_pair(const Operands& of, u8* shared, Sum low_sum, Sum high_sum, in
     v[1] += r[1];
   }
   if (NARROW) {
-    v[0] = column + j < OUTPUTS ? (v[0] - low) * inverse : 0;
-    v[1] = column + j + 1 < OUTPUTS ? (v[1] - low) * inverse : 0;
+    v[0] = column + j < CHANNELS ? (v[0] - low) * inverse : 0;
+    v[1] = column + j + 1 < CHANNELS ? (v[1] - low) * inverse : 0;
   }
-  write_pair(shared + C::AT_RESULT + i * C::RESULT_PITCH + j * (int)sizeof(Result), v[0], v[1],
-             Result());
+  write_pair(line + j * (int)sizeof(Result), v[0], v[1], Result());
 }
+
+// What a thread moves of a row at once: half as much where a row of bytes ends within 16.
+template <int BYTES> struct Chunk { using Type = uint4; };
+template <> struct Chunk<8> { using Type = uint2; };
 
 template <class C>
 WORD void finish(const Operands& of, u8* shared, Sum (&sums)[C::TALL * C::WIDE][4], int slice,
@@ -172,18 +200,21 @@ WORD void finish(const Operands& of, u8* shared, Sum (&sums)[C::TALL * C::WIDE][
     const int i = warp_row + f / C::WIDE * 16 + lane / 4;
     const int j = warp_column + f % C::WIDE * 8 + lane % 4 * 2;
     const Sum(&of_piece)[4] = C::SLICES > 1 ? own[p] : sums[p];
-    end_pair<C>(of, shared, of_piece[0], of_piece[1], i, j, column, low, inverse);
-    end_pair<C>(of, shared, of_piece[2], of_piece[3], i + 8, j, column, low, inverse);
+    end_pair<C>(of, shared, of_piece[0], of_piece[1], i, j, row, column, low, inverse);
+    end_pair<C>(of, shared, of_piece[2], of_piece[3], i + 8, j, row, column, low, inverse);
   }
   block_sync();
-  constexpr int CHUNKS = C::COLUMNS * (int)sizeof(Result) / 16;
+  constexpr int MEETING = GATED ? 2 : 1, SIZE = sizeof(Result);
+  constexpr int LINE = C::COLUMNS / MEETING * SIZE, EACH = LINE % 16 == 0 ? 16 : 8;
+  constexpr int CHUNKS = LINE / EACH;
+  using Piece = typename Chunk<EACH>::Type;
+  const int first = column / MEETING * SIZE;
 #pragma unroll
   for (int from = 0; from < C::ROWS * CHUNKS; from += C::THREADS) {
-    const int at = from + threadIdx.x, i = at / CHUNKS, j = at % CHUNKS * 16;
+    const int at = from + threadIdx.x, i = at / CHUNKS, j = at % CHUNKS * EACH;
     if (C::ROWS * CHUNKS % C::THREADS != 0 && at >= C::ROWS * CHUNKS) break;
-    if (row + i < of.rows && column * (int)sizeof(Result) + j < OUTPUTS_PITCH * (int)sizeof(Result))
-      *(uint4*)((u8*)of.y + (row + i) * (OUTPUTS_PITCH * (long long)sizeof(Result)) +
-                column * (int)sizeof(Result) + j) =
-          *(const uint4*)(shared + C::AT_RESULT + i * C::RESULT_PITCH + j);
+    if (row + i < of.rows && first + j < Y_PITCH * SIZE)
+      *(Piece*)((u8*)of.y + (row + i) * ((long long)Y_PITCH * SIZE) + first + j) =
+          *(const Piece*)(shared + C::AT_RESULT + i * C::RESULT_PITCH + j);
   }
 }

@@ -15,8 +15,8 @@ _WITHOUT = "#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)"
 
 
 def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
-    """(x, [range], [residual], w, [scale, [shift]], b, [limits], y): an entry for few rows, one for
-    some and one for many.
+    """(x, [range], [residual], [cos, sin], w, [scale, [shift]], b, [limits], y): an entry for few
+    rows, one for some and one for many.
     """
     of = Operands.of(task)
     parameters = _parameters(of)
@@ -32,7 +32,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Kernel:
             structs.append(tile.plain().constants(f"{struct}Plain"))
         entry = f"{task.name}_{name}"
         entries.append(_entry(parameters, tile, entry, task.name, struct))
-        columns = -(-pitch(of.outputs) // tile.columns)
+        columns = -(-of.columns // tile.columns)
         grid = (f"(rows + {tile.rows - 1}) // {tile.rows} * {columns}", 1, 1)
         launches.append(Launch(entry, grid, tile.threads, tile.shared, (*names, "rows"), when))
     source = "\n".join(
@@ -63,7 +63,8 @@ def _ranges(knobs: Knobs) -> dict[str, Extent]:
 def _parameters(of: Operands) -> list[tuple[str, str]]:
     """Types and names of the pointers, in order."""
     read = {"x": of.read, "residual": of.wide, "w": "u8", "y": of.result}
-    names = ["x", *(["range"] if of.ranges else []), *(["residual"] if of.residual else []), "w"]
+    names = ["x", *(["range"] if of.ranges else []), *(["residual"] if of.residual else [])]
+    names += [*(["cos", "sin"] if of.turned else []), "w"]
     names += [*("scale", "shift")[: of.vectors - 1], "b"]
     names += [*(["limits"] if of.result == "u8" else []), "y"]
     return [
@@ -78,14 +79,19 @@ def _types(of: Operands) -> str:
         PANEL=128,
         INPUT_BYTES=of.input_bytes,
         PANELS=of.panels,
-        OUTPUTS=of.outputs,
-        OUTPUTS_PITCH=pitch(of.outputs),
+        CHANNELS=of.channels,
+        W_COLUMNS=of.columns,
+        Y_PITCH=pitch(of.channels),
         VECTORS=of.vectors,
         RANGES=of.ranges,
         RESIDUAL=of.residual,
         NARROW=of.result == "u8",
         WIDE_RESULT=of.result == "float",
         ACTIVATION=ACTIVATIONS.index(of.activation),
+        GATED=of.gated,
+        TURNED=of.turned,
+        HALF=max(1, of.head_size // 2),
+        ANGLES_PITCH=pitch(of.head_size),
     )
     return f"""
 using Wide = {of.wide};
@@ -96,7 +102,7 @@ using Sums = {sums}4;
 struct Operands {{
   const u8 *x, *w;
   const Wide* residual;
-  const float *range, *scale, *shift, *b, *limits;
+  const float *range, *cos, *sin, *scale, *shift, *b, *limits;
   Result* y;
   int rows;
 }};

@@ -7,7 +7,15 @@ import numpy as np
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cuda.dense_tile import Operands, rounded_tf32
 from bertile.schedules.cuda.forms import ROUNDING, empty_rows, from_rows, symbols, to_rows
-from bertile.schedules.reference import LEVELS, apply_activation, byte_limits
+from bertile.schedules.outputs_that_meet import order
+from bertile.schedules.reference import (
+    LEVELS,
+    angles,
+    apply_activation,
+    byte_limits,
+    gated,
+    rotary_heads,
+)
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 
@@ -27,12 +35,17 @@ def row_sample(task: Task, rows: int, rng: np.random.Generator) -> Sample:
     b = rng.standard_normal(of.outputs).astype("float32")
     x = rng.standard_normal((rows, of.inputs)).astype("float32")
     activations, weights, product = _operands(of, x, w, b)
-    expected = apply_activation(str(task.shape["activation"]), product)
+    finish = gated if of.gated else apply_activation
+    expected = finish(str(task.shape["activation"]), product)
     if of.residual:
         residual = to_rows(rng.standard_normal((rows, of.outputs)), of.wide)
         activations.append(residual)
         expected = expected + from_rows(residual, of.outputs)
-    results = [empty_rows(rows, of.outputs, of.result)]
+    if of.turned:
+        turns = angles(rng.integers(0, 300, rows), of.head_size)
+        activations += [to_rows(values, "float") for values in turns]
+        expected = rotary_heads(expected, *turns, of.turned // of.head_size)
+    results = [empty_rows(rows, of.channels, of.result)]
     tolerance = EPILOGUE
     if of.result == "u8":
         low, high = BYTES
@@ -45,7 +58,10 @@ def row_sample(task: Task, rows: int, rng: np.random.Generator) -> Sample:
         tolerance += ROUNDING[of.wide]
 
     def decode(buffers: list[np.ndarray]) -> np.ndarray:
-        return low + step * from_rows(buffers[0], of.outputs)
+        values = low + step * from_rows(buffers[0], of.channels)
+        if of.turned:  # channels that were turned lie side by side
+            values[:, order(task)] = values.copy()
+        return values
 
     return Sample(activations, weights, expected, results, decode, tolerance, symbols(rows))
 

@@ -10,8 +10,7 @@ from functools import lru_cache
 
 from bertile.schedules.cuda import precisions
 from bertile.schedules.cuda.dense_cost import cycles
-from bertile.schedules.cuda.dense_tile import Tile
-from bertile.schedules.cuda.forms import pitch
+from bertile.schedules.cuda.dense_tile import Operands, Tile
 from bertile.schedules.schedule import Gpu, Knobs, Row, Space
 from bertile.schedules.task import Task
 
@@ -95,7 +94,7 @@ def _candidates(task: Task, gpu: Gpu, name: str) -> Iterator[Knobs]:
     """Tiles of 4 to 16 warps that their knobs divide; wgmma makes no difference of some knobs."""
     choices = _choices(task, gpu, name)
     choices["band"] = choices["band"][1:2]  # the cost does not tell bands apart
-    most = pitch(int(task.shape["outputs"]))
+    most = Operands.of(task).columns
     wider = [columns for columns in choices["columns"] if columns >= most]
     choices["columns"] = tuple(c for c in choices["columns"] if c < most or c == wider[0])
     for values in itertools.product(*choices.values()):

@@ -10,6 +10,7 @@ import numpy as np
 from bertile.schedules.cuda import precisions
 from bertile.schedules.cuda.forms import element, pitch
 from bertile.schedules.cuda.precisions import Precision
+from bertile.schedules.outputs_that_meet import is_gated, turned
 from bertile.schedules.schedule import Gpu
 from bertile.schedules.task import Task
 
@@ -31,7 +32,10 @@ def rounded_tf32(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Operands:
-    """The element types and sizes of a task. ``vectors``: b, and scale and shift of bytes."""
+    """The element types and sizes of a task. ``vectors``: b, and scale and shift of bytes. Where it
+    is ``gated``, two outputs make a channel of y; ``turned`` of the outputs have rotary positions,
+    in heads of ``head_size``.
+    """
 
     inputs: int
     outputs: int
@@ -40,12 +44,16 @@ class Operands:
     result: str  # type of y
     residual: bool
     activation: str
+    gated: bool = False
+    turned: int = 0
+    head_size: int = 0
 
     @staticmethod
     def of(task: Task) -> Operands:
         """What the task's shape says."""
         shape = task.shape
         precision, wide = precisions.of(task), element(task)
+        heads, size = turned(task)
         return Operands(
             int(shape["inputs"]),
             int(shape["outputs"]),
@@ -54,7 +62,25 @@ class Operands:
             "u8" if shape.get("writes") == "to_int8" else wide,
             bool(shape["residual"]),
             str(shape["activation"]),
+            is_gated(task),
+            heads * size,
+            size,
         )
+
+    @property
+    def meeting(self) -> int:
+        """How many outputs make a channel of y."""
+        return 2 if self.gated else 1
+
+    @property
+    def channels(self) -> int:
+        """Channels of y."""
+        return self.outputs // self.meeting
+
+    @property
+    def columns(self) -> int:
+        """Columns of W, as it is packed: those that make all of a row of y, its padding too."""
+        return pitch(self.channels) * self.meeting
 
     @property
     def read(self) -> str:
@@ -129,12 +155,12 @@ class Tile:
     def _shaped(self) -> Tile:
         """Warps that divide the tile, slices that divide K and the pieces."""
         if self.grouped:
-            most = min(self.columns, pitch(self.operands.outputs))
+            most = min(self.columns, self.operands.columns)
             columns = next(n for n in GROUP_COLUMNS if n >= most)
             rows = max(64, min(self.rows, 256 if columns <= 192 else 128))
             fitted = replace(self, rows=rows, columns=columns, tall=1, slices=1)
             return replace(fitted, wide=columns // 8, stages=max(3, self.stages))
-        columns = min(self.columns, pitch(self.operands.outputs))
+        columns = min(self.columns, self.operands.columns)
         tall = min(self.tall, self.rows // 16)
         wide = next(w for w in range(self.wide, 0, -1) if w % 2 == 0 and columns // 8 % w == 0)
         most = min(self.slices, self.operands.panels)
@@ -209,17 +235,18 @@ class Tile:
         return 4 * self.operands.vectors * self.columns + ranges
 
     def pitch(self, kind: str) -> int:
-        """Bytes from a row of a tile in shared memory to the next: pairs of channels that a warp
-        writes at once, four of each of eight rows, lie in different banks.
+        """Bytes from a row of a tile in shared memory to the next: what lanes write of two columns
+        at once, four of each of eight rows, lies in different banks.
         """
-        pair = 2 * SIZE[kind]
-        rows = 8 * 4 // pair if pair > 4 else 8  # eight bytes go by half warps
+        meeting = self.operands.meeting
+        lane = 2 // meeting * SIZE[kind]
+        rows = 8 * 4 // lane if lane > 4 else 8  # eight bytes go by half warps
 
         def apart(pitch: int) -> bool:
-            banks = {(row * pitch + i * 4) // 4 % 32 for row in range(rows) for i in range(pair)}
-            return len(banks) == rows * pair
+            banks = {(row * pitch + i * 4) // 4 % 32 for row in range(rows) for i in range(lane)}
+            return len(banks) == rows * lane
 
-        first = self.columns * SIZE[kind] + 16
+        first = self.columns // meeting * SIZE[kind] + 16
         return next(pitch for pitch in range(first, first + 128, 16) if apart(pitch))
 
     @property

@@ -1,5 +1,6 @@
 """Normalises layers: a row stays in the registers of its warps from the load to the store;
-statistics in float32, the variance from the differences to the mean.
+statistics in float32, the variance from the differences to the mean. ``rms`` is RMSNorm: x by the
+root of its mean square, without the mean taken off.
 
     x (rows, pitch(C)), gamma (C), beta (C), [smooth (C)], [limits (2)]
         →  y (rows, pitch(C)), [q u8 (rows, pitch(C)), [range (rows, 2)]]
@@ -75,7 +76,8 @@ def sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     weights = [gamma, beta, *sample_weights(task, rng)]
     x = to_rows(rng.standard_normal((blocks * BLOCK_TOKENS, channels)) * 3 + 5, element(task))
     values = from_rows(x, channels).astype("float64")
-    expected = reference.layer_norm(values, gamma, beta, task.shape["epsilon"])
+    more = (task.shape["epsilon"], bool(task.shape.get("rms")))
+    expected = reference.layer_norm(values, gamma, beta, *more)
     return narrow_sample(task, [x], weights, expected, symbols(len(x)), wide=True)
 
 
@@ -84,18 +86,6 @@ def flops(task: Task, tokens: int) -> float:
     return 8.0 * tokens * task.shape["channels"]
 
 
-def refuses(task: Task) -> str | None:
-    """What of a task has no kernel here, None if nothing."""
-    return "RMSNorm" if task.shape.get("rms") else None
-
-
 layer_norm = Schedule(
-    "layer_norm",
-    row_kernel.space,
-    row_kernel.default,
-    kernel,
-    sample,
-    flops,
-    pack,
-    refuses=refuses,
+    "layer_norm", row_kernel.space, row_kernel.default, kernel, sample, flops, pack
 )

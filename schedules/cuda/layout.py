@@ -47,16 +47,16 @@ class Words:
     body: str
 
 
-# x (B, S, C), table → y (rows, pitch(C)); rows behind the row-major tensor's end are zero
+# x (B or 1, S, C), table → y (rows, pitch(C)); rows behind the row-major tensor's end are zero
 TOKENS_IN = Words(
     [("const float", "x"), ("const int", "table"), ("X", "y")],
-    ["length"],
+    ["length", "x_0"],
     ("rows", 1, 1),
     """
   const long long row = blockIdx.x;
   const int* of = table + row / BLOCK_TOKENS * 4;
-  const int at = of[1] + row % BLOCK_TOKENS;
-  const float* from = x + (static_cast<long long>(of[0]) * length + at) * C;
+  const int batch = of[0] < x_0 ? of[0] : x_0 - 1, at = of[1] + row % BLOCK_TOKENS;
+  const float* from = x + (static_cast<long long>(batch) * length + at) * C;
   row_in(at < length ? from : nullptr, y + row * PITCH);""",
 )
 
@@ -145,7 +145,8 @@ def _sample(task: Task, blocks: int, rng: np.random.Generator) -> Sample:
     length = max(1, (blocks - 1) * BLOCK_TOKENS - 3)
     lengths = [length, 1]
     table = token_table(lengths)
-    of = symbols(len(table) * BLOCK_TOKENS, len(lengths), length, mask_0=len(lengths))
+    extents = {"mask_0": len(lengths), "x_0": len(lengths)}
+    of = symbols(len(table) * BLOCK_TOKENS, len(lengths), length, **extents)
     if operation == "key_mask":
         mask = rng.standard_normal((2, 1, 1, length)).astype("float32")
         mask[0, 0, 0, 0] = np.finfo("float32").min  # as some exporters write it

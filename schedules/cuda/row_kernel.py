@@ -130,6 +130,7 @@ def _constants(task: Task, warps: int, rows: int) -> str:
         KIND=KINDS[narrow.kind],
         SMOOTH=narrow.smooth,
         EPSILON=float(task.shape.get("epsilon", 0.0)),
+        RMS=bool(task.shape.get("rms")),
     )
 
 

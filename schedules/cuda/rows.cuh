@@ -1,6 +1,6 @@
 // One row of an activation in the registers of WARPS warps, eight neighbouring channels at a time.
 // Before it: C, PITCH, WARPS, ROWS (rows of a thread block), KIND (0: none, 1: a range for each row,
-// 2: one for all), SMOOTH, EPSILON.
+// 2: one for all), SMOOTH, EPSILON, RMS (the mean is not taken off).
 
 constexpr int LANES = 32 * WARPS;
 constexpr int CHUNKS = (PITCH / 8 + LANES - 1) / LANES;
@@ -156,15 +156,18 @@ struct Row {
     return value;
   }
 
-  // LayerNorm in place; mean and variance one after the other, both from the registers. gamma and
-  // beta (shared, see ``ask_for``) are waited for behind the sums.
+  // LayerNorm (RMSNorm) in place; mean and variance one after the other, both from the registers.
+  // gamma and beta (shared, see ``ask_for``) are waited for behind the sums.
   __device__ void normalize(float (&x)[CHUNKS][8], const float* gammas, const float* betas) const {
-    float sum = 0.0f;
+    float mean = 0.0f;
+    if (!RMS) {
+      float sum = 0.0f;
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk)
+      for (int chunk = 0; chunk < CHUNKS; ++chunk)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum += x[chunk][i];
-    const float mean = over_row<Sum>(sum, 0) * (1.0f / C);
+        for (int i = 0; i < 8; ++i) sum += x[chunk][i];
+      mean = over_row<Sum>(sum, 0) * (1.0f / C);
+    }
     float squares = 0.0f;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk)

@@ -223,10 +223,3 @@ def test_what_only_some_models_have_is_refused_by_name(tmp_path, name):
     saved(tmp_path / "model", kind, **fields)
     with pytest.raises(ModelError, match=name):
         exporter.export(str(tmp_path / "model"), tmp_path / "export", Config())
-
-
-def test_a_gpu_refuses_it_by_name(stages, tmp_path):
-    directory, head = family_models.directory(*TINY, stages), TINY[1]
-    config = Config(target="cuda-sm90", head=head, cache_dir=stages)
-    with pytest.raises(ModelError, match="cuda-sm90 has no kernel for keys and queries by"):
-        bertile.compile(str(directory), tmp_path / "bundle", config)

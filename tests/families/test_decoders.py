@@ -11,7 +11,7 @@ import transformers
 from helpers import family_models, foreign_forms, sentence_models
 
 import bertile
-from bertile import backends
+from bertile import backends, loader
 from bertile.backends.cpu import precision_plan
 from bertile.base.quiet import quiet
 from bertile.config import Config
@@ -19,6 +19,7 @@ from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.lower import lowering
 from bertile.onnx.samples import largest_difference
+from bertile.run.cuda import emulator
 from bertile.targets.rows import resolve
 
 LIMIT = 200
@@ -228,6 +229,21 @@ def test_attention_in_bfloat16_gets_its_pairs_of_the_norms(graph):
     assert (rotary["writes"], rotary["values_from"]) == ("to_bf16", 192)
     (attention,) = (t.shape for t in tasks if t.operation == "attention")
     assert attention["precision"] == "bf16"
+
+
+def test_a_gpu_answers_as_onnx_runtime(stages, tmp_path):
+    """With all that a decoder asks of kernels; other families and precisions are slow tests."""
+    if lacks := emulator.missing():
+        pytest.skip(lacks)
+    directory, head = family_models.directory(*TINY, stages), TINY[1]
+    config = Config(target="cuda-sm90", head=head, cache_dir=stages)
+    bertile.compile(str(directory), tmp_path / "bundle", config)
+    manifest = loader.read_manifest(tmp_path / "bundle")
+    assert manifest["check"]["max_abs_difference"] <= 2e-5
+    shapes = {kernel["operation"]: kernel["shape"] for kernel in manifest["kernels"]}
+    assert {"keys": "causal", "kv_heads": 2}.items() <= shapes["attention"].items()
+    assert shapes["rotary"]["epsilon"] and shapes["layer_norm"]["rms"]
+    assert any(kernel["shape"].get("gated") for kernel in manifest["kernels"])
 
 
 @pytest.mark.slow

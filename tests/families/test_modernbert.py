@@ -11,7 +11,6 @@ from helpers import family_models
 import bertile
 from bertile import backends
 from bertile.backends.cpu import precision_plan
-from bertile.base.errors import ModelError
 from bertile.base.quiet import quiet
 from bertile.config import Config
 from bertile.graph.importer import import_onnx
@@ -203,10 +202,3 @@ def test_all_8192_tokens_equal_torch(tmp_path):
     bertile.compile(str(tmp_path / "model"), tmp_path / "bundle", config)
     bundle = bertile.load(tmp_path / "bundle")
     assert_equals_torch(bundle, model, ((1, 8192), (2, 700)), tolerance=1e-4)
-
-
-def test_a_gpu_refuses_it_by_name(stages, tmp_path):
-    directory, head = family_models.directory(*TINY, stages), TINY[1]
-    config = Config(target="cuda-sm90", head=head, cache_dir=stages)
-    with pytest.raises(ModelError, match="cuda-sm90 has no kernel for rotary positions"):
-        bertile.compile(str(directory), tmp_path / "bundle", config)

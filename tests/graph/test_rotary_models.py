@@ -13,7 +13,7 @@ import transformers
 from helpers import foreign_forms as forms
 
 import bertile
-from bertile import backends
+from bertile import backends, loader
 from bertile.backends.cpu import precision_plan
 from bertile.config import Config
 from bertile.graph.importer import import_onnx
@@ -22,6 +22,7 @@ from bertile.lower import lowering
 from bertile.lower.forms import Forms
 from bertile.onnx import normalizer
 from bertile.onnx.samples import largest_difference, session
+from bertile.run.cuda import emulator
 from bertile.targets.rows import resolve
 from bertile.tune.log.tuning_log import TuningLog
 
@@ -223,9 +224,17 @@ def test_attention_behind_rotary_positions_is_in_bfloat16_too(tmp_path):
     assert precisions == {"bf16"}
 
 
-def test_rotary_positions_on_a_gpu_are_refused_by_name(tmp_path):
-    path = write(tmp_path / "m.onnx", Model())
-    config = Config(target="cuda-sm90", cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(bertile.base.errors.ModelError, match="cuda-sm90 has no kernel for rotary"):
-        bertile.compile(str(path), tmp_path / "bundle", config)
-    assert not (tmp_path / "bundle").exists()
+def test_rotary_positions_on_a_gpu_are_turned_by_the_product_of_qkv(tmp_path):
+    if lacks := emulator.missing():
+        pytest.skip(lacks)
+    path = write(tmp_path / "m.onnx", Model(window=20))
+    config = Config(target="cuda-sm90", precision="fp16", cache_dir=str(tmp_path / "cache"))
+    bertile.compile(str(path), tmp_path / "bundle", config)
+    manifest = loader.read_manifest(tmp_path / "bundle")
+    assert manifest["check"]["max_abs_difference"] <= 0.01
+    shapes = [kernel["shape"] for kernel in manifest["kernels"]]
+    assert [shape["precision"] for shape in shapes if "turned" in shape] == ["fp16"]
+    assert {shape.get("window") for shape in shapes if "heads" in shape} == {None, 20}
+    plan = json.loads((tmp_path / "bundle" / "plan.json").read_text())
+    entries = [step["entry"] for step in plan["steps"]]
+    assert entries.count(f"tokens_in_{SIZE}_fp32") == 2  # cos and sin, once for all layers

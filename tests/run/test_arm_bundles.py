@@ -28,6 +28,8 @@ TINY, MINILM = "synthetic:bert-tiny", "minilm"
 SPARSE = "synthetic:bert-tiny@0.9:4x1"
 SIZE_LIMIT = 8e6  # bytes of a bundle with its runtime, without its weights
 NEEDS_I8MM = (TINY, "arm-v1", "int8")
+# Rotary positions, gates, windows, vectors by distance, heads that share keys, norms of each.
+FAMILIES = ("modernbert", "nomic-bert", "deberta-v2", "llama", "qwen3", "gemma3", "gemma2", "gpt2")
 # Of the outputs, relative to the largest. Float32 sums have another order on each machine; the sums
 # of int8 products are equal to the bit, or a difference of the first rounding to 8 bits would show.
 TOLERANCES = {"fp32": 1e-4, "int8": 1e-4, "bf16": 0.02}
@@ -158,6 +160,15 @@ def test_bundle_run_as_arm_code_gives_this_machines_numbers(
                 continue
             limit = TOLERANCES[precision] * max(1.0, float(np.abs(array).max()))
             np.testing.assert_allclose(outputs[name], array, rtol=0, atol=limit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("row", ["arm-a72", "arm-v1"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_run_as_arm_code_answers_as_onnx_runtime(compiled, family, row, precision):
+    bundle = compiled(f"synthetic:{family}-tiny", row, precision)  # which holds its check
+    assert loader.read_manifest(bundle)["check"]["precision"] == precision
 
 
 @pytest.mark.slow

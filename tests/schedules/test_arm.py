@@ -56,6 +56,9 @@ FP32 = [
     *((Task(name, {"channels": 26}), 3) for name in ("rows_in", "rows_out")),
     (Task("key_mask"), 3),
     (Task("query_bias"), 3),
+    (normalized("layer_norm", 31, rms=True), 3),
+    (Task("rotary", {"channels": 30, "heads": 2, "head_size": 10, "epsilon": 1e-6}), 3),
+    (attention(2, 12, softcap=2.0), 3),
 ]
 INT8 = [
     (product(64, 12, precision="int8_static"), 1),

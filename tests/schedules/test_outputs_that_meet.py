@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers.spread import spread
 
-from bertile.schedules.cpu import SCHEDULES, product
+from bertile.schedules import outputs_that_meet
+from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets import rows
 
@@ -64,18 +65,18 @@ def test_any_point_of_the_space_is_right(kernels, case):
 
 def test_outputs_that_meet_are_packed_side_by_side():
     gated = task_of("dense", {"outputs": 6, "activation": "gelu", "gated": True})
-    assert product.order(gated).tolist() == [0, 3, 1, 4, 2, 5]
+    assert outputs_that_meet.order(gated).tolist() == [0, 3, 1, 4, 2, 5]
     turned = task_of("dense", {"outputs": 10, "turned": 2, "head_size": 4})
-    assert product.order(turned).tolist() == [0, 2, 1, 3, 4, 6, 5, 7, 8, 9]
+    assert outputs_that_meet.order(turned).tolist() == [0, 2, 1, 3, 4, 6, 5, 7, 8, 9]
     w = np.arange(6, dtype="float32")
-    first, second = product.ordered(gated, [w[None], w])
+    first, second = outputs_that_meet.ordered(gated, [w[None], w])
     assert first.tolist() == [[0, 3, 1, 4, 2, 5]] and second.tolist() == first[0].tolist()
 
 
 def test_what_does_not_meet_is_packed_as_it_lies():
     plain = task_of("dense", {"outputs": 6})
     w = np.arange(6, dtype="float32")
-    assert product.ordered(plain, [w])[0] is w
+    assert outputs_that_meet.ordered(plain, [w])[0] is w
 
 
 @pytest.mark.parametrize("row", rows.TABLE, ids=lambda row: row.name)

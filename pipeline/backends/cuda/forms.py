@@ -1,5 +1,6 @@
 """Says in which forms activations lie on a GPU: row-major, all tokens in one type, bytes where a
-layer in int8 reads them. What has one row a sequence (a pooler, a classifier) is float32.
+layer in int8 reads them. What has one row a sequence (a pooler, a classifier) and the angles of
+places are float32.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class GpuForms(Forms):
         super().__init__(graph)
         stored = (self._of_tokens(binding.value) for binding in self.flow.bindings)
         self.tokens = next((kind for kind in stored if kind), "fp32")
+        ours = (binding.value for binding in self.flow.bindings if ops.is_ours(binding.value))
+        self.angles = {angle for call in ours for angle in ops.angles(call)}
 
     def input(self, call: relax.Call) -> Form:
         form = super().input(call)
@@ -52,7 +55,7 @@ class GpuForms(Forms):
 
     def element(self, value: Any) -> str:
         """What a (B, S, C) or (N, C) tensor is stored as: "fp16", "bf16" or "fp32"."""
-        return self.tokens if len(shape(value)) == 3 else "fp32"
+        return self.tokens if len(shape(value)) == 3 and value not in self.angles else "fp32"
 
     def _of_tokens(self, value: Any) -> str | None:
         """What an operator says of how tokens are stored."""

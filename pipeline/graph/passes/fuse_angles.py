@@ -4,8 +4,9 @@
         →  attention(bertile.dense(x, w, b, cos, sin) {turned = heads}, …)
 
 So Q and K are turned while they are in the first-level cache. Only where attention alone reads
-them: beside bfloat16 it takes the channels of a head in pairs that are turned, which nobody else
-could read. Heads that are normed before are left alone: a tile of outputs is less than a head.
+them: beside bfloat16, and on GPUs, it takes the channels of a head in pairs that are turned, which
+nobody else could read, vectors by distance neither; so all heads of Q and K must be. Heads that are
+normed before are left alone: a tile of outputs is less than a head.
 
 Why not on loading Q and K in attention: each is loaded once for every block of queries or keys that
 meets it, so that they would be turned again and again.
@@ -36,11 +37,11 @@ def _turned(flow: Dataflow, call: relax.Call) -> Any:
     if not alone or len(layer.args) > 3 or str(layer.attrs["activation"]) != "none":
         return None
     heads, spec = int(rotary.attrs["heads"]), ops.attention_spec(call)
-    whole_heads = heads <= spec.heads + spec.kv_heads
+    alike = heads == spec.heads + spec.kv_heads and not spec.tables()
     if (
         len(rotary.args) > 3
         or ops.is_gated(layer)
-        or not whole_heads
+        or not alike
         or shape(rotary.args[1])[-1] != spec.head_size
     ):
         return None

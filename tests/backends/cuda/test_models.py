@@ -4,6 +4,7 @@ compared with ONNX Runtime. Families and rows that need not be looked at every t
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -16,8 +17,10 @@ from bertile import cuda_loader, driver, loader
 from bertile.backends.cuda.backend import TOLERANCES_ON_GPU
 from bertile.base.errors import PlatformError
 from bertile.cli import main
-from bertile.config import HEADS, Config
+from bertile.config import Config
 from bertile.export import cached
+from bertile.families.decoders import DECODERS
+from bertile.families.table import of_type
 from bertile.onnx.exported import read
 from bertile.onnx.samples import largest_difference, run_onnx, sample
 from bertile.run.cuda import emulator
@@ -27,9 +30,15 @@ ROWS = [row.name for row in TABLE if row.gpu]
 SMALL = "synthetic:bert-tiny"
 FAMILIES = (
     *(f"{family}-tiny" for family in family_models.OTHERS),
-    *(f"bert-tiny:{head}" for head in HEADS if head not in ("encoder", "embedding")),
+    *(f"{family.name}-tiny" for family in DECODERS),
+    *(f"bert-tiny:{head}" for head in of_type("bert").heads[2:]),
+    *(f"qwen3-tiny:{head}" for head in of_type("qwen3").heads[1:]),  # read at their last token
     "bert-odd",
 )
+CASES = [
+    *itertools.product(FAMILIES, ("fp32", "fp16", "int8")),
+    *itertools.product(("gemma3-tiny", "modernbert-tiny", "deberta-v2-tiny"), ("bf16", "tf32")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +144,7 @@ def test_every_row_builds_the_two_layer_model(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "precision"), CASES)
 def test_every_family_answers_as_onnx_runtime(
     name, precision, cache, fake_driver, tmp_path, monkeypatch
 ):

@@ -85,6 +85,9 @@ LOOK_ALIKES = {
     "V too": lambda emit, x, r, mask, cos, sin, w, b: attend(
         mask, ops.rotary(ops.dense(x, w, b), cos, sin, 6)
     ),
+    "Q alone": lambda emit, x, r, mask, cos, sin, w, b: attend(
+        mask, ops.rotary(ops.dense(x, w, b), cos, sin, 2)
+    ),
     "no product": lambda emit, x, r, mask, cos, sin, w, b: attend(mask, ops.rotary(r, cos, sin, 4)),
     "no attention": lambda emit, x, r, mask, cos, sin, w, b: ops.rotary(
         ops.dense(x, w, b), cos, sin, 4

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 from helpers import cuda_kernels
-from helpers.attention_variants import CLOSING, VARIANTS
+from helpers.attention_variants import VARIANTS
 from helpers.cuda_kernels import slow
 
 from bertile.base.errors import ModelError
 from bertile.cuda_loader import evaluate
+from bertile.run.cuda import emulator
+from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cuda.attention import attention
 from bertile.schedules.cuda.attention_samples import sequences_sample
 from bertile.schedules.cuda.forms import LOWEST, from_rows
@@ -24,6 +27,10 @@ MIXED = [100, 1, 33, 16, 70]  # groups of four blocks that span up to four seque
 def task_of(heads=2, size=64, precision="fp16", bias=False, **more):
     shape = {"heads": heads, "head_size": size, "scale": size**-0.5, "bias": bias}
     return Task("attention", {**shape, "precision": precision, **more})
+
+
+def variant_of(spec, precision="fp16", **more):
+    return Task("attention", {**spec.shape(), "precision": precision, **more})
 
 
 def sample_of(task, lengths, **more):
@@ -204,35 +211,128 @@ def test_attention_at_the_largest_knobs_spills_nothing(precision, size):
     cuda_kernels.assert_fits(task, "cuda-sm90", largest)
 
 
-LACKS = {
-    **{name: f"{name} attention" for name in CLOSING},
-    "by_distance": "keys and queries by",
-    "grouped": "fewer heads of keys",
-}
+@pytest.mark.parametrize(
+    ("variant", "size", "precision"),
+    [
+        *((variant, 24, "bf16") for variant in VARIANTS if variant != "all"),
+        ("by_distance", 13, "fp32"),
+        ("by_distance", 32, "tf32"),
+        ("window", 13, "fp32"),
+        *(
+            slow(variant, size, precision)
+            for variant in VARIANTS
+            for size in (13, 64, 128)
+            for precision in ("fp16", "int8", "tf32", "fp32")
+        ),
+    ],
+)
+def test_every_variant_equals_numpy(variant, size, precision):
+    task = variant_of(VARIANTS[variant].spec(2, size), precision)
+    assert not mistakes(task, sample_of(task, MIXED))
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "all"])
-def test_variants_without_a_kernel_here_are_refused_by_name(variant):
-    task = Task("attention", {**VARIANTS[variant].spec(2, 64).shape(), "precision": "fp16"})
-    row = cuda_kernels.row_of("cuda-sm90")
-    with pytest.raises(ModelError, match=f"cuda-sm90 has no kernel for {LACKS[variant]}"):
-        must_fit(task, row)
-    with pytest.raises(ValueError, match=LACKS[variant]):
-        attention.kernel(task, attention.default(task, row), row)
+@pytest.mark.parametrize("group", [2, *map(slow, (4, 6, 8))])
+def test_heads_that_share_keys_equal_numpy(group):
+    """Warps of one thread block have as many of them as divide both."""
+    spec = AttentionSpec(2 * group, 2, 24, 24**-0.5, keys="causal")
+    task = variant_of(spec)
+    assert not mistakes(task, sample_of(task, MIXED))
 
 
-PRODUCT = {"inputs": 64, "outputs": 48, "activation": "none", "residual": False}
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_bound_on_scores_equals_numpy(precision):
+    spec = AttentionSpec(2, 1, 24, 0.5, keys="causal_window", window=30, softcap=1.5)
+    task = variant_of(spec, precision)
+    assert not mistakes(task, sample_of(task, [50, 17]))
 
 
 @pytest.mark.parametrize(
-    ("task", "lacks"),
-    [
-        (Task("rotary", {"channels": 24, "heads": 4, "head_size": 4}), "rotary"),
-        (Task("dense", {**PRODUCT, "turned": 4, "head_size": 4}), "rotary positions"),
-        (Task("dense", {**PRODUCT, "gated": True}), "gated networks"),
-    ],
-    ids=["rotary", "turned", "gated"],
+    ("relative", "last"), [("keys", 3), slow("queries", 40), slow("both", 1), slow("both", 500)]
 )
-def test_rotary_positions_and_gates_are_refused_by_name(task, lacks):
-    with pytest.raises(ModelError, match=f"cuda-sm90 has no kernel for {lacks}"):
-        must_fit(task, cuda_kernels.row_of("cuda-sm90"))
+def test_tables_of_any_reach_equal_numpy(relative, last):
+    task = variant_of(AttentionSpec(2, 2, 24, 24**-0.5, relative=relative, last=last))
+    assert not mistakes(task, sample_of(task, MIXED))
+
+
+def test_a_variant_with_a_bias_that_writes_bytes_equals_numpy():
+    spec = AttentionSpec(4, 2, 24, 24**-0.5, keys="window", window=20, bias="tensor")
+    task = variant_of(spec, "int8_static", writes="to_int8")
+    assert not mistakes(task, sample_of(task, [33, 16, 70]))
+
+
+@pytest.mark.slow
+def test_attention_by_distance_that_writes_bytes_equals_numpy():
+    task = variant_of(VARIANTS["by_distance"].spec(2, 24), "int8_static", writes="to_int8")
+    assert not mistakes(task, sample_of(task, [33, 16, 70]))
+
+
+def test_a_query_that_sees_masked_keys_alone_takes_their_mean():
+    task = variant_of(VARIANTS["window"].spec(2, 32))
+    sample = sample_of(task, [48])
+    sample.activations[1][...] = 0.0
+    sample.activations[1][:24] = LOWEST
+    result = from_rows(cuda_kernels.run(task, sample)[0], 64)
+    values = from_rows(sample.activations[0], 192)[:, 128:]
+    assert np.abs(result[10] - values[5:16].mean(0)).max() < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("row", "variant"),
+    [
+        ("cuda-sm75", "grouped"),
+        *(slow(row, name) for row in cuda_kernels.ROWS for name in VARIANTS),
+    ],
+)
+def test_variants_at_points_of_their_space_equal_numpy(row, variant):
+    task = variant_of(VARIANTS[variant].spec(2, 40))
+    for knobs in cuda_kernels.points(task, row, 2, seed=len(variant)):
+        knobs["few"] = 32
+        assert not mistakes(task, sample_of(task, MIXED), row, knobs), knobs
+
+
+def work_of(spec, length):
+    """Bytes that are asked for, and multiply-adds of tensor cores, of one sequence."""
+    task, row = variant_of(spec), cuda_kernels.row_of("cuda-sm80")
+    knobs = {**attention.default(task, row), "few": 0}
+    sample = sample_of(task, [length])
+    arrays = [*sample.activations, *sample.weights, *sample.buffers()]
+    kernel = attention.kernel(task, knobs, row)
+    moved, multiplied = emulator.count_traffic(kernel, arrays, sample.symbols)
+    return moved["copy_async read"].bytes, multiplied
+
+
+def test_keys_outside_of_a_window_cost_nothing():
+    window = AttentionSpec(1, 1, 64, 0.125, keys="window", window=32)
+    (short, few), (long, many) = (work_of(window, length) for length in (512, 1024))
+    assert long <= 2.15 * short and many <= 2.15 * few
+    assert many <= 0.3 * work_of(dataclasses.replace(window, keys="all", window=0), 1024)[1]
+
+
+def test_keys_behind_a_causal_query_cost_nothing():
+    everything = AttentionSpec(1, 1, 64, 0.125)
+    causal = dataclasses.replace(everything, keys="causal")
+    assert work_of(causal, 512)[1] <= 0.6 * work_of(everything, 512)[1]
+
+
+def test_heads_of_a_group_read_their_keys_once():
+    grouped = work_of(AttentionSpec(4, 1, 64, 0.125), 16)
+    own = work_of(AttentionSpec(4, 4, 64, 0.125), 16)
+    assert grouped[0] <= 0.6 * own[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", cuda_kernels.ROWS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "all"])
+def test_variants_of_every_row_spill_nothing(variant, row):
+    precisions = ["fp16", "fp32", "tf32"] + ["bf16"] * cuda_kernels.row_of(row).gpu.bf16
+    for precision in precisions:
+        cuda_kernels.assert_fits(variant_of(VARIANTS[variant].spec(4, 64), precision), row)
+
+
+def test_a_bias_by_distance_is_refused_by_name():
+    task = variant_of(AttentionSpec(2, 2, 24, 0.2, bias="by_distance"))
+    row = cuda_kernels.row_of("cuda-sm90")
+    with pytest.raises(ModelError, match="cuda-sm90 has no kernel for a bias by distance"):
+        must_fit(task, row)
+    with pytest.raises(ValueError, match="a bias by distance"):
+        attention.kernel(task, attention.default(task, row), row)

@@ -60,6 +60,31 @@ def test_dense_writes_bytes_and_pads_with_zeros(precision):
     assert mistake(task, 18) is None
 
 
+GATED = {"outputs": 102, "activation": "gelu", "gated": True}
+TURNED = {"outputs": 51, "turned": 2, "head_size": 10}
+BY_GROUPS = {**MANY, "many_tensor": 1, "many_rows": 64, "many_columns": 96}
+
+
+@pytest.mark.parametrize("shape", [GATED, TURNED], ids=["gated", "turned"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "fp32", *map(slow, ("bf16", "tf32"))])
+def test_outputs_that_meet_equal_numpy(precision, shape):
+    task = task_of(precision=precision, **shape)
+    assert mistake(task, 37) is None
+    assert mistake(task, 70, knobs=MANY) is None
+
+
+@pytest.mark.parametrize("shape", [GATED, TURNED], ids=["gated", "turned"])
+def test_outputs_that_meet_by_wgmma_equal_numpy(shape):
+    assert mistake(task_of(**shape), 70, knobs=BY_GROUPS) is None
+
+
+@pytest.mark.parametrize("precision", ["int8", *map(slow, ("fp16", "int8_static"))])
+@pytest.mark.parametrize("columns", [16, 48])  # half a row of bytes is no multiple of 16
+def test_gated_networks_write_bytes_and_pad_with_zeros(columns, precision):
+    task = task_of(**GATED, precision=precision, writes="to_int8")
+    assert mistake(task, 18, knobs={"few": 192, "few_columns": columns}) is None
+
+
 @pytest.mark.parametrize("rows", [191, 192, 768])
 def test_dense_chooses_its_entry_by_the_number_of_rows(rows):
     assert mistake(task_of(64, 48), rows, knobs={"few": 192, "some": 768}) is None
@@ -132,7 +157,12 @@ def check_a_point(seed):
     row = str(rng.choice(cuda_kernels.ROWS if old else cuda_kernels.ROWS[1:]))
     activation = str(rng.choice(["none", "gelu", "relu"]))
     narrow = {"writes": "to_int8"} if rng.random() < 0.25 else {}
-    task = task_of(inputs, outputs, activation, bool(rng.random() < 0.5), precision, **narrow)
+    residual, meeting = bool(rng.random() < 0.5), int(rng.integers(4))
+    if meeting == 1 and outputs % 2 == 0:
+        narrow, residual = {**narrow, "gated": True}, False
+    elif meeting == 2 and outputs > 40:
+        narrow, residual, activation = {"turned": 3, "head_size": 12}, False, "none"
+    task = task_of(inputs, outputs, activation, residual, precision, **narrow)
     (knobs,) = cuda_kernels.points(task, row, 1, seed)
     rows = int(rng.choice([1, 16, 37, 130, 300]))
     assert mistake(task, rows, row, knobs, seed) is None, (task.name, row, knobs, rows)
@@ -179,6 +209,16 @@ def assert_fits(task, row):
 @pytest.mark.parametrize("row", ["cuda-sm75", "cuda-sm90"])
 def test_code_of_the_default_spills_nothing(row):
     assert_fits(task_of(768, 3072, "gelu"), row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("row", cuda_kernels.ROWS)
+def test_code_of_outputs_that_meet_spills_nothing(row, precision):
+    if row == "cuda-sm75" and precision in ("bf16", "tf32"):
+        pytest.skip(f"{row} has no {precision}")
+    assert_fits(task_of(768, 2304, "gelu", precision=precision, gated=True), row)
+    assert_fits(task_of(768, 2304, precision=precision, turned=24, head_size=64), row)
 
 
 def test_code_for_newer_gpus_has_no_wgmma():

@@ -52,6 +52,13 @@ def test_layer_norm_equals_numpy(channels, precision):
     assert cuda_kernels.mistake(layer_norm_of(channels, precision)) is None
 
 
+@pytest.mark.parametrize(("channels", "precision"), [(313, "fp16"), (13, "fp32")])
+def test_rms_norm_equals_numpy(channels, precision):
+    assert cuda_kernels.mistake(layer_norm_of(channels, precision, 1e-6, rms=True)) is None
+    bytes_too = layer_norm_of(channels, precision, 1e-6, rms=True, kind="int8")
+    assert cuda_kernels.mistake(bytes_too) is None
+
+
 @pytest.mark.parametrize("cut", [(1, 4), (3, 2), (8, 4), *map(slow, [(2, 1), (4, 2), (6, 1)])])
 def test_layer_norm_equals_numpy_at_every_cut_of_a_row(cut):
     task = layer_norm_of(1000, kind="int8", smooth=True)
@@ -188,6 +195,16 @@ def test_key_mask_of_one_row_serves_all():
     result = cuda_kernels.run(Task("key_mask"), sample)[0].reshape(2, 16)
     np.testing.assert_array_equal(result[:, :3], [[0, -1, -2], [0, -1, -2]])
     assert (result[:, 3:] == np.float32(-1e30)).all()
+
+
+def test_tokens_of_one_row_serve_all():
+    x = np.arange(40, dtype="float32").reshape(1, 5, 8)
+    table, extents = token_table([5, 3]), symbols(32, 2, 5, x_0=1)
+    expected = np.zeros((2, 16, 16), "float32")
+    expected[:, :5, :8] = x
+    sample = Sample([x, table], [], expected.reshape(32, 16), symbols=extents)
+    task = Task("tokens_in", {"channels": 8, "precision": "fp32"})
+    np.testing.assert_array_equal(cuda_kernels.run(task, sample)[0], sample.expected)
 
 
 def test_tokens_out_writes_zeros_behind_a_short_sequence():
