@@ -248,6 +248,8 @@ def _checkpoint(
             "Bertile compiles encoders, whose tokens all see each other",
         )
     _must_have_places(model, family, source)
+    if family.check is not None:
+        family.check(model)
     if head == "embedding" and chain is None:
         sees_all = family.sees_all(model.config)
         chain = Chain() if sees_all else Chain((Pool(("lasttoken",)), Normalize()))

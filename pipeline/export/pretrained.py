@@ -177,7 +177,7 @@ def refuse_other_models(
             reasons.append(f"code of its own (auto_map, {names})")
             hint = f"--trust-remote-code runs that code; {_ALLOW}"
     positions = config.get("position_embedding_type")
-    if positions not in (None, "absolute") and not allowed.code and _by_type_alone(config):
+    if positions not in (None, *_positions(config)) and not allowed.code:
         reasons.append(f"position_embedding_type '{positions}'")
     if (directory / ADAPTER).exists():
         reasons.append(f"an adapter ({ADAPTER})")
@@ -190,13 +190,17 @@ def refuse_other_models(
     return (*notes, *(f"left out: {reason}" for reason in reasons))
 
 
-def _by_type_alone(config: Mapping[str, Any]) -> bool:
-    """Whether what positions a model has is told by its type, not by its config."""
+def _positions(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The values of `position_embedding_type` that a type's models may have: those of its row, else
+    any of which transformers reads.
+    """
     (transformers,) = require("export", "transformers")
     model_type = config["model_type"]
-    if table.of_type(model_type) is not None or model_type not in transformers.CONFIG_MAPPING:
-        return True
-    return not hasattr(transformers.CONFIG_MAPPING[model_type](), "position_embedding_type")
+    family = table.of_type(model_type)
+    if family is not None or model_type not in transformers.CONFIG_MAPPING:
+        return (family or table.answering(model_type)).position_types
+    read = hasattr(transformers.CONFIG_MAPPING[model_type](), "position_embedding_type")
+    return (config["position_embedding_type"],) if read else ("absolute",)
 
 
 class _OwnCode:

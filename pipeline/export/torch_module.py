@@ -15,6 +15,7 @@ from bertile.export.checkpoints import Checkpoint
 from bertile.export.sentence_modules import Chain, Dense, LayerNorm, Normalize, Pool, Splade
 from bertile.families import embeddings, table
 from bertile.families.family import has_places
+from bertile.loader import BOXES, SIDES
 from bertile.onnx.masks import MASKED
 
 # By their names in a config: classes are renamed between releases of transformers.
@@ -49,8 +50,13 @@ class Exportable(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        bbox_left: Tensor | None = None,
+        bbox_top: Tensor | None = None,
+        bbox_right: Tensor | None = None,
+        bbox_bottom: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        keywords: dict[str, Any] = {}
+        boxes = dict(zip(SIDES, (bbox_left, bbox_top, bbox_right, bbox_bottom)))
+        keywords: dict[str, Any] = {} if bbox_left is None else with_boxes(boxes)
         mask = torch.ones_like(input_ids, dtype=torch.float32)
         if attention_mask is not None:
             mask = attention_mask.to(torch.float32)
@@ -78,6 +84,19 @@ def flat(results: Any) -> dict[str, Tensor]:
             parts = {f"{name}.{place}": part for place, part in enumerate(value)}
             tensors |= {key: part for key, part in parts.items() if isinstance(part, Tensor)}
     return tensors
+
+
+def with_boxes(arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a model is called with, of arguments by our names: its boxes as one of four channels.
+
+    None of them ends before it begins: its size, which models look up, is never below 0.
+    """
+    if SIDES[0] not in arguments:
+        return dict(arguments)
+    left, top, right, bottom = (arguments[side] for side in SIDES)
+    right, bottom = (torch.where(b > a, b, a) for a, b in ((left, right), (top, bottom)))
+    boxes = torch.stack([left, top, right, bottom], -1)
+    return {**{n: v for n, v in arguments.items() if n not in SIDES}, BOXES: boxes}
 
 
 def _positions_after(padding_id: int, ids: Tensor) -> Tensor:

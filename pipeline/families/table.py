@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bertile.families import deberta, ernie, general, layoutlm, mpnet
+from bertile.families import deberta, ernie, esm, general, layoutlm, mpnet, roformer, xmod
 from bertile.families.decoders import DECODERS
 from bertile.families.family import AFTER_PADDING, BY_ANGLE, BY_DISTANCE, Family
 
@@ -190,12 +190,13 @@ FAMILIES = (
     ),
     Family(
         name="layoutlm",
-        title="LayoutLM without boxes",
+        title="LayoutLM",
         lacks=("next-sentence", "multiple-choice"),
         model_types=("layoutlm",),
         layers=_BERT_LAYERS,
+        boxes=True,
         optional_pooler=False,
-        prepare=layoutlm.leave_boxes_out,
+        prepare=layoutlm.take_mask,
         auto_classes={"question-answering": "AutoModelForDocumentQuestionAnswering"},
         tiny=_tiny(max_2d_position_embeddings=64),
         kernels_of="bert",
@@ -242,6 +243,7 @@ FAMILIES = (
             *_BERT_LAYERS[3:],
         ),
         positions=BY_DISTANCE,
+        check=deberta.must_be_known,
         prepare=deberta.spell_attention,
         # buckets end far below 512 tokens
         tiny=_tiny(**_BOTH_WAYS, position_buckets=16, max_relative_positions=100),
@@ -259,9 +261,67 @@ FAMILIES = (
         groups=(1, 1, 1, 1),
         by_head=True,
         positions=BY_DISTANCE,
+        check=deberta.must_be_known,
         prepare=deberta.spell_attention,
         tiny=_tiny(**_BOTH_WAYS, max_relative_positions=40),
         kernels_of="deberta-v2",
+    ),
+    Family(
+        name="xlm-roberta-xl",
+        title="XLM-RoBERTa-XL",
+        model_types=("xlm-roberta-xl",),
+        layers=_BERT_LAYERS,
+        positions=AFTER_PADDING,
+        tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
+        kernels_of="megatron-bert",
+    ),
+    Family(
+        name="xmod",
+        title="X-MOD",
+        model_types=("xmod",),
+        layers=_BERT_LAYERS,
+        positions=AFTER_PADDING,
+        check=xmod.must_have_language,
+        prepare=xmod.choose_language,
+        tiny=_tiny(
+            type_vocab_size=1,
+            languages=["de_DE", "en_XX"],
+            default_language="en_XX",
+            **_AFTER_PADDING,
+        ),
+        kernels_of="roberta",
+    ),
+    Family(
+        name="esm",
+        title="ESM-2",
+        lacks=("question-answering", "next-sentence", "multiple-choice", "pretraining"),
+        model_types=("esm",),
+        layers=_BERT_LAYERS,
+        positions=AFTER_PADDING,
+        position_types=("absolute", "rotary"),
+        token_types=False,
+        prepare=esm.spell_embeddings,
+        tiny=_tiny(
+            position_embedding_type="rotary", token_dropout=True, mask_token_id=3, pad_token_id=1
+        ),
+        sizes={
+            "esm2-35m": _sizes(
+                **{"layers": 12, "hidden": 480, "heads": 20, "vocabulary": 33},
+                **{"position_embedding_type": "rotary", "token_dropout": True, "pad_token_id": 1},
+                **{"mask_token_id": 32, "max_position_embeddings": 1026, "layer_norm_eps": 1e-5},
+            ),
+        },
+        kernels_of="modernbert",
+    ),
+    Family(
+        name="roformer",
+        title="RoFormer",
+        lacks=("next-sentence", "pretraining"),
+        model_types=("roformer",),
+        layers=_BERT_LAYERS,
+        prepare=roformer.turn_halves,
+        tiny=_tiny(embedding_size=64, rotary_value=True),
+        kernels_of="modernbert",
     ),
     *DECODERS,
 )
