@@ -12,7 +12,15 @@ from transformers import activations
 
 from bertile.export import pretrained
 from bertile.export.checkpoints import Checkpoint
-from bertile.export.sentence_modules import Chain, Dense, LayerNorm, Normalize, Pool, Splade
+from bertile.export.sentence_modules import (
+    Chain,
+    Dense,
+    LayerNorm,
+    Normalize,
+    Pool,
+    Score,
+    Splade,
+)
 from bertile.families import embeddings, table
 from bertile.families.family import has_places
 from bertile.loader import BOXES, SIDES
@@ -114,7 +122,8 @@ class Embedding(nn.Module):
 
     def __init__(self, chain: Chain):
         super().__init__()
-        self.reads = "logits" if chain.kind == "sparse" else "last_hidden_state"
+        of_logits = chain.kind == "sparse" or chain.words
+        self.reads = "logits" if of_logits else "last_hidden_state"
         self.steps = nn.ModuleList(map(_step, chain.steps))
 
     def forward(self, results: Any, mask: Tensor) -> Tensor:
@@ -138,6 +147,13 @@ class _Pooling(nn.Module):
 class _Normalize(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+class _Score(nn.Module):
+    def forward(self, logits: Tensor) -> Tensor:
+        """(batch, 1 or 2) to (batch, 1)."""
+        yes, no = logits[:, :1], logits[:, 1:]
+        return yes - no if no.shape[1] else yes
 
 
 class _Dense(nn.Module):
@@ -168,6 +184,8 @@ def _step(step: Any) -> nn.Module:
         bias = pretrained.tensor(weights, "norm.bias", 1, step.directory)
         norm.load_state_dict({"weight": weight, "bias": bias})
         return norm
+    if isinstance(step, Score):
+        return _Score()
     return _Normalize() if isinstance(step, Normalize) else _Pooling(step)
 
 
