@@ -120,7 +120,7 @@ def _copied(source: Path, directory: Path, config: Config) -> ExportedModel:
 def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedModel:
     outputs = _OUTPUTS[checkpoint.head]
     if checkpoint.chain is not None:
-        outputs = (checkpoint.chain.output,)
+        outputs = checkpoint.chain.outputs
     if checkpoint.head == "encoder" and getattr(checkpoint.model, "pooler", None) is not None:
         outputs = (*outputs, "pooler_output")
     family = table.named(checkpoint.family)

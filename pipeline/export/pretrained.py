@@ -116,14 +116,14 @@ def load(
     return model.eval(), notes
 
 
-def tensors(directory: Path) -> dict[str, Any]:
-    """The tensors of a module that has a directory of its own, in float32.
+def tensors(place: Path) -> dict[str, Any]:
+    """The tensors of a module that has a directory, or a file, of its own, in float32.
 
     Raises ModelError where there are none, and for what `load` refuses in files too.
     """
     (torch,) = require("export", "torch")
     held: dict[str, Any] = {}
-    files = _weight_files(directory)
+    files = _weight_files(place) if place.is_dir() else [place]
     for path in files:
         _names(torch, path)
         try:
@@ -136,7 +136,7 @@ def tensors(directory: Path) -> dict[str, Any]:
             raise _unloadable(path, error) from error
     if not files:
         raise ModelError(
-            f"'{directory}' has no weights", "copy its model.safetensors to there, or save it again"
+            f"'{place}' has no weights", "copy its model.safetensors to there, or save it again"
         )
     return {name: tensor.float() for name, tensor in held.items()}
 

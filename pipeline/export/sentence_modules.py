@@ -34,6 +34,8 @@ SUPPORTED = (
     *("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm"),
     *("MLMTransformer", "SpladePooling", "MultiVectorMask", "LogitScore"),
 )
+# What BGE-M3's own library computes beside a vector, by the file of the linear layer that it takes.
+BESIDE = {"sparse_linear.pt": text_settings.WEIGHTS, "colbert_linear.pt": TOKENS}
 _OTHERWISE = "compile it with --head encoder"
 
 
@@ -87,11 +89,13 @@ class Score:
 class Chain:
     """How the outputs of a transformer become an embedding or a score, step by step.
 
-    `include_prompt` is False where the pooling should not see the tokens of a prompt.
+    `include_prompt` is False where the pooling should not see the tokens of a prompt. `beside` are
+    the files of BESIDE, whose outputs come beside the embedding.
     """
 
     steps: tuple[Pool | Splade | Dense | LayerNorm | Normalize | Score, ...] = (Pool(), Normalize())
     include_prompt: bool = True
+    beside: tuple[Path, ...] = ()
 
     @property
     def words(self) -> tuple[int, ...]:
@@ -116,11 +120,12 @@ class Chain:
         return "+".join(modes) or None
 
     @property
-    def output(self) -> str:
-        """The name of what it makes."""
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what it makes."""
         if self.words:
-            return "logits"
-        return TOKENS if self.kind == "tokens" else SENTENCE
+            return ("logits",)
+        made = TOKENS if self.kind == "tokens" else SENTENCE
+        return (made, *(BESIDE[path.name] for path in self.beside))
 
 
 def modules_of(directory: Path) -> list[tuple[str, Path]]:
@@ -170,7 +175,9 @@ def chain_of(directory: Path) -> Chain | None:
     last = steps[-1] if steps else None
     if state == TOKENS and _is_of_pylate(directory) and not isinstance(last, Normalize):
         steps.append(Normalize())
-    chain = Chain(tuple(steps), include_prompt)
+    dense = any(isinstance(step, Pool) for step in steps) and state == SENTENCE
+    beside = [directory / name for name in BESIDE if dense and (directory / name).is_file()]
+    chain = Chain(tuple(steps), include_prompt, tuple(inside(path, directory) for path in beside))
     _must_fit(chain, modules, directory)
     return chain
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import activations
 
+from bertile.base.errors import ModelError
 from bertile.export import pretrained
 from bertile.export.checkpoints import Checkpoint
 from bertile.export.sentence_modules import (
+    BESIDE,
     Chain,
     Dense,
     LayerNorm,
@@ -21,7 +23,7 @@ from bertile.export.sentence_modules import (
     Score,
     Splade,
 )
-from bertile.families import embeddings, table
+from bertile.families import embeddings, table, text_settings
 from bertile.families.family import has_places
 from bertile.loader import BOXES, SIDES
 from bertile.onnx.masks import MASKED
@@ -44,6 +46,8 @@ class Exportable(nn.Module):
         super().__init__()
         self.model = checkpoint.model
         self.embedding = checkpoint.chain and Embedding(checkpoint.chain)
+        files = checkpoint.chain.beside if checkpoint.chain else ()
+        self.beside = nn.ModuleList(map(_OfTokens, files))
         self.inputs = inputs
         self.outputs = outputs
         names = {name.partition(".")[0] for name in outputs if "." in name}
@@ -77,7 +81,8 @@ class Exportable(nn.Module):
             keywords["position_ids"] = _positions_after(self.padding_id, input_ids)
         results = self.model(input_ids=input_ids, **keywords, **self.layers)
         if self.embedding is not None:
-            return (self.embedding(results, mask),)
+            beside = (head(results.last_hidden_state, mask) for head in self.beside)
+            return (self.embedding(results, mask), *beside)
         results = flat(results)
         return tuple(results[name] for name in self.outputs)
 
@@ -147,6 +152,28 @@ class _Pooling(nn.Module):
 class _Normalize(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+class _OfTokens(nn.Module):
+    """What a linear layer in a file of its own makes of vectors of tokens, as BGE-M3 does: a weight
+    above zero each, (batch, length), or a vector of unit length each.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        weights = {f"linear.{name}": value for name, value in pretrained.tensors(path).items()}
+        self.linear = _linear(weights, "linear", path)
+        self.weighs = BESIDE[path.name] == text_settings.WEIGHTS
+        if self.weighs and self.linear.out_features != 1:
+            raise ModelError(
+                f"'{path}' gives each token {self.linear.out_features} weights, not one"
+            )
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        vectors = self.linear(hidden.float())
+        if self.weighs:
+            return torch.relu(vectors).squeeze(-1) * mask
+        return nn.functional.normalize(vectors * mask[:, :, None], dim=-1)
 
 
 class _Score(nn.Module):
