@@ -43,8 +43,8 @@ class Family:
     by_head          whether Q, K and V of a head lie side by side, not the Q of all heads
     tiny             the configuration of synthetic:NAME-tiny, which tests take
     sizes            the configurations of its other synthetic models, by name
-    positions        FROM_ZERO, AFTER_PADDING, BY_ANGLE or BY_DISTANCE; of a model without a table
-                     of positions AFTER_PADDING is BY_ANGLE
+    positions        FROM_ZERO, AFTER_PADDING, BY_ANGLE or BY_DISTANCE
+    table_after_padding  whether a model that has a table all the same counts AFTER_PADDING
     position_types   what `position_embedding_type` of a config.json may be
     token_types      whether its embeddings have a table of token types; one row is no input
     boxes            whether it reads where on a page each token's box lies
@@ -68,6 +68,7 @@ class Family:
     groups: tuple[int, int, int, int] = (3, 1, 1, 1)
     by_head: bool = False
     positions: str = FROM_ZERO
+    table_after_padding: bool = False
     position_types: tuple[str, ...] = ("absolute",)
     token_types: bool = True
     boxes: bool = False
@@ -95,7 +96,8 @@ class Family:
 
     def padding_id(self, model: Any) -> int | None:
         """The id behind which positions count; None where they count from zero."""
-        if self.positions != AFTER_PADDING or not has_places(model):
+        has_table = self.table_after_padding and has_places(model)
+        if self.positions != AFTER_PADDING and not has_table:
             return None
         return int(model.base_model.embeddings.padding_idx)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bertile.families import deberta, ernie, esm, general, layoutlm, mpnet, roformer, xmod
+from bertile.families import deberta, ernie, general, layoutlm, mpnet
 from bertile.families.decoders import DECODERS
 from bertile.families.family import AFTER_PADDING, BY_ANGLE, BY_DISTANCE, Family
+from bertile.families.rarer import RARER
 
 
 def _sizes(layers: int, hidden: int, heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
@@ -266,63 +267,7 @@ FAMILIES = (
         tiny=_tiny(**_BOTH_WAYS, max_relative_positions=40),
         kernels_of="deberta-v2",
     ),
-    Family(
-        name="xlm-roberta-xl",
-        title="XLM-RoBERTa-XL",
-        model_types=("xlm-roberta-xl",),
-        layers=_BERT_LAYERS,
-        positions=AFTER_PADDING,
-        tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
-        kernels_of="megatron-bert",
-    ),
-    Family(
-        name="xmod",
-        title="X-MOD",
-        model_types=("xmod",),
-        layers=_BERT_LAYERS,
-        positions=AFTER_PADDING,
-        check=xmod.must_have_language,
-        prepare=xmod.choose_language,
-        tiny=_tiny(
-            type_vocab_size=1,
-            languages=["de_DE", "en_XX"],
-            default_language="en_XX",
-            **_AFTER_PADDING,
-        ),
-        kernels_of="roberta",
-    ),
-    Family(
-        name="esm",
-        title="ESM-2",
-        lacks=("question-answering", "next-sentence", "multiple-choice", "pretraining"),
-        model_types=("esm",),
-        layers=_BERT_LAYERS,
-        positions=AFTER_PADDING,
-        position_types=("absolute", "rotary"),
-        token_types=False,
-        prepare=esm.spell_embeddings,
-        tiny=_tiny(
-            position_embedding_type="rotary", token_dropout=True, mask_token_id=3, pad_token_id=1
-        ),
-        sizes={
-            "esm2-35m": _sizes(
-                **{"layers": 12, "hidden": 480, "heads": 20, "vocabulary": 33},
-                **{"position_embedding_type": "rotary", "token_dropout": True, "pad_token_id": 1},
-                **{"mask_token_id": 32, "max_position_embeddings": 1026, "layer_norm_eps": 1e-5},
-            ),
-        },
-        kernels_of="modernbert",
-    ),
-    Family(
-        name="roformer",
-        title="RoFormer",
-        lacks=("next-sentence", "pretraining"),
-        model_types=("roformer",),
-        layers=_BERT_LAYERS,
-        prepare=roformer.turn_halves,
-        tiny=_tiny(embedding_size=64, rotary_value=True),
-        kernels_of="modernbert",
-    ),
+    *RARER,
     *DECODERS,
 )
 

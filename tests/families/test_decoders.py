@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import family_models, foreign_forms, odd_models, sentence_models
+from helpers import family_models, odd_models, sentence_models
 from helpers.odd_models import (
     LIMIT,
     ONCE,
@@ -24,7 +24,6 @@ from helpers.odd_models import (
 
 import bertile
 from bertile.base.quiet import quiet
-from bertile.config import Config
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
 from bertile.targets.rows import resolve
@@ -207,29 +206,7 @@ def test_onnx_files_are_fused_as_checkpoints_are(tmp_path, case, attention, dyna
     with quiet():
         model.set_attn_implementation(attention)
 
-    class Positional(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids, attention_mask):
-            model = self.model
-            outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            return outputs.last_hidden_state
-
-    names, output = ["input_ids", "attention_mask"], "last_hidden_state"
-    options = {"input_names": names, "output_names": [output]}
-    if dynamo:
-        axes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("seq", min=1, max=LIMIT)}
-        options |= {"dynamo": True, "external_data": False, "opset_version": 18, "verbose": False}
-        options |= {"dynamic_shapes": (dict(axes), dict(axes))}
-    else:
-        options |= {"dynamo": False, "opset_version": 17}
-        options["dynamic_axes"] = {tensor: {0: "b", 1: "s"} for tensor in (*names, output)}
-    arrays = tuple(torch.ones(2, 24, dtype=torch.int64) for _ in names)
-    foreign_forms.run_quietly(Positional().eval(), arrays, tmp_path / "model.onnx", options)
-    config = Config(cache_dir=str(tmp_path / "cache"))
-    bertile.compile(str(tmp_path / "model.onnx"), tmp_path / "bundle", config)
-    bundle = bertile.load(tmp_path / "bundle")
+    odd_models.write_onnx(model, tmp_path / "model.onnx", dynamo, use_cache=False)
+    bundle = compiled(tmp_path, "model.onnx")
     assert_equals_torch(bundle, model, SHAPES[:3], paddings=("right",))
     assert left_to_tvm(bundle) <= LEFT

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 from helpers import odd_models
-from helpers.odd_models import LIMIT, ONCE, assert_equals_torch, compiled, left_to_tvm, shapes_of
+from helpers.odd_models import (
+    LIMIT,
+    ONCE,
+    SHAPES,
+    assert_equals_torch,
+    compiled,
+    left_to_tvm,
+    shapes_of,
+)
 
 from bertile.base.errors import ModelError
 from bertile.config import Config
@@ -55,7 +63,7 @@ CASES = {
         {"embedding_size": 28, "rotary_value": True},
         set(),
     ),
-    "LayoutLM": ("LayoutLM", {"max_2d_position_embeddings": BOXES}, {"maximum"}),
+    "LayoutLM": ("LayoutLM", {"max_2d_position_embeddings": BOXES}, {"greater", "where"}),
 }
 
 
@@ -110,6 +118,27 @@ def test_other_precisions_are_near_torch(tmp_path, case, options, cosine):
     sizes = {"hidden_size": 96, "intermediate_size": 64, "initializer_range": 0.1}
     model = saved(tmp_path / "model", case, **sizes)
     assert odd_models.cosine_with_torch(compiled(tmp_path, **options), model) > cosine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+@pytest.mark.parametrize("case", ["ESM-2", "XLM-RoBERTa-XL", "RoFormer", "LayoutLM"])
+def test_onnx_files_equal_torch(tmp_path, case, dynamo):
+    model = saved(tmp_path / "checkpoint", case)
+    odd_models.write_onnx(model, tmp_path / "model.onnx", dynamo, boxes_of(case))
+    bundle = compiled(tmp_path, "model.onnx")
+    assert_equals_torch(bundle, model, SHAPES[:3], paddings=("right",), boxes=boxes_of(case))
+    assert shapes_of(bundle, "attention")
+
+
+@pytest.mark.slow
+def test_8192_tokens_of_xlm_roberta_equal_torch(tmp_path):
+    sizes = {**ODD, **AFTER_PADDING, "max_position_embeddings": 8194, "pad_token_id": 1}
+    model = odd_models.saved(tmp_path / "model", "XLMRobertaModel", "XLMRobertaConfig", sizes)
+    bundle = compiled(tmp_path)
+    assert bundle.max_length == 8192
+    model.set_attn_implementation("sdpa")
+    assert_equals_torch(bundle, model, ((1, 8192), (2, 700)), tolerance=1e-4)
 
 
 @pytest.mark.slow

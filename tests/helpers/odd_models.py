@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from helpers import foreign_forms
 
 import bertile
 from bertile import backends
@@ -74,10 +75,10 @@ def answers(model: Any, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in results.items() if torch.is_tensor(value)}
 
 
-def compiled(tmp_path: Path, **options: Any) -> Model:
-    """The bundle of `tmp_path`/model."""
+def compiled(tmp_path: Path, name: str = "model", **options: Any) -> Model:
+    """The bundle of the model of that name in `tmp_path`."""
     config = Config(cache_dir=str(tmp_path / "cache"), **options)
-    bertile.compile(str(tmp_path / "model"), tmp_path / "bundle", config)
+    bertile.compile(str(tmp_path / name), tmp_path / "bundle", config)
     return bertile.load(tmp_path / "bundle")
 
 
@@ -108,6 +109,35 @@ def cosine_with_torch(bundle: Model, model: Any) -> float:
     got = bundle(**arrays)["last_hidden_state"][real]
     want = answers(model, arrays)["last_hidden_state"][real]
     return float((got * want).sum() / np.linalg.norm(got) / np.linalg.norm(want))
+
+
+def write_onnx(model: Any, path: Path, dynamo: bool, boxes: int = 0, **options: Any) -> None:
+    """What torch's exporter, the newer or the older one, makes of a model's last hidden state."""
+
+    class Positional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask, bbox=None):
+            keywords = {"bbox": bbox} if boxes else {}
+            outputs = model(
+                input_ids=input_ids, attention_mask=attention_mask, **keywords, **options
+            )
+            return outputs.last_hidden_state
+
+    arrays = batch(2, 24, "right", boxes=boxes)
+    tensors = tuple(map(torch.from_numpy, arrays.values()))
+    names, output = list(arrays), "last_hidden_state"
+    settings: dict[str, Any] = {"input_names": names, "output_names": [output]}
+    if dynamo:
+        axes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("seq", min=1, max=LIMIT)}
+        settings |= {"dynamo": True, "external_data": False, "opset_version": 18, "verbose": False}
+        settings["dynamic_shapes"] = tuple(dict(axes) for _ in names)
+    else:
+        settings |= {"dynamo": False, "opset_version": 17}
+        settings["dynamic_axes"] = {tensor: {0: "b", 1: "s"} for tensor in (*names, output)}
+    foreign_forms.run_quietly(Positional().eval(), tensors, path, settings)
 
 
 def left_to_tvm(bundle: Model) -> set[str]:

@@ -1,4 +1,4 @@
-"""Dense, sparse and token vectors of one bundle, as FlagEmbedding's BGEM3 makes them of its files."""
+"""Dense, sparse and token vectors of one bundle, as FlagEmbedding makes them of BGE-M3."""
 
 from __future__ import annotations
 
