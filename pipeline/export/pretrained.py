@@ -235,6 +235,8 @@ def _settings(transformers: Any, directory: Path, config: Mapping[str, Any]) -> 
         for key, value in config.items()
         if key not in FORM and not key.startswith("_") and _can_be_set(kind, key)
     }
+    # by which transformers chooses among several classes of a type
+    values["architectures"] = config.get("architectures") or []
     try:
         return transformers.AutoConfig.for_model(**values)
     except Exception as error:  # each version checks in its own way

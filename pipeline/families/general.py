@@ -44,13 +44,12 @@ HINDRANCES = {
         _OF_LONG_TEXTS,
     ),
     "reformer": (
-        "Reformer has positions for texts of exactly one length, and cuts these into pieces of a"
-        " fixed size",
+        "Reformer looks positions up by two axes and cuts texts into pieces of a fixed size, by"
+        " code that goes another way for each length",
         _OF_LONG_TEXTS,
     ),
     "xlnet": (
-        "XLNet lays the angles of distances out anew for every length, in steps that no exporter of"
-        " torch writes",
+        "torch's exporter has no form for the arithmetic of XLNet's masks and distances",
         "compile another encoder, such as bert, roberta or deberta-v2",
     ),
 }
