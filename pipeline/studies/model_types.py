@@ -32,10 +32,10 @@ from bertile.families.family import BY_DISTANCE
 
 # Beside the types with a row: encoders, encoders of translators, and decoders read as encoders.
 OTHER_TYPES = """
-bert-generation big_bird bros canine convbert dpr esm esmc flaubert
+bert-generation big_bird bros canine convbert dpr esmc flaubert
 fnet funnel gte ibert jina_embeddings_v3 layoutlmv3 lilt longformer luke markuplm mobilebert mra
-nystromformer reformer roc_bert roformer splinter squeezebert tapas ultrabert xlm xlm-roberta-xl
-xlnet xmod yoso clip_text_model bart blenderbot fsmt led longt5 m2m_100 marian mbart mt5 pegasus
+nystromformer reformer roc_bert splinter squeezebert tapas ultrabert xlm
+xlnet yoso clip_text_model bart blenderbot fsmt led longt5 m2m_100 marian mbart mt5 pegasus
 plbart prophetnet switch_transformers t5 t5gemma umt5 biogpt bloom codegen cohere ctrl falcon
 gemma glm gpt_bigcode gpt_neo gpt_neox gptj granite mamba mistral
 modernbert-decoder mpt nemotron olmo olmo2 openai-gpt opt persimmon phi phi3 qwen2
@@ -100,7 +100,6 @@ OTHERS: dict[str, dict[str, Any]] = {
         },
         **{"lsh_attn_chunk_length": 16, "attn_layers": ["local", "local"], "num_buckets": 4},
     },
-    "xmod": {"default_language": "en_XX"},
     **{
         name: _RELATIVE
         for family in families.FAMILIES
@@ -111,7 +110,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 64, "time_step_rank": 4},
     "mpt": {"attn_config": None},
     "nystromformer": {"num_landmarks": 8, "segment_means_seq_len": 8},
-    "esm": {"vocab_size": 300, "mask_token_id": 4, "pad_token_id": 1},
     "esmc": {"num_key_value_heads": 4},
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
     "lilt": {"hidden_size": 96},
@@ -235,7 +233,10 @@ def tiny(model_type: str) -> Any:
     torch, transformers = require("export", "torch", "transformers")
     kind = transformers.CONFIG_MAPPING[model_type]
     plain = kind()
-    values = {name: SMALL[name] for name in _held(plain)}
+    family = families.of_type(model_type)
+    # what tells a family from others, of its row
+    values = dict(family.tiny) if family else {}
+    values |= {name: SMALL[name] for name in _held(plain)}
     values |= OTHERS.get(model_type, {})
     for part in ("encoder", "decoder"):
         inner = getattr(plain, part, None)
