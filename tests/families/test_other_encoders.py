@@ -38,10 +38,11 @@ BOXES = 64
 # transformers' prefix and what is said beside ODD, and what is left to TVM beside masks
 PRE_NORM = {"add", "take"}
 PLACES = {"add", "cumsum", "equal", "logical_not"}
-DROPOUT = {"divide", "sum", "not_equal"}
+REAL = {"equal"}
+DROPOUT = {"divide", "sum", "logical_not"}
 CASES = {
-    "ESM-2": ("Esm", {**ROTARY, "token_dropout": True}, PRE_NORM | DROPOUT),
-    "ESM-2 without token dropout": ("Esm", ROTARY, PRE_NORM),
+    "ESM-2": ("Esm", {**ROTARY, "token_dropout": True}, PRE_NORM | REAL | DROPOUT),
+    "ESM-2 without token dropout": ("Esm", ROTARY, PRE_NORM | REAL),
     "ESM-1b": (
         "Esm",
         {
@@ -57,11 +58,11 @@ CASES = {
         {**LANGUAGES, "pre_norm": True, "adapter_layer_norm": True, "ln_before_adapter": False},
         PRE_NORM | PLACES,
     ),
-    "RoFormer": ("RoFormer", {"embedding_size": 60}, set()),
+    "RoFormer": ("RoFormer", {"embedding_size": 60}, {"squeeze"}),
     "RoFormer, values turned too": (
         "RoFormer",
         {"embedding_size": 28, "rotary_value": True},
-        set(),
+        {"squeeze", "concat"},
     ),
     "LayoutLM": ("LayoutLM", {"max_2d_position_embeddings": BOXES}, {"greater", "where"}),
 }
