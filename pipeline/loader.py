@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from bertile.loading.blocks import blocks_of, passes, sequence_ends, token_blocks
+from bertile.loading.boxes import BOXES, SIDES
 from bertile.loading.command import main
 from bertile.loading.dispatch import load
 from bertile.loading.errors import BertileError, BundleError, InputError, PlatformError
@@ -33,6 +34,7 @@ from bertile.loading.weights import Place, map_tensors
 
 __all__ = [
     "ALIGNMENT",
+    "BOXES",
     "CUDA",
     "FILL",
     "LIBRARY",
@@ -42,6 +44,7 @@ __all__ = [
     "PASS_BLOCKS",
     "RUNTIME",
     "SCHEMA",
+    "SIDES",
     "WEIGHTS",
     "BertileError",
     "BundleError",

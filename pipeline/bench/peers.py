@@ -78,7 +78,7 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     torch, _ = require("export", "torch", "transformers")
     from bertile.base import quiet
     from bertile.export import checkpoints
-    from bertile.export.torch_module import Embedding
+    from bertile.export.torch_module import Embedding, with_boxes
     from bertile.families import table
 
     compiled = engine.kind == "torch-compile"
@@ -101,7 +101,7 @@ def _torch(engine: Engine, threads: int) -> tuple[Infer, str]:
     def infer(inputs: Arrays) -> list[np.ndarray]:
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-            outputs = model(**tensors)
+            outputs = model(**with_boxes(tensors))
             if embedding is None:
                 return [outputs[name].float().numpy() for name in source.outputs]
             return [embedding(outputs, tensors["attention_mask"].float()).numpy()]

@@ -46,8 +46,10 @@ _STATES = {"own": "own row", "general": "general road", "refused": "refused"}
 
 
 def _errors(row: dict[str, Any]) -> tuple[str | None, str | None]:
-    if row["state"] == "refused" or "median" not in row:
+    if row["state"] == "refused":
         return None, None
+    if "median" not in row:
+        return "not tried", "not tried"
     return f"{row['median']:.0e}", f"{row['largest']:.0e}"
 
 

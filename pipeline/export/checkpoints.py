@@ -10,7 +10,15 @@ from typing import Any
 
 from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.base.quiet import quiet
-from bertile.export import choices, learned_ranges, objects, pretrained, pruning, synthetic
+from bertile.export import (
+    choices,
+    learned_ranges,
+    logit_scores,
+    objects,
+    pretrained,
+    pruning,
+    synthetic,
+)
 from bertile.export.files import (
     find_directory,
     fingerprint,
@@ -111,10 +119,10 @@ def check(model: str, head: str | None) -> Path | None:
 def _from_object(held: objects.ModelObject, head: str | None) -> Checkpoint:
     chain, files, notes = None, (), ()
     if held.directory:
-        files = _text_files(held.directory, transformer_directory(held.directory))
-        chain = chain_of(held.directory) if head in (None, "embedding") else None
+        chain = _chain(held.directory, head)
+        files, notes = _text_files(held.directory, transformer_directory(held.directory), chain)
     if chain:
-        head = "embedding"
+        head = _made(chain)
     if head is None:
         architecture = _architecture(held.model)
         family = table.answering(held.model.config.model_type)
@@ -200,7 +208,8 @@ def _from_directory(
     if HEADS[computed][0] == "AutoModel":
         model = _encoder(model)
     notes = (*left_out, *told, *notes)
-    files = _text_files(directory, transformer)
+    files, told = _text_files(directory, transformer, chain)
+    notes = (*notes, *told)
     family = table.named(OWN_CODE) if own_code else None
     checkpoint = _checkpoint(_plain(model), source, sha256, head, chain, files, notes, family)
     return replace(checkpoint, ranges=learned_ranges.read(directory))
@@ -213,16 +222,29 @@ def _encoder(model: Any) -> Any:
 
 def _computed(head: str, chain: Chain | None) -> str:
     """The head of the transformers model whose outputs are exported, or made an embedding of."""
+    if chain and chain.words:
+        return CAUSAL
     return "masked-lm" if chain and chain.kind == "sparse" else head
+
+
+def _chain(directory: Path, head: str | None) -> Chain | None:
+    """What follows the transformer of a directory, where that makes what is asked for."""
+    chain = chain_of(directory) if head in (None, "embedding") else None
+    return None if chain and head not in (None, _made(chain)) else chain
+
+
+def _made(chain: Chain | None) -> str:
+    """The head of what a chain makes."""
+    return "sequence-classification" if chain and chain.words else "embedding"
 
 
 def _asked_head(
     source: str, directory: Path, config: Mapping[str, Any], head: str | None
 ) -> tuple[str, Chain | None, tuple[str, ...]]:
     """The head, what makes an embedding, and notes for people on what is left out."""
-    chain = chain_of(directory) if head in (None, "embedding") else None
+    chain = _chain(directory, head)
     if head is not None or chain is not None:
-        return head or "embedding", chain, ()
+        return head or _made(chain), chain, ()
     architectures = config.get("architectures")
     left_out = _left_out(architectures[0]) if architectures else ()
     family = table.answering(config["model_type"])
@@ -248,10 +270,15 @@ def _checkpoint(
             "Bertile compiles encoders, whose tokens all see each other",
         )
     _must_have_places(model, family, source)
+    if family.check is not None:
+        family.check(model)
     if head == "embedding" and chain is None:
         sees_all = family.sees_all(model.config)
         chain = Chain() if sees_all else Chain((Pool(("lasttoken",)), Normalize()))
     labels: tuple[str, ...] = ()
+    if chain and chain.words:
+        logit_scores.keep_words(model, chain.words)
+        model.config.id2label = {0: "LABEL_0"}  # as a classifier's of one score
     if head == "multiple-choice":
         choices.score_rows(model)
         notes = (*notes, choices.NOTE)
@@ -321,11 +348,15 @@ def _left_out(architecture: str) -> tuple[str, ...]:
     return (f"left out: the head of {architecture}, of which the encoder is compiled",)
 
 
-def _text_files(directory: Path, transformer: Path) -> tuple[Path, ...]:
-    """What a bundle takes along of a directory, to make ids of texts."""
+def _text_files(
+    directory: Path, transformer: Path, chain: Chain | None
+) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """What a bundle takes along of a directory, to make ids of texts; notes for people."""
+    if chain and chain.words and logit_scores.has_template(transformer):
+        return (), (logit_scores.NOTE,)
     own = ("config.json", *TOKENIZER_FILES, *text_settings.SENTENCES)
     paths = (*(transformer / name for name in own), directory / text_settings.PROMPTS)
-    return tuple(path for path in paths if path.is_file())
+    return tuple(path for path in paths if path.is_file()), ()
 
 
 def _plain(model: Any) -> Any:

@@ -19,6 +19,7 @@ from bertile.export import asked, checkpoints, files, learned_ranges
 from bertile.export.foreign import explained, ordinary
 from bertile.families import model_config, table, text_settings
 from bertile.families.text_settings import TextSettings
+from bertile.loader import SIDES
 from bertile.onnx import reach, tokenizer_file
 from bertile.onnx.exported import ExportedModel, InputSpec, read
 from bertile.onnx.samples import largest_difference, run_onnx, sample, session
@@ -73,7 +74,9 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
     allowed = (config.allow_unused, config.trust_remote_code)
     checkpoint = checkpoints.load(model, config.head, *allowed)
     bar.advance(note="run it in torch")
-    with explained(f"'{checkpoint.source}' cannot be exported"), quiet.quiet(), ordinary():
+    family = table.named(checkpoint.family)
+    failure = explained(f"'{checkpoint.source}' cannot be exported", family.hindrance)
+    with failure, quiet.quiet(), ordinary():
         exported = dataclasses.replace(
             _describe(checkpoint, directory), text=_prepare_texts(checkpoint, directory)
         )
@@ -81,8 +84,7 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
         learned = learned_ranges.fix(checkpoint.model, checkpoint.ranges, checkpoint.source)
         exported, want = _answers(checkpoint, exported, _asked_layers(config))
         module = _module(checkpoint, exported)
-        own = table.named(checkpoint.family).own
-        module.additive = own and _takes_additive(module, exported)
+        module.additive = family.own and _takes_additive(module, exported)
         _must_answer_alike(module, want, exported)
         bar.advance(note="torch's exporter writes the graph")
         exported, notes = _write_onnx(module, exported)
@@ -91,7 +93,7 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
         bar.advance(note="look which outputs depend on other rows")
         seen = reach.look(session(exported.onnx_path), exported.inputs, None, None)
         bar.advance()
-    if not own:
+    if not family.own:
         notes = (f"{checkpoint.family} has no row of its own: it went the general road", *notes)
     note = f"ONNX Runtime and torch differ by at most {difference:.2g} on real tokens"
     notes = (*exported.notes, *learned, *module.notes, *notes, *seen.notes(), note)
@@ -118,7 +120,7 @@ def _copied(source: Path, directory: Path, config: Config) -> ExportedModel:
 def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedModel:
     outputs = _OUTPUTS[checkpoint.head]
     if checkpoint.chain is not None:
-        outputs = (checkpoint.chain.output,)
+        outputs = checkpoint.chain.outputs
     if checkpoint.head == "encoder" and getattr(checkpoint.model, "pooler", None) is not None:
         outputs = (*outputs, "pooler_output")
     family = table.named(checkpoint.family)
@@ -128,6 +130,8 @@ def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedMo
     types = family.type_count(checkpoint.model)
     if types > 1:  # a single one is a constant
         inputs.append(InputSpec("token_type_ids", below=types, default="zeros"))
+    if most := family.box_count(checkpoint.model):
+        inputs += [InputSpec(side, below=most, default="zeros") for side in SIDES]
     return ExportedModel(
         directory=directory,
         source=checkpoint.source,
@@ -196,10 +200,10 @@ def _answers(
                 "compile the model with --head encoder",
             )
         return exported, {}
-    from bertile.export.torch_module import flat
+    from bertile.export.torch_module import flat, with_boxes
 
     asked = {f"output_{name}": True for name in layers}
-    results = flat(checkpoint.model(**_arguments(exported), **asked))
+    results = flat(checkpoint.model(**with_boxes(_arguments(exported)), **asked))
     outputs = exported.outputs or tuple(
         name for name, value in results.items() if value.is_floating_point() and "." not in name
     )
@@ -320,6 +324,7 @@ def _write_canonical(
     elif angles or not additive:
         notes = _rewrite(graph, exported)
     rewrites.write_gathers(graph)
+    rewrites.pick_from_stacks(graph, sizes.get)
     rewrites.write_reshapes(graph, sizes.get)
     rewrites.transpose_weights(graph)
     attention.scale_scores(graph)

@@ -13,7 +13,7 @@ from typing import Any
 from bertile.base.errors import ModelError, UsageError, nearest, require
 from bertile.base.progress import aside, open_bar
 from bertile.export import learned_ranges, objects, synthetic
-from bertile.export.sentence_modules import TRANSFORMERS, WEIGHTED, modules_of
+from bertile.export.sentence_modules import BESIDE, TRANSFORMERS, WEIGHTED, modules_of
 from bertile.families import text_settings
 from bertile.onnx.exported import MARKER, TOKENIZER_FILES, files_of
 from bertile.onnx.source_files import digest_files, inside, onnx_files
@@ -163,7 +163,7 @@ def _bars_of_the_hub(hub: Any, model: str) -> Iterator[None]:
 
 def companions(directory: Path) -> list[Path]:
     """List what `load` reads of a checkpoint beside its transformer's weights."""
-    described = _matching(directory, (*_CONFIG_FILES, *TOKENIZER_FILES))
+    described = _matching(directory, (*_CONFIG_FILES, *TOKENIZER_FILES, *BESIDE))
     for kind, path in modules_of(directory):
         own = ("config.json", *(MODULE_WEIGHTS if kind in WEIGHTED else ()))
         if kind in TRANSFORMERS:

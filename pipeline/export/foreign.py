@@ -31,14 +31,23 @@ def ordinary() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(failure: str) -> Iterator[None]:
-    """Raise ModelError, "`failure`: cause", for what libraries raise that is no BertileError."""
+def explained(failure: str, known: tuple[str, str] | None = None) -> Iterator[None]:
+    """Raise ModelError, "`failure`: cause", for what libraries raise that is no BertileError.
+
+    `known` is the cause, and what to do, where both are known; it takes the place of a ModelError's
+    too.
+    """
     try:
         yield
+    except ModelError as error:
+        if known is None:
+            raise
+        raise ModelError(f"{failure}: {known[0]}", known[1]) from error
     except BertileError:
         raise
     except Exception as error:  # models run anyone's code, and libraries raise anything
-        raise ModelError(f"{failure}: {reason(error)}") from error
+        cause, remedy = known or (reason(error), None)
+        raise ModelError(f"{failure}: {cause}", remedy) from error
 
 
 def reason(error: BaseException) -> str:

@@ -116,14 +116,14 @@ def load(
     return model.eval(), notes
 
 
-def tensors(directory: Path) -> dict[str, Any]:
-    """The tensors of a module that has a directory of its own, in float32.
+def tensors(place: Path) -> dict[str, Any]:
+    """The tensors of a module that has a directory, or a file, of its own, in float32.
 
     Raises ModelError where there are none, and for what `load` refuses in files too.
     """
     (torch,) = require("export", "torch")
     held: dict[str, Any] = {}
-    files = _weight_files(directory)
+    files = _weight_files(place) if place.is_dir() else [place]
     for path in files:
         _names(torch, path)
         try:
@@ -136,7 +136,7 @@ def tensors(directory: Path) -> dict[str, Any]:
             raise _unloadable(path, error) from error
     if not files:
         raise ModelError(
-            f"'{directory}' has no weights", "copy its model.safetensors to there, or save it again"
+            f"'{place}' has no weights", "copy its model.safetensors to there, or save it again"
         )
     return {name: tensor.float() for name, tensor in held.items()}
 
@@ -177,7 +177,7 @@ def refuse_other_models(
             reasons.append(f"code of its own (auto_map, {names})")
             hint = f"--trust-remote-code runs that code; {_ALLOW}"
     positions = config.get("position_embedding_type")
-    if positions not in (None, "absolute") and not allowed.code and _by_type_alone(config):
+    if positions not in (None, *_positions(config)) and not allowed.code:
         reasons.append(f"position_embedding_type '{positions}'")
     if (directory / ADAPTER).exists():
         reasons.append(f"an adapter ({ADAPTER})")
@@ -190,13 +190,17 @@ def refuse_other_models(
     return (*notes, *(f"left out: {reason}" for reason in reasons))
 
 
-def _by_type_alone(config: Mapping[str, Any]) -> bool:
-    """Whether what positions a model has is told by its type, not by its config."""
+def _positions(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The values of `position_embedding_type` that a type's models may have: those of its row, else
+    any of which transformers reads.
+    """
     (transformers,) = require("export", "transformers")
     model_type = config["model_type"]
-    if table.of_type(model_type) is not None or model_type not in transformers.CONFIG_MAPPING:
-        return True
-    return not hasattr(transformers.CONFIG_MAPPING[model_type](), "position_embedding_type")
+    family = table.of_type(model_type)
+    if family is not None or model_type not in transformers.CONFIG_MAPPING:
+        return (family or table.answering(model_type)).position_types
+    read = hasattr(transformers.CONFIG_MAPPING[model_type](), "position_embedding_type")
+    return (config["position_embedding_type"],) if read else ("absolute",)
 
 
 class _OwnCode:
@@ -231,6 +235,8 @@ def _settings(transformers: Any, directory: Path, config: Mapping[str, Any]) -> 
         for key, value in config.items()
         if key not in FORM and not key.startswith("_") and _can_be_set(kind, key)
     }
+    # by which transformers chooses among several classes of a type
+    values["architectures"] = config.get("architectures") or []
     try:
         return transformers.AutoConfig.for_model(**values)
     except Exception as error:  # each version checks in its own way

@@ -1,4 +1,6 @@
-"""Reads sentence-transformers' modules.json: what makes an embedding of a transformer's outputs."""
+"""Reads sentence-transformers' modules.json: what follows a transformer to make an embedding or a
+score.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,10 @@ TRANSFORMERS = ("Transformer", "MLMTransformer")
 WEIGHTED = ("Dense", "LayerNorm")
 SUPPORTED = (
     *("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm"),
-    *("MLMTransformer", "SpladePooling", "MultiVectorMask"),
+    *("MLMTransformer", "SpladePooling", "MultiVectorMask", "LogitScore"),
 )
+# What BGE-M3's own library computes beside a vector, by the file of the linear layer that it takes.
+BESIDE = {"sparse_linear.pt": text_settings.WEIGHTS, "colbert_linear.pt": TOKENS}
 _OTHERWISE = "compile it with --head encoder"
 
 
@@ -75,14 +79,28 @@ class Normalize:
 
 
 @dataclass(frozen=True)
-class Chain:
-    """How the outputs of a transformer become an embedding, step by step.
+class Score:
+    """The logit of a word for yes, less that of a word for no where there is one; by their ids."""
 
-    `include_prompt` is False where the pooling should not see the tokens of a prompt.
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """How the outputs of a transformer become an embedding or a score, step by step.
+
+    `include_prompt` is False where the pooling should not see the tokens of a prompt. `beside` are
+    the files of BESIDE, whose outputs come beside the embedding.
     """
 
-    steps: tuple[Pool | Splade | Dense | LayerNorm | Normalize, ...] = (Pool(), Normalize())
+    steps: tuple[Pool | Splade | Dense | LayerNorm | Normalize | Score, ...] = (Pool(), Normalize())
     include_prompt: bool = True
+    beside: tuple[Path, ...] = ()
+
+    @property
+    def words(self) -> tuple[int, ...]:
+        """The ids whose logits it makes a score of; () of one that makes an embedding."""
+        return next((step.ids for step in self.steps if isinstance(step, Score)), ())
 
     @property
     def kind(self) -> str:
@@ -96,13 +114,18 @@ class Chain:
         """How it makes a text's vector of those of its tokens; None where it makes none."""
         if self.kind == "sparse":
             return "splade"
+        if self.words:
+            return None
         modes = next((step.modes for step in self.steps if isinstance(step, Pool)), ())
         return "+".join(modes) or None
 
     @property
-    def output(self) -> str:
-        """The name of what it makes."""
-        return TOKENS if self.kind == "tokens" else SENTENCE
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what it makes."""
+        if self.words:
+            return ("logits",)
+        made = TOKENS if self.kind == "tokens" else SENTENCE
+        return (made, *(BESIDE[path.name] for path in self.beside))
 
 
 def modules_of(directory: Path) -> list[tuple[str, Path]]:
@@ -139,7 +162,9 @@ def chain_of(directory: Path) -> Chain | None:
         config = _config(path)
         if kind in TRANSFORMERS or kind == "MultiVectorMask":
             continue  # the last says which vectors of tokens are compared, and changes none
-        if kind in ("Pooling", "SpladePooling", "LayerNorm"):
+        if kind == "LogitScore":
+            steps.append(Pool(("lasttoken",)))
+        elif kind in ("Pooling", "SpladePooling", "LayerNorm"):
             _must_act_on(SENTENCE if kind == "LayerNorm" else TOKENS, state, kind, path)
         else:
             _must_act_on(_acts_on(kind, config, state, path), state, kind, path)
@@ -150,7 +175,9 @@ def chain_of(directory: Path) -> Chain | None:
     last = steps[-1] if steps else None
     if state == TOKENS and _is_of_pylate(directory) and not isinstance(last, Normalize):
         steps.append(Normalize())
-    chain = Chain(tuple(steps), include_prompt)
+    dense = any(isinstance(step, Pool) for step in steps) and state == SENTENCE
+    beside = [directory / name for name in BESIDE if dense and (directory / name).is_file()]
+    chain = Chain(tuple(steps), include_prompt, tuple(inside(path, directory) for path in beside))
     _must_fit(chain, modules, directory)
     return chain
 
@@ -163,6 +190,11 @@ def _config(path: Path) -> dict[str, Any]:
 def _step(kind: str, config: Mapping[str, Any], path: Path) -> Any:
     if kind == "Pooling":
         return Pool(_modes(config, path))
+    if kind == "LogitScore":
+        ids = [config.get(f"{word}_token_id") for word in ("true", "false")]
+        if type(ids[0]) is not int or type(ids[1]) not in (int, type(None)):
+            raise ModelError(f"the LogitScore in '{path}' names no ids of words: {ids}")
+        return Score(tuple(number for number in ids if number is not None))
     if kind == "SpladePooling":
         strategy = _of(config, "pooling_strategy", "max", ("max", "sum"), path)
         function = _of(config, "activation_function", "relu", ("relu", "log1p_relu"), path)
@@ -232,6 +264,9 @@ def _must_fit(chain: Chain, modules: list[tuple[str, Path]], directory: Path) ->
     """Refuse logits that are pooled as vectors, or the other way round, and prompts that a pooling
     should not see.
     """
+    if chain.words:
+        _must_score(modules, directory)
+        return
     kind, place = next(
         ((k, p) for k, p in modules if k in TRANSFORMERS), ("Transformer", directory)
     )
@@ -254,6 +289,17 @@ def _must_fit(chain: Chain, modules: list[tuple[str, Path]], directory: Path) ->
             f"'{directory}' leaves its prompt '{name}' out of the pooling (include_prompt), which"
             " is unsupported",
             _OTHERWISE,
+        )
+
+
+def _must_score(modules: list[tuple[str, Path]], directory: Path) -> None:
+    """Refuse anything beside a model that writes texts and the score of its logits."""
+    kinds = [kind for kind, _ in modules]
+    task = _task(modules[0][1]) if modules else None
+    if kinds != ["Transformer", "LogitScore"] or task != "text-generation":
+        raise ModelError(
+            f"'{directory}' has {', '.join(kinds)} for {task or 'no task'}, which is unsupported",
+            "a LogitScore is supported behind one Transformer for text-generation",
         )
 
 

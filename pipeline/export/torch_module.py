@@ -10,11 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers import activations
 
+from bertile.base.errors import ModelError
 from bertile.export import pretrained
 from bertile.export.checkpoints import Checkpoint
-from bertile.export.sentence_modules import Chain, Dense, LayerNorm, Normalize, Pool, Splade
-from bertile.families import embeddings, table
+from bertile.export.sentence_modules import (
+    BESIDE,
+    Chain,
+    Dense,
+    LayerNorm,
+    Normalize,
+    Pool,
+    Score,
+    Splade,
+)
+from bertile.families import embeddings, table, text_settings
 from bertile.families.family import has_places
+from bertile.loader import BOXES, SIDES
 from bertile.onnx.masks import MASKED
 
 # By their names in a config: classes are renamed between releases of transformers.
@@ -35,6 +46,8 @@ class Exportable(nn.Module):
         super().__init__()
         self.model = checkpoint.model
         self.embedding = checkpoint.chain and Embedding(checkpoint.chain)
+        files = checkpoint.chain.beside if checkpoint.chain else ()
+        self.beside = nn.ModuleList(map(_OfTokens, files))
         self.inputs = inputs
         self.outputs = outputs
         names = {name.partition(".")[0] for name in outputs if "." in name}
@@ -49,8 +62,13 @@ class Exportable(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        bbox_left: Tensor | None = None,
+        bbox_top: Tensor | None = None,
+        bbox_right: Tensor | None = None,
+        bbox_bottom: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        keywords: dict[str, Any] = {}
+        boxes = dict(zip(SIDES, (bbox_left, bbox_top, bbox_right, bbox_bottom)))
+        keywords: dict[str, Any] = {} if bbox_left is None else with_boxes(boxes)
         mask = torch.ones_like(input_ids, dtype=torch.float32)
         if attention_mask is not None:
             mask = attention_mask.to(torch.float32)
@@ -63,7 +81,8 @@ class Exportable(nn.Module):
             keywords["position_ids"] = _positions_after(self.padding_id, input_ids)
         results = self.model(input_ids=input_ids, **keywords, **self.layers)
         if self.embedding is not None:
-            return (self.embedding(results, mask),)
+            beside = (head(results.last_hidden_state, mask) for head in self.beside)
+            return (self.embedding(results, mask), *beside)
         results = flat(results)
         return tuple(results[name] for name in self.outputs)
 
@@ -78,6 +97,19 @@ def flat(results: Any) -> dict[str, Tensor]:
             parts = {f"{name}.{place}": part for place, part in enumerate(value)}
             tensors |= {key: part for key, part in parts.items() if isinstance(part, Tensor)}
     return tensors
+
+
+def with_boxes(arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a model is called with, of arguments by our names: its boxes as one of four channels.
+
+    None of them ends before it begins: its size, which models look up, is never below 0.
+    """
+    if SIDES[0] not in arguments:
+        return dict(arguments)
+    left, top, right, bottom = (arguments[side] for side in SIDES)
+    right, bottom = (torch.where(b > a, b, a) for a, b in ((left, right), (top, bottom)))
+    boxes = torch.stack([left, top, right, bottom], -1)
+    return {**{n: v for n, v in arguments.items() if n not in SIDES}, BOXES: boxes}
 
 
 def _positions_after(padding_id: int, ids: Tensor) -> Tensor:
@@ -95,7 +127,8 @@ class Embedding(nn.Module):
 
     def __init__(self, chain: Chain):
         super().__init__()
-        self.reads = "logits" if chain.kind == "sparse" else "last_hidden_state"
+        of_logits = chain.kind == "sparse" or chain.words
+        self.reads = "logits" if of_logits else "last_hidden_state"
         self.steps = nn.ModuleList(map(_step, chain.steps))
 
     def forward(self, results: Any, mask: Tensor) -> Tensor:
@@ -119,6 +152,35 @@ class _Pooling(nn.Module):
 class _Normalize(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+class _OfTokens(nn.Module):
+    """What a linear layer in a file of its own makes of vectors of tokens, as BGE-M3 does: a weight
+    above zero each, (batch, length), or a vector of unit length each.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        weights = {f"linear.{name}": value for name, value in pretrained.tensors(path).items()}
+        self.linear = _linear(weights, "linear", path)
+        self.weighs = BESIDE[path.name] == text_settings.WEIGHTS
+        if self.weighs and self.linear.out_features != 1:
+            raise ModelError(
+                f"'{path}' gives each token {self.linear.out_features} weights, not one"
+            )
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        vectors = self.linear(hidden.float())
+        if self.weighs:
+            return torch.relu(vectors).squeeze(-1) * mask
+        return nn.functional.normalize(vectors * mask[:, :, None], dim=-1)
+
+
+class _Score(nn.Module):
+    def forward(self, logits: Tensor) -> Tensor:
+        """(batch, 1 or 2) to (batch, 1)."""
+        yes, no = logits[:, :1], logits[:, 1:]
+        return yes - no if no.shape[1] else yes
 
 
 class _Dense(nn.Module):
@@ -149,6 +211,8 @@ def _step(step: Any) -> nn.Module:
         bias = pretrained.tensor(weights, "norm.bias", 1, step.directory)
         norm.load_state_dict({"weight": weight, "bias": bias})
         return norm
+    if isinstance(step, Score):
+        return _Score()
     return _Normalize() if isinstance(step, Normalize) else _Pooling(step)
 
 

@@ -17,12 +17,11 @@ CLOSED = -1e29  # what is added to the scores of a key that is not seen
 
 
 def spell_attention(model: Any) -> tuple[str, ...]:
-    """Replace the attention of each layer, in place; ModelError for what has no export here."""
+    """Replace the attention of each layer, in place."""
     import torch
 
     base = model.base_model
     encoder, embeddings = base.encoder, base.embeddings
-    _must_be_known(encoder)
     vectors = encoder.get_rel_embedding()
     sees_distances = vectors is not None
     count = len(vectors) if sees_distances else 0
@@ -73,9 +72,11 @@ def _write_norms(base: Any) -> None:
                 setattr(parent, name, norm)
 
 
-def _must_be_known(encoder: Any) -> None:
+def must_be_known(model: Any) -> None:
+    """ModelError for what has no export here."""
     from bertile.base.errors import ModelError  # brings numpy
 
+    encoder = model.base_model.encoder
     if getattr(encoder, "conv", None) is not None:
         raise ModelError(
             "the convolution behind the first layer (conv_kernel_size) is unsupported",

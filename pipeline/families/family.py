@@ -44,8 +44,12 @@ class Family:
     tiny             the configuration of synthetic:NAME-tiny, which tests take
     sizes            the configurations of its other synthetic models, by name
     positions        FROM_ZERO, AFTER_PADDING, BY_ANGLE or BY_DISTANCE
+    table_after_padding  whether a model that has a table all the same counts AFTER_PADDING
+    position_types   what `position_embedding_type` of a config.json may be
     token_types      whether its embeddings have a table of token types; one row is no input
+    boxes            whether it reads where on a page each token's box lies
     optional_pooler  whether transformers' code takes a pooler that is None
+    check            raises ModelError for a model of its that has no export, before anything runs
     prepare          changes a model in place so that its export shows what it computes; returns
                      notes for people
     auto_classes     by head, transformers' class that loads it, where that is not the usual one
@@ -64,8 +68,12 @@ class Family:
     groups: tuple[int, int, int, int] = (3, 1, 1, 1)
     by_head: bool = False
     positions: str = FROM_ZERO
+    table_after_padding: bool = False
+    position_types: tuple[str, ...] = ("absolute",)
     token_types: bool = True
+    boxes: bool = False
     optional_pooler: bool = True
+    check: Callable[[Any], None] | None = None
     prepare: Callable[[Any], tuple[str, ...]] | None = None
     auto_classes: Mapping[str, str] = field(default_factory=dict)
     lacks: tuple[str, ...] = ("next-sentence",)
@@ -73,6 +81,8 @@ class Family:
     kernels_of: str | None = None
 
     own: ClassVar[bool] = True  # a row of the table; False of what stands in the place of one
+    # Why models of a type have no export, and what to do, where that is known.
+    hindrance: ClassVar[tuple[str, str] | None] = None
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -86,7 +96,8 @@ class Family:
 
     def padding_id(self, model: Any) -> int | None:
         """The id behind which positions count; None where they count from zero."""
-        if self.positions != AFTER_PADDING:
+        has_table = self.table_after_padding and has_places(model)
+        if self.positions != AFTER_PADDING and not has_table:
             return None
         return int(model.base_model.embeddings.padding_idx)
 
@@ -102,9 +113,15 @@ class Family:
         """How many token types there are; 0 for a family without them."""
         return model.config.type_vocab_size if self.token_types else 0
 
+    def box_count(self, model: Any) -> int:
+        """Below what the sides of boxes are; 0 for a model that reads none."""
+        count = getattr(model.config, "max_2d_position_embeddings", 0)
+        return count if "bbox" in self.takes(model) else 0
+
     def takes(self, model: Any) -> set[str]:
         """The names of what can be passed to the model, as far as the export asks."""
-        return {"input_ids", "attention_mask", *(["token_type_ids"] if self.token_types else [])}
+        extra = {"token_type_ids": self.token_types, "bbox": self.boxes}
+        return {"input_ids", "attention_mask", *(name for name, has in extra.items() if has)}
 
     def encoder_layers(self, model: Any) -> list[dict[str, Any]]:
         """The linear layers of each encoder layer, in the order of `layers`, by their whole names.

@@ -20,11 +20,51 @@ LENGTHS = (
 )
 
 
+# What keeps models of a type from an export, and what to do: said where an export of theirs fails.
+_OF_LONG_TEXTS = "for long texts compile modernbert, nomic_bert or an xlm-roberta of 8192 tokens"
+HINDRANCES = {
+    "bros": (
+        "BROS compares the boxes of every two tokens as fractions of a page, and a bundle takes"
+        " integers, one a token",
+        "layoutlm, lilt and layoutlmv3 compile with boxes",
+    ),
+    "canine": (
+        "CANINE attends within pieces of a text one after the other, so that its graph has as many"
+        " parts as a text has pieces",
+        "compile a model of words, such as bert or xlm-roberta",
+    ),
+    "funnel": (
+        "a Funnel Transformer shortens the text from block to block by lists of places that are"
+        " made for one length",
+        "compile another encoder, such as bert or modernbert",
+    ),
+    "longformer": (
+        "Longformer gathers the tokens of global attention by the values of a mask, and sizes of"
+        " tensors may depend on the batch and the length alone",
+        _OF_LONG_TEXTS,
+    ),
+    "reformer": (
+        "Reformer looks positions up by two axes and cuts texts into pieces of a fixed size, by"
+        " code that goes another way for each length",
+        _OF_LONG_TEXTS,
+    ),
+    "xlnet": (
+        "torch's exporter has no form for the arithmetic of XLNet's masks and distances",
+        "compile another encoder, such as bert, roberta or deberta-v2",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class GeneralFamily(Family):
     """The answers of a row, for any model of transformers."""
 
     own: ClassVar[bool] = False
+
+    @property
+    def hindrance(self) -> tuple[str, str] | None:
+        """What HINDRANCES says of its type."""
+        return HINDRANCES.get(self.name)
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from bertile.families import deberta, ernie, general, layoutlm, mpnet
 from bertile.families.decoders import DECODERS
 from bertile.families.family import AFTER_PADDING, BY_ANGLE, BY_DISTANCE, Family
+from bertile.families.rarer import RARER
 
 
 def _sizes(layers: int, hidden: int, heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
@@ -190,12 +191,13 @@ FAMILIES = (
     ),
     Family(
         name="layoutlm",
-        title="LayoutLM without boxes",
+        title="LayoutLM",
         lacks=("next-sentence", "multiple-choice"),
         model_types=("layoutlm",),
         layers=_BERT_LAYERS,
+        boxes=True,
         optional_pooler=False,
-        prepare=layoutlm.leave_boxes_out,
+        prepare=layoutlm.take_mask,
         auto_classes={"question-answering": "AutoModelForDocumentQuestionAnswering"},
         tiny=_tiny(max_2d_position_embeddings=64),
         kernels_of="bert",
@@ -242,6 +244,7 @@ FAMILIES = (
             *_BERT_LAYERS[3:],
         ),
         positions=BY_DISTANCE,
+        check=deberta.must_be_known,
         prepare=deberta.spell_attention,
         # buckets end far below 512 tokens
         tiny=_tiny(**_BOTH_WAYS, position_buckets=16, max_relative_positions=100),
@@ -259,10 +262,12 @@ FAMILIES = (
         groups=(1, 1, 1, 1),
         by_head=True,
         positions=BY_DISTANCE,
+        check=deberta.must_be_known,
         prepare=deberta.spell_attention,
         tiny=_tiny(**_BOTH_WAYS, max_relative_positions=40),
         kernels_of="deberta-v2",
     ),
+    *RARER,
     *DECODERS,
 )
 

@@ -28,6 +28,7 @@ FILES = (*SENTENCES, PROMPTS)
 _AS_IT_IS = {"TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerFast"}
 # Prompts that every model of sentence-transformers has, empty where its directory says nothing.
 USUAL_PROMPTS = ("query", "document")
+WEIGHTS = "token_weights"  # the output with a weight for each token of a text
 KINDS = ("dense", "sparse", "tokens")
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 # What sentence-transformers compares embeddings of a kind by, where nothing else is said.

@@ -7,6 +7,7 @@ import traceback
 
 import numpy as np
 
+from bertile.loading.boxes import check_boxes, sides
 from bertile.loading.errors import InputError
 from bertile.loading.ragged import MASK, squared, warn_of_padding
 
@@ -32,10 +33,10 @@ def check_inputs(
 ) -> dict:
     """Return the given inputs as integer arrays of one shape (batch, length), checked.
 
-    Rows of unequal lengths are padded, and masked. Where a `padding_id` is known, a batch that has
-    it at an end of a row, and no mask, is warned of.
+    Rows of unequal lengths are padded, and masked; boxes become an input for each side. Where a
+    `padding_id` is known, a batch that has it at an end of a row, and no mask, is warned of.
     """
-    inputs = squared(inputs, specs)
+    inputs = squared(sides(inputs, specs), specs)
     known, extra = {spec["name"]: spec for spec in specs}, {}
     if not inputs.keys() <= known.keys():
         others = {name: inputs[name] for name in inputs if name in NEUTRAL and name not in known}
@@ -55,6 +56,7 @@ def check_inputs(
     check_length(shape[1], max_length)
     for name, array in arrays.items():
         _check_range(name, array, known[name])
+    check_boxes(arrays)
     if padding_id is not None and MASK not in arrays:
         warn_of_padding(arrays["input_ids"], padding_id)
     return arrays

@@ -74,7 +74,7 @@ def write_counts(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
     counts = Counts(graph, axes)
     written = _Written(graph, probes, counts)
     for node, place, name in _read_as_values(graph):
-        node.input[place] = written.value(name)
+        node.input[place] = written.value(name, node.op_type == "Concat")
     graph.clean()
 
 
@@ -84,25 +84,30 @@ class _Written:
     def __init__(self, graph: OnnxGraph, probes: Probes, counts: Counts) -> None:
         self.graph, self.probes, self.counts = graph, probes, counts
         self.producers, self.kinds = graph.producers(), dependence(graph)
-        self._names: dict[str, str] = {}
+        self._names: dict[tuple[str, bool], str] = {}
 
-    def value(self, name: str) -> str:
-        """Return the tensor that has the same value; the same where that is not known."""
-        if name not in self._names:
-            self._names[name] = self._counted(name) or self._computed(name)
-        return self._names[name]
+    def value(self, name: str, whole: bool = False) -> str:
+        """Return the tensor that has the same value; the same where that is not known.
 
-    def _counted(self, name: str) -> str | None:
+        One of size 1 along an axis on which nothing of it depends will do, but for who asks for the
+        `whole`.
+        """
+        if (name, whole) not in self._names:
+            self._names[name, whole] = self._counted(name, whole) or self._computed(name)
+        return self._names[name, whole]
+
+    def _counted(self, name: str, whole: bool) -> str | None:
         values = self.probes.of(name)
-        return None if values is None else self.counts.write(values)
+        return None if values is None else self.counts.write(values, whole)
 
     def _computed(self, name: str) -> str:
         node = self.producers.get(name)
         if node is None or node.op_type in ("Shape", "Size") or len(node.output) > 1:
             return name
         kept = _OF_SHAPES.get(node.op_type, ())
+        whole = node.op_type == "Concat"  # which broadcasts nothing
         inputs = [
-            self.value(operand)
+            self.value(operand, whole)
             if self.kinds.get(operand) == "shape" and place not in kept
             else operand
             for place, operand in enumerate(node.input)
@@ -289,8 +294,12 @@ class Counts:
         self.graph, self.axes = graph, axes
         self._terms: dict[str, str] = {}
 
-    def write(self, values: _Runs) -> str | None:
-        """Return a tensor with these values in each run, None where counting does not tell."""
+    def write(self, values: _Runs, whole: bool = False) -> str | None:
+        """Return a tensor with these values in each run, None where counting does not tell.
+
+        It may be of size 1 along an axis on which nothing of it depends, unless the `whole` is
+        asked for.
+        """
         rank = values[0].ndim
         dtype = values[0].dtype
         if dtype.kind not in "iuf" or any(value.ndim != rank for value in values):
@@ -300,6 +309,12 @@ class Counts:
             for chosen in combinations(terms, count):
                 factors = _whole_factors([terms[term] for term in chosen], values)
                 if factors is not None:
+                    if whole:
+                        across = _across(terms, chosen)
+                        chosen, factors = (
+                            (*chosen, *across),
+                            [*factors[:-1], *(0 for _ in across), factors[-1]],
+                        )
                     return self._sum(chosen, factors, rank, dtype)
         return None
 
@@ -388,6 +403,15 @@ class Counts:
             "ReduceSum", [self._vector("ones"), self.graph.integers(axis)], keepdims=0
         )
         return self._first(summed, 0)
+
+
+def _across(
+    terms: dict[tuple[str, int], _Runs], chosen: tuple[tuple[str, int], ...]
+) -> list[tuple[str, int]]:
+    """Terms along the axes of several elements that none of those chosen goes along."""
+    held = {axis for _, axis in chosen}
+    others = {axis: (name, axis) for name, axis in terms if name in ("place", "row")}
+    return [term for axis, term in others.items() if axis not in held]
 
 
 def _along(shape: tuple[int, ...], axis: int) -> np.ndarray:

@@ -13,11 +13,11 @@ from bertile.base.directories import mark
 from bertile.base.errors import BertileError, ModelError
 from bertile.families import text_settings
 from bertile.families.text_settings import TextSettings
-from bertile.loader import NEUTRAL
+from bertile.loader import NEUTRAL, SIDES
 
 # The inputs that a model may have, in their order, and what fills each where a caller leaves it
 # out.
-DEFAULTS = {"input_ids": None, **NEUTRAL}
+DEFAULTS = {"input_ids": None, **NEUTRAL, **dict.fromkeys(SIDES, "zeros")}
 
 
 MARKER = "export.json"

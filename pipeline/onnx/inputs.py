@@ -18,11 +18,12 @@ import onnx
 from onnx import helper
 
 from bertile.base.errors import ModelError, UsageError, nearest
-from bertile.loader import filled
+from bertile.loader import BOXES, SIDES, filled
 from bertile.onnx.dependence import is_lookup, lookup_source
 from bertile.onnx.exported import DEFAULTS, InputSpec
 from bertile.onnx.graph import OnnxGraph
 from bertile.onnx.probing import opened
+from bertile.onnx.rewrites import pick_from_stacks
 
 # What Google's BERT, TensorFlow's hub, fairseq and ONNX Runtime's tools call them.
 ALIASES = {
@@ -48,9 +49,11 @@ def present(
 ) -> tuple[int | None, int | None, tuple[str, ...]]:
     """Rename and retype the inputs in place; return the sizes of static axes, and notes.
 
-    ``rename`` says OLD=NEW for names of the file that are nobody else's. Raises ModelError for an
-    input that is none of ours, or no (batch, length) tensor of numbers.
+    ``rename`` says OLD=NEW for names of the file that are nobody else's. Boxes become an input for
+    each side. Raises ModelError for an input that is none of ours, or no (batch, length) tensor of
+    numbers.
     """
+    _take_boxes_apart(graph)
     names = canonical_names([value.name for value in graph.inputs], path, rename)
     notes, sizes = [], []
     for value in graph.inputs:
@@ -83,6 +86,7 @@ def present(
 def canonical_names(names: Sequence[str], path: Path, rename: Iterable[str] = ()) -> dict[str, str]:
     """Return our name for each input of a file; ModelError where one has none, or two have one."""
     asked = dict(entry.split("=", 1) for entry in rename)
+    names = [name for name in names if name != BOXES]
     for old, new in asked.items():
         if old not in names:
             raise UsageError(
@@ -194,8 +198,11 @@ class Fed:
         shape, arrays = feed["input_ids"].shape, {}
         for argument in self._runner.get_inputs():
             name = self._names.get(argument.name, argument.name)
-            value = feed[name] if name in feed else filled(DEFAULTS.get(name), shape) or 0
-            whole = np.broadcast_to(value, shape)
+            if name == BOXES:
+                whole = np.stack([feed[side] for side in SIDES], axis=-1)
+            else:
+                value = feed[name] if name in feed else filled(DEFAULTS.get(name), shape) or 0
+                whole = np.broadcast_to(value, shape)
             arrays[argument.name] = np.ascontiguousarray(whole, _dtype(argument.type))
         return self._runner.run(names, arrays)
 
@@ -214,6 +221,29 @@ def _alias(name: str) -> str | None:
         if stem == ours or stem in aliases:
             return ours
     return None
+
+
+def _take_boxes_apart(graph: OnnxGraph) -> None:
+    """bbox (batch, length, 4) → Concat of its four sides, of which none ends before it begins."""
+    boxes = next((value for value in graph.inputs if value.name == BOXES), None)
+    if boxes is None or len(boxes.type.tensor_type.shape.dim) != 3:
+        return
+    inner = graph.fresh(BOXES)
+    graph.rename_tensor(BOXES, inner)
+    kind, dims = boxes.type.tensor_type.elem_type, boxes.type.tensor_type.shape.dim
+    axes = [dim.dim_value or dim.dim_param for dim in dims[:2]]
+    others = [value for value in graph.inputs if value.name != BOXES]
+    sides = [helper.make_tensor_value_info(side, kind, axes) for side in SIDES]
+    graph.inputs = [*others, *sides]
+    left, top, right, bottom = SIDES
+    right, bottom = (
+        graph.add("Where", [graph.add("Greater", [b, a]), b, a])
+        for a, b in ((left, right), (top, bottom))
+    )
+    last = graph.integers(2)
+    parts = [graph.add("Unsqueeze", [side, last]) for side in (left, top, right, bottom)]
+    graph.nodes.append(helper.make_node("Concat", parts, [inner], name=inner, axis=2))
+    pick_from_stacks(graph, lambda name: axes)
 
 
 def _free(graph: OnnxGraph, name: str) -> None:

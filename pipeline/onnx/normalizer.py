@@ -179,6 +179,7 @@ def rewrite(
     rewrites.upgrade_reductions(graph)
     rewrites.upgrade_splits(graph)
     rewrites.drop_dropouts(graph)
+    rewrites.pick_from_stacks(graph, probes.sizes)
     floats.drop_casts(graph, probes)
     axes = Axes(graph, probes)
     spectra.write_spectra(graph, probes, axes)

@@ -149,10 +149,26 @@ def write_gathers(graph: OnnxGraph) -> None:
     graph.clean()
 
 
-def _adds_last(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
-    """Whether a node gives a tensor one axis more, the last."""
+def pick_from_stacks(graph: OnnxGraph, sizes: Sizes) -> None:
+    """Gather(Concat(Unsqueeze(a), Unsqueeze(b), …), 1) → b, along the axis that these have more."""
+    producers = graph.producers()
+    for node in [node for node in graph.nodes if node.op_type == "Gather"]:
+        stack, index = producers.get(node.input[0]), node.input[1]
+        if stack is None or stack.op_type != "Concat" or not graph.is_constant(index):
+            continue
+        parts = [producers.get(name) for name in stack.input]
+        rank = len(sizes(parts[0].input[0]) or []) if parts[0] is not None else 0
+        along = {attributes(step).get("axis", 0) for step in (stack, node)} <= {-1, rank}
+        added = all(part is not None and _adds_last(graph, part, rank) for part in parts)
+        if rank and along and added and not graph.shape(index):
+            graph.replace(node.output[0], parts[int(graph.array(index))].input[0])
+    graph.clean()
+
+
+def _adds_last(graph: OnnxGraph, node: onnx.NodeProto, rank: int = -1) -> bool:
+    """Whether a node gives a tensor, of that rank if it is known, one axis more, the last."""
     axes = node.input[1] if node.op_type == "Unsqueeze" else ""
-    return bool(axes) and graph.is_constant(axes) and graph.array(axes).tolist() == [-1]
+    return bool(axes) and graph.is_constant(axes) and graph.array(axes).tolist() in ([-1], [rank])
 
 
 def _permutation(node: onnx.NodeProto) -> list[int] | None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bertile.base.errors import ModelError, require
+from bertile.loader import SIDES
 from bertile.onnx.exported import InputSpec
 
 
@@ -36,6 +37,9 @@ def sample(
             values = np.where(values == padding_id, padding_id + (-1 if last else 1), values)
             values = np.where(mask == 1, values, padding_id)
         arrays[spec.name] = values.astype(spec.dtype)
+    for first, last in (SIDES[::2], SIDES[1::2]):
+        if first in arrays and last in arrays:  # no box ends before it begins
+            arrays[last] = np.maximum(arrays[first], arrays[last])
     return arrays
 
 

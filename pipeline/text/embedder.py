@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bertile.base.errors import UsageError, nearest
+from bertile.families.text_settings import WEIGHTS
 from bertile.text import similarities
 from bertile.text.engine import Answer
 from bertile.text.sparse_vectors import SparseVector
@@ -59,15 +60,13 @@ class Embedder(TextModel):
         tensor; `convert_to_numpy` False a list. Sparse vectors and those of tokens come as a list.
         `batch_size` is taken and not used: texts run together by their tokens. A text that is too
         long is cut as the directory says and counted in `truncated`; `truncate` False refuses it
-        with InputError. Raises UsageError for an unknown prompt, precision or `output_value`, and
+        with InputError. A model that gives more than a vector (BGE-M3) gives by `output_value`
+        "token_embeddings" a vector for each token but the first, and by "token_weights" a sparse
+        vector of its ids. Raises UsageError for an unknown prompt, precision or `output_value`, and
         for what is no text.
         """
-        if output_value != VALUE:
-            raise UsageError(
-                f"output_value '{output_value}' is unknown{nearest(str(output_value), [VALUE])}",
-                "compile the model with --head encoder for the vectors of tokens",
-            )
-        if precision not in PRECISIONS or (precision != "float32" and self.settings.kind == SPARSE):
+        kind = self._kind(output_value)
+        if precision not in PRECISIONS or (precision != "float32" and kind == SPARSE):
             raise UsageError(f"precision '{precision}' is unknown{nearest(precision, PRECISIONS)}")
         if isinstance(inputs, str):
             steps = self.steps(
@@ -76,9 +75,10 @@ class Embedder(TextModel):
                 normalize_embeddings=normalize_embeddings,
                 truncate_dim=truncate_dim,
                 truncate=truncate,
+                output_value=output_value,
             )
             vector = steps.finish(self._answer(inputs, steps.prepare))
-            return self._formed(vector, precision, convert_to_tensor)
+            return self._formed(vector, kind, precision, convert_to_tensor)
         vectors = list(
             self.encode_iter(
                 inputs,
@@ -88,14 +88,15 @@ class Embedder(TextModel):
                 normalize_embeddings=normalize_embeddings,
                 truncate_dim=truncate_dim,
                 truncate=truncate,
+                output_value=output_value,
             )
         )
-        if self.settings.kind != DENSE:
-            return [self._formed(vector, precision, convert_to_tensor) for vector in vectors]
+        if kind != DENSE:
+            return [self._formed(vector, kind, precision, convert_to_tensor) for vector in vectors]
         kept = truncate_dim or self.settings.dimensions
         none = np.empty((0, self._width()), np.float32)[:, :kept]
         rows = np.stack(vectors) if vectors else none
-        results = self._formed(rows, precision, convert_to_tensor)
+        results = self._formed(rows, kind, precision, convert_to_tensor)
         return results if convert_to_numpy or convert_to_tensor else list(results)
 
     @also_named(sentences="inputs")
@@ -133,6 +134,7 @@ class Embedder(TextModel):
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
         truncate: bool = True,
+        output_value: str = VALUE,
     ) -> Iterator[Vector]:
         """The vectors of any number of texts as they come, in the order of the texts.
 
@@ -144,6 +146,7 @@ class Embedder(TextModel):
             normalize_embeddings=normalize_embeddings,
             truncate_dim=truncate_dim,
             truncate=truncate,
+            output_value=output_value,
         )
         texts = checked(inputs, is_single, "a str")
         answers = self._answers(
@@ -160,6 +163,7 @@ class Embedder(TextModel):
         truncate_dim: int | None = None,
         truncate: bool = True,
         side: str | None = None,
+        output_value: str = VALUE,
     ) -> Steps:
         """What `encode` does before the model and behind it: texts or lists of ids, and vectors.
 
@@ -167,7 +171,7 @@ class Embedder(TextModel):
         """
         return Steps(
             self.preparer(prompt_name, prompt, truncate=truncate, side=side),
-            self._finisher(normalize_embeddings, truncate_dim),
+            self._finisher(normalize_embeddings, truncate_dim, output_value),
         )
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
@@ -187,19 +191,35 @@ class Embedder(TextModel):
     def _width(self) -> int:
         return self.model.manifest["outputs"][0]["axes"][-1]
 
-    def _formed(self, vectors: Vector, precision: str, as_tensor: bool) -> Any:
+    def _formed(self, vectors: Vector, kind: str, precision: str, as_tensor: bool) -> Any:
         """Vectors as they were asked for; sparse ones stay as they are."""
-        if self.settings.kind == SPARSE:
+        if kind == SPARSE:
             return vectors
         return _tensor(_packed(vectors, precision), as_tensor)
 
-    def _finisher(self, normalize: bool, truncate_dim: int | None):
+    def _kind(self, output_value: str) -> str:
+        """What kind of vectors an `output_value` is; UsageError for one that there is not."""
+        if output_value == VALUE:
+            return self.settings.kind
+        if output_value in self.model.outputs[1:]:
+            return SPARSE if output_value == WEIGHTS else "tokens"
+        known = [VALUE, *self.model.outputs[1:]]
+        raise UsageError(
+            f"output_value '{output_value}' is unknown{nearest(str(output_value), known)}",
+            "compile the model with --head encoder for the vectors of tokens",
+        )
+
+    def _finisher(self, normalize: bool, truncate_dim: int | None, output_value: str):
         """What makes the vector of an answer."""
-        kind, most = self.settings.kind, truncate_dim or self.settings.dimensions
-        name = self.model.outputs[0]
+        kind, most = self._kind(output_value), truncate_dim or self.settings.dimensions
+        name = self.model.outputs[0] if output_value == VALUE else output_value
 
         def finish(answer: Answer) -> Vector:
             vector = answer.outputs[name]
+            if name == WEIGHTS:
+                return self._weighed(answer.encoding.ids, vector, truncate_dim)
+            if name != self.model.outputs[0]:
+                vector = vector[1:]  # the first token stands for the whole text
             if kind == SPARSE:
                 return SparseVector.of(vector, most)
             if most is not None:
@@ -210,6 +230,14 @@ class Embedder(TextModel):
             return vector
 
         return finish
+
+    def _weighed(self, ids: list[int], weights: np.ndarray, most: int | None) -> SparseVector:
+        """The largest weight of each id of a text, but of special tokens."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        vector = np.zeros(self.model.manifest["inputs"][0]["below"], np.float32)
+        np.maximum.at(vector, ids, weights)
+        vector[[number for number, token in added.items() if token.special]] = 0
+        return SparseVector.of(vector, most)
 
 
 def _for(task: str, name: str | None, prompt: str | None) -> tuple[str | None, str | None]:

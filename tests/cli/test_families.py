@@ -45,3 +45,10 @@ def test_type_that_has_a_row_since_it_was_tried_is_its_own(monkeypatch):
     monkeypatch.setattr(states, "read", lambda: tried)
     (bert,) = (row for row in states.roads() if row["type"] == "bert")
     assert bert["state"] == states.OWN and bert["median"] == 1e-8
+
+
+def test_type_that_was_never_tried_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(states, "read", lambda: {})
+    lines = listed(capsys, "--state", states.OWN).splitlines()
+    bert = next(line for line in lines if line.startswith("bert "))
+    assert bert.split()[1:7] == ["own", "row", "not", "tried", "not", "tried"]

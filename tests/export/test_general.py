@@ -17,7 +17,7 @@ from bertile.onnx.samples import run_onnx
 from bertile.studies import model_types
 
 TYPES = (
-    "xlm-roberta-xl",  # positions behind the padding id, which its config alone does not tell
+    "ibert",  # positions behind the padding id, which its config alone does not tell
     pytest.param("fnet", marks=pytest.mark.slow),  # without a mask
     pytest.param("t5", marks=pytest.mark.slow),  # the encoder of two halves
     pytest.param("gpt_neox", marks=pytest.mark.slow),  # a decoder
@@ -39,7 +39,7 @@ def test_export_answers_as_transformers_does(saved, tmp_path):
     assert exported.family == model.config.model_type
     assert any("has no row of its own" in note for note in exported.notes)
     positions = getattr(model.config, "max_position_embeddings", None)
-    if model.config.model_type == "xlm-roberta-xl":  # as RoBERTa, but told by no row
+    if model.config.model_type == "ibert":  # as RoBERTa, but told by no row
         positions -= model.config.pad_token_id + 1
     assert exported.max_length == positions
     names = {spec.name for spec in exported.inputs}

@@ -124,7 +124,7 @@ def in_torch(directory: Path, arrays: dict[str, np.ndarray]) -> np.ndarray:
     checkpoint = checkpoints.load(directory)
     assert checkpoint.head == "embedding" and checkpoint.chain
     names = ("input_ids", "attention_mask", "token_type_ids")
-    module = torch_module.Exportable(checkpoint, names, (checkpoint.chain.output,))
+    module = torch_module.Exportable(checkpoint, names, checkpoint.chain.outputs)
     with torch.no_grad():
         return module(*(torch.from_numpy(arrays[name]) for name in names))[0].numpy()
 

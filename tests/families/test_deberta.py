@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-import torch
-import transformers
-from helpers import family_models
+from helpers import family_models, odd_models
+from helpers.odd_models import (
+    LIMIT,
+    ONCE,
+    PADDINGS,
+    SHAPES,
+    assert_equals_torch,
+    compiled,
+    cosine_with_torch,
+    left_to_tvm,
+    planned,
+    shapes_of,
+)
 
-import bertile
-from bertile import backends
-from bertile.backends.cpu import precision_plan
 from bertile.base.errors import ModelError
-from bertile.base.quiet import quiet
 from bertile.config import Config
 from bertile.export import exporter
 from bertile.families.family import WITHOUT_TABLE
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
-from bertile.lower import lowering
-from bertile.onnx.samples import largest_difference
 from bertile.targets.rows import resolve
 
-LIMIT = 200
 ODD = {
     "vocab_size": 100,
     "hidden_size": 60,
@@ -51,55 +53,11 @@ KINDS = {
 }
 OF_V2 = {"shared", "as v3", "narrow words"}
 V2, V1 = ("DebertaV2", "Deberta")
-PADDINGS = ("right", "left", "holes")
-SHAPES = ((1, 1), (3, 37), (2, 16), (1, LIMIT))
 
 
-def saved(directory, kind=V2, head="", **more):
-    """A model with random weights, biases too, as save_pretrained writes it; and itself."""
-    torch.manual_seed(0)
-    model_class = getattr(transformers, f"{kind}{head or 'Model'}")
-    with quiet():
-        config = getattr(transformers, f"{kind}Config")(**{**ODD, **more})
-        model = model_class(config).eval()
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.data += 0.2 * torch.randn_like(parameter)
-        model.save_pretrained(directory)
-    return model
-
-
-def batch(rows, length, padding):
-    """Ids and a mask with places that are masked, and rows without any."""
-    rng = np.random.default_rng(length)
-    lengths = rng.integers(1, length + 1, rows)
-    lengths[0] = length
-    mask = np.arange(length) < lengths[:, None]
-    if padding == "left":
-        mask = mask[:, ::-1]
-    elif padding == "holes":
-        mask = rng.random((rows, length)) < 0.5
-        mask[:, rng.integers(0, length)] = True
-    ids = np.where(mask, rng.integers(2, 100, (rows, length)), 0)
-    return {"input_ids": ids, "attention_mask": mask.astype("int64")}
-
-
-def assert_equals_torch(bundle, model, shapes=SHAPES, tolerance=2e-5, paddings=PADDINGS):
-    for rows, length in shapes:
-        for padding in paddings:
-            arrays = batch(rows, length, padding)
-            want = family_models.torch_outputs(model, "", arrays)
-            got = bundle(**arrays)
-            for name, value in got.items():
-                difference = largest_difference(value, want[name], arrays["attention_mask"])
-                limit = tolerance * max(1, np.abs(want[name]).max())
-                assert difference <= limit, (name, rows, length, padding)
-
-
-def compiled(tmp_path, **options):
-    config = Config(cache_dir=str(tmp_path / "cache"), **options)
-    bertile.compile(str(tmp_path / "model"), tmp_path / "bundle", config)
-    return bertile.load(tmp_path / "bundle")
+def saved(directory, kind=V2, head="Model", **more):
+    """A model of ODD's sizes, as `odd_models.saved`."""
+    return odd_models.saved(directory, f"{kind}{head}", f"{kind}Config", {**ODD, **more})
 
 
 CASES = [(kind, name) for kind in (V2, V1) for name in KINDS if kind == V2 or name not in OF_V2]
@@ -113,16 +71,14 @@ def test_odd_sizes_equal_torch_by_every_kind_of_distance(tmp_path, kind, name):
     unlimited = not getattr(model.config, "position_biased_input", True)
     shapes = (*SHAPES, (1, 3 * LIMIT)) if unlimited else SHAPES
     assert_equals_torch(bundle, model, shapes)
-    (attention,) = (k["shape"] for k in bundle.manifest["kernels"] if k["operation"] == "attention")
+    (attention,) = shapes_of(bundle, "attention")
     assert attention.get("relative", "none") == {
         "keys": "keys",
         "queries": "queries",
         **dict.fromkeys(("none", "no distance"), "none"),
     }.get(name, "both")
     # masks are made once a request; nothing of a layer is left
-    left = {entry.partition(" ")[0] for entry in bundle.manifest["fallthrough"]}
-    masks = {"astype", "expand_dims", "subtract", "multiply", "strided_slice"}
-    assert left <= masks | ({"take", "add"} if name == "narrow words" else set())
+    assert left_to_tvm(bundle) <= ONCE | ({"take", "add"} if name == "narrow words" else set())
 
 
 HEADS = (
@@ -166,11 +122,7 @@ def test_other_precisions_are_near_torch(tmp_path, options, cosine):
     sizes = {"hidden_size": 96, "intermediate_size": 64, "initializer_range": 0.1}
     model = saved(tmp_path / "model", V2, **sizes, **KINDS["as v3"])
     bundle = compiled(tmp_path, **options)
-    arrays = batch(3, 90, "right")
-    real = arrays["attention_mask"] != 0
-    got = bundle(**arrays)["last_hidden_state"][real]
-    want = family_models.torch_outputs(model, "", arrays)["last_hidden_state"][real]
-    assert (got * want).sum() / np.linalg.norm(got) / np.linalg.norm(want) > cosine
+    assert cosine_with_torch(bundle, model) > cosine
 
 
 @pytest.mark.slow
@@ -188,11 +140,6 @@ TINY = "deberta-v2-tiny", family_models.HEAD_OF["deberta-v2"]  # which other tes
 @pytest.fixture(scope="module")
 def graph(stages):
     return optimize(import_onnx(family_models.exported(*TINY, stages)))
-
-
-def planned(graph, row, precision):
-    graph = precision_plan.plan_layers(graph, precision, row, None, "off")
-    return list(lowering.tasks(backends.of(row).forms(graph)))
 
 
 def test_tables_are_cut_behind_the_last_bucket(graph):

@@ -4,25 +4,33 @@ texts are padded.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-import transformers
-from helpers import family_models, foreign_forms, sentence_models
+from helpers import family_models, odd_models, sentence_models
+from helpers.odd_models import (
+    LIMIT,
+    ONCE,
+    SHAPES,
+    answers,
+    compiled,
+    cosine_with_torch,
+    left_to_tvm,
+    planned,
+    shapes_of,
+)
 
 import bertile
-from bertile import backends, loader
-from bertile.backends.cpu import precision_plan
+from bertile import loader
 from bertile.base.quiet import quiet
 from bertile.config import Config
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
-from bertile.lower import lowering
-from bertile.onnx.samples import largest_difference
 from bertile.run.cuda import emulator
 from bertile.targets.rows import resolve
 
-LIMIT = 200
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ODD = {
     "vocab_size": 100,
@@ -52,74 +60,20 @@ CASES = {
     "GPT2": ("GPT2", GPT2),
     "EuroBert": ("EuroBert", {}),
 }
-LEFT = {"add", "astype", "expand_dims", "multiply", "strided_slice", "subtract", "take"}
-PADDINGS = ("right", "left", "holes")
-SHAPES = ((1, 1), (3, 37), (2, 16), (1, LIMIT))
+LEFT = {*ONCE, "add", "take"}
+# without a key that it sees a token's vector means nothing
+batch = partial(odd_models.batch, causal=True)
+assert_equals_torch = partial(odd_models.assert_equals_torch, causal=True)
 
 
 def saved(directory, case, head="Model", **more):
-    """A model with random weights, biases too, as save_pretrained writes it; and itself."""
-    torch.manual_seed(0)
+    """A model of ODD's sizes, as `odd_models.saved`."""
     name, changes = CASES[case]
     sizes = {**ODD, **changes, **more}
     if name == "GPT2":
         sizes = {"vocab_size": 100, "initializer_range": 0.1, **SPECIAL, **changes, **more}
-    with quiet():
-        config = getattr(transformers, f"{name}Config")(**sizes)
-        kind = getattr(transformers, f"{_prefix(name, head)}{head}")
-        model = kind(config).eval()
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.data += 0.2 * torch.randn_like(parameter)
-        model.save_pretrained(directory)
-    return model
-
-
-def _prefix(name, head):
-    return "Gemma3" if (name, head) == ("Gemma3Text", "ForCausalLM") else name
-
-
-def batch(rows, length, padding):
-    """Ids and a mask with places that are masked, and rows without any."""
-    rng = np.random.default_rng(length)
-    lengths = rng.integers(1, length + 1, rows)
-    lengths[0] = length
-    places = np.arange(length)
-    mask = places < lengths[:, None]
-    if padding == "left":
-        mask = mask[:, ::-1]
-    elif padding == "holes":
-        mask = rng.random((rows, length)) < 0.5
-        mask[:, 0] = True  # without a key that it sees a token's vector means nothing
-    ids = np.where(mask, rng.integers(3, 100, (rows, length)), 0)
-    return {"input_ids": ids, "attention_mask": mask.astype("int64")}
-
-
-def answers(model, arrays):
-    with torch.no_grad():
-        results = model(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-    return {name: value.numpy() for name, value in results.items() if torch.is_tensor(value)}
-
-
-def assert_equals_torch(bundle, model, shapes=SHAPES, tolerance=2e-5, paddings=PADDINGS):
-    for rows, length in shapes:
-        for padding in paddings:
-            arrays = batch(rows, length, padding)
-            want, got = answers(model, arrays), bundle(**arrays)
-            for name, value in got.items():
-                difference = largest_difference(value, want[name], arrays["attention_mask"])
-                limit = tolerance * max(1, np.abs(want[name]).max())
-                assert difference <= limit, (name, rows, length, padding)
-
-
-def shapes_of(bundle, operation):
-    return [k["shape"] for k in bundle.manifest["kernels"] if k["operation"] == operation]
-
-
-def compiled(tmp_path, **options):
-    config = Config(cache_dir=str(tmp_path / "cache"), **options)
-    bertile.compile(str(tmp_path / "model"), tmp_path / "bundle", config)
-    return bertile.load(tmp_path / "bundle")
+    prefix = "Gemma3" if (name, head) == ("Gemma3Text", "ForCausalLM") else name
+    return odd_models.saved(directory, f"{prefix}{head}", f"{name}Config", sizes)
 
 
 @pytest.mark.slow
@@ -130,8 +84,7 @@ def test_odd_sizes_equal_torch_however_texts_are_padded(tmp_path, case):
     assert_equals_torch(bundle, model)
     # masks and the angles of places are made once a request; of a layer nothing is left but the
     # residual of what Gemma's norms behind a sublayer give
-    left = {entry.partition(" ")[0] for entry in bundle.manifest["fallthrough"]}
-    assert left <= LEFT
+    assert left_to_tvm(bundle) <= LEFT
     if case != "GPT2":
         assert {shape["kv_heads"] for shape in shapes_of(bundle, "attention")} == {2}
 
@@ -187,11 +140,7 @@ def test_other_precisions_are_near_torch(tmp_path, case, options, cosine):
         np.savez(tmp_path / "some.npz", **batch(32, 60, "right"))
         options = {**options, "calibrate": str(tmp_path / "some.npz")}
     bundle = compiled(tmp_path, **options)
-    arrays = batch(3, 90, "right")
-    real = arrays["attention_mask"] != 0
-    got = bundle(**arrays)["last_hidden_state"][real]
-    want = answers(model, arrays)["last_hidden_state"][real]
-    assert (got * want).sum() / np.linalg.norm(got) / np.linalg.norm(want) > cosine
+    assert cosine_with_torch(bundle, model) > cosine
 
 
 TINY = "qwen3-tiny", family_models.HEAD_OF["qwen3"]  # which other tests export too
@@ -200,11 +149,6 @@ TINY = "qwen3-tiny", family_models.HEAD_OF["qwen3"]  # which other tests export 
 @pytest.fixture(scope="module")
 def graph(stages):
     return optimize(import_onnx(family_models.exported(*TINY, stages)))
-
-
-def planned(graph, row, precision):
-    graph = precision_plan.plan_layers(graph, precision, row, None, "off")
-    return [task for task in lowering.tasks(backends.of(row).forms(graph))]
 
 
 def test_a_layer_is_seven_operators(graph):
@@ -280,30 +224,7 @@ def test_onnx_files_are_fused_as_checkpoints_are(tmp_path, case, attention, dyna
     with quiet():
         model.set_attn_implementation(attention)
 
-    class Positional(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids, attention_mask):
-            model = self.model
-            outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            return outputs.last_hidden_state
-
-    names, output = ["input_ids", "attention_mask"], "last_hidden_state"
-    options = {"input_names": names, "output_names": [output]}
-    if dynamo:
-        axes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("seq", min=1, max=LIMIT)}
-        options |= {"dynamo": True, "external_data": False, "opset_version": 18, "verbose": False}
-        options |= {"dynamic_shapes": (dict(axes), dict(axes))}
-    else:
-        options |= {"dynamo": False, "opset_version": 17}
-        options["dynamic_axes"] = {tensor: {0: "b", 1: "s"} for tensor in (*names, output)}
-    arrays = tuple(torch.ones(2, 24, dtype=torch.int64) for _ in names)
-    foreign_forms.run_quietly(Positional().eval(), arrays, tmp_path / "model.onnx", options)
-    config = Config(cache_dir=str(tmp_path / "cache"))
-    bertile.compile(str(tmp_path / "model.onnx"), tmp_path / "bundle", config)
-    bundle = bertile.load(tmp_path / "bundle")
+    odd_models.write_onnx(model, tmp_path / "model.onnx", dynamo, use_cache=False)
+    bundle = compiled(tmp_path, "model.onnx")
     assert_equals_torch(bundle, model, SHAPES[:3], paddings=("right",))
-    left = {entry.partition(" ")[0] for entry in bundle.manifest["fallthrough"]}
-    assert left <= LEFT
+    assert left_to_tvm(bundle) <= LEFT

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from helpers import family_models
+from helpers import family_models, odd_models
+from helpers.odd_models import (
+    LIMIT,
+    ONCE,
+    SHAPES,
+    assert_equals_torch,
+    batch,
+    compiled,
+    cosine_with_torch,
+    left_to_tvm,
+    planned,
+    shapes_of,
+)
 
-import bertile
-from bertile import backends
-from bertile.backends.cpu import precision_plan
 from bertile.base.quiet import quiet
-from bertile.config import Config
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
-from bertile.lower import lowering
-from bertile.onnx.samples import largest_difference
 from bertile.targets.rows import resolve
 
-LIMIT = 200
 ODD = {
     "vocab_size": 100,
     "hidden_size": 60,
@@ -39,84 +42,38 @@ ODD = {
     **dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 1),
 }
 BIASES = dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias"), True)
-PADDINGS = ("right", "left", "holes")
-SHAPES = ((1, 1), (3, 37), (2, 16), (1, LIMIT))
 
 
-def saved(directory, head="", **more):
-    """A model with random weights, biases too, as save_pretrained writes it; and itself."""
-    torch.manual_seed(0)
-    kind = getattr(transformers, f"ModernBert{head or 'Model'}")
-    with quiet():
-        model = kind(transformers.ModernBertConfig(**{**ODD, **more})).eval()
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.data += 0.2 * torch.randn_like(parameter)
-        model.save_pretrained(directory)
-    return model
-
-
-def batch(rows, length, padding):
-    """Ids and a mask with places that are masked, and rows without any."""
-    rng = np.random.default_rng(length)
-    lengths = rng.integers(1, length + 1, rows)
-    lengths[0] = length
-    places = np.arange(length)
-    mask = places < lengths[:, None]
-    if padding == "left":
-        mask = mask[:, ::-1]
-    elif padding == "holes":
-        mask = rng.random((rows, length)) < 0.5
-        mask[:, rng.integers(0, length)] = True
-    ids = np.where(mask, rng.integers(2, 100, (rows, length)), 0)
-    return {"input_ids": ids, "attention_mask": mask.astype("int64")}
-
-
-def assert_equals_torch(bundle, model, shapes=SHAPES, tolerance=2e-5):
-    for rows, length in shapes:
-        for padding in PADDINGS:
-            arrays = batch(rows, length, padding)
-            want = family_models.torch_outputs(model, "", arrays)
-            got = bundle(**arrays)
-            for name, value in got.items():
-                difference = largest_difference(value, want[name], arrays["attention_mask"])
-                limit = tolerance * max(1, np.abs(want[name]).max())
-                assert difference <= limit, (name, rows, length, padding)
-
-
-def shapes_of(bundle, operation):
-    return [k["shape"] for k in bundle.manifest["kernels"] if k["operation"] == operation]
+def saved(directory, head="Model", **more):
+    """A model of ODD's sizes, as `odd_models.saved`."""
+    sizes = {**ODD, **more}
+    return odd_models.saved(directory, f"ModernBert{head}", "ModernBertConfig", sizes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("biases", [True, False])
 def test_odd_sizes_equal_torch_however_texts_are_padded(tmp_path, biases):
     model = saved(tmp_path / "model", **(BIASES if biases else {}))
-    config = Config(cache_dir=str(tmp_path / "cache"))
-    bertile.compile(str(tmp_path / "model"), tmp_path / "bundle", config)
-    bundle = bertile.load(tmp_path / "bundle")
+    bundle = compiled(tmp_path)
     assert_equals_torch(bundle, model)
     assert [k.get("window") for k in shapes_of(bundle, "attention")] == [5, None]
     products = shapes_of(bundle, "dense")
     assert [bool(p.get("turned")) for p in products] == [True, False, False, False]
     assert [bool(p.get("gated")) for p in products] == [False, False, True, False]
     # masks and the angles of places are made once a request; nothing of a layer is left
-    left = {entry.partition(" ")[0] for entry in bundle.manifest["fallthrough"]}
-    assert left <= {"astype", "expand_dims", "subtract", "multiply", "strided_slice"}
+    assert left_to_tvm(bundle) <= ONCE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["SequenceClassification", "MultipleChoice"])
 def test_heads_that_pool_by_the_mean_equal_torch(tmp_path, head):
     model = saved(tmp_path / "model", f"For{head}", classifier_pooling="mean")
-    config = Config(cache_dir=str(tmp_path / "cache"))
-    bertile.compile(str(tmp_path / "model"), tmp_path / "bundle", config)
-    bundle = bertile.load(tmp_path / "bundle")
+    bundle = compiled(tmp_path)
     for rows, length in SHAPES:
         arrays = batch(rows, length, "right")
         choices = head == "MultipleChoice"
         asked = {k: v[:, None] if choices else v for k, v in arrays.items()}
-        want = family_models.torch_outputs(model, "", asked)["logits"]
+        want = odd_models.answers(model, asked)["logits"]
         np.testing.assert_allclose(bundle(**arrays)["logits"], want, atol=1e-4)
 
 
@@ -126,11 +83,6 @@ TINY = "modernbert-tiny", family_models.HEAD_OF["modernbert"]  # which other tes
 @pytest.fixture(scope="module")
 def graph(stages):
     return optimize(import_onnx(family_models.exported(*TINY, stages)))
-
-
-def planned(graph, row, precision):
-    graph = precision_plan.plan_layers(graph, precision, row, None, "off")
-    return [task for task in lowering.tasks(backends.of(row).forms(graph))]
 
 
 def test_a_layer_is_six_operators_beside_its_norms(graph):
@@ -182,14 +134,7 @@ def test_other_precisions_are_near_torch(tmp_path, options, cosine):
     if {"ranges", "smooth"} & set(options):
         np.savez(tmp_path / "some.npz", **batch(32, 60, "right"))
         options = {**options, "calibrate": str(tmp_path / "some.npz")}
-    config = Config(cache_dir=str(tmp_path / "cache"), **options)
-    bertile.compile(str(tmp_path / "model"), tmp_path / "bundle", config)
-    bundle = bertile.load(tmp_path / "bundle")
-    arrays = batch(3, 90, "right")
-    real = arrays["attention_mask"] != 0
-    got = bundle(**arrays)["last_hidden_state"][real]
-    want = family_models.torch_outputs(model, "", arrays)["last_hidden_state"][real]
-    assert (got * want).sum() / np.linalg.norm(got) / np.linalg.norm(want) > cosine
+    assert cosine_with_torch(compiled(tmp_path, **options), model) > cosine
 
 
 @pytest.mark.slow
@@ -198,7 +143,5 @@ def test_all_8192_tokens_equal_torch(tmp_path):
     model = saved(tmp_path / "model", **more)
     with quiet():
         model.set_attn_implementation("sdpa")
-    config = Config(cache_dir=str(tmp_path / "cache"))
-    bertile.compile(str(tmp_path / "model"), tmp_path / "bundle", config)
-    bundle = bertile.load(tmp_path / "bundle")
+    bundle = compiled(tmp_path)
     assert_equals_torch(bundle, model, ((1, 8192), (2, 700)), tolerance=1e-4)

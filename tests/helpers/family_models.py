@@ -15,13 +15,16 @@ from bertile.config import HEADS, Config
 from bertile.export import cached, checkpoints
 from bertile.families.decoders import DECODERS
 from bertile.families.family import CAUSAL, Family
+from bertile.families.rarer import RARER
 from bertile.families.table import FAMILIES, of_type
 from bertile.onnx.exported import ExportedModel
 
-# Those of encoders with a row of their own; decoders are alike, and have families/test_decoders.
-NAMES = tuple(family.name for family in FAMILIES if family not in DECODERS)
+# Those of encoders with a row of their own; decoders are alike, and have families/test_decoders,
+# rarer encoders families/test_other_encoders.
+APART = (*RARER, *DECODERS)
+NAMES = tuple(family.name for family in FAMILIES if family not in APART)
 OTHERS = NAMES[1:]  # beside BERT, with which every test is made anyway
-EVERY = [*NAMES, *(pytest.param(family.name, marks=pytest.mark.slow) for family in DECODERS)]
+EVERY = [*NAMES, *(pytest.param(family.name, marks=pytest.mark.slow) for family in APART)]
 # Every head that transformers has for each family.
 PAIRS = tuple((family.name, head) for family in FAMILIES for head in family.heads)
 # The head that quick tests give each family's model: every head is there, and every export is made
@@ -77,8 +80,11 @@ def torch_outputs(model, head: str, arrays: dict[str, np.ndarray]) -> dict[str, 
     """
     import torch
 
+    from bertile.export.torch_module import with_boxes
+
+    tensors = {key: torch.from_numpy(value) for key, value in arrays.items()}
     with torch.no_grad():
-        outputs = model(**{key: torch.from_numpy(value) for key, value in arrays.items()})
+        outputs = model(**with_boxes(tensors))
     if head == "embedding":
         mask = torch.from_numpy(arrays["attention_mask"])
         if not of_type(model.config.model_type).sees_all(model.config):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
 import pytest
 
+from bertile.loading.boxes import SIDES
 from bertile.loading.errors import InputError
 from bertile.loading.inputs import check_inputs
 
@@ -77,3 +79,41 @@ def test_what_is_no_padding_is_not_warned_of(inputs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         checked(0, **inputs)
+
+
+BOXED = [
+    *SPECS[:2],
+    *({"name": side, "dtype": "int64", "below": 100, "default": "zeros"} for side in SIDES),
+]
+BOX = [1, 2, 30, 40]
+
+
+@pytest.mark.parametrize("form", [list, np.array], ids=["lists", "arrays"])
+def test_boxes_become_an_input_for_each_side(form):
+    arrays = checked(specs=BOXED, input_ids=[[5, 6, 7], [8]], bbox=[form([BOX] * 3), form([BOX])])
+    assert [arrays[side].tolist() for side in SIDES] == [[[n] * 3, [n, 0, 0]] for n in BOX]
+    whole = checked(specs=BOXED, input_ids=[[5, 6]], bbox=np.array([[BOX, BOX]]))
+    assert [whole[side].tolist() for side in SIDES] == [[[n, n]] for n in BOX]
+    left_out = checked(specs=BOXED, input_ids=[[5, 6]], bbox=None)
+    assert set(left_out) == {"input_ids"}
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([[BOX[:3]]], "bbox is not (batch, length, 4)"),
+        ([BOX], "bbox is not (batch, length, 4)"),
+        (5, "bbox cannot be read as an array"),
+        ([[[1, 2, 0, 40]]], "bbox_right[0, 0] is wrong: 0 is less than the 1 of bbox_left"),
+        ([[[1, 50, 3, 40]]], "bbox_bottom[0, 0] is wrong: 40 is less than the 50 of bbox_top"),
+        ([[[1, 2, 100, 40]]], "bbox_right[0, 0] is 100, the model takes 0 to 99"),
+    ],
+)
+def test_boxes_that_make_no_sense_are_refused(boxes, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        checked(specs=BOXED, input_ids=[[5]], bbox=boxes)
+
+
+def test_side_beside_its_boxes_is_refused():
+    with pytest.raises(InputError, match="bbox_left is given beside bbox"):
+        checked(specs=BOXED, input_ids=[[5]], bbox=[[BOX]], bbox_left=[[1]])

@@ -89,3 +89,41 @@ def rewritten_rank3(nodes):
     graph = OnnxGraph(model(nodes, rank=3))
     rewrites.write_gathers(graph)
     return [(n.op_type, []) for n in graph.nodes]
+
+
+def picked(axis, place):
+    """What is left of one part of a stack of x (2, 3, 4) and twice it, and that it is the same."""
+    nodes = [
+        node("Add", ["x", "x"], "twice"),
+        node("Unsqueeze", ["x", "last"], "first"),
+        node("Unsqueeze", ["twice", "last"], "second"),
+        node("Concat", ["first", "second"], "stack", axis=axis),
+        node("Gather", ["stack", "place"], "part", axis=3),
+        node("Identity", ["part"], "y"),
+    ]
+    before = model(nodes, rank=3)
+    before.graph.initializer.append(helper.make_tensor("place", TensorProto.INT64, [], [place]))
+    graph = OnnxGraph(before)
+    rewrites.pick_from_stacks(graph, lambda name: [2, 3, 4])
+    graph.clean()
+    feed = {"x": X, "index": INDEX}
+    after = session(graph.to_model(20).SerializeToString()).run(None, feed)[0]
+    np.testing.assert_array_equal(after, (1 + place % 2) * X)
+    return [n.op_type for n in graph.nodes]
+
+
+@pytest.mark.parametrize(("axis", "place"), [(-1, 1), (3, 1), (-1, -1)])
+def test_a_part_of_a_stack_is_what_was_stacked(axis, place):
+    assert "Concat" not in picked(axis, place)
+
+
+def test_a_part_of_another_joint_stays():
+    shape = [2, 3, 8]
+    nodes = [
+        node("Concat", ["x", "x"], "both", axis=2),
+        node("Gather", ["both", "last"], "part", axis=2),
+        node("Identity", ["part"], "y"),
+    ]
+    graph = OnnxGraph(model(nodes, rank=3))
+    rewrites.pick_from_stacks(graph, lambda name: shape)
+    assert [n.op_type for n in graph.nodes if n.op_type != "Identity"] == ["Concat", "Gather"]
