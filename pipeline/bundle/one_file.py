@@ -33,6 +33,7 @@ from bertile.loading import (
     command,
     dispatch,
     errors,
+    exits,
     files,
     inputs,
     interface,
@@ -69,6 +70,7 @@ LOADER = (
     *(
         errors,
         memory,
+        exits,
         blocks,
         batch,
         ragged,

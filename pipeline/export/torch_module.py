@@ -15,6 +15,7 @@ from bertile.export.checkpoints import Checkpoint
 from bertile.export.sentence_modules import Chain, Dense, LayerNorm, Normalize, Pool, Splade
 from bertile.families import embeddings, table
 from bertile.families.family import has_places
+from bertile.onnx.exported import EXITS
 from bertile.onnx.masks import MASKED
 
 # By their names in a config: classes are renamed between releases of transformers.
@@ -37,7 +38,9 @@ class Exportable(nn.Module):
         self.embedding = checkpoint.chain and Embedding(checkpoint.chain)
         self.inputs = inputs
         self.outputs = outputs
-        names = {name.partition(".")[0] for name in outputs if "." in name}
+        self.exits = checkpoint.exits
+        names = {name.partition(".")[0] for name in outputs if "." in name} - {EXITS}
+        names |= set() if self.exits is None else {"hidden_states"}
         self.layers = {f"output_{name}": True for name in sorted(names)}
         self.additive = True
         self.padding_id = table.named(checkpoint.family).padding_id(self.model)
@@ -64,8 +67,11 @@ class Exportable(nn.Module):
         results = self.model(input_ids=input_ids, **keywords, **self.layers)
         if self.embedding is not None:
             return (self.embedding(results, mask),)
-        results = flat(results)
-        return tuple(results[name] for name in self.outputs)
+        answers = flat(results)
+        for head in self.exits or ():
+            inputs = {"input_ids": input_ids, **keywords}
+            answers[f"{EXITS}.{head.layers}"] = head(results["hidden_states"], inputs)
+        return tuple(answers[name] for name in self.outputs)
 
 
 def flat(results: Any) -> dict[str, Tensor]:
@@ -78,6 +84,15 @@ def flat(results: Any) -> dict[str, Tensor]:
             parts = {f"{name}.{place}": part for place, part in enumerate(value)}
             tensors |= {key: part for key, part in parts.items() if isinstance(part, Tensor)}
     return tensors
+
+
+def _simplify_gelu(module: nn.Module) -> None:
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, _BY_TANH):
+                setattr(parent, name, nn.GELU(approximate="tanh"))
+            elif isinstance(child, activations.GELUActivation):
+                setattr(parent, name, nn.GELU())
 
 
 def _positions_after(padding_id: int, ids: Tensor) -> Tensor:
@@ -192,12 +207,8 @@ def weigh(logits: Tensor, mask: Tensor, step: Splade) -> Tensor:
 
 def _simplify(model: nn.Module, checkpoint: Checkpoint, has_types: bool) -> tuple[str, ...]:
     """Replace, in place, modules whose export would hide what they compute; return notes."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, _BY_TANH):
-                setattr(parent, name, nn.GELU(approximate="tanh"))
-            elif isinstance(child, activations.GELUActivation):
-                setattr(parent, name, nn.GELU())
+    for module in (model, *(checkpoint.exits or ())):
+        _simplify_gelu(module)
     family, base = table.named(checkpoint.family), model.base_model
     if checkpoint.head == "embedding" and hasattr(base, "pooler"):
         base.pooler = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 
 import numpy as np
@@ -151,8 +152,8 @@ class Runtime:
         return None if result.kind == _NONE else result.value.integer
 
     def tensor(self, array: np.ndarray) -> Object:
-        """Return a tensor on the memory of an aligned, contiguous integer array."""
-        code = {"i": 0, "u": 1}[array.dtype.kind]
+        """Return a tensor on the memory of an aligned, contiguous array of numbers."""
+        code = {"i": 0, "u": 1, "f": 2}[array.dtype.kind]
         return self.tensor_at(array, array.shape, code, array.itemsize * 8)
 
     def tensor_at(self, memory: np.ndarray, shape, code: int, bits: int) -> Object:
@@ -173,19 +174,27 @@ class Runtime:
 
     def arrays(self, result: Object, count: int) -> list[np.ndarray]:
         """Copy the tensors of a TVM array, which must be `count`, into new numpy arrays."""
+        tensors = self._tensors(result)
+        if len(tensors) != count:
+            raise BundleError(
+                f"the library gives {len(tensors)} outputs, the manifest names {count}", AGAIN
+            )
+        return [_copy(tensor) for tensor in tensors]
+
+    def views(self, result: Object) -> list[np.ndarray]:
+        """Return numpy arrays on the memory of the tensors of a TVM array, which they keep."""
+        return [_view(tensor) for tensor in self._tensors(result)]
+
+    def _tensors(self, result: Object) -> list[Object]:
         arguments = _Pair()
         set_argument(arguments[0], result)
         size = self.call_packed(self.function("ffi.ArraySize"), arguments, 1)
-        if size != count:
-            raise BundleError(
-                f"the library gives {size} outputs, the manifest names {count}", AGAIN
-            )
-        item, index, copies = self.function("ffi.ArrayGetItem"), arguments[1], []
+        item, index, tensors = self.function("ffi.ArrayGetItem"), arguments[1], []
         index.kind = _INT
-        for number in range(count):
+        for number in range(size):
             index.value.integer = number
-            copies.append(_copy(self.call_packed(item, arguments)))
-        return copies
+            tensors.append(self.call_packed(item, arguments))
+        return tensors
 
     def resize_pool(self, threads: int) -> None:
         """Give the calling thread a pool of `threads` threads, or shrink the one it has."""
@@ -230,6 +239,16 @@ def _text(owner: Object, skip: int = 0) -> str:
     """One of the texts with which an object begins."""
     text = _Bytes.from_address(owner.handle + _HEADER + skip * ctypes.sizeof(_Bytes))
     return ctypes.string_at(text.data, text.size).decode(errors="replace")
+
+
+def _view(tensor: Object) -> np.ndarray:
+    source = DLTensor.from_address(tensor.handle + _HEADER)
+    shape, dtype = tuple(source.shape[: source.rank]), _DTYPES_OF[source.code, source.bits]
+    memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(
+        source.data + source.offset
+    )
+    memory.keep = tensor
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def _copy(tensor: Object) -> np.ndarray:

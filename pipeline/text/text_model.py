@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -13,6 +15,7 @@ from bertile.base.progress import Progress
 from bertile.families import text_settings
 from bertile.families.text_settings import USUAL_PROMPTS
 from bertile.loader import Model
+from bertile.loading.exits import LAYERS
 from bertile.text.engine import Answer, Engine
 from bertile.text.tokens import LONGER, Ids, Text, TextTokenizer, max_tokens
 
@@ -37,11 +40,13 @@ class TextModel:
 
     `model` is the loaded `bertile.Model`, `engine` runs its texts, `settings` is what the directory
     says of texts, and `truncated` how many texts of the last call were cut, since they were too
-    long.
+    long. `layers` counts, of a bundle whose texts leave early, those of the last call by the number
+    of encoder layers that they went through.
     """
 
     def __init__(self, model: Model, directory: Path, streams: int | None = None) -> None:
         self.model, self.truncated, self._streams = model, 0, streams
+        self.layers: Counter[int] = Counter()
         self.settings = text_settings.of_bundle(directory, model.manifest)
         self._tokens = TextTokenizer(directory, self.settings, max_tokens(model.manifest))
         self.engine = Engine(model, streams)
@@ -154,8 +159,14 @@ class TextModel:
     def _answer(self, text: Text, prepare: Callable[..., list[Any]]) -> Answer:
         """The answer to a single text, by all threads."""
         (encoding,) = prepare([text])
-        self.truncated = int(bool(encoding.overflowing))
-        return self.engine.single(encoding)
+        self.truncated, self.layers = int(bool(encoding.overflowing)), Counter()
+        answer = self.engine.single(encoding)
+        self._count(answer)
+        return answer
+
+    def _count(self, answer: Answer) -> None:
+        if LAYERS in answer.outputs:
+            self.layers[int(answer.outputs[LAYERS])] += 1
 
     def _answers(
         self,
@@ -166,7 +177,7 @@ class TextModel:
         what: str = "texts",
     ) -> Iterator[Answer]:
         """The answers in the order of the texts, as they come; how many were cut is logged."""
-        self.truncated = seen = 0
+        self.truncated, self.layers, seen = 0, Counter(), 0
 
         def encode(window: list[Text]) -> list[Any]:
             nonlocal seen
@@ -177,7 +188,10 @@ class TextModel:
 
         answers = self.engine.stream(texts, encode)
         total = len(texts) if isinstance(texts, Sequence) else None
-        yield from _shown(answers, total, what, show_progress_bar)
+        with closing(_shown(answers, total, what, show_progress_bar)) as shown:
+            for answer in shown:
+                self._count(answer)
+                yield answer
         if self.truncated:
             LOG.info("%d texts were cut to %d tokens", self.truncated, self.max_seq_length)
 
