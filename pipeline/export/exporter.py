@@ -154,6 +154,13 @@ def _with_early_heads(checkpoint: checkpoints.Checkpoint, model: Any) -> checkpo
             f" '{checkpoint.head}'",
             "leave it out, or compile the model with its own head",
         )
+    kind = getattr(checkpoint.model.config, "problem_type", None)
+    if len(checkpoint.labels) < 2 or kind == "multi_label_classification":
+        raise UsageError(
+            f"--exit-threshold is for labels of which one is right, which '{checkpoint.source}' has"
+            " not",
+            "leave it out",
+        )
     family, directory = table.named(checkpoint.family), files.find_directory(str(model))
     return dataclasses.replace(
         checkpoint, exits=early_heads.read(checkpoint.model, family, directory)

@@ -1,7 +1,8 @@
 """Runs a classifier stage by stage, and lets the texts of a batch leave whose answer is sure.
 
 A stage gives the states of some layers, in blocks of tokens, and the logits of the head behind
-them. The texts that stay are packed: their blocks move together, and the next stage sees no others.
+them. The texts that stay are packed: their blocks move together, and the next stage sees no
+others.
 """
 
 from __future__ import annotations

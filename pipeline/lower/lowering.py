@@ -100,7 +100,7 @@ class Lowering(ABC):
         tasks, nonzeros, fallthrough = self.tasks, Counter(self.weights.nonzeros), self.fallthrough
         inputs = {"main": self.inputs}
         for number, stage in enumerate(stages, 1):
-            self._enter(stage.graph, self._forms(stage.graph), stage.states)
+            self._enter(stage.graph, type(self.forms)(stage.graph), stage.states)
             self._function(f"stage_{number}", stage.gives)
             inputs[f"stage_{number}"] = self.inputs
         mod, weights = self.builder.finalize(), self.weights
@@ -182,10 +182,6 @@ class Lowering(ABC):
             self.fallthrough.append(f"{name} ({var.name})")
 
     # What a backend says.
-
-    def _forms(self, graph: Graph) -> Forms:
-        """What the operators of a stage read and write."""
-        return Forms(graph)
 
     @abstractmethod
     def types(self, old: Any, form: Form) -> list[relax.TensorType]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,12 @@ def test_a_model_without_early_heads_has_no_threshold(trained, tmp_path, teacher
         driver.compile(str(teacher), tmp_path / "out", config)
     with pytest.raises(UsageError, match="not for the head 'encoder'"):
         driver.compile(str(trained), tmp_path / "out", config, head="encoder")
+    several = shutil.copytree(trained, tmp_path / "several")
+    labels = json.loads((several / "config.json").read_text())
+    labels["problem_type"] = "multi_label_classification"
+    (several / "config.json").write_text(json.dumps(labels))
+    with pytest.raises(UsageError, match="labels of which one is right"):
+        driver.compile(str(several), tmp_path / "out", config)
     with pytest.raises(UsageError, match="for processors"):
         driver.compile(str(trained), tmp_path / "out", config, target="cuda-sm90")
 
