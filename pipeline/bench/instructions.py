@@ -17,8 +17,8 @@ from pathlib import Path
 
 from bertile.bundle.native_build import COMMAND
 
-FEW, MORE = 1, 5  # calls
-SECONDS = 300  # of a run under valgrind, which takes some 50 times as long as the processor
+FEW, MORE = 1, 2  # calls
+SECONDS = 600  # of a run under valgrind, which may take a thousand times as long as the processor
 
 
 @dataclass(frozen=True)

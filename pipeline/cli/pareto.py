@@ -45,6 +45,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--length", metavar="N", type=positive, default=128, help="tokens of the timed text (128)")
     add("--repeat", metavar="N", type=positive, default=30, help="timed calls of each engine")
     add(
+        "--instructions",
+        action="store_true",
+        help="count those of a text, by perf, or by valgrind, which takes minutes a model",
+    )
+    add(
         "--reference",
         metavar="NAME",
         help="without labels: the point in fp32 that answers are compared with (default: the"
@@ -84,6 +89,7 @@ def run(options: Namespace, progress: Progress) -> Outcome:
         options.length,
         options.repeat,
         options.reference,
+        options.instructions,
     )
     return Outcome(content, as_text(content))
 

@@ -35,6 +35,7 @@ from bertile.report.frontier_times import Times
 from bertile.run.requests import random_inputs
 from bertile.tune.measure import roofline
 
+NOT_COUNTED = "instructions are not counted: ask for it with --instructions"
 AGAINST = ("onnxruntime", "openvino")
 MARKER = "pareto.json"
 PAGE, TABLE, PICTURE = "pareto.html", "pareto.csv", "pareto.svg"
@@ -88,13 +89,15 @@ def write(
     length: int = 128,
     repeat: int = 30,
     reference: str | None = None,
+    count: bool = False,
 ) -> dict[str, Any]:
     """Compile the points, measure all engines in turns, and write a page, its picture and a CSV to
     `output`.
 
     Accuracy is of the texts of `data`, as `datasets.read` takes them; where they have no labels,
     answers are compared with those of the model `reference` (default: the first point) in float32,
-    by ONNX Runtime. Latency is the median of a call of one text of `length` tokens.
+    by ONNX Runtime. Latency is the median of a call of one text of `length` tokens;
+    its instructions are counted where `count` asks for it.
     """
     directories.check(output, MARKER)
     dataset = datasets.read(Path(data))
@@ -105,7 +108,7 @@ def write(
         bundles = _compiled(points, config, directory / "bundles", progress)
         engines, notes = _engines(points, bundles, against, config, progress)
         rows, versions, more = _measured(
-            engines, bundles, dataset, threads, length, repeat, config, progress, reference
+            engines, bundles, dataset, threads, length, repeat, config, progress, reference, count
         )
         content = {
             "rows": rows,
@@ -216,6 +219,7 @@ def _measured(
     config: Config,
     progress: Progress,
     reference: str | None,
+    count: bool,
 ) -> tuple[list[dict[str, Any]], dict[str, str], list[str]]:
     first = next(iter(bundles.values()))
     inputs = random_inputs(loader.read_manifest(first), 1, length)
@@ -234,7 +238,7 @@ def _measured(
             answers[worker.name] = frontier_scores.answers_of(worker, bundles[point.name], dataset)
     wanted = _reference(answers, points, reference) if dataset.labels is None else None
     rows = []
-    counter = instructions.counter()
+    counter = instructions.counter() if count else None
     for name, milliseconds in times.items():
         point, engine = points[name]
         left = frontier_scores.left_at(answers[name].layers, exits[name])
@@ -251,7 +255,9 @@ def _measured(
         }
         rows.append(row)
     shown = {name.rpartition(" / ")[2]: version for name, version in versions.items()}
-    counted = f"instructions are counted by {counter.name}" if counter else instructions.why_not()
+    counted = f"instructions are counted by {counter.name}" if counter else NOT_COUNTED
+    if count and counter is None:
+        counted = instructions.why_not()
     return rows, shown, [*notes, *said, counted]
 
 
