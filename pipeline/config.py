@@ -47,6 +47,7 @@ class ConfigFields(TypedDict, total=False):
     output_attentions: bool
     rename: str | Sequence[str]
     tokenizer: FilePath | None
+    exit_threshold: float | None
     log_dir: FilePath | None
     shipped_log: bool
     cache_dir: FilePath | None
@@ -71,8 +72,9 @@ class Config:
     a checkpoint, which is what computes it then; `output_hidden_states` and `output_attentions` add
     what transformers gives by these names, one output a layer; `rename` gives inputs of an ONNX
     file our names, each as OLD=NEW; `tokenizer` is the directory whose tokenizer and config.json
-    belong to an ONNX file, in place of those beside it; `shipped_log` False leaves out the logs
-    that come with the package. Paths may be `Path`s. `sparse` "always" skips zeros even where
+    belong to an ONNX file, in place of those beside it; `exit_threshold` (0 to 1) is the confidence
+    above which a text leaves at an early head of the checkpoint; `shipped_log` False leaves out the
+    logs that come with the package. Paths may be `Path`s. `sparse` "always" skips zeros even where
     the dense kernel is faster, which is for measuring. `calibrate`, `smooth` (0 to 1), `max_drop`
     (a fraction of the metric: 0.005, or "0.5%") and `eval` are for int8 and int4 alone, `ranges`
     for int8, `group_size` (inputs that share a scale) and `rounding` for int4.
@@ -100,6 +102,7 @@ class Config:
     output_attentions: bool = False
     rename: tuple[str, ...] = ()
     tokenizer: str | None = None
+    exit_threshold: float | None = None
     log_dir: str | None = None
     shipped_log: bool = True
     cache_dir: str | None = None
@@ -332,6 +335,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "output_attentions": _flag,
     "rename": _renamed,
     "tokenizer": _path_of("a directory"),
+    "exit_threshold": _share,
     "log_dir": _path_of("a directory"),
     "shipped_log": _flag,
     "cache_dir": _path_of("a directory"),

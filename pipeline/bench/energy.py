@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 POWERCAP = Path("/sys/class/powercap")
@@ -65,9 +65,9 @@ def _number(path: Path) -> float | None:
     return None
 
 
-def weight_bytes(bundle: Path) -> int:
-    """How many bytes of weights a request of a bundle reads: all but the tables of embeddings, of
-    which it reads a row a token.
+def weight_bytes(bundle: Path, among: Collection[str] | None = None) -> int:
+    """How many bytes of weights a request of a bundle reads, of all or `among` those of some names:
+    all but the tables of embeddings, of which it reads a row a token.
     """
     with (bundle / "params.safetensors").open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
@@ -75,4 +75,8 @@ def weight_bytes(bundle: Path) -> int:
     spans = [
         entry["data_offsets"] + [name] for name, entry in header.items() if name != "__metadata__"
     ]
-    return sum(end - start for start, end, name in spans if "embedding" not in name)
+    return sum(
+        end - start
+        for start, end, name in spans
+        if "embedding" not in name and (among is None or name in among)
+    )

@@ -11,6 +11,7 @@ import numpy as np
 
 from bertile.base.errors import require
 from bertile.bench.engines import Arrays, Engine
+from bertile.loading.exits import leaving_at
 
 COMPILED_SIZES = 256  # of requests, that torch.compile makes code for
 
@@ -29,7 +30,26 @@ def _bertile(engine: Engine, threads: int) -> tuple[Infer, str]:
     from bertile import loader
 
     model = loader.load(engine.source.bundle, threads_of(engine, threads), streams=engine.streams)
-    return lambda inputs: list(model(**inputs).values()), f"Bertile {bertile.__version__}"
+    return Loaded(model), f"Bertile {bertile.__version__}"
+
+
+class Loaded:
+    """Runs a bundle as a whole, as its peers do, until it is told where texts leave early."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        if "exits" in model.manifest:
+            self._own, model.exit_thresholds = model.exit_thresholds, None
+
+    def __call__(self, inputs: Arrays) -> list[np.ndarray]:
+        return list(self._model(**inputs).values())
+
+    def leave_at(self, stage: int | None) -> None:
+        """Let every text leave at a stage of the model, counted from 0; None: where it is as sure
+        as the bundle was compiled for.
+        """
+        exits = self._model.manifest["exits"]
+        self._model.exit_thresholds = self._own if stage is None else leaving_at(stage, exits)
 
 
 def _onnxruntime(engine: Engine, threads: int) -> tuple[Infer, str]:

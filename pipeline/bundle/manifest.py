@@ -49,6 +49,7 @@ def describe(
         "kernels": built.kernels,
         "fallthrough": built.fallthrough,
         "notes": list(exported.notes),
+        **({"exits": exits} if (exits := _exits(graph, built, config)) else {}),
         **({"quantization": quantization} if quantization else {}),
         **({"sparsity": sparsity} if (sparsity := sparse_choice.report(graph.plan)) else {}),
     }
@@ -74,6 +75,25 @@ def _called(graph: Graph) -> dict[str, Any]:
             **({"together": True} if exported.together else {}),
             **({"padded": True} if exported.padded else {}),
         },
+    }
+
+
+def _exits(graph: Graph, built: Built, config: Config) -> dict[str, Any]:
+    """The stages of a model with early heads: behind how many layers each ends, its function, and
+    the places of its weights among all.
+    """
+    places = {name: place for place, name in enumerate(built.params)}
+    return built.stages and {
+        "threshold": config.exit_threshold,
+        "layers": list(graph.exported.exits),
+        "stages": [
+            {
+                "entry": stage.entry,
+                "params": [places[n] for n in stage.weights],
+                "states": stage.states,
+            }
+            for stage in built.stages
+        ],
     }
 
 

@@ -34,6 +34,7 @@ from bertile.loading import (
     command,
     dispatch,
     errors,
+    exits,
     files,
     inputs,
     interface,
@@ -70,6 +71,7 @@ LOADER = (
     *(
         errors,
         memory,
+        exits,
         blocks,
         batch,
         ragged,

@@ -48,6 +48,9 @@ def as_text(summary: dict[str, Any], model: str) -> str:
         "accuracy": summary["check"],
         "kernels": summary["kernels_in_words"],
     }
+    if early := dict(list(summary.get("exits", {}).items())[:-1]):
+        words = (f"{milliseconds:.2f} ms behind layer {n}" for n, milliseconds in early.items())
+        rows["early exits"] = ", ".join(words)
     if summary.get("road"):
         rows["road"] = summary["road"]
     if summary["kernels"].get(ELSEWHERE):

@@ -173,6 +173,13 @@ CONFIG_FLAGS: tuple[Flag, ...] = (
         MODEL,
         "directory of the tokenizer and config.json of an ONNX file (default: where the file is)",
     ),
+    Flag(
+        "--exit-threshold",
+        "0..1",
+        float,
+        MODEL,
+        "let a text leave at an early head of the checkpoint whose confidence is above this",
+    ),
     Flag("--log-dir", "DIR", str, FILES, "your own tuning logs, which are read and written"),
     Flag(
         "--shipped-log", None, bool, FILES, "use the tuning logs that come with Bertile (default)"
@@ -242,6 +249,7 @@ EXPORT_FLAGS = (
     "output-attentions",
     "rename",
     "tokenizer",
+    "exit-threshold",
     "cache-dir",
 )
 

@@ -15,7 +15,7 @@ from bertile.cli.option_lists import positive, words
 
 POINTS = (
     "a model, or what bertile compress has written, with a precision: out/small@int8, or"
-    " NAME=out/small@int8"
+    " NAME=out/small@int8; with early heads also the confidence to leave at: out/early@int8:0.9"
 )
 RECIPES = (
     "recipes to train --model by, joined by +, with a precision: prune-90+distill+int8@int8; may be"
@@ -27,7 +27,7 @@ CONFIG = ("threads", "tune", "log-dir", "shipped-log", "cache-dir", "calibrate",
 def add_arguments(parser: ArgumentParser) -> None:
     """The points, the texts, and how they are measured."""
     add = parser.add_argument
-    add("points", metavar="[NAME=]MODEL[@PRECISION]", nargs="*", help=POINTS)
+    add("points", metavar="[NAME=]MODEL[@PRECISION][:THRESHOLD]", nargs="*", help=POINTS)
     add("-o", "--output", metavar="DIR", required=True, help="the directory to write")
     add(
         "--data",
@@ -44,6 +44,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--length", metavar="N", type=positive, default=128, help="tokens of the timed text (128)")
     add("--repeat", metavar="N", type=positive, default=30, help="timed calls of each engine")
+    add(
+        "--instructions",
+        action="store_true",
+        help="count those of a text, by perf, or by valgrind, which takes minutes a model",
+    )
     add(
         "--reference",
         metavar="NAME",
@@ -84,6 +89,7 @@ def run(options: Namespace, progress: Progress) -> Outcome:
         options.length,
         options.repeat,
         options.reference,
+        options.instructions,
     )
     return Outcome(content, as_text(content))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -40,6 +41,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="write the answers into an .npy, .npz or .jsonl; -: JSON lines on stdout",
     )
     add("--threads", metavar="N", type=positive, help="threads to use (default: all cores)")
+    add(
+        "--exit-threshold",
+        metavar="0..1",
+        type=float,
+        help="how sure a classifier must be of a text that leaves early (default: as compiled)",
+    )
     _add_reading(parser.add_argument_group("the texts").add_argument)
     _add_asking(parser.add_argument_group("what is asked").add_argument)
 
@@ -124,7 +131,7 @@ def run(options: Namespace, progress: Progress) -> Outcome | Stream:
         similarity=options.similarity,
         truncate=not options.no_truncate,
     )
-    model = text.open(options.bundle, options.threads)
+    model = text.open(options.bundle, options.threads, exit_threshold=options.exit_threshold)
     if options.output not in (None, "-"):
         with model:
             return _written(model, items, asked, options.output, progress)
@@ -182,6 +189,7 @@ def _printed(
     from bertile.cli.answers import ask
     from bertile.cli.result_files import as_json as line
 
+    began = time.perf_counter()
     with model:
         items, texts = tee(items)
         answers = ask(model, items, asked)
@@ -197,6 +205,7 @@ def _printed(
                 )
                 yield from running([Column("#", 3, right=True), *answers.columns], numbered)
         _say_cut(model, progress)
+        _say_layers(model, progress, time.perf_counter() - began)
 
 
 def _written(
@@ -213,7 +222,7 @@ def _written(
 
     items, texts = tee(items)
     answers = ask(model, items, asked)
-    written = 0
+    written, began = 0, time.perf_counter()
     with ResultFile(output, answers.form) as file, progress.bar("texts") as bar:
         with closing(_beside(answers, texts)) as pairs:
             for item, answer in pairs:
@@ -221,7 +230,10 @@ def _written(
                 written += 1
                 bar.advance()
     _say_cut(model, progress)
+    _say_layers(model, progress, time.perf_counter() - began)
     result = {"output": output, "texts": written, "cut": model.truncated}
+    if model.layers:
+        result["layers"] = dict(sorted(model.layers.items()))
     return Outcome(result, lines(result))
 
 
@@ -236,6 +248,19 @@ def _record(answers: Answers, item: Item, answer: Any) -> dict[str, Any]:
     """What JSON says of a text: itself, and the answer."""
     said = {"text": item} if isinstance(item, str) else dict(zip(answers.names, item))
     return {**said, **answers.record(answer)}
+
+
+def _say_layers(model: TextModel, progress: Progress, seconds: float) -> None:
+    """How many encoder layers texts went through, where they leave early."""
+    if not model.layers:
+        return
+    total = sum(model.layers.values())
+    parts = [f"layer {n}: {count / total:.1%}" for n, count in sorted(model.layers.items())]
+    mean = sum(n * count for n, count in model.layers.items()) / total
+    progress.say(
+        f"texts left behind {', '.join(parts)}; {mean:.2f} layers and"
+        f" {seconds / total * 1e3:.2f} ms a text, with tokenizing"
+    )
 
 
 def _say_cut(model: TextModel, progress: Progress) -> None:

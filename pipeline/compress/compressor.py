@@ -22,7 +22,6 @@ from bertile.base.errors import UsageError, nearest, require
 from bertile.base.progress import Progress
 from bertile.compress import (
     data,
-    early_exit,
     fake_quant,
     learner,
     masks,
@@ -42,7 +41,7 @@ from bertile.compress.record import FILE as STEPS
 from bertile.compress.rewind import Rewind
 from bertile.compress.tasks import Task, inputs_of
 from bertile.evaluation import metrics
-from bertile.export import files
+from bertile.export import early_heads, files
 from bertile.export.learned_ranges import REPORT
 from bertile.targets import rows
 
@@ -203,8 +202,8 @@ class _Run:
                 self.opened.model, recipe.quantize, observed, self._bf16(), self._steps(split)
             )
         if recipe.early_exit is not None:
-            self.learner.exits = early_exit.heads(
-                self.opened.model, self.opened.family, recipe.early_exit
+            self.learner.exits = early_heads.heads(
+                self.opened.model, self.opened.family, recipe.early_exit.layers
             )
         if self.teacher is not None:
             distillation = recipe.distill or EMBEDDING
@@ -316,8 +315,7 @@ class _Run:
         learner.fold(self.learner)
         learner.write(self.opened, directory)
         if self.learner.exits is not None:
-            model, family = self.opened.model, self.opened.family
-            early_exit.write(self.learner.exits, model, family, directory)
+            early_heads.write(self.learner.exits, directory)
 
     def _batches(self, examples: Sequence[Example], count: int) -> list[dict[str, Any]]:
         """The first texts, in batches."""

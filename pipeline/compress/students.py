@@ -8,6 +8,7 @@ from torch import nn
 
 from bertile.base.errors import UsageError
 from bertile.compress.recipe import Depth
+from bertile.export.encoder_layers import layer_list
 from bertile.families.family import Family
 
 
@@ -45,18 +46,3 @@ def evenly(count: int, wanted: int) -> tuple[int, ...]:
     if wanted == 1:
         return (count - 1,)
     return tuple(round(place * (count - 1) / (wanted - 1)) for place in range(wanted))
-
-
-def layer_list(
-    model: Any, family: Family, other: Any = None
-) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The list that holds a model's encoder layers, and where it hangs, or where it does in
-    another model of the same form. UsageError for a model that has none.
-    """
-    layers = family.encoder_layers(model)
-    first = next(iter(layers[0]))
-    parts = first.removesuffix(f".{family.layers[0]}").split(".")
-    if not parts[-1].isdigit() or len(layers) != model.config.num_hidden_layers:
-        raise UsageError(f"a {family.title} of this form has no list of layers of its own")
-    parent = (other or model).base_model.get_submodule(".".join(parts[:-2]))
-    return parent, parts[-2], getattr(parent, parts[-2])

@@ -27,6 +27,11 @@ def check(model: Any, config: Config) -> None:
     if config.tokenizer is not None:
         _check_tokenizer(Path(config.tokenizer), plain)
         tokenizer_file.check(Path(config.tokenizer))
+    if config.exit_threshold is not None and not _has_early_heads(model):
+        raise UsageError(
+            f"--exit-threshold is for a model with early heads, which '{model}' has not",
+            "train them first: bertile compress MODEL --recipe early-exit",
+        )
     if not isinstance(model, (str, Path)):
         return  # who holds an object has what made it
     if files.is_exported(model):
@@ -62,6 +67,17 @@ def must_agree(described: exported.ExportedModel, source: Any, head: str | None)
             f"'{source}' was exported with the head '{described.head}', not '{head}'",
             "leave --head out, or export the model again with it",
         )
+
+
+def _has_early_heads(model: Any) -> bool:
+    if not isinstance(model, (str, Path)) or str(model).startswith("synthetic:"):
+        return False
+    if files.is_exported(model):
+        return bool(exported.read(Path(model)).exits)
+    if files.is_onnx(model):
+        return False
+    directory = files.local_directory(str(model))
+    return directory is not None and (directory / files.EXITS).is_file()
 
 
 def weight_bytes(model: Any) -> int:

@@ -58,7 +58,8 @@ HEADS = {
 class Checkpoint:
     """A float32 torch model in evaluation mode, with eager attention, that is ours to change.
 
-    `ranges` are those of layers' inputs that it was trained with, see `learned_ranges`.
+    `ranges` are those of layers' inputs that it was trained with, see `learned_ranges`; `exits` are
+    early heads that are compiled with it, see `early_heads`, None for none.
     """
 
     model: Any
@@ -72,6 +73,7 @@ class Checkpoint:
     labels: tuple[str, ...] = ()
     kept: Any = None  # what the files are removed with
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    exits: Any = None
 
 
 def load(

@@ -73,6 +73,8 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
     bar.advance(0, "load the weights")
     allowed = (config.allow_unused, config.trust_remote_code)
     checkpoint = checkpoints.load(model, config.head, *allowed)
+    if config.exit_threshold is not None:
+        checkpoint = _with_early_heads(checkpoint, model)
     bar.advance(note="run it in torch")
     family = table.named(checkpoint.family)
     failure = explained(f"'{checkpoint.source}' cannot be exported", family.hindrance)
@@ -83,6 +85,7 @@ def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedMo
         # before anything of the model is changed
         learned = learned_ranges.fix(checkpoint.model, checkpoint.ranges, checkpoint.source)
         exported, want = _answers(checkpoint, exported, _asked_layers(config))
+        exported = _with_exits(exported, checkpoint)
         module = _module(checkpoint, exported)
         module.additive = family.own and _takes_additive(module, exported)
         _must_answer_alike(module, want, exported)
@@ -144,6 +147,39 @@ def _describe(checkpoint: checkpoints.Checkpoint, directory: Path) -> ExportedMo
         labels=checkpoint.labels,
         notes=checkpoint.notes,
     )
+
+
+def _with_early_heads(checkpoint: checkpoints.Checkpoint, model: Any) -> checkpoints.Checkpoint:
+    from bertile.export import early_heads  # imports torch, which only this stage needs
+
+    if checkpoint.head != "sequence-classification":
+        raise UsageError(
+            f"--exit-threshold is for texts that are classified, not for the head"
+            f" '{checkpoint.head}'",
+            "leave it out, or compile the model with its own head",
+        )
+    kind = getattr(checkpoint.model.config, "problem_type", None)
+    if len(checkpoint.labels) < 2 or kind == "multi_label_classification":
+        raise UsageError(
+            f"--exit-threshold is for labels of which one is right, which '{checkpoint.source}' has"
+            " not",
+            "leave it out",
+        )
+    family, directory = table.named(checkpoint.family), files.find_directory(str(model))
+    return dataclasses.replace(
+        checkpoint, exits=early_heads.read(checkpoint.model, family, directory)
+    )
+
+
+def _with_exits(exported: ExportedModel, checkpoint: checkpoints.Checkpoint) -> ExportedModel:
+    """The same with the outputs of early heads, where there are such."""
+    if checkpoint.exits is None:
+        return exported
+    layers = [head.layers for head in checkpoint.exits]
+    exits = (*layers, checkpoint.model.config.num_hidden_layers)
+    exported = dataclasses.replace(exported, exits=exits)
+    outputs = (*exported.outputs, *exported.early_outputs)
+    return dataclasses.replace(exported, outputs=outputs)
 
 
 def _vocabulary(model: Any) -> int | None:

@@ -25,6 +25,7 @@ _CONFIG_FILES = (
 )
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+EXITS = "exits.safetensors"  # early heads of a classifier, see `early_heads`
 
 
 def find_directory(model: str) -> Path:

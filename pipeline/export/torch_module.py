@@ -26,6 +26,7 @@ from bertile.export.sentence_modules import (
 from bertile.families import embeddings, table, text_settings
 from bertile.families.family import has_places
 from bertile.loader import BOXES, SIDES
+from bertile.onnx.exported import EXITS
 from bertile.onnx.masks import MASKED
 
 # By their names in a config: classes are renamed between releases of transformers.
@@ -50,7 +51,9 @@ class Exportable(nn.Module):
         self.beside = nn.ModuleList(map(_OfTokens, files))
         self.inputs = inputs
         self.outputs = outputs
-        names = {name.partition(".")[0] for name in outputs if "." in name}
+        self.exits = checkpoint.exits
+        names = {name.partition(".")[0] for name in outputs if "." in name} - {EXITS}
+        names |= set() if self.exits is None else {"hidden_states"}
         self.layers = {f"output_{name}": True for name in sorted(names)}
         self.additive = True
         self.padding_id = table.named(checkpoint.family).padding_id(self.model)
@@ -83,8 +86,11 @@ class Exportable(nn.Module):
         if self.embedding is not None:
             beside = (head(results.last_hidden_state, mask) for head in self.beside)
             return (self.embedding(results, mask), *beside)
-        results = flat(results)
-        return tuple(results[name] for name in self.outputs)
+        answers = flat(results)
+        for head in self.exits or ():
+            inputs = {"input_ids": input_ids, **keywords}
+            answers[f"{EXITS}.{head.layers}"] = head(results["hidden_states"], inputs)
+        return tuple(answers[name] for name in self.outputs)
 
 
 def flat(results: Any) -> dict[str, Tensor]:
@@ -110,6 +116,15 @@ def with_boxes(arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     right, bottom = (torch.where(b > a, b, a) for a, b in ((left, right), (top, bottom)))
     boxes = torch.stack([left, top, right, bottom], -1)
     return {**{n: v for n, v in arguments.items() if n not in SIDES}, BOXES: boxes}
+
+
+def _simplify_gelu(module: nn.Module) -> None:
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, _BY_TANH):
+                setattr(parent, name, nn.GELU(approximate="tanh"))
+            elif isinstance(child, activations.GELUActivation):
+                setattr(parent, name, nn.GELU())
 
 
 def _positions_after(padding_id: int, ids: Tensor) -> Tensor:
@@ -256,12 +271,8 @@ def weigh(logits: Tensor, mask: Tensor, step: Splade) -> Tensor:
 
 def _simplify(model: nn.Module, checkpoint: Checkpoint, has_types: bool) -> tuple[str, ...]:
     """Replace, in place, modules whose export would hide what they compute; return notes."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, _BY_TANH):
-                setattr(parent, name, nn.GELU(approximate="tanh"))
-            elif isinstance(child, activations.GELUActivation):
-                setattr(parent, name, nn.GELU())
+    for module in (model, *(checkpoint.exits or ())):
+        _simplify_gelu(module)
     family, base = table.named(checkpoint.family), model.base_model
     if checkpoint.head == "embedding" and hasattr(base, "pooler"):
         base.pooler = None

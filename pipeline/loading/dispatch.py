@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from types import ModuleType
 import numpy as np
 
 from bertile.loading.errors import BundleError, PlatformError
+from bertile.loading.exits import thresholds
 from bertile.loading.files import check_files
 from bertile.loading.interface import check_interface, interface
 from bertile.loading.manifest import CUDA, LIBRARY, WEIGHTS, read_manifest
@@ -31,6 +33,7 @@ def load(
     verify: bool = True,
     device: int = 0,
     streams: int | None = None,
+    exit_threshold: float | Sequence[float] | None = None,
 ) -> Model:
     """Load the bundle in `directory`; one for a GPU gives a `cuda_loader.Model`.
 
@@ -38,12 +41,14 @@ def load(
     `device` the number of the GPU; `verify` compares the hash of every file with the manifest.
     `streams` is how many calls run at once (default: one; several on a GPU), each on `threads`
     cores and with buffers of its own: two of one thread answer more short requests a second than
-    one of two.
+    one of two. `exit_threshold` is the confidence above which a text leaves at an early head, for
+    all heads or for each (default: what the bundle was compiled with); 1 lets none leave.
     Raises BundleError for a damaged bundle, PlatformError for one that this machine cannot run,
-    InputError for a wrong `threads`, `streams` or `device`.
+    InputError for a wrong `threads`, `streams`, `device` or `exit_threshold`.
     """
     root = Path(directory)
     manifest = read_manifest(root)
+    limits = thresholds(exit_threshold, manifest.get("exits"))
     if manifest["target"]["arch"] == CUDA:
         chosen = {} if streams is None else {"streams": streams}
         return _cuda_loader().load(root, device, verify=verify, **chosen)
@@ -55,14 +60,16 @@ def load(
     with outside:
         runtime = open_runtime(root, manifest["files"])
         params = _tensors(runtime, data, places)
-        model = Model(runtime, manifest, files[LIBRARY], params, count, stream_count(streams))
+        model = Model(
+            runtime, manifest, files[LIBRARY], params, count, stream_count(streams), limits
+        )
     wanted = interface(manifest, described(manifest["params"], places))
     try:
         check_interface(model.interface, wanted, files[LIBRARY])
     except BundleError:
         model.close()
         raise
-    again = {"verify": verify, "streams": streams}
+    again = {"verify": verify, "streams": streams, "exit_threshold": exit_threshold}
     model.loaded_by = functools.partial(load, root.absolute(), threads, **again)
     return model
 

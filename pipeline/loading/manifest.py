@@ -81,6 +81,8 @@ def _check_manifest(manifest: dict) -> None:
             raise TypeError(f"'{key}' is no {kind.__name__}")
     if not isinstance(manifest.get("text", {}), dict):
         raise TypeError("'text' is no dict")
+    if "exits" in manifest:
+        _check_exits(manifest["exits"], len(manifest["params"]))
     target = manifest["target"]
     words = target["features"]
     if not isinstance(words, list) or not _are_texts([target["arch"], *words]):
@@ -102,6 +104,21 @@ def _check_manifest(manifest: dict) -> None:
     for spec in manifest["files"].values():
         if type(spec["bytes"]) is not int or not isinstance(spec["sha256"], str):
             raise TypeError("'files' lacks sizes or hashes")
+
+
+def _check_exits(exits: dict, params: int) -> None:
+    """A number of layers and a function for each head, with places among the weights."""
+    threshold, layers, stages = exits["threshold"], exits["layers"], exits["stages"]
+    right = threshold is None or (type(threshold) in (int, float) and 0 <= threshold <= 1)
+    if not right or len(layers) != len(stages) or not stages:
+        raise TypeError("'exits' are not described as they should be")
+    for count, stage in zip(layers, stages):
+        places = stage["params"]
+        counted = (count, stage["states"], *places)
+        if not isinstance(stage["entry"], str) or not all(type(n) is int for n in counted):
+            raise TypeError("a stage of 'exits' is not described as it should be")
+        if min(counted) < 0 or max(places, default=0) >= params:
+            raise ValueError("a stage of 'exits' has weights that there are not")
 
 
 def _check_limits(model: dict, static: dict) -> None:

@@ -12,6 +12,7 @@ from bertile.loading.about import Bundled, padding_id
 from bertile.loading.again import load_again
 from bertile.loading.batch import Planner
 from bertile.loading.errors import AGAIN, BertileError, BundleError
+from bertile.loading.exits import LAYERS, Thresholds
 from bertile.loading.inputs import check_inputs, filled
 from bertile.loading.interface import INTERFACE
 from bertile.loading.padding import check_outputs, cut
@@ -37,24 +38,28 @@ class Model(Bundled):
         params: list[Object],
         threads: int,
         streams: int = 1,
+        exit_thresholds: Thresholds | None = None,
     ) -> None:
-        self.manifest = manifest
+        self.manifest, self._exits = manifest, manifest.get("exits")
         self.inputs = tuple(spec["name"] for spec in manifest["inputs"])
-        self.outputs = tuple(spec["name"] for spec in manifest["outputs"])
         self.max_length = manifest["model"]["max_length"]
         self.threads = threads
         self.pass_blocks = PASS_BLOCKS * threads  # of tokens; what is more takes several passes
+        self.exit_thresholds = exit_thresholds
         self.loaded_by, self._padding_id = None, padding_id(manifest)
         self._planner = Planner(manifest["static"], "attention_mask" not in self.inputs)
         self._runtime, entry = runtime, manifest["entry"]
         dtypes = [spec["dtype"] for spec in manifest["inputs"]]
         try:
             module = _open_library(runtime, library)
+            stages = self._stages(params)
             self._streams = [
-                Stream(runtime, module, entry, dtypes, params, threads) for _ in range(streams)
+                Stream(runtime, module, entry, dtypes, params, threads, stages)
+                for _ in range(streams)
             ]
             blocks = 1  # which is an input too
-            self._check_arity(entry, len(dtypes) + blocks + len(params))
+            for name, weights, states in ((entry, params, 0), *stages):
+                self._check_arity(name, len(dtypes) + blocks + states + len(weights))
             # what the library says of itself; None: that of an older Bertile says nothing
             self.interface: str | None = self._ask(INTERFACE)
         except BertileError as error:
@@ -80,16 +85,16 @@ class Model(Bundled):
             checked[s["name"]] if s["name"] in checked else filled(s["default"], shape)
             for s in specs
         ]
-        pieces = []
+        specs, pieces = self._specs, []
         for first, count, room, table in batch.passes:
             rows = [v if isinstance(v, int) else v[first : first + count] for v in values]
             pieces.append(self._run(rows, table, (count, shape[1]), room))
-            check_outputs(pieces[-1], self.manifest["outputs"], room)
+            check_outputs(pieces[-1], specs, room)
         if batch.whole:
             return dict(zip(self.outputs, pieces[0]))
         return {
             spec["name"]: cut(spec["axes"], [piece[i] for piece in pieces], shape[1], batch.ends)
-            for i, spec in enumerate(self.manifest["outputs"])
+            for i, spec in enumerate(specs)
         }
 
     def beside(self, streams: int, threads: int = 1) -> Model:
@@ -100,8 +105,11 @@ class Model(Bundled):
         if self.closed:
             raise BertileError("the model is closed", "load the bundle again")
         _, params = self._held
+        limits = self.exit_thresholds
         with outside:
-            return Model(self._runtime, self.manifest, self._library, params, threads, streams)
+            return Model(
+                self._runtime, self.manifest, self._library, params, threads, streams, limits
+            )
 
     def close(self) -> None:
         """Give back the library and the weights; a later call raises BertileError."""
@@ -124,6 +132,24 @@ class Model(Bundled):
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._streams[0].closed
+
+    @property
+    def exit_thresholds(self) -> Thresholds | None:
+        """The confidence above which a text leaves, of each early head; None: all run to the end.
+
+        With it the outputs are the logits by which each text left, and LAYERS, how many encoder
+        layers that took; without, the logits of every head. To be set between two calls.
+        """
+        return self._limits
+
+    @exit_thresholds.setter
+    def exit_thresholds(self, limits: Thresholds | None) -> None:
+        outputs = self.manifest["outputs"]
+        self._limits, self._specs = limits, outputs
+        if limits is not None:
+            taken = {"name": LAYERS, "dtype": "int64", "axes": ["batch"]}
+            self._specs = [outputs[0], taken]
+        self.outputs = tuple(spec["name"] for spec in self._specs)
 
     def _place(self) -> str:
         return f"{self.threads} thread{'s' * (self.threads != 1)}"
@@ -148,7 +174,15 @@ class Model(Bundled):
         stream = self._streams[0]
         if len(self._streams) > 1:
             stream = min(self._streams, key=Stream.backlog)
-        return stream.run(values, blocks, shape, room, len(self.outputs))
+        if self.exit_thresholds is None:
+            return stream.run(values, blocks, shape, room, len(self.outputs))
+        left = stream.run_stages(values, blocks, shape, self.exit_thresholds)
+        return [left.logits, np.take(self._exits["layers"], left.stages)]
+
+    def _stages(self, params: list[Object]) -> list[tuple[str, list[Object], int]]:
+        """Of each stage its function, its weights, and how many states it takes."""
+        stages = self._exits["stages"] if self._exits else ()
+        return [(s["entry"], [params[i] for i in s["params"]], s["states"]) for s in stages]
 
 
 def _open_library(runtime: Runtime, path: Path) -> Object:

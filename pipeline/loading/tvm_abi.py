@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 
 import numpy as np
@@ -151,8 +152,8 @@ class Runtime:
         return None if result.kind == _NONE else result.value.integer
 
     def tensor(self, array: np.ndarray) -> Object:
-        """Return a tensor on the memory of an aligned, contiguous integer array."""
-        code = {"i": 0, "u": 1}[array.dtype.kind]
+        """Return a tensor on the memory of an aligned, contiguous array of numbers."""
+        code = {"i": 0, "u": 1, "f": 2}[array.dtype.kind]
         return self.tensor_at(array, array.shape, code, array.itemsize * 8)
 
     def tensor_at(self, memory: np.ndarray, shape, code: int, bits: int) -> Object:
@@ -173,14 +174,26 @@ class Runtime:
 
     def arrays(self, result: Object, count: int) -> list[np.ndarray]:
         """Copy the tensors of a TVM array, which must be `count`, into new numpy arrays."""
+        items = self._items(result)
+        if len(items) != count:
+            raise BundleError(
+                f"the library gives {len(items)} outputs, the manifest names {count}", AGAIN
+            )
+        return [_copy(item) for item in items]
+
+    def views(self, result: Object) -> list[np.ndarray]:
+        """Return numpy arrays on the memory of the tensors of a TVM array, which they keep."""
+        return [_view(item, result) for item in self._items(result)]
+
+    def _items(self, result: Object) -> list[DLTensor]:
+        """The tensors of a TVM array, which live as long as it does."""
         if not isinstance(result, Object) or result.kind != _ARRAY:
             raise BundleError("the library gives no list of outputs", AGAIN)
         listed = _Sequence.from_address(result.handle + _HEADER)
-        if listed.size != count:
-            raise BundleError(
-                f"the library gives {listed.size} outputs, the manifest names {count}", AGAIN
-            )
-        return [_copy(listed.items[number]) for number in range(count)]
+        items = [listed.items[number] for number in range(listed.size)]
+        if any(item.kind != _TENSOR for item in items):
+            raise BundleError("the library gives an output that is no tensor", AGAIN)
+        return [DLTensor.from_address(item.value.pointer + _HEADER) for item in items]
 
     def resize_pool(self, threads: int) -> None:
         """Give the calling thread a pool of `threads` threads, or shrink the one it has."""
@@ -227,10 +240,16 @@ def _text(owner: Object, skip: int = 0) -> str:
     return ctypes.string_at(text.data, text.size).decode(errors="replace")
 
 
-def _copy(item: _Any) -> np.ndarray:
-    if item.kind != _TENSOR:
-        raise BundleError("the library gives an output that is no tensor", AGAIN)
-    source = DLTensor.from_address(item.value.pointer + _HEADER)
+def _view(source: DLTensor, owner: Object) -> np.ndarray:
+    shape, dtype = tuple(source.shape[: source.rank]), _DTYPES_OF[source.code, source.bits]
+    memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(
+        source.data + source.offset
+    )
+    memory.keep = owner
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def _copy(source: DLTensor) -> np.ndarray:
     out = np.empty(tuple(source.shape[: source.rank]), _DTYPES_OF[source.code, source.bits])
     ctypes.memmove(address_of(out), source.data + source.offset, out.nbytes)
     return out

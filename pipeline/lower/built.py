@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from bertile.base import machine
 from bertile.loader import LIBRARY
+from bertile.lower.stages import StageEntry
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 
@@ -17,7 +19,8 @@ from bertile.schedules.task import Task
 @dataclass(frozen=True)
 class Built:
     """The code of a bundle by the names of its files, the weights it wants, and where each kernel
-    came from; `versions` of what has compiled it beside TVM.
+    came from; `versions` of what has compiled it beside TVM. `stages` are the functions that
+    run the model piece by piece.
     """
 
     files: dict[str, Path]
@@ -25,6 +28,7 @@ class Built:
     kernels: list[dict[str, Any]]
     fallthrough: list[str]
     versions: dict[str, str] = field(default_factory=dict)
+    stages: Sequence[StageEntry] = ()
 
     @property
     def library(self) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from bertile.lower.dense_weights import Arrays, narrowing
 from bertile.lower.form import FP32, Form
 from bertile.lower.forms import Forms
 from bertile.lower.packed_weights import PackedWeights
+from bertile.lower.stages import Stage, StageEntry
 from bertile.schedules import schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
@@ -44,7 +45,8 @@ class Lowered:
 
     ``kernels`` are those of a GPU, by their names; those of a CPU are functions of ``mod``.
     ``nonzeros`` counts the lanes of the weights that all calls of a sparse task read together,
-    ``fallthrough`` are operators that no schedule of ours covers, as Relax names them.
+    ``fallthrough`` are operators that no schedule of ours covers, as Relax names them. ``stages``
+    are the functions beside main; the counts are of main alone.
     """
 
     mod: tvm.IRModule
@@ -53,6 +55,7 @@ class Lowered:
     nonzeros: Counter[Task]
     fallthrough: list[str]
     kernels: Mapping[str, Any] = field(default_factory=dict)
+    stages: Sequence[StageEntry] = ()
 
 
 def tasks(forms: Forms) -> Counter[Task]:
@@ -64,25 +67,60 @@ class Lowering(ABC):
     """Walks one graph and calls kernels; a backend says how values lie and kernels are called."""
 
     def __init__(self, graph: Graph, forms: Forms, row: Target, choose: Choice) -> None:
-        self.graph, self.row, self.choose = graph, row, choose
+        self.whole, self.row, self.choose = graph, row, choose
         self.schedules = schedules_for(row)
-        self.forms, self.flow = forms, forms.flow
         self.builder = relax.BlockBuilder()
-        self.inputs = list(graph.main.params[: int(graph.main.attrs["num_input"])])
-        self.table = next(p for p in self.inputs if p.name == TABLE)
         self.weights = PackedWeights(row)
-        self.constants = itertools.count()  # constants have no names of their own
-        self.rows: dict[relax.Var, Any] = {p: p for p in self.inputs}  # old variable → row-major
-        self.lanes: dict[
-            tuple[relax.Var, Form], list[Any]
-        ] = {}  # old variable, form → as kernels read it
-        self.shared: dict[Any, Any] = {}  # masks, biases and weights that several layers share
+        self.constants: dict[Any, str] = {}  # which have no names of their own
         self.kernels: dict[Task, Any] = {}  # what the backend calls, made at a task's first use
+        self._enter(graph, forms)
+
+    def _enter(self, graph: Graph, forms: Forms, states: Sequence[relax.Var] = ()) -> None:
+        """Begin with a function; `states` are those of its inputs that come in lanes."""
+        self.graph, self.forms, self.flow = graph, forms, forms.flow
+        inputs = list(graph.main.params[: int(graph.main.attrs["num_input"])])
+        self.table = next(p for p in inputs if p.name == TABLE)
+        handed = {p: relax.Var(p.name, self.types(p, FP32)[0]) for p in states}
+        self.inputs = [handed.get(p, p) for p in inputs]
+        # old variable → row-major
+        self.rows: dict[relax.Var, Any] = {p: p for p in inputs if p not in handed}
+        # old variable, form → as kernels read it
+        self.lanes: dict[tuple[relax.Var, Form], list[Any]] = {
+            (old, FP32): [new] for old, new in handed.items()
+        }
+        self.shared: dict[Any, Any] = {}  # masks, biases and weights that several layers share
         self.tasks: Counter[Task] = Counter()
         self.fallthrough: list[str] = []
 
-    def run(self) -> Lowered:
-        with self.builder.function("main", self.inputs):
+    def run(self, stages: Sequence[Stage] = ()) -> Lowered:
+        """The whole graph as the function "main", and its stages as functions beside it, on the
+        same weights.
+        """
+        self._function("main")
+        tasks, nonzeros, fallthrough = self.tasks, Counter(self.weights.nonzeros), self.fallthrough
+        inputs = {"main": self.inputs}
+        for number, stage in enumerate(stages, 1):
+            self._enter(stage.graph, type(self.forms)(stage.graph), stage.states)
+            self._function(f"stage_{number}", stage.gives)
+            inputs[f"stage_{number}"] = self.inputs
+        mod, weights = self.builder.finalize(), self.weights
+        for name, func in self.whole.mod.functions.items():
+            if name.name_hint != "main":  # the importer wrote some operators (Clip) as loops
+                mod[name] = func
+        mod["main"] = _called(mod, "main", inputs.pop("main"), weights.variables.values())
+        entries = []
+        for stage, (name, own) in zip(stages, inputs.items()):
+            free = set(relax.analysis.free_vars(mod[name]))
+            used = [var for var in weights.variables.values() if var in free]
+            # a module has no variable twice
+            mod[name] = relax.utils.copy_with_new_vars(_called(mod, name, own, used))
+            entries.append(StageEntry(name, len(stage.states), [var.name for var in used]))
+        kernels = {task.name: kernel for task, kernel in self.kernels.items()}
+        return Lowered(mod, weights.values, tasks, nonzeros, fallthrough, kernels, entries)
+
+    def _function(self, name: str, states: int = 0) -> None:
+        """Write the function that was entered; the first of its results are states, in lanes."""
+        with self.builder.function(name, self.inputs):
             with self.builder.dataflow():
                 for binding in self.flow.bindings:
                     self._binding(binding.var, binding.value)
@@ -92,20 +130,10 @@ class Lowering(ABC):
                     if isinstance(result, relax.Tuple)
                     else [self.graph.main.body.body]
                 )
-                output = self.builder.emit_output(relax.Tuple([self._row_major(f) for f in fields]))
+                values = [self._in_lanes(field) for field in fields[:states]]
+                values += [self._row_major(field) for field in fields[states:]]
+                output = self.builder.emit_output(relax.Tuple(values))
             self.builder.emit_func_output(output)
-        mod = self.builder.finalize()
-        for name, func in self.graph.mod.functions.items():
-            if name.name_hint != "main":  # the importer wrote some operators (Clip) as loops
-                mod[name] = func
-        main = mod["main"]
-        params = [*self.inputs, *self.weights.variables.values()]
-        mod["main"] = relax.Function(params, main.body, main.ret_ty, True).with_attr(
-            {"global_symbol": "main", "num_input": len(self.inputs)}
-        )
-        weights = self.weights
-        kernels = {task.name: kernel for task, kernel in self.kernels.items()}
-        return Lowered(mod, weights.values, self.tasks, weights.nonzeros, self.fallthrough, kernels)
 
     def _binding(self, var: relax.Var, value: Any) -> None:
         if operator := operators.of(value):
@@ -253,4 +281,12 @@ class Lowering(ABC):
         weight = self.flow.definition(old)
         if isinstance(weight, relax.Var):
             return weight.name, self.graph.params[weight.name]
-        return f"constant_{next(self.constants)}", weight.value.numpy()
+        name = self.constants.setdefault(weight, f"constant_{len(self.constants)}")
+        return name, weight.value.numpy()
+
+
+def _called(mod: Any, name: str, inputs: Sequence[relax.Var], weights: Iterable[relax.Var]) -> Any:
+    """A function of a module with weights as parameters behind its inputs."""
+    func = mod[name]
+    attrs = {"global_symbol": name, "num_input": len(inputs)}
+    return relax.Function([*inputs, *weights], func.body, func.ret_ty, True).with_attr(attrs)

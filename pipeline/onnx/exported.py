@@ -21,6 +21,7 @@ DEFAULTS = {"input_ids": None, **NEUTRAL, **dict.fromkeys(SIDES, "zeros")}
 
 
 MARKER = "export.json"
+EXITS = "exits"  # an early head's output is called exits.2: it is behind two encoder layers
 UNKNOWN = "unknown"  # the family of an ONNX file that nothing beside it tells, and its head
 
 
@@ -43,9 +44,11 @@ class ExportedModel:
 
     `together` says that outputs depend on other rows of the batch, which is computed at once then.
     `padded` says that they depend on what stands at masked positions, which are computed then.
-    `max_length` counts the tokens that a sequence may have, which for RoBERTa is less than the
-    rows of its position table. `notes` are for people: what was found, changed or measured. `text`
-    says how texts become ids and answers; `tokenizer.json` is set by it.
+    `exits` are the encoder layers behind which there are logits, the last those of the whole model;
+    () of a model without early heads. `max_length` counts the tokens that a sequence may have,
+    which for RoBERTa is less than the rows of its position table. `notes` are for people: what was
+    found, changed or measured. `text` says how texts become ids and answers; `tokenizer.json` is
+    set by it.
     """
 
     directory: Path
@@ -57,12 +60,18 @@ class ExportedModel:
     inputs: tuple[InputSpec, ...]
     outputs: tuple[str, ...]
     labels: tuple[str, ...] = ()
+    exits: tuple[int, ...] = ()
     batch: int | None = None
     length: int | None = None
     together: bool = False
     padded: bool = False
     notes: tuple[str, ...] = ()
     text: TextSettings = field(default_factory=TextSettings)
+
+    @property
+    def early_outputs(self) -> tuple[str, ...]:
+        """The names of the outputs of early heads, one for each of `exits` but the last."""
+        return tuple(f"{EXITS}.{layers}" for layers in self.exits[:-1])
 
     @property
     def onnx_path(self) -> Path:
@@ -85,6 +94,7 @@ class ExportedModel:
         values["inputs"] = tuple(InputSpec(**spec) for spec in values["inputs"])
         for name in ("outputs", "labels", "notes"):
             values[name] = tuple(values[name])
+        values["exits"] = tuple(values.get("exits", ()))  # an older version's export has none
         if "text" in values:
             values["text"] = TextSettings.from_json(values["text"])
         else:  # an older version's export, whose files say it

@@ -150,7 +150,8 @@ def _giving(graph: Graph, seen: Iterable[relax.Var]) -> Graph:
     blocks[-1] = type(blocks[-1])([*blocks[-1].bindings, binding])
     body = relax.SeqExpr(blocks, result)
     function = relax.Function(main.params, body, result.ty, True, main.attrs)
-    return dataclasses.replace(graph.with_main(normalized(function)), plan={})
+    exported = dataclasses.replace(graph.exported, exits=())  # all at once
+    return dataclasses.replace(graph.with_main(normalized(function)), plan={}, exported=exported)
 
 
 def _ignore(_text: str) -> None:

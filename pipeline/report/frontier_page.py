@@ -16,6 +16,9 @@ WIDTH, HEIGHT = 960, 470
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 18, 46
 SHAPES = {"bertile": "circle", "onnxruntime": "square", "openvino": "triangle"}
 NAMES = {"bertile": "Bertile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_LIGHT = (
+    "svg { --ink: #1c2330; --soft: #5d6778; --line: #dde1e8; --main: #1f6feb; --warm: #c2570c; }"
+)
 MORE = """
 .frontier { fill: none; stroke: var(--main); stroke-width: 2; }
 .bertile { fill: var(--main); stroke: var(--main); } .onnxruntime { fill: var(--warm);
@@ -37,6 +40,16 @@ def html(content: Mapping[str, Any]) -> str:
         f"<style>{STYLE}{MORE}</style></head>\n<body>\n<h1>{title}</h1>\n"
         f"{chr(10).join(body)}\n</body></html>\n"
     )
+
+
+def svg(content: Mapping[str, Any]) -> str:
+    """The picture alone, on white, as a file that any page can show."""
+    font = "font: 11px system-ui, 'DejaVu Sans', sans-serif; fill: var(--soft);"
+    style = f"<style>{_LIGHT} text {{ {font} }} .axis {{ stroke: var(--line); }} {MORE}</style>"
+    paper = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>'
+    head, _, rest = _svg(content).partition(">")
+    size = f' xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}"'
+    return f"{head}{size}>{style}{paper}{rest}\n"
 
 
 def best(rows: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -65,6 +78,11 @@ def _facts(content: Mapping[str, Any]) -> str:
 
 
 def _picture(content: Mapping[str, Any]) -> str:
+    caption = "The line joins what no other point beats in both."
+    return f"<figure>{_svg(content)}<figcaption>{caption}</figcaption></figure>"
+
+
+def _svg(content: Mapping[str, Any]) -> str:
     rows = content["rows"]
     x_ticks = _powers(min(r["median_ms"] for r in rows), max(r["median_ms"] for r in rows))
     low, high = _ends(min(r["low"] for r in rows), max(r["high"] for r in rows))
@@ -101,11 +119,8 @@ def _picture(content: Mapping[str, Any]) -> str:
             parts.append(_mark(shape, kind, right + 20, top))
             parts.append(_text(right + 32, top + 4, NAMES[kind], "start"))
     label = escape(f"{content['metric']} against milliseconds of {len(rows)} points", quote=True)
-    return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
-        f"{''.join(parts)}</svg><figcaption>The line joins what no other point beats in both."
-        "</figcaption></figure>"
-    )
+    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+    return f"{head}{''.join(parts)}</svg>"
 
 
 def _names(
@@ -155,6 +170,7 @@ def _table(content: Mapping[str, Any]) -> str:
     base = ours[0] if ours else rows[0]
     names = ("model", "engine", "precision", str(content["metric"]), "95% interval", "against fp32")
     names += ("ms", "of fp32's time", "joules", "MB of weights", "million multiply-adds")
+    names += ("million instructions", "left behind")
     head = "".join(
         f'<th class="{"n" if place > 2 else ""}">{escape(name)}</th>'
         for place, name in enumerate(names)
@@ -173,11 +189,14 @@ def _table(content: Mapping[str, Any]) -> str:
             _cell(_known(row["joules"], 1, "{:.3f}")),
             _cell(_known(row["weight_bytes"], 1e6, "{:.2f}")),
             _cell(_known(row["multiply_adds"], 1e6, "{:.0f}")),
+            _cell(_known(row["instructions"], 1e6, "{:.0f}")),
+            _cell(row["left"]),
         ]
         body.append(f'<tr class="{"best" if place in front else ""}">{"".join(cells)}</tr>')
     text = (
-        "<p>Bold: on the frontier. Against fp32: points of 100. Joules, weights and multiply-adds"
-        " are of one text.</p>"
+        "<p>Bold: on the frontier. Against fp32: points of 100. Joules, weights, multiply-adds"
+        " and instructions are of one text. Of a model whose texts leave early, time and weights"
+        " are the mean over the texts that it was evaluated on, by the head at which each left.</p>"
     )
     return (
         f'<h2>Every point</h2>{text}<div class="wide"><table><thead><tr>{head}</tr></thead>'

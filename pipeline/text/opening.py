@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from bertile import loader
@@ -32,18 +33,20 @@ def open(
     streams: int | None = None,
     verify: bool = True,
     device: int = 0,
+    exit_threshold: float | Sequence[float] | None = None,
 ) -> TextModel:
     """Open the bundle in `directory` for texts: an Embedder, Classifier, Tagger, Answerer, Filler
     or Featurizer, by the head that it was compiled with.
 
     `threads` is how many cores it may use (default: all that this process may run on). Lists are
     run by `streams` at once, of one thread each (default: one a core); a single text has all cores.
-    A bundle for GPUs runs on that of number `device`.
+    A bundle for GPUs runs on that of number `device`. `exit_threshold` is as `bertile.load` has it.
     `verify` compares the hash of every file with the manifest. Raises what `bertile.load` raises,
     InputError for a head that gives no answer to a text, BundleError for a tokenizer that is
     missing or cannot be read.
     """
-    model = loader.load(directory, threads, verify=verify, device=device)
+    chosen = {"verify": verify, "device": device, "exit_threshold": exit_threshold}
+    model = loader.load(directory, threads, **chosen)
     head = model.manifest["model"]["head"]
     if head not in KINDS:
         model.close()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -14,6 +16,7 @@ from bertile.base.progress import Progress
 from bertile.families import text_settings
 from bertile.families.text_settings import USUAL_PROMPTS
 from bertile.loader import Model
+from bertile.loading.exits import LAYERS
 from bertile.text.engine import Answer, Engine
 from bertile.text.tokens import LONGER, Ids, Text, TextTokenizer, max_tokens
 
@@ -34,10 +37,19 @@ class Steps(NamedTuple):
 
 
 class Call:
-    """How many texts of a call are `cut`; a thread that tokenizes counts for the one that asked."""
+    """How many texts of a call are `cut`; a thread that tokenizes counts for the one that asked.
+
+    `layers` counts, of a bundle whose texts leave early, texts by the encoder layers that they went
+    through.
+    """
 
     def __init__(self) -> None:
-        self.cut = 0
+        self.cut, self.layers = 0, Counter[int]()
+
+    def count(self, answer: Answer) -> None:
+        """Say of an answer through how many layers it went, where that is known."""
+        if LAYERS in answer.outputs:
+            self.layers[int(answer.outputs[LAYERS])] += 1
 
 
 class TextModel:
@@ -67,8 +79,19 @@ class TextModel:
     @property
     def truncated(self) -> int:
         """How many texts of this thread's last call were cut, since they were too long."""
+        return self._call().cut
+
+    @property
+    def layers(self) -> Counter[int]:
+        """Of a bundle whose texts leave early, how many of this thread's last call went through so
+        many encoder layers.
+        """
+        return self._call().layers
+
+    def _call(self) -> Call:
+        """What this thread did last."""
         call: Call | None = getattr(self._last, "call", None)
-        return call.cut if call else 0
+        return call or Call()
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -169,8 +192,10 @@ class TextModel:
         """The answer to a single text, by all threads."""
         call = self._begun()
         (encoding,) = prepare([text])
+        answer = self.engine.single(encoding)
         call.cut = int(bool(encoding.overflowing))
-        return self.engine.single(encoding)
+        call.count(answer)
+        return answer
 
     def _answers(
         self,
@@ -192,12 +217,15 @@ class TextModel:
 
         answers = self.engine.stream(texts, encode)
         total = len(texts) if isinstance(texts, Sequence) else None
-        yield from _shown(answers, total, what, show_progress_bar)
+        with closing(_shown(answers, total, what, show_progress_bar)) as shown:
+            for answer in shown:
+                call.count(answer)
+                yield answer
         if call.cut:
             LOG.info("%d texts were cut to %d tokens", call.cut, self.max_seq_length)
 
     def _begun(self) -> Call:
-        """A call of this thread, which `truncated` tells of from now on."""
+        """A call of this thread, which `truncated` and `layers` tell of from now on."""
         self._last.call = call = Call()
         return call
 

@@ -13,6 +13,7 @@ import numpy as np
 from bertile import backends, loader
 from bertile.base.progress import Progress
 from bertile.families import table
+from bertile.loading.exits import leaving_at
 from bertile.onnx.exported import UNKNOWN
 from bertile.run import requests
 from bertile.targets.rows import Target
@@ -84,10 +85,13 @@ def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
     length = requests.usual_length(manifest)
     executed = manifest["check"].get("executed", True)
     runs_here = executed and backends.of(row).runs_here(row, manifest["check"])
+    exits = manifest.get("exits")
+    times = _milliseconds(path, length, row.threads, exits) if runs_here else []
     return {
         "output": str(path),
         "size_bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
-        "milliseconds": _milliseconds(path, length, row.threads) if runs_here else None,
+        "milliseconds": times[-1] if times else None,
+        **({"exits": dict(zip(exits["layers"], times))} if exits and times else {}),
         "length": length,
         "threads": row.threads,
         "gpu": manifest["check"].get("gpu"),
@@ -100,13 +104,27 @@ def describe(path: Path, row: Target, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _milliseconds(path: Path, length: int, threads: int) -> float:
-    """The median time of one request of that many tokens."""
+def _milliseconds(
+    path: Path, length: int, threads: int, exits: dict[str, Any] | None
+) -> list[float]:
+    """The median time of one request of that many tokens; of a model with early heads that up to
+    each of them, and to the end.
+    """
     with loader.load(path, threads, verify=False) as model:
         inputs = requests.random_inputs(model.manifest, 1, length)
-        times = []
-        while len(times) < 5 or (sum(times) < 1.0 and len(times) < 30):
-            began = time.perf_counter()
-            model(**inputs)
-            times.append(time.perf_counter() - began)
+        if exits is None:
+            return [_median(model, inputs)]
+        medians = []
+        for stage in range(len(exits["stages"])):
+            model.exit_thresholds = leaving_at(stage, exits)
+            medians.append(_median(model, inputs))
+    return medians
+
+
+def _median(model: Any, inputs: dict[str, Any]) -> float:
+    times = []
+    while len(times) < 5 or (sum(times) < 1.0 and len(times) < 30):
+        began = time.perf_counter()
+        model(**inputs)
+        times.append(time.perf_counter() - began)
     return float(np.median(times)) * 1e3

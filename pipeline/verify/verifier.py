@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from bertile.backends.backend import NotHere
 from bertile.base.errors import NumericMismatchError, require
 from bertile.base.progress import Progress, track
 from bertile.families import model_config
+from bertile.loading.exits import leaving_at
 from bertile.onnx import exported
 from bertile.onnx.exported import ExportedModel
 from bertile.onnx.inputs import Fed
@@ -124,14 +125,15 @@ def _compare(
     cases, cosines = [], [1.0]
     for batch, length in track(wanted, "compare"):
         arrays = sample(specs, batch, length, padding, seed=length)
-        want, got = peer.run(names, arrays), model(**arrays)
+        want = dict(zip(names, peer.run(names, arrays)))
         mask = arrays.get("attention_mask", arrays[specs[0].name] * 0 + 1)
         largest = 0.0
-        for name, reference in zip(names, want):
-            difference = largest_difference(got[name], reference, mask, axes[name])
+        for name, got in _answers(model, arrays):
+            reference = want[name]
+            difference = largest_difference(got, reference, mask, axes[name])
             tolerance = relative * max(1.0, float(abs(reference).max()))
             largest = max(largest, difference)
-            cosines.append(cosine(got[name], reference, mask, axes[name]))
+            cosines.append(cosine(got, reference, mask, axes[name]))
             if worst["max_abs_difference"] < 0 or difference / tolerance > (
                 worst["max_abs_difference"] / worst["tolerance"]
             ):
@@ -150,6 +152,23 @@ def _compare(
         **worst,
         "cases": cases,
     }
+
+
+def _answers(model: Any, arrays: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each output of the model run as a whole; then the logits of each of its stages, where it has
+    such, under the name that the whole model gives them.
+    """
+    exits = model.manifest.get("exits") if isinstance(model, loader.Model) else None
+    if exits is None:
+        yield from model(**arrays).items()
+        return
+    model.exit_thresholds = None
+    yield from model(**arrays).items()
+    last, *early = model.outputs
+    for stage, name in enumerate((*early, last)):
+        model.exit_thresholds = leaving_at(stage, exits)
+        yield name, model(**arrays)[last]
+        model.exit_thresholds = None
 
 
 def _precisions(manifest: dict[str, Any]) -> set[str]:

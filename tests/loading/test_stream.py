@@ -60,7 +60,8 @@ def test_weights_are_in_memory_once(directory):
     with loader.load(directory, threads=1, streams=4) as model:
         first = len(model.inputs) + 1
         handed = [
-            [slot.value.pointer for slot in stream._arguments[first:]] for stream in model._streams
+            [slot.value.pointer for slot in stream._entries[0].arguments[first:]]
+            for stream in model._streams
         ]
         assert len(handed[0]) == len(PARAMS) and all(handed[0])
         assert handed == [handed[0]] * 4

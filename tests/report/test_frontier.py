@@ -15,7 +15,15 @@ from bertile.base.progress import Progress
 from bertile.cli import main
 from bertile.config import Config
 from bertile.errors import UsageError
-from bertile.report import frontier, frontier_page, trained_points
+from bertile.export import checkpoints, early_heads
+from bertile.families import table
+from bertile.report import (
+    frontier,
+    frontier_page,
+    frontier_scores,
+    frontier_times,
+    trained_points,
+)
 
 
 def row(model: str, ms: float, score: float, **more: object) -> dict[str, object]:
@@ -31,6 +39,8 @@ def row(model: str, ms: float, score: float, **more: object) -> dict[str, object
         "joules": None,
         "multiply_adds": 1e6,
         "weight_bytes": 2_000_000,
+        "instructions": None,
+        "left": "",
         "command": f"bertile compile {model}",
         **more,
     }
@@ -39,7 +49,7 @@ def row(model: str, ms: float, score: float, **more: object) -> dict[str, object
 ROWS = [
     row("slow & best", 9.0, 0.9),
     row("beaten", 9.5, 0.85),
-    row("fast", 1.0, 0.8),
+    row("fast", 1.0, 0.8, instructions=34e6, left="layer 2: 75.0%, layer 6: 25.0%"),
     row("as fast, worse", 1.0, 0.7, engine="onnxruntime"),
     row("middle", 3.0, 0.88, joules=0.125, engine="openvino"),
 ]
@@ -68,11 +78,11 @@ def test_frontier_is_what_nothing_beats_in_both():
 def test_interval_is_that_of_the_normal_approximation():
     chance = np.random.default_rng(1)
     right = (chance.random(800) < 0.8).astype(float)
-    low, high = frontier.bootstrap(right)
+    low, high = frontier_scores.bootstrap(right)
     mean, deviation = right.mean(), right.std() / np.sqrt(len(right))
     assert low == pytest.approx(mean - 1.96 * deviation, abs=0.003)
     assert high == pytest.approx(mean + 1.96 * deviation, abs=0.003)
-    assert frontier.bootstrap(np.ones(50)) == (1.0, 1.0)
+    assert frontier_scores.bootstrap(np.ones(50)) == (1.0, 1.0)
 
 
 def test_page_is_whole_and_shows_every_point():
@@ -80,6 +90,7 @@ def test_page_is_whole_and_shows_every_point():
     tree = ElementTree.fromstring(page.partition("\n")[2])
     text = " ".join(tree.itertext())
     assert all(str(entry["model"]) in text for entry in ROWS)
+    assert "75.0%" in text and " 34" in " ".join(cell.text or "" for cell in tree.iter("td"))
     assert "0.8900 … 0.9100" in text and "joules are not known" in text and "0.125" in text
     assert len(list(tree.iter("circle"))) == 3 + 1, "of Bertile, and the legend's"
     assert len(list(tree.iter("polygon"))) == 2 and len(list(tree.iter("rect"))) == 2
@@ -88,13 +99,37 @@ def test_page_is_whole_and_shows_every_point():
     assert len(bold) == 3
 
 
+def test_picture_is_a_file_of_its_own():
+    picture = frontier_page.svg(CONTENT)
+    tree = ElementTree.fromstring(picture)
+    assert tree.tag == "{http://www.w3.org/2000/svg}svg"
+    assert len(list(tree.iter("{http://www.w3.org/2000/svg}circle"))) == 3 + 1
+    assert "slow &amp; best" in picture
+
+
 def test_points_are_named_by_model_and_precision():
     assert frontier.parse("out/p90@int8") == frontier.Point("p90 int8", "out/p90", "int8")
     assert frontier.parse("a b=out/p90") == frontier.Point("a b", "out/p90", "fp32")
     pruned = frontier.parse("synthetic:bert-base@0.9:4x1")
     assert (pruned.model, pruned.precision) == ("synthetic:bert-base@0.9:4x1", "fp32")
+    early = frontier.parse("out/early@int8:0.9")
+    assert early == frontier.Point("early int8, exit at 0.9", "out/early", "int8", 0.9)
     with pytest.raises(UsageError, match="names no model"):
         frontier.parse("x=@int8")
+
+
+def test_time_of_texts_is_that_of_where_they_left():
+    times = [[1.0, 2.0, 3.0], [10.0, 10.0, 10.0]]
+    assert frontier_times.of_texts(times, np.array([0.75, 0.25])) == {
+        "median_ms": 4.0,
+        "p90_ms": 10,
+    }
+    assert frontier_times.of_texts(times[:1], np.ones(1)) == {"median_ms": 2.0, "p90_ms": 3.0}
+    left = frontier_scores.left_at(np.array([2, 6, 2, 2]), {"layers": [2, 4, 6]})
+    np.testing.assert_array_equal(left, [0.75, 0, 0.25])
+    assert frontier_scores.in_words(left, {"layers": [2, 4, 6]}).startswith(
+        "layer 2: 75.0%, layer 4: "
+    )
 
 
 def test_command_makes_a_compressed_model_again(tmp_path):
@@ -112,21 +147,37 @@ def test_command_makes_a_compressed_model_again(tmp_path):
         " --set prune.sparsity=0.8"
     )
     assert lines[1] == f"bertile compile {tmp_path} -o BUNDLE --precision int8"
+    second = tmp_path / "second"
+    second.mkdir()
+    again = {**report, "model": str(tmp_path), "teacher": str(tmp_path)}
+    (second / "compression.json").write_text(json.dumps(again))
+    lines = frontier.command(frontier.Point("p", str(second), "int8", 0.9)).splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["bertile", "compress", "dense"],
+        ["bertile", "compress", str(tmp_path)],
+        ["bertile", "compile", str(second)],
+    ]
+    assert lines[2].endswith(" --precision int8 --exit-threshold 0.9")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_models.save(
+    """Two layers, with a head behind the first."""
+    directory = text_models.save(
         tmp_path_factory.mktemp("pareto") / "tiny",
         "SequenceClassification",
         labels=tiny_training.LABELS,
     )
+    loaded = checkpoints.load(directory).model
+    early_heads.write(early_heads.heads(loaded, table.of_type("bert"), [1]), directory)
+    return directory
 
 
 @pytest.mark.slow
 def test_run_measures_all_engines_of_all_points(tmp_path, model, stages):
     data = tiny_training.write(tmp_path / "texts.tsv", 60)
     points = [frontier.Point("floats", str(model)), frontier.Point("bytes", str(model), "int8")]
+    points.append(frontier.Point("early", str(model), "fp32", 0.51))
     config = Config(cache_dir=stages, tune="none", threads=1)
     content = frontier.write(
         points, data, tmp_path / "out", config, Progress(-1), ("onnxruntime",), 16, 5
@@ -137,6 +188,7 @@ def test_run_measures_all_engines_of_all_points(tmp_path, model, stages):
         ("floats", "onnxruntime"),
         ("bytes", "bertile"),
         ("bytes", "onnxruntime"),
+        ("early", "bertile"),
     ]
     by_name = {(entry["model"], entry["engine"]): entry for entry in content["rows"]}
     same = by_name["floats", "bertile"]["score"], by_name["floats", "onnxruntime"]["score"]
@@ -147,6 +199,9 @@ def test_run_measures_all_engines_of_all_points(tmp_path, model, stages):
         by_name["bytes", "bertile"]["weight_bytes"]
         < 0.5 * (by_name["floats", "bertile"]["weight_bytes"])
     )
+    early, whole = by_name["early", "bertile"], by_name["floats", "bertile"]
+    assert early["left"].startswith("layer 1: ") and "layer 1: 0.0%" not in early["left"]
+    assert early["weight_bytes"] < whole["weight_bytes"] + 10_000
     ElementTree.fromstring((tmp_path / "out" / "pareto.html").read_text().partition("\n")[2])
 
 

@@ -16,6 +16,7 @@ from bertile.codegen.shape_stores import order_shape_stores
 from bertile.graph.graph import Graph
 from bertile.loader import LIBRARY
 from bertile.loading.interface import INTERFACE
+from bertile.lower import stages
 from bertile.lower.built import Built, kernel_entry
 from bertile.lower.fusion import fusion
 from bertile.lower.lowering import Lowered
@@ -30,9 +31,9 @@ def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
 
     ``library`` is the path of the shared library to write.
     """
-    lowered = lower(graph, row, chooser.knobs)
+    lowered = lower(graph, row, chooser.knobs, stages.cut(graph))
     target = tvm_target(row)
-    mod = fuse_and_schedule(lowered.mod, target)
+    mod = fuse_and_schedule(lowered.mod, target, *(stage.entry for stage in lowered.stages))
     text = interface_of(graph, lowered.params)
     executable = compile_module(with_interface(mod, text), target)
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -42,13 +43,17 @@ def build(graph: Graph, chooser: Chooser, row: Target, library: Path) -> Built:
         for task, count in lowered.tasks.items()
     ]
     kernels += _generic_entries(mod)
-    return Built({LIBRARY: library}, lowered.params, kernels, lowered.fallthrough)
+    files = {LIBRARY: library}
+    return Built(files, lowered.params, kernels, lowered.fallthrough, stages=lowered.stages)
 
 
-def fuse_and_schedule(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
-    """Legalize and fuse what is left of Relax operators, and schedule the loops that makes."""
+def fuse_and_schedule(mod: tvm.IRModule, target: tvm.target.Target, *entries: str) -> tvm.IRModule:
+    """Legalize and fuse what is left of Relax operators, and schedule the loops that makes.
+
+    `entries` are the functions that are called beside main.
+    """
     # cumsum (RoBERTa's positions) has no legalization of its own
-    passes = [relax.backend.DispatchSortScan(), *fusion()]
+    passes = [relax.backend.DispatchSortScan(), *fusion(*entries)]
     with target:
         return schedule_generic(tvm.transform.Sequential(passes)(mod))
 

@@ -16,17 +16,18 @@ from bertile.lower.dense_weights import Arrays
 from bertile.lower.form import FP32, Form
 from bertile.lower.forms import Forms
 from bertile.lower.lowering import Choice, Lowered, Lowering
+from bertile.lower.stages import Stage
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu.generic import KERNEL
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
 
 
-def lower(graph: Graph, row: Target, choose: Choice) -> Lowered:
+def lower(graph: Graph, row: Target, choose: Choice, stages: Sequence[Stage] = ()) -> Lowered:
     """Replace every fused operator by its kernel, with the knobs that ``choose`` gives for its
-    task.
+    task; the same of the stages that the graph was cut into.
     """
-    return _CpuLowering(graph, Forms(graph), row, choose).run()
+    return _CpuLowering(graph, Forms(graph), row, choose).run(stages)
 
 
 class _CpuLowering(Lowering):

@@ -26,6 +26,11 @@ def check(config: Config, row: Target) -> None:
             f"no kernel for {row.name} skips zeros: tensor cores are faster with them",
             "leave --sparse out; heads and neurons that are zero are removed in any case",
         )
+    if config.exit_threshold is not None:
+        raise UsageError(
+            f"--exit-threshold is for processors: a bundle for {row.name} runs as a whole",
+            "leave it out",
+        )
     precisions.check(config.precision, row)
     if config.max_drop is not None:
         card = detect.gpu()
