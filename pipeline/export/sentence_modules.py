@@ -124,8 +124,8 @@ class Chain:
         """The names of what it makes."""
         if self.words:
             return ("logits",)
-        made = TOKENS if self.kind == "tokens" else SENTENCE
-        return (made, *(BESIDE[path.name] for path in self.beside))
+        output = TOKENS if self.kind == "tokens" else SENTENCE
+        return (output, *(BESIDE[path.name] for path in self.beside))
 
 
 def modules_of(directory: Path) -> list[tuple[str, Path]]:

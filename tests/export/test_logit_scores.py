@@ -47,8 +47,8 @@ def exported(path, tmp_path):
 @pytest.mark.parametrize("no", [BAD, None])
 def test_logit_is_that_of_the_library_however_rows_are_padded(tmp_path, no):
     model, path = reranker(tmp_path, no=no)
-    found = exported(path, tmp_path)
-    assert (found.head, found.outputs, found.labels) == (
+    graph = exported(path, tmp_path)
+    assert (graph.head, graph.outputs, graph.labels) == (
         "sequence-classification",
         ("logits",),
         ("LABEL_0",),
@@ -65,7 +65,7 @@ def test_logit_is_that_of_the_library_however_rows_are_padded(tmp_path, no):
                 np.stack([np.roll(row, -roll) for row, roll in zip(array, rolls)])
                 for array in (ids, mask)
             )
-        got = run_onnx(found.onnx_path, {"input_ids": ids, "attention_mask": mask})["logits"]
+        got = run_onnx(graph.onnx_path, {"input_ids": ids, "attention_mask": mask})["logits"]
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -92,9 +92,9 @@ def test_scores_of_texts_are_those_of_the_library(tmp_path, capped):
 def test_texts_are_not_taken_where_a_chat_template_makes_them(tmp_path):
     _, path = reranker(tmp_path)
     (path / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
-    found = exported(path, tmp_path)
-    assert any("chat template" in note for note in found.notes)
-    assert not (found.directory / "tokenizer.json").exists()
+    graph = exported(path, tmp_path)
+    assert any("chat template" in note for note in graph.notes)
+    assert not (graph.directory / "tokenizer.json").exists()
 
 
 def test_score_of_anything_else_is_refused(tmp_path):

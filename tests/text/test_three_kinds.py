@@ -88,9 +88,9 @@ def test_all_three_are_those_of_the_library(saved, bundle):
 
 
 def test_files_beside_the_checkpoint_are_outputs_and_part_of_the_key(saved, stages, tmp_path):
-    found = cached.export_cached(str(saved[1]), Config(cache_dir=stages))
-    assert found.outputs == ("sentence_embedding", "token_weights", "token_embeddings")
-    before = found.sha256
+    weighed = cached.export_cached(str(saved[1]), Config(cache_dir=stages))
+    assert weighed.outputs == ("sentence_embedding", "token_weights", "token_embeddings")
+    before = weighed.sha256
     layer = torch.nn.Linear(tiny.WIDTH, 2)
     place = saved[1] / "sparse_linear.pt"
     kept = place.read_bytes()
