@@ -247,11 +247,11 @@ def pool(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
         return hidden[:, 0]
     if mode == "max":
         return hidden.masked_fill(mask[:, :, None] == 0, float("-inf")).amax(1)
-    weights = mask
+    weights, real = mask, (mask > 0).to(torch.int64)
     if mode == "weightedmean":  # by places, counted from the first real token
-        weights = mask * torch.cumsum((torch.cumsum(mask, 1) > 0).to(mask.dtype), 1)
+        weights = mask * torch.cumsum((torch.cumsum(real, 1) > 0).to(real.dtype), 1)
     elif mode == "lasttoken":
-        weights = mask * (torch.cumsum(mask, 1) == mask.sum(1, keepdim=True)).to(mask.dtype)
+        weights = mask * (torch.cumsum(real, 1) == real.sum(1, keepdim=True)).to(mask.dtype)
     weighted = (hidden * weights[:, :, None]).sum(1)
     if mode == "lasttoken":
         return weighted
