@@ -5,28 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from bertile.families import deberta, ernie, general, layoutlm, mpnet
+from bertile.families.bert import BEHIND_PADDING, BERT_LAYERS, sizes_of, tiny
 from bertile.families.decoders import DECODERS
 from bertile.families.family import AFTER_PADDING, BY_ANGLE, BY_DISTANCE, Family
 from bertile.families.rarer import RARER
-
-
-def _sizes(layers: int, hidden: int, heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden,
-        "vocab_size": vocabulary,
-        **more,
-    }
-
-
-def _tiny(**more: Any) -> dict[str, Any]:
-    # A wide initialisation makes attention sharp: with 0.02 a two-layer model hardly looks at
-    # its input, and a wrong mask or position would drown in rounding.
-    sizes = _sizes(2, 128, 2, 1000, max_position_embeddings=512, initializer_range=0.1)
-    return {**sizes, **more}
-
 
 # of a small vocabulary, where a family's own lie beyond it
 _SPECIAL = {
@@ -34,16 +16,6 @@ _SPECIAL = {
     **dict.fromkeys(("bos_token_id", "cls_token_id"), 1),
     **dict.fromkeys(("eos_token_id", "sep_token_id"), 2),
 }
-# 512 tokens behind padding id 1
-_AFTER_PADDING = {"max_position_embeddings": 514}
-_BERT_LAYERS = (
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "output.dense",
-)
 # DeBERTa's attention, from tokens to distances and back
 _BOTH_WAYS = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 _OF_V3 = {
@@ -62,27 +34,27 @@ FAMILIES = (
         title="BERT / MiniLM",
         lacks=(),
         model_types=("bert",),
-        layers=_BERT_LAYERS,
-        tiny=_tiny(),
+        layers=BERT_LAYERS,
+        tiny=tiny(),
         sizes={
-            "bert-odd": _tiny(hidden_size=312, num_attention_heads=12, intermediate_size=1200),
-            "minilm": _sizes(6, 384, 12, 30522),
-            "bert-base": _sizes(12, 768, 12, 30522),
-            "bert-large": _sizes(24, 1024, 16, 30522),
+            "bert-odd": tiny(hidden_size=312, num_attention_heads=12, intermediate_size=1200),
+            "minilm": sizes_of(6, 384, 12, 30522),
+            "bert-base": sizes_of(12, 768, 12, 30522),
+            "bert-large": sizes_of(24, 1024, 16, 30522),
             # two layers of BERT-base that take long texts
-            "bert-long": _sizes(2, 768, 12, 30522, max_position_embeddings=8192),
+            "bert-long": sizes_of(2, 768, 12, 30522, max_position_embeddings=8192),
         },
     ),
     Family(
         name="roberta",
         title="RoBERTa / XLM-R / CamemBERT",
         model_types=("roberta", "xlm-roberta", "camembert"),
-        layers=_BERT_LAYERS,
+        layers=BERT_LAYERS,
         positions=AFTER_PADDING,
-        tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
+        tiny=tiny(type_vocab_size=1, **BEHIND_PADDING),
         sizes={
-            "roberta-base": _sizes(
-                12, 768, 12, 50265, type_vocab_size=1, layer_norm_eps=1e-5, **_AFTER_PADDING
+            "roberta-base": sizes_of(
+                12, 768, 12, 50265, type_vocab_size=1, layer_norm_eps=1e-5, **BEHIND_PADDING
             ),
         },
     ),
@@ -101,16 +73,16 @@ FAMILIES = (
         token_types=False,
         # Its sizes are called n_layers, dim, …; its config accepts the common names through an
         # attribute map except for the feed-forward size.
-        tiny=_tiny(hidden_dim=512),
-        sizes={"distilbert-base": _sizes(6, 768, 12, 30522, hidden_dim=3072)},
+        tiny=tiny(hidden_dim=512),
+        sizes={"distilbert-base": sizes_of(6, 768, 12, 30522, hidden_dim=3072)},
         kernels_of="bert",
     ),
     Family(
         name="electra",
         title="ELECTRA",
         model_types=("electra",),
-        layers=_BERT_LAYERS,
-        tiny=_tiny(embedding_size=64),
+        layers=BERT_LAYERS,
+        tiny=tiny(embedding_size=64),
         kernels_of="albert",
     ),
     Family(
@@ -125,7 +97,7 @@ FAMILIES = (
             "ffn",
             "ffn_output",
         ),
-        tiny=_tiny(embedding_size=64, pad_token_id=0),
+        tiny=tiny(embedding_size=64, pad_token_id=0),
     ),
     Family(
         name="mpnet",
@@ -142,25 +114,25 @@ FAMILIES = (
         positions=AFTER_PADDING,
         token_types=False,
         prepare=mpnet.tabulate_bias,
-        tiny=_tiny(**_AFTER_PADDING),
+        tiny=tiny(**BEHIND_PADDING),
     ),
     Family(
         name="ernie",
         title="ERNIE",
         lacks=(),
         model_types=("ernie",),
-        layers=_BERT_LAYERS,
+        layers=BERT_LAYERS,
         prepare=ernie.fold_task_type,
-        tiny=_tiny(use_task_id=True),
+        tiny=tiny(use_task_id=True),
         kernels_of="bert",
     ),
     Family(
         name="data2vec-text",
         title="data2vec-text",
         model_types=("data2vec-text",),
-        layers=_BERT_LAYERS,
+        layers=BERT_LAYERS,
         positions=AFTER_PADDING,
-        tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
+        tiny=tiny(type_vocab_size=1, **BEHIND_PADDING),
         kernels_of="roberta",
     ),
     Family(
@@ -168,16 +140,16 @@ FAMILIES = (
         title="MegatronBERT",
         lacks=(),
         model_types=("megatron-bert",),
-        layers=_BERT_LAYERS,
-        tiny=_tiny(),
+        layers=BERT_LAYERS,
+        tiny=tiny(),
     ),
     Family(
         name="roberta-prelayernorm",
         title="RoBERTa-PreLayerNorm",
         model_types=("roberta-prelayernorm",),
-        layers=_BERT_LAYERS,
+        layers=BERT_LAYERS,
         positions=AFTER_PADDING,
-        tiny=_tiny(type_vocab_size=1, **_AFTER_PADDING),
+        tiny=tiny(type_vocab_size=1, **BEHIND_PADDING),
         kernels_of="megatron-bert",
     ),
     Family(
@@ -185,8 +157,8 @@ FAMILIES = (
         title="RemBERT",
         lacks=("next-sentence", "pretraining"),
         model_types=("rembert",),
-        layers=_BERT_LAYERS,
-        tiny=_tiny(input_embedding_size=48, output_embedding_size=192),
+        layers=BERT_LAYERS,
+        tiny=tiny(input_embedding_size=48, output_embedding_size=192),
         kernels_of="bert",
     ),
     Family(
@@ -194,12 +166,12 @@ FAMILIES = (
         title="LayoutLM",
         lacks=("next-sentence", "multiple-choice"),
         model_types=("layoutlm",),
-        layers=_BERT_LAYERS,
+        layers=BERT_LAYERS,
         boxes=True,
         optional_pooler=False,
         prepare=layoutlm.take_mask,
         auto_classes={"question-answering": "AutoModelForDocumentQuestionAnswering"},
-        tiny=_tiny(max_2d_position_embeddings=64),
+        tiny=tiny(max_2d_position_embeddings=64),
         kernels_of="bert",
     ),
     Family(
@@ -212,12 +184,12 @@ FAMILIES = (
         positions=BY_ANGLE,
         token_types=False,
         # two kinds of layers, whose windows are shorter than what tests ask for
-        tiny=_tiny(num_hidden_layers=4, local_attention=16, **_SPECIAL),
+        tiny=tiny(num_hidden_layers=4, local_attention=16, **_SPECIAL),
         sizes={
-            "modernbert-base": _sizes(22, 768, 12, 50368, intermediate_size=1152),
-            "modernbert-large": _sizes(28, 1024, 16, 50368, intermediate_size=2624),
+            "modernbert-base": sizes_of(22, 768, 12, 50368, intermediate_size=1152),
+            "modernbert-large": sizes_of(28, 1024, 16, 50368, intermediate_size=2624),
             # four layers of ModernBERT-base
-            "modernbert-long": _sizes(4, 768, 12, 50368, intermediate_size=1152),
+            "modernbert-long": sizes_of(4, 768, 12, 50368, intermediate_size=1152),
         },
     ),
     Family(
@@ -232,8 +204,8 @@ FAMILIES = (
         ),
         groups=(3, 1, 2, 1),
         positions=BY_ANGLE,
-        tiny=_tiny(),
-        sizes={"nomic-bert-base": _sizes(12, 768, 12, 30528, max_position_embeddings=2048)},
+        tiny=tiny(),
+        sizes={"nomic-bert-base": sizes_of(12, 768, 12, 30528, max_position_embeddings=2048)},
     ),
     Family(
         name="deberta-v2",
@@ -241,16 +213,16 @@ FAMILIES = (
         model_types=("deberta-v2",),
         layers=(
             *(f"attention.self.{name}_proj" for name in ("query", "key", "value")),
-            *_BERT_LAYERS[3:],
+            *BERT_LAYERS[3:],
         ),
         positions=BY_DISTANCE,
         check=deberta.must_be_known,
         prepare=deberta.spell_attention,
         # buckets end far below 512 tokens
-        tiny=_tiny(**_BOTH_WAYS, position_buckets=16, max_relative_positions=100),
+        tiny=tiny(**_BOTH_WAYS, position_buckets=16, max_relative_positions=100),
         sizes={
-            "deberta-v3-small": _sizes(6, 768, 12, 128100, **_OF_V3),
-            "deberta-v3-base": _sizes(12, 768, 12, 128100, **_OF_V3),
+            "deberta-v3-small": sizes_of(6, 768, 12, 128100, **_OF_V3),
+            "deberta-v3-base": sizes_of(12, 768, 12, 128100, **_OF_V3),
         },
     ),
     Family(
@@ -258,13 +230,13 @@ FAMILIES = (
         title="DeBERTa",
         lacks=("next-sentence", "multiple-choice"),
         model_types=("deberta",),
-        layers=("attention.self.in_proj", *_BERT_LAYERS[3:]),
+        layers=("attention.self.in_proj", *BERT_LAYERS[3:]),
         groups=(1, 1, 1, 1),
         by_head=True,
         positions=BY_DISTANCE,
         check=deberta.must_be_known,
         prepare=deberta.spell_attention,
-        tiny=_tiny(**_BOTH_WAYS, max_relative_positions=40),
+        tiny=tiny(**_BOTH_WAYS, max_relative_positions=40),
         kernels_of="deberta-v2",
     ),
     *RARER,

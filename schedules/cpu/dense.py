@@ -133,10 +133,11 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
     w = np.pad(weight_lanes(task, w), ((0, 0), (0, padding)))
     if of.math.pairs:
         w = pack_panels(w, of.panels)
-        return [w, *(np.pad(v, (0, padding)) for v in vectors), *limits]
-    if of.math.matrix:  # two lanes of an output, and of its neighbour, are one register
-        w = np.pad(w, ((0, len(w) % 2), (0, 0))).reshape(of.steps, 2, -1, 2).transpose(0, 2, 3, 1)
-    w = np.ascontiguousarray(w.reshape(of.steps, of.panels, -1).transpose(1, 0, 2))
+    else:
+        if of.math.matrix:  # two lanes of an output, and of its neighbour, are one register
+            w = np.pad(w, ((0, len(w) % 2), (0, 0)))
+            w = w.reshape(of.steps, 2, -1, 2).transpose(0, 2, 3, 1)
+        w = np.ascontiguousarray(w.reshape(of.steps, of.panels, -1).transpose(1, 0, 2))
     return [w, *(np.pad(v, (0, padding)) for v in vectors), *limits, *offset]
 
 

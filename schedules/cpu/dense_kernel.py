@@ -84,8 +84,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             scratch = scratch if unit(task) > 1 else None
             if isinstance(w, Panels):
                 w.allocate()
-                wide = bool(math.pairs)
-                inputs = Inputs(x, math, chunk, widened=wide, ready=wide)
+                inputs = Inputs(x, math, chunk, widened=bool(math.pairs), ready=False)
                 of_panels = _NibbleTile if isinstance(w, Nibbles) else _PanelTile
                 tile: _Tile = of_panels(task, knobs, of, inputs, w, epilogue, scratch)
             else:

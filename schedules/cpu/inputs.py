@@ -23,8 +23,8 @@ class Inputs:
     """x (m, K / G, 16), of which ``fill`` makes some blocks ready where the arithmetic wants it.
 
     To be made where a job's buffers are. In a matrix ``load`` counts halves of tokens: lane 2 k is
-    tokens 0 to 7 of lanes 2 k and 2 k + 1, lane 2 k + 1 the other tokens. Without ``ready`` there
-    is no buffer, and signed bytes are made at each load.
+    tokens 0 to 7 of lanes 2 k and 2 k + 1, lane 2 k + 1 the other tokens. Without ``ready`` signed
+    bytes are made at each load.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class Inputs:
         self.x, self.math, self.matrix, self.widened = x, math, matrix, widened
         self.depth = int(x.shape[1])
         self.buffer, self.first = None, tirx.const(0, "int32")
-        if ready and (matrix or widened or math.signed):
-            depth = self.depth + self.depth % 2 if matrix else self.depth * (2 if widened else 1)
+        if widened or (ready and (matrix or math.signed)):
+            depth = self.depth * math.parts + (self.depth % 2 if matrix else 0)
             self.buffer = T.alloc_buffer((token_blocks, depth, BLOCK_TOKENS), math.lane)
 
     def fill(self, block: Any, token_blocks: Any) -> None:
