@@ -122,7 +122,7 @@ def test_estimate_lies_near_the_peak_of_the_pipes(row):
     assert best < estimate["microseconds"][0] < 1.34 * best
 
 
-@pytest.mark.usefixtures("llvm_mca")
+@pytest.mark.usefixtures("llvm_mca", "no_slow_spells")
 def test_tuning_by_estimate_is_said_so_and_a_measured_record_wins(tmp_path):
     log = TuningLog([tmp_path], lambda text: None)
     row = replace(HERE, threads=1)

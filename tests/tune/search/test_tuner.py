@@ -25,6 +25,8 @@ NORM = Task("layer_norm", {"channels": 32, "epsilon": 1e-12})
 QUIET = Progress(verbosity=-1)
 TRIALS = 12  # more than the defaults and a round: the cost model has been trained
 
+pytestmark = pytest.mark.usefixtures("no_slow_spells")
+
 
 def open_log(directory: Path) -> TuningLog:
     return TuningLog([directory], lambda text: None)
@@ -32,14 +34,6 @@ def open_log(directory: Path) -> TuningLog:
 
 def run(tasks: Counter, directory: Path, *more, **config) -> dict:
     return tuner.tune(tasks, open_log(directory), ROW, Config(tune="quick", **config), QUIET, *more)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_slow_spells():
-    """Other tests run meanwhile, and what they take is no reason to measure again."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuner, "SLOW", float("inf"))
-        yield
 
 
 @pytest.fixture(scope="module")
