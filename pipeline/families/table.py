@@ -56,6 +56,16 @@ FAMILIES = (
             "roberta-base": sizes_of(
                 12, 768, 12, 50265, type_vocab_size=1, layer_norm_eps=1e-5, **BEHIND_PADDING
             ),
+            # four layers of BGE-M3, of fewer words; places count from the padding's on
+            "bge-m3-short": sizes_of(
+                4,
+                1024,
+                16,
+                8192,
+                max_position_embeddings=8194,
+                type_vocab_size=1,
+                layer_norm_eps=1e-5,
+            ),
         },
     ),
     Family(

@@ -29,12 +29,17 @@ ANY_PRECISION = (
     *("onnxruntime:int4", "onnxruntime:int8", "openvino:int8", "openvino:bf16"),
     *("torch-compile:int8", "deepsparse:int8", "llamacpp:int4", "llamacpp:int8"),
 )
-# llama.cpp has no DeBERTa.
-DEBERTA_PEERS = tuple(peer for peer in PEERS if peer != "llamacpp")
+# llama.cpp has none of the younger families, or reads them from files that we cannot make here.
+YOUNG_PEERS = tuple(peer for peer in PEERS if peer != "llamacpp")
 BASE, LONG, MINILM = "synthetic:bert-base", "synthetic:bert-long", "minilm"
-DEBERTA = "synthetic:deberta-v3-base"
-DECODER = "synthetic:qwen3-short"  # four layers of Qwen3-0.6B
 MIXED = parse_mix("8-128")
+# Of families younger than BERT: at most, at 128 tokens. Qwen3-0.6B has four of its layers.
+YOUNG = {
+    "modernbert-base": {"fp32": 0.88, "bf16": 0.78, "int8": 0.70},
+    "nomic-bert-base": {"fp32": 0.85, "int8": 0.70},
+    "deberta-v3-base": {"fp32": 0.85, "int8": 0.70},
+    "qwen3-short": {"fp32": 0.90, "int8": 0.75},
+}
 MEANINGS = (
     "Ratio: Bertile's median divided by that of the fastest peer in the same precision (of int4, in"
     " any), whose outputs are those of the model; at most: what it may be."
@@ -96,16 +101,18 @@ CASES = (
     ),
     Case(BASE, "int4", 1, 16, 0.55, ANY_PRECISION),
     *(
-        Case(DEBERTA, precision, 1, length, at_most, DEBERTA_PEERS)
-        for precision, length, at_most in (
-            *(("fp32", 128, 0.85), ("fp32", 16, 0.85)),
-            *(("int8", 128, 0.70), ("int8", 16, 0.85)),
-        )
+        Case(f"synthetic:{model}", precision, 1, length, at_most, YOUNG_PEERS)
+        for model, bounds in YOUNG.items()
+        for precision, at_128 in bounds.items()
+        for length, at_most in ((128, at_128), (16, 0.85))
     ),
     *(
-        Case(DECODER, precision, 1, length, at_most, PEERS[:4])
-        for precision, at_128 in (("fp32", 0.90), ("int8", 0.75))
-        for length, at_most in ((128, at_128), (16, 0.85))
+        Case(f"synthetic:{model}", "fp32", 1, length, at_most, LONG_PEERS)
+        for model, length, at_most in (
+            ("modernbert-long", 2048, 0.60),
+            ("modernbert-long", 8192, 0.60),
+            ("bge-m3-short", 8192, 0.90),
+        )
     ),
 )
 
@@ -238,6 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         threads=options.threads, log_dir=options.log_dir, cache_dir=cache_directory(None)
     )
     cases = [case for case in CASES if all(word in case.name for word in options.only)]
+    if options.models:
+        chosen = words(options.models)
+        cases = [case for case in cases if case.model.removeprefix("synthetic:") in chosen]
     if options.against:
         peers = tuple(words(options.against))
         cases = [case._replace(peers=peers) for case in cases]
@@ -262,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bertile.studies.acceptance")
     add = parser.add_argument
     add("--only", metavar="WORD", nargs="+", default=[], help="cases that have these in their name")
+    add("--models", metavar="NAME", nargs="+", help="cases of one of these models")
     add("--against", metavar="ENGINE", nargs="+", help="these peers instead of each case's own")
     add("--repeat", metavar="N", type=int, default=30, help="measured calls of each engine")
     add("--threads", metavar="N", type=int, default=2, help="cores to use")

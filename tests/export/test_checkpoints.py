@@ -31,7 +31,7 @@ LAYERS = {
     **{"minilm": 6, "distilbert-base": 6, "bert-large": 24, "deberta-v3-small": 6},
     **{"modernbert-tiny": 4, "modernbert-long": 4, "modernbert-base": 22, "modernbert-large": 28},
     **{"llama-1b": 16, "qwen3-0.6b": 28, "qwen3-short": 4, "gemma3-300m": 24, "gemma3-short": 6},
-    **{"gpt2-small": 12, "eurobert-210m": 12, "esm2-35m": 12},
+    **{"gpt2-small": 12, "eurobert-210m": 12, "esm2-35m": 12, "bge-m3-short": 4},
 }
 
 

@@ -119,7 +119,7 @@ def test_unknown_precision_is_a_note_until_it_is_known(monkeypatch: pytest.Monke
 
 
 def test_cases_name_models_and_peers_that_are_known() -> None:
-    assert len({case.name for case in CASES}) == len(CASES) == 39
+    assert len({case.name for case in CASES}) == len(CASES) == 52
     for case in CASES:
         known = case.precision if case.precision in PRECISIONS else "int8"
         for peer in case.peers:
