@@ -76,17 +76,17 @@ def space(task: Task, row: Row) -> Space:
 
 def _together(spec: AttentionSpec) -> tuple[int, ...]:
     """How many blocks of queries may share each number of K and V that is broadcast: those of heads
-    of a group; else two neighbours, where both see all keys.
+    of a group; else two neighbours, which see all keys or most of the same.
     """
     if spec.group > 1:
         return tuple(count for count in (1, 2, 3, 4) if spec.group % count == 0)
-    return (1, 2) if spec.keys == "all" else (1,)
+    return (1, 2)
 
 
 def default(task: Task, row: Row) -> Knobs:
     """Register tiles of two blocks of queries, and as many keys as the first-level cache holds of K
-    and V; or the widest tiles of one, where registers are few or a query sees not all keys: those
-    of a window at once, as far as their scores fit in that cache.
+    and V; or the widest tiles of one, where registers are few: the keys of a window at once, as far
+    as their scores fit in that cache.
     """
     if attention_tiles.takes(task, row):
         return attention_tiles.default(task, row)
@@ -95,13 +95,12 @@ def default(task: Task, row: Row) -> Knobs:
     spec = AttentionSpec.from_shape(task.shape)
     size = spec.head_size
     even = [c for c in channels if size % c == 0 and c * 2 >= max(channels)]
-    windowed = None not in spec.reach()
     queries = max(choices["queries"]) if row.vector_bits == 512 else 1
     key_tile, widest = 8, {"keys": max(choices["keys"]), "channels": max(even or channels)}
     if queries > 1:
         key_tile, wide = 4, 4 if queries == 4 else 8
         widest = {"keys": wide, "channels": wide}
-    if windowed:
+    elif None not in spec.reach():
         seen = 1 + sum(-(-most // BLOCK_TOKENS) for most in spec.reach())
         key_tile = next(tile for tile in choices["key_tile"] if tile >= min(seen, 16))
     return {"key_tile": key_tile, **widest, "queries": queries}
@@ -207,7 +206,7 @@ class _Query:
         with T.serial(self.size) as d:
             for i in every:
                 lanes.store(context, lanes.splat(0.0), i, d)
-        low, stop = self.sights[0].blocks()  # several see all
+        low, stop = self.sights[0].blocks()[0], self.sights[-1].blocks()[1]
         with T.serial((stop - low + (tile - 1)) // tile) as step:
             start = T.Bind(low + step * tile)
             blocks = T.Bind(T.min(tile, stop - start))

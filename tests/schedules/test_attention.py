@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -159,12 +160,14 @@ def test_attention_sees_windows_of_any_width(kernels, window):
 
 
 @pytest.mark.parametrize("variant", CLOSING)
-def test_attention_never_reads_what_no_query_of_a_block_sees(kernels, variant):
+def test_attention_never_reads_what_no_query_of_a_job_sees(kernels, variant):
+    """Jobs have one block of queries, or two neighbours."""
     batch, count = Batch([10 * BLOCK_TOKENS], variant=variant), 10
+    shared = batch.spec.group > 1 or "queries" not in attention.space(batch.task, kernels.row)
+    together = 1 if shared else attention.default(batch.task, kernels.row)["queries"]
     i, j = np.indices((count * BLOCK_TOKENS, count * BLOCK_TOKENS))
-    seen = (
-        VARIANTS[variant].sees(i, j).reshape(count, BLOCK_TOKENS, count, BLOCK_TOKENS).any((1, 3))
-    )
+    sees = VARIANTS[variant].sees(i, j).reshape(count // together, -1, count, BLOCK_TOKENS)
+    seen = np.repeat(sees.any((1, 3)), together, 0)
     unread, (q, _, _) = batch.run(kernels), batch.spec.channels()
     block = int((~seen).sum(0).argmax())
     batch.qkv[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS, q:] = np.nan
@@ -172,6 +175,17 @@ def test_attention_never_reads_what_no_query_of_a_block_sees(kernels, variant):
         *(lanes.to_lanes(x)[~seen[:, block]] for x in (unread, batch.run(kernels)))
     )
     assert same and not seen[:, block].all()
+
+
+@pytest.mark.parametrize("keys", ["causal", "window", "causal_window"])
+def test_neighbours_that_see_other_keys_share_those_of_both(kernels, keys):
+    """A window that is narrower than a block: the second sees a block that the first does not."""
+    batch = Batch([150, 1, 40, 16, 17], keys=keys, window=0 if keys == "causal" else 9)
+    choices = attention.space(batch.task, kernels.row)
+    for key_tile, queries in itertools.product((2, 16), choices.get("queries", ())):
+        knobs = {**attention.default(batch.task, kernels.row), "key_tile": key_tile}
+        context = batch.run(kernels, {**knobs, "queries": queries})
+        assert np.abs(context - batch.expected()).max() < TOLERANCE
 
 
 @ALL
