@@ -57,7 +57,8 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     spec = AttentionSpec.from_shape(task.shape)
     with lanes.kernel(task.name) as builder:
         operands = Operands.declare(builder, task)
-        builder.link(amx.TILES + amx.turned(_rows(spec)))
+        powers = vector_math.powers(row)
+        builder.link(amx.TILES + amx.turned(_rows(spec)) + powers.llvm)
         chunk = knobs["chunk"]
         chunks = T.Bind((builder.blocks + (chunk - 1)) // chunk)
         with T.parallel(spec.heads * chunks) as job:
@@ -66,7 +67,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             shared = T.Bind(job // (chunks * spec.group))
             part = job % (chunks * spec.group) // chunks if spec.group > 1 else 0
             head = T.Bind(shared * spec.group + part)
-            _Chunk(spec, knobs, operands, shared, head).emit(first, count)
+            _Chunk(spec, knobs, powers, operands, shared, head).emit(first, count)
     return builder.func
 
 
@@ -80,9 +81,15 @@ class _Chunk:
     """Emits the attention of a head, by the keys of head ``shared``, for some blocks of queries."""
 
     def __init__(
-        self, spec: AttentionSpec, knobs: Knobs, operands: Operands, shared: Any, head: Any
+        self,
+        spec: AttentionSpec,
+        knobs: Knobs,
+        powers: vector_math.Powers,
+        operands: Operands,
+        shared: Any,
+        head: Any,
     ) -> None:
-        self.spec, self.operands, self.head = spec, operands, head
+        self.spec, self.powers, self.operands, self.head = spec, powers, operands, head
         self.qkv, self.table = operands.qkv, operands.table
         self.size, self.starts = spec.head_size, operands.starts(shared)
         self.rows, self.tile, self.chunk = _rows(spec), knobs["key_tile"], knobs["chunk"]
@@ -242,13 +249,13 @@ class _Chunk:
                 pair = []
                 for odd in range(2):
                     score = lanes.load(self.scores, 2 * at + odd)
-                    pair.append(T.Bind(vector_math.exp2_coarse(score - largest)))
+                    pair.append(T.Bind(self.powers.coarse(score - largest)))
                 lanes.store(self.weights, arithmetics.pack_bf16(*pair), at)
                 lanes.write(chain, lanes.read(chain) + (pair[0] + pair[1]))
         with T.If(blocks % 2 == 1), T.Then(), T.serial(PAIRS) as at:
             nothing = tirx.Broadcast(tirx.const(0, "int32"), BLOCK_TOKENS)
             lanes.store(self.weights, nothing, blocks * PAIRS + at)
-        shrink = T.Bind(vector_math.exp2_coarse(before - largest))
+        shrink = T.Bind(self.powers.coarse(before - largest))
         total = lanes.load(self.state, i, 1) * shrink + (lanes.read(sums[0]) + lanes.read(sums[1]))
         lanes.store(self.state, total, i, 1)
         lanes.store(self.state, largest, i, 0)
