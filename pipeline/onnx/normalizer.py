@@ -29,6 +29,7 @@ from bertile.onnx import (
     spectra,
     tokenizer_file,
     tokens,
+    turned_pairs,
 )
 from bertile.onnx import quantized as onnx_quantized
 from bertile.onnx.exported import UNKNOWN, ExportedModel, InputSpec
@@ -185,6 +186,7 @@ def rewrite(
     spectra.write_spectra(graph, probes, axes)
     tokens.unfold_first_axes(graph, probes, axes)
     products.join_heads(graph, probes)
+    turned_pairs.turn_halves(graph, probes)  # what it reorders is cut out of products
     products.cut_products(graph, probes)
     notes = onnx_quantized.settle_quantization(graph, probes)
     attention.expand_attention(graph, lambda name: _is_bool(probes, name))
