@@ -18,8 +18,10 @@ from bertile.families.family import AFTER_PADDING, Family
 from bertile.families.text_settings import TextSettings
 from bertile.onnx import (
     attention,
+    branches,
     constants,
     counts,
+    distances,
     floats,
     fusions,
     microsoft,
@@ -70,6 +72,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     """
     path, directory = Path(path), Path(directory)
     original, opset = read(path)
+    original = branches.settle(original)
     graph = OnnxGraph(original)
     batch, length, renamed = present(graph, path, config.rename)
     with quiet.quiet():
@@ -194,6 +197,9 @@ def rewrite(
     counts.gather_places(graph, probes, axes)
     # Judged by values. Lookups and masks first: they need none of the shapes they were made of.
     max_length = write_lookups(graph, probes, axes, max(opset, OPSET))
+    limit = max_length or positions
+    by_distance, limit = distances.find_distances(graph, probes, axes, limit, max(opset, OPSET))
+    max_length = limit if by_distance else max_length
     kept = write_masks(graph, probes, axes, max_length or positions, max(opset, OPSET))
     max_length = max_length or positions
     max_length = (
@@ -207,6 +213,7 @@ def rewrite(
     counts.pick_tokens(graph, probes, axes)
     counts.write_counts(graph, probes, axes)
     write_shapes(graph, probes, axes)
+    distances.write_distances(graph, by_distance)  # behind what would count its places anew
     rewrites.drop_expands(graph, probes.sizes)
     # Judged by structure.
     if not kept:
