@@ -1,4 +1,4 @@
-"""Spells rotary positions that turn neighbouring channels by halves of a head, as kernels know them.
+"""Spells rotary positions that turn neighbouring channels by halves of a head, as kernels do.
 
     y = x * cos + (-x1, x0, -x3, x2, …) * sin
         →  u = Gather(x, [0, 2, …, 1, 3, …])          which becomes the order of a weight's columns
@@ -151,8 +151,8 @@ def _meet(
 def _way(
     graph: OnnxGraph, probes: Probes, name: str, turned: dict[str, str]
 ) -> tuple[str, list[onnx.NodeProto]] | None:
-    """The rotation that an operand comes from, and what is done to it: scales, and the transposition
-    that makes columns of keys.
+    """The rotation that an operand comes from, and what is done to it: it is scaled, and transposed
+    to columns of keys.
     """
     producers, way = graph.producers(), []
     while name not in turned:
