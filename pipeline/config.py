@@ -68,11 +68,11 @@ class Config:
 
     `lengths` are those that a search weighs, in tokens; None: what most requests have. `trials`,
     `timeout` (seconds) and `threads` are positive, or None for what the effort and the machine
-    give. `head` None keeps the checkpoint's own head; `labels` are words of a decoder
-    whose logits at the last token are the answer, or ids as #9693; `allow_unused` takes a
-    checkpoint that says or holds more than its model reads, without that; `trust_remote_code` runs
-    the code that lies in a checkpoint, which is what computes it then; `output_hidden_states` and
-    `output_attentions` add what transformers gives by these names, one output a layer; `rename` gives inputs of an ONNX
+    give. `head` None keeps the checkpoint's own head; `labels` are words of a decoder whose logits
+    at the last token are the answer, or ids as #9693; `allow_unused` takes a checkpoint that says
+    or holds more than its model reads, without that; `trust_remote_code` runs the code that lies in
+    a checkpoint, which is what computes it then; `output_hidden_states` and `output_attentions` add
+    what transformers gives by these names, one output a layer; `rename` gives inputs of an ONNX
     file our names, each as OLD=NEW; `tokenizer` is the directory whose tokenizer and config.json
     belong to an ONNX file, in place of those beside it; `exit_threshold` (0 to 1) is the confidence
     above which a text leaves at an early head of the checkpoint; `shipped_log` False leaves out the
