@@ -8,10 +8,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers
 from helpers import sentence_models as tiny
 
 import bertile
-from bertile.base.errors import ModelError
+from bertile.base.errors import ModelError, UsageError
 from bertile.base.quiet import quiet
 from bertile.config import Config
 from bertile.export import cached, sentence_modules
@@ -104,3 +105,84 @@ def test_score_of_anything_else_is_refused(tmp_path):
     place.write_text(json.dumps(listed[1:]), encoding="utf-8")
     with pytest.raises(ModelError, match="has LogitScore for no task"):
         sentence_modules.chain_of(path)
+
+
+def causal(directory, model_type="qwen3"):
+    """A decoder as transformers saves it, with a tokenizer; what transformers computes of rows."""
+    path = tiny.transformer(directory / "model", "causal-lm", model_type)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+
+    def last_logits(rows):
+        with torch.no_grad():
+            logits = [model(input_ids=torch.tensor([row])).logits[0, -1] for row in rows]
+        return torch.stack(logits).numpy()
+
+    return path, last_logits
+
+
+def padded(rows, side):
+    """Ids and mask of rows of several lengths."""
+    width = max(map(len, rows))
+    ids, mask = np.zeros((2, len(rows), width), np.int64)
+    for place, row in enumerate(rows):
+        part = slice(width - len(row), None) if side == "left" else slice(len(row))
+        ids[place, part], mask[place, part] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+ROWS = [[5, 6, 7, 13, 14, 9, 30], [6], [8, 9, 10, 11]]
+ASKED = Config(head="causal-lm", labels=("good", "bad", "#6"))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt2", "gemma2"])
+def test_words_have_their_logits_at_the_last_token_however_rows_are_padded(tmp_path, model_type):
+    path, last_logits = causal(tmp_path, model_type)
+    graph = cached.export_cached(
+        str(path), Config(**{**ASKED.to_dict(), "cache_dir": str(tmp_path / "cache")})
+    )
+    assert (graph.head, graph.labels) == ("sequence-classification", ASKED.labels)
+    want = last_logits(ROWS)[:, [GOOD, BAD, 6]]
+    for side in ("left", "right"):
+        got = run_onnx(graph.onnx_path, padded(ROWS, side))["logits"]
+        np.testing.assert_allclose(got, want, atol=1e-4)
+    assert (graph.directory / "tokenizer.json").exists()
+
+
+@pytest.mark.slow
+def test_bundle_scores_texts_by_words(tmp_path):
+    path, last_logits = causal(tmp_path)
+    (path / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    config = Config(**{**ASKED.to_dict(), "cache_dir": str(tmp_path / "cache")})
+    bertile.compile(str(path), tmp_path / "bundle", config)
+    bundle = bertile.load(tmp_path / "bundle")
+    want = last_logits(ROWS)[:, [GOOD, BAD, 6]]
+    assert bundle.manifest["model"]["labels"] == list(ASKED.labels)
+    for side in ("left", "right"):
+        np.testing.assert_allclose(bundle(**padded(ROWS, side))["logits"], want, atol=1e-4)
+    with bertile.open(tmp_path / "bundle") as model:
+        (answer,) = model.classify(["the cat sat"])
+        ids = model.tokenize(["the cat sat"])["input_ids"]
+    logits = last_logits([list(ids[0])])[0, [GOOD, BAD, 6]]
+    shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    assert answer["label"] == ASKED.labels[int(shares.argmax())]
+    assert abs(answer["score"] - shares.max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("labels", "head", "message"),
+    [
+        (("catmat",), "causal-lm", "the label 'catmat' is no token but"),
+        (("#1000",), "causal-lm", "the model has 1000 ids"),
+        (("good",), "encoder", "--labels are words of a decoder's, not of the head 'encoder'"),
+    ],
+)
+def test_label_that_is_no_token_of_a_decoder_is_refused(tmp_path, labels, head, message):
+    path, _ = causal(tmp_path)
+    config = Config(head=head, labels=labels, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises((ModelError, UsageError), match=message):
+        cached.export_cached(str(path), config)
+
+
+def test_labels_of_an_onnx_file_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="for a checkpoint of a decoder"):
+        bertile.compile("model.onnx", tmp_path / "out", Config(labels=("yes", "no")))
