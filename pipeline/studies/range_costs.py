@@ -37,7 +37,6 @@ from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
 from bertile.export import cached
-from bertile.export.files import find_directory, transformer_directory
 from bertile.graph import importer, ops, order
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow
@@ -46,25 +45,21 @@ from bertile.quantize.observer import observe
 from bertile.quantize.quantizer import input_kind
 from bertile.targets import rows as targets
 
-EPOCHS = 6
+EPOCHS = 3
 RATE = 1e-3  # from nothing, more than what is trained already takes
+WORDS = 4000  # of the vocabulary
 CALIBRATION = 400  # texts, of those that are trained on
 OUTLIERS = 3  # channels
 FACTOR = 30.0
 SAME = 1e-3  # of the largest logit: how far a planted model may be from its own, in float32
 
-_SIZES = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3}
-_SIZES |= {"intermediate_size": 192, "max_position_embeddings": 128, "pad_token_id": 0}
+_SIZES = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
+_SIZES |= {"intermediate_size": 192, "max_position_embeddings": 128}
 # title: (model type, more of its configuration)
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ModernBERT": (
         "modernbert",
-        {
-            "local_attention": 16,
-            "cls_token_id": 101,
-            "sep_token_id": 102,
-            "classifier_pooling": "mean",
-        },
+        {"local_attention": 16, "classifier_pooling": "mean"},
     ),
     "Nomic BERT": ("nomic_bert", {}),
     "Qwen3": ("qwen3", {"num_key_value_heads": 1, "head_dim": 32}),
@@ -134,7 +129,7 @@ def trained(
     title: str, directory: Path, examples: Split, progress: Progress, epochs: int = EPOCHS
 ) -> tuple[Any, Any]:
     """The model and its tokenizer, out of a directory of an earlier run where there is one."""
-    model, tokenizer = untrained(title, examples.labels)
+    model, tokenizer = untrained(title, examples)
     place = _place(directory, title, "trained")
     if (place / "config.json").exists():
         with quiet():
@@ -149,17 +144,26 @@ def _place(directory: Path, *words: str) -> Path:
     return directory / "-".join(words).replace(" ", "-").lower()
 
 
-def untrained(title: str, labels: Sequence[str]) -> tuple[Any, Any]:
-    """A row of MODELS with random weights, the same on every call, and MiniLM's tokenizer."""
+def untrained(title: str, examples: Split) -> tuple[Any, Any]:
+    """A row of MODELS with random weights, and a tokenizer of the words that are trained on; the
+    same on every call.
+    """
     torch, transformers = require("export", "torch", "transformers")
+    (tokenizers,) = require("run", "tokenizers")
+    words = tokenizers.BertWordPieceTokenizer()
+    texts = [text for text, _ in examples.train]
+    words.train_from_iterator(texts, vocab_size=WORDS, show_progress=False)
     model_type, more = MODELS[title]
+    ids = {name: words.token_to_id(f"[{name.upper()}]") for name in ("pad", "cls", "sep")}
+    names = dict(enumerate(examples.labels))
+    settings = {f"{name}_token_id": place for name, place in ids.items()}
+    settings |= {"vocab_size": words.get_vocab_size(), "id2label": names, **_SIZES, **more}
+    settings["label2id"] = {label: index for index, label in names.items()}
     with quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            transformer_directory(find_directory("minilm")), local_files_only=True
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words._tokenizer,
+            **{f"{name}_token": f"[{name.upper()}]" for name in (*ids, "unk", "mask")},
         )
-        names = dict(enumerate(labels))
-        settings = {"vocab_size": len(tokenizer), "id2label": names, **_SIZES, **more}
-        settings["label2id"] = {label: index for index, label in names.items()}
         model_config = transformers.AutoConfig.for_model(model_type, **settings)
         torch.manual_seed(training.SEED)
         model = transformers.AutoModelForSequenceClassification.from_config(model_config)

@@ -27,7 +27,7 @@ EXAMPLES = tuple(
 @pytest.mark.parametrize("planted", PLANTS)
 @pytest.mark.parametrize("title", MODELS)
 def test_planting_changes_weights_and_no_result(title: str, planted: str):
-    model, tokenizer = range_costs.untrained(title, ["games", "maths"])
+    model, tokenizer = range_costs.untrained(title, Split(EXAMPLES, EXAMPLES))
     other = copy.deepcopy(model.eval())
     count = range_costs.plant(other, PLANTS[planted])
     layers = model.config.num_hidden_layers
