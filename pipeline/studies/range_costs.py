@@ -155,6 +155,8 @@ def untrained(title: str, examples: Split) -> tuple[Any, Any]:
     words.train_from_iterator(texts, vocab_size=WORDS, show_progress=False)
     model_type, more = MODELS[title]
     ids = {name: words.token_to_id(f"[{name.upper()}]") for name in ("pad", "cls", "sep")}
+    ends = (("[SEP]", ids["sep"]), ("[CLS]", ids["cls"]))
+    words.post_processor = tokenizers.processors.BertProcessing(*ends)
     names = dict(enumerate(examples.labels))
     settings = {f"{name}_token_id": place for name, place in ids.items()}
     settings |= {"vocab_size": words.get_vocab_size(), "id2label": names, **_SIZES, **more}

@@ -50,16 +50,17 @@ def test_planting_changes_weights_and_no_result(title: str, planted: str):
 def test_a_study_sees_what_was_planted_and_smoothing_mends_it(tmp_path: Path, cache: str):
     split = Split(EXAMPLES, EXAMPLES[::3])
     config = Config(threads=1, cache_dir=cache)
-    arguments = (tmp_path, split, config, Progress(-1), 3, ["Qwen3"])
+    arguments = (tmp_path, split, config, Progress(-1), 20, ["Qwen3"])
     rows = {row.planted: row for row in range_costs.study(*arguments)}
     assert list(rows) == ["none", "norm", "gated product"]
     for planted in ("norm", "gated product"):
         assert rows[planted].outliers[planted] > 5 * rows["none"].outliers[planted]
     for row in rows.values():
         assert set(row.costs) == {"fp32", *RANGES}
-        assert row.costs["fp32"] == (1.0, pytest.approx(1), pytest.approx(1))
-        assert row.costs["dynamic, smoothed"][1] > 0.999
-    assert rows["norm"].costs["dynamic"][1] < rows["norm"].costs["dynamic, smoothed"][1]
+        assert row.costs["fp32"] == (rows["none"].costs["fp32"][0], *[pytest.approx(1)] * 2)
+    for planted in ("norm", "gated product"):
+        costs = rows[planted].costs
+        assert costs["dynamic"][1] < costs["dynamic, smoothed"][1]
     assert (tmp_path / "qwen3-trained" / "config.json").exists()
 
 
