@@ -20,7 +20,7 @@ from bertile.compress.sections import Example, Split
 SEED = 20
 EPOCHS = 3
 BATCH = 32
-RATE = 2e-4  # of AdamW, falling to zero; MiniLM is small and takes more than BERT's 5e-5
+RATE = 2e-4  # MiniLM is small and takes more than BERT's 5e-5
 LONGEST = 32  # tokens
 THREADS = 2
 
@@ -31,8 +31,27 @@ def train(output: Path, examples: Split, progress: Progress, epochs: int = EPOCH
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
     model, tokenizer = _untrained(transformers, examples.labels)
+    score = fit(model, tokenizer, examples, progress, epochs)
+    write(output, model, tokenizer)
+    sections.write(output / "test.tsv", examples.test)
+    return score
+
+
+def fit(
+    model: Any,
+    tokenizer: Any,
+    examples: Split,
+    progress: Progress,
+    epochs: int = EPOCHS,
+    rate: float = RATE,
+) -> float:
+    """Train torch's classifier in place; its accuracy on the examples to test with.
+
+    `rate` is AdamW's at the start and falls to zero.
+    """
+    (torch,) = require("export", "torch")
     steps = epochs * -(-len(examples.train) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     names = model.config.label2id
     model.train()
@@ -47,13 +66,15 @@ def train(output: Path, examples: Split, progress: Progress, epochs: int = EPOCH
             schedule.step()
             total += float(loss.detach()) * len(batch["labels"])
         progress.say(f"epoch {epoch + 1}: loss {total / len(examples.train):.3f}")
-    score = accuracy(model, tokenizer, examples.test)
+    return accuracy(model, tokenizer, examples.test)
+
+
+def write(output: Path, model: Any, tokenizer: Any) -> None:
+    """A Hugging Face directory of both."""
     output.mkdir(parents=True, exist_ok=True)
     with quiet():
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
-    sections.write(output / "test.tsv", examples.test)
-    return score
 
 
 def accuracy(model: Any, tokenizer: Any, examples: Sequence[Example]) -> float:

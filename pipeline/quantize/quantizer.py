@@ -27,6 +27,7 @@ from bertile.targets.rows import Target
 # What a graph whose operators have their precisions answers to the texts of a dataset.
 Answers = Callable[[Graph, Dataset], np.ndarray]
 NORMALISERS = ("bertile.layer_norm", "bertile.embedding")
+SMOOTHED = ("norm", "gated product")  # kinds of inputs
 
 
 class Quantizer:
@@ -173,20 +174,30 @@ class Quantizer:
 
 
 def smoothable(graph: Graph) -> list[str]:
-    """The weights of the layers whose inputs are all normalised.
+    """The weights of the layers whose inputs are all normalised, or gated products.
 
-    LayerNorm multiplies each channel anyway, so that there smoothing costs nothing.
+    LayerNorm multiplies each channel anyway, so that there smoothing costs nothing. A gated product
+    has channels that are far larger than the others where both of its factors are; nothing behind
+    it levels them, and the pass that makes bytes of it multiplies.
     """
     flow = Dataflow(graph.main)
-    normalised_of: dict[str, bool] = {}
+    smooth_of: dict[str, bool] = {}
     for binding in flow.bindings:
         if ops.is_call(binding.value, "bertile.dense"):
             x, w = binding.value.args[:2]
             name = getattr(flow.definition(w), "name", "")
-            normalised_of[name] = normalised_of.get(name, True) and flow.is_op(x, *NORMALISERS)
-    return [
-        name for name, normalised in normalised_of.items() if normalised and name in graph.params
-    ]
+            smooth_of[name] = smooth_of.get(name, True) and input_kind(flow, x) in SMOOTHED
+    return [name for name, smooth in smooth_of.items() if smooth and name in graph.params]
+
+
+def input_kind(flow: Dataflow, x: Any) -> str:
+    """What gives a linear layer its input: "norm", "attention", "gated product" or "other"."""
+    if flow.is_op(x, *NORMALISERS):
+        return "norm"
+    if flow.is_op(x, "bertile.attention"):
+        return "attention"
+    gated = flow.is_op(x, "bertile.dense") and ops.is_gated(flow.definition(x))
+    return "gated product" if gated else "other"
 
 
 def as_text(quantization: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from helpers.odd_models import (
 from bertile.base.quiet import quiet
 from bertile.graph.importer import import_onnx
 from bertile.graph.order import optimize
+from bertile.quantize.quantizer import smoothable
 from bertile.targets.rows import resolve
 
 ODD = {
@@ -116,6 +117,15 @@ def test_precisions_reach_both_epilogues(graph):
     assert {shape["precision"] for shape in of_layers} == {"int8"}
 
 
+def test_smoothing_reaches_norms_and_gated_products(graph):
+    names = smoothable(graph)
+    assert [name for name in names if "layers.1." in name] == [
+        f"model.model.layers.1.{layer}.weight"
+        for layer in ("attn.Wqkv.1_2_3", "mlp.Wi.1_2", "mlp.Wo")
+    ]
+    assert not [name for name in names if "attn.Wo" in name]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "cosine"),
@@ -124,6 +134,7 @@ def test_precisions_reach_both_epilogues(graph):
         ({"precision": "int8"}, 0.99),
         ({"precision": "int8", "ranges": "minmax"}, 0.98),
         ({"precision": "int8", "smooth": 0.5}, 0.99),
+        ({"precision": "int8", "ranges": "minmax", "smooth": 0.5}, 0.98),
         ({"precision": "int4"}, 0.8),
         ({"sparse": "always"}, 0.9999999),
     ],

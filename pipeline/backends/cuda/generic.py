@@ -25,8 +25,16 @@ from bertile.schedules.cuda.source import Extent
 from bertile.targets.rows import Target, tvm_target
 
 _BYTES = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "bool": 1, "int8": 1, "uint8": 1}
-_TYPES = {"int64_t": "long long", "int32_t": "int", "int8_t": "signed char"}
-_TYPES |= {"uchar": "unsigned char", "uint8_t": "unsigned char", "uint": "unsigned int"}
+_BYTES |= {"float64": 8}
+# What TVM's text takes from headers, in words that need none; constants are math_constants.h's.
+_PLAIN = {"int64_t": "long long", "int32_t": "int", "int8_t": "signed char"}
+_PLAIN |= {"uchar": "unsigned char", "uint8_t": "unsigned char", "uint": "unsigned int"}
+_PLAIN |= {
+    "CUDART_INF_F": "__int_as_float(0x7f800000)",
+    "CUDART_NAN_F": "__int_as_float(0x7fffffff)",
+    "CUDART_INF": "__longlong_as_double(0x7ff0000000000000ll)",
+    "CUDART_NAN": "__longlong_as_double(0x7ff8000000000000ll)",
+}
 _ENTRY = 'extern "C" __global__'
 
 
@@ -147,10 +155,10 @@ def _step(call: Any, places: Mapping[Any, Any], known: Mapping[Any, Extent]) -> 
 
 
 def _plain(source: str) -> str:
-    """The kernels alone, in types that need no headers."""
+    """The kernels alone, in types and constants that need no headers."""
     text = source[source.index(_ENTRY) :]
     lines = [
         line for line in text.splitlines() if not (line.startswith(_ENTRY) and line[-1] == ";")
     ]
-    known = "|".join(_TYPES)
-    return re.sub(rf"\b(?:{known})\b", lambda word: _TYPES[word[0]], "\n".join(lines)) + "\n"
+    known = "|".join(_PLAIN)
+    return re.sub(rf"\b(?:{known})\b", lambda word: _PLAIN[word[0]], "\n".join(lines)) + "\n"

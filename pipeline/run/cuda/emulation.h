@@ -98,6 +98,7 @@ template <class To, class From> WORD To emulated_bits(From x) {
 }
 WORD float __uint_as_float(unsigned x) { return emulated_bits<float>(x); }
 WORD float __int_as_float(int x) { return emulated_bits<float>(x); }
+WORD double __longlong_as_double(long long x) { return emulated_bits<double>(x); }
 WORD unsigned __float_as_uint(float x) { return emulated_bits<unsigned>(x); }
 WORD int __float_as_int(float x) { return emulated_bits<int>(x); }
 WORD float __fdividef(float a, float b) { return a / b; }

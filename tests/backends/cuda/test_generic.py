@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bertile.backends.cuda import generic
+from bertile.codegen.cuda import compiler
 from bertile.cuda_loader import evaluate
 from bertile.run.cuda import emulator
 from bertile.targets.rows import resolve
@@ -39,6 +40,23 @@ CASES = {
         lambda ids, x: np.exp(x) / np.exp(x).sum(-1, keepdims=True),
     ),
     "mean": (lambda ids, x: relax.op.mean(x, axis=1), lambda ids, x: x.mean(1)),
+    "infinite": (lambda ids, x: relax.op.isinf(x), lambda ids, x: np.isinf(x)),
+    "infinity": (
+        lambda ids, x: relax.op.minimum(x, relax.const(-np.inf)),
+        lambda ids, x: np.full_like(x, -np.inf),
+    ),
+    "no number": (
+        lambda ids, x: relax.op.add(x, relax.const(np.nan, "float32")),
+        lambda ids, x: np.full_like(x, np.nan),
+    ),
+    "infinity of 64 bits": (
+        lambda ids, x: relax.op.add(double(x), relax.const(np.inf, "float64")),
+        lambda ids, x: np.full(x.shape, np.inf),
+    ),
+    "no number of 64 bits": (
+        lambda ids, x: relax.op.add(double(x), relax.const(np.nan, "float64")),
+        lambda ids, x: np.full(x.shape, np.nan),
+    ),
 }
 
 
@@ -46,23 +64,57 @@ def constant_one():
     return relax.const(1, "int64")
 
 
+def double(x):
+    return relax.op.astype(x, "float64")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_loops_of_tvm_compute_what_numpy_computes(name, tmp_path):
     make, reference = CASES[name]
-    row, rng = resolve("cuda-sm80"), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     ids = rng.integers(0, 3, (2, 21))
     x = rng.standard_normal((2, 21, 6)).astype("float32")
-    symbols = {"batch": 2, "length": 21, "blocks": 0}
-    mod = generic.scheduled(graph(make), row)
-    calls = [b.value for block in mod["main"].body.blocks for b in block.bindings]
-    assert all(str(call.op.name) == "relax.call_tir" for call in calls)
-    values = dict(zip(mod["main"].params, (ids, x)))
-    for number, (block_binding, call) in enumerate(
-        (b, b.value) for block in mod["main"].body.blocks for b in block.bindings
-    ):
+    result, _ = emulated(graph(make), (ids, x), tmp_path)
+    np.testing.assert_allclose(result, reference(ids, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int64", "int32", "int8", "uint8"])
+def test_a_cast_of_onnx_to_integers_compiles_and_cuts_as_numpy_does(kind, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from tvm.relax.frontend.onnx import from_onnx
+
+    to = getattr(onnx.TensorProto, kind.upper())
+    node = onnx.helper.make_node("Cast", ["x"], ["y"], to=to)
+    spec = onnx.helper.make_tensor_value_info
+    floats = spec("x", onnx.TensorProto.FLOAT, ["batch", "length"])
+    whole = onnx.helper.make_graph([node], "cast", [floats], [spec("y", to, ["batch", "length"])])
+    x = np.random.default_rng(0).uniform(-100, 100, (3, 7)).astype("float32")
+    x = np.abs(x) if kind == "uint8" else x
+    x[0, :3] = np.nan, np.inf, -np.inf
+    result, sources = emulated(from_onnx(onnx.helper.make_model(whole)), (x,), tmp_path)
+    np.testing.assert_array_equal(result, np.where(np.isfinite(x), x, 0).astype(kind))
+    tool = compiler.find()
+    for source in sources:  # by what compiles bundles, which includes no header
+        assert tool.run(compiler.prelude() + source, compiler.machine(resolve("cuda-sm80")))
+
+
+def emulated(mod, inputs, directory):
+    """What main gives on the emulator, and the text of its kernels."""
+    row = resolve("cuda-sm80")
+    symbols = dict(zip(("batch", "length"), inputs[0].shape)) | {"blocks": 0}
+    mod = generic.scheduled(mod, row)
+    bindings = [b for block in mod["main"].body.blocks for b in block.bindings]
+    calls = [b for b in bindings if isinstance(b.value, tvm.ir.Call)]
+    assert all(str(b.value.op.name) == "relax.call_tir" for b in calls)
+    values, sources = dict(zip(mod["main"].params, inputs)), []
+    for number, binding in enumerate(calls):
+        call = binding.value
         loops = generic.loops(f"loops_{number}", mod[call.args[0]], row)
         assert "#include" not in loops.source
-        operands = [values[field] for field in call.args[1].fields]
+        operands = [
+            field.value.numpy() if isinstance(field, tvm.ir.GenericConst) else values[field]
+            for field in call.args[1].fields
+        ]
         wanted = [int(_number(e, mod["main"], symbols)) for e in call.ty.shape]
         result = np.zeros(wanted, str(call.ty.dtype))
         arrays = [_placed(array) for array in (*operands, result)]
@@ -74,7 +126,7 @@ def test_loops_of_tvm_compute_what_numpy_computes(name, tmp_path):
         }
         steps, sizes = loops.steps(known)
         scratch = [emulator.aligned(evaluate(size, symbols), np.uint8) for size in sizes]
-        kernels = emulator.Emulated(emulator.build(loops.source, tmp_path))
+        kernels = emulator.Emulated(emulator.build(loops.source, directory))
         for step in steps:
             places = {"operand": arrays, "scratch": scratch}
             arguments = [
@@ -82,8 +134,9 @@ def test_loops_of_tvm_compute_what_numpy_computes(name, tmp_path):
                 for kind, value in step.arguments
             ]
             kernels.launch(step.entry, step.grid, step.threads, 0, arguments)
-        values[block_binding.var] = arrays[-1]
-    np.testing.assert_allclose(arrays[-1], reference(ids, x), rtol=1e-5, atol=1e-6)
+        values[binding.var] = arrays[-1]
+        sources.append(loops.source)
+    return arrays[-1], sources
 
 
 def _placed(array):
@@ -94,5 +147,5 @@ def _placed(array):
 
 def _number(expr, main, symbols):
     """An extent of main's as a number."""
-    names = {var: symbols[var.name] for var in main.params[0].ty.shape}
+    names = {var: symbols[var.name] for var in main.params[0].ty.shape if hasattr(var, "name")}
     return names.get(expr, expr)
