@@ -31,7 +31,9 @@ def ids_of(words: Sequence[str], directory: Path | None) -> tuple[int, ...]:
                 f"the label '{word}' has no id without a tokenizer.json", "give its id, as in #9693"
             )
         (tokenizers,) = require("export", "tokenizers")
-        pieces = tokenizers.Tokenizer.from_file(str(file)).encode(word, add_special_tokens=False)
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        tokenizer.no_padding()
+        pieces = tokenizer.encode(word, add_special_tokens=False)
         if len(pieces.ids) != 1:
             raise UsageError(
                 f"the label '{word}' is no token but {len(pieces.ids)}: {' '.join(pieces.tokens)}",

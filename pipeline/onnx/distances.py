@@ -164,10 +164,10 @@ def _term(
     runs = probes.of(node.input[1]), probes.of(node.input[0]), _runs(graph, probes, operands[0])
     if any(run is None for run in runs):
         return None
-    for found, _, other in zip(*runs):
-        length = found.shape[-1]
+    for indices, _, other in zip(*runs):
+        length = indices.shape[-1]
         wanted = table[..., rows[places[:length, None] - places[:length] + longest - 1]]
-        first = found.reshape(-1, length, length)
+        first = indices.reshape(-1, length, length)
         picked = other[..., first[0]]
         if (first != first[0]).any() or not np.allclose(picked, wanted, rtol=0, atol=1e-6):
             return None

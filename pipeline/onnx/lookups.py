@@ -74,10 +74,10 @@ class _Lookups:
         node.input[1] = self._places(offset, rows)
         if index[0].ndim == 1 and not self._is_broadcast(node):
             looked_up = self.graph.fresh("positions")
-            found, node.output[0] = node.output[0], looked_up
+            squeezed, node.output[0] = node.output[0], looked_up
             self.graph.nodes.append(
                 onnx.helper.make_node(
-                    "Squeeze", [looked_up, self.graph.integers(0)], [found], name=looked_up
+                    "Squeeze", [looked_up, self.graph.integers(0)], [squeezed], name=looked_up
                 )
             )
         self._limit(rows - offset)

@@ -36,7 +36,7 @@ from bertile.compress.sections import Split
 from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
-from bertile.export import cached
+from bertile.export import cached, synthetic
 from bertile.graph import importer, ops, order
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow
@@ -55,14 +55,14 @@ SAME = 1e-3  # of the largest logit: how far a planted model may be from its own
 
 _SIZES = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
 _SIZES |= {"intermediate_size": 192, "max_position_embeddings": 128}
-# title: (model type, more of its configuration)
+# title: (synthetic model of the type, more of its configuration)
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ModernBERT": (
-        "modernbert",
+        "modernbert-tiny",
         {"local_attention": 16, "classifier_pooling": "mean"},
     ),
-    "Nomic BERT": ("nomic_bert", {}),
-    "Qwen3": ("qwen3", {"num_key_value_heads": 1, "head_dim": 32}),
+    "Nomic BERT": ("nomic-bert-tiny", {}),
+    "Qwen3": ("qwen3-tiny", {"num_key_value_heads": 1, "head_dim": 32}),
 }
 RANGES: Mapping[str, Mapping[str, Any]] = {
     "dynamic": {},
@@ -153,7 +153,8 @@ def untrained(title: str, examples: Split) -> tuple[Any, Any]:
     words = tokenizers.BertWordPieceTokenizer()
     texts = [text for text, _ in examples.train]
     words.train_from_iterator(texts, vocab_size=WORDS, show_progress=False)
-    model_type, more = MODELS[title]
+    name, more = MODELS[title]
+    model_type, _ = synthetic.SYNTHETIC[name]
     ids = {name: words.token_to_id(f"[{name.upper()}]") for name in ("pad", "cls", "sep")}
     ends = (("[SEP]", ids["sep"]), ("[CLS]", ids["cls"]))
     words.post_processor = tokenizers.processors.BertProcessing(*ends)
@@ -176,11 +177,11 @@ def untrained(title: str, examples: Split) -> tuple[Any, Any]:
 def norms(model: Any) -> Iterator[Place]:
     """The norms whose output nothing reads but the layers behind: those of pre-norm models."""
     for layer in model.base_model.layers:
-        if model.config.model_type == "modernbert":
+        if hasattr(layer, "attn_norm"):
             if hasattr(layer.attn_norm, "weight"):  # the first layer has none
                 yield layer.attn_norm, 0, [layer.attn.Wqkv]
             yield layer.mlp_norm, 0, [layer.mlp.Wi]
-        elif model.config.model_type == "qwen3":
+        elif hasattr(layer, "input_layernorm"):
             heads = layer.self_attn
             yield layer.input_layernorm, 0, [heads.q_proj, heads.k_proj, heads.v_proj]
             yield layer.post_attention_layernorm, 0, [layer.mlp.gate_proj, layer.mlp.up_proj]
@@ -189,7 +190,7 @@ def norms(model: Any) -> Iterator[Place]:
 def gated_products(model: Any) -> Iterator[Place]:
     """The factor of each gated product that has no activation."""
     for layer in model.base_model.layers:
-        if model.config.model_type == "modernbert":
+        if hasattr(layer.mlp, "Wi"):
             yield layer.mlp.Wi, model.config.intermediate_size, [layer.mlp.Wo]
         else:
             yield layer.mlp.up_proj, 0, [layer.mlp.down_proj]

@@ -16,6 +16,7 @@ from bertile.base.errors import ModelError, UsageError
 from bertile.base.quiet import quiet
 from bertile.config import Config
 from bertile.export import cached, sentence_modules
+from bertile.families.table import FAMILIES
 from bertile.onnx.samples import run_onnx
 
 library = pytest.importorskip("sentence_transformers")
@@ -134,7 +135,9 @@ ROWS = [[5, 6, 7, 13, 14, 9, 30], [6], [8, 9, 10, 11]]
 ASKED = Config(head="causal-lm", labels=("good", "bad", "#6"))
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "model_type", [family.model_types[0] for family in FAMILIES if "causal-lm" in family.heads]
+)
 def test_words_have_their_logits_at_the_last_token_however_rows_are_padded(tmp_path, model_type):
     path, last_logits = causal(tmp_path, model_type)
     graph = cached.export_cached(

@@ -15,6 +15,7 @@ from tvm import relax
 
 from bertile.config import Config
 from bertile.export import synthetic
+from bertile.families.family import BY_ANGLE, BY_DISTANCE
 from bertile.families.table import named
 from bertile.graph import importer, order
 from bertile.loader import SIDES
@@ -23,10 +24,7 @@ from bertile.onnx.samples import largest_difference, session
 
 # Values that are turned too keep attention out of a kernel; no known checkpoint has such.
 CHANGES = {"roformer": {"rotary_value": False}}
-FAMILIES = (
-    *("modernbert", "nomic-bert", "deberta", "deberta-v2", "xlm-roberta-xl", "esm", "roformer"),
-    *("layoutlm", "eurobert", "qwen3", "gemma3", "gpt2", "llama"),
-)
+YOUNG = [family for family in YOUNG if family.positions in (BY_ANGLE, BY_DISTANCE) or family.causal]
 FORMS = ("dynamo", "torchscript", "optimum", "optimizer", "session", "four bits")
 QUICK = (("deberta", "torchscript"), ("roformer", "torchscript"), ("nomic-bert", "optimizer"))
 # Operators of ONNX Runtime's own that the last three forms have at the least.
@@ -39,14 +37,14 @@ SHAPES = ((1, 1), (3, 37), (2, 16))
 TOLERANCE = 5e-5  # relative to the largest value
 CASES = [
     pytest.param(
-        family,
+        family.name,
         form,
-        marks=[] if (family, form) in QUICK else [pytest.mark.slow],
+        marks=[] if (family.name, form) in QUICK else [pytest.mark.slow],
     )
-    for family in FAMILIES
+    for family in YOUNG
     for form in FORMS
     # GPT-2 multiplies by Gemm, of which the quantizer of weights makes nothing
-    if (family, form) != ("gpt2", "four bits")
+    if (family.name, form) != ("gpt2", "four bits")
 ]
 
 
@@ -157,9 +155,9 @@ def test_file_has_its_attention_in_kernels_and_equals_transformers(tmp_path, fam
     if form == "four bits":
         return  # weights are others than the model's; the normalizer has compared it with the file
     runner, causal = session(exported.onnx_path), named(family).causal
-    given = any(spec.name == "position_ids" for spec in exported.inputs)
+    has_positions = any(spec.name == "position_ids" for spec in exported.inputs)
     for shape in SHAPES:
-        for padding in ("right",) if given else odd_models.PADDINGS:
+        for padding in ("right",) if has_positions else odd_models.PADDINGS:
             boxes = getattr(model.config, "max_2d_position_embeddings", 0)
             arrays = odd_models.batch(*shape, padding, causal, boxes)
             with torch.no_grad():
