@@ -24,7 +24,9 @@ from bertile.onnx.samples import largest_difference, session
 
 # Values that are turned too keep attention out of a kernel; no known checkpoint has such.
 CHANGES = {"roformer": {"rotary_value": False}}
-YOUNG = [family for family in YOUNG if family.positions in (BY_ANGLE, BY_DISTANCE) or family.causal]
+YOUNG = [
+    family for family in FAMILIES if family.positions in (BY_ANGLE, BY_DISTANCE) or family.causal
+]
 FORMS = ("dynamo", "torchscript", "optimum", "optimizer", "session", "four bits")
 QUICK = (("deberta", "torchscript"), ("roformer", "torchscript"), ("nomic-bert", "optimizer"))
 # Operators of ONNX Runtime's own that the last three forms have at the least.
