@@ -16,7 +16,7 @@ from tvm import relax
 from bertile.config import Config
 from bertile.export import synthetic
 from bertile.families.family import BY_ANGLE, BY_DISTANCE
-from bertile.families.table import named
+from bertile.families.table import FAMILIES, named
 from bertile.graph import importer, order
 from bertile.loader import SIDES
 from bertile.onnx import normalizer
