@@ -15,7 +15,7 @@ from bertile.report.page import STYLE
 WIDTH, HEIGHT = 960, 470
 LEFT, RIGHT, TOP, BOTTOM = 52, 190, 12, 46
 LETTER, LINE = 6.2, 13  # about the width of a letter, and the height of a line
-GAP = 5.0  # of scores, against the range above it
+GAP = 4.0  # of scores, against the range above it
 LEAST_RANGE = 0.01  # of the axis of scores
 SHAPES = {"bertile": "circle", "onnxruntime": "square", "openvino": "triangle"}
 NAMES = {"bertile": "Bertile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
