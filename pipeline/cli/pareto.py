@@ -21,7 +21,7 @@ RECIPES = (
     "recipes to train --model by, joined by +, with a precision: prune-90+distill+int8@int8; may be"
     " repeated"
 )
-CONFIG = ("threads", "tune", "log-dir", "shipped-log", "cache-dir", "calibrate", "ranges")
+CONFIG = ("target", "threads", "tune", "log-dir", "shipped-log", "cache-dir", "calibrate", "ranges")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

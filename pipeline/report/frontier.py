@@ -19,7 +19,7 @@ import numpy as np
 
 from bertile import driver, loader
 from bertile.base import directories, machine
-from bertile.base.errors import UsageError
+from bertile.base.errors import PlatformError, UsageError
 from bertile.base.progress import Progress
 from bertile.bench import competitors, energy, instructions, turns
 from bertile.bench.engines import Arrays, Engine
@@ -33,6 +33,7 @@ from bertile.report import frontier_page, frontier_scores, frontier_times
 from bertile.report.frontier_scores import Answers
 from bertile.report.frontier_times import Times
 from bertile.run.requests import random_inputs
+from bertile.targets import rows as targets
 from bertile.tune.measure import roofline
 
 NOT_COUNTED = "instructions are not counted: ask for it with --instructions"
@@ -100,6 +101,11 @@ def write(
     its instructions are counted where `count` asks for it.
     """
     directories.check(output, MARKER)
+    row = targets.resolve(config.target, config.threads)
+    if not targets.fits(row, loader.cpu_features()):
+        raise PlatformError(
+            f"a bundle for {row.name} cannot be timed here", "leave --target out, or run it there"
+        )
     dataset = datasets.read(Path(data))
     if len({point.name for point in points}) < len(points):
         raise UsageError("two points have the same name", "give names: NAME=MODEL@PRECISION")
@@ -258,6 +264,9 @@ def _measured(
     counted = f"instructions are counted by {counter.name}" if counter else NOT_COUNTED
     if count and counter is None:
         counted = instructions.why_not()
+    missing = [r["model"] for r in rows if r["engine"] == "bertile" and r["instructions"] is None]
+    if counter is not None and missing:
+        counted += f", but for {', '.join(missing)}: {instructions.WHY_NOT_THESE}"
     return rows, shown, [*notes, *said, counted]
 
 

@@ -16,6 +16,8 @@ from helpers import tiny_training
 from safetensors.torch import load_file
 
 from bertile.compress import resume
+from bertile.compress.distill import Distillation
+from bertile.compress.learner import Learner
 from bertile.compress.record import Record
 from bertile.errors import UsageError
 
@@ -111,6 +113,29 @@ def test_two_processes_come_to_what_one_does(tmp_path, teacher):
     line = [*launch, str(script), *arguments]
     subprocess.run(line, check=True, env=environment)
     assert_equal(tmp_path / "one", tmp_path / "two", tolerance=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_teacher_answers_in_the_precision_of_the_training(
+    tmp_path, teacher, monkeypatch, precision
+):
+    """Half of a step is its own; what is compared with it is float32 all the same."""
+    answer, compare, mixed, dtypes = Learner.forward, Distillation.forward, [], set()
+
+    def answered(self: Learner, inputs: dict, **asked: object) -> dict:
+        if {"hidden", "attention"} <= asked.keys():  # as the trainer asks the teacher
+            mixed.append(torch.is_autocast_enabled("cpu"))
+        return answer(self, inputs, **asked)
+
+    def compared(self: Distillation, mine: dict, theirs: dict, mask: torch.Tensor) -> torch.Tensor:
+        dtypes.update(state.dtype for state in (theirs["logits"], *theirs["hidden_states"]))
+        return compare(self, mine, theirs, mask)
+
+    monkeypatch.setattr(Learner, "forward", answered)
+    monkeypatch.setattr(Distillation, "forward", compared)
+    settings = ("train.steps=3", "distill.hidden=1", f"train.precision={precision}")
+    tiny_training.compress(tmp_path, teacher, ("distill",), *settings)
+    assert mixed == [precision == "bf16"] * 3 and dtypes == {torch.float32}
 
 
 def test_seed_decides(tmp_path, untrained):

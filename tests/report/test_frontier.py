@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -97,6 +98,36 @@ def test_page_is_whole_and_shows_every_point():
     assert "http" not in page.replace("http-equiv", ""), "nothing is fetched"
     bold = [item for item in tree.iter("tr") if item.get("class") == "best"]
     assert len(bold) == 3
+
+
+def test_columns_that_no_row_knows_are_left_out():
+    unknown = {"joules": None, "instructions": None, "left": ""}
+    page = frontier_page.html({**CONTENT, "rows": [{**entry, **unknown} for entry in ROWS]})
+    heads = [cell.text for cell in ElementTree.fromstring(page.partition("\n")[2]).iter("th")]
+    assert "MB of weights" in heads and not {"joules", "million instructions"} & {*heads}
+
+
+def test_a_point_far_below_all_others_is_an_arrow_at_the_edge():
+    assert frontier_page.shown_on_axis(ROWS) == sorted(ROWS, key=lambda entry: -entry["score"])
+    near, far = [entry for entry in ROWS if entry["score"] > 0.75], row("one-shot", 1.1, 0.1)
+    assert far not in frontier_page.shown_on_axis([*near, far])
+    page = frontier_page.html({**CONTENT, "rows": [*near, far]})
+    tree = ElementTree.fromstring(page.partition("\n")[2])
+    arrows = [path for path in tree.iter("path") if "below" in path.get("class")]
+    assert len(arrows) == 1 and "0.1000" in arrows[0].find("title").text
+    numbers = [text.text for text in tree.iter("text")]
+    assert "0.78" in numbers and "0.2" not in numbers, "the axis is that of the others"
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_names_of_points_do_not_overlap(count):
+    near = [row(f"a rather long name {n}", 2.0 + 0.01 * n, 0.8 + 1e-4 * n) for n in range(count)]
+    tree = ElementTree.fromstring(frontier_page.svg({**CONTENT, "rows": near}))
+    names = [text for text in tree.iter() if text.get("class") == "name"]
+    heights = sorted(float(text.get("y")) for text in names)
+    assert len(names) == count
+    assert all(below - above >= 13 for above, below in itertools.pairwise(heights))
+    assert 0 < heights[0] and heights[-1] < frontier_page.HEIGHT - frontier_page.BOTTOM
 
 
 def test_picture_is_a_file_of_its_own():
@@ -209,6 +240,10 @@ MISTAKES = {
     "no point": (["--data", "TEXTS"], "no point is asked for"),
     "no texts": (["a@int8", "--data", "none.tsv"], "there is no file"),
     "twice": (["x=a", "x=b", "--data", "TEXTS"], "two points have the same name"),
+    "elsewhere": (
+        ["a", "--data", "TEXTS", "--target", "arm-a72"],
+        "a bundle for arm-a72 cannot be timed here",
+    ),
     "no task": (["--recipe", "int8", "--model", "m", "--data", "TEXTS"], "--task is missing"),
 }
 
