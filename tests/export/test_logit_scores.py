@@ -109,14 +109,16 @@ def test_score_of_anything_else_is_refused(tmp_path):
 
 
 def causal(directory, model_type="qwen3"):
-    """A decoder as transformers saves it, with a tokenizer; what transformers computes of rows."""
+    """A decoder as transformers saves it, with a tokenizer; what transformers makes of a batch."""
     path = tiny.transformer(directory / "model", "causal-lm", model_type)
     model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
 
-    def last_logits(rows):
+    def last_logits(arrays):
         with torch.no_grad():
-            logits = [model(input_ids=torch.tensor([row])).logits[0, -1] for row in rows]
-        return torch.stack(logits).numpy()
+            logits = model(**{name: torch.tensor(a) for name, a in arrays.items()}).logits.numpy()
+        width = arrays["attention_mask"].shape[1]
+        last = width - 1 - arrays["attention_mask"][:, ::-1].argmax(1)
+        return logits[np.arange(len(logits)), last]
 
     return path, last_logits
 
@@ -136,16 +138,16 @@ ASKED = Config(head="causal-lm", labels=("good", "bad", "#6"))
 
 
 @pytest.mark.parametrize(
-    "model_type", [family.model_types[0] for family in FAMILIES if "causal-lm" in family.heads]
+    "family", [family.name for family in FAMILIES if "causal-lm" in family.heads]
 )
-def test_words_have_their_logits_at_the_last_token_however_rows_are_padded(tmp_path, model_type):
-    path, last_logits = causal(tmp_path, model_type)
+def test_words_have_their_logits_at_the_last_token_however_rows_are_padded(tmp_path, family):
+    path, last_logits = causal(tmp_path, family)
     graph = cached.export_cached(
         str(path), Config(**{**ASKED.to_dict(), "cache_dir": str(tmp_path / "cache")})
     )
     assert (graph.head, graph.labels) == ("sequence-classification", ASKED.labels)
-    want = last_logits(ROWS)[:, [GOOD, BAD, 6]]
     for side in ("left", "right"):
+        want = last_logits(padded(ROWS, side))[:, [GOOD, BAD, 6]]
         got = run_onnx(graph.onnx_path, padded(ROWS, side))["logits"]
         np.testing.assert_allclose(got, want, atol=1e-4)
     assert (graph.directory / "tokenizer.json").exists()
@@ -158,14 +160,14 @@ def test_bundle_scores_texts_by_words(tmp_path):
     config = Config(**{**ASKED.to_dict(), "cache_dir": str(tmp_path / "cache")})
     bertile.compile(str(path), tmp_path / "bundle", config)
     bundle = bertile.load(tmp_path / "bundle")
-    want = last_logits(ROWS)[:, [GOOD, BAD, 6]]
+    want = last_logits(padded(ROWS, "right"))[:, [GOOD, BAD, 6]]
     assert bundle.manifest["model"]["labels"] == list(ASKED.labels)
     for side in ("left", "right"):
         np.testing.assert_allclose(bundle(**padded(ROWS, side))["logits"], want, atol=1e-4)
     with bertile.open(tmp_path / "bundle") as model:
         (answer,) = model.classify(["the cat sat"])
         ids = model.tokenize(["the cat sat"])["input_ids"]
-    logits = last_logits([list(ids[0])])[0, [GOOD, BAD, 6]]
+    logits = last_logits(padded([list(ids[0])], "right"))[0, [GOOD, BAD, 6]]
     shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     assert answer["label"] == ASKED.labels[int(shares.argmax())]
     assert abs(answer["score"] - shares.max()) < 1e-4
