@@ -24,7 +24,7 @@ import numpy as np
 
 from bertile import driver
 from bertile.base import scratch
-from bertile.base.errors import ModelError, require
+from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.base.progress import Progress
 from bertile.base.quiet import quiet
 from bertile.base.tables import table
@@ -72,6 +72,7 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
 }
 KINDS = ("norm", "attention", "gated product")  # what gives a layer its input, of those shown
 
+Cost = tuple[float, float, float]
 # The module that writes channels, the first of those that may be planted, and who reads them.
 Place = tuple[Any, int, Sequence[Any]]
 
@@ -81,13 +82,13 @@ class Row:
     """A model's costs: `outliers` by kind of input is the largest |x| over the median of a layer.
 
     `costs`: by RANGES (and "fp32") the accuracy, and the median and the least cosine of the texts'
-    logits to float32's.
+    logits to float32's; None where the compile's check refuses the bundle.
     """
 
     model: str
     planted: str
     outliers: Mapping[str, float]
-    costs: Mapping[str, tuple[float, float, float]]
+    costs: Mapping[str, Cost | None]
 
 
 def study(
@@ -241,12 +242,17 @@ def measured(
         fitted = {"calibrate": str(calibrate)} if fields else {}
         settings[name] = {"precision": "int8", **fitted, **fields}
     exported = cached.export_cached(str(place), config, progress)
-    costs: dict[str, tuple[float, float, float]] = {}
+    costs: dict[str, Cost | None] = {}
     reference = np.zeros(0)
     for name, fields in settings.items():
         with scratch.directory() as bundle:
             path = Path(bundle, "bundle")
-            driver.compile(str(place), path, config, progress, **fields)
+            try:
+                driver.compile(str(place), path, config, progress, **fields)
+            except NumericMismatchError as error:  # too far from float32: so its user learns too
+                progress.say(f"{title}, {planted}, {name}: {error}")
+                costs[name] = None
+                continue
             logits = datasets.answers(path, dataset, config.threads)
         reference = logits if name == "fp32" else reference
         metrics = dataset.metrics(logits, reference, exported.labels)
@@ -287,11 +293,8 @@ def as_text(rows: Sequence[Row], markdown: bool = False) -> str:
         (
             row.model,
             row.planted,
-            f"{100 * row.costs['fp32'][0]:.2f}%",
-            *(
-                f"{100 * accuracy:.2f}%, {median:.4f}, {least:.3f}"
-                for accuracy, median, least in (row.costs[name] for name in RANGES)
-            ),
+            _cell(row.costs["fp32"]).partition(",")[0],
+            *(_cell(row.costs[name]) for name in RANGES),
         )
         for row in rows
     ]
@@ -301,6 +304,10 @@ def as_text(rows: Sequence[Row], markdown: bool = False) -> str:
             table(("model", "planted", "fp32", *RANGES), lines, markdown),
         )
     )
+
+
+def _cell(cost: Cost | None) -> str:
+    return "refused" if cost is None else f"{100 * cost[0]:.2f}%, {cost[1]:.4f}, {cost[2]:.3f}"
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -320,10 +327,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     config = Config(threads=options.threads, cache_dir=cache_directory(None))
     place, progress = Path(options.output), Progress()
-    rows = list(study(place, sections.split(), config, progress, options.epochs))
+    rows: list[Row] = []
+    for row in study(place, sections.split(), config, progress, options.epochs):
+        rows.append(row)
+        if options.into:  # each time: who ends it in the middle keeps what was measured
+            text = as_text(rows, markdown=True)
+            result_tables.write_block(Path(options.into), "range-costs", text)
     print(as_text(rows))
-    if options.into:
-        result_tables.write_block(Path(options.into), "range-costs", as_text(rows, markdown=True))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from bertile.base.progress import Progress
 from bertile.compress.sections import Split
 from bertile.config import Config
 from bertile.studies import range_costs
-from bertile.studies.range_costs import FACTOR, MODELS, OUTLIERS, PLANTS, RANGES, Row
+from bertile.studies.range_costs import FACTOR, KINDS, MODELS, OUTLIERS, PLANTS, RANGES, Row
 
 torch = pytest.importorskip("torch")
 EXAMPLES = tuple(
@@ -74,3 +74,9 @@ def test_the_tables_have_a_line_for_each_model_and_place():
     ]
     cells = [cell.strip() for cell in second.splitlines()[2].split("|")[1:-1]]
     assert cells == ["Qwen3", "none", "50.00%", *["48.75%, 0.9991, 0.900"] * len(RANGES)]
+
+
+def test_a_bundle_that_the_check_refuses_is_said_so():
+    costs = {"fp32": (0.5, 1.0, 1.0), **dict.fromkeys(RANGES, (0.5, 1.0, 1.0)), "static": None}
+    text = range_costs.as_text([Row("Qwen3", "norm", dict.fromkeys(KINDS, 1.0), costs)])
+    assert text.count("refused") == 1
