@@ -166,8 +166,8 @@ def test_bundle_scores_texts_by_words(tmp_path):
         np.testing.assert_allclose(bundle(**padded(ROWS, side))["logits"], want, atol=1e-4)
     with bertile.open(tmp_path / "bundle") as model:
         (answer,) = model.classify(["the cat sat"])
-        ids = model.tokenize(["the cat sat"])["input_ids"]
-    logits = last_logits(padded([list(ids[0])], "right"))[0, [GOOD, BAD, 6]]
+    ids = transformers.AutoTokenizer.from_pretrained(path)("the cat sat")["input_ids"]
+    logits = last_logits(padded([ids], "right"))[0, [GOOD, BAD, 6]]
     shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     assert answer["label"] == ASKED.labels[int(shares.argmax())]
     assert abs(answer["score"] - shares.max()) < 1e-4

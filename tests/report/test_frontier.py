@@ -250,9 +250,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys, arguments, message):
+    code = 3 if "arm-a72" in arguments else 2  # 3: it would go elsewhere
     texts = tiny_training.write(tmp_path / "texts.tsv")
     words = [str(texts) if word == "TEXTS" else word for word in arguments]
-    assert main.main(["pareto", *words, "-q", "-o", str(tmp_path / "out")]) == 2
+    assert main.main(["pareto", *words, "-q", "-o", str(tmp_path / "out")]) == code
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
