@@ -22,7 +22,6 @@ from bertile.export.sentence_modules import (
     Pool,
     Score,
     Splade,
-    Words,
 )
 from bertile.families import embeddings, table, text_settings
 from bertile.families.family import has_places
@@ -229,8 +228,6 @@ def _step(step: Any) -> nn.Module:
         return norm
     if isinstance(step, Score):
         return _Score()
-    if isinstance(step, Words):
-        return nn.Identity()  # no other rows of the head are there
     return _Normalize() if isinstance(step, Normalize) else _Pooling(step)
 
 
