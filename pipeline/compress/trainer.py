@@ -154,10 +154,12 @@ class _Training:
         inputs = inputs_of(batch)
         theirs = None
         if lesson.teacher is not None:
+            from accelerate.utils import convert_to_fp32
+
             learns = lesson.learner.distillation
             with torch.no_grad(), self.accelerator.autocast():
                 theirs = lesson.teacher(inputs, hidden=learns.hidden, attention=learns.attention)
-            theirs = _in_float32(theirs)
+            theirs = convert_to_fp32(theirs)  # as the student's are
         mine = self.model(inputs, theirs=theirs)
         count, total = len(examples), batch["input_ids"].new_zeros((), dtype=torch.float32)
         weight = 1.0 if lesson.teacher is None else lesson.recipe.distill.labels
@@ -232,13 +234,6 @@ class _Training:
         if len(state["chance"]) == self.accelerator.num_processes:
             torch.set_rng_state(state["chance"][self.accelerator.process_index])
         return int(state["step"])
-
-
-def _in_float32(value: Any) -> Any:
-    """Tensors in tuples and dictionaries, as mixed precision leaves those of the student."""
-    if isinstance(value, dict):
-        return {name: _in_float32(inner) for name, inner in value.items()}
-    return value.float() if torch.is_tensor(value) else tuple(map(_in_float32, value))
 
 
 def _state_of(part: Any) -> Any:

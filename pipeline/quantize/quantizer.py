@@ -27,7 +27,7 @@ from bertile.targets.rows import Target
 # What a graph whose operators have their precisions answers to the texts of a dataset.
 Answers = Callable[[Graph, Dataset], np.ndarray]
 NORMALISERS = ("bertile.layer_norm", "bertile.embedding")
-SMOOTHED = ("norm", "gated product")  # kinds of inputs
+SMOOTHED = {"norm", "gated product"}  # kinds of inputs
 
 
 class Quantizer:
@@ -180,18 +180,24 @@ def smoothable(graph: Graph) -> list[str]:
     has channels that are far larger than the others where both of its factors are; nothing behind
     it levels them, and the pass that makes bytes of it multiplies.
     """
+    kinds = input_kinds(graph)
+    return [name for name in kinds if kinds[name] <= SMOOTHED and name in graph.params]
+
+
+def input_kinds(graph: Graph) -> dict[str, set[str]]:
+    """By the name of a layer's weight, what gives its inputs: "norm", "attention", "gated product"
+    or "other".
+    """
     flow = Dataflow(graph.main)
-    smooth_of: dict[str, bool] = {}
+    kinds: dict[str, set[str]] = {}
     for binding in flow.bindings:
         if ops.is_call(binding.value, "bertile.dense"):
             x, w = binding.value.args[:2]
-            name = getattr(flow.definition(w), "name", "")
-            smooth_of[name] = smooth_of.get(name, True) and input_kind(flow, x) in SMOOTHED
-    return [name for name, smooth in smooth_of.items() if smooth and name in graph.params]
+            kinds.setdefault(getattr(flow.definition(w), "name", ""), set()).add(_kind(flow, x))
+    return kinds
 
 
-def input_kind(flow: Dataflow, x: Any) -> str:
-    """What gives a linear layer its input: "norm", "attention", "gated product" or "other"."""
+def _kind(flow: Dataflow, x: Any) -> str:
     if flow.is_op(x, *NORMALISERS):
         return "norm"
     if flow.is_op(x, "bertile.attention"):

@@ -37,12 +37,11 @@ from bertile.config import Config
 from bertile.evaluation import datasets
 from bertile.evaluation.datasets import Dataset
 from bertile.export import cached, synthetic
-from bertile.graph import importer, ops, order
+from bertile.graph import importer, order
 from bertile.graph.graph import Graph
-from bertile.graph.rewriting.dataflow import Dataflow
 from bertile.quantize import calibration
 from bertile.quantize.observer import observe
-from bertile.quantize.quantizer import input_kind
+from bertile.quantize.quantizer import input_kinds
 from bertile.targets import rows as targets
 
 EPOCHS = 3
@@ -272,16 +271,9 @@ def outliers(
     ratios: dict[str, float] = {}
     for name, observation in observe(graph, requests, row).items():
         ratio = float(observation.channels.max() / np.median(np.abs(observation.rows)))
-        ratios[kinds[name]] = max(ratio, ratios.get(kinds[name], 0.0))
+        for kind in kinds[name]:
+            ratios[kind] = max(ratio, ratios.get(kind, 0.0))
     return ratios
-
-
-def input_kinds(graph: Graph) -> dict[str, str]:
-    """By the name of a layer's weight, what gives it its input."""
-    flow = Dataflow(graph.main)
-    calls = [b.value for b in flow.bindings if ops.is_call(b.value, "bertile.dense")]
-    operands = [call.args[:2] for call in calls]
-    return {getattr(flow.definition(w), "name", ""): input_kind(flow, x) for x, w in operands}
 
 
 def as_text(rows: Sequence[Row], markdown: bool = False) -> str:

@@ -8,6 +8,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from bertile import driver, loader, text
 from bertile.base.errors import ModelError, UsageError
 from bertile.bundle import writer
 from bertile.cli import main
+from bertile.compress import tasks, trainer
+from bertile.compress.recipe import EarlyExit, Recipe
 from bertile.config import Config
 from bertile.export import checkpoints, early_heads
 from bertile.families import table
@@ -45,6 +48,23 @@ def bundle(request, trained, tmp_path_factory):
     with text_models.single_thread():
         driver.compile(str(trained), directory, **options)
     return directory
+
+
+def test_a_text_counts_as_much_with_a_label_as_without():
+    """Eight texts, of which one has a label: its loss is an eighth of what it is alone."""
+    task, chance = tasks.TASKS["text"], torch.Generator().manual_seed(0)
+    early, final = (torch.randn(8, 3, generator=chance) for _ in range(2))
+    lesson = SimpleNamespace(recipe=Recipe(early_exit=EarlyExit((1,))), task=task)
+
+    def loss(labels: list[int]) -> float:
+        whole = {"input_ids": torch.ones(8, 4), "attention_mask": torch.ones(8, 4)}
+        whole["wanted_labels"] = torch.tensor(labels)
+        mine = {"logits": final, "exits": [early]}
+        return float(trainer._Training._exits(SimpleNamespace(lesson=lesson), mine, whole, whole))
+
+    without = loss([tasks.IGNORED] * 8)
+    alone = torch.nn.functional.cross_entropy(early[:1], torch.tensor([2]))
+    assert loss([2, *[tasks.IGNORED] * 7]) - without == pytest.approx(float(alone) / 8, rel=1e-5)
 
 
 def batch(rows: int = 9, length: int = 37) -> dict[str, np.ndarray]:
