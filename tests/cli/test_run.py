@@ -375,8 +375,9 @@ def test_memory_does_not_grow_with_the_number_of_texts(typed, tmp_path) -> None:
         return most - len(stdin)  # which the test holds
 
     peak(100)  # imports
-    few = peak(2000)
-    assert peak(4000) < 1.2 * few
+    few = peak(4000)  # the last three windows are full ones
+    # Two or three windows are alive at the fullest moment, as the threads happen to run.
+    assert peak(16000) < 1.6 * few
 
 
 def test_a_reader_that_goes_away_ends_the_run(bundle, monkeypatch) -> None:
