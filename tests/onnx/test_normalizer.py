@@ -15,7 +15,7 @@ from helpers.foreign_forms import (
     write,
     write_attention,
 )
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
