@@ -24,6 +24,10 @@ LOG_EFFORT ?= full
 LOG_THREADS ?= 2 1
 LOG_MODELS ?= bert-base minilm bert-large distilbert-base
 LOG_PRECISIONS ?= fp32 int8 int4 bf16 fp16
+# Of families younger than BERT, by LOG_YOUNG_EFFORT: -short models have the kernels of long ones.
+LOG_YOUNG ?= modernbert-base modernbert-large nomic-bert-base deberta-v3-base qwen3-short gemma3-short
+LOG_YOUNG_PRECISIONS ?= fp32 int8 bf16
+LOG_YOUNG_EFFORT ?= quick
 LOG_PRUNED ?= int8@0.8:4x1 int8@0.9:4x1 int8@0.95:4x1 fp32@0.9:unstructured
 # What `make bench-sparse` prunes, of the synthetic models.
 SPARSE_MODEL ?= bert-base
@@ -68,7 +72,7 @@ help:
 	@echo "make bench-tuning   tune a model from an empty log, compare with the shipped one (10 min)"
 	@echo "make pack-cuda    all that a machine with a GPU measures, to be carried there (20 min)"
 	@echo "make bench-cuda   measure it, on that machine; make ingest-cuda, its results at home"
-	@echo "make logs       tune the kernels whose logs ship in tuning_logs (three hours)"
+	@echo "make logs       tune the kernels whose logs ship in tuning_logs (four hours)"
 	@echo "make logs-arm   the same for ARM, by estimate (half an hour)"
 	@echo "make wheel      what a package index serves, into dist/: Bertile, TVM's runtime"
 	@echo "make clean      remove .venv, out and what Python and the tests left"
@@ -188,7 +192,7 @@ $(VENV)/.bench: $(VENV)/.installed
 	@$(PIP) -e ".[bench]"
 	@touch $@
 
-# What ships in tuning_logs: three hours, on a machine that does nothing else meanwhile.
+# What ships in tuning_logs: four hours, on a machine that does nothing else meanwhile.
 logs: $(VENV)/.installed
 	@for precision in $(LOG_PRECISIONS); do for threads in $(LOG_THREADS); do \
 	  for model in $(LOG_MODELS); do \
@@ -199,6 +203,10 @@ logs: $(VENV)/.installed
 	  for model in $(LOG_PRUNED); do \
 	    $(BIN)/bertile tune synthetic:bert-base@$${model#*@} --precision $${model%@*} --tune $(LOG_EFFORT) \
 	      --timeout $(LOG_SECONDS) --threads $$threads --log-dir tuning_logs || exit; \
+	done; done
+	@for precision in $(LOG_YOUNG_PRECISIONS); do for model in $(LOG_YOUNG); do \
+	  $(BIN)/bertile tune synthetic:$$model --precision $$precision --tune $(LOG_YOUNG_EFFORT) \
+	    --timeout $(LOG_SECONDS) --log-dir tuning_logs || exit; \
 	done; done
 
 # What ships for ARM, by llvm-mca's estimate: half an hour, whatever else the machine does.

@@ -41,6 +41,7 @@ class ConfigFields(TypedDict, total=False):
     runtime_from: FilePath | None
     libc: str
     head: str | None
+    labels: str | Sequence[str]
     allow_unused: bool
     trust_remote_code: bool
     output_hidden_states: bool
@@ -67,7 +68,8 @@ class Config:
 
     `lengths` are those that a search weighs, in tokens; None: what most requests have. `trials`,
     `timeout` (seconds) and `threads` are positive, or None for what the effort and the machine
-    give. `head` None keeps the checkpoint's own head; `allow_unused` takes a checkpoint that says
+    give. `head` None keeps the checkpoint's own head; `labels` are words of a decoder whose logits
+    at the last token are the answer, or ids as #9693; `allow_unused` takes a checkpoint that says
     or holds more than its model reads, without that; `trust_remote_code` runs the code that lies in
     a checkpoint, which is what computes it then; `output_hidden_states` and `output_attentions` add
     what transformers gives by these names, one output a layer; `rename` gives inputs of an ONNX
@@ -96,6 +98,7 @@ class Config:
     runtime_from: str | None = None
     libc: str = "glibc"
     head: str | None = None
+    labels: tuple[str, ...] = ()
     allow_unused: bool = False
     trust_remote_code: bool = False
     output_hidden_states: bool = False
@@ -210,6 +213,15 @@ def _flag(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
     raise UsageError(f"{name} is {value!r}", "give true or false")
+
+
+def _labels(name: str, value: Any) -> tuple[str, ...]:
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not all(w and isinstance(w, str) for w in words):
+        raise UsageError(f"{name} is {value!r}", "give words, as in yes,no")
+    if len(set(words)) < len(words):
+        raise UsageError(f"{name} has a word twice: {','.join(words)}")
+    return tuple(words)
 
 
 def _renamed(name: str, value: Any) -> tuple[str, ...]:
@@ -329,6 +341,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "runtime_from": _path_of("a wheel or a directory"),
     "libc": _one_of(LIBCS),
     "head": _one_of(HEADS, optional=True),
+    "labels": _labels,
     "allow_unused": _flag,
     "trust_remote_code": _flag,
     "output_hidden_states": _flag,

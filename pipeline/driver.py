@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bertile import backends, loader, preflight
-from bertile.base import cache, machine, scratch
+from bertile.base import cache, machine, scratch, tvm_alone
 from bertile.base.fingerprint import hash_path
 from bertile.base.progress import Progress, default_progress
 from bertile.bundle import runtime_parts, writer
@@ -151,6 +151,7 @@ class _Run:
     def __init__(
         self, exported: ExportedModel, row: Target, config: Config, progress: Progress, log: Any
     ) -> None:
+        tvm_alone.load()  # which all that follows imports
         self.exported, self.config, self.progress = exported, config, progress
         self.row = rows.with_lengths(row, config.lengths, exported.max_length)
         self.log, self.backend = log, backends.of(row)

@@ -131,6 +131,13 @@ CONFIG_FLAGS: tuple[Flag, ...] = (
         HEADS,
     ),
     Flag(
+        "--labels",
+        "yes,no",
+        str,
+        MODEL,
+        "of a decoder, the logits of these words alone at the last token; an id as #9693",
+    ),
+    Flag(
         "--allow-unused",
         None,
         bool,
@@ -243,6 +250,7 @@ FLAGS = {flag.name.removeprefix("--"): flag for flag in CONFIG_FLAGS}
 # What decides how a model is exported.
 EXPORT_FLAGS = (
     "head",
+    "labels",
     "allow-unused",
     "trust-remote-code",
     "output-hidden-states",

@@ -32,6 +32,11 @@ def check(model: Any, config: Config) -> None:
             f"--exit-threshold is for a model with early heads, which '{model}' has not",
             "train them first: bertile compress MODEL --recipe early-exit",
         )
+    if config.labels and (files.is_onnx(model) or files.is_exported(model)):
+        raise UsageError(
+            "--labels is for a checkpoint of a decoder, not for what is exported already",
+            "leave it out, or compile the checkpoint",
+        )
     if not isinstance(model, (str, Path)):
         return  # who holds an object has what made it
     if files.is_exported(model):
@@ -45,7 +50,7 @@ def check(model: Any, config: Config) -> None:
         if config.tokenizer is None:
             tokenizer_file.check(Path(model).parent)
     else:
-        directory = checkpoints.check(str(model), config.head)
+        directory = checkpoints.check(str(model), config.head, config.labels)
         if directory is not None:
             tokenizer_file.check(files.transformer_directory(directory))
     extras.must_be_there(*packages(model))

@@ -35,5 +35,5 @@ def _key(model: Any, config: Config) -> str:
     outputs = (config.output_hidden_states, config.output_attentions)
     exits = config.exit_threshold is not None
     allowed = (config.allow_unused, config.trust_remote_code)
-    asked = (str(model), config.head, *allowed, *outputs, exits, config.rename)
+    asked = (str(model), config.head, config.labels, *allowed, *outputs, exits, config.rename)
     return cache.key("export.exporter", exporter.fingerprint(model, config), *asked)

@@ -26,7 +26,7 @@ from bertile.export.files import (
     transformer_directory,
 )
 from bertile.export.foreign import explained, ordinary
-from bertile.export.sentence_modules import Chain, Normalize, Pool, chain_of
+from bertile.export.sentence_modules import Chain, Normalize, Pool, Score, Words, chain_of
 from bertile.families import model_config, table, text_settings
 from bertile.families.family import AFTER_PADDING, CAUSAL, Family
 from bertile.onnx.exported import TOKENIZER_FILES
@@ -77,27 +77,32 @@ class Checkpoint:
 
 
 def load(
-    model: Any, head: str | None = None, allow_unused: bool = False, trust: bool = False
+    model: Any,
+    head: str | None = None,
+    allow_unused: bool = False,
+    trust: bool = False,
+    labels: tuple[str, ...] = (),
 ) -> Checkpoint:
     """Load MODEL: `minilm`, `synthetic:NAME[:HEAD][@SPARSITY:PATTERN]`, a directory, a hub id or
     what `objects.opened` takes.
 
     `head` None takes what the checkpoint's config says. `allow_unused` takes a checkpoint that says
-    or holds more than its model reads, `trust` runs the code that it brings. Raises UsageError for
-    an unknown name or head, ModelError for a checkpoint that cannot be read.
+    or holds more than its model reads, `trust` runs the code that it brings; `labels` are words of
+    a decoder, see `logit_scores.ids_of`. Raises UsageError for an unknown name, head or label,
+    ModelError for a checkpoint that cannot be read.
     """
     if head is not None and head not in HEADS:
         raise UsageError(f"head '{head}' is unknown{nearest(head, HEADS)}")
     with quiet(), ordinary():
         if not isinstance(model, (str, Path)):
-            return _from_object(objects.opened(model), head)
+            return _from_object(objects.opened(model), head, labels)
         if str(model).startswith("synthetic:"):
-            return _from_synthetic(str(model), head)
+            return _from_synthetic(str(model), head, labels)
         directory = find_directory(str(model))
-        return _from_directory(str(model), directory, head, allow_unused, trust)
+        return _from_directory(str(model), directory, head, allow_unused, trust, labels)
 
 
-def check(model: str, head: str | None) -> Path | None:
+def check(model: str, head: str | None, labels: tuple[str, ...] = ()) -> Path | None:
     """Refuse, without loading anything, a name that nobody knows, a directory that is no supported
     checkpoint, and a head that it cannot have; give its directory.
 
@@ -106,22 +111,25 @@ def check(model: str, head: str | None) -> Path | None:
     if model.startswith("synthetic:"):
         name, chosen = synthetic.parse(model, head)
         synthetic.pruned(model)
+        _words(labels, chosen, None)
         table.must_have_head(synthetic.SYNTHETIC[name][0], chosen)
         return None
     directory = local_directory(model)
     if directory is not None:
         config = model_config.read(transformer_directory(directory))
-        asked, chain, _ = _asked_head(model, directory, config, head)
+        asked, chain, _ = _asked_head(model, directory, config, head, labels)
         table.must_have_head(config["model_type"], _computed(asked, chain))
         if table.of_type(config["model_type"]) is None and not pretrained.own_code(config):
             _auto_class(_computed(asked, chain), config["model_type"], config)
     return directory
 
 
-def _from_object(held: objects.ModelObject, head: str | None) -> Checkpoint:
+def _from_object(
+    held: objects.ModelObject, head: str | None, labels: tuple[str, ...]
+) -> Checkpoint:
     chain, files, notes = None, (), ()
     if held.directory:
-        chain = _chain(held.directory, head)
+        chain = None if labels else _chain(held.directory, head)
         files, notes = _text_files(held.directory, transformer_directory(held.directory), chain)
     if chain:
         head = _made(chain)
@@ -130,6 +138,8 @@ def _from_object(held: objects.ModelObject, head: str | None) -> Checkpoint:
         family = table.answering(held.model.config.model_type)
         head = _head_of_architectures([architecture], held.name, family)
         notes = _left_out(architecture)
+    if labels:
+        head, chain = _words(labels, head, held.directory)
     sha256 = fingerprint(held, head)
     with explained(f"'{held.name}' cannot be exported"):
         # A copy, because export sets the model's mode and swaps some of its modules.
@@ -137,7 +147,7 @@ def _from_object(held: objects.ModelObject, head: str | None) -> Checkpoint:
         model.set_attn_implementation("eager")
         model = _with_head(model, _computed(head, chain), held.name)
     checkpoint = _checkpoint(_plain(model), held.name, sha256, head, chain, files, notes)
-    return replace(checkpoint, kept=held)
+    return _named(replace(checkpoint, kept=held), labels)
 
 
 def _architecture(model: Any) -> str:
@@ -180,7 +190,7 @@ def _with_head(model: Any, head: str, name: str) -> Any:
     return other.eval()
 
 
-def _from_synthetic(source: str, head: str | None) -> Checkpoint:
+def _from_synthetic(source: str, head: str | None, labels: tuple[str, ...]) -> Checkpoint:
     name, chosen = synthetic.parse(source, head)
     _must_be_known(synthetic.SYNTHETIC[name][0])
     config = synthetic.config(name)
@@ -188,16 +198,24 @@ def _from_synthetic(source: str, head: str | None) -> Checkpoint:
     model = synthetic.build(_auto_class(chosen, config.model_type), config)
     if asked := synthetic.pruned(source):
         pruning.prune(model, family.name, *asked)
-    return _checkpoint(model, source, fingerprint(source, head), chosen)
+    chain = None
+    if labels:
+        chosen, chain = _words(labels, chosen, None)
+    return _named(_checkpoint(model, source, fingerprint(source, head), chosen, chain), labels)
 
 
 def _from_directory(
-    source: str, directory: Path, head: str | None, allow_unused: bool, trust: bool
+    source: str,
+    directory: Path,
+    head: str | None,
+    allow_unused: bool,
+    trust: bool,
+    words: tuple[str, ...],
 ) -> Checkpoint:
     transformer = transformer_directory(directory)
     sha256 = fingerprint(directory, head)  # which refuses links to files outside
     config = model_config.read(transformer)
-    head, chain, left_out = _asked_head(source, directory, config, head)
+    head, chain, left_out = _asked_head(source, directory, config, head, words)
     computed = _computed(head, chain)
     own_code = trust and bool(pretrained.own_code(config))
     allowed = pretrained.Allowed(allow_unused, own_code)
@@ -214,7 +232,7 @@ def _from_directory(
     notes = (*notes, *told)
     family = table.named(OWN_CODE) if own_code else None
     checkpoint = _checkpoint(_plain(model), source, sha256, head, chain, files, notes, family)
-    return replace(checkpoint, ranges=learned_ranges.read(directory))
+    return _named(replace(checkpoint, ranges=learned_ranges.read(directory)), words)
 
 
 def _encoder(model: Any) -> Any:
@@ -235,22 +253,50 @@ def _chain(directory: Path, head: str | None) -> Chain | None:
     return None if chain and head not in (None, _made(chain)) else chain
 
 
+def _words(
+    labels: tuple[str, ...], head: str | None, directory: Path | None
+) -> tuple[str | None, Chain | None]:
+    """The head of a decoder that gives the logits of these words, and what makes them; as it was
+    where there are none.
+    """
+    if not labels:
+        return head, None
+    if head != CAUSAL:
+        raise UsageError(
+            f"--labels are words of a decoder's, not of the head '{head}'",
+            f"add --head {CAUSAL}, or leave them out: a classifier has labels of its own",
+        )
+    ids = logit_scores.ids_of(labels, directory and transformer_directory(directory))
+    return "sequence-classification", Chain((Pool(("lasttoken",)), Words(ids)))
+
+
+def _named(checkpoint: Checkpoint, labels: tuple[str, ...]) -> Checkpoint:
+    """The same with the words as its labels, where it was asked for such."""
+    return replace(checkpoint, labels=labels) if labels else checkpoint
+
+
 def _made(chain: Chain | None) -> str:
     """The head of what a chain makes."""
     return "sequence-classification" if chain and chain.words else "embedding"
 
 
 def _asked_head(
-    source: str, directory: Path, config: Mapping[str, Any], head: str | None
+    source: str,
+    directory: Path,
+    config: Mapping[str, Any],
+    head: str | None,
+    labels: tuple[str, ...] = (),
 ) -> tuple[str, Chain | None, tuple[str, ...]]:
-    """The head, what makes an embedding, and notes for people on what is left out."""
-    chain = _chain(directory, head)
-    if head is not None or chain is not None:
-        return head or _made(chain), chain, ()
-    architectures = config.get("architectures")
-    left_out = _left_out(architectures[0]) if architectures else ()
-    family = table.answering(config["model_type"])
-    return _head_of_architectures(architectures, source, family), None, left_out
+    """The head, what makes an embedding or a score, and notes for people on what is left out."""
+    chain, left_out = None if labels else _chain(directory, head), ()
+    if head is None and chain is None:
+        architectures = config.get("architectures")
+        left_out = _left_out(architectures[0]) if architectures else ()
+        family = table.answering(config["model_type"])
+        head = _head_of_architectures(architectures, source, family)
+    if labels:
+        head, chain = _words(labels, head, directory)
+    return head or _made(chain), chain, left_out
 
 
 def _checkpoint(
@@ -354,7 +400,8 @@ def _text_files(
     directory: Path, transformer: Path, chain: Chain | None
 ) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """What a bundle takes along of a directory, to make ids of texts; notes for people."""
-    if chain and chain.words and logit_scores.has_template(transformer):
+    asks = chain is not None and any(isinstance(step, Score) for step in chain.steps)
+    if asks and logit_scores.has_template(transformer):
         return (), (logit_scores.NOTE,)
     own = ("config.json", *TOKENIZER_FILES, *text_settings.SENTENCES)
     paths = (*(transformer / name for name in own), directory / text_settings.PROMPTS)

@@ -72,7 +72,7 @@ def export(model: Any, directory: Path, config: Config) -> ExportedModel:
 def _export(model: Any, directory: Path, config: Config, bar: Bar) -> ExportedModel:
     bar.advance(0, "load the weights")
     allowed = (config.allow_unused, config.trust_remote_code)
-    checkpoint = checkpoints.load(model, config.head, *allowed)
+    checkpoint = checkpoints.load(model, config.head, *allowed, config.labels)
     if config.exit_threshold is not None:
         checkpoint = _with_early_heads(checkpoint, model)
     bar.advance(note="run it in torch")

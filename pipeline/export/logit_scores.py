@@ -13,6 +13,36 @@ NOTE = (
 )
 
 
+def ids_of(words: Sequence[str], directory: Path | None) -> tuple[int, ...]:
+    """The id of each word, a token of the tokenizer in `directory`; of "#9693" that number.
+
+    Raises UsageError for a word that is no single token, MissingExtraError without tokenizers.
+    """
+    from bertile.base.errors import UsageError, require
+
+    ids = []
+    for word in words:
+        if word[0] == "#" and word[1:].isdigit():
+            ids.append(int(word[1:]))
+            continue
+        file = directory / "tokenizer.json" if directory else None
+        if file is None or not file.is_file():
+            raise UsageError(
+                f"the label '{word}' has no id without a tokenizer.json", "give its id, as in #9693"
+            )
+        (tokenizers,) = require("run", "tokenizers")
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        tokenizer.no_padding()
+        pieces = tokenizer.encode(word, add_special_tokens=False)
+        if len(pieces.ids) != 1:
+            raise UsageError(
+                f"the label '{word}' is no token but {len(pieces.ids)}: {' '.join(pieces.tokens)}",
+                "name a token, or its id, as in #9693",
+            )
+        ids += pieces.ids
+    return tuple(ids)
+
+
 def keep_words(model: Any, ids: Sequence[int]) -> None:
     """Leave of the head of a causal model the rows of these ids, in place: logits (batch, length,
     ids) then; whatever the model makes of its logits stays.

@@ -86,6 +86,16 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Words:
+    """The logits of words, one each, by their ids."""
+
+    ids: tuple[int, ...]
+
+
+Step = Pool | Splade | Dense | LayerNorm | Normalize | Score | Words
+
+
+@dataclass(frozen=True)
 class Chain:
     """How the outputs of a transformer become an embedding or a score, step by step.
 
@@ -93,14 +103,14 @@ class Chain:
     the files of BESIDE, whose outputs come beside the embedding.
     """
 
-    steps: tuple[Pool | Splade | Dense | LayerNorm | Normalize | Score, ...] = (Pool(), Normalize())
+    steps: tuple[Step, ...] = (Pool(), Normalize())
     include_prompt: bool = True
     beside: tuple[Path, ...] = ()
 
     @property
     def words(self) -> tuple[int, ...]:
-        """The ids whose logits it makes a score of; () of one that makes an embedding."""
-        return next((step.ids for step in self.steps if isinstance(step, Score)), ())
+        """The ids whose logits it gives or makes a score of; () of one that makes an embedding."""
+        return next((step.ids for step in self.steps if isinstance(step, (Score, Words))), ())
 
     @property
     def kind(self) -> str:

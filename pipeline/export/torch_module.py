@@ -22,6 +22,7 @@ from bertile.export.sentence_modules import (
     Pool,
     Score,
     Splade,
+    Words,
 )
 from bertile.families import embeddings, table, text_settings
 from bertile.families.family import has_places
@@ -228,6 +229,8 @@ def _step(step: Any) -> nn.Module:
         return norm
     if isinstance(step, Score):
         return _Score()
+    if isinstance(step, Words):
+        return nn.Identity()  # no other rows of the head are there
     return _Normalize() if isinstance(step, Normalize) else _Pooling(step)
 
 

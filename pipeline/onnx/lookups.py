@@ -72,8 +72,22 @@ class _Lookups:
                 return False
         rows = self.graph.shape(node.input[0])[0]
         node.input[1] = self._places(offset, rows)
+        if index[0].ndim == 1 and not self._is_broadcast(node):
+            looked_up = self.graph.fresh("positions")
+            squeezed, node.output[0] = node.output[0], looked_up
+            self.graph.nodes.append(
+                onnx.helper.make_node(
+                    "Squeeze", [looked_up, self.graph.integers(0)], [squeezed], name=looked_up
+                )
+            )
         self._limit(rows - offset)
         return True
+
+    def _is_broadcast(self, node: onnx.NodeProto) -> bool:
+        """Whether all that read a lookup add it to something of three axes or more."""
+        readers = self.graph.consumers().get(node.output[0], [])
+        ranks = [len(self.probes.sizes(reader.output[0]) or ()) for reader in readers]
+        return all(reader.op_type == "Add" for reader in readers) and min(ranks, default=0) > 2
 
     def _places(self, start: int, stop: int) -> str:
         """Return the int64 tensor (1, length) that counts from `start`."""

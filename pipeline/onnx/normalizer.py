@@ -18,8 +18,10 @@ from bertile.families.family import AFTER_PADDING, Family
 from bertile.families.text_settings import TextSettings
 from bertile.onnx import (
     attention,
+    branches,
     constants,
     counts,
+    distances,
     floats,
     fusions,
     microsoft,
@@ -29,6 +31,7 @@ from bertile.onnx import (
     spectra,
     tokenizer_file,
     tokens,
+    turned_pairs,
 )
 from bertile.onnx import quantized as onnx_quantized
 from bertile.onnx.exported import UNKNOWN, ExportedModel, InputSpec
@@ -69,6 +72,7 @@ def normalize(path: Path, directory: Path, config: Config) -> ExportedModel:
     """
     path, directory = Path(path), Path(directory)
     original, opset = read(path)
+    original = branches.settle(original)
     graph = OnnxGraph(original)
     batch, length, renamed = present(graph, path, config.rename)
     with quiet.quiet():
@@ -185,6 +189,7 @@ def rewrite(
     spectra.write_spectra(graph, probes, axes)
     tokens.unfold_first_axes(graph, probes, axes)
     products.join_heads(graph, probes)
+    turned_pairs.turn_halves(graph, probes)  # what it reorders is cut out of products
     products.cut_products(graph, probes)
     notes = onnx_quantized.settle_quantization(graph, probes)
     attention.expand_attention(graph, lambda name: _is_bool(probes, name))
@@ -192,6 +197,9 @@ def rewrite(
     counts.gather_places(graph, probes, axes)
     # Judged by values. Lookups and masks first: they need none of the shapes they were made of.
     max_length = write_lookups(graph, probes, axes, max(opset, OPSET))
+    limit = max_length or positions
+    by_distance, limit = distances.find_distances(graph, probes, axes, limit, max(opset, OPSET))
+    max_length = limit if by_distance else max_length
     kept = write_masks(graph, probes, axes, max_length or positions, max(opset, OPSET))
     max_length = max_length or positions
     max_length = (
@@ -205,6 +213,7 @@ def rewrite(
     counts.pick_tokens(graph, probes, axes)
     counts.write_counts(graph, probes, axes)
     write_shapes(graph, probes, axes)
+    distances.write_distances(graph, by_distance)  # behind what would count its places anew
     rewrites.drop_expands(graph, probes.sizes)
     # Judged by structure.
     if not kept:

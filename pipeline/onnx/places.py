@@ -1,6 +1,6 @@
 """Turns the angles of rotary positions, however they are computed, into a table cut to the length.
 
-    Unsqueeze(Cos(Concat(Range(length) * frequencies, …)))
+    Unsqueeze(Cos(Concat(Range(length) * frequencies, …)))      also: of a table of cosines
         →  Unsqueeze(Slice(table (1, positions, D), 0, length))
 
 TVM knows no shape behind a Range whose end is dynamic, and a table costs nothing in a request. What
@@ -9,9 +9,12 @@ a tensor is, is judged by its values over the probes and in longer sequences.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
 
-from bertile.onnx.dependence import dependence
+import numpy as np
+import onnx
+
+from bertile.onnx.dependence import dependence, is_lookup
 from bertile.onnx.graph import OnnxGraph
 from bertile.onnx.probing import Probes, evaluated
 from bertile.onnx.shapes import Axes
@@ -35,7 +38,9 @@ def write_place_tables(
         if kinds[node.output[0]] != "heavy":
             continue
         for name in dict.fromkeys(node.input):
-            if kinds.get(name) == "shape" and name not in tables and _has_angles(graph, name):
+            if kinds.get(name) != "shape":
+                continue
+            if name not in tables and _turns_heads(graph, probes, name):
                 tables[name] = _table(graph, probes, axes, name, positions, opset)
             if tables.get(name):
                 node.input[:] = [
@@ -45,14 +50,26 @@ def write_place_tables(
     return positions if any(tables.values()) else None
 
 
-def _has_angles(graph: OnnxGraph, name: str) -> bool:
-    """Say whether a tensor is computed by sines or cosines."""
+def _turns_heads(graph: OnnxGraph, probes: Probes, name: str) -> bool:
+    """Say whether a tensor is of angles, computed or looked up (RoFormer's, of four axes)."""
+    if _has(graph, name, _is_angle):
+        return True
+    looked_up = _has(graph, name, lambda node: is_lookup(graph, node))
+    return looked_up and len(probes.sizes(name) or ()) == 4
+
+
+def _is_angle(node: onnx.NodeProto) -> bool:
+    return node.op_type in ANGLES
+
+
+def _has(graph: OnnxGraph, name: str, sought: Callable[[onnx.NodeProto], bool]) -> bool:
+    """Say whether one of the operators that a tensor is computed by is sought."""
     producers, waiting, seen = graph.producers(), [name], set()
     while waiting:
         node = producers.get(waiting.pop())
         if node is None or node.output[0] in seen:
             continue
-        if node.op_type in ANGLES:
+        if sought(node):
             return True
         seen.add(node.output[0])
         if node.op_type not in ("Shape", "Size"):  # which tell nothing of how a tensor is computed

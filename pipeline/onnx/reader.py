@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from bertile.base import tvm_alone
 from bertile.base.errors import ModelError, require
 from bertile.onnx.graph import OnnxGraph
 
@@ -92,6 +93,7 @@ def check_operators(graph: OnnxGraph, rewritten: bool = False) -> None:
 
     `rewritten`: also for what the graph loses in the rewriting.
     """
+    tvm_alone.load()
     (frontend,) = require("compile", "tvm.relax.frontend.onnx.onnx_frontend")
     known = set(frontend._get_convert_map())
     known = known - REWRITTEN if rewritten else known | REWRITTEN

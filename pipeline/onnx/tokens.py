@@ -267,6 +267,15 @@ def _gathered(unfolding: _Unfolding, node: onnx.NodeProto) -> tuple[Inputs, dict
     return None
 
 
+def _elements(unfolding: _Unfolding, node: onnx.NodeProto) -> tuple[Inputs, dict[str, Any]] | None:
+    """Along the last axis, by an index of as many axes."""
+    rank = len(unfolding.sizes(node.output[0]))
+    if attributes(node).get("axis", 0) % rank != rank - 1:
+        return None
+    both = [unfolding.operand(name, rank) for name in node.input]
+    return None if None in both else (both, {"axis": -1})
+
+
 def _sliced(unfolding: _Unfolding, node: onnx.NodeProto) -> tuple[Inputs, dict[str, Any]] | None:
     if len(node.input) < 4 or not unfolding.graph.is_constant(node.input[3]):
         return None
@@ -291,6 +300,7 @@ _RULES: dict[str, Rule] = {
     "MatMul": _product,
     "Transpose": _transposed,
     "Gather": _gathered,
+    "GatherElements": _elements,
     "Slice": _sliced,
     "DynamicQuantizeLinear": _first_operand,
     "OneHot": lambda unfolding, node: (

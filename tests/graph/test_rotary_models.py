@@ -169,7 +169,8 @@ def test_modernbert_of_transformers_equals_onnxruntime(tmp_path, attention, dyna
             return outputs.last_hidden_state
 
     bundle = equals_original(write(tmp_path / "m.onnx", Positional(), dynamo), tmp_path)
-    assert {bool(k.get("turned") or k.get("gated")) for k in kernels(bundle, "dense")[:2]} == {True}
+    dense = kernels(bundle, "dense")
+    assert any(k.get("turned") for k in dense) and any(k.get("gated") for k in dense)
     assert not bundle.manifest["fallthrough"] or "matmul" not in str(bundle.manifest["fallthrough"])
 
 

@@ -15,7 +15,7 @@ from helpers.foreign_forms import (
     write,
     write_attention,
 )
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from bertile.base.errors import ModelError, NumericMismatchError, UsageError
 from bertile.config import Config
@@ -330,16 +330,21 @@ def test_normalize_names_an_operator_that_cannot_be_imported(tmp_path, plain, op
     assert message in refused(edited(plain, tmp_path / "m.onnx", edit), tmp_path)
 
 
-def test_normalize_refuses_control_flow_by_name(tmp_path, plain):
+def test_normalize_refuses_by_name_a_branch_that_values_decide(tmp_path, plain):
     def edit(graph):
         last = graph.node[-1].output[0]
         graph.node[-1].output[0] = "before"
         value = helper.make_tensor_value_info("inside", TensorProto.FLOAT, None)
         inner = helper.make_node("Identity", ["before"], ["inside"])
         body = helper.make_graph([inner], "body", [], [value])
-        graph.initializer.append(numpy_helper.from_array(np.asarray(True), "yes"))
-        graph.node.append(
-            helper.make_node("If", ["yes"], [last], "branch", then_branch=body, else_branch=body)
+        graph.node.extend(
+            [
+                helper.make_node("ReduceMax", ["input_ids"], ["most"], keepdims=0),
+                helper.make_node("Cast", ["most"], ["any"], to=TensorProto.BOOL),
+                helper.make_node(
+                    "If", ["any"], [last], "branch", then_branch=body, else_branch=body
+                ),
+            ]
         )
 
     message = refused(edited(plain, tmp_path / "m.onnx", edit), tmp_path)

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from bertile import loader
-from bertile.base import machine
-from bertile.base.errors import require
+from bertile.base import machine, tvm_alone
 from bertile.base.progress import Progress
 from bertile.bundle import safetensors as weights
 from bertile.run.requests import random_inputs, usual_length
@@ -41,7 +40,7 @@ def inspect(
     others took meanwhile, as `machine.Watch` does.
     """
     manifest = loader.read_manifest(directory)
-    require("compile", "tvm")
+    tvm_alone.load()
     progress = progress or Progress(verbosity=-1)
     loader.check_platform(manifest["target"])
     loader.set_thread_defaults()

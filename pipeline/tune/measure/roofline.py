@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
+from bertile.base import tvm_alone
 from bertile.base.errors import BertileError
 from bertile.schedules.task import Task
 
@@ -49,6 +50,7 @@ def request_flops(kernels: Sequence[Kernel], batch: int, length: int) -> float:
 
 def peak(target: str, threads: int, precision: str = "fp32") -> float:
     """Measured GFLOP/s of this machine with the features of a target row."""
+    tvm_alone.load()
     from bertile.schedules.cpu.peak import peak_gflops
 
     row, tvm_row = _prepared(target, threads)
@@ -57,6 +59,7 @@ def peak(target: str, threads: int, precision: str = "fp32") -> float:
 
 def bandwidths(target: str, threads: int, sizes: Sequence[int]) -> dict[int, float]:
     """Measured GB/s of reading so many bytes again and again, by size."""
+    tvm_alone.load()
     from bertile.schedules.cpu.peak import read_gbs
 
     row, tvm_row = _prepared(target, threads)
@@ -76,6 +79,7 @@ def _prepared(target: str, threads: int) -> tuple[Any, Any]:
 
 def unit(kernel: Kernel, target: str) -> str:
     """What a kernel multiplies in, as ``peak`` takes it."""
+    tvm_alone.load()
     from bertile.schedules.cpu import attention_tiles, tiles
     from bertile.schedules.cpu.peak import TILES
     from bertile.targets.rows import resolve

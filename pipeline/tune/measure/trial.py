@@ -11,8 +11,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import tvm
 
+from bertile.base.tvm_alone import tvm
 from bertile.codegen.llvm import build_kernel
 from bertile.schedules import trial_sample
 from bertile.schedules.cpu import SCHEDULES
