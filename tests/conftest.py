@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import venv
@@ -70,6 +71,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
             patch.setenv("ZIG_GLOBAL_CACHE_DIR", str(user / "zig"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(tuning_log, "USER_LOG", tmp_path_factory.mktemp("log"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_translation_table():
+    """torch reads its table of ONNX operators, 0.6 s, once for all exports."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    once = functools.cache(ONNXRegistry.from_torchlib)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(once))
         yield
 
 

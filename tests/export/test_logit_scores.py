@@ -137,8 +137,9 @@ ASKED = Config(head="causal-lm", labels=("good", "bad", "#6"))
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=[] if name in ("gpt2", "gemma2") else pytest.mark.slow)
-        for name in (family.name for family in FAMILIES if CAUSAL in family.heads)
+        pytest.param(family.name, marks=[pytest.mark.slow] if family.kernels_of else [])
+        for family in FAMILIES
+        if CAUSAL in family.heads
     ],
 )
 def test_words_have_their_logits_at_the_last_token_however_rows_are_padded(tmp_path, family):

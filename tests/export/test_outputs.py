@@ -47,6 +47,7 @@ def test_embedding_has_no_hidden_states():
         cached.export_cached("synthetic:bert-tiny", config)
 
 
+@pytest.mark.slow  # quick: a family's, in test_exporter.py
 def test_head_of_pretraining_gives_all_that_its_model_does(stages):
     config = Config(head="pretraining", cache_dir=stages)
     exported = cached.export_cached("synthetic:bert-tiny", config)

@@ -175,8 +175,9 @@ def test_attention_in_bfloat16_gets_its_pairs_of_the_norms(graph):
     assert attention["precision"] == "bf16"
 
 
+@pytest.mark.slow  # quick: each kernel by itself, in schedules/cuda
 def test_a_gpu_answers_as_onnx_runtime(stages, tmp_path):
-    """With all that a decoder asks of kernels; other families and precisions are slow tests."""
+    """With all that a decoder asks of kernels."""
     if lacks := emulator.missing():
         pytest.skip(lacks)
     directory, head = family_models.directory(*TINY, stages), TINY[1]
