@@ -219,3 +219,12 @@ def test_inspect_measures_sparse_kernels_by_what_they_do(bundle):
     assert rows[0]["GFLOP/s"] == pytest.approx(
         2 * 128 * lane * first["nonzeros"] / seconds / 1e9, rel=0.01
     )
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(0.0, 3), (1e9, 20)])
+def test_inspect_of_a_slow_request_makes_few_calls(bundle, monkeypatch, seconds, runs):
+    made = []
+    monkeypatch.setattr(inspection, "SECONDS", seconds)
+    monkeypatch.setattr(inspection, "_typical", lambda times, count: made.append(count) or 1.0)
+    inspection.inspect(bundle, threads=1)
+    assert set(made) == {runs}

@@ -18,7 +18,8 @@ from bertile.bundle import safetensors as weights
 from bertile.run.requests import random_inputs, usual_length
 from bertile.tune.measure import roofline
 
-RUNS = 20
+RUNS, LEAST_RUNS = 20, 3
+SECONDS = 10.0  # after which no more than the least are made: a request may take many
 MEMORY_BYTES = 256 << 20  # more than any cache holds
 
 
@@ -139,17 +140,17 @@ def _profile(
             seen[name] = _sizes(args, stored, manifest["lanes"])
 
     main = vm[manifest["entry"]]
-    wholes = []
-    for _ in range(RUNS):
+    wholes: list[float] = []
+    while len(wholes) < LEAST_RUNS or (len(wholes) < RUNS and sum(wholes) < SECONDS):
         start = time.perf_counter()
         main(*arguments)
         wholes.append(time.perf_counter() - start)
     vm.set_instrument(instrument)
-    for _ in range(RUNS):
+    for _ in wholes:
         main(*arguments)
     names = {kernel["name"] for kernel in manifest["kernels"]} & set(seen)
     for name in names:
-        seen[name].seconds = _typical(times[name])
+        seen[name].seconds = _typical(times[name], len(wholes))
     return {name: seen[name] for name in names}, float(np.median(wholes))
 
 
@@ -168,9 +169,9 @@ def _sizes(args: Sequence[Any], stored: set[int], block_tokens: int) -> _Seen:
     return seen
 
 
-def _typical(seconds: list[float]) -> float:
+def _typical(seconds: list[float], runs: int) -> float:
     """Seconds of one request: the median over the requests of the sum over a kernel's calls."""
-    return float(np.median(np.array(seconds).reshape(RUNS, -1).sum(1)))
+    return float(np.median(np.array(seconds).reshape(runs, -1).sum(1)))
 
 
 def _row(
