@@ -223,8 +223,8 @@ def test_inspect_measures_sparse_kernels_by_what_they_do(bundle):
 
 @pytest.mark.parametrize(("seconds", "runs"), [(0.0, 3), (1e9, 20)])
 def test_inspect_of_a_slow_request_makes_few_calls(bundle, monkeypatch, seconds, runs):
-    made = []
+    counts = []
     monkeypatch.setattr(inspection, "SECONDS", seconds)
-    monkeypatch.setattr(inspection, "_typical", lambda times, count: made.append(count) or 1.0)
+    monkeypatch.setattr(inspection, "_typical", lambda times, count: counts.append(count) or 1.0)
     inspection.inspect(bundle, threads=1)
-    assert set(made) == {runs}
+    assert set(counts) == {runs}
