@@ -236,8 +236,18 @@ def _from_directory(
 
 
 def _encoder(model: Any) -> Any:
-    """The encoder of a model that has a decoder too; any other as it is."""
-    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    """The encoder of a model that has a decoder too; any other as it is. Raises ModelError for one
+    that transformers never runs alone (FSMT).
+    """
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return model
+    encoder = model.get_encoder()
+    if not hasattr(encoder, "base_model"):
+        raise ModelError(
+            f"the encoder of a '{model.config.model_type}' is no model by itself in transformers",
+            "write it as an ONNX file, and compile that",
+        )
+    return encoder
 
 
 def _computed(head: str, chain: Chain | None) -> str:

@@ -56,6 +56,12 @@ def test_export_answers_as_transformers_does(saved, tmp_path):
             np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-4)
 
 
+def test_encoder_that_is_no_model_by_itself_is_refused(tmp_path):
+    model_types.tiny("fsmt").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="the encoder of a 'fsmt' is no model by itself"):
+        checkpoints.load(str(tmp_path), "encoder")
+
+
 def test_head_that_a_type_lacks_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UsageError, match="'gpt2' have no head 'masked-lm'; known: encoder, embed"):
