@@ -16,14 +16,14 @@ from bertile.base.errors import require
 
 def load() -> ModuleType:
     """Import TVM and return it. Raises MissingExtraError where it is not installed."""
-    if "torch" in sys.modules or "tvm_ffi" in sys.modules:
-        (tvm,) = require("compile", "tvm")
-        return tvm
-    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's word for: not to be had
+    hides = "torch" not in sys.modules and "tvm_ffi" not in sys.modules
+    if hides:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # Python's word for: not to be had
     try:
         (tvm,) = require("compile", "tvm")
     finally:
-        del sys.modules["torch"]
+        if hides:
+            del sys.modules["torch"]
     return tvm
 
 

@@ -46,7 +46,8 @@ def _conditions(graph: OnnxGraph, model: onnx.ModelProto, names: list[str]) -> d
     if not computed:
         return known
     opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    feeds = [_ones(graph.cut(*computed).inputs, *shape) for shape in SIZES]
+    inputs = graph.cut(*computed).inputs
+    feeds = [_ones(inputs, *shape) for shape in SIZES]
     for name in computed:
         runs = [evaluated(graph, name, feed, opset) for feed in feeds]
         values = {bool(run) for run in runs if run is not None}  # None: longer than it takes

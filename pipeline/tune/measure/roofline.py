@@ -50,7 +50,6 @@ def request_flops(kernels: Sequence[Kernel], batch: int, length: int) -> float:
 
 def peak(target: str, threads: int, precision: str = "fp32") -> float:
     """Measured GFLOP/s of this machine with the features of a target row."""
-    tvm_alone.load()
     from bertile.schedules.cpu.peak import peak_gflops
 
     row, tvm_row = _prepared(target, threads)
@@ -59,7 +58,6 @@ def peak(target: str, threads: int, precision: str = "fp32") -> float:
 
 def bandwidths(target: str, threads: int, sizes: Sequence[int]) -> dict[int, float]:
     """Measured GB/s of reading so many bytes again and again, by size."""
-    tvm_alone.load()
     from bertile.schedules.cpu.peak import read_gbs
 
     row, tvm_row = _prepared(target, threads)
@@ -79,7 +77,6 @@ def _prepared(target: str, threads: int) -> tuple[Any, Any]:
 
 def unit(kernel: Kernel, target: str) -> str:
     """What a kernel multiplies in, as ``peak`` takes it."""
-    tvm_alone.load()
     from bertile.schedules.cpu import attention_tiles, tiles
     from bertile.schedules.cpu.peak import TILES
     from bertile.targets.rows import resolve
@@ -125,6 +122,7 @@ def _facts(
     sizes: Sequence[tuple[int, int]],
     precisions: Sequence[str],
 ) -> tuple[dict[str, float], list[float]]:
+    tvm_alone.load()
     from bertile.targets.rows import resolve
 
     bf16 = resolve(target, threads).bf16
