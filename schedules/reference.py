@@ -7,6 +7,10 @@ import math
 import numpy as np
 
 LEVELS = 255  # steps of 8 bits, between the ends of a range
+# Weights in signed bytes are bounded where no four that share a sum of 16 bits add up to more, of
+# one sign: 255 times that is less than 32768.
+BOUND = 128
+RUN = 8  # inputs of two such sums: (0, 1, 4, 5) and (2, 3, 6, 7)
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -34,6 +38,21 @@ def gated(name: str, x: np.ndarray) -> np.ndarray:
     """
     first, second = np.split(x, 2, axis=-1)
     return apply_activation(name, first) * second
+
+
+def largest_sums(w: np.ndarray) -> np.ndarray:
+    """The largest magnitude (N,) that sums of positive or of negative weights w (K, N) have, of
+    those that a BOUND is for.
+    """
+    padded = np.pad(w, ((0, -len(w) % RUN), (0, 0)))
+    runs = padded.reshape(-1, 2, 2, 2, w.shape[1])
+    sums = [np.maximum(part, 0).sum((1, 3)).max((0, 1)) for part in (runs, -runs)]
+    return np.maximum(*sums)
+
+
+def bounding_scale(w: np.ndarray) -> np.ndarray:
+    """The least scale (N,) by which weights w (K, N), rounded to nearest, are bounded."""
+    return largest_sums(w) / w.dtype.type(BOUND - 2)  # rounding adds half a step to each of four
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bertile.graph.graph import Graph
 from bertile.lower.forms import Forms
-from bertile.lower.sparse_choice import layers, rounded, sparse_task
+from bertile.lower.sparse_choice import dense_task, layers, rounded, sparse_task
 from bertile.schedules.task import Task
 
 
@@ -16,8 +16,7 @@ def alternatives(graph: Graph) -> dict[Task, Task]:
     for var, name in layers(forms):
         own, plan = forms.task(var), graph.plan[name]
         if own.operation == "sparse":
-            shape = {key: value for key, value in own.shape.items() if key != "density"}
-            others[Task("dense", shape)] = own
+            others[dense_task(own, plan)] = own
         elif plan.sparse is not None and plan.sparse.why:
             others[sparse_task(own, rounded(plan.sparse.lanes))] = own
         if plan.slower is not None:

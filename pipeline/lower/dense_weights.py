@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bertile.lower.form import Form
-from bertile.numerics.eight_bit import quantize_weights, weight_scales
+from bertile.numerics.eight_bit import bytes_of
 from bertile.numerics.four_bit import quantize_groups
 from bertile.numerics.precision import PRECISIONS, LayerPlan, Plan
 from bertile.schedules.reference import LEVELS, byte_limits
@@ -32,8 +32,7 @@ def dense_weights(task: Task, weights: Arrays, plan: LayerPlan) -> Arrays:
         shift = rounded.values().sum(0, dtype="float64").astype("float32")
         arrays = {name: rounded.levels, f"{name}.scales": rounded.scales}
         return [*arrays.items(), (f"{name}.shift", shift), (bias_name, b)]
-    scale = weight_scales(w)
-    v = quantize_weights(w, scale)
+    v, scale = bytes_of(w, plan.bounded and task.operation == "dense")
     shift = (v.sum(0, dtype="int64") * scale.astype("float64")).astype("float32")
     if not plan.static:
         return [(name, v), (f"{name}.scale", scale), (f"{name}.shift", shift), (bias_name, b)]

@@ -77,7 +77,7 @@ def _dense_shape(call: relax.Call, plan: LayerPlan, output: Form) -> Shape:
         "residual": len(call.args) == 4,
         **({"gated": True} if ops.is_gated(call) else {}),
         **_turned(call),
-        **_precision(call, static=plan.static),
+        **_of_products(call, plan),
         **({"group": plan.group} if PRECISIONS[ops.precision(call)].groups else {}),
         **output.writes,
     }
@@ -166,12 +166,19 @@ def _tables(call: relax.Call) -> int:
     return int(call.attrs["tables"])
 
 
-def _precision(call: relax.Call, static: bool = False) -> dict[str, str]:
+def _of_products(call: relax.Call, plan: LayerPlan) -> dict[str, str]:
+    """What a linear layer's task says of its precision, and of its bytes."""
+    own = _precision(call)
+    if own.get("precision") != "int8":
+        return own
+    bounded = "_bounded" if plan.bounded and ops.density(call) is None else ""
+    return {"precision": f"int8{bounded}{'_static' if plan.static else ''}"}
+
+
+def _precision(call: relax.Call) -> dict[str, str]:
     """What a task says of its precision; nothing of float32."""
     precision = ops.precision(call)
-    if precision == "fp32":
-        return {}
-    return {"precision": f"{precision}_static" if static and precision == "int8" else precision}
+    return {} if precision == "fp32" else {"precision": precision}
 
 
 def _epsilon(call: relax.Call) -> float:

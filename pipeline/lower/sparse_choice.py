@@ -17,7 +17,7 @@ from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import Dataflow, rewrite
 from bertile.lower.forms import Forms
 from bertile.lower.sparse_costs import relative_time
-from bertile.numerics.precision import Plan, ZerosPlan
+from bertile.numerics.precision import LayerPlan, Plan, ZerosPlan
 from bertile.numerics.zeros import Sparsity, analyse, density
 from bertile.schedules.cpu.product import group
 from bertile.schedules.cpu.sparse import sparse
@@ -165,9 +165,20 @@ def rounded(share: float) -> int:
     return next(percent for percent in DENSITIES if share * 100 <= percent * NEAR)
 
 
+def dense_task(task: Task, plan: LayerPlan) -> Task:
+    """The task of the dense kernel that does what a "sparse" task's does."""
+    shape = {key: value for key, value in task.shape.items() if key != "density"}
+    if plan.bounded:
+        shape["precision"] = str(shape["precision"]).replace("int8", "int8_bounded")
+    return Task("dense", shape)
+
+
 def sparse_task(task: Task, percent: int) -> Task:
     """The task of the sparse kernel that does what a "dense" task's does."""
-    return Task("sparse", {**task.shape, "density": percent})
+    shape = {**task.shape, "density": percent}
+    if "precision" in shape:  # it takes bytes of any weights
+        shape["precision"] = str(shape["precision"]).replace("_bounded", "")
+    return Task("sparse", shape)
 
 
 def report(plan: Plan) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from bertile.numerics.four_bit import quantize_groups
 from bertile.numerics.precision import LayerPlan
-from bertile.schedules.reference import LEVELS
+from bertile.schedules.reference import BOUND, LEVELS, bounding_scale, largest_sums
 
 LIMIT = 127  # largest magnitude of a quantized weight
 LOSSLESS = 150.0  # dB; more than the 24 bits of float32 themselves have
@@ -66,6 +66,27 @@ def weight_scales(w: np.ndarray) -> np.ndarray:
     for column in np.flatnonzero(steps):
         scale[column] = _nearest_scale(w[:, column], largest[column] / np.float32(steps[column]))
     return np.where(largest > 0, scale, np.float32(1)).astype(np.float32)
+
+
+def bounded_scales(w: np.ndarray) -> np.ndarray | None:
+    """As :func:`weight_scales`, of integers that ``schedules.reference.BOUND`` holds for: about
+    1.8 times as wide a step. None where a channel that was quantized before would lose by it.
+    """
+    scale = weight_scales(w)
+    levels = quantize_weights(w, scale)
+    over = largest_sums(levels) > BOUND
+    far, own = w[:, over], scale[over]
+    if (np.abs(far - levels[:, over] * own) <= EXACT * np.abs(far)).all(0).any():
+        return None
+    return np.where(over, np.maximum(scale, bounding_scale(w)), scale)
+
+
+def bytes_of(w: np.ndarray, bounded: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The s8 integers of w (K, N), and the scale (N,) of each output channel."""
+    scale = bounded_scales(w) if bounded else weight_scales(w)
+    if scale is None:
+        raise ValueError("these weights cannot be bounded without a loss")
+    return quantize_weights(w, scale), scale
 
 
 def _steps(w: np.ndarray, largest: np.ndarray) -> np.ndarray:
@@ -126,8 +147,8 @@ def computed(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray,
 
 def _in_bytes(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray, np.ndarray]:
     def rounded(smoothed: np.ndarray) -> np.ndarray:
-        scale = weight_scales(smoothed)
-        return quantize_weights(smoothed, scale) * scale
+        levels, scale = bytes_of(smoothed, plan.bounded and not plan.skips_zeros)
+        return levels * scale
 
     return _smoothed(x, w, plan, rounded)
 

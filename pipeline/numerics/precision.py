@@ -79,7 +79,8 @@ class LayerPlan:
     `rounded` where calibration has done that (of the divided rows), else to nearest. `why` says why
     the layer has this precision, where it is not what was asked for, and `slower` is its kernel in
     that, where the log knew it to take longer. `sparse` is None until the choice between the dense
-    and the sparse kernel is made.
+    and the sparse kernel is made. Weights of int8 that are `bounded` are rounded so that a dense
+    kernel may sum products in 16 bits (``schedules.reference.BOUND``).
     """
 
     precision: str = "fp32"
@@ -91,11 +92,17 @@ class LayerPlan:
     sparse: ZerosPlan | None = None
     group: int = 32
     rounded: FourBits | None = None
+    bounded: bool = False
 
     @property
     def quantized(self) -> bool:
         """Whether it is computed in bytes."""
         return PRECISIONS[self.precision].quantized
+
+    @property
+    def skips_zeros(self) -> bool:
+        """Whether it has the sparse kernel."""
+        return self.sparse is not None and self.sparse.density is not None
 
     @property
     def static(self) -> bool:

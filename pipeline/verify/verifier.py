@@ -176,7 +176,7 @@ def _precisions(manifest: dict[str, Any]) -> set[str]:
     layers = {kernel["shape"].get("precision", "fp32") for kernel in manifest["kernels"]}
     return {
         manifest["config"]["precision"],
-        *(precision.removesuffix("_static") for precision in layers),
+        *(precision.partition("_")[0] for precision in layers),
     }
 
 

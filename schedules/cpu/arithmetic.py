@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ class Arithmetic:
     multiplies two tokens by two outputs, where the machine has one. ``pairs`` names the function
     that multiplies two channels of 16 bits, where the machine has none for four bytes: what is
     multiplied often is widened once (``wide``); ``function`` there takes bytes as they are, of
-    weights that ``halves`` has made.
+    weights that ``halves`` has made. Of a ``run`` of lanes products are summed in 16 bits, which
+    their weights are bounded for (``reference.BOUND``), and widened once.
     """
 
     group: int
@@ -54,6 +56,7 @@ class Arithmetic:
     by_lane: bool = False
     matrix: str = ""
     pairs: str = ""
+    run: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", self.weight or self.lane)
@@ -97,6 +100,18 @@ class Arithmetic:
     def wide(self) -> Arithmetic:
         """The arithmetic of lanes that were widened; of others, this one."""
         return replace(self, function=self.pairs or self.function)
+
+    def multiply_run(self, total: Any, xs: Sequence[Any], ws: Sequence[Any]) -> Any:
+        """total + Σ x · w of up to ``run`` lanes."""
+        lane = f"int32x{BLOCK_TOKENS}"
+        products = [tirx.call_extern(lane, "bertile_bytes", *both) for both in zip(xs, ws)]
+        shorts = reduce(lambda a, b: tirx.call_extern(lane, "bertile_shorts", a, b), products)
+        return tirx.call_extern(lane, "bertile_widened", total, shorts)
+
+    @property
+    def together(self) -> int:
+        """Lanes of an output whose weights lie side by side, since a step multiplies them all."""
+        return 2 if self.matrix else self.run
 
     def multiply_matrix(self, total: Any, x: Any, w: Any) -> Any:
         """total + x w of two lanes, by registers: x of two tokens, w of two outputs."""

@@ -48,6 +48,7 @@ from bertile.schedules.cpu.product import (
     writes,
 )
 from bertile.schedules.outputs_that_meet import ordered
+from bertile.schedules.reference import BOUND, largest_sums
 from bertile.schedules.schedule import Knobs, Row, Schedule, Space
 from bertile.schedules.task import Task
 
@@ -107,7 +108,7 @@ def default(task: Task, row: Row) -> Knobs:
     return {
         "accumulators": max(width * token_blocks, min(choices["accumulators"])),
         "token_blocks": token_blocks,
-        "unroll": 1 if math.pairs else max(choices["unroll"]),
+        "unroll": 1 if math.pairs or math.run > 1 else max(choices["unroll"]),
         "passes": 1,
         "panels": 8 if 16 in choices["panels"] else 4,
         "chunk": 16,
@@ -124,6 +125,8 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
     limits = [weights[-1]] if writes(task) == "to_int8" else []
     w, *vectors = ordered(task, weights[: len(weights) - len(limits)])
     of = Layout.of(task, knobs, row)
+    if of.math.run > 1 and largest_sums(w).max() > BOUND:
+        raise ValueError(f"{task.name}: weights are not bounded")
     padding = of.panels * of.width - w.shape[1]
     if size := group_size(task):
         scales, *vectors = vectors
@@ -134,9 +137,9 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
     if of.math.pairs:
         w = pack_panels(w, of.panels)
     else:
-        if of.math.matrix:  # two lanes of an output, and of its neighbour, are one register
-            w = np.pad(w, ((0, len(w) % 2), (0, 0)))
-            w = w.reshape(of.steps, 2, -1, 2).transpose(0, 2, 3, 1)
+        if (each := of.math.together) > 1:
+            w = np.pad(w, ((0, -len(w) % each), (0, 0)))
+            w = w.reshape(of.steps, each, -1).transpose(0, 2, 1)
         w = np.ascontiguousarray(w.reshape(of.steps, of.panels, -1).transpose(1, 0, 2))
     return [w, *(np.pad(v, (0, padding)) for v in vectors), *limits, *offset]
 

@@ -25,9 +25,8 @@ from bertile.schedules.task import Task
 
 
 def step_count(task: Task, math: Arithmetic) -> int:
-    """Lanes of x, or pairs of them where a matrix takes two at once."""
-    depth = math.lanes(task.shape["inputs"])
-    return -(-depth // 2) if math.matrix else depth
+    """Lanes of x, or as many of them together as a step multiplies."""
+    return -(-math.lanes(task.shape["inputs"]) // math.together)
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
     math = of.math
     group = min(knobs["panels"] * knobs["token_blocks"], of.panels)
     groups = -(-of.panels // group)
-    numbers = of.width * (2 if math.matrix else 1)  # of a step
+    numbers = of.width * math.together  # of a step
     with lanes.kernel(task.name) as builder:
 
         def weights() -> Any:
@@ -89,7 +88,8 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
                 tile: _Tile = of_panels(task, knobs, of, inputs, w, epilogue, scratch)
             else:
                 inputs = Inputs(x, math, knobs["token_blocks"], bool(math.matrix))
-                tile = _Tile(task, knobs, of, inputs, w, epilogue, scratch)
+                of_lanes = _RunTile if math.run > 1 else _Tile
+                tile = of_lanes(task, knobs, of, inputs, w, epilogue, scratch)
             # threads take their jobs in this order: each some panels of all tokens, so that no
             # thread is left with the shorter chunk
             first = T.Bind(job % chunks * chunk)
@@ -291,6 +291,30 @@ class _Tile:
             first = T.Bind(t * count + n * each)
             values = [T.Bind(lanes.load(self.scratch, first + i)) for i in range(each)]
             self.epilogue.finish(values, block + t, T.Bind((low + n * each) // each))
+
+
+class _RunTile(_Tile):
+    """The same of bounded weights: the products of a run of lanes are summed in 16 bits first."""
+
+    def _sum(self, tile: list, panel: Any, panels: int, part: int) -> None:
+        run, unroll = self.math.run, self.knobs["unroll"]
+        whole, rest = divmod(self.inputs.depth, run)
+        unroll = unroll if whole % unroll == 0 else 1
+        with T.serial(whole // unroll) as outer:
+            start = T.Bind(outer * unroll)
+            self._prefetch(panel + panels, panels, start, unroll)
+            with T.unroll(unroll) as inner:
+                self._multiply_run(tile, start + inner, run)
+        if rest:
+            self._multiply_run(tile, whole, rest)
+
+    def _multiply_run(self, tile: list, step: Any, count: int) -> None:
+        """The first ``count`` lanes of a run."""
+        for total, p, n, t in tile:
+            at = range(count)
+            xs = [self.inputs.load(t, 0, step * self.math.run + i) for i in at]
+            ws = [self.math.spread(self.w[p, step, n * self.math.run + i]) for i in at]
+            lanes.write(total, self.math.multiply_run(lanes.read(total), xs, ws))
 
 
 class _PanelTile(_Tile):

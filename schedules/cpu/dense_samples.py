@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,13 @@ from bertile.schedules.cpu.product import group_size
 from bertile.schedules.cpu.rotary import sample_angles
 from bertile.schedules.cpu.samples import result_sample
 from bertile.schedules.outputs_that_meet import channels, is_gated, turned
-from bertile.schedules.reference import LEVELS, apply_activation, gated, rotary_heads
+from bertile.schedules.reference import (
+    LEVELS,
+    apply_activation,
+    bounding_scale,
+    gated,
+    rotary_heads,
+)
 from bertile.schedules.schedule import Sample
 from bertile.schedules.task import Task
 
@@ -72,8 +79,8 @@ def _bf16(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
     return [arithmetic.bf16_lanes(_even(x))], [w, b], x_.astype("float64") @ w_ + b
 
 
-def _int8(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
-    q, scale = _quantized(w)
+def _int8(x: np.ndarray, w: np.ndarray, b: np.ndarray, bounded: bool = False) -> Operands:
+    q, scale = _quantized(w, bounded)
     activations, x_ = _bytes(x)
     shift = (q.astype("float64").sum(0) * scale).astype("float32")
     return activations, [q, scale, shift, b], x_ @ (q * scale.astype("float64")) + b
@@ -100,8 +107,8 @@ def _bytes(x: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     return [arithmetic.grouped(bytes_, 4), arithmetic.range_lanes(scale, low)], values
 
 
-def _int8_static(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
-    q, scale = _quantized(w)
+def _int8_static(x: np.ndarray, w: np.ndarray, b: np.ndarray, bounded: bool = False) -> Operands:
+    q, scale = _quantized(w, bounded)
     low, step = -4.0, 8.0 / LEVELS
     bytes_ = np.rint(np.clip((x - low) / step, 0, LEVELS)).astype("uint8")
     folded = (low * (q.astype("float64") * scale).sum(0) + b).astype("float32")
@@ -110,9 +117,11 @@ def _int8_static(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Operands:
     return [arithmetic.grouped(bytes_, 4)], weights, product
 
 
-def _quantized(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _quantized(w: np.ndarray, bounded: bool) -> tuple[np.ndarray, np.ndarray]:
     largest = np.abs(w).max(0)
     scale = np.where(largest > 0, largest, np.float32(1)) / 127
+    if bounded:
+        scale = np.maximum(scale, bounding_scale(w))
     return np.rint(w / scale).astype("int8"), scale
 
 
@@ -134,6 +143,8 @@ TRIALS = {
     "bf16": Trial(_bf16),
     "int8": Trial(_int8, of_gelu=6e-4),
     "int8_static": Trial(_int8_static, of_gelu=6e-4),
+    "int8_bounded": Trial(partial(_int8, bounded=True), of_gelu=6e-4),
+    "int8_bounded_static": Trial(partial(_int8_static, bounded=True), of_gelu=6e-4),
     "int4": Trial(_int4, of_gelu=6e-4),
 }
 

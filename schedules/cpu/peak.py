@@ -44,8 +44,10 @@ def peak_gflops(
     factors = tvm.runtime.tensor(np.full((2, BLOCK_TOKENS), 0.5, "float32").view(math.lane))
     out = tvm.runtime.tensor(np.zeros((threads, chains, BLOCK_TOKENS), math.total))
     seconds = _best(run, [factors, out])
-    outputs = 2 if math.matrix else 1  # of one multiply-add
-    return 2.0 * BLOCK_TOKENS * math.group * outputs * chains * STEPS * threads / seconds / 1e9
+    # two outputs of a matrix, or two lanes of a run
+    return (
+        2.0 * BLOCK_TOKENS * math.group * math.together * chains * STEPS * threads / seconds / 1e9
+    )
 
 
 def _tiles_gflops(target: tvm.target.Target, threads: int, group: int) -> float:
@@ -130,6 +132,8 @@ def _step(math: Arithmetic, total: Any, factors: Any) -> Any:
         return math.multiply_matrix(total, a, factors[1, tirx.Ramp(0, 1, 4)])
     # where a product is an instruction of its own, what it multiplies changes at each step, so that
     # LLVM finds nothing to take out of the loop
+    if math.run > 1:
+        return math.multiply_run(total, [total] * math.run, [a, b][: math.run])
     if math.pairs:
         return math.multiply_add(total, total, b)
     return total * a + b if math.group == 1 else math.multiply_add(total, a, b)

@@ -47,7 +47,9 @@ def of(task: Task) -> Precision:
 
 
 def name(task: Task) -> str:
-    """The row's name: fp32, fp16 (as fp32, of stored halves), bf16, int8, int8_static."""
+    """The row's name: fp32, fp16 (as fp32, of stored halves), bf16, int8, int8_static, int4, and
+    int8_bounded, int8_bounded_static, whose weights ``reference.BOUND`` holds for.
+    """
     return str(task.shape.get("precision", "fp32"))
 
 
@@ -83,6 +85,12 @@ def _int8(row: Row) -> Arithmetic:
     return replace(bytes_, llvm=text, signed=True, by_lane=True)
 
 
+def _bounded(row: Row) -> Arithmetic:
+    """Bytes of bounded weights: exact in less, where four cannot be multiplied at once."""
+    bytes_ = _int8(row)
+    return replace(bytes_, pairs="", run=2) if bytes_.pairs else bytes_
+
+
 def _int4(row: Row) -> Arithmetic:
     """Bytes by bytes that are broadcast from where they were unpacked to."""
     bytes_ = _int8(row)
@@ -103,6 +111,8 @@ PRECISIONS: Mapping[str, Precision] = {
     "bf16": Precision(_bf16, 2, _upper_halves, ACTIVATIONS_BF16, tiled=True),
     "int8": Precision(_int8, 4, activations=ACTIVATIONS_INT8, per_token=True, tiled=True),
     "int8_static": Precision(_int8, 4, activations=ACTIVATIONS_INT8, tiled=True),
+    "int8_bounded": Precision(_bounded, 4, activations=ACTIVATIONS_INT8, per_token=True),
+    "int8_bounded_static": Precision(_bounded, 4, activations=ACTIVATIONS_INT8),
     "int4": Precision(
         _int4, 4, activations=ACTIVATIONS_INT8, per_token=True, grouped=True, tiled=True
     ),

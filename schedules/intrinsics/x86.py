@@ -6,6 +6,9 @@ lane of four bytes is loaded, and broadcast, as one number.
     bertile_dot4(c, a, b)    c + Σ a[i] b[i], four unsigned bytes by four signed ones, exact
     bertile_dot2(c, a, b)    c + a[0] b[0] + a[1] b[1], two bfloat16 each, into float32
     bertile_pairs(c, a, b)   c + a[0] b[0] + a[1] b[1], two 16-bit integers each
+    bertile_bytes(a, b)      pairs of unsigned bytes by signed ones, sums of 16 bits, two a lane
+    bertile_shorts(a, b)     two such added
+    bertile_widened(c, a)    c + a[0] + a[1], of two such
     bertile_wide0(a), 1      the signed bytes of 8 lanes as 16-bit integers, two a lane
     bertile_pair0(a), 1      the lower, the upper two unsigned bytes of each lane, likewise
     bertile_four(a)          four lanes, four times over
@@ -15,8 +18,9 @@ lane of four bytes is loaded, and broadcast, as one number.
     bertile_scale(a, b)      a times two to the whole number below b, of floats
 
 Without VNNI, bytes are multiplied by vpmaddubsw, whose sums of two products are cut at 16 bits: by
-weights that cannot come so far (``arithmetic.halves``), or, where all are wanted side by side, as
-16-bit integers by vpmaddwd. Both make the same integers as VNNI does.
+weights that cannot come so far (``reference.BOUND``, ``arithmetic.halves``), or, where these must
+stay as they are and side by side, as 16-bit integers by vpmaddwd. All make the same integers as
+VNNI does.
 """
 
 from __future__ import annotations
@@ -108,11 +112,33 @@ WIDEN = "".join(
     for half in range(2)
 )
 
-# Of weights that are bounded: see ``arithmetic.halves``. One register of 512 bits, or two of 256.
+# Of weights that are bounded, by vpmaddubsw. One register of 512 bits, or two of 256.
 _ONES = "splat (i16 1)"
+SHORTS = """
+define linkonce_odr <16 x i32> @bertile_shorts(<16 x i32> %a, <16 x i32> %b) alwaysinline {
+  %x = bitcast <16 x i32> %a to <32 x i16>
+  %y = bitcast <16 x i32> %b to <32 x i16>
+  %s = add <32 x i16> %x, %y
+  %r = bitcast <32 x i16> %s to <16 x i32>
+  ret <16 x i32> %r
+}
+"""
 PAIRS_AVX512 = f"""
 declare <16 x i32> @llvm.x86.avx512.pmaddw.d.512(<32 x i16>, <32 x i16>)
 declare <32 x i16> @llvm.x86.avx512.pmaddubs.w.512(<64 x i8>, <64 x i8>)
+define linkonce_odr <16 x i32> @bertile_bytes(<16 x i32> %a, <16 x i32> %b) alwaysinline {{
+  %x = bitcast <16 x i32> %a to <64 x i8>
+  %y = bitcast <16 x i32> %b to <64 x i8>
+  %s = call <32 x i16> @llvm.x86.avx512.pmaddubs.w.512(<64 x i8> %x, <64 x i8> %y)
+  %r = bitcast <32 x i16> %s to <16 x i32>
+  ret <16 x i32> %r
+}}
+define linkonce_odr <16 x i32> @bertile_widened(<16 x i32> %c, <16 x i32> %a) alwaysinline {{
+  %s = bitcast <16 x i32> %a to <32 x i16>
+  %p = call <16 x i32> @llvm.x86.avx512.pmaddw.d.512(<32 x i16> %s, <32 x i16> {_ONES})
+  %r = add <16 x i32> %c, %p
+  ret <16 x i32> %r
+}}
 define linkonce_odr <16 x i32> @bertile_pairs(<16 x i32> %c, <16 x i32> %a, <16 x i32> %b)
     alwaysinline {{
   %x = bitcast <16 x i32> %a to <32 x i16>
@@ -130,28 +156,44 @@ define linkonce_odr <16 x i32> @bertile_dot4(<16 x i32> %c, <16 x i32> %a, <16 x
   %r = add <16 x i32> %c, %p
   ret <16 x i32> %r
 }}
-{WIDEN}"""
+{SHORTS}{WIDEN}"""
+
+
+def _counted(count: int, first: int = 0) -> str:
+    return ", ".join(f"i32 {first + i}" for i in range(count))
 
 
 def _halves(name: str, form: str, count: int) -> str:
-    def places(part: int) -> str:
-        return ", ".join(f"i32 {i}" for i in range(count * part, count * part + count))
-
     return "".join(
         f"  %{name}{part} = shufflevector {form} %{name}, {form} poison, "
-        f"<{count} x i32> <{places(part)}>\n"
+        f"<{count} x i32> <{_counted(count, count * part)}>\n"
         for part in range(2)
     )
 
 
-_ADDED = f"""  %p = shufflevector <8 x i32> %p0, <8 x i32> %p1,
-    <16 x i32> <{", ".join(f"i32 {i}" for i in range(16))}>
+_ADDED = f"""  %p = shufflevector <8 x i32> %p0, <8 x i32> %p1, <16 x i32> <{_counted(16)}>
   %r = add <16 x i32> %c, %p
   ret <16 x i32> %r
 """
 PAIRS_AVX2 = f"""
 declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
 declare <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8>, <32 x i8>)
+define linkonce_odr <16 x i32> @bertile_bytes(<16 x i32> %a, <16 x i32> %b) alwaysinline {{
+  %x = bitcast <16 x i32> %a to <64 x i8>
+  %y = bitcast <16 x i32> %b to <64 x i8>
+{_halves("x", "<64 x i8>", 32)}{_halves("y", "<64 x i8>", 32)}\
+  %s0 = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %x0, <32 x i8> %y0)
+  %s1 = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %x1, <32 x i8> %y1)
+  %s = shufflevector <16 x i16> %s0, <16 x i16> %s1, <32 x i32> <{_counted(32)}>
+  %r = bitcast <32 x i16> %s to <16 x i32>
+  ret <16 x i32> %r
+}}
+define linkonce_odr <16 x i32> @bertile_widened(<16 x i32> %c, <16 x i32> %a) alwaysinline {{
+  %s = bitcast <16 x i32> %a to <32 x i16>
+{_halves("s", "<32 x i16>", 16)}\
+  %p0 = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %s0, <16 x i16> {_ONES})
+  %p1 = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %s1, <16 x i16> {_ONES})
+{_ADDED}}}
 define linkonce_odr <16 x i32> @bertile_pairs(<16 x i32> %c, <16 x i32> %a, <16 x i32> %b)
     alwaysinline {{
   %x = bitcast <16 x i32> %a to <32 x i16>
@@ -170,4 +212,4 @@ define linkonce_odr <16 x i32> @bertile_dot4(<16 x i32> %c, <16 x i32> %a, <16 x
   %p0 = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %s0, <16 x i16> {_ONES})
   %p1 = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %s1, <16 x i16> {_ONES})
 {_ADDED}}}
-{WIDEN}"""
+{SHORTS}{WIDEN}"""

@@ -7,6 +7,8 @@ import pytest
 
 from bertile.numerics.eight_bit import (
     LOSSLESS,
+    bounded_scales,
+    bytes_of,
     computed,
     layer_report,
     quantize_input,
@@ -16,6 +18,7 @@ from bertile.numerics.eight_bit import (
     weight_scales,
 )
 from bertile.numerics.precision import LayerPlan
+from bertile.schedules.reference import BOUND, largest_sums
 
 RANDOM = np.random.default_rng(7)
 
@@ -60,6 +63,32 @@ def test_channel_of_zeros_has_a_scale_that_divides():
     scale = weight_scales(w)
     assert scale[0] == 1 and (quantize_weights(w, scale)[:, 0] == 0).all()
     assert quantize_weights(w, scale)[0, 1] * scale[1] == 1
+
+
+@pytest.mark.parametrize("shape", [(384, 60), (37, 5), (1, 3), (8, 4)])
+def test_bounded_weights_are_bounded_and_near(shape):
+    w = normal(*shape) * np.exp(normal(shape[1]))
+    levels, scale = bytes_of(w, bounded=True)
+    assert levels.dtype == np.int8 and largest_sums(levels).max() <= BOUND
+    assert (np.abs(levels * scale - w) <= 0.5001 * scale).all()
+    assert (scale <= 4.1 * weight_scales(w)).all()  # four alike, and their rounding
+
+
+def test_weights_that_are_small_enough_keep_their_scale():
+    w = normal(64, 6)
+    w[3] = 50.0  # others are steps of less than 16
+    w[[2, 6, 7]] = 0.0  # of the sum that it is in
+    np.testing.assert_array_equal(bytes_of(w, bounded=True)[1], bytes_of(w)[1])
+
+
+@pytest.mark.parametrize("largest", [127, 16])
+def test_weights_that_were_quantized_before_are_bounded_only_without_a_loss(largest):
+    w = RANDOM.integers(-largest, largest + 1, (96, 12)) * np.float32(0.01)
+    w[0] = largest * np.float32(0.01)
+    scale = bounded_scales(w.astype("float32"))
+    assert (scale is None) == (largest > BOUND / 4)
+    w[:, 1:] = normal(96, 11)  # one such channel is enough
+    assert (bounded_scales(w.astype("float32")) is None) == (largest > BOUND / 4)
 
 
 def test_each_token_is_quantized_between_its_own_ends():

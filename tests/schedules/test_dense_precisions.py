@@ -12,7 +12,8 @@ from bertile.schedules.cpu import arithmetic, lanes, peak, precisions
 from bertile.schedules.cpu.dense import dense
 from bertile.schedules.task import Task
 
-PRECISIONS = ("fp16", "bf16", "int8", "int8_static", "int4")
+BOUNDED = ("int8_bounded", "int8_bounded_static")
+PRECISIONS = ("fp16", "bf16", "int8", "int8_static", "int4", *BOUNDED)
 
 
 def product(inputs, outputs, activation="none", residual=False, **more):
@@ -28,6 +29,7 @@ SHAPES = [(768, 768), (13, 17), (26, 26), (312, 100), (97, 2), (1, 5)]
 def on_rows(cases, share=2):
     """Kernels that are those of another row too are for the slow tests."""
     same = {("x86-avx512", "fp16"), ("x86-amx", "fp16")}
+    same |= {(row, precision) for row in ("x86-avx512-bf16", "x86-amx") for precision in BOUNDED}
     return spread("precision case", ROWS, PRECISIONS, cases, share, late=same)
 
 
@@ -78,19 +80,39 @@ def test_any_point_of_the_space_is_right(kernels, precision, case):
     assert kernels.mistake(task, 5, knobs) is None, knobs
 
 
+def sums_of(kernels, task, w):
+    """What a kernel makes of inputs of 255 and weights (K, N)."""
+    knobs = dense.default(task, kernels.row)
+    inputs, outputs = w.shape
+    ones, zeros = np.ones(outputs, "float32"), np.zeros(outputs, "float32")
+    x = arithmetic.grouped(np.full((16, inputs), 255, "uint8"), 4)
+    weights = dense.pack(task, knobs, [w.astype("int8"), ones, zeros], kernels.row)
+    return kernels.call(kernels.build(task, knobs), [x, *weights], (1, outputs, 16))[0, :, 0]
+
+
 @pytest.mark.parametrize("kernels", ROWS, indirect=True)
 def test_bytes_at_their_limits_do_not_overflow(kernels):
     """255 × ±127 in every place: vpmaddubsw would saturate."""
-    inputs, outputs = 64, 8
-    task = product(inputs, outputs, precision="int8_static")
-    knobs = dense.default(task, kernels.row)
-    signs = np.where(np.arange(outputs) % 2, 1, -1)
-    w = np.broadcast_to(127 * signs, (inputs, outputs)).astype("int8")
-    ones, zeros = np.ones(outputs, "float32"), np.zeros(outputs, "float32")
-    x = arithmetic.grouped(np.full((16, inputs), 255, "uint8"), 4)
-    weights = dense.pack(task, knobs, [w, ones, zeros], kernels.row)
-    sums = kernels.call(kernels.build(task, knobs), [x, *weights], (1, outputs, 16))
-    assert np.array_equal(sums[0], np.repeat(255.0 * 127 * inputs * signs[:, None], 16, 1))
+    signs = np.where(np.arange(8) % 2, 1, -1)
+    w = np.broadcast_to(127 * signs, (64, 8))
+    sums = sums_of(kernels, product(*w.shape, precision="int8_static"), w)
+    assert np.array_equal(sums, 255.0 * 127 * len(w) * signs)
+
+
+@pytest.mark.parametrize("kernels", ["x86-avx2", "x86-avx512"], indirect=True)
+@pytest.mark.parametrize("inputs", [64, 61, 6])
+def test_bounded_weights_at_their_bound_do_not_overflow(kernels, inputs):
+    """255 times as much as four neighbours may be: all of one, halves of two, quarters of all."""
+    four = [[127, 1, 0, 0], [1, 0, 0, 127], [64, 64, 0, 0], [0, 64, 64, 0], [32, 32, 32, 32]]
+    places = np.arange(inputs) // 4 % 2 * 2 + np.arange(inputs) % 2  # in its run of eight
+    w = np.array(four)[:, places].T
+    w = np.concatenate([w, -w], 1)
+    task = product(*w.shape, precision="int8_bounded_static")
+    assert np.array_equal(sums_of(kernels, task, w), 255.0 * w.sum(0))
+    w[0, 0] += 1 if w[0, 0] < 127 else 0
+    w[1, 0] += 1
+    with pytest.raises(ValueError, match="not bounded"):
+        sums_of(kernels, task, w)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +122,8 @@ def test_bytes_at_their_limits_do_not_overflow(kernels):
         ("x86-avx512-vnni", "int8", "vpdpbusd"),
         ("x86-avx512", "int8", "vpmaddwd"),
         ("x86-avx2", "int8", "vpmaddwd"),
+        ("x86-avx512", "int8_bounded", "vpmaddubsw"),
+        ("x86-avx2", "int8_bounded", "vpmaddubsw"),
     ],
 )
 def test_inner_loop_keeps_its_sums_in_registers(kernels_of, name, precision, instruction):
@@ -113,15 +137,23 @@ def test_inner_loop_keeps_its_sums_in_registers(kernels_of, name, precision, ins
 
 
 @pytest.mark.parametrize(
-    ("name", "instruction"),
-    [("x86-avx512-bf16", "vpdpbusd"), ("x86-avx512", "vpmaddubsw"), ("x86-avx2", "vpmaddubsw")],
+    ("name", "instruction", "precision"),
+    [
+        ("x86-avx512-bf16", "vpdpbusd", "int8"),
+        *(
+            (row, "vpmaddubsw", precision)
+            for row in ("x86-avx512", "x86-avx2")
+            for precision in ("int8", "int8_bounded")
+        ),
+    ],
 )
-def test_peak_multiplies_in_each_step(kernels_of, name, instruction):
+def test_peak_multiplies_in_each_step(kernels_of, name, instruction, precision):
     """A product that does not change would be taken out of the loop, and the peak be of sums."""
     kernels = kernels_of(name)
-    func = peak._multiply_adds(precisions.arithmetic("int8", kernels.row), 4, 1)
-    asm = kernels.compile(func).inspect_source("asm")
-    assert len(re.findall(rf"\s{instruction}\s", asm)) >= 4 * 16 * 32 // kernels.row.vector_bits
+    math = precisions.arithmetic(precision, kernels.row)
+    asm = kernels.compile(peak._multiply_adds(math, 4, 1)).inspect_source("asm")
+    products = 4 * math.run * 16 * 32 // kernels.row.vector_bits
+    assert len(re.findall(rf"\s{instruction}\s", asm)) >= products
 
 
 @pytest.mark.parametrize(("precision", "word"), [("bf16", "tdpbf16ps"), ("int8", "tdpbsud")])

@@ -13,7 +13,9 @@ from bertile.graph.rewriting.dataflow import Dataflow
 from bertile.lower import layer_precisions
 from bertile.lower.forms import Forms
 from bertile.lower.sparse_choice import SparseChoice
+from bertile.numerics.eight_bit import bounded_scales
 from bertile.numerics.precision import LayerPlan
+from bertile.schedules.cpu.precisions import PRECISIONS as PRODUCTS
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
 from bertile.tune.log.tuning_log import TuningLog
@@ -50,7 +52,22 @@ def _assigned(graph: Graph, precision: str, row: Target) -> Graph:
         return here.attention if may else "fp32"
 
     rules = {"attention": attention, "embedding": lambda flow, call: here.tables}
-    return layer_precisions.assigned(graph, precision, rules)
+    graph = layer_precisions.assigned(graph, precision, rules)
+    return _with_bounds(graph) if PRODUCTS["int8_bounded"].arithmetic(row).run > 1 else graph
+
+
+def _with_bounds(graph: Graph) -> Graph:
+    """The layers in bytes whose weights may be rounded so that products are summed in 16 bits."""
+
+    def planned(name: str, layer: LayerPlan) -> LayerPlan:
+        if layer.precision != "int8":
+            return layer
+        w = graph.params[name]
+        w = w if layer.smooth is None else w / layer.smooth[:, None]
+        return dataclasses.replace(layer, bounded=bounded_scales(w) is not None)
+
+    plan = {name: planned(name, layer) for name, layer in graph.plan.items()}
+    return dataclasses.replace(graph, plan=plan)
 
 
 def _pairs(flow: Dataflow, call: relax.Call) -> bool:

@@ -101,6 +101,28 @@ def test_attention_multiplies_in_bf16_only_where_the_target_can(graph):
     assert attention_precisions(VNNI) == {"fp32"}
 
 
+def test_weights_are_bounded_where_bytes_are_not_multiplied_by_fours(graph):
+    def precisions_of(graph, row):
+        planned = precision_plan.plan_layers(graph, "int8", row)
+        forms = Forms(planned)
+        found = {forms.task(var).shape.get("precision", "fp32") for var, _ in layers(planned)}
+        return found - {"fp32"}  # what runs on the first token
+
+    assert precisions_of(graph, VNNI) == {"int8"}
+    assert precisions_of(graph, PLAIN) == {"int8_bounded"}
+    plan = {weight_name(c): LayerPlan("int8", low=-3.0, high=3.0) for _, c in layers(graph)}
+    static = dataclasses.replace(graph, plan=plan)
+    assert precisions_of(static, PLAIN) == {"int8_bounded_static"}
+    # of weights that were quantized before nothing is lost, of those that were not nothing is gained
+    params = dict(graph.params)
+    name = next(iter(plan))
+    w = params[name]
+    params[name] = np.rint(w / np.abs(w).max(0) * 127) * (np.abs(w).max(0) / np.float32(127))
+    again = dataclasses.replace(graph, params=params)
+    assert precisions_of(again, VNNI) == {"int8"}
+    assert precisions_of(again, PLAIN) == {"int8_bounded", "int8"}
+
+
 def test_each_operator_writes_what_the_next_one_reads(graph):
     names = {task.name for task in tasks(Forms(precision_plan.plan_layers(graph, "bf16", BF16)))}
     assert any(n.startswith("dense") and "gelu_bf16_to_bf16" in n for n in names)
@@ -149,7 +171,7 @@ def cosine(a, b):
         ("bf16", BF16, 0.9999),
         ("int8", BF16, 0.9995),
         ("int8", VNNI, 0.9995),
-        ("int8", PLAIN, 0.9995),
+        ("int8", PLAIN, 0.999),  # bounded weights
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
