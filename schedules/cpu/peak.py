@@ -44,10 +44,9 @@ def peak_gflops(
     factors = tvm.runtime.tensor(np.full((2, BLOCK_TOKENS), 0.5, "float32").view(math.lane))
     out = tvm.runtime.tensor(np.zeros((threads, chains, BLOCK_TOKENS), math.total))
     seconds = _best(run, [factors, out])
-    # two outputs of a matrix, or two lanes of a run
-    return (
-        2.0 * BLOCK_TOKENS * math.group * math.together * chains * STEPS * threads / seconds / 1e9
-    )
+    # of a matrix two outputs at once, or as many lanes as a run has
+    products = BLOCK_TOKENS * math.group * math.together * chains * STEPS * threads
+    return 2.0 * products / seconds / 1e9
 
 
 def _tiles_gflops(target: tvm.target.Target, threads: int, group: int) -> float:

@@ -113,7 +113,7 @@ def test_weights_are_bounded_where_bytes_are_not_multiplied_by_fours(graph):
     plan = {weight_name(c): LayerPlan("int8", low=-3.0, high=3.0) for _, c in layers(graph)}
     static = dataclasses.replace(graph, plan=plan)
     assert precisions_of(static, PLAIN) == {"int8_bounded_static"}
-    # of weights that were quantized before nothing is lost, of those that were not nothing is gained
+    # weights that were quantized before lose nothing
     params = dict(graph.params)
     name = next(iter(plan))
     w = params[name]
