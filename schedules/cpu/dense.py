@@ -70,7 +70,7 @@ def space(task: Task, row: Row) -> Space:
         return {
             "accumulators": tuple(range(min(4, fits), fits + 1)),
             "token_blocks": (1,),
-            "unroll": tuple(u for u in (1, 2, 4, 8) if size // 4 % u == 0),
+            "unroll": tuple(u for u in (1, 2, 4, 8) if size // 4 % u == 0 and u <= 8 // math.run),
             "passes": (1,),
             "panels": (1, 2, 4, 8),
             "chunk": (4, 8, 16, 32),
@@ -78,9 +78,11 @@ def space(task: Task, row: Row) -> Space:
     unrolls = (1, 2, 4, 8) if row.dot_product == "sdot" and math.signed else (1, 2, 4)
     # for one block, or unpacked for all of them, and better for more outputs
     ready = bool(math.signed or math.pairs or math.matrix)
+    # more than two take LLVM twice as long where a step has several instructions, for no speed
+    most = min(2 if math.run > 1 else 4, fits // 2)
     return {
         "accumulators": tuple(range(min(4, fits), fits + 1, 2 if math.matrix else 1)),
-        "token_blocks": (1,) if ready else tuple(b for b in (1, 2, 3, 4) if b <= fits // 2),
+        "token_blocks": (1,) if ready else tuple(range(1, most + 1)),
         "unroll": tuple(u for u in unrolls if steps % u == 0),
         "passes": (1, 2) if in_floats and steps % 2 == 0 and steps >= 256 else (1,),
         "panels": (2, 4, 8, 16) if ready else (1, 2, 4, 8),
@@ -96,8 +98,11 @@ def default(task: Task, row: Row) -> Knobs:
         return tiles.default(task, row)
     choices = space(task, row)
     room = lanes.vector_capacity(row) - _accumulators(task, row)
-    most = min(_accumulators(task, row), 24)
-    token_blocks = 4 if room >= 4 and 4 in choices["token_blocks"] else 1
+    # sums of groups leave few registers to those of a run
+    most = 12 if group_size(task) and multiplies(task, row).run > 1 else 24
+    most = min(_accumulators(task, row), most)
+    wide = [blocks for blocks in choices["token_blocks"] if 4 * blocks <= most]
+    token_blocks = max(wide) if room >= 4 else 1
     token_blocks = max(1, min(token_blocks, most // unit(task)))
     widest = most // token_blocks
     # one output less where that pads nothing; else padding costs less than a narrower tile

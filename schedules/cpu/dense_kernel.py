@@ -25,8 +25,9 @@ from bertile.schedules.task import Task
 
 
 def step_count(task: Task, math: Arithmetic) -> int:
-    """Lanes of x, or as many of them together as a step multiplies."""
-    return -(-math.lanes(task.shape["inputs"]) // math.together)
+    """Lanes of x, or as many of them together as a step multiplies; of groups always one."""
+    depth = math.lanes(task.shape["inputs"])
+    return depth if group_size(task) else -(-depth // math.together)
 
 
 @dataclass(frozen=True)
@@ -371,14 +372,33 @@ class _NibbleTile(_PanelTile):
 
     def _group(self, tile: list, number: Any, steps: int) -> None:
         """Add the products of the group of that number, which has so many lanes."""
+        if self.math.run > 1:
+            self._runs(tile, number, steps)
+            return
         sums = lanes.registers(len(tile), dtype=self.math.total)
         for total in sums:
             lanes.write(total, self.math.zero())
         with lanes.loop(steps, self.knobs["unroll"]) as step:
             self._multiply_unpacked(sums, tile, number * self.w.steps + step)
         for total, (whole, _, n, _) in zip(sums, tile):
-            value = lanes.read(total).astype(f"float32x{BLOCK_TOKENS}")
-            lanes.write(whole, lanes.read(whole) + value * lanes.splat(self.w.scale(number, n)))
+            self._add(whole, lanes.read(total), number, n)
+
+    def _runs(self, tile: list, number: Any, steps: int) -> None:
+        """As ``_group``, an output at a time, by runs of lanes."""
+        first = T.Bind(number * self.w.steps)
+        for whole, _, n, t in tile:
+            total = self.math.zero()
+            for start in range(0, steps, self.math.run):
+                places = [first + k for k in range(start, min(start + self.math.run, steps))]
+                xs = [self.inputs.load(t, 0, k) for k in places]
+                ws = [self.math.spread(self.w.lane(k, n, 0)) for k in places]
+                total = T.Bind(self.math.multiply_run(total, xs, ws))
+            self._add(whole, total, number, n)
+
+    def _add(self, whole: Any, total: Any, number: Any, n: int) -> None:
+        """Add a group's sum, times its scale, to that of an output."""
+        value = total.astype(f"float32x{BLOCK_TOKENS}")
+        lanes.write(whole, lanes.read(whole) + value * lanes.splat(self.w.scale(number, n)))
 
 
 def _exchange(tile: list, both: Callable[..., tuple[Any, Any]], dtype: str) -> None:

@@ -5,7 +5,8 @@
 
 A level is -8 to 7. Unpacked it is 16 times that, a byte whose lower half is nothing: one shift and
 two masks make two registers. The 16 goes into the scales, which become float32 at the same time.
-From the first-level cache on the kernel is that of bytes; from memory comes half.
+From the first-level cache on the kernel is that of bytes; from memory comes half. Where products
+are summed in 16 bits it is the level itself, which takes three steps more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.panels import Panels, ramp, vectors
 
 TIMES = 16  # what a byte is of its level
-UPPER = 0xF0F0F0F0 - (1 << 32)  # of each byte, as a signed number
+UPPER, LOWER = 0xF0F0F0F0, 0x0F0F0F0F  # of each byte
 
 
 class Nibbles(Panels):
@@ -56,20 +57,42 @@ class Nibbles(Panels):
 
     def unpack(self, panel: Any) -> None:
         """Make ``lane`` and ``scale`` those of a panel."""
-        four = tirx.Broadcast(tirx.const(4, "int32"), BLOCK_TOKENS)
-        upper = tirx.Broadcast(tirx.const(UPPER, "int32"), BLOCK_TOKENS)
         with T.serial(int(self.w.shape[1]) // BLOCK_TOKENS) as i:
             both = T.Bind(self.w[panel, ramp(i)])
-            self._put(2 * i, T.Bind((both << four) & upper))
-            self._put(2 * i + 1, T.Bind(both & upper))
+            for part, value in enumerate(self._levels(both)):
+                self._put(2 * i + part, T.Bind(value))
         with T.serial(int(self.scales.shape[1]) // BLOCK_TOKENS) as i:
             wide = f"float32x{BLOCK_TOKENS}"
             scale = tirx.call_extern(wide, "bertile_half", self.scales[panel, ramp(i)])
-            T.buffer_store(self.floats, scale * lanes.splat(1.0 / TIMES), [ramp(i)])
+            T.buffer_store(self.floats, scale * lanes.splat(1.0 / self._times), [ramp(i)])
+
+    @property
+    def _times(self) -> int:
+        return 1 if self.math.run > 1 else TIMES
+
+    def _levels(self, both: Any) -> list[Any]:
+        """Two registers of bytes, of one with both halves of each."""
+        four = _all(4)
+        if self._times == TIMES:
+            return [(both << four) & _all(UPPER), both & _all(UPPER)]
+        lower = _all(LOWER)
+        return [_signed(both & lower), _signed((both >> four) & lower)]
 
     def scale(self, group: Any, n: int) -> Any:
         """What the sum of a group of inputs is multiplied by."""
         return self.floats[group * self.width + n]
+
+
+def _all(word: int) -> Any:
+    """A number of 32 bits in every lane."""
+    return tirx.Broadcast(tirx.const(word - ((word >> 31) << 32), "int32"), BLOCK_TOKENS)
+
+
+def _signed(halves: Any) -> Any:
+    """Four bits in each byte, of two's complement, as a byte: less 8 and plus 8 again, of which
+    nothing is carried from byte to byte.
+    """
+    return ((halves ^ _all(0x08080808)) + _all(0x78787878)) ^ _all(0x80808080)
 
 
 def pack_nibbles(

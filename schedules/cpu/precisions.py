@@ -92,9 +92,12 @@ def _bounded(row: Row) -> Arithmetic:
 
 
 def _int4(row: Row) -> Arithmetic:
-    """Bytes by bytes that are broadcast from where they were unpacked to."""
+    """Bytes by bytes that are broadcast from where they were unpacked to; levels from -8 to 7,
+    where 16 products of those make a sum of 16 bits.
+    """
     bytes_ = _int8(row)
-    return replace(bytes_, llvm=bytes_.llvm + llvm.HALF, matrix="", by_lane=False)
+    runs = {"pairs": "", "run": 8} if bytes_.pairs else {}
+    return replace(bytes_, llvm=bytes_.llvm + llvm.HALF, matrix="", by_lane=False, **runs)
 
 
 def _halves(w: np.ndarray) -> np.ndarray:
