@@ -33,15 +33,17 @@ def peak_gflops(
 ) -> float:
     """Measured GFLOP/s (2 per multiply-add), best of a few runs of about 10 ms each.
 
-    ``precision`` is that of registers, or with TILES behind it that of tiles.
+    ``precision`` is that of registers, or with TILES behind it that of tiles. Bytes have one peak,
+    of weights that they are multiplied fastest by.
     """
     name, tiled, _ = precision.partition(TILES)
     if tiled:
         return _tiles_gflops(target, threads, precisions.PRECISIONS[name].group)
-    math = arithmetic(precision, row)
+    math = arithmetic("int8_bounded" if precision == "int8" else precision, row)
     chains = min(CHAINS, lanes.vector_capacity(row) - 2)
     run = _built(_multiply_adds(math, chains, threads), target)
-    factors = tvm.runtime.tensor(np.full((2, BLOCK_TOKENS), 0.5, "float32").view(math.lane))
+    rows = np.full((max(2, math.run), BLOCK_TOKENS), 0.5, "float32")
+    factors = tvm.runtime.tensor(rows.view(math.lane))
     out = tvm.runtime.tensor(np.zeros((threads, chains, BLOCK_TOKENS), math.total))
     seconds = _best(run, [factors, out])
     # of a matrix two outputs at once, or as many lanes as a run has
@@ -108,7 +110,7 @@ def _best(run: Any, arguments: list[Any]) -> float:
 
 def _multiply_adds(math: Arithmetic, chains: int, threads: int) -> Any:
     with lanes.kernel("peak") as builder:
-        factors = builder.tensor("factors", 2, BLOCK_TOKENS, dtype=math.lane)
+        factors = builder.tensor("factors", max(2, math.run), BLOCK_TOKENS, dtype=math.lane)
         out = builder.tensor("out", threads, chains, BLOCK_TOKENS, dtype=math.total)
         builder.link(math.matrix or math.llvm)
         with T.parallel(threads) as thread:
@@ -132,7 +134,8 @@ def _step(math: Arithmetic, total: Any, factors: Any) -> Any:
     # where a product is an instruction of its own, what it multiplies changes at each step, so that
     # LLVM finds nothing to take out of the loop
     if math.run > 1:
-        return math.multiply_run(total, [total] * math.run, [a, b][: math.run])
+        others = [lanes.load(factors, i) for i in range(math.run)]
+        return math.multiply_run(total, [total] * math.run, others)
     if math.pairs:
         return math.multiply_add(total, total, b)
     return total * a + b if math.group == 1 else math.multiply_add(total, a, b)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.planned import BF16
+from helpers.planned import BF16, PLAIN
 from helpers.pruned_graphs import layers, pruned
 
 from bertile.backends.cpu import precision_plan
@@ -38,16 +38,18 @@ def test_no_kernel_is_instead_of_one_that_nothing_was_compared_with(graph):
     assert alternatives(precision_plan.plan_layers(graph, "int8", BF16)) == {}
 
 
+@pytest.mark.parametrize(("row", "in_bytes"), [(BF16, "int8"), (PLAIN, "int8_bounded")])
 @pytest.mark.parametrize(("sparse", "chosen"), [(50.0, True), (200.0, False)])
-def test_a_layer_with_zeros_could_have_the_other_kernel(graph, sparse, chosen):
+def test_a_layer_with_zeros_could_have_the_other_kernel(graph, row, in_bytes, sparse, chosen):
     some = pruned(graph, names=layers(graph)[:1])
-    planned = precision_plan.plan_layers(some, "int8", BF16, Log(sparse=sparse), sparse="auto")
+    planned = precision_plan.plan_layers(some, "int8", row, Log(sparse=sparse), sparse="auto")
     ((other, own),) = alternatives(planned).items()
     assert (own.operation, other.operation) == (("sparse", "dense"), ("dense", "sparse"))[
         0 if chosen else 1
     ]
     dense, skipping = (other, own) if chosen else (own, other)
     assert skipping == sparse_task(dense, 10) and own in lowering.tasks(Forms(planned))
+    assert dense.shape["precision"] == in_bytes and skipping.shape["precision"] == "int8"
 
 
 def test_a_layer_that_was_slower_in_bytes_could_have_them_all_the_same(graph):

@@ -143,7 +143,7 @@ def test_inner_loop_keeps_its_sums_in_registers(kernels_of, name, precision, ins
         *(
             (row, "vpmaddubsw", precision)
             for row in ("x86-avx512", "x86-avx2")
-            for precision in ("int8", "int8_bounded")
+            for precision in ("int8", "int8_bounded", "int4")
         ),
     ],
 )
