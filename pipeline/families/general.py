@@ -22,7 +22,18 @@ LENGTHS = (
 
 # What keeps models of a type from an export, and what to do: said where an export of theirs fails.
 _OF_LONG_TEXTS = "for long texts compile modernbert, nomic_bert or an xlm-roberta of 8192 tokens"
+_OF_STATES = (
+    "its state is computed token by token, in a loop that torch's exporter writes for one length",
+    "compile an encoder with attention, such as bert or modernbert",
+)
+_OF_EXPERTS = (
+    "it sends tokens to experts by their values, and sizes of tensors may depend on the batch and"
+    " the length alone",
+    "compile a model whose layers all tokens go through, such as qwen3",
+)
 HINDRANCES = {
+    **dict.fromkeys(("mamba", "mamba2", "rwkv"), _OF_STATES),
+    **dict.fromkeys(("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"), _OF_EXPERTS),
     "bros": (
         "BROS compares the boxes of every two tokens as fractions of a page, and a bundle takes"
         " integers, one a token",
@@ -38,10 +49,23 @@ HINDRANCES = {
         " made for one length",
         "compile another encoder, such as bert or modernbert",
     ),
+    "led": (
+        "LED's encoder is a Longformer, which gathers the tokens of global attention by the values"
+        " of a mask, and sizes of tensors may depend on the batch and the length alone",
+        _OF_LONG_TEXTS,
+    ),
+    "longt5": (
+        "LongT5 cuts texts into blocks, and torch's exporter writes their number for one length",
+        _OF_LONG_TEXTS,
+    ),
     "longformer": (
         "Longformer gathers the tokens of global attention by the values of a mask, and sizes of"
         " tensors may depend on the batch and the length alone",
         _OF_LONG_TEXTS,
+    ),
+    "prophetnet": (
+        "torch's exporter has no form for how ProphetNet subtracts its masks",
+        "compile another encoder, such as bert or roberta",
     ),
     "reformer": (
         "Reformer looks positions up by two axes and cuts texts into pieces of a fixed size, by"

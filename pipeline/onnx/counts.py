@@ -142,6 +142,30 @@ def write_flips(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
     graph.clean()
 
 
+def write_tails(graph: OnnxGraph, probes: Probes, axes: Axes) -> int | None:
+    """Slice(table, n - length, n) → Gather(table, places + n - length), as ALiBi is cut out of its
+    biases; return the least n, which is how many tokens there may be.
+    """
+    counts, limits = Counts(graph, axes), []
+    lengths = axes.sizes["length"]
+    for node in [node for node in graph.nodes if node.op_type == "Slice"]:
+        name, after = node.input[0], probes.of(node.output[0])
+        if after is None or not graph.is_constant(name) or graph.is_constant(node.input[1]):
+            continue
+        table = graph.array(name)
+        for axis, n in enumerate(table.shape):
+            tails = [np.take(table, range(max(0, n - size), n), axis) for size in lengths]
+            index = None
+            if all(np.array_equal(*both) for both in zip(tails, after)):
+                index = counts.write([np.arange(n - size, n) for size in lengths])
+            if index is not None:
+                graph.rewrite(node.output[0], "Gather", [name, index], axis=axis)
+                limits.append(n)
+                break
+    graph.clean()
+    return min(limits, default=None)
+
+
 def write_shifts(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:
     """Pad(Slice(tokens)) of the same length → Gather(tokens, places + k) * (they are within it).
 
@@ -186,6 +210,26 @@ def _are_shifted(before: _Runs, after: _Runs, shift: int) -> bool:
         if not np.array_equal(wanted, y):
             return False
     return True
+
+
+def pick_rows(graph: OnnxGraph, probes: Probes) -> None:
+    """GatherElements(table, the same place for all channels) → Gather(table, places)."""
+    for node in [node for node in graph.nodes if node.op_type == "GatherElements"]:
+        name, index = node.input[0], probes.of(node.input[1])
+        if not graph.is_constant(name) or attributes(node).get("axis", 0) not in (1, -2):
+            continue
+        shape = graph.shape(name)
+        if len(shape) != 3 or shape[0] != 1 or index is None:
+            continue
+        if any(i.shape[::2] != shape[::2] or (i != i[:, :, :1]).any() for i in index):
+            continue
+        places = _narrow(graph, probes, node.input[1], [i[:, :, :1] for i in index])
+        if places is not None:
+            places = graph.add("Squeeze", [places, graph.integers(-1)])
+            probes.learn(places, [i[:, :, 0] for i in index])
+            table = graph.constant(graph.array(name)[0], "table")
+            graph.rewrite(node.output[0], "Gather", [table, places], axis=0)
+    graph.clean()
 
 
 def pick_tokens(graph: OnnxGraph, probes: Probes, axes: Axes) -> None:

@@ -184,6 +184,7 @@ def rewrite(
     rewrites.upgrade_splits(graph)
     rewrites.drop_dropouts(graph)
     rewrites.pick_from_stacks(graph, probes.sizes)
+    rewrites.write_gathers(graph)
     floats.drop_casts(graph, probes)
     axes = Axes(graph, probes)
     spectra.write_spectra(graph, probes, axes)
@@ -195,6 +196,7 @@ def rewrite(
     attention.expand_attention(graph, lambda name: _is_bool(probes, name))
     attention.unfold_softmax(graph, probes.sizes)
     counts.gather_places(graph, probes, axes)
+    counts.pick_rows(graph, probes)
     # Judged by values. Lookups and masks first: they need none of the shapes they were made of.
     max_length = write_lookups(graph, probes, axes, max(opset, OPSET))
     limit = max_length or positions
@@ -208,6 +210,8 @@ def rewrite(
     attention.merge_transposes(graph, probes.sizes)
     rewrites.write_reshapes(graph, probes.sizes)
     fold_constants(graph, probes)
+    tails = counts.write_tails(graph, probes, axes)
+    max_length = min((n for n in (max_length, tails) if n), default=None)
     counts.write_flips(graph, probes, axes)
     counts.write_shifts(graph, probes, axes)
     counts.pick_tokens(graph, probes, axes)
@@ -215,6 +219,7 @@ def rewrite(
     write_shapes(graph, probes, axes)
     distances.write_distances(graph, by_distance)  # behind what would count its places anew
     rewrites.drop_expands(graph, probes.sizes)
+    rewrites.join_copies(graph, probes.sizes)
     # Judged by structure.
     if not kept:
         attention.drop_nan_guards(graph)

@@ -130,6 +130,29 @@ def drop_expands(graph: OnnxGraph, sizes: Sizes) -> None:
     graph.clean()
 
 
+def join_copies(graph: OnnxGraph, sizes: Sizes) -> None:
+    """Expand(x, [1, …, n]) → Concat(x, x, …) where an axis varies whose 1 says that it stays: of
+    the shape of such an Expand TVM knows nothing.
+    """
+    for node in [node for node in graph.nodes if node.op_type == "Expand"]:
+        after = sizes(node.output[0])
+        if after is None or not graph.is_constant(node.input[1]):
+            continue
+        target = graph.array(node.input[1])
+        if len(target) != len(after):
+            continue
+        grown = [axis for axis, size in enumerate(target) if size != 1]
+        varies = any(not isinstance(size, int) for size in after)
+        if varies and len(grown) == 1 and sizes(node.input[0]) == _with(after, grown[0], 1):
+            copies = [node.input[0]] * int(target[grown[0]])
+            graph.rewrite(node.output[0], "Concat", copies, axis=grown[0])
+    graph.clean()
+
+
+def _with(sizes: list, axis: int, size: int) -> list:
+    return [*sizes[:axis], size, *sizes[axis + 1 :]]
+
+
 def write_gathers(graph: OnnxGraph) -> None:
     """GatherND(x, i[..., None]) → Gather(x, i), and between two transposes Gather on their axis:
     as torch's exporter writes x[:, :, i].
