@@ -105,8 +105,8 @@ def test_weights_are_bounded_where_bytes_are_not_multiplied_by_fours(graph):
     def precisions_of(graph, row):
         planned = precision_plan.plan_layers(graph, "int8", row)
         forms = Forms(planned)
-        found = {forms.task(var).shape.get("precision", "fp32") for var, _ in layers(planned)}
-        return found - {"fp32"}  # what runs on the first token
+        of_layers = {forms.task(var).shape.get("precision", "fp32") for var, _ in layers(planned)}
+        return of_layers - {"fp32"}  # what runs on the first token
 
     assert precisions_of(graph, VNNI) == {"int8"}
     assert precisions_of(graph, PLAIN) == {"int8_bounded"}
