@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bertile.lower.form import Form
-from bertile.numerics.eight_bit import bytes_of
+from bertile.numerics.eight_bit import quantize_weights, weight_scales
 from bertile.numerics.four_bit import quantize_groups
 from bertile.numerics.precision import PRECISIONS, LayerPlan, Plan
 from bertile.schedules.reference import LEVELS, byte_limits
@@ -32,7 +32,9 @@ def dense_weights(task: Task, weights: Arrays, plan: LayerPlan) -> Arrays:
         shift = rounded.values().sum(0, dtype="float64").astype("float32")
         arrays = {name: rounded.levels, f"{name}.scales": rounded.scales}
         return [*arrays.items(), (f"{name}.shift", shift), (bias_name, b)]
-    v, scale = bytes_of(w, plan.bounded and task.operation == "dense")
+    bounded = plan.bounded if task.operation == "dense" else None
+    scale = weight_scales(w) if bounded is None else bounded
+    v = quantize_weights(w, scale)
     shift = (v.sum(0, dtype="int64") * scale.astype("float64")).astype("float32")
     if not plan.static:
         return [(name, v), (f"{name}.scale", scale), (f"{name}.shift", shift), (bias_name, b)]

@@ -171,7 +171,8 @@ def _of_products(call: relax.Call, plan: LayerPlan) -> dict[str, str]:
     own = _precision(call)
     if own.get("precision") != "int8":
         return own
-    bounded = "_bounded" if plan.bounded and ops.density(call) is None else ""
+    dense = ops.density(call) is None
+    bounded = "_bounded" if dense and plan.bounded is not None else ""
     return {"precision": f"int8{bounded}{'_static' if plan.static else ''}"}
 
 

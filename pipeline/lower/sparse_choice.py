@@ -168,7 +168,7 @@ def rounded(share: float) -> int:
 def dense_task(task: Task, plan: LayerPlan) -> Task:
     """The task of the dense kernel that does what a "sparse" task's does."""
     shape = {key: value for key, value in task.shape.items() if key != "density"}
-    if plan.bounded:
+    if plan.bounded is not None:
         shape["precision"] = str(shape["precision"]).replace("int8", "int8_bounded")
     return Task("dense", shape)
 

@@ -81,14 +81,6 @@ def bounded_scales(w: np.ndarray) -> np.ndarray | None:
     return np.where(over, np.maximum(scale, bounding_scale(w)), scale)
 
 
-def bytes_of(w: np.ndarray, bounded: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The s8 integers of w (K, N), and the scale (N,) of each output channel."""
-    scale = bounded_scales(w) if bounded else weight_scales(w)
-    if scale is None:
-        raise ValueError("these weights cannot be bounded without a loss")
-    return quantize_weights(w, scale), scale
-
-
 def _steps(w: np.ndarray, largest: np.ndarray) -> np.ndarray:
     """For each channel the smallest integer that its largest weight can be, 0 where none can.
 
@@ -147,8 +139,9 @@ def computed(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray,
 
 def _in_bytes(x: np.ndarray, w: np.ndarray, plan: LayerPlan) -> tuple[np.ndarray, np.ndarray]:
     def rounded(smoothed: np.ndarray) -> np.ndarray:
-        levels, scale = bytes_of(smoothed, plan.bounded and not plan.skips_zeros)
-        return levels * scale
+        skipped = plan.bounded is None or plan.skips_zeros
+        scale = weight_scales(smoothed) if skipped else plan.bounded
+        return quantize_weights(smoothed, scale) * scale
 
     return _smoothed(x, w, plan, rounded)
 

@@ -79,8 +79,8 @@ class LayerPlan:
     `rounded` where calibration has done that (of the divided rows), else to nearest. `why` says why
     the layer has this precision, where it is not what was asked for, and `slower` is its kernel in
     that, where the log knew it to take longer. `sparse` is None until the choice between the dense
-    and the sparse kernel is made. Weights of int8 that are `bounded` are rounded so that a dense
-    kernel may sum products in 16 bits (``schedules.reference.BOUND``).
+    and the sparse kernel is made. `bounded` (N,) are the scales of int8's weights where these are
+    rounded so that a dense kernel may sum products in 16 bits (``schedules.reference.BOUND``).
     """
 
     precision: str = "fp32"
@@ -92,7 +92,7 @@ class LayerPlan:
     sparse: ZerosPlan | None = None
     group: int = 32
     rounded: FourBits | None = None
-    bounded: bool = False
+    bounded: np.ndarray | None = None
 
     @property
     def quantized(self) -> bool:

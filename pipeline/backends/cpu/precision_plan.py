@@ -60,11 +60,11 @@ def _with_bounds(graph: Graph) -> Graph:
     """The layers in bytes whose weights may be rounded so that products are summed in 16 bits."""
 
     def planned(name: str, layer: LayerPlan) -> LayerPlan:
-        if layer.precision != "int8":
+        if layer.precision != "int8" or layer.bounded is not None:
             return layer
         w = graph.params[name]
         w = w if layer.smooth is None else w / layer.smooth[:, None]
-        return dataclasses.replace(layer, bounded=bounded_scales(w) is not None)
+        return dataclasses.replace(layer, bounded=bounded_scales(w))
 
     plan = {name: planned(name, layer) for name, layer in graph.plan.items()}
     return dataclasses.replace(graph, plan=plan)
