@@ -22,6 +22,10 @@ LENGTHS = (
 
 # What keeps models of a type from an export, and what to do: said where an export of theirs fails.
 _OF_LONG_TEXTS = "for long texts compile modernbert, nomic_bert or an xlm-roberta of 8192 tokens"
+_OF_GLOBAL_TOKENS = (
+    "Longformer gathers the tokens of global attention by the values of a mask, and sizes of"
+    " tensors may depend on the batch and the length alone"
+)
 _OF_STATES = (
     "its state is computed token by token, in a loop that torch's exporter writes for one length",
     "compile an encoder with attention, such as bert or modernbert",
@@ -50,8 +54,7 @@ HINDRANCES = {
         "compile another encoder, such as bert or modernbert",
     ),
     "led": (
-        "LED's encoder is a Longformer, which gathers the tokens of global attention by the values"
-        " of a mask, and sizes of tensors may depend on the batch and the length alone",
+        f"LED's encoder is a Longformer: {_OF_GLOBAL_TOKENS}",
         _OF_LONG_TEXTS,
     ),
     "longt5": (
@@ -59,8 +62,7 @@ HINDRANCES = {
         _OF_LONG_TEXTS,
     ),
     "longformer": (
-        "Longformer gathers the tokens of global attention by the values of a mask, and sizes of"
-        " tensors may depend on the batch and the length alone",
+        _OF_GLOBAL_TOKENS,
         _OF_LONG_TEXTS,
     ),
     "prophetnet": (
