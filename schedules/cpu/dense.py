@@ -130,13 +130,13 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
     limits = [weights[-1]] if writes(task) == "to_int8" else []
     w, *vectors = ordered(task, weights[: len(weights) - len(limits)])
     of = Layout.of(task, knobs, row)
-    if of.math.run > 1 and largest_sums(w).max() > BOUND:
-        raise ValueError(f"{task.name}: weights are not bounded")
     padding = of.panels * of.width - w.shape[1]
     if size := group_size(task):
         scales, *vectors = vectors
         nibbles = pack_nibbles(w, scales, of.panels, of.width, size)
         return [*nibbles, *(np.pad(v, (0, padding)) for v in vectors), *limits]
+    if of.math.run > 1 and largest_sums(w).max() > BOUND:
+        raise ValueError(f"{task.name}: weights are not bounded")
     offset = [np.pad(byte_offset(w), (0, padding))] if of.math.signed else []
     w = np.pad(weight_lanes(task, w), ((0, 0), (0, padding)))
     if of.math.pairs:
