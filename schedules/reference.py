@@ -55,6 +55,16 @@ def bounding_scale(w: np.ndarray) -> np.ndarray:
     return largest_sums(w) / w.dtype.type(BOUND - 2)  # rounding adds half a step to each of four
 
 
+def with_bounds(precision: str) -> str:
+    """What a task calls int8, or int8_static, of weights that BOUND holds for."""
+    return precision.replace("int8", "int8_bounded")
+
+
+def without_bounds(precision: str) -> str:
+    """What a task calls the same precision of any weights."""
+    return precision.replace("_bounded", "")
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     """Over the last axis."""
     e = np.exp(x - x.max(-1, keepdims=True))

@@ -16,6 +16,7 @@ from bertile.graph.rewriting.dataflow import shape
 from bertile.lower.dense_weights import Arrays, dense_weights
 from bertile.lower.form import FP32, Form
 from bertile.numerics.precision import PRECISIONS, LayerPlan
+from bertile.schedules.reference import with_bounds
 from bertile.schedules.task import Task
 
 Shape = dict[str, Any]
@@ -171,9 +172,9 @@ def _of_products(call: relax.Call, plan: LayerPlan) -> dict[str, str]:
     own = _precision(call)
     if own.get("precision") != "int8":
         return own
-    dense = ops.density(call) is None
-    bounded = "_bounded" if dense and plan.bounded is not None else ""
-    return {"precision": f"int8{bounded}{'_static' if plan.static else ''}"}
+    precision = "int8_static" if plan.static else "int8"
+    bounded = ops.density(call) is None and plan.bounded is not None
+    return {"precision": with_bounds(precision) if bounded else precision}
 
 
 def _precision(call: relax.Call) -> dict[str, str]:

@@ -21,6 +21,7 @@ from bertile.numerics.precision import LayerPlan, Plan, ZerosPlan
 from bertile.numerics.zeros import Sparsity, analyse, density
 from bertile.schedules.cpu.product import group
 from bertile.schedules.cpu.sparse import sparse
+from bertile.schedules.reference import with_bounds, without_bounds
 from bertile.schedules.task import Task
 from bertile.targets.rows import Target
 from bertile.tune.log.tuning_log import Record, TuningLog
@@ -169,7 +170,7 @@ def dense_task(task: Task, plan: LayerPlan) -> Task:
     """The task of the dense kernel that does what a "sparse" task's does."""
     shape = {key: value for key, value in task.shape.items() if key != "density"}
     if plan.bounded is not None:
-        shape["precision"] = str(shape["precision"]).replace("int8", "int8_bounded")
+        shape["precision"] = with_bounds(str(shape["precision"]))
     return Task("dense", shape)
 
 
@@ -177,7 +178,7 @@ def sparse_task(task: Task, percent: int) -> Task:
     """The task of the sparse kernel that does what a "dense" task's does."""
     shape = {**task.shape, "density": percent}
     if "precision" in shape:  # it takes bytes of any weights
-        shape["precision"] = str(shape["precision"]).replace("_bounded", "")
+        shape["precision"] = without_bounds(str(shape["precision"]))
     return Task("sparse", shape)
 
 

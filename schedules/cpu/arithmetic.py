@@ -99,7 +99,12 @@ class Arithmetic:
 
     def wide(self) -> Arithmetic:
         """The arithmetic of lanes that were widened; of others, this one."""
-        return replace(self, function=self.pairs or self.function)
+        return replace(self, function=self.pairs or self.function, weight=self.lane)
+
+    @property
+    def unpacked(self) -> bool:
+        """Whether weights are made ready in a buffer (see ``panels``), not at each product."""
+        return bool(self.pairs) or (self.weight == "int16" and not self.by_lane)
 
     def multiply_run(self, total: Any, xs: Sequence[Any], ws: Sequence[Any]) -> Any:
         """total + Σ x · w of up to ``run`` lanes."""

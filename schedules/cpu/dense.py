@@ -65,6 +65,7 @@ def space(task: Task, row: Row) -> Space:
     steps = step_count(task, math)
     # the sums of one part of K wait for the next in y, where outputs that meet have no room
     in_floats = group(task) == 1 and writes(task) == "to_fp32" and unit(task) == 1
+    in_parts = in_floats and not math.unpacked and steps % 2 == 0 and steps >= 256
     fits = _accumulators(task, row)
     if size := group_size(task):
         return {
@@ -79,12 +80,12 @@ def space(task: Task, row: Row) -> Space:
     # for one block, or unpacked for all of them, and better for more outputs
     ready = bool(math.signed or math.pairs or math.matrix)
     # more than two take LLVM twice as long where a step has several instructions, for no speed
-    most = min(2 if math.run > 1 else 4, fits // 2)
+    most = min(2 if math.run > 1 or math.unpacked else 4, fits // 2)
     return {
         "accumulators": tuple(range(min(4, fits), fits + 1, 2 if math.matrix else 1)),
         "token_blocks": (1,) if ready else tuple(range(1, most + 1)),
         "unroll": tuple(u for u in unrolls if steps % u == 0),
-        "passes": (1, 2) if in_floats and steps % 2 == 0 and steps >= 256 else (1,),
+        "passes": (1, 2) if in_parts else (1,),
         "panels": (2, 4, 8, 16) if ready else (1, 2, 4, 8),
         "chunk": (4, 8, 16, 32),
     }
@@ -139,7 +140,7 @@ def pack(task: Task, knobs: Knobs, weights: Sequence[np.ndarray], row: Row) -> l
         raise ValueError(f"{task.name}: weights are not bounded")
     offset = [np.pad(byte_offset(w), (0, padding))] if of.math.signed else []
     w = np.pad(weight_lanes(task, w), ((0, 0), (0, padding)))
-    if of.math.pairs:
+    if of.math.unpacked:
         w = pack_panels(w, of.panels)
     else:
         if (each := of.math.together) > 1:

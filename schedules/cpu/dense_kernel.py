@@ -71,7 +71,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             sizes = (builder, math, of.panels, of.steps, of.width)
             if size := group_size(task):
                 return Nibbles.of_groups(*sizes, size)
-            if math.pairs:
+            if math.unpacked:
                 return Panels.declare(*sizes)
             return builder.tensor("w", of.panels, of.steps, numbers, dtype=math.weight)
 
@@ -331,8 +331,12 @@ class _PanelTile(_Tile):
         self.inputs.fill(first, count)
         with self.panels(base, group, 1) as panel:
             self.w.unpack(panel)
-            with T.serial(count) as t:
-                self.emit(panel, 1, first + t, 1, part)
+            wide = self.knobs["token_blocks"]
+            with T.serial(count // wide) as t:
+                self.emit(panel, 1, first + t * wide, wide, part)
+            for rest in range(1, wide):
+                with T.If(count % wide == rest), T.Then():
+                    self.emit(panel, 1, first + count // wide * wide, rest, part)
 
     def _sum(self, tile: list, panel: Any, panels: int, part: int) -> None:
         unroll = self.knobs["unroll"]

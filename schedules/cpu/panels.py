@@ -1,9 +1,9 @@
 """Unpacks weights of a matrix product panel by panel, once in a job for all its blocks of tokens:
 to the numbers of 32 bits that are multiplied, in the first-level cache.
 
-    w   (panels, vectors × 16) int32: of a panel lane by lane, in each its outputs
+    w   (panels, vectors × 16) int32 or int16: of a panel lane by lane, in each its outputs
 
-Bytes become 16-bit integers where a machine multiplies those.
+Bytes become 16-bit integers where a machine multiplies those, float16 becomes float32.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from bertile.schedules.cpu.arithmetic import Arithmetic, wide_weights
 
 
 class Panels:
-    """The weights of a kernel in bytes, and the panel of ``width`` outputs that was unpacked last.
-    Those of ``lanes`` lanes are one number in memory.
+    """The weights of a kernel, and the panel of ``width`` outputs that was unpacked last. Those of
+    ``lanes`` lanes are one number in memory.
     """
 
     lanes = 1
@@ -34,14 +34,14 @@ class Panels:
     def declare(
         builder: lanes.KernelBuilder, math: Arithmetic, panels: int, depth: int, width: int
     ) -> Panels:
-        """The argument w, of ``depth`` lanes of four inputs."""
+        """The argument w, of ``depth`` lanes."""
         numbers = vectors(depth * width) * BLOCK_TOKENS
-        return Panels(builder.tensor("w", panels, numbers, dtype="int32"), math, width)
+        return Panels(builder.tensor("w", panels, numbers, dtype=math.weight), math, width)
 
     def allocate(self) -> None:
         """Where a panel is unpacked to; to be called where a job's buffers are."""
         numbers = int(self.w.shape[1]) * self.lanes * self.math.parts
-        self.unpacked = T.alloc_buffer((numbers,), "int32")
+        self.unpacked = T.alloc_buffer((numbers,), self.math.lane)
 
     def unpack(self, panel: Any) -> None:
         """Make ``lane`` that of a panel."""
@@ -49,8 +49,10 @@ class Panels:
             self._put(i, T.Bind(self.w[panel, ramp(i)]))
 
     def _put(self, vector: Any, value: Any) -> None:
-        """16 lanes of four bytes, as the vector of that number."""
+        """16 lanes, as the vector of that number."""
         parts = wide_weights(value) if self.math.pairs else [value]
+        if self.math.weight == "int16":
+            parts = [tirx.call_extern(f"float32x{BLOCK_TOKENS}", "bertile_half", value)]
         for i, part in enumerate(parts):
             T.buffer_store(self.unpacked, part, [ramp(len(parts) * vector + i)])
 
@@ -61,7 +63,8 @@ class Panels:
     def prefetch(self, panel: Any, first: Any, count: int) -> None:
         """Ask for ``count`` lanes of a panel."""
         numbers = count * self.width // self.lanes
-        for place in range(0, numbers, lanes.CACHE_LINE // 4):
+        line = lanes.CACHE_LINE // np.dtype(self.math.weight).itemsize
+        for place in range(0, numbers, line):
             lanes.prefetch(self.w, panel, first * self.width // self.lanes + place)
 
 
@@ -76,7 +79,7 @@ def vectors(numbers: int, of: int = 1) -> int:
 
 
 def pack_panels(w: np.ndarray, panels: int) -> np.ndarray:
-    """Lanes (K / 4, N) int32 of so many panels → w."""
+    """Lanes (K / G, N) of so many panels → w."""
     depth = len(w)
     flat = w.reshape(depth, panels, -1).transpose(1, 0, 2).reshape(panels, -1)
     short = vectors(flat.shape[1]) * BLOCK_TOKENS - flat.shape[1]
