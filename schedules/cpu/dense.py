@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import dense_kernel, dense_samples, lanes, tiles
 from bertile.schedules.cpu.dense_kernel import Layout, step_count
 from bertile.schedules.cpu.nibbles import pack_nibbles
@@ -51,6 +52,10 @@ from bertile.schedules.outputs_that_meet import ordered
 from bertile.schedules.reference import BOUND, largest_sums
 from bertile.schedules.schedule import Knobs, Row, Schedule, Space
 from bertile.schedules.task import Task
+
+# Of x, which each panel of a chunk reads again: from a third-level cache that is shared with others
+# 3072 inputs take a third longer than from the second level.
+CHUNK_BYTES = 1 << 20
 
 
 def space(task: Task, row: Row) -> Space:
@@ -109,6 +114,7 @@ def default(task: Task, row: Row) -> Knobs:
     # one output less where that pads nothing; else padding costs less than a narrower tile
     math = multiplies(task, row)
     step = 2 if math.matrix else 1
+    block = 4 * BLOCK_TOKENS * math.lanes(task.shape["inputs"])  # bytes of x
     even = [n for n in (widest, widest - step) if task.shape["outputs"] % n == 0]
     width = max(even, default=widest)
     return {
@@ -117,7 +123,7 @@ def default(task: Task, row: Row) -> Knobs:
         "unroll": 1 if math.pairs or math.run > 1 else max(choices["unroll"]),
         "passes": 1,
         "panels": 8 if 16 in choices["panels"] else 4,
-        "chunk": 16,
+        "chunk": next(c for c in (16, 8, 4) if c == 4 or c * block <= CHUNK_BYTES),
     }
 
 
