@@ -70,6 +70,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
         if "ZIG_GLOBAL_CACHE_DIR" not in os.environ:
             patch.setenv("ZIG_GLOBAL_CACHE_DIR", str(user / "zig"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
         patch.setattr(tuning_log, "USER_LOG", tmp_path_factory.mktemp("log"))
         yield
 

@@ -1,16 +1,12 @@
-"""Writes the benchmark's reports as a table: text, Markdown, CSV, or a block of a page."""
+"""Writes the benchmark's reports as a table: text, Markdown or CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from bertile.base.errors import UsageError
 from bertile.base.machine import busy_sentence
 from bertile.base.tables import table
 
@@ -106,36 +102,6 @@ def place_of(reports: Sequence[Report]) -> str:
     """The name of the markers that a table belongs to: that of its precision."""
     precision = next(r["precision"] for r in reports[0]["rows"] if r["engine"] == "bertile")
     return "bench" if precision == "fp32" else f"bench-{precision}"
-
-
-def write_table(place: str, name: str, content: str, command: str) -> None:
-    """Put a table into a page: ``FILE#OTHER`` at the markers <!-- OTHER -->, ``FILE`` alone at
-    <!-- `name` -->.
-
-    UsageError where the page lacks the markers.
-    """
-    path, _, other = place.partition("#")
-    write_block(Path(path), other or name, f"{content}\n\nMade by `{command}`.")
-
-
-def write_block(path: Path, name: str, content: str) -> None:
-    """Put a text between <!-- NAME --> and <!-- /NAME --> of a file; UsageError where it lacks
-    them.
-    """
-    text = path.read_text(encoding="utf-8")
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    block = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if len(block.findall(text)) != 1:
-        raise UsageError(
-            f"{path} has no place for the table", f"write {start} and {end} into it once, in order"
-        )
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    written = f"{start}\n{content}\n{end}"
-    try:
-        beside.write_text(block.sub(lambda _: written, text), encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _peaks(reports: Sequence[Report]) -> str:

@@ -91,9 +91,11 @@ def _add_serving(add: Any) -> None:
 
 def run(options: Namespace, progress: Progress) -> Outcome:
     """One report, or a list of one each; and their tables."""
-    from bertile.bench import benchmark, result_tables, serving, serving_tables
+    from bertile.bench import benchmark, pages, result_tables, serving, serving_tables
     from bertile.cli.option_lists import numbers, words
 
+    if options.into:
+        pages.look_at(options.into)
     asked = [name for name in SERVING if getattr(options, name) is not None]
     choices: dict[str, Any] = {"against": words(options.against)}
     if asked:
@@ -114,7 +116,7 @@ def run(options: Namespace, progress: Progress) -> Outcome:
     if options.into:
         command = shlex.join(["bertile", *sys.argv[1:]])
         content = tables.as_table(reports, markdown=True)
-        result_tables.write_table(options.into, tables.place_of(reports), content, command)
+        pages.write_table(options.into, tables.place_of(reports), content, command)
     text = (
         tables.as_csv(reports)
         if options.csv

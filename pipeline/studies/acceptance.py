@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from bertile.base.errors import BertileError
 from bertile.base.progress import Progress
 from bertile.base.tables import table
-from bertile.bench import benchmark, result_tables, sameness
+from bertile.bench import benchmark, pages, result_tables, sameness
 from bertile.bench.workloads import Mix, parse_mix
 from bertile.cli.config_flags import cache_directory
 from bertile.cli.option_lists import words
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for measured in run_cases(cases, config, Progress(), repeat=options.repeat):
         text = said(measured, markdown=bool(options.into))
         if options.into:  # each time: who ends it in the middle keeps what was measured
-            result_tables.write_table(options.into, "bench-acceptance", text, command)
+            pages.write_table(options.into, "bench-acceptance", text, command)
     print(text)
 
 
@@ -277,7 +277,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeat", metavar="N", type=int, default=30, help="measured calls of each engine")
     add("--threads", metavar="N", type=int, default=2, help="cores to use")
     add("--log-dir", metavar="DIR", help="your own tuning logs")
-    add("--into", metavar="FILE[#NAME]", help="put it at <!-- bench-acceptance --> of a page")
+    add(
+        "--into",
+        metavar="FILE[#NAME]",
+        type=pages.argument("bench-acceptance"),
+        help="put it at <!-- bench-acceptance --> of a page",
+    )
     return parser
 
 

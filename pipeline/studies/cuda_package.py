@@ -30,7 +30,7 @@ from bertile.base import scratch
 from bertile.base.errors import UsageError, require
 from bertile.base.progress import Progress
 from bertile.base.tables import table
-from bertile.bench import result_tables
+from bertile.bench import pages
 from bertile.export import cached, synthetic
 from bertile.families import model_config
 from bertile.families.table import FAMILIES
@@ -166,7 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="bert-base", choices=sorted(synthetic.SYNTHETIC))
     parser.add_argument("--table", metavar="RESULT", nargs="+", help="show what cuda_bench wrote")
     parser.add_argument(
-        "--into", "--update-readme", metavar="FILE", help="put it at <!-- bench-cuda --> of a page"
+        "--into",
+        "--update-readme",
+        metavar="FILE[#NAME]",
+        type=pages.argument("bench-cuda"),
+        help="put it at <!-- bench-cuda --> of a page",
     )
     options = parser.parse_args(arguments)
     if options.output:
@@ -179,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = as_text(merged(options.table), markdown=bool(options.into))
         print(text)
         if options.into:
-            result_tables.write_block(Path(options.into), "bench-cuda", text)
+            pages.write(options.into, "bench-cuda", text)
     else:
         raise UsageError("there is nothing to do", "give -o FILE, --checks FILE or --table RESULT")
 

@@ -28,7 +28,7 @@ from bertile.base.errors import ModelError, NumericMismatchError, require
 from bertile.base.progress import Progress
 from bertile.base.quiet import quiet
 from bertile.base.tables import table
-from bertile.bench import result_tables
+from bertile.bench import pages
 from bertile.cli.config_flags import cache_directory
 from bertile.compress import sections
 from bertile.compress import train as training
@@ -313,7 +313,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("-o", "--output", metavar="DIR", required=True, help="where what is trained stays")
     add("--epochs", metavar="N", type=int, default=EPOCHS, help=f"default: {EPOCHS}")
     add("--threads", metavar="N", type=int, default=1, help="default: 1")
-    add("--into", metavar="FILE", help="put the tables at <!-- range-costs --> of a page")
+    add(
+        "--into",
+        metavar="FILE[#NAME]",
+        type=pages.argument("range-costs"),
+        help="put the tables at <!-- range-costs --> of a page",
+    )
     options = parser.parse_args(arguments)
     (torch,) = require("export", "torch")
     torch.set_num_threads(options.threads)
@@ -324,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(row)
         if options.into:  # each time: who ends it in the middle keeps what was measured
             text = as_text(rows, markdown=True)
-            result_tables.write_block(Path(options.into), "range-costs", text)
+            pages.write(options.into, "range-costs", text)
     print(as_text(rows))
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from bertile.base import machine, scratch
 from bertile.base.errors import UsageError, require
 from bertile.base.progress import Progress
-from bertile.bench import result_tables
+from bertile.bench import pages
 from bertile.bench.engines import Engine, LeftOut, Source
 from bertile.bench.turns import PAUSE_SECONDS
 from bertile.bench.workers import Worker
@@ -329,9 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = rows_of(options.rows)
     if options.into:
         command = shlex.join(["python", "-m", __spec__.name, *(arguments or sys.argv[1:])])
-        result_tables.write_table(
-            options.into, NAME, server_tables.said(parts, markdown=True), command
-        )
+        pages.write_table(options.into, NAME, server_tables.said(parts, markdown=True), command)
     print(server_tables.said(parts))
 
 
@@ -358,7 +356,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", metavar="N", type=int, default=THREADS, help="cores to use")
     add("--log-dir", metavar="DIR", help="your own tuning logs")
     add("--rows", metavar="FILE", type=Path, default=ROWS, help=f"where rows are kept ({ROWS})")
-    add("--into", metavar="FILE[#NAME]", help=f"put it at <!-- {NAME} --> of a page")
+    add(
+        "--into",
+        metavar="FILE[#NAME]",
+        type=pages.argument(NAME),
+        help=f"put it at <!-- {NAME} --> of a page",
+    )
     return parser
 
 

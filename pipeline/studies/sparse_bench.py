@@ -21,7 +21,7 @@ from bertile.backends.cpu import inspection
 from bertile.base import scratch
 from bertile.base.progress import Progress
 from bertile.base.tables import table
-from bertile.bench import benchmark, result_tables
+from bertile.bench import benchmark, pages, result_tables
 from bertile.cli.config_flags import cache_directory
 from bertile.cli.option_lists import words
 from bertile.config import Config
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = [case for case in CASES if case.length <= options.longest]
     results = run_cases(model, cases, config, progress, against=against, repeat=options.repeat)
     spent = sentence(shares(model, cases[1], config, progress), cases[1])
-    page = options.into and Path(options.into)
+    page = options.into and Path(options.into.partition("#")[0])
     block = [
         as_table(results, markdown=bool(page)),
         result_tables.facts([report for _, report in results], MEANINGS),
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     if page:
         command = shlex.join(["python", "-m", __spec__.name, *(arguments or sys.argv[1:])])
-        result_tables.write_block(page, "bench-sparse", "\n\n".join([*block, f"`{command}`"]))
+        pages.write(options.into, "bench-sparse", "\n\n".join([*block, f"`{command}`"]))
     print("\n\n".join(block))
 
 
@@ -206,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--into",
         "--update-readme",
-        metavar="FILE",
+        metavar="FILE[#NAME]",
+        type=pages.argument("bench-sparse"),
         help="put it at <!-- bench-sparse --> of a page",
     )
     return parser

@@ -21,7 +21,7 @@ import numpy as np
 from bertile.base import machine, scratch
 from bertile.base.errors import BertileError, UsageError
 from bertile.base.progress import Progress
-from bertile.bench import result_tables
+from bertile.bench import pages
 from bertile.bench.engines import Engine, LeftOut, Source
 from bertile.bench.turns import PAUSE_SECONDS
 from bertile.bench.workers import Worker
@@ -270,9 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if options.into:
         command = shlex.join(["python", "-m", __spec__.name, *(arguments or sys.argv[1:])])
-        result_tables.write_table(
-            options.into, NAME, text_tables.said(report, markdown=True), command
-        )
+        pages.write_table(options.into, NAME, text_tables.said(report, markdown=True), command)
     print(text_tables.said(report))
 
 
@@ -295,7 +293,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--startup", action="store_true", help="when a new process has its first vector")
     add("--threads", metavar="N", type=int, default=THREADS, help="cores to use")
     add("--log-dir", metavar="DIR", help="your own tuning logs")
-    add("--into", metavar="FILE[#NAME]", help=f"put it at <!-- {NAME} --> of a page")
+    add(
+        "--into",
+        metavar="FILE[#NAME]",
+        type=pages.argument(NAME),
+        help=f"put it at <!-- {NAME} --> of a page",
+    )
     return parser
 
 

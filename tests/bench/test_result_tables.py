@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from bertile.base.errors import UsageError
-from bertile.bench import result_tables
+from bertile.bench import pages, result_tables
+from bertile.cli import main
+from bertile.studies import (
+    acceptance,
+    cuda_package,
+    range_costs,
+    server_load,
+    sparse_bench,
+    text_bench,
+)
 
 ROW = {
     "model": "minilm",
@@ -56,7 +65,7 @@ def report(**changes: Any) -> dict[str, Any]:
 
 def write(place: str, reports: list[dict[str, Any]], command: str) -> None:
     content = result_tables.as_table(reports, markdown=True)
-    result_tables.write_table(place, result_tables.place_of(reports), content, command)
+    pages.write_table(place, result_tables.place_of(reports), content, command)
 
 
 def test_table_is_text_markdown_or_csv() -> None:
@@ -135,3 +144,33 @@ def test_page_without_markers_is_left_alone(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError, match="has no place for the table"):
         write(str(path), [report()], "bertile bench")
     assert path.read_text() == text
+
+
+STUDIES = {
+    "bench-acceptance": (acceptance, []),
+    "bench-texts": (text_bench, []),
+    "bench-server": (server_load, []),
+    "bench-sparse": (sparse_bench, []),
+    "bench-cuda": (cuda_package, ["--table", "result.json"]),
+    "range-costs": (range_costs, ["-o", "out"]),
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_study_looks_at_its_page_before_it_measures(tmp_path: Path, capsys, name: str) -> None:
+    study, needed = STUDIES[name]
+    page = tmp_path / "page.md"
+    page.write_text("no markers\n", encoding="utf-8")
+    for place, said in ((page, f"<!-- {name} -->"), (tmp_path / "none.md", "cannot be read")):
+        with pytest.raises(SystemExit) as stop:
+            study.main([*needed, "--into", str(place)])
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place, said", [("#other", "<!-- other -->"), ("none.md", "be read")])
+def test_bench_looks_at_its_page_before_it_measures(tmp_path: Path, capsys, place, said) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("no markers\n", encoding="utf-8")
+    assert main.main(["bench", "no/such/model", "--into", f"{page}{place}"]) == 2
+    assert said in capsys.readouterr().err

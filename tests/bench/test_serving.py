@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bertile.base.errors import UsageError
-from bertile.bench import busy_cores, result_tables, serving, serving_tables, workloads
+from bertile.bench import busy_cores, pages, serving, serving_tables, workloads
 from bertile.bench.engines import Engine, Source
 from bertile.bench.serving import IDLE, LOADS, Service
 from bertile.bench.traffic import Served, Traffic
@@ -205,7 +205,7 @@ def test_tables_are_markdown_or_csv(asked: list, tmp_path: Path) -> None:
     assert len(rows) == 2 and float(rows[1]["p50_ms_ratio"]) == 0.5
     page = tmp_path / "RESULTS.md"
     page.write_text("<!-- bench-load -->\n<!-- /bench-load -->\n")
-    result_tables.write_table(str(page), "bench-load", text, "bertile bench --load")
+    pages.write_table(str(page), "bench-load", text, "bertile bench --load")
     assert "| p99 vs engine |" in page.read_text()
 
 

@@ -41,7 +41,8 @@ ORIGINS = TUNED, ELSEWHERE, ESTIMATED = "tuned", "tuned elsewhere", "estimated"
 # How many times as fast as the default knobs must be by estimate to be taken: nine in ten choices
 # are promised less than this too much, by python -m bertile.studies.mca_rank.
 SURE = 1.04
-USER_LOG = Path("~/.local/share/bertile/tuning_logs")
+_DATA = os.environ.get("XDG_DATA_HOME", "")  # of files that a user's programs keep
+USER_LOG = Path(_DATA if os.path.isabs(_DATA) else "~/.local/share") / "bertile" / "tuning_logs"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -218,3 +220,11 @@ def test_records_that_lack_a_later_knob_have_what_kernels_did_before(tmp_path):
     best = open_log(tmp_path).best(task, ROW)
     assert dict(best.knobs) == {**old, **schedule.later}
     assert schedule.valid(task, ROW, best.knobs)
+
+
+@pytest.mark.parametrize("home, kept", [("{tmp}", "{tmp}"), ("not/absolute", "~/.local/share")])
+def test_user_log_lies_where_a_users_programs_keep_their_files(tmp_path: Path, home, kept) -> None:
+    code = "from bertile.tune.log.tuning_log import USER_LOG; print(USER_LOG)"
+    variables = {**os.environ, "XDG_DATA_HOME": home.format(tmp=tmp_path)}
+    said = subprocess.check_output([sys.executable, "-c", code], env=variables, text=True)
+    assert said.strip() == f"{kept.format(tmp=tmp_path)}/bertile/tuning_logs"
