@@ -41,6 +41,7 @@ ORIGINS = TUNED, ELSEWHERE, ESTIMATED = "tuned", "tuned elsewhere", "estimated"
 # How many times as fast as the default knobs must be by estimate to be taken: nine in ten choices
 # are promised less than this too much, by python -m bertile.studies.mca_rank.
 SURE = 1.04
+SLOW = 1.15  # times what the reference kernel takes at best: what was measured beside it is doubted
 _DATA = os.environ.get("XDG_DATA_HOME", "")  # of files that a user's programs keep
 USER_LOG = Path(_DATA if os.path.isabs(_DATA) else "~/.local/share") / "bertile" / "tuning_logs"
 
@@ -301,10 +302,21 @@ def _with(record: Record, later: Mapping[str, int]) -> Record:
 
 def fastest(records: Sequence[Record], row: Target) -> Record:
     """The fastest of some records that can be compared: of all the lengths that count, and by
-    these.
+    these. One of a slow spell is for where there is no other: such a spell may end between the
+    reference and a trial, whose time would then be taken for that of a kernel as much faster.
     """
     paces = [record.reference for record in records if record.reference]
-    return min(records, key=lambda r: (missing(r, row), fair_time(r, row, paces)))
+
+    def order(record: Record) -> tuple[int, bool, float]:
+        doubtful = slowness(record, paces) > SLOW
+        return missing(record, row), doubtful, fair_time(record, row, paces)
+
+    return min(records, key=order)
+
+
+def slowness(record: Record, paces: Sequence[float]) -> float:
+    """How many times its least of ``paces`` the reference took beside a record."""
+    return record.reference / min(paces) if record.reference and paces else 1.0
 
 
 def missing(record: Record, row: Target) -> int:
@@ -324,7 +336,7 @@ def fair_time(record: Record, row: Target, paces: Sequence[float] = ()) -> float
         return record.median
     whole = sum(weights.values())
     mean = math.exp(sum(w * math.log(times[tokens]) for tokens, w in weights.items()) / whole)
-    return mean * min(paces) / record.reference if record.reference and paces else mean
+    return mean / slowness(record, paces)
 
 
 def surely(best: Record, records: Sequence[Record], row: Target) -> Record:

@@ -84,8 +84,8 @@ def test_this_machine_comes_first(tmp_path: Path, on_avx2, monkeypatch) -> None:
 def test_list_and_best_agree(tmp_path: Path, on_avx2) -> None:
     """By the lengths that count and by the pace of the machine, not by the least median alone."""
     log = filled(tmp_path)
-    log.append(record(3.0, knobs={"unroll": 4}, reference=30.0))
-    log.append(record(6.0, knobs={"unroll": 5}, reference=100.0))
+    log.append(record(3.0, knobs={"unroll": 4}, reference=100.0))
+    log.append(record(3.5, knobs={"unroll": 5}, reference=30.0))
     log.append(record(1.0, knobs={"unroll": 6}, estimated=True))
     chosen = {(r["operation"], r["target"], r["threads"]): r for r in log_commands.best(log)}
     listed = log_commands.tasks(log)

@@ -48,4 +48,4 @@ def test_what_is_chosen_is_estimated_to_be_faster_than_the_default(log, row):
         if best != default:
             assert default.median >= SURE * best.median, task.name
             better += 1
-    assert better > 3
+    assert better >= 3
