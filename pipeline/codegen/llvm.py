@@ -12,6 +12,7 @@ import tvm
 
 from bertile.base import scratch
 from bertile.base.errors import BertileError
+from bertile.codegen.job_queue import with_queue
 from bertile.targets.linker import link_command
 from bertile.targets.rows import Target, tvm_target
 
@@ -28,12 +29,12 @@ def context() -> tvm.transform.PassContext:
 
 def build_kernel(func: tvm.tirx.PrimFunc, row: Target) -> Any:
     """The compiled kernel, as a function of its arguments."""
-    return compiled(func, row)["kernel"]
+    return compiled(with_queue(func), row)["kernel"]
 
 
 def export_kernel(func: tvm.tirx.PrimFunc, row: Target, library: Path) -> None:
     """Write the kernel as a shared library for its row, which any machine can load."""
-    export_library(compiled(func, row), row, library)
+    export_library(compiled(with_queue(func), row), row, library)
 
 
 def export_library(executable: Any, row: Target, library: Path) -> None:

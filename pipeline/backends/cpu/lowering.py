@@ -10,6 +10,7 @@ from typing import Any
 
 from tvm import relax
 
+from bertile.codegen.job_queue import with_queue
 from bertile.graph.graph import Graph
 from bertile.graph.rewriting.dataflow import shape
 from bertile.lower.dense_weights import Arrays
@@ -63,8 +64,8 @@ class _CpuLowering(Lowering):
     def _call(self, task: Task, activations: Sequence[Any], weights: Arrays, out: Any) -> Any:
         knobs = self.choose(task)
         if task not in self.kernels:
-            func = self.schedules[task.operation].kernel(task, knobs, self.row).with_attrs(KERNEL)
-            self.kernels[task] = self.builder.add_func(func, task.name)
+            func = with_queue(self.schedules[task.operation].kernel(task, knobs, self.row))
+            self.kernels[task] = self.builder.add_func(func.with_attrs(KERNEL), task.name)
         self.tasks[task] += 1
         args = [*activations, *self.weights.packed(task, knobs, weights)]
         return self.builder.emit(relax.call_tir(self.kernels[task], args, out_ty=out))
