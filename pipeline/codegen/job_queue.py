@@ -32,9 +32,9 @@ end:
 
 def with_queue(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """The kernel, whose parallel loops take their jobs from a queue; others stay as they are."""
-    found: list[tirx.For] = []
-    body = _queued(func.body, found)
-    if not found:
+    loops: list[tirx.For] = []
+    body = _queued(func.body, loops)
+    if not loops:
         return func
     linked = tirx.AttrStmt(
         tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(LLVM), body
@@ -42,20 +42,20 @@ def with_queue(func: tirx.PrimFunc) -> tirx.PrimFunc:
     return func.with_body(linked)
 
 
-def _queued(stmt: tirx.Stmt, found: list[tirx.For]) -> tirx.Stmt:
+def _queued(stmt: tirx.Stmt, loops: list[tirx.For]) -> tirx.Stmt:
     """The statement, of which parallel loops are what everything else is around."""
     if isinstance(stmt, tirx.AttrStmt):
-        return tirx.AttrStmt(stmt.node, stmt.attr_key, stmt.value, _queued(stmt.body, found))
+        return tirx.AttrStmt(stmt.node, stmt.attr_key, stmt.value, _queued(stmt.body, loops))
     if isinstance(stmt, tirx.SeqStmt):
-        return tirx.SeqStmt([_queued(part, found) for part in stmt.seq])
+        return tirx.SeqStmt([_queued(part, loops) for part in stmt.seq])
     if isinstance(stmt, tirx.IfThenElse):
-        cases = [case and _queued(case, found) for case in (stmt.then_case, stmt.else_case)]
+        cases = [case and _queued(case, loops) for case in (stmt.then_case, stmt.else_case)]
         return tirx.IfThenElse(stmt.condition, *cases)
     if not isinstance(stmt, tirx.For):
         return stmt
     if stmt.kind != tirx.ForKind.PARALLEL:
-        return tirx.For(stmt.loop_var, stmt.min, stmt.extent, stmt.kind, _queued(stmt.body, found))
-    found.append(stmt)
+        return tirx.For(stmt.loop_var, stmt.min, stmt.extent, stmt.kind, _queued(stmt.body, loops))
+    loops.append(stmt)
     return _queue(stmt)
 
 

@@ -40,6 +40,8 @@ TOLERANCES = {"fp32": 1e-4, "int8": 1e-4, "bf16": 0.02}
 # quarter of what int8 costs (a test below). What is compared is how far from float32 the answers of
 # both machines are, on average over so many texts: at most so many times as far. The integer parts
 # are equal to the bit, kernel by kernel (test_sums_of_bytes_are_exact in schedules/test_arm.py).
+# So it is where attention is in bfloat16: what is rounded to that shows the last bits of sums, whose
+# order is each machine's, and its log's.
 TEXTS, TIMES = 8, 1.5
 
 QUICK = [(TINY, "arm-v1", "int8")]
@@ -144,7 +146,7 @@ def test_bundle_run_as_arm_code_gives_this_machines_numbers(
 ):
     target = like(targets.resolve(row), precision)
     bundle = compiled(model, row, precision)
-    rounded = (model, precision) == (MINILM, "int8")
+    rounded = precision == "int8" and (model == MINILM or targets.resolve(row).bf16)
     arrays = requests(bundle, TEXTS if rounded else 2)
     np.savez(tmp_path / "in.npz", **arrays)
     cpu = qemu.processor(targets.resolve(row))
@@ -157,8 +159,10 @@ def test_bundle_run_as_arm_code_gives_this_machines_numbers(
         assert sorted(outputs.files) == sorted(wanted)
         for name, array in wanted.items():
             if rounded:
-                own = distance(array, exact[name])
-                assert distance(outputs[name], exact[name]) <= TIMES * own
+                there = array.any(-1)  # not padding, of which nothing is computed
+                np.testing.assert_array_equal(outputs[name].any(-1), there)
+                own = distance(array[there], exact[name][there])
+                assert distance(outputs[name][there], exact[name][there]) <= TIMES * own
                 continue
             limit = TOLERANCES[precision] * max(1.0, float(np.abs(array).max()))
             np.testing.assert_allclose(outputs[name], array, rtol=0, atol=limit)
