@@ -25,7 +25,7 @@ LOG_THREADS ?= 2 1
 LOG_MODELS ?= bert-base minilm bert-large distilbert-base
 LOG_PRECISIONS ?= fp32 int8 int4 bf16 fp16
 # Of families younger than BERT, by LOG_YOUNG_EFFORT: -short models have the kernels of long ones.
-LOG_YOUNG ?= modernbert-base modernbert-large nomic-bert-base deberta-v3-base qwen3-short gemma3-short
+LOG_YOUNG ?= modernbert-base modernbert-large nomic-bert-base deberta-v3-base qwen3-short gemma3-short bge-m3-short
 LOG_YOUNG_PRECISIONS ?= fp32 int8 bf16
 LOG_YOUNG_EFFORT ?= quick
 LOG_PRUNED ?= int8@0.8:4x1 int8@0.9:4x1 int8@0.95:4x1 fp32@0.9:unstructured

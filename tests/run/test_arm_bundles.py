@@ -40,8 +40,8 @@ TOLERANCES = {"fp32": 1e-4, "int8": 1e-4, "bf16": 0.02}
 # quarter of what int8 costs (a test below). What is compared is how far from float32 the answers of
 # both machines are, on average over so many texts: at most so many times as far. The integer parts
 # are equal to the bit, kernel by kernel (test_sums_of_bytes_are_exact in schedules/test_arm.py).
-# So it is where attention is in bfloat16: what is rounded to that shows the last bits of sums, whose
-# order is each machine's, and its log's.
+# So it is where attention is in bfloat16: what is rounded to that shows the last bits of sums, the
+# order of which is each machine's, and its log's.
 TEXTS, TIMES = 8, 1.5
 
 QUICK = [(TINY, "arm-v1", "int8")]

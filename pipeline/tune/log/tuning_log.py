@@ -41,7 +41,6 @@ ORIGINS = TUNED, ELSEWHERE, ESTIMATED = "tuned", "tuned elsewhere", "estimated"
 # How many times as fast as the default knobs must be by estimate to be taken: nine in ten choices
 # are promised less than this too much, by python -m bertile.studies.mca_rank.
 SURE = 1.04
-SLOW = 1.15  # times what the reference kernel takes at best: what was measured beside it is doubted
 _DATA = os.environ.get("XDG_DATA_HOME", "")  # of files that a user's programs keep
 USER_LOG = Path(_DATA if os.path.isabs(_DATA) else "~/.local/share") / "bertile" / "tuning_logs"
 
@@ -302,16 +301,10 @@ def _with(record: Record, later: Mapping[str, int]) -> Record:
 
 def fastest(records: Sequence[Record], row: Target) -> Record:
     """The fastest of some records that can be compared: of all the lengths that count, and by
-    these. One of a slow spell is for where there is no other: such a spell may end between the
-    reference and a trial, whose time would then be taken for that of a kernel as much faster.
+    these. Times are taken as they are: a slow spell makes none too short. It may end between the
+    reference and a trial, which divided by it would be that of a kernel as much faster.
     """
-    paces = [record.reference for record in records if record.reference]
-
-    def order(record: Record) -> tuple[int, bool, float]:
-        doubtful = slowness(record, paces) > SLOW
-        return missing(record, row), doubtful, fair_time(record, row, paces)
-
-    return min(records, key=order)
+    return min(records, key=lambda r: (missing(r, row), fair_time(r, row)))
 
 
 def slowness(record: Record, paces: Sequence[float]) -> float:
@@ -324,19 +317,14 @@ def missing(record: Record, row: Target) -> int:
     return sum(weight > 0 and tokens not in record.times for tokens, weight in row.mix)
 
 
-def fair_time(record: Record, row: Target, paces: Sequence[float] = ()) -> float:
-    """The time of a record by the lengths that count, in microseconds: a weighted geometric mean.
-
-    ``paces`` are those of the reference kernel among the records that it is compared with: one
-    that was measured while the machine was slow is taken to be as much faster.
-    """
+def fair_time(record: Record, row: Target) -> float:
+    """Microseconds of a record by the lengths that count: a weighted geometric mean."""
     times = record.times
     weights = {tokens: weight for tokens, weight in row.mix if weight > 0 and tokens in times}
     if not weights:
         return record.median
     whole = sum(weights.values())
-    mean = math.exp(sum(w * math.log(times[tokens]) for tokens, w in weights.items()) / whole)
-    return mean / slowness(record, paces)
+    return math.exp(sum(w * math.log(times[tokens]) for tokens, w in weights.items()) / whole)
 
 
 def surely(best: Record, records: Sequence[Record], row: Target) -> Record:

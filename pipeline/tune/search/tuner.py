@@ -24,7 +24,7 @@ from bertile.schedules import BLOCK_TOKENS, schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import TRIAL_BLOCKS, Target, tvm_target
-from bertile.tune.log.tuning_log import SLOW, Record, TuningLog, fair_time, slowness
+from bertile.tune.log.tuning_log import Record, TuningLog, fair_time, slowness
 from bertile.tune.measure import runners
 from bertile.tune.measure.runners import Runner, answers
 
@@ -51,6 +51,7 @@ EFFORTS = {
 }
 ROUND = 8  # trials between two trainings of the cost model, and between two of the reference
 REPEATS = 3  # of one round, before its times are taken as they are
+SLOW = 1.15  # of the reference's best time: from here on, what was measured is measured again
 PAUSE = 0.5  # seconds before a round is repeated
 IMPROVEMENT = 0.99
 # Times a layer's own kernel: a kernel that it could have instead is searched where its default

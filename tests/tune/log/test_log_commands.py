@@ -82,7 +82,7 @@ def test_this_machine_comes_first(tmp_path: Path, on_avx2, monkeypatch) -> None:
 
 
 def test_list_and_best_agree(tmp_path: Path, on_avx2) -> None:
-    """By the lengths that count and by the pace of the machine, not by the least median alone."""
+    """By what was measured, not by the least median alone; whatever the reference took beside it."""
     log = filled(tmp_path)
     log.append(record(3.0, knobs={"unroll": 4}, reference=100.0))
     log.append(record(3.5, knobs={"unroll": 5}, reference=30.0))
@@ -94,7 +94,7 @@ def test_list_and_best_agree(tmp_path: Path, on_avx2) -> None:
     ]
     for row in listed:
         assert row["best_us"] == chosen[row["operation"], row["target"], row["threads"]]["best_us"]
-    assert chosen["dense", "x86-avx512", 2]["knobs"] == {"unroll": 5}
+    assert chosen["dense", "x86-avx512", 2]["knobs"] == {"unroll": 4}
 
 
 def test_list_has_a_row_per_task_and_threads(tmp_path: Path, on_avx2) -> None:
