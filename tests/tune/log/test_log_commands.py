@@ -82,7 +82,7 @@ def test_this_machine_comes_first(tmp_path: Path, on_avx2, monkeypatch) -> None:
 
 
 def test_list_and_best_agree(tmp_path: Path, on_avx2) -> None:
-    """By what was measured, not by the least median alone; whatever the reference took beside it."""
+    """By what was measured, not by the least median alone, whatever the reference took."""
     log = filled(tmp_path)
     log.append(record(3.0, knobs={"unroll": 4}, reference=100.0))
     log.append(record(3.5, knobs={"unroll": 5}, reference=30.0))
