@@ -34,12 +34,17 @@ def look_at(place: str, name: str = "") -> str:
     """The place, of a page that ``write`` can write: to be asked before anything is measured, which
     would be in vain. Without a name, which comes later, the page has to be there.
     """
-    path, _, other = place.partition("#")
-    if name or other:
+    if name or split(place)[1]:
         _around(place, name)
     else:
-        _text(Path(path))
+        _text(split(place)[0])
     return place
+
+
+def split(place: str) -> tuple[Path, str]:
+    """The page, and the name, "" where the place has none."""
+    file, _, name = place.partition("#")
+    return Path(file), name
 
 
 def argument(name: str) -> Callable[[str], str]:
@@ -56,8 +61,8 @@ def argument(name: str) -> Callable[[str], str]:
 
 def _around(place: str, name: str) -> tuple[Path, str, str]:
     """The page, and what it has up to the first marker and from the second one on."""
-    file, _, other = place.partition("#")
-    path, name = Path(file), other or name
+    path, own = split(place)
+    name = own or name
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, opened, rest = (text := _text(path)).partition(start)
     _, closed, after = rest.partition(end)

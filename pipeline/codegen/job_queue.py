@@ -43,23 +43,19 @@ def with_queue(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
 
 def _queued(stmt: tirx.Stmt, loops: list[tirx.For]) -> tirx.Stmt:
-    """The statement, of which parallel loops are what everything else is around."""
+    """The statement, with a queue for each parallel loop that no other loop is around."""
     if isinstance(stmt, tirx.AttrStmt):
         return tirx.AttrStmt(stmt.node, stmt.attr_key, stmt.value, _queued(stmt.body, loops))
     if isinstance(stmt, tirx.SeqStmt):
         return tirx.SeqStmt([_queued(part, loops) for part in stmt.seq])
-    if isinstance(stmt, tirx.IfThenElse):
-        cases = [case and _queued(case, loops) for case in (stmt.then_case, stmt.else_case)]
-        return tirx.IfThenElse(stmt.condition, *cases)
-    if not isinstance(stmt, tirx.For):
+    if not isinstance(stmt, tirx.For) or stmt.kind != tirx.ForKind.PARALLEL:
         return stmt
-    if stmt.kind != tirx.ForKind.PARALLEL:
-        return tirx.For(stmt.loop_var, stmt.min, stmt.extent, stmt.kind, _queued(stmt.body, loops))
     loops.append(stmt)
     return _queue(stmt)
 
 
 def _queue(loop: tirx.For) -> tirx.Stmt:
+    """What does the jobs of a loop, which counts from 0 as all of ours do."""
     zero = tirx.const(0, "int32")
     taken, mine = (tirx.decl_buffer((1,), "int32", name) for name in ("taken", "mine"))
 

@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = [case for case in CASES if case.length <= options.longest]
     results = run_cases(model, cases, config, progress, against=against, repeat=options.repeat)
     spent = sentence(shares(model, cases[1], config, progress), cases[1])
-    page = options.into and Path(options.into.partition("#")[0])
+    page = options.into and pages.split(options.into)[0]
     block = [
         as_table(results, markdown=bool(page)),
         result_tables.facts([report for _, report in results], MEANINGS),

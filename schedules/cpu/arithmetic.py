@@ -65,8 +65,7 @@ class Arithmetic:
         """One lane's weights in all lanes."""
         if self.weight != "int16":
             return splat(w)
-        halves = tirx.Broadcast(w, BLOCK_TOKENS)
-        return tirx.call_extern(f"float32x{BLOCK_TOKENS}", "bertile_half", halves)
+        return from_halves(tirx.Broadcast(w, BLOCK_TOKENS))
 
     def spread_row(self, w: Any, index: tuple, count: int) -> Iterator[Any]:
         """Each of the weights ``w[*index, 0:count]`` in all lanes, from registers of several."""
@@ -138,6 +137,11 @@ BF16 = Arithmetic(2, "int32", "float32", "bertile_dot2", x86.DOT2_BF16)
 
 
 # On vectors of a kernel.
+
+
+def from_halves(value: Any) -> Any:
+    """16 numbers of float16, as float32."""
+    return tirx.call_extern(f"float32x{BLOCK_TOKENS}", "bertile_half", value)
 
 
 def wide_inputs(value: Any) -> list[Any]:

@@ -69,8 +69,8 @@ def space(task: Task, row: Row) -> Space:
     math = multiplies(task, row)
     steps = step_count(task, math)
     # the sums of one part of K wait for the next in y, where outputs that meet have no room
-    in_floats = group(task) == 1 and writes(task) == "to_fp32" and unit(task) == 1
-    in_parts = in_floats and not math.unpacked and steps % 2 == 0 and steps >= 256
+    has_room = group(task) == 1 and writes(task) == "to_fp32" and unit(task) == 1
+    in_parts = has_room and steps % 2 == 0 and steps >= 256 and not math.unpacked
     fits = _accumulators(task, row)
     if size := group_size(task):
         return {
@@ -84,7 +84,8 @@ def space(task: Task, row: Row) -> Space:
     unrolls = (1, 2, 4, 8) if row.dot_product == "sdot" and math.signed else (1, 2, 4)
     # for one block, or unpacked for all of them, and better for more outputs
     ready = bool(math.signed or math.pairs or math.matrix)
-    # more than two take LLVM twice as long where a step has several instructions, for no speed
+    # more than two take LLVM twice as long where a step has several instructions, for no speed; a
+    # panel that was unpacked has too few sums for one block where it is made for four
     most = min(2 if math.run > 1 or math.unpacked else 4, fits // 2)
     return {
         "accumulators": tuple(range(min(4, fits), fits + 1, 2 if math.matrix else 1)),

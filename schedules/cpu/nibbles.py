@@ -19,7 +19,7 @@ from tvm.tirx.script import builder as T
 
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.arithmetic import Arithmetic
+from bertile.schedules.cpu.arithmetic import Arithmetic, from_halves
 from bertile.schedules.cpu.panels import Panels, ramp, vectors
 
 TIMES = 16  # what a byte is of its level
@@ -62,8 +62,7 @@ class Nibbles(Panels):
             for part, value in enumerate(self._levels(both)):
                 self._put(2 * i + part, T.Bind(value))
         with T.serial(int(self.scales.shape[1]) // BLOCK_TOKENS) as i:
-            wide = f"float32x{BLOCK_TOKENS}"
-            scale = tirx.call_extern(wide, "bertile_half", self.scales[panel, ramp(i)])
+            scale = from_halves(self.scales[panel, ramp(i)])
             T.buffer_store(self.floats, scale * lanes.splat(1.0 / self._times), [ramp(i)])
 
     @property

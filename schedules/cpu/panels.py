@@ -16,7 +16,7 @@ from tvm.tirx.script import builder as T
 
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes
-from bertile.schedules.cpu.arithmetic import Arithmetic, wide_weights
+from bertile.schedules.cpu.arithmetic import Arithmetic, from_halves, wide_weights
 
 
 class Panels:
@@ -50,9 +50,9 @@ class Panels:
 
     def _put(self, vector: Any, value: Any) -> None:
         """16 lanes, as the vector of that number."""
-        parts = wide_weights(value) if self.math.pairs else [value]
         if self.math.weight == "int16":
-            parts = [tirx.call_extern(f"float32x{BLOCK_TOKENS}", "bertile_half", value)]
+            value = from_halves(value)
+        parts = wide_weights(value) if self.math.pairs else [value]
         for i, part in enumerate(parts):
             T.buffer_store(self.unpacked, part, [ramp(len(parts) * vector + i)])
 

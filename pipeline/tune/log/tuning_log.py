@@ -307,11 +307,6 @@ def fastest(records: Sequence[Record], row: Target) -> Record:
     return min(records, key=lambda r: (missing(r, row), fair_time(r, row)))
 
 
-def slowness(record: Record, paces: Sequence[float]) -> float:
-    """How many times its least of ``paces`` the reference took beside a record."""
-    return record.reference / min(paces) if record.reference and paces else 1.0
-
-
 def missing(record: Record, row: Target) -> int:
     """How many of the lengths that count the record has no time of."""
     return sum(weight > 0 and tokens not in record.times for tokens, weight in row.mix)

@@ -24,7 +24,7 @@ from bertile.schedules import BLOCK_TOKENS, schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import TRIAL_BLOCKS, Target, tvm_target
-from bertile.tune.log.tuning_log import Record, TuningLog, fair_time, slowness
+from bertile.tune.log.tuning_log import Record, TuningLog, fair_time
 from bertile.tune.measure import runners
 from bertile.tune.measure.runners import Runner, answers
 
@@ -50,8 +50,8 @@ EFFORTS = {
     "full": Effort(2000, 7200.0, patience=24),
 }
 ROUND = 8  # trials between two trainings of the cost model, and between two of the reference
-REPEATS = 3  # of one round, before its times are taken as they are
 SLOW = 1.15  # of the reference's best time: from here on, what was measured is measured again
+REPEATS = 3  # of one round, before its times are taken as they are
 PAUSE = 0.5  # seconds before a round is repeated
 IMPROVEMENT = 0.99
 # Times a layer's own kernel: a kernel that it could have instead is searched where its default
@@ -357,4 +357,5 @@ def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
 def _steady(record: Record, beside: Sequence[Record]) -> float:
     """The microseconds of a record, as if the machine had been as fast as at the best of these."""
     paces = [other.reference for other in beside if other.reference]
-    return record.median / slowness(record, paces)
+    slowed = record.reference / min(paces) if record.reference else 1.0
+    return record.median / slowed
