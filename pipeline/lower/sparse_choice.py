@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,33 +35,33 @@ DOUBT = 1.15  # times an estimated time: by how much the cost model is typically
 
 
 class Time(NamedTuple):
-    """Microseconds, on how many threads, and by what they were measured: only those of one
-    processor can be compared, and those that were estimated among themselves.
+    """Microseconds of a task's kernel, on how many threads, and by what they were measured: only
+    those of one processor can be compared, and those that were estimated among themselves.
     """
 
     median: float
+    task: Task
     threads: int
     by: tuple[Any, ...]
 
     @classmethod
-    def of(cls, record: Record, share: float = 1.0) -> Time:
-        """The time of a record, or a share of it."""
+    def of(cls, record: Record, task: Task, share: float = 1.0) -> Time:
+        """The time of a task that takes a share of what a record says."""
         by = (record.estimated, *identity(record.machine))
-        return cls(record.median * share, record.threads, by)
+        return cls(record.median * share, task, record.threads, by)
 
-    def beats(self, other: Time | None) -> bool:
-        """Whether it is less, and the two can be compared."""
-        comparable = other is not None and (self.threads, self.by) == (other.threads, other.by)
-        return comparable and self.median < other.median
+    def comparable(self, other: Time) -> bool:
+        """Whether the two are of one machine and number of threads."""
+        return (self.threads, self.by) == (other.threads, other.by)
 
 
 class SparseChoice:
     """Chooses between the dense and the sparse kernel of each layer of one graph.
 
-    `sparse` "auto" takes the sparse one where it is faster for short and for long requests, by the
-    times of both in `log` where it has both on the same number of threads, else by
-    ``sparse_costs``. "off" takes the dense one, "always" the sparse one even where there are no
-    zeros, which is for measuring. Weights are looked at once.
+    `sparse` "auto" takes the sparse one where it is faster for short and for long requests: by what
+    `log` has of both measured in turns, else by the times of both where it has them on the same
+    number of threads, else by ``sparse_costs``. "off" takes the dense one, "always" the sparse one
+    even where there are no zeros, which is for measuring. Weights are looked at once.
     """
 
     def __init__(
@@ -117,19 +118,36 @@ class SparseChoice:
         dense = self._record(task)
         chosen = self.plan(name, [task]).density
         record = dense if chosen is None else self._record(sparse_task(task, chosen))
+        if chosen is None:
+            return Time.of(dense, task) if dense is not None else None
+        skipping = sparse_task(task, chosen)
         if record is not None:
-            return Time.of(record)
-        if dense is None or chosen is None:
+            return Time.of(record, skipping)
+        if dense is None:
             return None
-        return Time.of(dense, relative_time(sparse_task(task, chosen), self.row))
+        return Time.of(dense, skipping, relative_time(skipping, self.row))
+
+    def share(self, mine: Time | None, other: Time | None) -> float | None:
+        """What one kernel takes as a share of another, None where that is not known."""
+        if self.log is None or mine is None or other is None or not mine.comparable(other):
+            return None
+        if shares := self.log.shares(mine.task, other.task, self.row):
+            return geometric_mean(shares.values())
+        return mine.median / other.median
 
     def _compared(self, tasks: Sequence[Task], percent: int) -> tuple[float, str]:
         """The sparse kernel's time as a share of the dense one's, of the requests that were
         measured the one where it is largest, or more than is estimated; and what it rests on.
         """
         skipping = [sparse_task(task, percent) for task in tasks]
+        if shares := self._in_turns(skipping, tasks):
+            tokens, worst = max(shares, key=lambda share: share[1])
+            what = f"sparse takes {worst:.2f} of the dense kernel's time ({tokens} tokens)"
+            return worst, f"measured in turns: {what}"
         records = [self._record(task) for task in (*skipping, *tasks)]
-        if all(records) and len({Time.of(record)[1:] for record in records}) == 1:
+        pairs = zip(records, (*skipping, *tasks))
+        times = [Time.of(record, task) for record, task in pairs if record]
+        if len(times) == len(records) and all(times[0].comparable(time) for time in times):
             ours, theirs = _total(records[: len(tasks)]), _total(records[len(tasks) :])
             shares = {tokens: ours[tokens] / theirs[tokens] for tokens in ours if tokens in theirs}
             if shares:
@@ -139,6 +157,15 @@ class SparseChoice:
                 return shares[worst], f"{how}: sparse {why}"
         share = max(relative_time(task, self.row) for task in skipping)
         return share * DOUBT, f"estimated: sparse takes {share:.2f} of the dense kernel's time"
+
+    def _in_turns(self, skipping: Sequence[Task], tasks: Sequence[Task]) -> list[tuple[int, float]]:
+        """What each sparse kernel takes as a share of the dense one's, with the tokens; empty where
+        one of them was not measured in turns.
+        """
+        if self.log is None:
+            return []
+        each = [self.log.shares(*pair, self.row) for pair in zip(skipping, tasks)]
+        return [share for shares in each for share in shares.items()] if all(each) else []
 
     def _record(self, task: Task) -> Record | None:
         return self.log.best(task, self.row) if self.log is not None else None

@@ -49,7 +49,7 @@ from bertile.schedules.cpu import (
     vector_math,
 )
 from bertile.schedules.cpu.arithmetic import Arithmetic
-from bertile.schedules.cpu.attention_parts import LOWEST, Operands, Sight, capped
+from bertile.schedules.cpu.attention_parts import LOWEST, Operands, Sight, scaled
 from bertile.schedules.cpu.samples import result_sample
 from bertile.schedules.schedule import Knobs, Row, Sample, Schedule, Space
 from bertile.schedules.task import Task
@@ -195,7 +195,8 @@ class _Query:
 
     def emit(self) -> None:
         tile, every = self.knobs["key_tile"], range(self.queries)
-        scores = T.alloc_buffer((self.queries, tile * BLOCK_TOKENS, BLOCK_TOKENS), "float32")
+        # as powers of two; behind those of the last block of queries, the masks of the tile's keys
+        scores = T.alloc_buffer((self.queries + 1, tile * BLOCK_TOKENS, BLOCK_TOKENS), "float32")
         weights = self._weights(scores)
         context = T.alloc_buffer((self.queries, self.size, BLOCK_TOKENS), "float32")
         # of each block of queries the running maximum, the sum, and the tile's maximum
@@ -236,11 +237,13 @@ class _Query:
         return lanes.load(self.qkv, query, head * self.size // self.math.group + d)
 
     def _scores(self, scores: Any, state: Any, start: Any, block: Any) -> None:
-        """scores[key] = q · k scale + mask, for the 16 keys of a block; the tile's maximum on the
-        way.
+        """scores[key] = (q · k scale + mask) log2(e), for the 16 keys of a block; the largest of
+        the tile on the way.
         """
         per_tile, every = self.knobs["keys"], range(self.queries)
         where = T.Bind(self.first + start + block)
+        mask = lanes.load(self.keys, where) * lanes.splat(vector_math.LOG2E)
+        lanes.store(scores, tirx.max(mask, lanes.splat(LOWEST)), self.queries, block)
         with T.serial(BLOCK_TOKENS // per_tile) as part:
             low = T.Bind(part * per_tile)
             registers = iter(lanes.registers(per_tile * self.queries))
@@ -263,7 +266,7 @@ class _Query:
                         value = self.math.multiply_add(lanes.read(total[i][j]), q[i], k)
                         lanes.write(total[i][j], near.added(value, q[i], k, d, i, j))
             for i in every:
-                self._scaled(scores, state, total[i], i, start, block, where, low)
+                self._scaled(scores, state, total[i], i, start, block, low)
 
     def _scaled(
         self,
@@ -273,18 +276,18 @@ class _Query:
         i: int,
         start: Any,
         block: Any,
-        where: Any,
         low: Any,
     ) -> None:
         """Store some keys' scores of one block of queries, and see the largest."""
 
         def store(score: Callable[[Any, Any], Any]) -> None:
             for j, register in enumerate(total):
-                value = capped(lanes.read(register) * lanes.splat(self.spec.scale), self.spec)
-                value = value + lanes.splat(self.keys[where, low + j])
+                value = scaled(lanes.read(register), self.spec)
+                value = value + lanes.splat(scores[self.queries, block, low + j])
                 key = (start + block) * BLOCK_TOKENS + low + j
                 if self.operands.bias is not None:
-                    value = value + self.operands.bias_of(*self.members[i], key)
+                    bias = self.operands.bias_of(*self.members[i], key)
+                    value = value + bias * lanes.splat(vector_math.LOG2E)
                 lanes.store(scores, score(value, key), i, block * BLOCK_TOKENS + low + j)
 
         sight = self.sights[i]
@@ -306,28 +309,19 @@ class _Query:
         """What was summed before is rescaled to the new maximum."""
         with T.If(step > 0), T.Then():
             lowered = lanes.load(state, 3 * i) - lanes.load(state, 3 * i + 2)
-            shrink = T.Bind(self.powers.fine(lowered * lanes.splat(vector_math.LOG2E)))
+            shrink = T.Bind(self.powers.fine(lowered))
             lanes.store(state, lanes.load(state, 3 * i + 1) * shrink, 3 * i + 1)
             with T.serial(self.size) as d:
                 lanes.store(context, lanes.load(context, i, d) * shrink, i, d)
         lanes.store(state, lanes.load(state, 3 * i + 2), 3 * i)
 
     def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any, i: int) -> None:
-        """Exponentials against the new maximum, and their sum."""
-        exponent = self._exponents(state, i)
+        """Powers of two of what scores are above the new maximum, and their sum."""
+        highest = T.Bind(lanes.load(state, 3 * i))
         with T.serial(blocks * BLOCK_TOKENS) as j:
-            weight = T.Bind(self.powers.fine(exponent(lanes.load(scores, i, j))))
+            weight = T.Bind(self.powers.fine(lanes.load(scores, i, j) - highest))
             lanes.store(weights, weight, i, j)
             lanes.store(state, lanes.load(state, 3 * i + 1) + weight, 3 * i + 1)
-
-    def _exponents(self, state: Any, i: int) -> Callable[[Any], Any]:
-        """What two is raised to for a score, given the maximum.
-
-        The difference is taken first: where all keys up to here are masked, both are so far below
-        zero that what a multiply-add by log2(e) does not round would be a huge exponent.
-        """
-        highest = T.Bind(lanes.load(state, 3 * i))
-        return lambda score: (score - highest) * lanes.splat(vector_math.LOG2E)
 
     def _context(self, weights: Any, context: Any, start: Any, blocks: Any) -> None:
         """context[d] += weights · v, a few channels at a time in registers."""
@@ -371,12 +365,12 @@ class _HalfQuery(_Query):
         return T.alloc_buffer((self.queries, pairs, BLOCK_TOKENS), "int32")
 
     def _softmax(self, scores: Any, weights: Any, state: Any, blocks: Any, i: int) -> None:
-        exponent = self._exponents(state, i)
+        highest = T.Bind(lanes.load(state, 3 * i))
         with T.serial(blocks * (BLOCK_TOKENS // 2)) as j:
             pair = []
             for odd in range(2):
                 score = lanes.load(scores, i, 2 * j + odd)
-                pair.append(T.Bind(self.powers.coarse(exponent(score))))
+                pair.append(T.Bind(self.powers.coarse(score - highest)))
             lanes.store(weights, arithmetics.pack_bf16(*pair), i, j)
             total = lanes.load(state, 3 * i + 1) + (pair[0] + pair[1])
             lanes.store(state, total, 3 * i + 1)

@@ -81,12 +81,12 @@ class Operands:
             lanes.store(self.y, whole, query, head * wide + d)
 
 
-def capped(score: Any, spec: AttentionSpec) -> Any:
-    """A score before its mask, in the bounds that a spec has."""
+def scaled(product: Any, spec: AttentionSpec) -> Any:
+    """The score of q · k before its mask, as a power of two, in the bounds that a spec has."""
     if not spec.softcap:
-        return score
-    inside = T.Bind(vector_math.tanh(score * lanes.splat(1 / spec.softcap)))
-    return inside * lanes.splat(spec.softcap)
+        return product * lanes.splat(spec.scale * vector_math.LOG2E)
+    inside = T.Bind(vector_math.tanh(product * lanes.splat(spec.scale / spec.softcap)))
+    return inside * lanes.splat(spec.softcap * vector_math.LOG2E)
 
 
 class Sight:

@@ -24,7 +24,7 @@ from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes, precisions, vector_math
-from bertile.schedules.cpu.attention_parts import LOWEST, Operands, Sight, capped
+from bertile.schedules.cpu.attention_parts import LOWEST, Operands, Sight, scaled
 from bertile.schedules.cpu.tile_words import keep_whole, load_tile, store_tile, tile
 from bertile.schedules.intrinsics import amx
 from bertile.schedules.schedule import Knobs, Row, Space
@@ -221,16 +221,11 @@ class _Chunk:
         before = T.Bind(lanes.load(self.state, i, 0))
         for chain in highest:
             lanes.write(chain, before)
-        scale = lanes.splat(self.spec.scale * vector_math.LOG2E)
-        if self.spec.softcap:
-            scale = lanes.splat(self.spec.scale)
         with T.serial(blocks) as b:
             for low in range(0, BLOCK_TOKENS, chains):
                 for j, chain in enumerate(highest):
                     at, key = b * BLOCK_TOKENS + low + j, (start + b) * BLOCK_TOKENS + low + j
-                    value = lanes.load(self.scores, at) * scale
-                    if self.spec.softcap:
-                        value = capped(value, self.spec) * lanes.splat(vector_math.LOG2E)
+                    value = scaled(lanes.load(self.scores, at), self.spec)
                     value = value + lanes.splat(self.scores[self.masks + b, low + j])
                     if self.operands.bias is not None:
                         bias = self.operands.bias_of(query, self.head, key)

@@ -33,6 +33,9 @@ class Log:
         place = ("x86-avx512", 2, 128, {}, (time,), {}, {}, "")
         return Record(task.operation, task.shape, *place)
 
+    def shares(self, task: Task, other: Task, row: object) -> dict[int, float]:
+        return {}
+
 
 def test_no_kernel_is_instead_of_one_that_nothing_was_compared_with(graph):
     assert alternatives(precision_plan.plan_layers(graph, "int8", BF16)) == {}

@@ -55,6 +55,9 @@ class Log:
             return record(task, 100.0, **dict.fromkeys(self.also, 100.0))
         return record(task, self.sparse, self.threads, **self.also)
 
+    def shares(self, task, other, row):
+        return {}
+
 
 def test_attributes_of_a_call_survive_each_other(graph):
     flow = Forms(graph).flow
@@ -108,6 +111,17 @@ def test_a_kernel_that_is_slower_for_short_requests_is_not_chosen(graph):
     chosen = {planned.plan[name].sparse for name in layers(graph)}
     assert {zeros.density for zeros in chosen} == {None}
     assert {zeros.why for zeros in chosen} == {"measured: sparse 120 us, dense 100 (16 tokens)"}
+
+
+@pytest.mark.parametrize(("worst", "density"), [(0.94, 10), (0.96, None)])
+def test_what_was_measured_in_turns_decides_before_times(graph, monkeypatch, worst, density):
+    """By the number of tokens where the sparse kernel gains least."""
+    monkeypatch.setattr(Log, "shares", lambda *_: {16: 0.5, 128: worst, 384: 0.7})
+    planned = precision_plan.plan_layers(pruned(graph), "int8", ROW, Log(200.0), sparse="auto")
+    chosen = [planned.plan[name].sparse for name in layers(graph)]
+    assert {zeros.density for zeros in chosen} == {density}
+    why = f"measured in turns: sparse takes {worst} of the dense kernel's time (128 tokens)"
+    assert {zeros.why for zeros in chosen} == {why}
 
 
 def test_times_on_other_threads_are_not_compared(graph):

@@ -92,9 +92,10 @@ def _slower(graph: Graph, row: Target, choice: SparseChoice) -> dict[str, LayerP
         mine = choice.time(name, task)
         for precision in higher(row):
             other = choice.time(name, _in_precision(task, precision))
-            if mine and other and other.beats(mine):
-                why = f"in int8 it takes {mine.median:.0f} us, in {precision} {other.median:.0f}"
-                slower[name] = LayerPlan(precision, why=why, slower=task)
+            share = choice.share(other, mine)
+            if mine and share is not None and share < 1:
+                why = f"in {precision} it takes {share:.2f} of the time that it takes in int8"
+                slower[name] = LayerPlan(precision, why=why, slower=mine.task)
                 break
     return slower
 

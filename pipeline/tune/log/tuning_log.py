@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,8 @@ class Record:
     """One measured choice of knobs. ``microseconds`` holds every repeat; a candidate that failed
     has none. ``estimated`` are those that a model of the machine gave, where nothing was run.
     ``reference`` is what the reference kernel took about the same time, None of older records:
-    the machine's speed changes between two sessions, and within one.
+    the machine's speed changes between two sessions, and within one. Records of one ``turn`` were
+    measured one directly after the other, so that their times can be compared whatever it does.
     """
 
     operation: str
@@ -70,6 +72,7 @@ class Record:
     error: str | None = None
     estimated: bool = False
     reference: float | None = None  # microseconds
+    turn: str | None = None
 
     @property
     def task(self) -> Task:
@@ -97,8 +100,9 @@ class Record:
     def to_line(self) -> str:
         """The record as one line of a log file."""
         fields = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        if self.reference is None:
-            del fields["reference"]
+        for name in ("reference", "turn"):
+            if fields[name] is None:
+                del fields[name]
         return json.dumps(fields, sort_keys=True) + "\n"
 
     @classmethod
@@ -212,6 +216,32 @@ class TuningLog:
         apart = (maker != ours[0], abs(family - ours[1]), abs(model - ours[2]))
         return order, threads, *apart, maker, family, model
 
+    def shares(self, task: Task, other: Task, row: Target) -> dict[int, float]:
+        """What the best kernel of a task takes as a share of the best one's of another, by tokens:
+        medians over the turns in which both were measured; empty where there was none.
+        """
+        mine, theirs = self.turns(task, row), self.turns(other, row)
+        shares = defaultdict(list)
+        for turn in mine.keys() & theirs.keys():
+            times = theirs[turn].times
+            for tokens, microseconds in mine[turn].times.items():
+                if tokens in times:
+                    shares[tokens].append(microseconds / times[tokens])
+        return {tokens: median(each) for tokens, each in sorted(shares.items())}
+
+    def turns(self, task: Task, row: Target) -> dict[str, Record]:
+        """The records of a task's best kernel that were measured in turn with others, by turn."""
+        best = self.best(task, row)
+        if best is None:
+            return {}
+        ours = dict(best.knobs), best.threads, identity(best.machine)
+        return {
+            record.turn: record
+            for record in self.records(task, row)
+            if record.turn and record.microseconds
+            if (dict(record.knobs), record.threads, identity(record.machine)) == ours
+        }
+
     def append(self, record: Record) -> None:
         """Write a record to the user's log, now and for good."""
         known = self._of(record.target)  # read before the file has the new record too
@@ -247,6 +277,7 @@ class TuningLog:
                 self.origin(record, row),
                 dict(record.machine),
                 record.time,
+                sorted(self.turns(record.task, row)),
             )
             if record
             else None

@@ -6,9 +6,11 @@ log says is tried first, and counts for nothing more.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections import Counter
+import uuid
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -59,6 +61,14 @@ IMPROVEMENT = 0.99
 PROMISING = 1.5
 
 
+# Times a layer's own kernel, or a part of it: another that comes as near is measured in turns with
+# it, so that no slow spell decides between them.
+CLOSE = 2.0
+TURNS = 5
+TURN_SECONDS = 2.0  # of a kernel's trial, about
+TURNS_SHARE = 0.2  # of a search's time, at most
+
+
 # A product of fp32 that every processor's schedules have, and whose speed is the machine's.
 REFERENCE = Task("dense", {"inputs": 768, "outputs": 768, "activation": "none", "residual": False})
 
@@ -82,7 +92,8 @@ def tune(
 
     Of `others`, kernels that a layer could have in place of its own, the default is measured, so
     that the choice between them need not be estimated again; and they are searched too where it
-    comes near to the layer's own, which each is given with. Trials that the log already has are
+    comes near to the layer's own, which each is given with. The best of both are measured in turns
+    at the end. Trials that the log already has are
     not repeated: with as many as the effort asks for, nothing runs. Ctrl-C ends the search in
     order; what was measured is in the log.
     `open_runner` says who measures; the default is for processors.
@@ -100,8 +111,14 @@ def tune(
         # Five seconds have no time for a reference, and a GPU's schedules have no such task.
         paced = config.tune != "auto" and not estimates and trials.parallel == 1
         paced = paced and not row.kernels_are_text
-        session = _Session(log, row, trials, progress, deadline, effort.patience, estimates, paced)
+        most = TURNS * TURN_SECONDS * len({*others, *others.values()} - {None}) if paced else 0.0
+        reserved = min(most, TURNS_SHARE * (deadline - began))
+        session = _Session(
+            *(log, row, trials, progress, deadline - reserved, effort.patience, estimates, paced)
+        )
         stopped = _search(session, open_tasks, tasks, wanted, others)
+        if paced and not session.stopped:
+            stopped += _in_turns(session, others, deadline)
         if session.repeated:
             stopped += f", {session.repeated} of them again after a slow spell"
     best = _gains(tasks, log, row)
@@ -169,8 +186,43 @@ def _measured(
     except _Enough as reason:
         return f", {reason}"
     except KeyboardInterrupt:
-        return ", stopped by Ctrl-C; the best so far is in the log"
+        return session.stop()
     return ""
+
+
+def _in_turns(session: _Session, others: Mapping[Task, Task | None], deadline: float) -> str:
+    """Measure the best kernels of each layer that has several one directly after the other."""
+    log, row, count = session.log, session.row, 0
+    try:
+        for own, group in _close(log, row, others).items():
+            best = [record for task in (own, *group) if (record := log.best(task, row))]
+            session.progress.say(f"turns: {', '.join(record.task.name for record in best)}")
+            for _ in range(TURNS):
+                turn = uuid.uuid4().hex[:12]
+                for record in best:
+                    if time.monotonic() > deadline:
+                        return f", {count} of them in turns, out of time"
+                    session.take_turn(record, turn)
+                    count += 1
+    except KeyboardInterrupt:
+        return session.stop()
+    return f", {count} of them in turns" if count else ""
+
+
+def _close(
+    log: TuningLog, row: Target, others: Mapping[Task, Task | None]
+) -> dict[Task, list[Task]]:
+    """The tasks whose best kernel takes about as long as that of another task of the same layer,
+    with these others, where they were not yet measured in turns.
+    """
+    close = defaultdict(list)
+    for task, own in others.items():
+        pair = [log.best(each, row) for each in (own, task) if each and log.tuned(each, row)]
+        times = [fair_time(record, row) for record in pair if record]
+        if own and len(times) == 2 and max(times) < CLOSE * min(times):
+            if not log.shares(own, task, row):
+                close[own].append(task)
+    return close
 
 
 def _rivals(session: _Session, others: Mapping[Task, Task | None], wanted: int) -> list[Task]:
@@ -223,6 +275,7 @@ class _Session:
     count: int = 0
     bar: Bar | None = None
     repeated: int = 0
+    stopped: bool = False  # by Ctrl-C
     pace: float | None = None  # of the reference now, in microseconds
     fastest: float | None = None
 
@@ -250,6 +303,18 @@ class _Session:
             if not self._is_slow(before) and not self._is_slow(self.pace):
                 break
         return [[fair_time(record, self.row)] if record.microseconds else [] for record in records]
+
+    def take_turn(self, record: Record, turn: str) -> None:
+        """Measure the knobs of a record again."""
+        outcome = self.trials.run(record.task, record.knobs, BLOCKS, self.row.also_blocks)
+        again = self._record(record.task, record.knobs, outcome)
+        self.log.append(dataclasses.replace(again, reference=None, turn=turn))
+        self.count += 1
+
+    def stop(self) -> str:
+        """What is said of a search that Ctrl-C ends."""
+        self.stopped = True
+        return ", stopped by Ctrl-C; the best so far is in the log"
 
     def _take_pace(self) -> None:
         """Time the reference kernel."""

@@ -48,7 +48,8 @@ def open_log(directory: Path, said: list[str] | None = None) -> TuningLog:
 
 
 def test_record_comes_back_from_its_line():
-    assert Record.from_line(record().to_line()) == record()
+    for written in (record(), replace(record(), turn="1f", reference=3.0)):
+        assert Record.from_line(written.to_line()) == written
 
 
 def test_append_is_found_by_a_new_log(tmp_path):
@@ -135,6 +136,30 @@ def test_times_are_medians_by_number_of_tokens():
     measured = dataclasses.replace(record(5.0), tokens=128, also={"16": (3.0, 1.0, 2.0)})
     assert measured.times == {128: 6.0, 16: 2.0} and measured.median == pytest.approx(12**0.5)
     assert dataclasses.replace(measured, microseconds=()).times == {}
+
+
+def test_shares_are_those_of_what_was_measured_in_turns(tmp_path):
+    """Medians of turns in which the best of both were measured; no matter what times say."""
+    log, other = open_log(tmp_path), Task("dense", {**TASK.shape, "precision": "int8"})
+
+    def take(microseconds, task=TASK, turn=None, **knobs):
+        also = {"16": (microseconds / 10,)}
+        times = {"microseconds": (microseconds,), "also": also}
+        log.append(replace(record(**knobs), shape=dict(task.shape), turn=turn, **times))
+
+    take(5.0), take(1.0, other)
+    assert log.shares(TASK, other, ROW) == {} and log.digest(ROW) == open_log(tmp_path).digest(ROW)
+    before = log.digest(ROW)
+    for turn, mine, theirs in (("a", 10, 20), ("b", 30, 50), ("c", 8, 80)):
+        take(mine, turn=turn), take(theirs, other, turn)
+    take(9.0, turn="d"), take(0.5, other)
+    take(9.0, turn="e", chunk=4), take(1.0, other, "e")
+    for again in (log, open_log(tmp_path)):
+        assert again.shares(TASK, other, ROW) == pytest.approx({16: 0.5, 128: 0.5})
+        assert again.shares(other, TASK, ROW) == pytest.approx({16: 2.0, 128: 2.0})
+    assert log.digest(ROW) != before
+    take(0.1, chunk=4)  # other knobs are the best now
+    assert log.shares(TASK, other, ROW) == {128: 9.0, 16: 9.0}
 
 
 def test_unwritable_directory_is_one_sentence(tmp_path):

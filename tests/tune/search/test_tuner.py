@@ -143,6 +143,35 @@ def test_what_a_layer_could_have_instead_is_searched_where_it_comes_near(
     ]
 
 
+def test_kernels_of_a_layer_that_are_about_as_fast_are_measured_in_turns(tmp_path):
+    """Once, whatever the search had time for; those that are far apart are not."""
+
+    class Trials:
+        parallel = 1
+
+        def __init__(self):
+            self.order = []
+
+        def run(self, task, knobs, blocks, also=()):
+            self.order.append(task)
+            slow = 300.0 if task == far else 100.0 + len(self.order)
+            return {"microseconds": [slow]}
+
+    near, far = (Task("sparse", {**SMALL.shape, "density": percent}) for percent in (10, 50))
+    arguments = Counter({SMALL: 1}), open_log(tmp_path), ROW, Config(tune="quick", trials=1)
+    others = {near: SMALL, far: SMALL}
+    for turns in (tuner.TURNS, 0):
+        trials = Trials()
+        result = tuner.tune(*arguments, QUIET, others, lambda *_, t=trials: nullcontext(t))
+        assert trials.order[len(trials.order) - 2 * turns :] == [SMALL, near] * turns
+        assert f"{2 * turns} of them in turns" in result["text"] or not turns
+        assert all(r.turn is None for r in open_log(tmp_path).records(far, ROW))
+    assert result["trials"] == 0
+    log = open_log(tmp_path)
+    assert len(log.turns(SMALL, ROW)) == len(log.turns(near, ROW)) == tuner.TURNS
+    assert log.shares(near, SMALL, ROW)
+
+
 def test_sparse_kernel_without_zeros_to_skip_is_not_tuned(run_shared, tmp_path):
     full, tenth = (Task("sparse", {**SMALL.shape, "density": percent}) for percent in (100, 10))
     run_shared(Counter({full: 1, tenth: 1}), tmp_path, trials=2)
