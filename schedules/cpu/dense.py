@@ -40,6 +40,9 @@ from bertile.schedules.cpu.dense_kernel import Layout, step_count
 from bertile.schedules.cpu.nibbles import pack_nibbles
 from bertile.schedules.cpu.panels import pack_panels
 from bertile.schedules.cpu.product import (
+    BY_CHUNKS,
+    BY_PANELS,
+    ORDERS,
     byte_offset,
     group,
     group_size,
@@ -53,8 +56,9 @@ from bertile.schedules.reference import BOUND, largest_sums
 from bertile.schedules.schedule import Knobs, Row, Schedule, Space
 from bertile.schedules.task import Task
 
-# Of x, which each panel of a chunk reads again: from a third-level cache that is shared with others
-# 3072 inputs take a third longer than from the second level.
+# Of x, which each panel of a chunk reads again, where a panel is unpacked for each chunk: from a
+# third-level cache that is shared with others 3072 inputs take a third longer than from the second
+# level. Elsewhere the smallest chunks are the best: what is left of a cache holds weights.
 CHUNK_BYTES = 1 << 20
 
 
@@ -80,6 +84,7 @@ def space(task: Task, row: Row) -> Space:
             "passes": (1,),
             "panels": (1, 2, 4, 8),
             "chunk": (4, 8, 16, 32),
+            "order": ORDERS,
         }
     unrolls = (1, 2, 4, 8) if row.dot_product == "sdot" and math.signed else (1, 2, 4)
     # for one block, or unpacked for all of them, and better for more outputs
@@ -94,6 +99,7 @@ def space(task: Task, row: Row) -> Space:
         "passes": (1, 2) if in_parts else (1,),
         "panels": (2, 4, 8, 16) if ready else (1, 2, 4, 8),
         "chunk": (4, 8, 16, 32),
+        "order": ORDERS,
     }
 
 
@@ -116,6 +122,7 @@ def default(task: Task, row: Row) -> Knobs:
     math = multiplies(task, row)
     step = 2 if math.matrix else 1
     block = 4 * BLOCK_TOKENS * math.lanes(task.shape["inputs"])  # bytes of x
+    room = CHUNK_BYTES if math.unpacked or group_size(task) else 0
     even = [n for n in (widest, widest - step) if task.shape["outputs"] % n == 0]
     width = max(even, default=widest)
     return {
@@ -124,7 +131,8 @@ def default(task: Task, row: Row) -> Knobs:
         "unroll": 1 if math.pairs or math.run > 1 else max(choices["unroll"]),
         "passes": 1,
         "panels": 8 if 16 in choices["panels"] else 4,
-        "chunk": next(c for c in (16, 8, 4) if c == 4 or c * block <= CHUNK_BYTES),
+        "chunk": next(c for c in (16, 8, 4) if c == 4 or c * block <= room),
+        "order": BY_CHUNKS,
     }
 
 
@@ -177,4 +185,7 @@ def _accumulators(task: Task, row: Row) -> int:
     return capacity - max(4 if widens else 2, capacity // 8)
 
 
-dense = Schedule("dense", space, default, kernel, dense_samples.sample, flops, pack)
+dense = Schedule(
+    *("dense", space, default, kernel, dense_samples.sample, flops, pack),
+    later={"order": BY_PANELS},
+)

@@ -19,7 +19,14 @@ from bertile.schedules.cpu.arithmetic import Arithmetic
 from bertile.schedules.cpu.inputs import Inputs, unzipped, zipped
 from bertile.schedules.cpu.nibbles import Nibbles
 from bertile.schedules.cpu.panels import Panels
-from bertile.schedules.cpu.product import Epilogue, arguments, group_size, multiplies, unit
+from bertile.schedules.cpu.product import (
+    Epilogue,
+    arguments,
+    group_size,
+    job_place,
+    multiplies,
+    unit,
+)
 from bertile.schedules.schedule import Knobs, Row
 from bertile.schedules.task import Task
 
@@ -91,12 +98,11 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
                 inputs = Inputs(x, math, knobs["token_blocks"], bool(math.matrix))
                 of_lanes = _RunTile if math.run > 1 else _Tile
                 tile = of_lanes(task, knobs, of, inputs, w, epilogue, scratch)
-            # threads take their jobs in this order: each some panels of all tokens, so that no
-            # thread is left with the shorter chunk
-            first = T.Bind(job % chunks * chunk)
+            member, part_of_tokens = job_place(job, knobs["order"], groups, chunks)
+            first = T.Bind(part_of_tokens * chunk)
             count = T.Bind(T.min(chunk, builder.blocks - first))
             for part in range(knobs["passes"]):
-                tile.walk(job // chunks * group, group, first, count, part)
+                tile.walk(member * group, group, first, count, part)
     return builder.func
 
 

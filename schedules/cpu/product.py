@@ -28,6 +28,17 @@ from bertile.schedules.outputs_that_meet import channels, is_gated, turned
 from bertile.schedules.schedule import Row
 from bertile.schedules.task import Task
 
+# Which jobs follow each other: of some panels with all chunks of tokens, or of a chunk with all
+# panels. What is the same in neighbours stays in a thread's caches.
+ORDERS = BY_PANELS, BY_CHUNKS = 0, 1
+
+
+def job_place(job: Any, order: int, groups: Any, chunks: Any) -> tuple[Any, Any]:
+    """The group of panels and the chunk of tokens of a job."""
+    if order == BY_CHUNKS:
+        return job % groups, job // groups
+    return job // chunks, job % chunks
+
 
 def multiplies(task: Task, row: Row) -> Arithmetic:
     """The arithmetic of a task on a machine."""

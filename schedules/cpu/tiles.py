@@ -28,9 +28,12 @@ from tvm.tirx.script import builder as T
 from bertile.schedules import BLOCK_TOKENS
 from bertile.schedules.cpu import lanes, precisions
 from bertile.schedules.cpu.product import (
+    BY_PANELS,
+    ORDERS,
     Epilogue,
     arguments,
     group_size,
+    job_place,
     multiplies,
     unit,
     weight_lanes,
@@ -57,12 +60,13 @@ def space(task: Task, row: Row) -> Space:
         "token_blocks": (1, 2),
         "panels": (1, 2, 4, 8),
         "chunk": (4, 8, 16, 32),
+        "order": ORDERS,
     }
 
 
 def default(task: Task, row: Row) -> Knobs:
     """Two tiles of outputs by two of tokens: a load for each product."""
-    return {"tiles": 4, "token_blocks": 2, "panels": 4, "chunk": 16}
+    return {"tiles": 4, "token_blocks": 2, "panels": 4, "chunk": 16, "order": BY_PANELS}
 
 
 @dataclass(frozen=True)
@@ -162,11 +166,10 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         builder.link(amx.TILES + w.llvm)
         chunks = T.Bind((builder.blocks + (chunk - 1)) // chunk)
         with T.parallel(groups * chunks) as job:
-            first = T.Bind(job % chunks * chunk)
+            member, part_of_tokens = job_place(job, knobs["order"], groups, chunks)
+            first = T.Bind(part_of_tokens * chunk)
             count = T.Bind(T.min(chunk, builder.blocks - first))
-            _Job(task, of, math.total, x, w, epilogue).emit(
-                job // chunks * group, group, first, count
-            )
+            _Job(task, of, math.total, x, w, epilogue).emit(member * group, group, first, count)
     return builder.func
 
 

@@ -67,7 +67,7 @@ def test_every_line_of_the_next_panel_is_asked_for(width, unroll, lines):
     """A panel's rows lie one behind the other: 4 bytes an output, 64 a line."""
     knobs = {"accumulators": width, "token_blocks": 1, "unroll": unroll, "passes": 1}
     row = rows.resolve("x86-avx512", 1)
-    func = dense.kernel(product(96, 78), {**knobs, "panels": 1, "chunk": 4}, row)
+    func = dense.kernel(product(96, 78), {**knobs, "panels": 1, "chunk": 4, "order": 0}, row)
     assert len(re.findall(r'T.call_extern\("int32", "bertile_prefetch2"', func.script())) == lines
 
 
@@ -91,6 +91,8 @@ def knobs_of(kernels, task, **changed):
         {"token_blocks": 1},
         {"token_blocks": 3, "passes": 2},
         {"chunk": 8},
+        {"order": 0},
+        {"order": 0, "chunk": 16},
         {"accumulators": 4, "token_blocks": 2, "passes": 2},
     ],
     ids=str,

@@ -22,7 +22,15 @@ from bertile.tune.log.tuning_log import TuningLog
 from bertile.tune.search import tuner
 
 DENSE = Task("dense", {"inputs": 64, "outputs": 48, "activation": "none", "residual": False})
-KNOBS = {"accumulators": 8, "token_blocks": 2, "unroll": 4, "passes": 1, "panels": 4, "chunk": 8}
+KNOBS = {
+    "accumulators": 8,
+    "token_blocks": 2,
+    "unroll": 4,
+    "passes": 1,
+    "panels": 4,
+    "chunk": 8,
+    "order": 0,
+}
 HERE, QUIET = native(), Progress(verbosity=-1)
 
 

@@ -153,12 +153,12 @@ def test_shares_are_those_of_what_was_measured_in_turns(tmp_path):
     for turn, mine, theirs in (("a", 10, 20), ("b", 30, 50), ("c", 8, 80)):
         take(mine, turn=turn), take(theirs, other, turn)
     take(9.0, turn="d"), take(0.5, other)
-    take(9.0, turn="e", chunk=4), take(1.0, other, "e")
+    take(9.0, turn="e", chunk=8), take(1.0, other, "e")
     for again in (log, open_log(tmp_path)):
         assert again.shares(TASK, other, ROW) == pytest.approx({16: 0.5, 128: 0.5})
         assert again.shares(other, TASK, ROW) == pytest.approx({16: 2.0, 128: 2.0})
     assert log.digest(ROW) != before
-    take(0.1, chunk=4)  # other knobs are the best now
+    take(0.1, chunk=8)  # other knobs are the best now
     assert log.shares(TASK, other, ROW) == {128: 9.0, 16: 9.0}
 
 
