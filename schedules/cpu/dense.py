@@ -130,7 +130,8 @@ def default(task: Task, row: Row) -> Knobs:
         "token_blocks": token_blocks,
         "unroll": 1 if math.pairs or math.run > 1 else max(choices["unroll"]),
         "passes": 1,
-        "panels": 8 if 16 in choices["panels"] else 4,
+        # what is made ready for a job serves all of its panels
+        "panels": 16 if 16 in choices["panels"] else 4,
         "chunk": next(c for c in (16, 8, 4) if c == 4 or c * block <= room),
         "order": BY_CHUNKS,
     }

@@ -40,12 +40,8 @@ def test_every_kind_of_kernel_and_precision_of_the_row_is_there(log, row):
 
 
 def test_what_is_chosen_is_estimated_to_be_faster_than_the_default(log, row):
-    better = 0
     for task in log.tasks(row):
         best, knobs = log.best(task, row), SCHEDULES[task.operation].default(task, row)
         (default,) = [record for record in log.records(task, row) if dict(record.knobs) == knobs]
         assert Chooser(log, row, pytest.fail).choose(task)[:2] == ("estimated", dict(best.knobs))
-        if best != default:
-            assert default.median >= SURE * best.median, task.name
-            better += 1
-    assert better >= 3
+        assert best == default or default.median >= SURE * best.median, task.name
