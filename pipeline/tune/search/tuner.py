@@ -65,7 +65,7 @@ PROMISING = 1.5
 # it, so that no slow spell decides between them.
 CLOSE = 2.0
 TURNS = 5
-TURN_SECONDS = 2.0  # of a kernel's trial, about
+TURN_SECONDS = 3.0  # of a kernel's trial, about
 TURNS_SHARE = 0.2  # of a search's time, at most
 
 
@@ -191,15 +191,19 @@ def _measured(
 
 
 def _in_turns(session: _Session, others: Mapping[Task, Task | None], deadline: float) -> str:
-    """Measure the best kernels of each layer that has several one directly after the other."""
+    """Measure the best kernels of each layer that has several one directly after the other; all
+    layers before any for the second time, so that each has a turn where time is short.
+    """
     log, row, count = session.log, session.row, 0
+    close = _close(log, row, others).items()
+    layers = [[log.best(task, row) for task in (own, *group)] for own, group in close]
+    if layers:
+        session.progress.say(f"turns: the kernels of {len(layers)} layers that have a choice")
     try:
-        for own, group in _close(log, row, others).items():
-            best = [record for task in (own, *group) if (record := log.best(task, row))]
-            session.progress.say(f"turns: {', '.join(record.task.name for record in best)}")
-            for _ in range(TURNS):
+        for _ in range(TURNS):
+            for records in layers:
                 turn = uuid.uuid4().hex[:12]
-                for record in best:
+                for record in records:
                     if time.monotonic() > deadline:
                         return f", {count} of them in turns, out of time"
                     session.take_turn(record, turn)
