@@ -193,16 +193,21 @@ class _Tiles:
         """Tile i of the lanes k."""
         load_tile(number, self.w, panel, k, i, 0, 0)
 
-    def passing(self, panel: Any, k: Any, is_first: Any) -> None:
-        """To be called where the lanes k are multiplied, the first time in a job or again."""
-        with T.If(is_first), T.Then():
-            self.prefetch(panel + 1, k)
+    def passing(self, panel: Any, k: Any, share: tuple[Any, Any]) -> None:
+        """To be called where the lanes k are multiplied, by one of all products of a panel.
 
-    def prefetch(self, panel: Any, k: Any) -> None:
-        """Ask for weights of a panel before its turn: in a model all of them come from memory."""
+        Each asks for its share of the next panel, line by line: all of it at once is more than a
+        core may have asked for, and products would wait.
+        """
+        with T.serial(*share) as n:
+            self.prefetch(panel + 1, k, n)
+
+    def prefetch(self, panel: Any, k: Any, n: Any) -> None:
+        """Ask for a line of each tile of a panel before its turn: in a model all of them come from
+        memory.
+        """
         for i in range(self.of.tiles):
-            for n in range(int(self.w.shape[3])):
-                lanes.prefetch(self.w, panel, k, i, n, 0)
+            lanes.prefetch(self.w, panel, k, i, n, 0)
 
 
 class _Nibbles(_Tiles):
@@ -221,14 +226,15 @@ class _Nibbles(_Tiles):
     def open(self, panel: Any) -> None:
         keep_whole(self.bytes)
         with T.serial(self.of.depth) as k:
-            self.prefetch(panel + 1, k)
+            for n in range(OUTPUTS // 2):
+                self.prefetch(panel + 1, k, n)
             for i in range(self.of.tiles):
                 for r in range(OUTPUTS // 2):
                     source = (self.w[panel, k, i, r, 0], self.m[panel, k, i, 2 * r, 0])
                     places = (*source, self.bytes[k, i, 2 * r, 0])
                     tile(f"nibbles{self.halves}", *map(T.address_of, places))
 
-    def passing(self, panel: Any, k: Any, is_first: Any) -> None:
+    def passing(self, panel: Any, k: Any, share: tuple[Any, Any]) -> None:
         """The next panel was asked for while this one was unpacked."""
 
     def load(self, number: int, panel: Any, k: Any, i: int) -> None:
@@ -264,13 +270,18 @@ class _Job:
             with T.If(panel < self.of.panels), T.Then():
                 self.w.open(panel)
                 with T.serial(count // wide) as t:
-                    self._product(panel, first + t * wide, wide, t == 0)
+                    share = (
+                        T.Bind(t * OUTPUTS // (count // wide)),
+                        T.Bind((t + 1) * OUTPUTS // (count // wide)),
+                    )
+                    self._product(panel, first + t * wide, wide, share)
                 if wide > 1:
                     with T.If(count % wide == 1), T.Then():
-                        self._product(panel, first + count - 1, 1, count == 1)
+                        alone = tirx.if_then_else(count == 1, OUTPUTS, 0)
+                        self._product(panel, first + count - 1, 1, (0, alone))
         tile("tiles_close")
 
-    def _product(self, panel: Any, block: Any, blocks: int, is_first: Any) -> None:
+    def _product(self, panel: Any, block: Any, blocks: int, share: tuple[Any, Any]) -> None:
         sums = [(i, t) for i in range(self.of.tiles) for t in range(blocks)]
         for c in range(len(sums)):
             tile(f"tile_zero{c}")
@@ -278,7 +289,7 @@ class _Job:
         with T.serial(whole) as k:
             for t in range(blocks):
                 load_tile(amx.INPUTS[t], self.x, block + t, k * LANES, 0)
-            self.w.passing(panel, k, is_first)
+            self.w.passing(panel, k, share)
             self._multiply(panel, k, sums)
         if self.last is not None:
             for t in range(blocks):
