@@ -4,7 +4,7 @@ of tokens, in float32, bfloat16 or bytes (see ``arithmetic``).
     x (m, K / G, 16), [range (m, 2, 16)], [residual (m, N, 16)], [cos, sin (m, D, 16)],
     w (panels, K / G, width), b (N)  →  y (m, N, 16)
 
-    parallel over tasks = groups of panels × chunks of token blocks
+    parallel over tasks = groups of panels × chunks of token blocks, in one order or the other
       for each pass over a part of K, panel of the group, tile of token blocks
         width × token_blocks accumulators in registers
           for k: load x once per block, broadcast w once per output, multiply-add
