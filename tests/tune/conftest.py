@@ -14,4 +14,5 @@ def no_slow_spells():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuner, "SLOW", float("inf"))
+        patch.setattr(tuner, "TURNS", 2)
         yield

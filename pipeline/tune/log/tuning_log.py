@@ -52,7 +52,8 @@ class Record:
     has none. ``estimated`` are those that a model of the machine gave, where nothing was run.
     ``reference`` is what the reference kernel took about the same time, None of older records:
     the machine's speed changes between two sessions, and within one. Records of one ``turn`` were
-    measured one directly after the other, so that their times can be compared whatever it does.
+    measured one directly after the other, so that their times can be compared whatever it does;
+    turns of one contest, in which the same knobs took part, begin with the same word and a point.
     """
 
     operation: str
@@ -331,11 +332,45 @@ def _with(record: Record, later: Mapping[str, int]) -> Record:
 
 
 def fastest(records: Sequence[Record], row: Target) -> Record:
-    """The fastest of some records that can be compared: of all the lengths that count, and by
-    these. Times are taken as they are: a slow spell makes none too short. It may end between the
-    reference and a trial, which divided by it would be that of a kernel as much faster.
+    """The fastest of some records that can be compared: what won the last contest in turns, where
+    there was one; else of all the lengths that count, and by these. Times are taken as they are: a
+    slow spell makes none too short. It may end between the reference and a trial, which divided by
+    it would be that of a kernel as much faster.
     """
-    return min(records, key=lambda r: (missing(r, row), fair_time(r, row)))
+    turns = last_contest(records)
+    if not turns:
+        return min(records, key=lambda r: (missing(r, row), fair_time(r, row)))
+    standings = defaultdict(list)  # by knobs: times beside those of the same turn
+    for turn in turns:
+        times = {_frozen(record): fair_time(record, row) for record in turn}
+        mean = geometric_mean(times.values())
+        for knobs, microseconds in times.items():
+            standings[knobs].append(microseconds / mean)
+    winner = min(standings, key=lambda knobs: median(standings[knobs]))
+    own = [record for turn in turns for record in turn if _frozen(record) == winner]
+    return sorted(own, key=lambda r: fair_time(r, row))[len(own) // 2]
+
+
+def last_contest(records: Sequence[Record]) -> list[list[Record]]:
+    """The turns of a task's last contest, each with its records: those in which all of the knobs
+    that took part, several, were measured one after the other. A contest that has no such turn,
+    since its time was up, does not count.
+    """
+    contests: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record.turn and record.microseconds:
+            contests[record.turn.partition(".")[0]][record.turn].append(record)
+    whole = []
+    for turns in contests.values():
+        knobs = {_frozen(record) for turn in turns.values() for record in turn}
+        complete = [turn for turn in turns.values() if set(map(_frozen, turn)) == knobs]
+        if len(knobs) > 1 and complete:
+            whole.append(complete)
+    return max(whole, key=lambda turns: turns[-1][-1].time, default=[])
+
+
+def _frozen(record: Record) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(record.knobs.items()))
 
 
 def missing(record: Record, row: Target) -> int:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -26,7 +26,7 @@ from bertile.schedules import BLOCK_TOKENS, schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import TRIAL_BLOCKS, Target, tvm_target
-from bertile.tune.log.tuning_log import Record, TuningLog, fair_time
+from bertile.tune.log.tuning_log import Record, TuningLog, fair_time, missing
 from bertile.tune.measure import runners
 from bertile.tune.measure.runners import Runner, answers
 
@@ -61,12 +61,13 @@ IMPROVEMENT = 0.99
 PROMISING = 1.5
 
 
-# Times a layer's own kernel, or a part of it: another that comes as near is measured in turns with
-# it, so that no slow spell decides between them.
+# A search ends with contests: the best knobs of a kernel, and of another that its layers could have
+# and that takes at most so many times as long, are measured in turns, so that no spell in which the
+# machine was fast or slow decides between them.
 CLOSE = 2.0
+FINALISTS = 3  # of a kernel, and the default
 TURNS = 5
-TURN_SECONDS = 3.0  # of a kernel's trial, about
-TURNS_SHARE = 0.2  # of a search's time, at most
+TURNS_SHARE = 0.25  # of a search's time
 
 
 # A product of fp32 that every processor's schedules have, and whose speed is the machine's.
@@ -92,10 +93,9 @@ def tune(
 
     Of `others`, kernels that a layer could have in place of its own, the default is measured, so
     that the choice between them need not be estimated again; and they are searched too where it
-    comes near to the layer's own, which each is given with. The best of both are measured in turns
-    at the end. Trials that the log already has are
-    not repeated: with as many as the effort asks for, nothing runs. Ctrl-C ends the search in
-    order; what was measured is in the log.
+    comes near to the layer's own, which each is given with. The best knobs of each are measured in
+    turns at the end. Trials that the log already has are not repeated: with as many as the effort
+    asks for, nothing runs. Ctrl-C ends the search in order; what was measured is in the log.
     `open_runner` says who measures; the default is for processors.
     """
     effort = EFFORTS[config.tune]
@@ -111,14 +111,13 @@ def tune(
         # Five seconds have no time for a reference, and a GPU's schedules have no such task.
         paced = config.tune != "auto" and not estimates and trials.parallel == 1
         paced = paced and not row.kernels_are_text
-        most = TURNS * TURN_SECONDS * len({*others, *others.values()} - {None}) if paced else 0.0
-        reserved = min(most, TURNS_SHARE * (deadline - began))
+        reserved = TURNS_SHARE * (deadline - began) if paced else 0.0
         session = _Session(
             *(log, row, trials, progress, deadline - reserved, effort.patience, estimates, paced)
         )
         stopped = _search(session, open_tasks, tasks, wanted, others)
         if paced and not session.stopped:
-            stopped += _in_turns(session, others, deadline)
+            stopped += _in_turns(session, tasks, others, deadline)
         if session.repeated:
             stopped += f", {session.repeated} of them again after a slow spell"
     best = _gains(tasks, log, row)
@@ -190,43 +189,74 @@ def _measured(
     return ""
 
 
-def _in_turns(session: _Session, others: Mapping[Task, Task | None], deadline: float) -> str:
-    """Measure the best kernels of each layer that has several one directly after the other; all
-    layers before any for the second time, so that each has a turn where time is short.
+def _in_turns(
+    session: _Session, tasks: Counter[Task], others: Mapping[Task, Task | None], deadline: float
+) -> str:
+    """Measure the best knobs of each task, and of what its layers could have instead, one directly
+    after the other; all layers before any for the second time, so that each has a turn where time
+    is short.
     """
-    log, row, count = session.log, session.row, 0
-    close = _close(log, row, others).items()
-    layers = [[log.best(task, row) for task in (own, *group)] for own, group in close]
-    if layers:
-        session.progress.say(f"turns: the kernels of {len(layers)} layers that have a choice")
+    contests = {uuid.uuid4().hex[:12]: each for each in _contests(session, tasks, others)}
+    count = 0
+    if contests:
+        session.progress.say(f"turns: the best knobs of {len(contests)} layers beside each other")
     try:
-        for _ in range(TURNS):
-            for records in layers:
-                turn = uuid.uuid4().hex[:12]
-                for record in records:
+        for number in range(TURNS):
+            for name, candidates in contests.items():
+                for candidate in candidates:
                     if time.monotonic() > deadline:
                         return f", {count} of them in turns, out of time"
-                    session.take_turn(record, turn)
+                    session.take_turn(*candidate, f"{name}.{number}")
                     count += 1
     except KeyboardInterrupt:
         return session.stop()
     return f", {count} of them in turns" if count else ""
 
 
-def _close(
-    log: TuningLog, row: Target, others: Mapping[Task, Task | None]
-) -> dict[Task, list[Task]]:
-    """The tasks whose best kernel takes about as long as that of another task of the same layer,
-    with these others, where they were not yet measured in turns.
+def _contests(
+    session: _Session, tasks: Counter[Task], others: Mapping[Task, Task | None]
+) -> list[list[tuple[Task, Knobs]]]:
+    """For each kind of layer the knobs that are near the fastest of its kernel, and of those that
+    it could have instead if they are about as fast; where they were not measured in turns yet. What
+    takes most of a request comes first.
     """
-    close = defaultdict(list)
-    for task, own in others.items():
-        pair = [log.best(each, row) for each in (own, task) if each and log.tuned(each, row)]
-        times = [fair_time(record, row) for record in pair if record]
-        if own and len(times) == 2 and max(times) < CLOSE * min(times):
-            if not log.shares(own, task, row):
-                close[own].append(task)
-    return close
+    log, row, contests = session.log, session.row, []
+    groups = {task: [task] for task in tasks}
+    for other, own in others.items():
+        if own in groups:
+            groups[own].append(other)
+    for own, group in groups.items():
+        best = {task: log.best(task, row) for task in group if log.tuned(task, row)}
+        times = {task: fair_time(record, row) for task, record in best.items() if record}
+        if own not in times:
+            continue
+        near = [task for task in times if 1 / CLOSE < times[task] / times[own] < CLOSE]
+        finalists = [(task, knobs) for task in near for knobs in _finalists(session, task)]
+        in_turns = all(log.shares(own, task, row) for task in near)
+        if len(finalists) > 1 and not (
+            in_turns and all(_had_a_turn(session, *f) for f in finalists)
+        ):
+            contests.append((tasks[own] * times[own], finalists))
+    return [finalists for _, finalists in sorted(contests, key=lambda entry: -entry[0])]
+
+
+def _finalists(session: _Session, task: Task) -> list[Knobs]:
+    """The default knobs of a task, and those that took least in any trial."""
+    log, row = session.log, session.row
+    default = schedules_for(row)[task.operation].default(task, row)
+    records = [record for record in log.tuned(task, row) if record.microseconds]
+    records.sort(key=lambda record: (missing(record, row), fair_time(record, row)))
+    finalists: list[Knobs] = []
+    for knobs in (dict(record.knobs) for record in records):
+        if knobs not in finalists and len(finalists) < FINALISTS:
+            finalists.append(knobs)
+    known = [dict(record.knobs) for record in records]
+    return finalists + [default] * (default in known and default not in finalists)
+
+
+def _had_a_turn(session: _Session, task: Task, knobs: Knobs) -> bool:
+    records = session.log.tuned(task, session.row)
+    return any(record.turn and dict(record.knobs) == knobs for record in records)
 
 
 def _rivals(session: _Session, others: Mapping[Task, Task | None], wanted: int) -> list[Task]:
@@ -308,10 +338,10 @@ class _Session:
                 break
         return [[fair_time(record, self.row)] if record.microseconds else [] for record in records]
 
-    def take_turn(self, record: Record, turn: str) -> None:
-        """Measure the knobs of a record again."""
-        outcome = self.trials.run(record.task, record.knobs, BLOCKS, self.row.also_blocks)
-        again = self._record(record.task, record.knobs, outcome)
+    def take_turn(self, task: Task, knobs: Knobs, turn: str) -> None:
+        """Measure knobs again, in their turn."""
+        outcome = self.trials.run(task, knobs, BLOCKS, self.row.also_blocks)
+        again = self._record(task, knobs, outcome)
         self.log.append(dataclasses.replace(again, reference=None, turn=turn))
         self.count += 1
 

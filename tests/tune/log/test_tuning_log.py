@@ -162,6 +162,29 @@ def test_shares_are_those_of_what_was_measured_in_turns(tmp_path):
     assert log.shares(TASK, other, ROW) == {128: 9.0, 16: 9.0}
 
 
+def test_the_winner_of_the_last_contest_is_the_best(tmp_path):
+    """Whatever times say; of complete turns alone, and a contest without one does not count."""
+    log = open_log(tmp_path)
+
+    def take(microseconds, chunk, turn=None, minute=0):
+        changed = {"microseconds": (microseconds,), "time": f"2026-01-01T00:{minute:02}:00+00:00"}
+        log.append(replace(record(chunk=chunk), turn=turn, **changed))
+
+    take(1.0, 32)
+    take(2.0, 4)
+    assert log.best(TASK, ROW).knobs["chunk"] == 32
+    for number, (ours, theirs) in enumerate(((10, 12), (50, 90), (8, 7))):
+        take(ours, 4, f"a.{number}", 1), take(theirs, 8, f"a.{number}", 1)
+    take(0.5, 8, "a.3", 1)  # its time was up
+    for again in (log, open_log(tmp_path)):
+        assert again.best(TASK, ROW).knobs["chunk"] == 4
+        assert again.best(TASK, ROW).median == 10
+    take(0.1, 32, "b.0", 2), take(9.0, 8, "b.1", 2)
+    assert log.best(TASK, ROW).knobs["chunk"] == 4
+    take(9.0, 4, "c.0", 3), take(8.0, 8, "c.0", 3)
+    assert log.best(TASK, ROW).knobs["chunk"] == 8
+
+
 def test_unwritable_directory_is_one_sentence(tmp_path):
     (tmp_path / ROW.log).write_text("a file where the directory should be")
     with pytest.raises(BertileError, match="cannot be written"):

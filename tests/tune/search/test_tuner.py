@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from bertile.config import Config
 from bertile.schedules.cpu import SCHEDULES
 from bertile.schedules.task import Task
 from bertile.targets.rows import native
-from bertile.tune.log.tuning_log import Record, TuningLog, fair_time
+from bertile.tune.log.tuning_log import Record, TuningLog, fair_time, last_contest
 from bertile.tune.measure.trial_runner import TrialRunner
 from bertile.tune.search import tuner
 
@@ -61,21 +62,35 @@ def tuned(run_shared, tmp_path_factory) -> tuple[Path, dict]:
 
 def test_search_measures_distinct_points_of_the_space(tuned):
     directory, result = tuned
-    records = open_log(directory).records(SMALL, ROW)
+    every = open_log(directory).records(SMALL, ROW)
+    records = [record for record in every if record.turn is None]
     space = SCHEDULES["dense"].space(SMALL, ROW)
     points = [tuple(sorted(r.knobs.items())) for r in records]
     assert len(points) == len(set(points)) >= 10
     assert all(r.knobs[k] in space[k] for r in records for k in space)
-    assert result["trials"] == len(records) + len(open_log(directory).records(NORM, ROW))
+    assert result["trials"] == len(every) + len(open_log(directory).records(NORM, ROW))
+
+
+def test_a_search_ends_with_a_contest_of_the_best(tuned):
+    """The default's knobs, and the three that took least in the search, in every turn."""
+    log = open_log(tuned[0])
+    contest = last_contest(log.records(SMALL, ROW))
+    assert len(contest) == tuner.TURNS
+    knobs = [sorted(str(record.knobs) for record in turn) for turn in contest]
+    assert knobs[0] == knobs[1] and 3 <= len(knobs[0]) <= tuner.FINALISTS + 1
+    assert SCHEDULES["dense"].default(SMALL, ROW) in [dict(r.knobs) for r in contest[0]]
+    assert log.best(SMALL, ROW) in [record for turn in contest for record in turn]
 
 
 def test_default_is_among_the_trials_and_the_best_is_no_slower(tuned):
     records = open_log(tuned[0]).records(SMALL, ROW)
     default = SCHEDULES["dense"].default(SMALL, ROW)
-    measured = [r for r in records if dict(r.knobs) == default]
-    assert len(measured) == 1
+    assert sum(dict(r.knobs) == default and r.turn is None for r in records) == 1
     best = open_log(tuned[0]).best(SMALL, ROW)
-    assert fair_time(best, ROW) <= fair_time(measured[0], ROW)
+    turns = open_log(tuned[0]).turns(SMALL, ROW)
+    beside = {r.turn: r for r in records if dict(r.knobs) == default and r.turn}
+    shares = [fair_time(turns[t], ROW) / fair_time(beside[t], ROW) for t in turns]
+    assert best.turn in turns and median(shares) <= 1
 
 
 def test_record_says_what_a_reader_needs(tuned):
@@ -244,4 +259,5 @@ def test_full_effort_ends_when_nothing_improves(tmp_path, monkeypatch):
     monkeypatch.setattr(TrialRunner, "run", lambda *args: {"microseconds": [7.0]})
     result = run(Counter({SMALL: 1}), tmp_path)
     assert "no task improved by 1% in 1 rounds" in result["text"]
-    assert result["trials"] == 1 + tuner.ROUND
+    records = open_log(tmp_path).records(SMALL, ROW)
+    assert sum(record.turn is None for record in records) == 1 + tuner.ROUND
