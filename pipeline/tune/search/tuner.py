@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
+from statistics import median
 from types import MappingProxyType
 from typing import Any
 
@@ -26,7 +27,13 @@ from bertile.schedules import BLOCK_TOKENS, schedules_for
 from bertile.schedules.schedule import Knobs
 from bertile.schedules.task import Task
 from bertile.targets.rows import TRIAL_BLOCKS, Target, tvm_target
-from bertile.tune.log.tuning_log import Record, TuningLog, fair_time, missing
+from bertile.tune.log.tuning_log import (
+    Record,
+    TuningLog,
+    fair_time,
+    last_contest,
+    missing,
+)
 from bertile.tune.measure import runners
 from bertile.tune.measure.runners import Runner, answers
 
@@ -437,19 +444,27 @@ def _missing(task: Task, log: TuningLog, row: Target, wanted: int, estimates: bo
 
 
 def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
-    """How much faster the best settings are than the defaults, over a whole request."""
+    """How much faster the best settings are than the defaults, over a whole request: by the turns
+    of their contest, where there was one.
+    """
     before = after = 0.0
     for task, calls in tasks.items():
         default = schedules_for(row)[task.operation].default(task, row)
         best = log.best(task, row)
-        records = [
-            r
-            for r in log.tuned(task, row, estimates=bool(best and best.estimated))
-            if dict(r.knobs) == default and r.microseconds
-        ]
-        if best and records:
-            before += calls * min(_steady(record, (*records, best)) for record in records)
-            after += calls * _steady(best, (*records, best))
+        if best is None:
+            continue
+        tuned = log.tuned(task, row, estimates=best.estimated)
+        turns = last_contest(tuned)
+        records = [record for turn in turns for record in turn] or [*tuned, best]
+        usual = [r for r in records if dict(r.knobs) == default and r.microseconds]
+        if not usual:
+            continue
+        if turns:
+            before += calls * median(record.median for record in usual)
+            after += calls * best.median
+        else:
+            before += calls * min(_steady(record, (*usual, best)) for record in usual)
+            after += calls * _steady(best, (*usual, best))
     return f"kernels {before / 1e3:.2f} ms → {after / 1e3:.2f} ms a request" if after else ""
 
 
