@@ -62,8 +62,8 @@ CASES = {
 }
 LEFT = {*ONCE, "add", "take"}
 # without a key that it sees a token's vector means nothing
-batch = partial(odd_models.batch, causal=True)
-assert_equals_torch = partial(odd_models.assert_equals_torch, causal=True)
+batch = partial(odd_models.batch, first_is_real=True)
+assert_equals_torch = partial(odd_models.assert_equals_torch, first_is_real=True)
 
 
 def saved(directory, case, head="Model", **more):

@@ -45,13 +45,13 @@ def saved(directory: Path, kind: str, config: str, sizes: dict[str, Any]) -> Any
 
 
 def batch(
-    rows: int, length: int, padding: str, causal: bool = False, boxes: int = 0
+    rows: int, length: int, padding: str, first_is_real: bool = False, boxes: int = 0
 ) -> dict[str, np.ndarray]:
     """Ids and a mask with places that are masked, and rows without any; sides of boxes below
     `boxes`.
 
-    Of a causal model the first place is real: without a key that it sees a token's vector means
-    nothing.
+    Of a causal model the first place is to be real: without a key that it sees a token's vector
+    means nothing. Of a head that reads the first token of DeBERTa too.
     """
     rng = np.random.default_rng(length)
     lengths = rng.integers(1, length + 1, rows)
@@ -61,7 +61,7 @@ def batch(
         mask = mask[:, ::-1]
     elif padding == "holes":
         mask = rng.random((rows, length)) < 0.5
-        mask[:, 0 if causal else rng.integers(0, length)] = True
+        mask[:, 0 if first_is_real else rng.integers(0, length)] = True
     ids = np.where(mask, rng.integers(3, 100, (rows, length)), 0)
     arrays = {"input_ids": ids, "attention_mask": mask.astype("int64")}
     if boxes:
@@ -92,13 +92,13 @@ def assert_equals_torch(
     shapes: Iterable[tuple[int, int]] = SHAPES,
     tolerance: float = 2e-5,
     paddings: Iterable[str] = PADDINGS,
-    causal: bool = False,
+    first_is_real: bool = False,
     boxes: int = 0,
 ) -> None:
     """All outputs at all real tokens, within `tolerance` of the largest value of each."""
     for rows, length in shapes:
         for padding in paddings:
-            arrays = batch(rows, length, padding, causal, boxes)
+            arrays = batch(rows, length, padding, first_is_real, boxes)
             want, got = answers(model, arrays), bundle(**arrays)
             for name, value in got.items():
                 difference = largest_difference(value, want[name], arrays["attention_mask"])
