@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 import uuid
 from collections import Counter
@@ -455,17 +456,18 @@ def _gains(tasks: Counter[Task], log: TuningLog, row: Target) -> str:
             continue
         tuned = log.tuned(task, row, estimates=best.estimated)
         turns = last_contest(tuned)
-        records = [record for turn in turns for record in turn] or [*tuned, best]
-        usual = [r for r in records if dict(r.knobs) == default and r.microseconds]
-        if not usual:
-            continue
-        if turns:
-            before += calls * median(record.median for record in usual)
+        shares = [_least(turn, default) / _least(turn, best.knobs) for turn in turns]
+        share = median(shares) if turns else _least(tuned, default) / best.median
+        if math.isfinite(share):  # the default was measured
+            before += calls * best.median * share
             after += calls * best.median
-        else:
-            before += calls * min(_steady(record, (*usual, best)) for record in usual)
-            after += calls * _steady(best, (*usual, best))
     return f"kernels {before / 1e3:.2f} ms → {after / 1e3:.2f} ms a request" if after else ""
+
+
+def _least(records: Iterable[Record], knobs: Knobs) -> float:
+    """The least median of the records with these knobs, infinite without one."""
+    times = [record.median for record in records if dict(record.knobs) == dict(knobs)]
+    return min(times, default=math.inf)
 
 
 def _steady(record: Record, beside: Sequence[Record]) -> float:
