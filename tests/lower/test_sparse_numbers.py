@@ -72,7 +72,7 @@ def test_bf16_is_near_to_the_dense_kernels(graph, exported, tmp_path):
 
 @pytest.fixture(
     scope="module",
-    params=[BF16, pytest.param(PLAIN, marks=pytest.mark.slow)],
+    params=[BF16, pytest.param(VNNI, marks=pytest.mark.slow)],
     ids=lambda row: row.name,
 )
 def int8(request, graph, exported, tmp_path_factory):
@@ -82,6 +82,12 @@ def int8(request, graph, exported, tmp_path_factory):
 def test_int8_is_that_of_the_dense_kernels_bit_for_bit(int8):
     """Sums of integers are exact in any order, and the epilogue is the same."""
     assert_same_hidden_states(outputs(int8[1]))
+
+
+@pytest.mark.slow
+def test_int8_is_near_to_dense_kernels_of_bounded_weights(graph, exported, tmp_path):
+    """Without VNNI only dense weights are rounded so that products can be summed in 16 bits."""
+    assert_close(outputs(pair(graph, "int8", PLAIN, tmp_path, exported)[1]), 0.1)
 
 
 def test_int8_work_is_the_multiply_adds_that_are_done(graph, int8):
