@@ -82,7 +82,7 @@ def test_device_that_dies_costs_its_trial_alone(fleet, trials, tmp_path, monkeyp
     candidates = [(NORM, {**KNOBS, "few": few}) for few in (512, 1024, 2048, 0)]
     log, answered = TuningLog([tmp_path], lambda text: None), []
 
-    def kill_one(self, task):
+    def kill_one(self, task, steps):
         answered.append(task)
         if len(answered) == 1:
             os.killpg(fleet[1][0].pid, signal.SIGKILL)
