@@ -236,7 +236,7 @@ def test_compile_keeps_layers_until_embeddings_are_close_enough(tmp_path, stages
     quantization = loader.read_manifest(tmp_path / "kept")["quantization"]
     higher = [row for row in quantization["layers"] if row["why"]]
     assert quantization["accuracy"]["tried"][0]["score"] < 0.9996 and 0 < len(higher) < 24
-    assert all("drop by" in row["why"] and row["precision"] != "int8" for row in higher)
+    assert all("drops by" in row["why"] and row["precision"] != "int8" for row in higher)
 
 
 def in_four_bits(graph, **config):
