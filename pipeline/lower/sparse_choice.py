@@ -117,19 +117,18 @@ class SparseChoice:
             return None
         dense = self._record(task)
         chosen = self.plan(name, [task]).density
-        record = dense if chosen is None else self._record(sparse_task(task, chosen))
         if chosen is None:
             return Time.of(dense, task) if dense is not None else None
         skipping = sparse_task(task, chosen)
-        if record is not None:
+        if (record := self._record(skipping)) is not None:
             return Time.of(record, skipping)
         if dense is None:
             return None
         return Time.of(dense, skipping, relative_time(skipping, self.row))
 
-    def share(self, mine: Time | None, other: Time | None) -> float | None:
-        """What one kernel takes as a share of another, None where that is not known."""
-        if self.log is None or mine is None or other is None or not mine.comparable(other):
+    def share(self, mine: Time, other: Time) -> float | None:
+        """What one kernel takes as a share of another, None where they cannot be compared."""
+        if self.log is None or not mine.comparable(other):
             return None
         if shares := self.log.shares(mine.task, other.task, self.row):
             return geometric_mean(shares.values())

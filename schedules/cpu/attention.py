@@ -181,7 +181,7 @@ class _Query:
     ) -> None:
         self.operands, self.queries = operands, len(members)
         self.members = [(T.Bind(query), T.Bind(head)) for query, head in members]
-        self.qkv, self.keys, self.table = operands.qkv, operands.keys, operands.table
+        self.qkv, self.table = operands.qkv, operands.table
         self.math, self.powers, self.unroll = math, powers, unroll
         self.spec, self.size, self.knobs = spec, spec.head_size, knobs
         query, _ = self.members[0]
@@ -242,8 +242,7 @@ class _Query:
         """
         per_tile, every = self.knobs["keys"], range(self.queries)
         where = T.Bind(self.first + start + block)
-        mask = lanes.load(self.keys, where) * lanes.splat(vector_math.LOG2E)
-        lanes.store(scores, tirx.max(mask, lanes.splat(LOWEST)), self.queries, block)
+        lanes.store(scores, self.operands.mask(where), self.queries, block)
         with T.serial(BLOCK_TOKENS // per_tile) as part:
             low = T.Bind(part * per_tile)
             registers = iter(lanes.registers(per_tile * self.queries))
@@ -286,8 +285,7 @@ class _Query:
                 value = value + lanes.splat(scores[self.queries, block, low + j])
                 key = (start + block) * BLOCK_TOKENS + low + j
                 if self.operands.bias is not None:
-                    bias = self.operands.bias_of(*self.members[i], key)
-                    value = value + bias * lanes.splat(vector_math.LOG2E)
+                    value = value + self.operands.bias_of(*self.members[i], key)
                 lanes.store(scores, score(value, key), i, block * BLOCK_TOKENS + low + j)
 
         sight = self.sights[i]

@@ -59,13 +59,19 @@ class Operands:
         own = kv_head * self.spec.head_size
         return q + own, q + k + own
 
+    def mask(self, block: Any) -> Any:
+        """The masks of a block of keys, as powers of two."""
+        mask = lanes.load(self.keys, block) * lanes.splat(vector_math.LOG2E)
+        return tirx.max(mask, lanes.splat(LOWEST))
+
     def bias_of(self, query: Any, head: Any, key: Any) -> Any:
-        """The additive bias of one key; a bias of one row or one head serves all."""
+        """The additive bias of one key, as powers of two; one of one row or one head serves all."""
         row, start = self.table[query, 0], self.table[query, 1]
         rows, heads = self.bias.shape[0], self.bias.shape[1]
-        return lanes.load(
+        bias = lanes.load(
             self.bias, T.min(row, rows - 1), T.min(head, heads - 1), start // BLOCK_TOKENS, key
         )
+        return bias * lanes.splat(vector_math.LOG2E)
 
     def store(self, value: Callable[[Any], Any], query: Any, head: Any) -> None:
         """The context of a block of queries, channel by channel, in the form that is asked for."""

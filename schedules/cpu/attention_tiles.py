@@ -25,6 +25,7 @@ from bertile.schedules.attention_spec import AttentionSpec
 from bertile.schedules.cpu import arithmetic as arithmetics
 from bertile.schedules.cpu import lanes, precisions, vector_math
 from bertile.schedules.cpu.attention_parts import LOWEST, Operands, Sight, scaled
+from bertile.schedules.cpu.product import jobs
 from bertile.schedules.cpu.tile_words import keep_whole, load_tile, store_tile, tile
 from bertile.schedules.intrinsics import amx
 from bertile.schedules.schedule import Knobs, Row, Space
@@ -59,14 +60,9 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         operands = Operands.declare(builder, task)
         powers = vector_math.powers(row)
         builder.link(amx.TILES + amx.turned(_rows(spec)) + powers.llvm)
-        chunk = knobs["chunk"]
-        chunks = T.Bind((builder.blocks + (chunk - 1)) // chunk)
-        with T.parallel(spec.heads * chunks) as job:
-            first = T.Bind(job % chunks * chunk)
-            count = T.Bind(T.min(chunk, builder.blocks - first))
-            shared = T.Bind(job // (chunks * spec.group))
-            part = job % (chunks * spec.group) // chunks if spec.group > 1 else 0
-            head = T.Bind(shared * spec.group + part)
+        with jobs(builder.blocks, knobs["chunk"], spec.heads) as (number, first, count):
+            head = T.Bind(number)
+            shared = T.Bind(head // spec.group)
             _Chunk(spec, knobs, powers, operands, shared, head).emit(first, count)
     return builder.func
 
@@ -164,8 +160,7 @@ class _Chunk:
     def _turn(self, first: Any, blocks: Any) -> None:
         """Make ready K, V and the mask of some key blocks."""
         with T.serial(blocks) as b:
-            mask = lanes.load(self.operands.keys, first + b) * lanes.splat(vector_math.LOG2E)
-            lanes.store(self.scores, tirx.max(mask, lanes.splat(LOWEST)), self.masks + b)
+            lanes.store(self.scores, self.operands.mask(first + b), self.masks + b)
             for part, rows in enumerate(self.rows):
                 lane = self.starts[0] // 2 + part * amx.ROWS
                 source = T.address_of(self.qkv[first + b, lane, 0])
@@ -228,8 +223,7 @@ class _Chunk:
                     value = scaled(lanes.load(self.scores, at), self.spec)
                     value = value + lanes.splat(self.scores[self.masks + b, low + j])
                     if self.operands.bias is not None:
-                        bias = self.operands.bias_of(query, self.head, key)
-                        value = value + bias * lanes.splat(vector_math.LOG2E)
+                        value = value + self.operands.bias_of(query, self.head, key)
                     value = T.Bind(sight.score(value, key))
                     lanes.store(self.scores, value, at)
                     lanes.write(chain, tirx.max(lanes.read(chain), value))

@@ -23,7 +23,7 @@ from bertile.schedules.cpu.product import (
     Epilogue,
     arguments,
     group_size,
-    job_place,
+    jobs,
     multiplies,
     unit,
 )
@@ -85,8 +85,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
         linked = replace(math, llvm=math.matrix or math.llvm)
         x, w, epilogue = arguments(builder, task, linked, of.panels * of.width, weights)
         chunk = knobs["chunk"]
-        chunks = T.Bind((builder.blocks + (chunk - 1)) // chunk)
-        with T.parallel(groups * chunks) as job:
+        with jobs(builder.blocks, chunk, groups, knobs["order"]) as (member, first, count):
             scratch = T.alloc_buffer((of.width * knobs["token_blocks"], BLOCK_TOKENS), "float32")
             scratch = scratch if unit(task) > 1 else None
             if isinstance(w, Panels):
@@ -98,9 +97,6 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
                 inputs = Inputs(x, math, knobs["token_blocks"], bool(math.matrix))
                 of_lanes = _RunTile if math.run > 1 else _Tile
                 tile = of_lanes(task, knobs, of, inputs, w, epilogue, scratch)
-            member, part_of_tokens = job_place(job, knobs["order"], groups, chunks)
-            first = T.Bind(part_of_tokens * chunk)
-            count = T.Bind(T.min(chunk, builder.blocks - first))
             for part in range(knobs["passes"]):
                 tile.walk(member * group, group, first, count, part)
     return builder.func

@@ -11,7 +11,8 @@ Two sums that meet stand side by side in the order in which weights are packed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +34,20 @@ from bertile.schedules.task import Task
 ORDERS = BY_PANELS, BY_CHUNKS = 0, 1
 
 
-def job_place(job: Any, order: int, groups: Any, chunks: Any) -> tuple[Any, Any]:
-    """The group of panels and the chunk of tokens of a job."""
-    if order == BY_CHUNKS:
-        return job % groups, job // groups
-    return job // chunks, job % chunks
+@contextmanager
+def jobs(
+    blocks: Any, chunk: int, groups: int, order: int = BY_PANELS
+) -> Iterator[tuple[Any, Any, Any]]:
+    """A parallel loop over groups of panels × chunks of token blocks: the group, the first block of
+    the chunk, and how many it has.
+    """
+    chunks = T.Bind((blocks + (chunk - 1)) // chunk)
+    with T.parallel(groups * chunks) as job:
+        group, number = job // chunks, job % chunks
+        if order == BY_CHUNKS:
+            group, number = job % groups, job // groups
+        first = T.Bind(number * chunk)
+        yield group, first, T.Bind(T.min(chunk, blocks - first))
 
 
 def multiplies(task: Task, row: Row) -> Arithmetic:

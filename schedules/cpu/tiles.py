@@ -33,7 +33,7 @@ from bertile.schedules.cpu.product import (
     Epilogue,
     arguments,
     group_size,
-    job_place,
+    jobs,
     multiplies,
     unit,
     weight_lanes,
@@ -164,11 +164,7 @@ def kernel(task: Task, knobs: Knobs, row: Row) -> Any:
             rescaled=kind is _Nibbles,
         )
         builder.link(amx.TILES + w.llvm)
-        chunks = T.Bind((builder.blocks + (chunk - 1)) // chunk)
-        with T.parallel(groups * chunks) as job:
-            member, part_of_tokens = job_place(job, knobs["order"], groups, chunks)
-            first = T.Bind(part_of_tokens * chunk)
-            count = T.Bind(T.min(chunk, builder.blocks - first))
+        with jobs(builder.blocks, chunk, groups, knobs["order"]) as (member, first, count):
             _Job(task, of, math.total, x, w, epilogue).emit(member * group, group, first, count)
     return builder.func
 
@@ -269,11 +265,9 @@ class _Job:
             panel = T.Bind(base + member)
             with T.If(panel < self.of.panels), T.Then():
                 self.w.open(panel)
-                with T.serial(count // wide) as t:
-                    share = (
-                        T.Bind(t * OUTPUTS // (count // wide)),
-                        T.Bind((t + 1) * OUTPUTS // (count // wide)),
-                    )
+                products = count // wide
+                with T.serial(products) as t:
+                    share = T.Bind(t * OUTPUTS // products), T.Bind((t + 1) * OUTPUTS // products)
                     self._product(panel, first + t * wide, wide, share)
                 if wide > 1:
                     with T.If(count % wide == 1), T.Then():

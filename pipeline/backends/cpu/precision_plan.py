@@ -92,7 +92,7 @@ def _slower(graph: Graph, row: Target, choice: SparseChoice) -> dict[str, LayerP
         mine = choice.time(name, task)
         for precision in higher(row):
             other = choice.time(name, _in_precision(task, precision))
-            share = choice.share(other, mine)
+            share = choice.share(other, mine) if mine and other else None
             if mine and share is not None and share < 1:
                 why = f"in {precision} it takes {share:.2f} of the time that it takes in int8"
                 slower[name] = LayerPlan(precision, why=why, slower=mine.task)

@@ -233,12 +233,13 @@ class TuningLog:
     def turns(self, task: Task, row: Target) -> dict[str, Record]:
         """The records of a task's best kernel that were measured in turn with others, by turn."""
         best = self.best(task, row)
-        if best is None:
-            return {}
+        return self._turns(best, row) if best is not None else {}
+
+    def _turns(self, best: Record, row: Target) -> dict[str, Record]:
         ours = dict(best.knobs), best.threads, identity(best.machine)
         return {
             record.turn: record
-            for record in self.records(task, row)
+            for record in self.records(best.task, row)
             if record.turn and record.microseconds
             if (dict(record.knobs), record.threads, identity(record.machine)) == ours
         }
@@ -278,7 +279,7 @@ class TuningLog:
                 self.origin(record, row),
                 dict(record.machine),
                 record.time,
-                sorted(self.turns(record.task, row)),
+                sorted(self._turns(record, row)),
             )
             if record
             else None

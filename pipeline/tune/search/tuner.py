@@ -123,9 +123,13 @@ def tune(
         session = _Session(
             *(log, row, trials, progress, deadline - reserved, effort.patience, estimates, paced)
         )
-        stopped = _search(session, open_tasks, tasks, wanted, others)
-        if paced and not session.stopped:
-            stopped += _in_turns(session, tasks, others, deadline)
+        stopped = ""
+        try:
+            stopped += _search(session, open_tasks, tasks, wanted, others)
+            if paced:
+                stopped += _in_turns(session, tasks, others, deadline)
+        except KeyboardInterrupt:
+            stopped += ", stopped by Ctrl-C; the best so far is in the log"
         if session.repeated:
             stopped += f", {session.repeated} of them again after a slow spell"
     best = _gains(tasks, log, row)
@@ -192,8 +196,6 @@ def _measured(
         search(spaces, session.measure, missing, wanted, ROUND, 0, tvm_target(row))
     except _Enough as reason:
         return f", {reason}"
-    except KeyboardInterrupt:
-        return session.stop()
     return ""
 
 
@@ -208,16 +210,13 @@ def _in_turns(
     count = 0
     if contests:
         session.progress.say(f"turns: the best knobs of {len(contests)} layers beside each other")
-    try:
-        for number in range(TURNS):
-            for name, candidates in contests.items():
-                for candidate in candidates:
-                    if time.monotonic() > deadline:
-                        return f", {count} of them in turns, out of time"
-                    session.take_turn(*candidate, f"{name}.{number}")
-                    count += 1
-    except KeyboardInterrupt:
-        return session.stop()
+    for number in range(TURNS):
+        for name, candidates in contests.items():
+            for candidate in candidates:
+                if time.monotonic() > deadline:
+                    return f", {count} of them in turns, out of time"
+                session.take_turn(*candidate, f"{name}.{number}")
+                count += 1
     return f", {count} of them in turns" if count else ""
 
 
@@ -317,7 +316,6 @@ class _Session:
     count: int = 0
     bar: Bar | None = None
     repeated: int = 0
-    stopped: bool = False  # by Ctrl-C
     pace: float | None = None  # of the reference now, in microseconds
     fastest: float | None = None
 
@@ -352,11 +350,6 @@ class _Session:
         again = self._record(task, knobs, outcome)
         self.log.append(dataclasses.replace(again, reference=None, turn=turn))
         self.count += 1
-
-    def stop(self) -> str:
-        """What is said of a search that Ctrl-C ends."""
-        self.stopped = True
-        return ", stopped by Ctrl-C; the best so far is in the log"
 
     def _take_pace(self) -> None:
         """Time the reference kernel."""
